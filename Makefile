@@ -1,0 +1,27 @@
+# make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make test: the tests.  Both do their own set-up.
+PYTHON ?= python3
+BIN = .venv/bin
+RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
+
+.PHONY: setup demo test
+
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	touch $@
+
+# an interrupted demo continues where it was; a finished one shows its results again
+demo: setup
+	$(BIN)/python data/pydocs/prepare.py
+	$(BIN)/python train.py $(call RESUME,out/train)
+	$(BIN)/python sample.py prompt="The function returns" max_new_tokens=100
+	@echo
+	@echo "loss curve:   out/train/loss.png"
+	@echo "the sheets:   out/train/sheets.png"
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest

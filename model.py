@@ -1,0 +1,564 @@
+"""GPT-2 whose units have a place on a cortical sheet.
+
+- GPT-2: pre-LN, GELU, learned positions, tied head; reads and writes Hugging Face GPT-2 weights.
+- Each sublayer's output units sit on a square sheet (positions.py); the loss adds alpha times the spatial loss of every layer, measured
+  inside each block, so a compiled block holds it in one graph that all layers share (positions and windows are tensor arguments).
+- Cross-entropy in chunks of tokens: the float32 logits of the whole batch never exist.
+- generate() with a KV cache, batched, ragged prompts. load_lm() reads any language model that the project accepts.
+
+References: Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM).
+"""
+import base64
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+import positions
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024            # longest context, tokens
+    vocab_size: int = 50304
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True                 # in linear layers and LayerNorms
+    gelu: str = "exact"               # or 'tanh', as in the released GPT-2
+    # the sheet
+    sheet: bool = False               # units have positions; n_embd must be a square
+    radius: int = 5                   # a window is the cells closer than this to its centre
+    norm: float = float("inf")        # in this p-norm (1, 2, inf)
+    windows: int = 5                  # drawn per layer and micro-batch; 0: all of the sheet
+    alpha: float = 0.0                # weight of each layer's spatial loss
+    spatial: str = "relative"         # or 'absolute' (positions.spatial_loss)
+    accum: str = "mean"               # or 'maximum' over the windows
+    tap: str = "sublayer"             # what lies on the sheet: each sublayer's output, or 'residual', the stream after it
+    activation_decay: float = 0.0     # weight of each layer's mean squared norm
+    head_loss: bool = False           # no attention c_proj; heads tile the attention sheet as patches of a mosaic
+    attn_proj: bool = False           # one more Linear after attention, the sheet behind it
+
+
+class Output(NamedTuple):
+    """What forward returns; losses are float32 scalars, None where not asked for."""
+    logits: torch.Tensor | None = None   # (B, T, vocab_size) when no targets are given
+    loss: torch.Tensor | None = None     # task + alpha * spatial + activation_decay * energy
+    task: torch.Tensor | None = None     # mean cross-entropy, nats per token
+    spatial: torch.Tensor | None = None  # spatial loss summed over the 2 n_layer sheets
+    hidden: dict | None = None           # the states asked for, (B, T, n_embd) each
+
+
+# ---- blocks
+
+class LayerNorm(nn.Module):
+    """LayerNorm with an optional bias."""
+
+    def __init__(self, width, bias):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Attention(nn.Module):
+    """Causal self-attention; with `cache`, a layer's ((2, B, H, T_max, hd), tokens in it), keys and values are appended to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.n_embd
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(width, 3 * width, bias=config.bias)
+        self.c_proj = None if config.head_loss else nn.Linear(width, width, bias=config.bias)
+        self.attn_proj = nn.Linear(width, width, bias=config.bias) if config.attn_proj else None
+
+    def forward(self, x, cache=None, mask=None):
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, hd) each
+        if cache is not None:
+            kv, used = cache
+            kv[0, :, :, used:used + T], kv[1, :, :, used:used + T] = k, v
+            k, v = kv[:, :, :, :used + T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
+                                           is_causal=mask is None and k.size(2) == T > 1)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        for project in (self.c_proj, self.attn_proj):
+            y = y if project is None else project(y)
+        return F.dropout(y, self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.gelu, self.dropout = "tanh" if config.gelu == "tanh" else "none", config.dropout
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """One layer: two sublayers, and the losses of their two sheets."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.mlp = MLP(config)
+        self.residual, self.decays = config.tap == "residual", config.activation_decay > 0
+        self.spatial = dict(kind=config.spatial, accum=config.accum)
+
+    def forward(self, x, units=None, near=None, cache=None, mask=None, taps=False):
+        """x (B, T, C) → x, losses, taps. units (2, K, n): the units in each window of the two sheets (None: no losses), near (n, n): their
+        closeness. losses (2,): spatial loss and energy summed over both sheets. taps: the activations on both sheets, on request."""
+        attn = self.attn(self.ln_1(x), cache, mask)
+        x = x + attn
+        tap_1 = x if self.residual else attn
+        mlp = self.mlp(self.ln_2(x))
+        x = x + mlp
+        tap_2 = x if self.residual else mlp
+        losses = None
+        if units is not None:
+            spatial = [positions.spatial_loss(tap, sheet, near, **self.spatial) for tap, sheet in ((tap_1, units[0]), (tap_2, units[1]))]
+            energy = [tap.float().square().sum(-1).mean() for tap in (tap_1, tap_2)] if self.decays else [x.new_zeros((), dtype=torch.float32)]
+            losses = torch.stack([sum(spatial), sum(energy)])
+        return x, losses, (tap_1, tap_2) if taps else None
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of x @ weight.T against targets, a chunk of tokens at a time; the gradient is made in the same pass, so neither
+    logits nor probabilities outlive their chunk. x (N, C), weight (V, C), targets (N,) int64 with -1 for "do not count"."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, chunk, dtype, grad):
+        w = weight.to(dtype)
+        total = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x) if grad else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
+        for at in range(0, len(x), chunk):
+            rows, y = x[at:at + chunk].to(dtype), targets[at:at + chunk, None]
+            counted = y >= 0
+            y = y.clamp_min(0)
+            logits = (rows @ w.t()).float()  # (chunk, V)
+            lse = logits.logsumexp(1, keepdim=True)
+            total += ((lse - logits.gather(1, y)) * counted).sum()
+            if grad:
+                p = logits.sub_(lse).exp_()  # softmax
+                p.scatter_add_(1, y, -torch.ones_like(lse))
+                p = (p * counted).to(dtype)  # divided by the count in backward, where float16's loss scale keeps it from underflow
+                dx[at:at + chunk] = p @ w
+                dw += p.t() @ rows
+        count = (targets >= 0).sum().clamp_min(1)
+        ctx.save_for_backward(dx, dw, count)
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, count = ctx.saved_tensors
+        scale = grad / count
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None
+
+
+def cross_entropy(x, weight, targets, chunk=2048):
+    """Mean cross-entropy (nats) of the tied head on x (..., C) against targets (...), never holding more than `chunk` tokens' logits."""
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    with torch.autocast(x.device.type, enabled=False):
+        return ChunkedCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), chunk, dtype, grad)
+
+
+# ---- the model
+
+class GPT(nn.Module):
+    """GPT-2 with spatial positions. `unit_at_cell` (2 n_layer, n_embd): a permutation per sheet (positions.py); None draws the seeded random one.
+    Raises ValueError where the widths do not fit."""
+
+    def __init__(self, config, unit_at_cell=None, seed=0):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
+        for key, allowed in dict(gelu=("exact", "tanh"), spatial=("relative", "absolute"), accum=("mean", "maximum"),
+                                 tap=("sublayer", "residual")).items():
+            if getattr(config, key) not in allowed:
+                raise ValueError(f"{key} must be {' or '.join(allowed)}, not '{getattr(config, key)}'")
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+            ln_f=LayerNorm(config.n_embd, config.bias)))
+        self.init_weights(seed)
+        if config.sheet:
+            side = positions.sheet_side(config.n_embd)
+            cells = positions.window_cells(side, config.radius, config.norm)  # (M, n)
+            if unit_at_cell is None:
+                unit_at_cell = positions.random_positions(config.n_layer, config.n_embd, seed)
+            unit_at_cell = torch.as_tensor(unit_at_cell).clone()
+            if config.head_loss:  # the mosaic is the attention sheets' layout
+                unit_at_cell[::2] = torch.as_tensor(positions.head_mosaic(config.n_head, config.n_embd))
+            self.register_buffer("unit_at_cell", unit_at_cell)
+            self.register_buffer("window_cells", torch.as_tensor(cells), persistent=False)
+            self.register_buffer("near", torch.as_tensor(positions.closeness(cells[0], side), dtype=torch.float32), persistent=False)
+
+    def init_weights(self, seed):
+        """GPT-2's initialisation, each tensor from (seed, its name): the same whatever else the model holds."""
+        for name, p in self.named_parameters():
+            key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                with torch.no_grad():
+                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def n_params(self):
+        """Number of parameters without the position embedding (GPT-2's usual count)."""
+        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self, length):
+        """Floating-point operations of forward and backward per token at a context of `length` (Chowdhery et al. 2022, appendix B)."""
+        c = self.config
+        return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * length
+
+    def draw_windows(self, generator):
+        """Window ids (2 n_layer, K) of one micro-batch; with a keyed generator the same on any rank and device."""
+        return positions.draw_windows(2 * self.config.n_layer, len(self.window_cells), self.config.windows, generator)
+
+    def compile_blocks(self, **options):
+        """Compile each block in place: all layers run the one graph, and state_dict keys stay as they are."""
+        for block in self.transformer.h:
+            block.compile(**options)
+
+    def forward(self, idx, targets=None, windows=None, hidden=()):
+        """idx (B, T) int64 → Output. targets (B, T), -1 where not counted: losses; else logits at every position.
+        windows (2 n_layer, K) from draw_windows: spatial loss too.
+        hidden: states to return, numbered as Hugging Face does (0 the embedding, i after block i, n_layer after the final LayerNorm), or
+        named 'layer.N.attn' / 'layer.N.mlp' for the activations on a sheet."""
+        hidden = list(hidden)
+        x, losses, kept = self.trunk(idx, windows, hidden)
+        if targets is None:
+            return Output(logits=F.linear(x, self.transformer.wte.weight), hidden=kept)
+        loss = task = cross_entropy(x, self.transformer.wte.weight, targets)
+        spatial = None
+        if losses is not None:
+            spatial, energy = losses.unbind()
+            loss = task + self.config.alpha * spatial + self.config.activation_decay * energy
+        return Output(loss=loss, task=task, spatial=spatial, hidden=kept)
+
+    def trunk(self, idx, windows=None, hidden=(), cache=None, position=None, mask=None):
+        """Everything before the head: x (B, T, C) after the final LayerNorm, losses (2,) or None, hidden states asked for."""
+        B, T = idx.shape
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: cut the text")
+        names = positions.layer_names(self.config.n_layer)
+        if wrong := [h for h in hidden if h not in names and h not in range(self.config.n_layer + 1)]:
+            raise ValueError(f"no hidden state {wrong[0]!r}: there are 0 to {self.config.n_layer} and {names[0]} to {names[-1]}")
+        units = near = None
+        if windows is not None:
+            cells = self.window_cells[windows.to(idx.device)]  # (2L, K, n)
+            units = self.unit_at_cell.gather(1, cells.flatten(1)).view(self.config.n_layer, 2, *cells.shape[1:])
+            near = self.near
+        taps = any(isinstance(h, str) for h in hidden)
+        if position is None:
+            position = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)
+        x = F.dropout(x, self.config.dropout, self.training)
+        states, losses = {0: x}, []
+        for i, block in enumerate(self.transformer.h):
+            layer_cache = None if cache is None else (cache.kv[i], cache.used)
+            x, loss, tapped = block(x, None if units is None else units[i], near, layer_cache, mask, taps)
+            losses.append(loss)
+            if hidden:
+                states[i + 1] = x
+                states |= dict(zip(names[2 * i:2 * i + 2], tapped)) if taps else {}
+                states = {k: v for k, v in states.items() if k in hidden}
+        x = self.transformer.ln_f(x)
+        if self.config.n_layer in hidden:
+            states[self.config.n_layer] = x
+        return x, torch.stack(losses).sum(0) if units is not None else None, {h: states[h] for h in hidden} if hidden else None
+
+    # -- generation
+
+    @torch.no_grad()
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0):
+        """Generate with a KV cache, yielding after each step a list of B new token ids (None for a row that has ended).
+
+        prompts: B lists of token ids, of any lengths, or a tensor (B, T). temperature 0 is greedy; top_k and top_p (nucleus) cut the
+        distribution. stop: token ids that end a row, or one collection a row; the stop token itself is not given out.
+        The rule at block_size: a row whose context is full goes on from its last block_size // 2 tokens (so does a longer prompt).
+        A row's greedy text does not depend on the rows beside it. Raises ValueError for an empty prompt."""
+        rows = [list(map(int, row)) for row in prompts]
+        if not rows or not all(rows):
+            raise ValueError("generate wants at least one token in each prompt: begin with the end-of-text token")
+        if not (temperature >= 0 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)):
+            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: they must be >= 0, > 0 and in (0, 1]")
+        stops = [set(s) for s in stop] if stop and not isinstance(next(iter(stop)), int) else [set(stop)] * len(rows)
+        device, size = self.transformer.wte.weight.device, self.config.block_size
+        generator = torch.Generator(device).manual_seed(seed)
+        done, cache = [False] * len(rows), None
+        for made in range(max_new_tokens):
+            if cache is None or cache.used == size:
+                rows = [row if len(row) <= size else row[-(size // 2):] for row in rows]
+                cache = Cache(self.config, len(rows), min(size, max(map(len, rows)) + max_new_tokens - made), device)
+                x = self._prefill(rows, cache, device)
+            else:
+                x = self._step([row[-1] for row in rows], cache, device)
+            tokens = pick(F.linear(x, self.transformer.wte.weight).float(), temperature, top_k, top_p, generator).tolist()
+            done = [d or t in s for d, t, s in zip(done, tokens, stops)]
+            if all(done):
+                return
+            for row, token in zip(rows, tokens):
+                row.append(token)
+            yield [None if d else t for d, t in zip(done, tokens)]
+
+    def _prefill(self, rows, cache, device):
+        """Fill the cache with left-padded rows; last states (B, C)."""
+        width = max(map(len, rows))
+        idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+        real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)  # (B, width)
+        cache.real, cache.lengths = real, torch.tensor([len(row) for row in rows], device=device)
+        mask = None
+        if not real.all():  # causal, and nobody looks at a pad but the pad itself (an empty softmax would be nan)
+            causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+            mask = ((causal & real[:, None]) | torch.eye(width, dtype=torch.bool, device=device))[:, None]
+        position = (real.cumsum(1) - 1).clamp_min(0)
+        x = self.trunk(idx, cache=cache, position=position, mask=mask)[0]
+        cache.used = width
+        return x[:, -1]
+
+    def _step(self, tokens, cache, device):
+        """One more token per row (B ints) against the cache; states (B, C)."""
+        idx = torch.tensor(tokens, device=device)[:, None]
+        cache.real = torch.cat([cache.real, torch.ones_like(cache.real[:, :1])], 1)
+        mask = None if cache.real.all() else cache.real[:, None, None]
+        x = self.trunk(idx, cache=cache, position=cache.lengths[:, None], mask=mask)[0]
+        cache.used, cache.lengths = cache.used + 1, cache.lengths + 1
+        return x[:, -1]
+
+    def generate(self, prompts, max_new_tokens, **options):
+        """The new tokens of each prompt, a list of B lists; options as in stream()."""
+        rows = [[] for _ in prompts]
+        for tokens in self.stream(prompts, max_new_tokens, **options):
+            for row, token in zip(rows, tokens):
+                row += [] if token is None else [token]
+        return rows
+
+    # -- Hugging Face
+
+    @classmethod
+    def from_pretrained(cls, name, **options):
+        """Hugging Face GPT-2 weights, a name or a local folder, as our GPT with equal logits; options set other fields of GPTConfig."""
+        from transformers import AutoConfig, GPT2LMHeadModel
+        try:
+            theirs = AutoConfig.from_pretrained(name)
+            if theirs.model_type != "gpt2":
+                raise ValueError(f"'{name}' is a {theirs.model_type} model: only GPT-2 weights load into our GPT")
+            theirs = GPT2LMHeadModel.from_pretrained(name)
+        except OSError as e:
+            raise FileNotFoundError(f"no language model '{name}': it is no folder or file here, and not to be had from the Hugging Face hub "
+                                    f"({str(e).splitlines()[0][:120]})") from None
+        c = theirs.config
+        gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}.get(c.activation_function)
+        if gelu is None or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or c.layer_norm_epsilon != 1e-5 \
+                or c.n_inner not in (None, 4 * c.n_embd) or not c.tie_word_embeddings:
+            raise ValueError(f"'{name}' is a GPT-2 variant whose config ({c.activation_function}, layer norm {c.layer_norm_epsilon}) our GPT has not")
+        model = cls(GPTConfig(**{**dict(block_size=c.n_positions, vocab_size=c.vocab_size, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd,
+                                        bias=True, gelu=gelu), **options}))
+        state = {k: v.t() if _is_conv1d(k) else v for k, v in theirs.state_dict().items() if k in model.state_dict()}
+        missing = model.load_state_dict(state, strict=False).missing_keys
+        assert set(missing) <= {"unit_at_cell"}, missing
+        return model
+
+    def save_pretrained(self, folder):
+        """Write the weights as a Hugging Face GPT-2 folder with equal logits. Positions stay behind: that format has no place for them."""
+        from transformers import GPT2Config, GPT2LMHeadModel
+        c = self.config
+        if c.head_loss or c.attn_proj:
+            raise ValueError("head_loss and attn_proj models have no Hugging Face GPT-2 form")
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+                                            activation_function="gelu_new" if c.gelu == "tanh" else "gelu", resid_pdrop=c.dropout,
+                                            embd_pdrop=c.dropout, attn_pdrop=c.dropout, bos_token_id=None, eos_token_id=None))
+        ours = self.state_dict()
+        state = {k: torch.zeros_like(v) if k not in ours else ours[k].t() if _is_conv1d(k) else ours[k]  # no bias of ours is a zero bias there
+                 for k, v in theirs.state_dict().items() if k != "lm_head.weight"}
+        theirs.load_state_dict(state, strict=False)
+        theirs.tie_weights()
+        theirs.save_pretrained(folder)
+
+
+def _is_conv1d(name):
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # Hugging Face keeps these transposed
+
+
+class Cache:
+    """Keys and values of all layers, kv (n_layer, 2, B, H, length, hd), of which the first `used` columns are filled; lengths (B,): tokens of
+    each row; real (B, used): False where a row is padded on the left."""
+
+    def __init__(self, config, batch, length, device):
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.get_default_dtype()
+        self.kv = torch.empty(config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head, dtype=dtype, device=device)
+        self.used, self.lengths, self.real = 0, None, None
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Next token ids (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1)))[0][:, -1:], -math.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the smallest set that reaches top_p; never empty
+        logits = torch.empty_like(logits).scatter_(1, order, ordered)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---- tokenizers
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
+class Tokenizer:
+    """A byte-pair tokenizer from its state, the plain dict that travels in checkpoints: name, pattern, special_tokens {text: id} and `ranks`,
+    the text of a tiktoken rank file (base64 token, space, rank; a line each)."""
+
+    def __init__(self, state):
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in state["ranks"].splitlines())}
+        self.state, self.special = state, dict(state["special_tokens"])
+        self.core = tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=self.special)
+        self.n_vocab = self.core.n_vocab
+        self.eot = self.special.get("<|endoftext|>")  # None: a character tokenizer has none
+        # a tokenizer without all 256 bytes, of characters say, knows only its own
+        self.known = None if all(bytes([b]) in ranks for b in range(256)) else {token.decode(errors="ignore") for token in ranks}
+
+    def encode(self, text):
+        """Token ids of a text; '<|endoftext|>' in it is plain text. ValueError for a character that the vocabulary has not."""
+        if self.known is not None and (strange := set(text) - self.known):
+            raise ValueError(f"the tokenizer '{self.state['name']}' does not know {sorted(strange)[0]!r}: leave it out of the text")
+        return self.core.encode(text, disallowed_special=())
+
+    def decode(self, ids):
+        """The text of token ids; ids of no token (a padded vocabulary's) and torn characters become '\ufffd'."""
+        return b"".join(self.core.decode_single_token_bytes(i) if self._is_token(i) else b"\xef\xbf\xbd" for i in map(int, ids)).decode(errors="replace")
+
+    def _is_token(self, i):
+        try:
+            self.core.decode_single_token_bytes(i)
+            return True
+        except KeyError:
+            return False
+
+    @classmethod
+    def from_pretrained(cls, name):
+        """The byte-level BPE of a Hugging Face GPT-2 folder or name."""
+        from transformers import AutoTokenizer
+        try:
+            vocab = AutoTokenizer.from_pretrained(name).get_vocab()
+        except (OSError, ValueError) as e:
+            raise FileNotFoundError(f"'{name}' has no tokenizer ({str(e).splitlines()[0][:120]}): put its tokenizer files beside the weights") from None
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these bytes as themselves, the others as 256, 257, ...
+        byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in printable)}
+        special = {"<|endoftext|>": vocab.pop("<|endoftext|>")} if "<|endoftext|>" in vocab else {}
+        if any(c not in byte_of for token in vocab for c in token):
+            raise ValueError(f"the tokenizer of '{name}' is no byte-level BPE: only GPT-2's kind is read")
+        ranks = sorted((rank, bytes(byte_of[c] for c in token)) for token, rank in vocab.items())
+        return cls(dict(name=os.path.basename(name), pattern=GPT2_PATTERN, special_tokens=special,
+                        ranks="".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks)))
+
+
+# ---- checkpoints
+
+VERSION = 1
+
+
+def save_checkpoint(path, state):
+    """Write a checkpoint, plain types and tensors only: aside, flushed, renamed, so a kill at any moment leaves the old one or the new one."""
+    _check_plain(state, "checkpoint")
+    aside = f"{path}.tmp"
+    try:
+        with open(aside, "wb") as f:
+            torch.save({"format": "nanocortex", "version": VERSION, **state}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except OSError as e:
+        Path(aside).unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written ({e.strerror or e}): make room, then go on with init_from=resume; the last checkpoint is untouched") \
+            from None
+
+
+def _check_plain(value, where):
+    if isinstance(value, dict):
+        for k, v in value.items():
+            _check_plain(k, where)
+            _check_plain(v, f"{where}[{k!r}]")
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            _check_plain(v, where)
+    elif type(value) not in (int, float, str, bool, type(None), torch.Tensor, torch.nn.Parameter):
+        raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds plain types and tensors only")
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict on the CPU. Raises FileNotFoundError where it is missing, ValueError where it is torn, foreign or newer."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no checkpoint {path}: train one with python train.py, or leave init_from=resume out")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds here: RuntimeError for a torn zip, UnpicklingError for a pickle with code in it, EOFError ...
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): it is torn or not ours; take another, best.pt say") from None
+    if not isinstance(state, dict) or state.get("format") != "nanocortex":
+        raise ValueError(f"{path} is no nanoCortex checkpoint: give one that train.py wrote, or a Hugging Face folder")
+    if state["version"] > VERSION:
+        raise ValueError(f"{path} has checkpoint version {state['version']}, this code reads up to {VERSION}: update the code")
+    return patch_checkpoint(state)
+
+
+def patch_checkpoint(state):
+    """The one place where checkpoints of older versions are brought up to date. There is none yet."""
+    return state
+
+
+def lm_state(model):
+    """What a language model needs to be built again: kind, model_args and weights (positions travel along as a buffer)."""
+    return dict(kind="lm", model_args=asdict(model.config), model=model.state_dict())
+
+
+def lm_from(state, path="checkpoint", **options):
+    """GPT from a checkpoint's dict; options set fields of GPTConfig that are not of the weights (alpha, dropout, windows ...)."""
+    if state.get("kind") != "lm":
+        raise ValueError(f"{path} holds a '{state.get('kind')}', no language model: give one that train.py wrote")
+    known = {f.name for f in fields(GPTConfig)}
+    model = GPT(GPTConfig(**{k: v for k, v in {**state["model_args"], **options}.items() if k in known}), unit_at_cell=state["model"].get("unit_at_cell"))
+    model.load_state_dict(state["model"])
+    return model
+
+
+def load_lm(spec, **options):
+    """(model, tokenizer) of any language model the project takes: a run folder or checkpoint of ours, a Hugging Face GPT-2 name or local folder.
+    options set fields of GPTConfig that are not of the weights. Raises FileNotFoundError with the command that makes a missing one."""
+    path = Path(spec)
+    if path.is_dir() and not (path / "config.json").exists():
+        path = next((path / name for name in ("best.pt", "ckpt.pt") if (path / name).exists()), path / "best.pt")
+    if path.suffix == ".pt" or (path.parts and path.parts[0] in ("out", "/", ".", "..")) and not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"no language model at {spec}: train one with python train.py, or give lm= a run folder, a checkpoint or a "
+                                    "Hugging Face name")
+        state = load_checkpoint(path)
+        return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
+    return GPT.from_pretrained(spec, **options), Tokenizer.from_pretrained(spec)

@@ -1,0 +1,319 @@
+"""Where each unit of a layer sits on a square cortical sheet, and what follows from it: windows, the spatial loss, swaps, Moran's I.
+
+A layer of C = side² units has a permutation `unit_at_cell` (C,): cell c, in raster order, holds unit unit_at_cell[c]. Everything else is
+derived. A window is a set of cells around a centre; the cells of every window are listed in the same order, so the distances inside a
+window are one constant matrix for all windows and layers. A map on the sheet is values[unit_at_cell].reshape(side, side).
+
+The spatial loss is the one of Margalit et al. 2024 (TDANN) and Rathi et al. 2025 (TopoLM): 1/2 (1 - corr(r, D)), r the correlations of the
+units' activations and D = 1 / (1 + distance) their closeness, over the pairs of units of a window.
+"""
+import io
+import json
+import os
+
+import numpy as np
+import torch
+
+
+# ---- the sheet
+
+def layer_names(n_layer):
+    """The spatial layers in order: ['layer.0.attn', 'layer.0.mlp', 'layer.1.attn', ...]."""
+    return [f"layer.{i}.{sublayer}" for i in range(n_layer) for sublayer in ("attn", "mlp")]
+
+
+def sheet_side(n_units):
+    """Side of the square sheet of n_units cells; ValueError where n_units is no square."""
+    side = round(n_units ** 0.5)
+    if side * side != n_units:
+        raise ValueError(f"n_embd={n_units} is not a square, so its units fill no square sheet: take {side ** 2} or {(side + 1) ** 2}, "
+                         "or positions=none")
+    return side
+
+
+def window_cells(side, radius, norm=float("inf")):
+    """Cells (M, n) of every window that lies whole on the sheet: all cells closer than `radius` to a centre in the p-norm `norm` (1, 2, inf).
+
+    With the published inf norm a window is (2·radius-1)² cells, centres stay radius-1 cells from the edge: M = (side - 2(radius-1))²."""
+    reach = radius - 1
+    if radius < 2 or 2 * reach + 1 > side:
+        raise ValueError(f"radius={radius} leaves no window on a sheet of {side} x {side} units: take 2 to {(side + 1) // 2}")
+    offsets = np.stack(np.mgrid[-reach:reach + 1, -reach:reach + 1], -1).reshape(-1, 2)
+    offsets = offsets[np.linalg.norm(offsets, ord=norm, axis=1) < radius]  # (n, 2)
+    centres = np.stack(np.mgrid[reach:side - reach, reach:side - reach], -1).reshape(-1, 2)  # (M, 2)
+    return ((centres[:, None] + offsets) @ (side, 1)).astype(np.int64)
+
+
+def closeness(cells, side):
+    """D (n, n): 1 / (1 + Euclidean distance) between cells (n,) of the sheet, in cells."""
+    at = np.stack(np.divmod(np.asarray(cells), side), -1).astype(np.float64)  # (n, 2)
+    return 1 / (1 + np.linalg.norm(at[:, None] - at, axis=-1))
+
+
+def draw_windows(n_layers, n_windows, count, generator):
+    """Ids (n_layers, count) of windows drawn without replacement, each layer its own; all of them, in order, where count is 0 or too large."""
+    if not 0 < count < n_windows:
+        return torch.arange(n_windows).repeat(n_layers, 1)
+    return torch.rand(n_layers, n_windows, generator=generator).argsort(1)[:, :count]
+
+
+# ---- layouts: unit_at_cell (n_layers, C)
+
+def random_positions(n_layer, n_units, seed=0):
+    """Each spatial layer its own seeded permutation: unit_at_cell (2·n_layer, n_units) int64."""
+    sheet_side(n_units)
+    return np.stack([np.random.default_rng((seed, layer)).permutation(n_units) for layer in range(2 * n_layer)])
+
+
+def identity_positions(n_layer, n_units):
+    """Unit i at cell i in every layer."""
+    sheet_side(n_units)
+    return np.tile(np.arange(n_units), (2 * n_layer, 1))
+
+
+def head_mosaic(n_head, n_units):
+    """unit_at_cell (n_units,) with each attention head a square patch of a square mosaic (16 heads x 49 units: 4 x 4 patches of 7 x 7)."""
+    patches, patch = round(n_head ** 0.5), round((n_units // n_head) ** 0.5)
+    if patches ** 2 != n_head or patch ** 2 * n_head != n_units:
+        raise ValueError(f"head_loss=True wants a square number of heads of square size, not n_head={n_head} with n_embd={n_units} "
+                         "(16 heads of 49 units, say)")
+    units = np.arange(n_units).reshape(patches, patches, patch, patch)  # (head row, head column, row, column)
+    return units.transpose(0, 2, 1, 3).reshape(-1)
+
+
+def save_positions(path, unit_at_cell, **facts):
+    """One small .npz: an int32 permutation (C,) per spatial layer under its name, and the facts of its making as JSON. Written aside and renamed."""
+    names = layer_names(len(unit_at_cell) // 2)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, facts=json.dumps(facts), **{name: row.astype(np.int32) for name, row in zip(names, unit_at_cell)})
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as f:
+        f.write(buffer.getvalue())
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def load_positions(path, n_layer, n_units):
+    """unit_at_cell (2·n_layer, n_units) int64 from an .npz of save_positions; ValueError where it is torn, or made for another shape."""
+    remedy = f"make one with python init_pos.py n_layer={n_layer} n_embd={n_units}"
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no positions file {path}: {remedy}, or leave positions= out for the seeded permutation")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files if name.startswith("layer.")}
+    except Exception as e:
+        raise ValueError(f"{path} is no positions file ({type(e).__name__}): {remedy}") from None
+    names = layer_names(n_layer)
+    if sorted(found) != sorted(names) or any(found[name].shape != (n_units,) for name in names):
+        shape = f"{len(found) // 2} layers x {len(next(iter(found.values()), ()))} units"
+        raise ValueError(f"{path} is for {shape}, the model has {n_layer} layers x {n_units} units: {remedy}")
+    rows = np.stack([found[name] for name in names]).astype(np.int64)
+    if not (np.sort(rows, 1) == np.arange(n_units)).all():
+        raise ValueError(f"{path} does not place every unit once (no permutation): {remedy}")
+    return rows
+
+
+# ---- spatial loss
+
+def normalise(x):
+    """Columns of x (T, C) centred and of unit length in float32, so that z.T @ z are Pearson correlations; a constant column becomes zeros."""
+    x = x.float()
+    scale = x.square().sum(0)
+    x = x - x.mean(0)
+    energy = x.square().sum(0)
+    alive = energy > 1e-11 * scale + 1e-30  # below that, what is left of a constant unit is rounding
+    return x * torch.where(alive, energy, 1.0).rsqrt() * alive
+
+
+def window_correlations(x, units):
+    """Pearson correlations (K, n, n), float32, over the T rows of x (T, C) between the units (K, n) of each window."""
+    z = normalise(x)  # (T, C)
+    K, n = units.shape
+    if K * n * n < z.size(1) ** 2:  # few windows: gather their units
+        z = z.t().index_select(0, units.flatten()).view(K, n, -1)  # (K, n, T)
+        return z @ z.transpose(1, 2)
+    return (z.t() @ z)[units[:, :, None], units[:, None, :]]  # many: one Gram matrix of the layer, then its blocks
+
+
+def spatial_loss(x, units, near, kind="relative", accum="mean"):
+    """How far from "nearby units are alike" a layer is, over the K windows given.
+
+    x (..., C): activations of one spatial layer, every leading index a token.
+    units (K, n): the units in each window's cells. near (n, n): closeness() of those cells.
+    kind: 'relative', 1/2 (1 - corr(r, D)) in [0, 1] (Margalit et al. 2024), or 'absolute', mean |r - D| over pairs (Lee et al. 2020).
+    accum: 'mean' or 'maximum' over the windows. Correlations are float32 under any autocast; constant units count as uncorrelated."""
+    with torch.autocast(x.device.type, enabled=False):
+        r = window_correlations(x.flatten(0, -2), units)  # (K, n, n)
+        n = r.size(1)
+        q = n * (n - 1)
+        off = 1 - torch.eye(n, device=r.device)
+        if kind == "absolute":
+            loss = ((r - near).abs() * off).sum((1, 2)) / q
+        else:
+            d = (near - (near * off).sum() / q) * off  # centred closeness: the mean of r falls out of the cross term
+            r = r * off
+            s1, s2 = r.sum((1, 2)), r.square().sum((1, 2))
+            var = (s2 - s1.square() / q).clamp_min(1e-9)  # all correlations equal: rho is 0, not 0/0
+            loss = 0.5 * (1 - (r * d).sum((1, 2)) * (var * d.square().sum()).rsqrt())
+        return loss.max() if accum == "maximum" else loss.mean()
+
+
+# ---- Moran's I
+
+def moran(values, neighbours="queen"):
+    """Moran's I of maps (..., side, side): near 0 for noise (-1/(N-1) expected), near 1 for smooth fields, -1 for a checkerboard under 'rook'.
+
+    I = (N/W) Σ_ij w_ij z_i z_j / Σ_i z_i², z centred, w row-standardised (each cell's neighbours share the weight 1, the convention of PySAL).
+    neighbours: 'queen' (8) as published for TopoLM, or 'rook' (4). A constant map has no I: nan."""
+    if neighbours not in ("queen", "rook"):
+        raise ValueError(f"neighbours must be 'queen' or 'rook', not '{neighbours}'")
+    z = np.asarray(values, np.float64)
+    z = z - z.mean((-1, -2), keepdims=True)
+    rows, columns = z.shape[-2:]
+    steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0) and (neighbours == "queen" or i * j == 0)]
+    padded = np.pad(z, [(0, 0)] * (z.ndim - 2) + [(1, 1), (1, 1)])
+    here = np.pad(np.ones((rows, columns)), 1)
+
+    def around(a):
+        return sum(a[..., 1 + i:1 + i + rows, 1 + j:1 + j + columns] for i, j in steps)
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (z * around(padded) / around(here)).sum((-1, -2)) / np.square(z).sum((-1, -2))
+
+
+# ---- swaps: a layout of correlations r fixed, pre-optimised before training (Margalit et al. 2024)
+
+class Sheet:
+    """The windows of a square sheet in the form that swaps use; a constant of the sheet, one for all layers.
+
+    cells (M, n): the cells of every window. inside (M, C): 1 where a window has a cell. near (C, C): the closeness of any two cells, minus its
+    mean over the pairs of a window, with a zero diagonal. Raises ValueError as sheet_side and window_cells do."""
+
+    def __init__(self, n_units, radius, norm=float("inf"), dtype=np.float32):
+        self.side = sheet_side(n_units)
+        self.cells = window_cells(self.side, radius, norm)
+        self.pairs = self.cells.shape[1] * (self.cells.shape[1] - 1)
+        self.inside = np.zeros((len(self.cells), n_units), dtype)
+        np.put_along_axis(self.inside, self.cells, 1, 1)
+        near = closeness(np.arange(n_units), self.side)
+        np.fill_diagonal(near, 0)
+        near -= near[np.ix_(self.cells[0], self.cells[0])].sum() / self.pairs
+        np.fill_diagonal(near, 0)
+        self.near = near.astype(dtype)
+        self.near_energy = np.square(near[np.ix_(self.cells[0], self.cells[0])]).sum()
+
+    def losses(self, r):
+        """Relative spatial loss (M,) of every window, from the correlations r (C, C) between cells, of zero diagonal; equals spatial_loss."""
+        s1, s2, cross = (((self.inside @ a) * self.inside).sum(1, dtype=np.float64) for a in (r, r * r, r * self.near))
+        var = np.maximum(s2 - s1 * s1 / self.pairs, 1e-9)
+        return 0.5 * (1 - cross / np.sqrt(var * self.near_energy))
+
+
+def correlations(x):
+    """Pearson correlations (C, C), float32 numpy, between the columns of x (T, C), with a zero diagonal: O(T C²), made once per layer.
+    Constant units count as uncorrelated, as in normalise()."""
+    x = torch.as_tensor(x).detach().float().cpu().numpy()
+    mean = x.mean(0)
+    z = x - mean
+    r = z.T @ z  # numpy sees the symmetry and makes one half, in half of torch's time
+    energy = r.diagonal().copy()
+    alive = energy > 1e-11 * (energy + len(x) * mean * mean) + 1e-30
+    scale = alive / np.sqrt(np.where(alive, energy, 1))
+    r *= scale
+    r *= scale[:, None]
+    np.fill_diagonal(r, 0)
+    return r
+
+
+def swap_gain(r, near, a, b):
+    """Rise of the cross term Σ_{i<j} r_ij near_ij when the units in cells a and b change places: Σ_{k≠a,b} (r_ak - r_bk)(near_bk - near_ak), in O(n).
+
+    r, near (n, n), symmetric, of zero diagonal. A swap moves the correlations of a window about and changes neither their mean nor their variance,
+    so that window's loss falls by gain / (2 sqrt(Σ_{i<j} (r - mean)² Σ_{i<j} (near - mean)²))."""
+    return (r[a] - r[b]) @ (near[b] - near[a]) + 2 * r[a, b] * near[a, b]
+
+
+def swap_gains(r, near):
+    """swap_gain of all pairs at once (n, n): M + Mᵀ - m 1ᵀ - 1 mᵀ + 2 r ⊙ near, with M = r near and m its diagonal."""
+    m = r @ near
+    gains = m + m.T
+    gains -= m.diagonal()
+    gains -= m.diagonal()[:, None]
+    gains += 2 * r * near
+    return gains
+
+
+def swap_window(r, sheet, unit_at_cell, windows=50, trials=50, seed=0):
+    """Pre-optimisation as published: in each of `windows` random windows (each once, while there are enough), `trials` random pairs of cells
+    trade units, unless that raises the window's loss.
+
+    r (C, C): correlations of the units. sheet: a Sheet. unit_at_cell (C,): where it starts.
+    Returns the new unit_at_cell and [mean loss over all windows before, after]."""
+    rng, row = np.random.default_rng(seed), np.array(unit_at_cell)
+    near = sheet.near[np.ix_(sheet.cells[0], sheet.cells[0])]  # (n, n), the same in every window
+    rounds = -(-windows // len(sheet.cells))
+    for window in np.concatenate([rng.permutation(len(sheet.cells)) for _ in range(rounds)])[:windows]:
+        units = row[sheet.cells[window]]
+        local = r[np.ix_(units, units)]
+        for a, b in zip(*(rng.integers(len(units) - k, size=trials) for k in (0, 1))):
+            b += b >= a  # any cell but a
+            if swap_gain(local, near, a, b) >= 0:
+                local[[a, b]] = local[[b, a]]
+                local[:, [a, b]] = local[:, [b, a]]
+                units[[a, b]] = units[[b, a]]
+        row[sheet.cells[window]] = units
+    return row, [sheet.losses(r[u][:, u]).mean() for u in (unit_at_cell, row)]
+
+
+def spectral_layout(r, seed=0):
+    """unit_at_cell (C,) with like units together: the first principal component of the correlations r (C, C) orders the units into columns of
+    the sheet, the second orders each column. A place to start swaps from, after the quadratic placement of Hall 1970."""
+    side = sheet_side(len(r))
+    v = np.random.default_rng(seed).standard_normal((len(r), 8)).astype(r.dtype)
+    for _ in range(6):  # subspace iteration, close enough for an ordering
+        v = np.linalg.qr(r @ v)[0]
+    columns = np.argsort(v[:, 0], kind="stable").reshape(side, side)
+    return np.take_along_axis(columns, np.argsort(v[columns, 1], 1, kind="stable"), 1).T.flatten()
+
+
+def swap_sheet(r, sheet, unit_at_cell=None, rounds=200, stop_loss=0.0, seed=0):
+    """Pre-optimisation of the whole sheet: in each round every cell names its best partner, and as many of these pairs as are disjoint trade
+    units at once. A round counts only when the exact loss falls; else it is tried with half of its pairs, and ends the search at none.
+
+    A pair's gain is that in the cross term summed over all windows, each pair of cells weighted by the number of windows that hold both.
+    r (C, C): correlations of the units. sheet: a Sheet. unit_at_cell (C,): where it starts, None for spectral_layout(r, seed).
+    Stops at stop_loss, or after `rounds`. Returns the new unit_at_cell and the mean loss over all windows: [at the start, after each round]."""
+    row = spectral_layout(r, seed) if unit_at_cell is None else np.array(unit_at_cell)
+    r = r[row][:, row]  # between cells from here on
+    losses, batch = [sheet.losses(r).mean()], len(row)
+    near = None
+    while len(losses) <= rounds and losses[-1] > stop_loss:
+        near = (sheet.inside.T @ sheet.inside) * sheet.near if near is None else near  # (C, C)
+        pairs = disjoint_pairs(swap_gains(r, near))[:batch]
+        while len(pairs):
+            moved = np.arange(len(row))
+            moved[pairs] = moved[pairs[:, ::-1]]
+            new = r[moved][:, moved]
+            loss = sheet.losses(new).mean()
+            if loss < losses[-1] - 1e-7:  # above rounding
+                break
+            pairs = pairs[:len(pairs) // 2]
+        else:
+            break  # not even the best pair alone helps
+        row, r, batch = row[moved], new, 2 * len(pairs)
+        losses.append(loss)
+    return row, losses
+
+
+def disjoint_pairs(gains):
+    """Pairs (P, 2) of cells, best first, none twice: each cell with the partner it gains most with, while both are free and the gain is positive."""
+    partner = gains.argmax(1)
+    gain = gains[np.arange(len(gains)), partner]
+    free, pairs = [True] * len(gains), []
+    for a in np.argsort(-gain, kind="stable").tolist():
+        b = int(partner[a])
+        if gain[a] > 0 and free[a] and free[b]:
+            free[a] = free[b] = False
+            pairs.append((a, b))
+    return np.array(pairs, np.int64).reshape(-1, 2)

@@ -1,0 +1,151 @@
+"""What every script owes its user, one row a script: it goes on after any kill as if never stopped, gives the same on 1 and on 2 ranks, refuses bad
+options and a used folder with one sentence. A new script adds a row to SCRIPTS."""
+import json
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_dataset, refused, run, start
+
+
+@dataclass
+class Script:
+    name: str
+    options: list                 # a run of seconds; {data} is the tiny dataset, {lm} a tiny trained language model
+    trains: bool = False          # writes ckpt.pt and resumes from it
+    wrong: dict = field(default_factory=dict)  # options of its own that it must refuse: {option: words of the sentence}
+
+
+SCRIPTS = [
+    Script("train", ["dataset={data}", "batch_size=2", "block_size=16", "n_layer=2", "n_head=2", "n_embd=16", "radius=2", "windows=2", "alpha=1", "dropout=0.1",
+                     "tokens_per_step=128", "max_iters=12", "eval_interval=4", "eval_batches=4", "save_interval=3", "log_interval=1", "warmup_iters=2",
+                     "compile=False", "device=cpu", "dtype=float32", "baseline_tokens=0"],
+           trains=True, wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]}),
+    Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
+           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
+]
+TRAINING = [s for s in SCRIPTS if s.trains]
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    make_dataset(folder / "data")
+    train = next(s for s in SCRIPTS if s.name == "train")
+    run("train", *[o.format(data=folder / "data") for o in train.options], "max_iters=2", f"out_dir={folder / 'lm'}")
+    return dict(data=folder / "data", lm=folder / "lm")
+
+
+def options(script, given, out):
+    return [o.format(**given) for o in script.options] + [f"out_dir={out}"]
+
+
+def state(folder):
+    """Everything a checkpoint holds, without the options, and the log without its clocks."""
+    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    saved.pop("config")
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return saved, [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+
+
+def same(a, b):
+    """Bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def agree(a, b):
+    """The same work up to float summation order: equal to rounding in the first step, which adaptive optimisers then magnify step by step."""
+    (state_a, log_a), (state_b, log_b) = a, b
+    assert (state_a["step"], state_a.get("cursor")) == (state_b["step"], state_b.get("cursor"))
+    for i, (x, y) in enumerate(zip(log_a, log_b, strict=True)):
+        assert x.keys() == y.keys() and all(np.isclose(x[k], y[k], rtol=1e-5 if i < 2 else 0.02) for k in x), (x, y)
+    for k in state_a["model"]:
+        assert (state_a["model"][k] - state_b["model"][k]).abs().max() < 0.02, k
+
+
+@pytest.fixture(scope="session")
+def whole(given, tmp_path_factory):
+    """Each training script's run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    for script in TRAINING:
+        run(script.name, *options(script, given, folder / script.name))
+    return folder
+
+
+# the third checkpoint is half written when the process is killed
+KILLED_WHILE_SAVING = """
+import os, signal, torch
+saves, real = [], torch.save
+def save(state, f):
+    real(state, f)
+    saves.append(1)
+    if len(saves) == 3:
+        f.truncate(f.tell() // 2)
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+def test_killed_while_saving_and_resumed(script, given, whole, tmp_path):
+    given_options = options(script, given, tmp_path / "run")
+    run(script.name, *given_options, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
+    assert (tmp_path / "run/ckpt.pt").exists() and list((tmp_path / "run").glob("*.tmp"))
+    refused(script.name, *given_options, says=["ckpt.pt", "init_from=resume"])  # and a used folder is refused
+    run(script.name, *given_options, "init_from=resume")
+    assert same(state(tmp_path / "run"), state(whole / script.name))  # bit for bit
+
+
+# steps slow enough for a signal to come between two of them
+SLOW = """
+import time, torch
+real = torch.optim.AdamW.step
+torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(0.2), real(*args, **kwargs))[1]
+"""
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+def test_stopped_by_a_signal_and_resumed(script, given, whole, tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "run/log.jsonl"
+    process = start(script.name, *options(script, given, folder), patch=SLOW)
+    while not (log.exists() and '"step": 5,' in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert 5 <= torch.load(folder / "ckpt.pt", weights_only=True)["step"] < state(whole / script.name)[0]["step"]
+    two = shutil.copytree(folder, tmp_path / "two")
+    run(script.name, *options(script, given, folder), "init_from=resume")
+    assert same(state(folder), state(whole / script.name))  # bit for bit
+    run(script.name, *options(script, given, two), "init_from=resume", ranks=2)
+    agree(state(two), state(whole / script.name))  # on another number of ranks
+
+
+@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+def test_two_ranks_are_one(script, given, whole, tmp_path):
+    run(script.name, *options(script, given, tmp_path / "run"), ranks=2)
+    agree(state(tmp_path / "run"), state(whole / script.name))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def test_bad_options_are_refused(script, given, tmp_path):
+    cases = {"sede=1": ["'sede'", "'seed'"], "seed=high": ["'seed'", "int"], "nosuch.yaml": ["nosuch.yaml"], **script.wrong}
+    for case, words in cases.items():
+        refused(script.name, *options(script, given, tmp_path / "run"), case, says=words)
+
+
+def test_sample_writes_the_same_text_twice(given, tmp_path):
+    script = next(s for s in SCRIPTS if s.name == "sample")
+    texts = [run("sample", *options(script, given, tmp_path / str(i)))[0] for i in (0, 1)]
+    assert texts[0] == texts[1] and texts[0].count("ab") == 2
+    assert (tmp_path / "0/samples.txt").read_text() == (tmp_path / "1/samples.txt").read_text()
