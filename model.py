@@ -40,7 +40,7 @@ class GPTConfig:
     norm: float = float("inf")        # in this p-norm (1, 2, inf)
     windows: int = 5                  # drawn per layer and micro-batch; 0: all of the sheet
     alpha: float = 0.0                # weight of each layer's spatial loss
-    spatial: str = "relative"         # or 'absolute' (positions.spatial_loss)
+    spatial_kind: str = "relative"    # or 'absolute' (positions.spatial_loss)
     accum: str = "mean"               # or 'maximum' over the windows
     tap: str = "sublayer"             # what lies on the sheet: each sublayer's output, or 'residual', the stream after it
     activation_decay: float = 0.0     # weight of each layer's mean squared norm
@@ -118,7 +118,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
         self.residual, self.decays = config.tap == "residual", config.activation_decay > 0
-        self.spatial = dict(kind=config.spatial, accum=config.accum)
+        self.spatial = dict(kind=config.spatial_kind, accum=config.accum)
 
     def forward(self, x, units=None, near=None, cache=None, mask=None, taps=False):
         """x (B, T, C) → x, losses, taps. units (2, K, n): the units in each window of the two sheets (None: no losses), near (n, n): their
@@ -151,13 +151,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows, y = x[at:at + chunk].to(dtype), targets[at:at + chunk, None]
             counted = y >= 0
             y = y.clamp_min(0)
-            logits = (rows @ w.t()).float()  # (chunk, V)
-            lse = logits.logsumexp(1, keepdim=True)
-            total += ((lse - logits.gather(1, y)) * counted).sum()
+            p = (rows @ w.t()).float()  # (chunk, V), logits first; in place from here
+            p -= p.amax(1, keepdim=True)
+            right = p.gather(1, y)
+            p.exp_()
+            norm = p.sum(1, keepdim=True)
+            total += ((norm.log() - right) * counted).sum()
             if grad:
-                p = logits.sub_(lse).exp_()  # softmax
-                p.scatter_add_(1, y, -torch.ones_like(lse))
-                p = (p * counted).to(dtype)  # divided by the count in backward, where float16's loss scale keeps it from underflow
+                p *= counted / norm  # softmax; divided by the count in backward, where float16's loss scale keeps it from underflow
+                p.scatter_add_(1, y, -counted.float())
+                p = p.to(dtype)
                 dx[at:at + chunk] = p @ w
                 dw += p.t() @ rows
         count = (targets >= 0).sum().clamp_min(1)
@@ -189,7 +192,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
-        for key, allowed in dict(gelu=("exact", "tanh"), spatial=("relative", "absolute"), accum=("mean", "maximum"),
+        for key, allowed in dict(gelu=("exact", "tanh"), spatial_kind=("relative", "absolute"), accum=("mean", "maximum"),
                                  tap=("sublayer", "residual")).items():
             if getattr(config, key) not in allowed:
                 raise ValueError(f"{key} must be {' or '.join(allowed)}, not '{getattr(config, key)}'")

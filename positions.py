@@ -24,7 +24,7 @@ def layer_names(n_layer):
 
 def sheet_side(n_units):
     """Side of the square sheet of n_units cells; ValueError where n_units is no square."""
-    side = round(n_units ** 0.5)
+    side = int(n_units ** 0.5)
     if side * side != n_units:
         raise ValueError(f"n_embd={n_units} is not a square, so its units fill no square sheet: take {side ** 2} or {(side + 1) ** 2}, "
                          "or positions=none")
@@ -203,11 +203,28 @@ class Sheet:
         self.near = near.astype(dtype)
         self.near_energy = np.square(near[np.ix_(self.cells[0], self.cells[0])]).sum()
 
-    def losses(self, r):
-        """Relative spatial loss (M,) of every window, from the correlations r (C, C) between cells, of zero diagonal; equals spatial_loss."""
+    def sums(self, r):
+        """Over the pairs of cells in each window, from the correlations r (C, C) between cells, of zero diagonal: Σ r, Σ r near and the
+        variance Σ r² - (Σ r)² / pairs; (M,) float64 each."""
         s1, s2, cross = (((self.inside @ a) * self.inside).sum(1, dtype=np.float64) for a in (r, r * r, r * self.near))
-        var = np.maximum(s2 - s1 * s1 / self.pairs, 1e-9)
+        return s1, cross, np.maximum(s2 - s1 * s1 / self.pairs, 1e-9)
+
+    def losses(self, r):
+        """Relative spatial loss (M,) of every window; equals spatial_loss."""
+        _, cross, var = self.sums(r)
         return 0.5 * (1 - cross / np.sqrt(var * self.near_energy))
+
+    def slopes(self, r):
+        """(A, B), (C, C) each: the mean loss changes by Σ_{i<j} A_ij d(r_ij) + B_ij d(r_ij²), to first order in the windows' sums."""
+        s1, cross, var = self.sums(r)
+        by_var = cross / (4 * var ** 1.5 * self.near_energy ** 0.5)  # dL / d(var), var = Σ r² - (Σ r)² / pairs
+        by_cross = -1 / (2 * np.sqrt(var * self.near_energy))
+        spread = lambda weights: (self.inside.T * (2 * weights / len(self.inside)).astype(r.dtype)) @ self.inside  # onto the pairs of cells
+        A = spread(by_cross) * self.near - spread(2 * by_var * s1 / self.pairs)
+        B = spread(by_var)
+        np.fill_diagonal(A, 0)
+        np.fill_diagonal(B, 0)
+        return A, B
 
 
 def correlations(x):
@@ -281,16 +298,16 @@ def swap_sheet(r, sheet, unit_at_cell=None, rounds=200, stop_loss=0.0, seed=0):
     """Pre-optimisation of the whole sheet: in each round every cell names its best partner, and as many of these pairs as are disjoint trade
     units at once. A round counts only when the exact loss falls; else it is tried with half of its pairs, and ends the search at none.
 
-    A pair's gain is that in the cross term summed over all windows, each pair of cells weighted by the number of windows that hold both.
+    The gain of a pair is the fall of the mean loss over all windows, overlaps and edges included: exact in the windows' sums of r, r² and
+    r near, first order in how the loss follows from these.
     r (C, C): correlations of the units. sheet: a Sheet. unit_at_cell (C,): where it starts, None for spectral_layout(r, seed).
     Stops at stop_loss, or after `rounds`. Returns the new unit_at_cell and the mean loss over all windows: [at the start, after each round]."""
     row = spectral_layout(r, seed) if unit_at_cell is None else np.array(unit_at_cell)
     r = r[row][:, row]  # between cells from here on
     losses, batch = [sheet.losses(r).mean()], len(row)
-    near = None
     while len(losses) <= rounds and losses[-1] > stop_loss:
-        near = (sheet.inside.T @ sheet.inside) * sheet.near if near is None else near  # (C, C)
-        pairs = disjoint_pairs(swap_gains(r, near))[:batch]
+        A, B = sheet.slopes(r)
+        pairs = disjoint_pairs(-swap_gains(r, A) - swap_gains(r * r, B))[:batch]
         while len(pairs):
             moved = np.arange(len(row))
             moved[pairs] = moved[pairs[:, ::-1]]

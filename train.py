@@ -31,7 +31,7 @@ class Config:
     # ---- data
     dataset: str = "pydocs"                        # name under data/, or a folder of token shards
     batch_size: int = 16                           # sequences per micro-batch
-    block_size: int = 256                          # tokens of context
+    block_size: int = 128                          # tokens of context
     tokens_per_step: int = 0                       # tokens per optimiser step over all ranks, 0: one micro-batch per rank; accumulation is derived
     # ---- model
     n_layer: int = 4                               # blocks
@@ -43,11 +43,11 @@ class Config:
     gelu: Literal["exact", "tanh"] = "exact"       # tanh as in the released GPT-2
     # ---- sheet
     positions: str = "random"                      # random (seeded permutation), none, or NAME of gpt2-positions/NAME.npz, or a file
-    alpha: float = 0.5                             # weight of each layer's spatial loss; 0 still measures it on validation data
-    radius: int = 5                                # windows: cells closer than this to the centre
+    alpha: float = 0.1                             # weight of each layer's spatial loss; 0 still measures it on validation data
+    radius: int = 4                                # windows: cells closer than this to the centre
     norm: float = float("inf")                     # in this p-norm: 1, 2, inf
     windows: int = 5                               # windows drawn per layer and micro-batch; 0: every window of the sheet
-    spatial: Literal["relative", "absolute"] = "relative"  # 1/2 (1 - corr(r, D)), or mean |r - D|
+    spatial_kind: Literal["relative", "absolute"] = "relative"  # 1/2 (1 - corr(r, D)), or mean |r - D|
     accum: Literal["mean", "maximum"] = "mean"     # over the windows
     tap: Literal["sublayer", "residual"] = "sublayer"  # what lies on the sheet: sublayer outputs, or the residual stream after them
     activation_decay: float = 0.0                  # weight of the mean squared norm of each sheet's activations
@@ -63,13 +63,13 @@ class Config:
     momentum: float = 0.95                         # Muon
     grad_clip: float = 1.0                         # total norm; 0: none
     schedule: Literal["cosine", "wsd"] = "wsd"     # cosine, or warm-up, stable, linear decay
-    max_iters: int = 600                           # optimiser steps
+    max_iters: int = 1000                          # optimiser steps
     warmup_iters: int = 20                         # linear warm-up
     decay_iters: int = 0                           # cosine: step at which min_lr is reached; wsd: length of the decay; 0: max_iters; 60 % of them
     min_lr: float = 0.0                            # end of the decay, as a share of the peak
     # ---- evaluation
-    eval_interval: int = 100                       # steps between validations
-    eval_batches: int = 24                         # micro-batches of the one fixed validation set; 0: all of it
+    eval_interval: int = 250                       # steps between validations
+    eval_batches: int = 48                         # micro-batches of the one fixed validation set; 0: all of it
     eval_only: bool = False                        # validate and stop
     baseline_tokens: int = 50_000_000              # count n-gram baselines on so many training tokens; 0: no baselines
     dry_run: bool = False                          # say parameters, memory, disk and time, and stop
@@ -82,8 +82,8 @@ class Config:
     dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
     compile: bool = True                           # compile the blocks (needs a C++ compiler on CPUs)
     deterministic: bool = False                    # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 20                         # steps between lines
-    save_interval: int = 100                       # steps between checkpoints
+    log_interval: int = 50                         # steps between lines
+    save_interval: int = 250                       # steps between checkpoints
     keep_interval: int = 0                         # steps between checkpoints that are kept; 0: none
     wandb_log: bool = False                        # log to Weights & Biases
     wandb_project: str = "nanocortex"              # its project
@@ -181,7 +181,7 @@ def ngram_losses(train, val, starts, T, vocab_size):
 def build(config, run, folder, vocab_size):
     """The GPT to train and, on resume, the checkpoint it came from."""
     sheet = dict(sheet=config.positions != "none", radius=config.radius, norm=config.norm, windows=config.windows, alpha=config.alpha,
-                 spatial=config.spatial, accum=config.accum, tap=config.tap, activation_decay=config.activation_decay, dropout=config.dropout)
+                 spatial_kind=config.spatial_kind, accum=config.accum, tap=config.tap, activation_decay=config.activation_decay, dropout=config.dropout)
     shape = dict(block_size=config.block_size, vocab_size=config.vocab_size or math.ceil(vocab_size / 64) * 64, n_layer=config.n_layer,
                  n_head=config.n_head, n_embd=config.n_embd, bias=config.bias, gelu=config.gelu, head_loss=config.head_loss, attn_proj=config.attn_proj)
     if config.alpha and not sheet["sheet"]:

@@ -27,6 +27,9 @@ SCRIPTS = [
            trains=True, wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]}),
     Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
+    Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
+                        "positions_dir={data}/positions"],
+           wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
 ]
 TRAINING = [s for s in SCRIPTS if s.trains]
 

@@ -1,0 +1,145 @@
+"""How much faster, smaller or leaner than the alternative, measured here and now.
+
+    python bench.py                  # every claim
+    python bench.py swap             # one or some of them
+    python bench.py --json           # the same rows as a JSON list
+
+A claim is one function below: it runs ours and an honest alternative in turns, several times, and gives back a row. `ratio` is how many times
+faster ours is where the target reads >=, with the smallest and largest ratio of the turns; the alternative is what a careful person writes
+first, in the same precision, on the same device.
+"""
+import difflib
+import json
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch
+
+import positions
+from model import GPT, GPTConfig
+
+
+# ---- measuring
+
+def seconds(function):
+    """Wall time of one call, and what it returns."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def row(name, ours, other, target, device, note=""):
+    """A row of the table from times (s) of the turns, ours[i] measured next to other[i]."""
+    ratios = [b / a for a, b in zip(ours, other)]
+    return dict(name=name, ours=f"{1e3 * statistics.median(ours):.3g} ms", other=f"{1e3 * statistics.median(other):.3g} ms",
+                ratio=round(statistics.median(ratios), 2), low=round(min(ratios), 2), high=round(max(ratios), 2), turns=len(ratios),
+                target=target, device=device, note=note)
+
+
+def cpu():
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+# ---- claims
+
+def swap(turns=3, n_units=784, n_head=16, radius=10, samples=4096, trials=2000):
+    """Pre-optimisation of one layer's sheet: time to the loss (mean over all windows) that recomputing at each trial swap has after 2,000 trials.
+
+    Ours, from the activations on: correlations once, spectral layout, batches of best swaps until that loss is reached."""
+    model = GPT(GPTConfig(block_size=256, vocab_size=4096, n_layer=2, n_head=n_head, n_embd=n_units, bias=False))
+    words = np.random.default_rng(0).zipf(1.2, 16 * samples)  # word frequencies like a language's
+    idx = torch.as_tensor(words[words < 4096][:samples]).view(-1, 256)
+    with torch.no_grad():
+        x = model(idx, hidden=["layer.1.mlp"]).hidden["layer.1.mlp"].flatten(0, 1).clone()  # (samples, n_units)
+    sheet = positions.Sheet(n_units, radius)
+    near = torch.as_tensor(positions.closeness(sheet.cells[0], sheet.side), dtype=torch.float32)
+
+    def loss(unit_at_cell):
+        return positions.spatial_loss(x, torch.as_tensor(unit_at_cell[sheet.cells]), near).item()
+
+    def preoptimise(stop_loss):
+        return positions.swap_sheet(positions.correlations(x), sheet, stop_loss=stop_loss)[0]
+
+    ours, other, losses = [], [], []
+    for turn in range(turns):
+        start = positions.random_positions(1, n_units, turn)[0]
+        taken, layout = seconds(partial(recomputing_swaps, x, start, sheet.cells, near, trials, turn))
+        target = loss(layout)
+        times = []
+        for _ in range(11):
+            t, layout = seconds(partial(preoptimise, target))
+            times.append(t)
+        assert sorted(layout) == list(range(n_units)) and loss(layout) <= target + 1e-6, "ours did not reach the alternative's loss"
+        ours.append(statistics.median(times))
+        other.append(taken)
+        losses.append((loss(start), target, loss(layout)))
+    note = "loss {:.3f} at the start, {:.3f} recomputing, {:.3f} ours".format(*np.median(losses, 0))
+    return row("swap", ours, other, ">= 500", cpu(), note)
+
+
+def recomputing_swaps(x, unit_at_cell, cells, near, trials, seed, per_window=50):
+    """The textbook: at each trial swap, features → correlations → loss of the window, kept unless the loss rises. x (T, C) float32."""
+    rng, n = np.random.default_rng(seed), cells.shape[1]
+    lower = torch.tril_indices(n, n, -1)
+    lower = lower[0] * n + lower[1]  # of the flattened (n, n)
+    d = near.flatten()[lower]
+    d = (d - d.mean()) / (d - d.mean()).norm()
+
+    def loss(features):
+        r = torch.corrcoef(features.t()).flatten()[lower]
+        r = r - r.mean()
+        return 0.5 * (1 - (r @ d) / r.norm()).item()
+
+    row = unit_at_cell.copy()
+    for window in rng.permutation(len(cells))[:trials // per_window]:
+        at = cells[window]
+        features = x[:, row[at]]  # (T, n)
+        least = loss(features)
+        for _ in range(per_window):
+            a, b = rng.choice(n, 2, replace=False)
+            features[:, [a, b]] = features[:, [b, a]]
+            new = loss(features)
+            if new <= least:
+                least = new
+                row[at[[a, b]]] = row[at[[b, a]]]
+            else:
+                features[:, [a, b]] = features[:, [b, a]]
+    return row
+
+
+CLAIMS = dict(swap=swap)
+
+
+# ---- the table
+
+def main(argv):
+    if {"-h", "--help"} & set(argv):
+        print(__doc__ + "\nclaims: " + ", ".join(CLAIMS))
+        return
+    names = [a for a in argv if a != "--json"] or list(CLAIMS)
+    for name in names:
+        if name not in CLAIMS:
+            near = difflib.get_close_matches(name, [*CLAIMS, "--json"], 1)
+            print(f"error: bench.py: no claim '{name}'; " + (f"did you mean '{near[0]}'?" if near else f"there are {', '.join(CLAIMS)}"),
+                  file=sys.stderr)
+            raise SystemExit(2)
+    rows = []
+    for name in names:
+        rows.append(CLAIMS[name]())
+        if "--json" not in argv:
+            print("{name:<14} ours {ours:>9} | other {other:>9} | ratio {ratio:g} ({low:g} to {high:g} in {turns} turns) | target {target} "
+                  "| {device} | {note}".format(**rows[-1]), flush=True)
+    if "--json" in argv:
+        print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
