@@ -6,7 +6,7 @@
 Everything random is keyed, `run.generator(step, micro, "dropout")`, so a run that stops at any step needs nothing but the step to
 go on, on any number of ranks. An error that a file of this repository raises on purpose ends in one sentence and exit status 2.
 """
-import csv, dataclasses, difflib, fcntl, hashlib, inspect, io, json, linecache, os, platform, re, signal, subprocess, sys, time, tokenize
+import dataclasses, difflib, fcntl, hashlib, inspect, io, json, linecache, os, platform, re, signal, subprocess, sys, time, tokenize
 import types, typing
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -223,7 +223,7 @@ class Run:
                 if not getattr(config, "overwrite", False):
                     raise FileExistsError(f"{ckpt} is there already: continue it with init_from=resume, or start over with overwrite=True, "
                                           "or give another out_dir=")
-                for old in [*self.out.glob("*.pt"), *self.out.glob("results*.csv"), self.out / "log.jsonl"]:
+                for old in [*self.out.glob("*.pt"), *self.out.glob("results*"), self.out / "log.jsonl"]:
                     old.unlink(missing_ok=True)
             write_aside(self.out / "config.yaml", self._environment() + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         self.barrier()
@@ -353,30 +353,26 @@ class Run:
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this worker's part of the results table: a score never stands without its chance level, interval and n."""
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n, "options": self.options_hash()}
-        path = self.out / f"results.part-{self.worker}.csv"
-        with open(path, "a", newline="") as f:
-            writer = csv.DictWriter(f, row)
-            if f.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        with open(self.out / f"results.part-{self.worker}.jsonl", "a") as f:
+            f.write(json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()}) + "\n")
 
     def rows(self):
-        """DataFrame of the rows written so far with these options, by any worker: what a sweep started again may skip."""
+        """DataFrame of the rows written so far with these options, by any worker, the last of its keys: what a sweep started again may skip."""
         import pandas as pd
-        files = [f for f in [self.out / "results.csv", *sorted(self.out.glob("results.part-*.csv"))] if f.exists()]
-        table = pd.concat([pd.read_csv(f, dtype={"options": str}) for f in files]) if files else pd.DataFrame(columns=["options"])
-        keys = [c for c in table.columns if c not in ("score", "chance", "low", "high", "n")]
-        return table[table.options == self.options_hash()].drop_duplicates(keys, keep="last")
+        rows = {}
+        for part in sorted(self.out.glob("results.part-*.jsonl")):
+            for line in part.read_text().splitlines():
+                row = json.loads(line) if line.endswith("}") else {}  # a kill may have torn the last one
+                if row.get("options") == self.options_hash():
+                    rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n")))] = row
+        return pd.DataFrame(list(rows.values()))
 
     def merge(self):
-        """Wait for the ranks and write results.csv, one row per measurement, the last one counts. Returns it as a DataFrame."""
+        """Wait for the ranks and write results.csv, tidy, one row per measurement, from all parts (they stay). Returns it as a DataFrame."""
         self.barrier()
         table = self.rows()
         if self.master and len(table):
             write_aside(self.out / "results.csv", table.to_csv(index=False))
-            if self.workers == self.world:  # every worker waited at the barrier; a SLURM array's others may still write theirs
-                for part in self.out.glob("results.part-*.csv"):
-                    part.unlink()
         self.barrier()
         return table
 

@@ -40,7 +40,9 @@ class GPTConfig:
     norm: float = float("inf")        # in this p-norm (1, 2, inf)
     windows: int = 5                  # drawn per layer and micro-batch; 0: all of the sheet
     alpha: float = 0.0                # weight of each layer's spatial loss
-    spatial_kind: str = "relative"    # or 'absolute' (positions.spatial_loss)
+    spatial: str = "activations"      # or 'weights' (positions.weight_loss), of each sublayer's last linear layer
+    factor: float = 3.0               # weights: how much the sheet is shrunk per axis
+    spatial_kind: str = "relative"    # activations: or 'absolute' (positions.spatial_loss)
     accum: str = "mean"               # or 'maximum' over the windows
     tap: str = "sublayer"             # what lies on the sheet: each sublayer's output, or 'residual', the stream after it
     activation_decay: float = 0.0     # weight of each layer's mean squared norm
@@ -89,8 +91,14 @@ class Attention(nn.Module):
             kv, used = cache
             kv[0, :, :, used:used + T], kv[1, :, :, used:used + T] = k, v
             k, v = kv[:, :, :, :used + T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0,
-                                           is_causal=mask is None and k.size(2) == T > 1)
+        dropout = self.dropout if self.training else 0.0
+        if x.device.type == "cpu" and mask is None and not dropout and k.size(2) == T <= 512:
+            # written out, and fused by the compiler, a short context takes less than half the time of torch's fused kernel for CPUs
+            scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5  # (B, H, T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and k.size(2) == T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         for project in (self.c_proj, self.attn_proj):
             y = y if project is None else project(y)
@@ -192,10 +200,12 @@ class GPT(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}")
-        for key, allowed in dict(gelu=("exact", "tanh"), spatial_kind=("relative", "absolute"), accum=("mean", "maximum"),
+        for key, allowed in dict(gelu=("exact", "tanh"), spatial=("activations", "weights"), spatial_kind=("relative", "absolute"), accum=("mean", "maximum"),
                                  tap=("sublayer", "residual")).items():
             if getattr(config, key) not in allowed:
                 raise ValueError(f"{key} must be {' or '.join(allowed)}, not '{getattr(config, key)}'")
+        if config.spatial == "weights" and (config.head_loss or config.activation_decay):
+            raise ValueError("spatial=weights goes with neither head_loss (it needs the attention's projection) nor activation_decay")
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -256,10 +266,15 @@ class GPT(nn.Module):
             return Output(logits=F.linear(x, self.transformer.wte.weight), hidden=kept)
         loss = task = cross_entropy(x, self.transformer.wte.weight, targets)
         spatial = None
-        if losses is not None:
-            spatial, energy = losses.unbind()
+        if windows is not None:
+            spatial, energy = losses.unbind() if self.config.spatial == "activations" else (self.weight_loss(), 0.0)
             loss = task + self.config.alpha * spatial + self.config.activation_decay * energy
         return Output(loss=loss, task=task, spatial=spatial, hidden=kept)
+
+    def weight_loss(self):
+        """TopoLoss summed over the sheets: that of the linear layers whose outputs lie on them."""
+        outputs = [linear.weight for block in self.transformer.h for linear in (block.attn.attn_proj or block.attn.c_proj, block.mlp.c_proj)]
+        return sum(positions.weight_loss(weight, units, self.config.factor) for weight, units in zip(outputs, self.unit_at_cell))
 
     def trunk(self, idx, windows=None, hidden=(), cache=None, position=None, mask=None):
         """Everything before the head: x (B, T, C) after the final LayerNorm, losses (2,) or None, hidden states asked for."""
@@ -270,7 +285,7 @@ class GPT(nn.Module):
         if wrong := [h for h in hidden if h not in names and h not in range(self.config.n_layer + 1)]:
             raise ValueError(f"no hidden state {wrong[0]!r}: there are 0 to {self.config.n_layer} and {names[0]} to {names[-1]}")
         units = near = None
-        if windows is not None:
+        if windows is not None and self.config.spatial == "activations":
             cells = self.window_cells[windows.to(idx.device)]  # (2L, K, n)
             units = self.unit_at_cell.gather(1, cells.flatten(1)).view(self.config.n_layer, 2, *cells.shape[1:])
             near = self.near

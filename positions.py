@@ -159,6 +159,19 @@ def spatial_loss(x, units, near, kind="relative", accum="mean"):
         return loss.max() if accum == "maximum" else loss.mean()
 
 
+def weight_loss(weight, unit_at_cell, factor=3.0):
+    """TopoLoss, the rival (Deb et al. 2025, arXiv 2501.16396): how far the sheet of incoming weights is from its own blurred version.
+
+    weight (C, in): of the linear layer whose output units lie on the sheet; unit_at_cell (C,). The sheet is shrunk bilinearly by `factor` per axis and
+    enlarged again; loss = 1 - mean over cells of the cosine between a cell's weights and its blurred ones, in float32. Needs no activations."""
+    side = sheet_side(len(weight))
+    with torch.autocast(weight.device.type, enabled=False):
+        sheet = weight.float()[unit_at_cell].t().reshape(1, -1, side, side)
+        small = torch.nn.functional.interpolate(sheet, scale_factor=1 / factor, mode="bilinear")
+        blurred = torch.nn.functional.interpolate(small, size=(side, side), mode="bilinear")
+        return 1 - torch.cosine_similarity(sheet, blurred, dim=1).mean()
+
+
 # ---- Moran's I
 
 def moran(values, neighbours="queen"):

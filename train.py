@@ -47,7 +47,9 @@ class Config:
     radius: int = 4                                # windows: cells closer than this to the centre
     norm: float = float("inf")                     # in this p-norm: 1, 2, inf
     windows: int = 5                               # windows drawn per layer and micro-batch; 0: every window of the sheet
-    spatial_kind: Literal["relative", "absolute"] = "relative"  # 1/2 (1 - corr(r, D)), or mean |r - D|
+    spatial: Literal["activations", "weights"] = "activations"  # correlations of responses, or the rival: smoothness of weights (TopoLoss)
+    factor: float = 3.0                            # weights: the sheet is shrunk so much per axis and enlarged again
+    spatial_kind: Literal["relative", "absolute"] = "relative"  # activations: 1/2 (1 - corr(r, D)), or mean |r - D|
     accum: Literal["mean", "maximum"] = "mean"     # over the windows
     tap: Literal["sublayer", "residual"] = "sublayer"  # what lies on the sheet: sublayer outputs, or the residual stream after them
     activation_decay: float = 0.0                  # weight of the mean squared norm of each sheet's activations
@@ -181,7 +183,8 @@ def ngram_losses(train, val, starts, T, vocab_size):
 def build(config, run, folder, vocab_size):
     """The GPT to train and, on resume, the checkpoint it came from."""
     sheet = dict(sheet=config.positions != "none", radius=config.radius, norm=config.norm, windows=config.windows, alpha=config.alpha,
-                 spatial_kind=config.spatial_kind, accum=config.accum, tap=config.tap, activation_decay=config.activation_decay, dropout=config.dropout)
+                 spatial=config.spatial, factor=config.factor, spatial_kind=config.spatial_kind, accum=config.accum, tap=config.tap,
+                 activation_decay=config.activation_decay, dropout=config.dropout)
     shape = dict(block_size=config.block_size, vocab_size=config.vocab_size or math.ceil(vocab_size / 64) * 64, n_layer=config.n_layer,
                  n_head=config.n_head, n_embd=config.n_embd, bias=config.bias, gelu=config.gelu, head_loss=config.head_loss, attn_proj=config.attn_proj)
     if config.alpha and not sheet["sheet"]:

@@ -85,12 +85,12 @@ def test_results_stand_beside_their_chance(tmp_path):
     with pytest.raises(TypeError):
         run.result(0.5)
     run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
-    run.result(0.6, 0.5, 0.5, 0.7, 100, lag=200)
+    run.result(0.6, 0.5, np.float64(0.5), float("nan"), np.int64(100), note="no interval", lag=200)  # keys in any order, and new ones
     assert list(run.merge().lag) == [0, 200]
     run.close()
     again = open_run()
     assert list(again.rows().lag) == [0, 200]  # skipped by a sweep that starts again
-    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200)
+    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="no interval")
     assert list(again.merge().score) == [0.7, 0.8]  # the last one counts
     again.close()
     other = open_run(learning_rate=0.1)

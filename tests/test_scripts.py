@@ -27,6 +27,10 @@ SCRIPTS = [
            trains=True, wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]}),
     Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
+    Script("topography", ["lm={lm}", "stimuli={stimuli}", "pairs={pairs}", "dataset={data}", "shuffles=10", "ablate=[2]", "random_sets=1", "val_batches=1",
+                          "device=cpu"],
+           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "stimuli=nosuch": ["nosuch"], "contrasts=a>q": ["'q'", "there are a, b"],
+                  "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
@@ -40,7 +44,9 @@ def given(tmp_path_factory):
     make_dataset(folder / "data")
     train = next(s for s in SCRIPTS if s.name == "train")
     run("train", *[o.format(data=folder / "data") for o in train.options], "max_iters=2", f"out_dir={folder / 'lm'}")
-    return dict(data=folder / "data", lm=folder / "lm")
+    (folder / "stimuli.csv").write_text("text,condition\n" + "".join(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}\n" for i in range(20)))
+    (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
+    return dict(data=folder / "data", lm=folder / "lm", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
 
 
 def options(script, given, out):
@@ -138,6 +144,15 @@ def test_stopped_by_a_signal_and_resumed(script, given, whole, tmp_path):
 def test_two_ranks_are_one(script, given, whole, tmp_path):
     run(script.name, *options(script, given, tmp_path / "run"), ranks=2)
     agree(state(tmp_path / "run"), state(whole / script.name))
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if not s.trains and s.name != "sample"], ids=lambda s: s.name)
+def test_it_runs_and_runs_again(script, given, tmp_path):
+    tables = []
+    for extra in ([], ["overwrite=True"] if script.name == "init_pos" else []):
+        run(script.name, *options(script, given, tmp_path / "run"), *extra)
+        tables.append((tmp_path / "run/results.csv").read_text())
+    assert tables[0] == tables[1] and list((tmp_path / "run").glob("*.png"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
