@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import positions
+import topography
 from model import GPT, GPTConfig
 
 
@@ -45,6 +46,7 @@ def row(name, ours, other, target, device, note=""):
 
 
 def cpu():
+    """The CPU as the table names it."""
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
@@ -115,7 +117,47 @@ def recomputing_swaps(x, unit_at_cell, cells, near, trials, seed, per_window=50)
     return row
 
 
-CLAIMS = dict(swap=swap)
+class Here:
+    """What a measuring function of a script needs of a Run: this machine's device, and its precision."""
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
+
+
+class Words:
+    """A tokenizer whose texts are numbers: what encoding costs is left out on both sides."""
+
+    eot = 0
+
+    def encode(self, text):
+        return list(map(int, text.split()))
+
+
+def minimal_pairs(turns=5, pairs=500):
+    """Log-probabilities of both sentences of minimal pairs of 6 to 16 tokens under the embedded model's shape: in batches by length, against one
+    sentence at a time, in the same precision."""
+    model = GPT(GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256, bias=False)).to(Here.device).eval()
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(1, 4096, n))) for n in rng.integers(6, 17, 2 * pairs)]
+
+    def score(budget):
+        return topography.sentence_logprobs(Here(), model, Words(), texts, budget)
+
+    score(4096), score(1)  # warm up
+    ours, other = [], []
+    for _ in range(turns):
+        taken, together = seconds(partial(score, 4096))
+        ours.append(taken)
+        taken, single = seconds(partial(score, 1))  # a budget of one token: every sentence alone
+        other.append(taken)
+    assert np.abs(together - single).max() < 0.02 * np.abs(single).max(), "batched and single scores differ"
+    return row("minimal_pairs", ours, other, ">= 5", cpu(), f"{2 * pairs} sentences, {str(Here.dtype)[6:]}")
+
+
+CLAIMS = dict(swap=swap, minimal_pairs=minimal_pairs)
 
 
 # ---- the table

@@ -151,7 +151,7 @@ class Run:
     def __init__(self, config):
         import torch
         import torch.distributed as dist
-        self.config, self.start, self.stopped = config, time.time(), 0
+        self.config, self.start, self.stopped, self._asks = config, time.time(), 0, False
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
         if "SLURM_ARRAY_TASK_COUNT" in os.environ:  # an array of independent jobs: a worker each
@@ -165,6 +165,7 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            self._flags = dist.new_group(backend="gloo")  # numbers travel beside the GPU, which need not stop for them
         self.seed = config.seed
         torch.manual_seed(key_seed(self.seed))
         if getattr(config, "deterministic", False):
@@ -262,19 +263,21 @@ class Run:
             save_checkpoint(self.out / name, state)
 
     def load(self, name):
-        """Checkpoint out_dir/name (or a path) as a dict on the CPU; raises with one sentence where it is missing, torn, foreign or newer."""
+        """Checkpoint out_dir/name as a dict on the CPU; raises with one sentence where it is missing, torn, foreign or newer."""
         from model import load_checkpoint
-        return load_checkpoint(self.out / name if not os.path.exists(name) else name)
+        return load_checkpoint(self.out / name)
 
     # -- ranks, signals, randomness
 
     def _on_signal(self, number, frame):
-        if self.stopped:  # asked twice: at once
+        if self.stopped or not self._asks:  # asked twice, or the script never looks: at once
             raise SystemExit(128 + number)
         self.stopped = number
 
     def stopping(self):
-        """At a step boundary: has any rank been asked to stop? Every rank gets the same answer (the signal's number, 0 for none)."""
+        """At a step boundary: has any rank been asked to stop? Every rank gets the same answer (the signal's number, 0 for none). A script that
+        never calls this ends at once when asked to."""
+        self._asks = True
         self.stopped = int(self.reduce(self.stopped, "max"))
         return self.stopped
 
@@ -284,9 +287,14 @@ class Run:
             return value
         import torch
         import torch.distributed as dist
-        tensor = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64).to(self.device).clone()
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
-        return tensor if torch.is_tensor(value) else tensor.item()
+        op = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        if torch.is_tensor(value):
+            tensor = value.to(self.device).clone()
+            dist.all_reduce(tensor, op)
+            return tensor
+        number = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(number, op, group=self._flags)
+        return number.item()
 
     def barrier(self):
         """Wait for every rank."""
@@ -334,7 +342,7 @@ class Run:
     def _open_wandb(self):
         import wandb
         id_file = self.out / "wandb_id.txt"
-        if self.config.init_from != "resume" or not id_file.exists():
+        if getattr(self.config, "init_from", "") != "resume" or not id_file.exists():
             id_file.write_text(wandb.util.generate_id())
         return wandb.init(project=self.config.wandb_project, name=self.out.name, id=id_file.read_text(), resume="allow", dir=str(self.out),
                           config=dataclasses.asdict(self.config))

@@ -26,6 +26,8 @@ import positions
 
 @dataclass
 class GPTConfig:
+    """Shape of a GPT and what lies on its sheets; travels in checkpoints as model_args."""
+
     block_size: int = 1024            # longest context, tokens
     vocab_size: int = 50304
     n_layer: int = 12
@@ -106,6 +108,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers, four times as wide between them, with a GELU."""
+
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)

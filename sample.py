@@ -55,7 +55,7 @@ def main(config):
             if not so_far.endswith("\ufffd"):  # a character may take several tokens
                 print(so_far[shown:], end="", flush=True)
                 shown = len(so_far)
-            if run.stopped:
+            if run.stopping():
                 break
     texts = [text + tokenizer.decode(row) for row in rows]
     print(tokenizer.decode(rows[0])[shown:])

@@ -414,6 +414,7 @@ def main(config):
     peak, clock, clock_step = peak_flops(run.device), time.time(), step
     sheets = 2 * model.config.n_layer
     bar = run.progress(config.max_iters, step, "train")
+    run.stopping()  # from here on a signal waits for the end of a step
     while True:
         ends = config.eval_only or step >= config.max_iters
         if ends or step % config.eval_interval == 0 and step != resumed:

@@ -54,3 +54,4 @@ def refused(script, *options, says, **kwargs):
     assert "Traceback" not in err and len(lines) == 1, err
     for words in says:
         assert words in lines[0], lines[0]
+    return lines[0]

@@ -223,8 +223,8 @@ def test_checkpoints_that_do_not_fit(dataset, tmp_path):
 
 def test_the_sentence_reaches_the_user(dataset, tmp_path):
     """The whole way once: process, stderr, exit status 2."""
-    refused("train", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", "n_embd=18", "n_head=2", "device=cpu", says=["n_embd=18", "square"])
-    refused("train", "learning_rat=1", says=["learning_rat", "'learning_rate'"])
+    assert refused("train", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", "n_embd=18", "n_head=2", "device=cpu", says=["n_embd=18", "square"])
+    assert refused("train", "learning_rat=1", says=["learning_rat", "'learning_rate'"])
 
 
 def test_run_is_made_for_scripts(tmp_path):
