@@ -18,9 +18,11 @@ demo: setup
 	$(BIN)/python data/pydocs/prepare.py
 	$(BIN)/python train.py $(call RESUME,out/train)
 	$(BIN)/python sample.py prompt="The function returns" max_new_tokens=100
+	$(BIN)/python topography.py
 	@echo
 	@echo "loss curve:   out/train/loss.png"
 	@echo "the sheets:   out/train/sheets.png"
+	@echo "contrasts:    out/topography/map_sentences_nonwords.png, summary.png"
 
 test: setup
 	$(BIN)/ruff check .

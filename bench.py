@@ -146,10 +146,10 @@ def minimal_pairs(turns=5, pairs=500):
     def score(budget):
         return topography.sentence_logprobs(Here(), model, Words(), texts, budget)
 
-    score(4096), score(1)  # warm up
+    score(2048), score(1)  # warm up
     ours, other = [], []
     for _ in range(turns):
-        taken, together = seconds(partial(score, 4096))
+        taken, together = seconds(partial(score, 2048))
         ours.append(taken)
         taken, single = seconds(partial(score, 1))  # a budget of one token: every sentence alone
         other.append(taken)

@@ -3,6 +3,7 @@
     python topography.py                                            # the model of `python train.py`, embedded stimuli, offline
     python topography.py twin=out/train_alpha0                      # beside its twin without topography
     python topography.py config/topography_localizer.yaml           # your own stimuli: any CSV with a text and a condition column
+    python topography.py sweep=out/a,out/b,out/c                    # runs of train.py: Moran's I against validation loss, one figure
     python topography.py lm=gpt2 pairs=path/to/blimp                # any causal language model: minimal pairs only
 
 Maps are unsmoothed: blurring alone raises Moran's I to about 0.6 on a model without topography. Every Moran's I stands beside that of shuffled
@@ -23,6 +24,8 @@ import scipy.ndimage
 import scipy.optimize
 import scipy.stats
 import torch
+import yaml
+from torch.nn import functional as F
 
 import positions
 from configurator import Run, configure, key_seed
@@ -36,6 +39,7 @@ class Config:
     # ---- model
     lm: str = "out/train"                  # run folder, checkpoint, or Hugging Face causal LM (no sheets: minimal pairs only)
     twin: str = ""                         # its twin without topography, shown beside it
+    sweep: list[str] = field(default_factory=list)  # run folders of train.py to compare instead: strengths, spatial=activations or weights
     # ---- stimuli
     stimuli: str = "localizer"             # dataset under data/, a CSV, or a folder of CSVs (Fedorenko's localizer, Moseley's and other word lists)
     text_column: str = "text"              # of such a CSV
@@ -55,7 +59,7 @@ class Config:
     random_sets: int = 3                   # as many random units, drawn so often
     dataset: str = "pydocs"                # its validation text gives the loss under ablation, and the curves
     val_batches: int = 8                   # of 16 windows
-    batch_tokens: int = 4096               # tokens per forward pass
+    batch_tokens: int = 2048               # tokens per forward pass
     # ---- run
     out_dir: str = "out/topography"        # results.csv and figures
     seed: int = 1337                       # shuffles, random units
@@ -158,7 +162,7 @@ def responses(run, model, tokenizer, texts, batch_tokens):
 
 
 @torch.no_grad()
-def sentence_logprobs(run, model, tokenizer, texts, batch_tokens=4096, size=None):
+def sentence_logprobs(run, model, tokenizer, texts, batch_tokens=2048, size=None):
     """Log-probability (nats) of each whole sentence behind the end-of-text token; no pad token is scored. Batched by length. (N,) float64.
     model: our GPT, or a Hugging Face causal LM."""
     size = size or (model.config.block_size if isinstance(model, GPT) else model.config.max_position_embeddings)
@@ -168,7 +172,7 @@ def sentence_logprobs(run, model, tokenizer, texts, batch_tokens=4096, size=None
         idx = pad([rows[i] for i in batch], run.device)
         with run.autocast():
             logits = model(idx).logits[:, :-1].float()  # (B, T - 1, V)
-        right = logits.gather(2, idx[:, 1:, None])[..., 0] - logits.logsumexp(2)  # (B, T - 1)
+        right = -F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(idx), -1)  # (B, T - 1)
         for row, i in zip(right.double().cpu().numpy(), batch):
             scores[i] = row[:len(rows[i]) - 1].sum()
     return scores
@@ -531,8 +535,52 @@ def geometry(run, config, label, model, layout, batch, t, localizer, data):
     return np.arange(1, side), np.mean(curves, 0)
 
 
+def compare(run, config):
+    """Moran's I of the response maps (unsmoothed, mean over contrasts and sheets, 95 % interval over them) of every run in `sweep` against its
+    validation loss: sweep.png and rows of results.csv."""
+    embedded = not Path(config.stimuli).exists()
+    stimuli = read_stimuli(run.dataset(config.stimuli) / "localizer.csv" if embedded else config.stimuli, config.text_column, config.condition_column)
+    condition, data = stimuli.condition.to_numpy(), f"{config.stimuli}, synthetic" if embedded else str(config.stimuli)
+    contrasts, points = find_contrasts(config, condition), []
+    for folder in config.sweep:
+        results = Path(folder) / "results.csv"
+        if not results.exists():
+            raise FileNotFoundError(f"sweep={folder} holds no results.csv: finish that run of train.py first, or leave it out")
+        options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+        loss = pd.read_csv(results).query("metric == 'val_loss'").score.iloc[-1]
+        model, tokenizer = load_lm(folder)
+        x, layout = responses(run, model.to(run.device).eval(), tokenizer, stimuli.text, config.batch_tokens), model.unit_at_cell.cpu().numpy()
+        rng, scores, null = np.random.default_rng(key_seed(config.seed, "sweep")), [], []
+        for sides in contrasts.values():
+            a, b = (np.flatnonzero(np.isin(condition, side)) for side in sides)
+            scores.append(positions.moran(contrast_map(x, a, b, layout)))
+            null.append(positions.moran(contrast_map(x, a, b, rng.permuted(layout, axis=1))))
+        score, half = np.mean(scores), 1.96 * np.std(scores, ddof=1) / np.sqrt(np.size(scores))
+        kind = "none" if not options["alpha"] else options["spatial"]
+        points.append((kind, options["alpha"], loss, score, half))
+        run.result(score, np.mean(null), score - half, score + half, np.size(scores), measure="moran", model=folder, contrast="mean", sheet="mean", blur=0.0,
+                   data=data, spatial=kind, alpha=options["alpha"], val_loss=loss)
+        run.print(f"{folder}: spatial={kind} alpha={options['alpha']}: validation loss {loss:.3f}, Moran's I {score:.3f} [{score - half:.3f}, "
+                  f"{score + half:.3f}] beside {np.mean(null):.3f} of shuffled positions, n = {np.size(scores)} maps")
+    fig, ax = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
+    for kind in dict.fromkeys(p[0] for p in points):
+        part = sorted(p[1:] for p in points if p[0] == kind)
+        ax.errorbar([p[1] for p in part], [p[2] for p in part], yerr=[p[3] for p in part], marker="o", capsize=3, label={"none": "alpha = 0"}.get(kind, kind))
+        for alpha, loss, score, _ in part:
+            ax.annotate(f"{alpha:g}", (loss, score), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="validation loss (nats per token)", ylabel="Moran's I of contrast maps, unsmoothed (95 %)")
+    ax.axhline(0, c="0.8", lw=0.8, zorder=0)
+    ax.legend(title="spatial loss on")
+    ax.set_title(f"topography against loss, by strength alpha; {data}", fontsize=10)
+    fig.savefig(run.out / "sweep.png", dpi=130)
+    run.merge()
+    run.close()
+
+
 def main(config):
     run = Run(config)
+    if config.sweep:
+        return compare(run, config)
     models = {"model": load_any(config.lm)} | ({"twin": load_any(config.twin)} if config.twin else {})
     for model, _ in models.values():
         model.to(run.device).eval()

@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import tiktoken
 
+from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +26,15 @@ def make_dataset(folder, train=20_000, val=4_000, seed=0):
     steps = np.where(rng.random(train + val) < 0.8, 1, rng.integers(0, 32, train + val))
     ids = (np.cumsum(steps) % 32 + 64).astype(np.uint16)
     write_dataset(folder, {"train": [ids[:train]], "val": [ids[train:]]}, state_of(byte_tokenizer()), synthetic=True)
+    return folder
+
+
+def make_sentences(folder, n=120, seed=0):
+    """A task of labelled texts: the label is the first letter."""
+    rng = np.random.default_rng(seed)
+    rows = [dict(split=("train", "train", "val", "test")[i % 4], label=(a := "xy"[int(rng.integers(2))]),
+                 text=f"{a}{'abcdefgh'[:int(rng.integers(2, 9))]}{i}", group=i) for i in range(n)]
+    write_tasks(folder, {"letter": dict(frame=pd.DataFrame(rows), kind="classification", labels=["x", "y"], description="first letter")}, synthetic=True)
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, refused, run, start
+from helpers import make_dataset, make_sentences, refused, run, start
 
 
 @dataclass
@@ -25,12 +25,18 @@ SCRIPTS = [
                      "tokens_per_step=128", "max_iters=12", "eval_interval=4", "eval_batches=4", "save_interval=3", "log_interval=1", "warmup_iters=2",
                      "compile=False", "device=cpu", "dtype=float32", "baseline_tokens=0"],
            trains=True, wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]}),
+    Script("finetune", ["lm={lm}", "dataset={sentences}", "task=letter", "batch_size=2", "texts_per_step=8", "alpha_scale=0.5", "dropout=0.1",
+                        "max_iters=12", "eval_interval=4", "save_interval=3", "log_interval=1", "warmup_iters=2", "patience=0", "resamples=10",
+                        "device=cpu", "dtype=float32"],
+           trains=True, wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "task=nosuch": ["nosuch", "letter"],
+                               "mode=some": ["mode", "full or head or last_k"], "dataset=nosuch": ["nosuch"],
+                               "init_from=gpt2": ["init_from", "lm or resume"]}),
     Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
     Script("topography", ["lm={lm}", "stimuli={stimuli}", "pairs={pairs}", "dataset={data}", "shuffles=10", "ablate=[2]", "random_sets=1", "val_batches=1",
                           "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "stimuli=nosuch": ["nosuch"], "contrasts=a>q": ["'q'", "there are a, b"],
-                  "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"]}),
+                  "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"], "sweep=nosuch": ["nosuch", "results.csv"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
@@ -46,7 +52,8 @@ def given(tmp_path_factory):
     run("train", *[o.format(data=folder / "data") for o in train.options], "max_iters=2", f"out_dir={folder / 'lm'}")
     (folder / "stimuli.csv").write_text("text,condition\n" + "".join(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}\n" for i in range(20)))
     (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
-    return dict(data=folder / "data", lm=folder / "lm", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
+    make_sentences(folder / "sentences")
+    return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
 
 
 def options(script, given, out):
