@@ -42,7 +42,7 @@ class Config:
     sweep: list[str] = field(default_factory=list)  # run folders of train.py to compare instead: strengths, spatial=activations or weights
     # ---- stimuli
     stimuli: str = "localizer"             # dataset under data/, a CSV, or a folder of CSVs (Fedorenko's localizer, Moseley's and other word lists)
-    text_column: str = "text"              # of such a CSV
+    text_column: str = "text"              # of such a CSV; several columns, as of Hauptman's word pairs: word1,word2
     condition_column: str = "condition"    # of such a CSV; several columns: category,class
     contrasts: list[str] = field(default_factory=list)  # A>B or A+B>C+D of conditions; none: those of the set, or every pair of conditions
     localizer: str = ""                    # the contrast that selects units; "": the first
@@ -90,10 +90,10 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
         elif {"word", "category", "class"} <= set(table.columns):
             part = pd.DataFrame(dict(text=table["word"], condition=table["category"] + " " + table["class"]))
         else:
-            wanted = [text_column, *condition_column.split(",")]
-            if missing := [c for c in wanted if c not in table.columns]:
+            texts, conditions = text_column.split(","), condition_column.split(",")
+            if missing := [c for c in texts + conditions if c not in table.columns]:
                 raise ValueError(f"{file} has no column '{missing[0]}', only {', '.join(table.columns)}: set text_column= and condition_column=")
-            part = pd.DataFrame(dict(text=table[text_column], condition=table[condition_column.split(",")].agg(" ".join, axis=1)))
+            part = pd.DataFrame(dict(text=table[texts].agg(" ".join, axis=1), condition=table[conditions].agg(" ".join, axis=1)))
         if (part.text.str.strip() == "").any():
             raise ValueError(f"{file}, line {2 + int((part.text.str.strip() == '').to_numpy().argmax())}: the text is empty")
         parts.append(part)

@@ -455,7 +455,6 @@ def main(config):
                 run.log(step, **numbers, grad_norm=norm.item(), lr=lr_share(step - 1, config) * config.learning_rate, tokens_per_s=round(speed), **mfu)
     bar.close()
     if run.master and not run.stopped and not config.eval_only:
-        before = None
         plot_losses(run, baselines)
         if model.config.sheet:
             before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)

@@ -140,6 +140,7 @@ def test_stimuli_in_the_known_layouts(tmp_path):
     assert T.read_stimuli(tmp_path / "m.csv").condition.tolist() == ["abstract noun", "concrete verb"]
     (tmp_path / "o.csv").write_text("sentence,a,b\nhello there,x,y\nnull,x,z\n")
     assert T.read_stimuli(tmp_path / "o.csv", "sentence", "a,b").values.tolist() == [["hello there", "x y"], ["null", "x z"]]
+    assert T.read_stimuli(tmp_path / "o.csv", "sentence,b", "a").values.tolist() == [["hello there y", "x"], ["null z", "x"]]
     for text, words in (("text,kind\na,b\n", "no column 'condition', only text, kind"), ("text,condition\n ,b\n", "line 2: the text is empty")):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
