@@ -7,7 +7,8 @@
     python topography.py lm=gpt2 pairs=path/to/blimp                # any causal language model: minimal pairs only
 
 Maps are unsmoothed: blurring alone raises Moran's I to about 0.6 on a model without topography. Every Moran's I stands beside that of shuffled
-positions. Fedorenko et al. 2010 (localizer); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Warstadt et al. 2020 (BLiMP).
+positions (does place matter?) and of shuffled labels (is it this contrast, or are neighbours alike in whatever they do?).
+Fedorenko et al. 2010 (localizer); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Warstadt et al. 2020 (BLiMP).
 """
 import re
 from dataclasses import dataclass, field
@@ -267,6 +268,15 @@ def moran_of_contrast(x, a, b, unit_at_cell, rng, shuffles, fwhm=0.0, parts=20):
     return observed, observed - half, observed + half, null
 
 
+def shuffled_labels(x, a, b, unit_at_cell, rng, shuffles):
+    """Moran's I (shuffles,), mean over sheets, of the contrast with its stimuli dealt to the two sides at random: how smooth the map of nothing is."""
+    both, found = np.concatenate([a, b]), []
+    for _ in range(shuffles):
+        dealt = rng.permutation(both)
+        found.append(np.nanmean(positions.moran(contrast_map(x, dealt[:len(a)], dealt[len(a):], unit_at_cell))))
+    return np.array(found)
+
+
 def clusters(t, smallest, stop=0.0):
     """Regions of one map t (side, side): from the highest unclaimed cell, the best neighbour (of four) is taken as long as its t is above `stop`;
     regions of fewer than `smallest` cells are dropped. Labels (side, side), 0 for none, 1 the region with the highest peak."""
@@ -382,6 +392,7 @@ def plot_summary(path, title, rows, curves, profile, ablation):
         x = np.arange(len(part)) + 0.2 * k
         axes[0].errorbar(x, part.score, yerr=[part.score - part.low, part.high - part.score], fmt="o", label=label, capsize=2)
         axes[0].plot(x, part.chance, "_", c="gray", ms=12, label="shuffled positions" if k == 0 else None)
+        axes[0].plot(x, part["labels"], "_", c="C3", ms=12, label="shuffled labels" if k == 0 else None)
     axes[0].set_xticks(range(len(part)), [c.replace(">", "\n> ").replace("+", "\n+ ") for c in part.contrast], fontsize=6)
     axes[0].set_title("Moran's I of t-maps, mean over sheets (95 %)", fontsize=9)
     axes[0].legend(fontsize=7)
@@ -433,7 +444,12 @@ def show_maps(run, config, models, x, layout, condition, contrasts, data):
                           f"{mean['high']:.3f}] beside {mean['chance']:.3f} of shuffled positions, mean over {len(names)} sheets; "
                           f"{significant:.0%} of units significant (FDR {config.fdr})")
                 if not fwhm:
-                    rows.append(dict(model=label, contrast=contrast, **mean))
+                    labels = shuffled_labels(x[label], a, b, layout[label], rng, min(60, config.shuffles))
+                    low, high = np.quantile(labels, [0.025, 0.975])  # of the null: units that vary together make any map smooth
+                    run.result(mean["score"], labels.mean(), low, high, len(labels), sheet="mean", **{**keys, "measure": "moran beside shuffled labels"})
+                    run.print(f"    shuffled labels give {labels.mean():.3f} [{low:.3f}, {high:.3f}]: the contrast itself is "
+                              f"{'mapped beyond' if mean['score'] > high else 'no smoother than'} what correlated neighbours do to any map")
+                    rows.append(dict(model=label, contrast=contrast, labels=labels.mean(), **mean))
                     shown.append((label, contrast_map(x[label], a, b, layout[label]), scores, names))
         plot_contrast(run.out / f"map_{re.sub(r'[^a-z0-9A-Z]+', '_', contrast)}.png", f"{contrast}: Welch t of every unit on its sheet, unsmoothed; "
                       f"{data} ({len(a)} against {len(b)}); I: Moran's I (shuffled positions {rows[-1]['chance']:.2f})", shown)

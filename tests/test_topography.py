@@ -92,6 +92,8 @@ def test_a_planted_block_is_mask_and_cluster():
     assert T.clusters(maps, smallest=10, stop=4.0).max() == 0
     scores, low, high, null = T.moran_of_contrast(x, np.arange(40), np.arange(40, 80), layout, rng, 200)
     assert null.mean() == pytest.approx(-1 / 63, abs=0.02) and low[0] < scores[0] < high[0] and scores[0] > null.max()
+    labels = T.shuffled_labels(x, np.arange(40), np.arange(40, 80), layout, rng, 40)
+    assert scores[0] > labels.max()  # independent units but for the block: a map of nothing is rough
     blurred, _, _, blurred_null = T.moran_of_contrast(x, np.arange(40), np.arange(40, 80), layout, rng, 20, fwhm=3.0)
     assert blurred_null.mean() > 0.4  # smoothing alone raises Moran's I: its null must be its own
 
