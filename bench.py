@@ -12,12 +12,16 @@ import difflib
 import json
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import positions
 import topography
@@ -48,6 +52,11 @@ def row(name, ours, other, target, device, note=""):
 def cpu():
     """The CPU as the table names it."""
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def device():
+    """What the model runs on, as the table names it."""
+    return torch.cuda.get_device_name() if Here.device.type == "cuda" else cpu()
 
 
 # ---- claims
@@ -157,7 +166,159 @@ def minimal_pairs(turns=5, pairs=500):
     return row("minimal_pairs", ours, other, ">= 5", cpu(), f"{2 * pairs} sentences, {str(Here.dtype)[6:]}")
 
 
-CLAIMS = dict(swap=swap, minimal_pairs=minimal_pairs)
+def random_tokens(rows, length, vocab_size):
+    """idx, targets (rows, length) with a language's word frequencies: there is something to learn."""
+    words = np.random.default_rng(0).zipf(1.2, 40 * rows * (length + 1))
+    batch = torch.as_tensor(words[words < vocab_size][:rows * (length + 1)]).view(rows, length + 1).to(Here.device)
+    return batch[:, :-1], batch[:, 1:]
+
+
+def plain_loss(model, idx, targets):
+    """The loss as one writes it first: fused attention of the library, the whole batch's logits, the precision of the weights."""
+    (B, T), t, heads = idx.shape, model.transformer, model.config.n_head
+    x = t.wte(idx) + t.wpe(torch.arange(T, device=idx.device))
+    for block in t.h:
+        q, k, v = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        x = x + block.attn.c_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, -1))
+        x = x + block.mlp.c_proj(F.gelu(block.mlp.c_fc(block.ln_2(x))))
+    return F.cross_entropy(F.linear(t.ln_f(x), t.wte.weight).flatten(0, 1), targets.flatten())
+
+
+TRAINED = dict(block_size=256, vocab_size=50304, n_layer=6, n_head=6, n_embd=384, bias=False)
+
+
+def stepper(ours, batch=8):
+    """A training step of the shape above: compiled, in half precision, with the chunked head and a fused optimiser; or plain, eager, float32."""
+    model = GPT(GPTConfig(**TRAINED)).to(Here.device)
+    if ours:
+        model.compile_blocks()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=ours, foreach=None if ours else False)
+    idx, targets = random_tokens(batch, TRAINED["block_size"], TRAINED["vocab_size"])
+
+    def step():
+        if ours:
+            with Here().autocast():
+                loss = model(idx, targets).loss
+        else:
+            loss = plain_loss(model, idx, targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step
+
+
+def train_step(turns=24):
+    """A training step, alpha = 0: 6 layers x 384, 8 x 256 tokens, vocabulary 50,304, against a plain model in eager float32."""
+    steps = stepper(True), stepper(False)
+    times, losses = ([], []), ([], [])
+    for _ in range(2 + 2 * turns):  # 50 steps of each; the first two warm up
+        for step, took, loss in zip(steps, times, losses):
+            taken, value = seconds(step)
+            took.append(taken)
+            loss.append(value)
+    apart = abs(losses[0][-1] / losses[1][-1] - 1)
+    assert apart < 0.01, f"after {len(losses[0])} steps the losses {losses[0][-1]:.4f} and {losses[1][-1]:.4f} differ"
+    return row("train_step", times[0][2:], times[1][2:], ">= 4", device(), f"loss after {len(losses[0])} steps {losses[0][-1]:.3f} and {losses[1][-1]:.3f}")
+
+
+def peak_memory(claim):
+    """Peak resident memory (bytes) of a process of its own that runs `claim`, an expression over this module, or on a GPU the allocator's peak."""
+    code = f"import resource, torch, bench; {claim}; print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else " \
+           "1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def train_memory(turns=3):
+    """Peak memory of the step of train_step, each side in its own process (what importing torch takes is in both)."""
+    peaks = [[peak_memory(f"step = bench.stepper({ours}); [step() for _ in range(3)]") / 1e9 for ours in (True, False)] for _ in range(turns)]
+    ours, other = zip(*peaks)
+    return limit("train_memory", ours, other, "<= 0.6", device(), "GB")
+
+
+def limit(name, ours, other, target, device, unit, note=""):
+    """A row whose target is an upper limit: ratio is ours over the other."""
+    ratios = [a / b for a, b in zip(ours, other)]
+    return dict(name=name, ours=f"{statistics.median(ours):.3g} {unit}", other=f"{statistics.median(other):.3g} {unit}",
+                ratio=round(statistics.median(ratios), 3), low=round(min(ratios), 3), high=round(max(ratios), 3), turns=len(ratios),
+                target=target, device=device, note=note)
+
+
+def spatial_share(turns=20, windows=5, target="<= 0.05", name="spatial_share"):
+    """The spatial loss, forward and backward alone, over the whole compiled step: 12 layers x 784 units, 4 x 256 tokens, all of them, radius 5."""
+    model = GPT(GPTConfig(block_size=256, vocab_size=50304, n_layer=12, n_head=16, n_embd=784, bias=False, sheet=True, radius=5, windows=windows,
+                          alpha=2.5)).to(Here.device)
+    model.compile_blocks()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    (idx, targets), generator = random_tokens(4, 256, 50304), torch.Generator().manual_seed(0)
+    taps = [torch.randn(4, 256, 784, device=Here.device).to(Here.dtype).requires_grad_() for _ in range(24)]
+    loss_of = torch.compile(lambda x, units, near: positions.spatial_loss(x, units, near))
+
+    def step():
+        with Here().autocast():
+            loss = model(idx, targets, model.draw_windows(generator)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def spatial():
+        units, near = model.sheets(model.draw_windows(generator))
+        sum(loss_of(x, u, near) for x, u in zip(taps, units.flatten(0, 1))).backward()
+
+    warm, _ = seconds(step)
+    drawn = model.draw_windows(generator)
+    units, near = model.sheets(drawn)
+    oracle = positions.spatial_loss(taps[0].detach().float(), model.unit_at_cell[0][model.window_cells[drawn[0]]], model.near)
+    assert abs(oracle - loss_of(taps[0], units[0, 0], near)) < 1e-5, "the loss is not the float32 one"
+    spatial()
+    share, whole = [], []
+    for _ in range(turns):
+        whole.append(seconds(step)[0])
+        share.append(seconds(spatial)[0])
+    return limit(name, share, whole, target, device(), "s", f"first step, compilation included: {warm:.1f} s")
+
+
+def spatial_every():
+    """The same with every window of the sheet."""
+    return spatial_share(10, 0, "<= 0.10", "spatial_every")
+
+
+def generate(turns=3, dtype=torch.float32, target=">= 1.2", name="generate"):
+    """Greedy generation, GPT-2 124M shape, 8 prompts of 16 tokens, 128 new ones, against Hugging Face's generate with the same weights."""
+    from transformers import GPT2LMHeadModel
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, gelu="tanh"))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        theirs = GPT2LMHeadModel.from_pretrained(folder).to(Here.device, dtype).eval()
+    model = model.to(Here.device, dtype).eval()
+    prompts = torch.as_tensor(np.random.default_rng(0).integers(0, 50257, (8, 16))).to(Here.device)
+
+    def ours(n=128):
+        return model.generate(prompts.tolist(), n, temperature=0)
+
+    def other(n=128):
+        with torch.no_grad():
+            return theirs.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                   pad_token_id=0)[:, 16:].tolist()
+
+    ours(8), other(8)  # warm up
+    times = []
+    for _ in range(turns):
+        (a, mine), (b, yours) = seconds(ours), seconds(other)
+        times.append((a, b))
+    same = np.mean(np.array(mine) == np.array(yours))
+    assert dtype is not torch.float32 or same == 1, "the tokens differ"
+    return row(name, *zip(*times), target, device(), f"{str(dtype)[6:]}, {same:.0%} of the tokens the same")
+
+
+def generate_half():
+    """The same in bfloat16."""
+    return generate(dtype=torch.bfloat16, target=">= 1.5", name="generate_half")
+
+
+CLAIMS = dict(train_step=train_step, train_memory=train_memory, spatial_share=spatial_share, spatial_every=spatial_every, swap=swap,
+              generate=generate, generate_half=generate_half, minimal_pairs=minimal_pairs)
 
 
 # ---- the table

@@ -134,7 +134,8 @@ class Block(nn.Module):
 
     def forward(self, x, units=None, near=None, cache=None, mask=None, taps=False):
         """x (B, T, C) → x, losses, taps. units (2, K, n): the units in each window of the two sheets (None: no losses), near (n, n): their
-        closeness. losses (2,): spatial loss and energy summed over both sheets. taps: the activations on both sheets, on request."""
+        closeness; for every window of the sheet units (2, C), unit_at_cell, and near a WholeSheet. losses (2,): spatial loss and energy summed
+        over both sheets. taps: the activations on both sheets, on request."""
         attn = self.attn(self.ln_1(x), cache, mask)
         x = x + attn
         tap_1 = x if self.residual else attn
@@ -151,28 +152,21 @@ class Block(nn.Module):
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, a chunk of tokens at a time; the gradient is made in the same pass, so neither
-    logits nor probabilities outlive their chunk. x (N, C), weight (V, C), targets (N,) int64 with -1 for "do not count"."""
+    logits nor probabilities outlive their chunk. x (N, C), weight (V, C), targets (N,) int64 with -1 for "do not count"; softmax: nats_of, or
+    nats_of compiled."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, chunk, dtype, grad):
+    def forward(ctx, x, weight, targets, chunk, dtype, softmax, grad):
         w = weight.to(dtype)
         total = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
+        logits = torch.empty(min(chunk, len(x)), len(w), dtype=dtype, device=x.device)  # one chunk's memory for all of them
         for at in range(0, len(x), chunk):
-            rows, y = x[at:at + chunk].to(dtype), targets[at:at + chunk, None]
-            counted = y >= 0
-            y = y.clamp_min(0)
-            p = (rows @ w.t()).float()  # (chunk, V), logits first; in place from here
-            p -= p.amax(1, keepdim=True)
-            right = p.gather(1, y)
-            p.exp_()
-            norm = p.sum(1, keepdim=True)
-            total += ((norm.log() - right) * counted).sum()
+            rows = x[at:at + chunk].to(dtype)
+            p = torch.mm(rows, w.t(), out=logits[:len(rows)])  # (chunk, V), logits first
+            total += softmax(p, targets[at:at + chunk, None], grad)
             if grad:
-                p *= counted / norm  # softmax; divided by the count in backward, where float16's loss scale keeps it from underflow
-                p.scatter_add_(1, y, -counted.float())
-                p = p.to(dtype)
                 dx[at:at + chunk] = p @ w
                 dw += p.t() @ rows
         count = (targets >= 0).sum().clamp_min(1)
@@ -183,15 +177,29 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
 
 
-def cross_entropy(x, weight, targets, chunk=2048):
+def nats_of(logits, targets, grad):
+    """Summed cross-entropy of logits (n, V) against targets (n, 1), -1 not counted; with `grad` its gradient takes the logits' place. The mean's
+    division comes later, in backward, where float16's loss scale keeps small probabilities from underflow."""
+    counted = targets >= 0
+    top = logits.amax(1, keepdim=True).float()
+    powers = (logits.float() - top).exp()
+    norm = powers.sum(1, keepdim=True)
+    nats = norm.log() + top - logits.gather(1, targets.clamp_min(0)).float()
+    if grad:
+        right = torch.arange(logits.size(1), device=logits.device) == targets
+        logits.copy_((powers / norm - right.float()) * counted)
+    return (nats * counted).sum()
+
+
+def cross_entropy(x, weight, targets, chunk=1024, softmax=nats_of):
     """Mean cross-entropy (nats) of the tied head on x (..., C) against targets (...), never holding more than `chunk` tokens' logits."""
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     with torch.autocast(x.device.type, enabled=False):
-        return ChunkedCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), chunk, dtype, grad)
+        return ChunkedCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), chunk, dtype, softmax, grad)
 
 
 # ---- the model
@@ -210,7 +218,7 @@ class GPT(nn.Module):
                 raise ValueError(f"{key} must be {' or '.join(allowed)}, not '{getattr(config, key)}'")
         if config.spatial == "weights" and (config.head_loss or config.activation_decay):
             raise ValueError("spatial=weights goes with neither head_loss (it needs the attention's projection) nor activation_decay")
-        self.config = config
+        self.config, self.softmax = config, nats_of
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -228,6 +236,10 @@ class GPT(nn.Module):
             self.register_buffer("unit_at_cell", unit_at_cell)
             self.register_buffer("window_cells", torch.as_tensor(cells), persistent=False)
             self.register_buffer("near", torch.as_tensor(positions.closeness(cells[0], side), dtype=torch.float32), persistent=False)
+            self.every = config.windows == 0 and config.norm == float("inf") and config.spatial_kind == "relative"
+            if self.every:
+                for name, constant in positions.whole_sheet(side, config.radius)._asdict().items():
+                    self.register_buffer(f"every_{name}", constant, persistent=False)
 
     def init_weights(self, seed):
         """GPT-2's initialisation, each tensor from (seed, its name): the same whatever else the model holds."""
@@ -254,10 +266,20 @@ class GPT(nn.Module):
         """Window ids (2 n_layer, K) of one micro-batch; with a keyed generator the same on any rank and device."""
         return positions.draw_windows(2 * self.config.n_layer, len(self.window_cells), self.config.windows, generator)
 
+    def sheets(self, windows):
+        """What the spatial loss of each block takes (Block.forward): units (n_layer, 2, K, n) of the windows (2 n_layer, K) and their closeness, or,
+        where every window counts, unit_at_cell (n_layer, 2, C) and a WholeSheet."""
+        if self.every:
+            sheet = positions.WholeSheet(*(getattr(self, f"every_{name}") for name in positions.WholeSheet._fields))
+            return self.unit_at_cell.view(self.config.n_layer, 2, -1), sheet
+        cells = self.window_cells[windows.to(self.unit_at_cell.device)]  # (2L, K, n)
+        return self.unit_at_cell.gather(1, cells.flatten(1)).view(self.config.n_layer, 2, *cells.shape[1:]), self.near
+
     def compile_blocks(self, **options):
-        """Compile each block in place: all layers run the one graph, and state_dict keys stay as they are."""
+        """Compile each block in place, and the head's softmax: all layers run the one graph, and state_dict keys stay as they are."""
         for block in self.transformer.h:
             block.compile(**options)
+        self.softmax = torch.compile(nats_of, **options)
 
     def forward(self, idx, targets=None, windows=None, hidden=()):
         """idx (B, T) int64 → Output. targets (B, T), -1 where not counted: losses; else logits at every position.
@@ -268,7 +290,7 @@ class GPT(nn.Module):
         x, losses, kept = self.trunk(idx, windows, hidden)
         if targets is None:
             return Output(logits=F.linear(x, self.transformer.wte.weight), hidden=kept)
-        loss = task = cross_entropy(x, self.transformer.wte.weight, targets)
+        loss = task = cross_entropy(x, self.transformer.wte.weight, targets, softmax=self.softmax)
         spatial = None
         if windows is not None:
             spatial, energy = losses.unbind() if self.config.spatial == "activations" else (self.weight_loss(), 0.0)
@@ -288,11 +310,7 @@ class GPT(nn.Module):
         names = positions.layer_names(self.config.n_layer)
         if wrong := [h for h in hidden if h not in names and h not in range(self.config.n_layer + 1)]:
             raise ValueError(f"no hidden state {wrong[0]!r}: there are 0 to {self.config.n_layer} and {names[0]} to {names[-1]}")
-        units = near = None
-        if windows is not None and self.config.spatial == "activations":
-            cells = self.window_cells[windows.to(idx.device)]  # (2L, K, n)
-            units = self.unit_at_cell.gather(1, cells.flatten(1)).view(self.config.n_layer, 2, *cells.shape[1:])
-            near = self.near
+        units, near = self.sheets(windows) if windows is not None and self.config.spatial == "activations" else (None, None)
         taps = any(isinstance(h, str) for h in hidden)
         if position is None:
             position = torch.arange(T, device=idx.device)
@@ -334,7 +352,7 @@ class GPT(nn.Module):
         for made in range(max_new_tokens):
             if cache is None or cache.used == size:
                 rows = [row if len(row) <= size else row[-(size // 2):] for row in rows]
-                cache = Cache(self.config, len(rows), min(size, max(map(len, rows)) + max_new_tokens - made), device)
+                cache = Cache(self.config, len(rows), min(size, max(map(len, rows)) + max_new_tokens - made), self.transformer.wte.weight)
                 x = self._prefill(rows, cache, device)
             else:
                 x = self._step([row[-1] for row in rows], cache, device)
@@ -429,8 +447,9 @@ class Cache:
     """Keys and values of all layers, kv (n_layer, 2, B, H, length, hd), of which the first `used` columns are filled; lengths (B,): tokens of
     each row; real (B, used): False where a row is padded on the left."""
 
-    def __init__(self, config, batch, length, device):
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.get_default_dtype()
+    def __init__(self, config, batch, length, weight):
+        device = weight.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         self.kv = torch.empty(config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head, dtype=dtype, device=device)
         self.used, self.lengths, self.real = 0, None, None
 

@@ -10,6 +10,7 @@ units' activations and D = 1 / (1 + distance) their closeness, over the pairs of
 import io
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -142,7 +143,10 @@ def spatial_loss(x, units, near, kind="relative", accum="mean"):
     x (..., C): activations of one spatial layer, every leading index a token.
     units (K, n): the units in each window's cells. near (n, n): closeness() of those cells.
     kind: 'relative', 1/2 (1 - corr(r, D)) in [0, 1] (Margalit et al. 2024), or 'absolute', mean |r - D| over pairs (Lee et al. 2020).
-    accum: 'mean' or 'maximum' over the windows. Correlations are float32 under any autocast; constant units count as uncorrelated."""
+    accum: 'mean' or 'maximum' over the windows. Correlations are float32 under any autocast; constant units count as uncorrelated.
+    For every window of the sheet, units may be unit_at_cell (C,) and near a WholeSheet (kind 'relative')."""
+    if isinstance(near, WholeSheet):
+        return whole_sheet_loss(x, units, near, accum)
     with torch.autocast(x.device.type, enabled=False):
         r = window_correlations(x.flatten(0, -2), units)  # (K, n, n)
         n = r.size(1)
@@ -156,6 +160,81 @@ def spatial_loss(x, units, near, kind="relative", accum="mean"):
             s1, s2 = r.sum((1, 2)), r.square().sum((1, 2))
             var = (s2 - s1.square() / q).clamp_min(1e-9)  # all correlations equal: rho is 0, not 0/0
             loss = 0.5 * (1 - (r * d).sum((1, 2)) * (var * d.square().sum()).rsqrt())
+        return loss.max() if accum == "maximum" else loss.mean()
+
+
+class WholeSheet(NamedTuple):
+    """Constants of the loss over every square window of a sheet (whole_sheet). Units are taken in pairs of the sheet's rows that can share a window
+    (P of them, each pair once or, inside a strip of rows, twice): times (P, side, side) is how often a pair of units is to count, near
+    (P, side, side) that times its centred closeness, box (W, side) is 1 where one of the W window columns covers a column, both (W, P) where a window
+    row covers both rows of a pair, scale () the squared norm of a window's centred closeness."""
+    times: torch.Tensor
+    near: torch.Tensor
+    box: torch.Tensor
+    both: torch.Tensor
+    scale: torch.Tensor
+
+
+STRIP = 4  # rows of the sheet in a strip: small ones compute fewer pairs twice, large ones make larger matrix products
+
+
+def whole_sheet(side, radius):
+    """WholeSheet of all windows of p-norm inf on a side x side sheet."""
+    near = closeness(window_cells(side, radius)[0], side)
+    pairs, wide = ~np.eye(len(near), dtype=bool), 2 * radius - 1
+    mean = near[pairs].mean()
+    first = np.arange(-(-side // STRIP) * STRIP)[:, None]
+    second = first // STRIP * STRIP + np.arange(STRIP + wide - 1)  # a row of a strip, and each row from the strip's first on that may share a window
+    i, k = (np.broadcast_to(row, second.shape).ravel() for row in (first, second))
+    real, i, k = (i < side) & (k < side), i.clip(max=side - 1), k.clip(max=side - 1)
+    times = np.where(i // STRIP == k // STRIP, 1.0, 2.0)[:, None, None] * real[:, None, None] * (1 - (i == k)[:, None, None] * np.eye(side))
+    closer = closeness(np.arange(side * side), side).reshape(side, side, side, side)[i, :, k] - mean
+    column, start = np.arange(side), np.arange(side - wide + 1)[:, None]
+    box = ((column >= start) & (column < start + wide)).astype(float)
+    return WholeSheet(*(torch.as_tensor(a, dtype=torch.float32) for a in
+                        (times, times * closer, box, box[:, i] * box[:, k] * real, np.square(near - mean)[pairs].sum())))
+
+
+class StripCorrelations(torch.autograd.Function):
+    """Correlations of z (T, C) between the units of each strip of the sheet and those that share a window with it, (strips, strip, strip + reach):
+    z.T @ z without the pairs that are far apart, and most pairs once."""
+
+    @staticmethod
+    def forward(ctx, z, unit_at_cell, strip, reach):
+        z = z[:, unit_at_cell]  # in the order of the cells
+        r = z.new_zeros(-(-z.size(1) // strip), strip, strip + reach)
+        for at, block in zip(range(0, z.size(1), strip), r):
+            a, b = z[:, at:at + strip], z[:, at:at + strip + reach]
+            block[:a.size(1), :b.size(1)] = a.t() @ b
+        ctx.save_for_backward(z, unit_at_cell)
+        ctx.sizes = strip, reach
+        return r
+
+    @staticmethod
+    def backward(ctx, grad):
+        (z, unit_at_cell), (strip, reach) = ctx.saved_tensors, ctx.sizes
+        dz = torch.zeros_like(z)
+        for at, block in zip(range(0, z.size(1), strip), grad):
+            a, b = slice(at, at + strip), slice(at, at + strip + reach)
+            block = block[:z[:, a].size(1), :z[:, b].size(1)]
+            dz[:, a].addmm_(z[:, b], block.t())
+            dz[:, b].addmm_(z[:, a], block)
+        out = torch.empty_like(dz)
+        out[:, unit_at_cell] = dz
+        return out, None, None, None
+
+
+def whole_sheet_loss(x, unit_at_cell, sheet, accum="mean"):
+    """spatial_loss (relative) over every window of a sheet, at a third of its cost: box sums of r, r² and r·D over pairs of rows and columns.
+    x (..., C), unit_at_cell (C,), sheet: a WholeSheet."""
+    with torch.autocast(x.device.type, enabled=False):
+        (P, side, _), wide = sheet.times.shape, sheet.box.size(1) - sheet.box.size(0) + 1
+        r = StripCorrelations.apply(normalise(x.flatten(0, -2)), unit_at_cell, STRIP * side, (wide - 1) * side)
+        r = r.view(-1, STRIP, side, STRIP + wide - 1, side).transpose(2, 3).reshape(P, side, side)
+        sums = torch.stack([r * sheet.times, r.square() * sheet.times, r * sheet.near])  # (3, P, side, side)
+        s1, s2, cross = sheet.both @ ((sheet.box @ sums) * sheet.box).sum(-1)  # (W, W) each, a window each
+        var = (s2 - s1.square() / (wide ** 2 * (wide ** 2 - 1))).clamp_min(1e-9)
+        loss = 0.5 * (1 - cross * (var * sheet.scale).rsqrt())
         return loss.max() if accum == "maximum" else loss.mean()
 
 

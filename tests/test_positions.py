@@ -121,6 +121,19 @@ def window_of(x, side=6, radius=3):
     return torch.as_tensor(cells), torch.tensor(closeness(cells[0], side), dtype=torch.float32)
 
 
+@pytest.mark.parametrize("side,radius", [(5, 2), (6, 3), (9, 4), (10, 3)])  # strips of the sheet that fit it, and that do not
+@pytest.mark.parametrize("accum", ["mean", "maximum"])
+def test_every_window_at_once_is_every_window(side, radius, accum):
+    x = torch.as_tensor(smooth_responses(side, tokens=120, noise=1), dtype=torch.float32).requires_grad_()
+    unit_at_cell = torch.as_tensor(positions.random_positions(1, side * side, 3)[0])
+    cells = window_cells(side, radius)
+    one = spatial_loss(x, unit_at_cell[cells], torch.as_tensor(closeness(cells[0], side), dtype=torch.float32), accum=accum)
+    whole = spatial_loss(x, unit_at_cell, positions.whole_sheet(side, radius), accum=accum)
+    assert torch.allclose(one, whole, atol=1e-6)
+    (a,), (b,) = torch.autograd.grad(one, x), torch.autograd.grad(whole, x)
+    assert torch.allclose(a, b, atol=1e-5 * a.abs().max())
+
+
 def test_spatial_loss_is_float32_under_autocast():
     x = torch.randn(200, 36)
     units, near = window_of(x)
