@@ -157,7 +157,7 @@ def read_layer_pickles(folder):
 
     A file gives each unit's coordinates (C, 2) on the sheet, the first taken as its row. The published swap-optimised ones put several units on one cell
     and leave others empty: that is said, and the units are placed with the least total displacement, one a cell (an assignment problem)."""
-    names = sorted((f[:-4] for f in os.listdir(folder) if f.startswith("layer.") and f.endswith(".pkl")), key=lambda n: (len(n), n))
+    names = sorted((f[:-4] for f in os.listdir(folder) if f.startswith("layer.") and f.endswith(".pkl")), key=lambda n: [p.zfill(4) for p in n.split(".")])
     if not names:
         raise ValueError(f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or one .npz of init_pos.py")
     rows, shared, facts = {}, [], {}

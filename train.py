@@ -12,6 +12,7 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -240,6 +241,7 @@ def recompute_blocks(model):
 
 def shard(model):
     """Shard a model over all ranks, each block by itself (FSDP2): a block's weights are gathered when it is their turn; numbers as with DDP."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the losses it gives out may be views; nothing is written into them
     for block in model.transformer.h:
         fully_shard(block)
     return fully_shard(model)
