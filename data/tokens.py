@@ -548,13 +548,13 @@ def write_shards(folder, sources, tokenizer, *, column="text", val_fraction=0.00
                 if hasattr(job, "result"):
                     job.result()
                 bar.update(sources[number]["bytes"] / len(jobs))
-            _write_json(work / f"source-{number:04d}.json", len(jobs))
+            _write_json(work / f"source-{number:05d}.json", len(jobs))
             for path in files if not keep else ():
                 Path(path).unlink(missing_ok=True)
 
         try:
             for number, source in enumerate(sources):
-                if (work / f"source-{number:04d}.json").is_file():
+                if (work / f"source-{number:05d}.json").is_file():
                     bar.update(source["bytes"])
                     continue
                 files = [fetch(name) if fetch else name for name in source["files"]]
@@ -563,7 +563,7 @@ def write_shards(folder, sources, tokenizer, *, column="text", val_fraction=0.00
                     pieces = [[part for piece in pieces for part in piece]]
                 jobs = []
                 for i, piece in enumerate(pieces):
-                    name, job = f"{number:04d}-{i:03d}", None
+                    name, job = f"{number:05d}-{i:05d}", None
                     if not (work / f"{name}.json").is_file():
                         args = (folder, name, piece, column, val_fraction, tail)
                         job = pool.submit(_tokenise, *args) if pool else _tokenise(*args)
@@ -582,7 +582,7 @@ def write_shards(folder, sources, tokenizer, *, column="text", val_fraction=0.00
             if pool:
                 pool.shutdown(cancel_futures=True)
         splits, counts = {}, {"documents": 0, "characters": 0}
-        for path in sorted(work.glob("????-???.json")):
+        for path in sorted(work.glob("[0-9]*-*.json")):
             record = json.loads(path.read_text())
             for split, shard in record["splits"].items():
                 entry = splits.setdefault(split, {"tokens": 0, "shards": []})

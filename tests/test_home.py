@@ -24,7 +24,11 @@ from helpers import ROOT, byte_tokenizer, make_dataset, run
 import model as M
 import positions
 import train
+from configurator import Run
 from data import tokens as T
+from data.fineweb import prepare as fineweb
+from data.openwebtext import prepare as openwebtext
+from data.text import prepare as own
 from data.tokens import Stream, Tokens, complete, encoding, gpt2_encoding, state_of, tokenizer_state, write_shards
 from model import GPT, GPTConfig, Tokenizer, export_lm, load_lm, lm_state, save_checkpoint
 from test_train import TINY
@@ -132,7 +136,7 @@ def test_workers_and_stops_do_not_show(corpus, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="begun from other files or with other options.*overwrite=True"):
         shards(tmp_path / "three", folders["jsonl"])
     first, made[:] = list(made), []
-    (tmp_path / "three/train_0000-009.bin.tmp").write_bytes(b"torn")
+    (tmp_path / "three/train_00000-00009.bin.tmp").write_bytes(b"torn")
     monkeypatch.setattr(T, "_tokenise", lambda *args: (made.append(args[1]), real(*args)))
     shards(tmp_path / "three", folders["parquet"])
     assert not set(first) & set(made) and files_of(tmp_path / "three") == files_of(tmp_path / "one")
@@ -206,28 +210,65 @@ def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch, capsys):
 def test_ones_own_text_in_one_command(tmp_path):
     book = "\n".join(texts(200))
     (tmp_path / "book.txt").write_text(book)
-    out = prepare("text", f"root={tmp_path / 'book.txt'}", "tokenizer=char", f"out_dir={tmp_path / 'd'}", "val_fraction=0.1", "workers=1")
+    options = f"root={tmp_path / 'book.txt'}", "tokenizer=char", f"out_dir={tmp_path / 'd'}", "val_fraction=0.1"
+    out = prepare("text", *options, "workers=1")
     assert "the end of each document" in out and "python train.py dataset=" in out
     enc, said = encoding(tokenizer_state(tmp_path / "d")), []
     for split in ("train", "val"):
         said.append(enc.decode(Tokens(tmp_path / "d", split).tokens[:].tolist()).removesuffix("<|endoftext|>"))
     assert "".join(said) == book and 0.08 < len(said[1]) / len(book) < 0.12 and said[0].endswith("\n")
-    assert "there already" in prepare("text", f"root={tmp_path / 'book.txt'}", "tokenizer=char", f"out_dir={tmp_path / 'd'}", "val_fraction=0.1")
-    for options, words in ((["root="], "root= is missing"), (["root=/no/such"], "/no/such does not exist"), ([f"root={tmp_path / 'book.txt'}"], "bpe=FILE"),
-                           ([f"root={tmp_path / 'book.txt'}", "val_fraction=2"], "val_fraction"),
-                           ([f"root={tmp_path / 'book.txt'}", "tokenizer=char", f"out_dir={tmp_path / 'd'}"], "other options"),
-                           ([f"root={tmp_path / 'book.txt'}", "bpe=/no/file"], "there is no /no/file"),
-                           ([f"root={tmp_path / 'book.txt'}", f"bpe={tmp_path / 'book.txt'}"], "is not GPT-2's BPE")):
-        err = prepare("text", *options, status=2)
-        assert err.startswith("error: ") and words in err and "Traceback" not in err, err
+    err = prepare("text", *options, "val_fraction=0.2", status=2)
+    assert err.startswith("error: ") and "other options" in err and "Traceback" not in err
     train.main(train.Config(**{**TINY, "dataset": str(tmp_path / "d"), "max_iters": 2, "out_dir": str(tmp_path / "run")}))
 
 
-@pytest.mark.parametrize("name", ["fineweb", "openwebtext"])
-def test_large_sets_from_a_local_copy(tmp_path, name, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no route to host")
+    monkeypatch.setattr(T.tiktoken, "get_encoding", refuse)
+
+
+def test_bad_options_of_the_prepare_scripts(tmp_path, offline, capsys):
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(texts(99)))
+    (tmp_path / "out").mkdir()
+    for script, options, words in ((own, dict(), "root= is missing"), (own, dict(root="/no/such"), "/no/such does not exist"),
+                                   (own, dict(root=book), "give its vocab.bpe with bpe=FILE"), (own, dict(root=book, val_fraction=2), "val_fraction"),
+                                   (own, dict(root=book, bpe="/no/file"), "there is no /no/file"), (own, dict(root=book, bpe=book), "is not GPT-2's BPE"),
+                                   (own, dict(root=book, tokenizer="/no/set"), "/no/set does not exist"), (own, dict(root=book, files="*.tex"), "bpe=FILE"),
+                                   (own, dict(root=tmp_path, files="*.tex"), "holds no *.tex files"), (fineweb, dict(), "bpe=FILE"),
+                                   (fineweb, dict(prebuilt=100), "prebuilt"), (openwebtext, dict(workers=-1), "workers")):
+        with pytest.raises((ValueError, OSError)) as e:
+            config = script.Config(**{k: str(v) if isinstance(v, Path) else v for k, v in options.items()}, out_dir=str(tmp_path / "out"))
+            config.check()
+            script.main(config)
+        assert words in str(e.value) and "\n" not in str(e.value), e.value
+
+
+def test_ready_made_shards(tmp_path, monkeypatch):
+    """fineweb prebuilt=2: fetched, checked, read with their headers."""
+    monkeypatch.setattr(fineweb, "gpt2_encoding", lambda bpe: encoding(BYTES))
+
+    class Hub:
+        revision = "abc"
+
+        def __init__(self, repo, wanted, folder):
+            self.folder = folder
+            self.files = [(n, 1224) for n in (*(f"finewebedu_train_{i:06d}.bin" for i in range(1, 100)), "finewebedu_val_000000.bin") if wanted(n)]
+
+        def fetch(self, name):
+            self.folder.mkdir(exist_ok=True)
+            headed(self.folder / name, np.arange(100) + 50 * ("train" in name))
+    monkeypatch.setattr(fineweb, "Hub", Hub)
+    fineweb.main(fineweb.Config(prebuilt=2, out_dir=str(tmp_path / "out")))
+    assert complete(tmp_path / "out") and np.array_equal(Tokens(tmp_path / "out", "train").tokens[:], np.tile(np.arange(100) + 50, 2))
+    assert np.array_equal(Tokens(tmp_path / "out", "val").windows([90], 10)[0], np.arange(90, 100))
+
+
+@pytest.mark.parametrize("script", [fineweb, openwebtext])
+def test_large_sets_from_a_local_copy(tmp_path, script, monkeypatch):
     """main() of the prepare scripts with a small tokenizer in GPT-2's place; the hub answered by a folder."""
-    import importlib
-    script = importlib.import_module(f"data.{name}.prepare")
     monkeypatch.setattr(script, "gpt2_encoding", lambda bpe: encoding(BYTES))
     rows = texts(60)
     (tmp_path / "hub/sample/10BT").mkdir(parents=True)
@@ -260,10 +301,10 @@ def test_large_sets_from_a_local_copy(tmp_path, name, monkeypatch):
 
 
 def test_no_network_is_one_sentence(tmp_path):
-    _, merges = small_bpe()
-    assert "give its vocab.bpe with bpe=FILE" in prepare("fineweb", f"out_dir={tmp_path}", status=2)
-    with pytest.raises(FileNotFoundError, match="could not be had from the Hugging Face hub .*root=PATH"):
-        T.Hub("nobody/nothing", lambda name: True, tmp_path)._ask(lambda hub: 1 / 0)
+    hub = T.Hub.__new__(T.Hub)
+    hub.repo = "nobody/nothing"
+    with pytest.raises(FileNotFoundError, match="nobody/nothing could not be had from the Hugging Face hub .*root=PATH"):
+        hub._ask(lambda client: client.no_such_function())
 
 
 # ---- GPT-2's BPE
@@ -685,7 +726,11 @@ def test_wandb_offline_keeps_its_run(given, tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6] and figures == {"loss", "sheets"}
 
 
-def test_wandb_without_a_key_is_one_sentence(given, tmp_path):
-    env = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    _, err = run("train", f"dataset={given}", *RUN, f"out_dir={tmp_path / 'run'}", "wandb_log=True", status=2, env=env)
-    assert "WANDB_MODE=offline" in err and "Traceback" not in err
+def test_wandb_without_a_key_is_one_sentence(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def keyless(**_):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+    monkeypatch.setattr(wandb, "init", keyless)
+    with pytest.raises(ValueError, match="No API key configured. Use .* WANDB_MODE=offline"):
+        Run(train.Config(**TINY, wandb_log=True, out_dir=str(tmp_path)))
