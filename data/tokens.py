@@ -381,7 +381,11 @@ def _foreign_tokenizer(folder):
         ranks = "".join(f"{base64.b64encode(c.encode()).decode()} {i}\n" for c, i in sorted(characters.items(), key=lambda item: item[1]))
         return {"name": "characters", "pattern": CHARACTERS, "special_tokens": {}, "ranks": ranks}
     names = ("vocab.bpe", "merges.txt", "r50k_base.tiktoken", "gpt2.tiktoken")  # a copy beside the tokens serves where there is no network
-    return state_of(gpt2_encoding(next((folder / name for name in names if (folder / name).is_file()), "")))
+    try:
+        return state_of(gpt2_encoding(next((folder / name for name in names if (folder / name).is_file()), "")))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} holds GPT-2's tokens, whose BPE is neither in tiktoken's cache nor reachable: put its vocab.bpe into the folder, "
+                                "or run once with network") from None
 
 
 # ---- any amount of documents into shards

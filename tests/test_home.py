@@ -392,6 +392,17 @@ def test_nanogpt_folders(tmp_path, gpt2):
         Tokens(folder, "train")
 
 
+def test_gpt2_tokens_without_their_bpe(tmp_path, offline, monkeypatch):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.bin").write_bytes(bytes(100))
+    with pytest.raises(FileNotFoundError, match="put its vocab.bpe into the folder"):
+        tokenizer_state(tmp_path)
+    _, merges = small_bpe()
+    (tmp_path / "vocab.bpe").write_text(merges)
+    monkeypatch.setattr(T, "GPT2_MERGES", hashlib.sha256(merges.encode()).hexdigest())
+    assert tokenizer_state(tmp_path)["ranks"] == T.ranks_of_merges(merges)
+
+
 def test_an_unfinished_set_of_ours_is_nobody_elses(tmp_path):
     (tmp_path / "prepare.py").write_text("import x\nEMBEDDED = False\n")
     for name in ("train.bin", "val.bin"):
