@@ -250,7 +250,7 @@ class Run:
                     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
                     subprocess.run([sys.executable, str(prepare)], env=alone)
         self.barrier()
-        if not (folder / "meta.yaml").exists():
+        if not (folder / "meta.yaml").exists() and not any(folder.glob("*train*.bin")):  # token files of others have none: data/tokens.py
             here = sorted(str(p.parent.relative_to(HERE / "data")) for p in (HERE / "data").glob("*/prepare.py"))
             raise FileNotFoundError(f"dataset '{name}' is not there ({folder / 'meta.yaml'} is missing): " + (
                 f"run python {os.path.relpath(prepare)}" if prepare else f"give dataset= one of {', '.join(here)}, or a prepared folder"))
@@ -343,9 +343,13 @@ class Run:
         import wandb
         id_file = self.out / "wandb_id.txt"
         if getattr(self.config, "init_from", "") != "resume" or not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
-        return wandb.init(project=self.config.wandb_project, name=self.out.name, id=id_file.read_text(), resume="allow", dir=str(self.out),
-                          config=dataclasses.asdict(self.config))
+            id_file.write_text(os.urandom(4).hex())
+        try:
+            return wandb.init(project=self.config.wandb_project, name=self.out.name, id=id_file.read_text(), resume="allow", dir=str(self.out),
+                              config=dataclasses.asdict(self.config))
+        except wandb.Error as e:
+            raise ValueError(f"wandb did not start ({' '.join(str(e).split())[:120]}): log in with wandb login, set WANDB_MODE=offline, or leave out "
+                             "wandb_log") from None
 
     # -- results of a sweep
 
@@ -387,6 +391,9 @@ class Run:
     def close(self):
         """End the run; after a signal, with the status that a shell expects of it (128 + its number)."""
         if self.wandb:
+            import wandb
+            if figures := sorted(self.out.glob("*.png")):
+                self.wandb.log({figure.stem: wandb.Image(str(figure)) for figure in figures})
             self.wandb.finish()
         if self.world > 1:
             import torch.distributed as dist

@@ -7,9 +7,12 @@ window are one constant matrix for all windows and layers. A map on the sheet is
 The spatial loss is the one of Margalit et al. 2024 (TDANN) and Rathi et al. 2025 (TopoLM): 1/2 (1 - corr(r, D)), r the correlations of the
 units' activations and D = 1 / (1 + distance) their closeness, over the pairs of units of a window.
 """
+import collections
 import io
 import json
 import os
+import pickle
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -96,13 +99,21 @@ def save_positions(path, unit_at_cell, **facts):
 
 
 def load_positions(path, n_layer, n_units):
-    """unit_at_cell (2·n_layer, n_units) int64 from an .npz of save_positions; ValueError where it is torn, or made for another shape."""
+    """unit_at_cell (2·n_layer, n_units) int64 from an .npz of save_positions, or from a folder of TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl;
+    ValueError where it is torn, or made for another shape."""
     remedy = f"make one with python init_pos.py n_layer={n_layer} n_embd={n_units}"
     if not os.path.exists(path):
         raise FileNotFoundError(f"no positions file {path}: {remedy}, or leave positions= out for the seeded permutation")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files if name.startswith("layer.")}
+        if os.path.isdir(path):
+            found = read_layer_pickles(path)[0]
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                found = {name: file[name] for name in file.files if name.startswith("layer.")}
+    except ValueError as e:
+        if os.path.isdir(path):
+            raise ValueError(str(e)) from None
+        raise ValueError(f"{path} is no positions file ({type(e).__name__}): {remedy}") from None
     except Exception as e:
         raise ValueError(f"{path} is no positions file ({type(e).__name__}): {remedy}") from None
     names = layer_names(n_layer)
@@ -113,6 +124,75 @@ def load_positions(path, n_layer, n_units):
     if not (np.sort(rows, 1) == np.arange(n_units)).all():
         raise ValueError(f"{path} does not place every unit once (no permutation): {remedy}")
     return rows
+
+
+# ---- position files of the published TopoLM
+
+class Holder:
+    """What a pickled object of somebody else's class becomes: its attributes and nothing else."""
+
+
+def read_pickle(path, allowed=()):
+    """The object in a pickle file, made of plain types, of Holders for the class names in `allowed` and, where there are any, of torch tensors, whose
+    nested pickles are read with weights_only=True. Raises ValueError for a torn file, and for one that asks for anything else, code say."""
+    known = {("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2, ("collections", "OrderedDict"): collections.OrderedDict,
+             ("torch.storage", "_load_from_bytes"): lambda b: torch.load(io.BytesIO(b), weights_only=True)} if allowed else {}
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name in allowed:
+                return Holder
+            if (module, name) not in known:
+                raise pickle.UnpicklingError(f"it wants {module}.{name}")
+            return known[module, name]
+
+    try:
+        with open(path, "rb") as f:
+            return Restricted(f).load()
+    except Exception as e:  # a torn pickle raises nearly anything
+        raise ValueError(f"{path} cannot be read ({type(e).__name__}: {' '.join(str(e).split())[:120]}): it is torn, or not what its name says") from None
+
+
+def read_layer_pickles(folder):
+    """TopoLM's position files layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and {radius, windows} that they were made for.
+
+    A file gives each unit's coordinates (C, 2) on the sheet, the first taken as its row. The published swap-optimised ones put several units on one cell
+    and leave others empty: that is said, and the units are placed with the least total displacement, one a cell (an assignment problem)."""
+    names = sorted((f[:-4] for f in os.listdir(folder) if f.startswith("layer.") and f.endswith(".pkl")), key=lambda n: [p.zfill(4) for p in n.split(".")])
+    if not names:
+        raise ValueError(f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or one .npz of init_pos.py")
+    rows, shared, facts = {}, [], {}
+    for name in names:
+        path = os.path.join(folder, f"{name}.pkl")
+        layer = read_pickle(path, allowed=("LayerPositions",))
+        at = getattr(layer, "coordinates", None)
+        if not torch.is_tensor(at) or at.dim() != 2 or at.size(1) != 2 or not at.float().isfinite().all():
+            raise ValueError(f"{path} holds no coordinates (units, 2): it is no position file of TopoLM")
+        at = at.double().numpy()
+        rows[name], moved = place_units(at)
+        if moved.any():
+            shared.append((name, len(np.unique(at, axis=0)), moved))
+        masks = getattr(layer, "neighborhood_indices", None)
+        if torch.is_tensor(masks) and masks.dim() == 2:
+            facts = dict(radius=int(round((masks[0].sum().item() ** 0.5 + 1) / 2)), windows=int(getattr(layer, "neighborhoods_per_batch", 0)))
+    if shared and os.environ.get("RANK", "0") == "0":
+        name, cells, moved = shared[0]
+        print(f"{folder}: {len(shared)} of {len(names)} position files are no permutations; in {name} {len(moved)} units share {cells} cells. One unit a cell "
+              f"now: {np.count_nonzero(moved)} of them moved, by {moved[moved > 0].mean():.1f} cells on average, {moved.max():.1f} at most.", file=sys.stderr)
+    return rows, facts
+
+
+def place_units(coordinates):
+    """unit_at_cell (C,) that puts units of coordinates (C, 2), row and column, on the cells of their square sheet with the least total displacement,
+    and how far each unit moved (C,), in cells. Coordinates that fill the sheet are taken as they are."""
+    from scipy.optimize import linear_sum_assignment
+    side = sheet_side(len(coordinates))
+    cell = np.rint(coordinates).astype(np.int64) @ (side, 1)
+    if not (np.array_equal(np.sort(cell), np.arange(side * side)) and np.array_equal(np.stack(np.divmod(cell, side), 1), coordinates)):
+        cells = np.stack(np.divmod(np.arange(side * side), side), 1)
+        cell = linear_sum_assignment(np.linalg.norm(coordinates[:, None] - cells, axis=-1))[1]  # of each unit
+    moved = np.linalg.norm(np.stack(np.divmod(cell, side), 1) - coordinates, axis=1)
+    return np.argsort(cell), moved
 
 
 # ---- spatial loss

@@ -3,6 +3,7 @@
     python train.py                                                  # embedded: minutes on two cores, real text
     python train.py alpha=0 out_dir=out/train_alpha0                 # its twin without topography, on exactly the same data
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.yaml
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2xl.yaml   # sharded over the GPUs, activations recomputed
     python train.py init_from=resume                                 # go on after a stop, bit for bit
 
 Rathi et al. 2025 (TopoLM); Margalit et al. 2024 (TDANN).
@@ -11,14 +12,19 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import positions
 from configurator import Run, configure, key_seed
@@ -29,7 +35,7 @@ from model import GPT, GPTConfig, lm_from, lm_state, load_lm
 @dataclass
 class Config:
     # ---- data
-    dataset: str = "pydocs"                        # name under data/, or a folder of token shards
+    dataset: str = "pydocs"                        # name under data/, or a folder of token files: ours, nanoGPT's, llm.c's
     batch_size: int = 16                           # sequences per micro-batch
     block_size: int = 128                          # tokens of context
     tokens_per_step: int = 0                       # tokens per optimiser step over all ranks, 0: one micro-batch per rank; accumulation is derived
@@ -42,7 +48,7 @@ class Config:
     bias: bool = False                             # biases in linear layers and LayerNorms
     gelu: Literal["exact", "tanh"] = "exact"       # tanh as in the released GPT-2
     # ---- sheet
-    positions: str = "random"                      # random (seeded permutation), none, or NAME of gpt2-positions/NAME.npz, or a file
+    positions: str = "random"                      # random (seeded permutation), none, NAME of gpt2-positions/NAME.npz, a file, TopoLM's folder
     alpha: float = 0.1                             # weight of each layer's spatial loss; 0 still measures it on validation data
     radius: int = 4                                # windows: cells closer than this to the centre
     norm: float = float("inf")                     # in this p-norm: 1, 2, inf
@@ -77,17 +83,19 @@ class Config:
     dry_run: bool = False                          # say parameters, memory, disk and time, and stop
     # ---- run
     out_dir: str = "out/train"                     # checkpoints, log, pictures
-    init_from: str = "scratch"                     # scratch, resume, a checkpoint or run folder, or a Hugging Face GPT-2
+    init_from: str = "scratch"                     # scratch, resume, a checkpoint or run folder (nanoGPT's, TopoLM's too), a Hugging Face GPT-2
     overwrite: bool = False                        # start over in a folder that holds a run
     seed: int = 1337                               # fixes everything
     device: str = "auto"                           # cuda, mps, cpu
     dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
     compile: bool = True                           # compile the blocks (needs a C++ compiler on CPUs)
+    recompute: bool = False                        # activation checkpointing: blocks are computed again in backward, for less memory and a third more time
+    fsdp: bool = False                             # shard weights, gradients and optimiser state over the ranks (fully_shard) instead of copying them (DDP)
     deterministic: bool = False                    # bit-for-bit repeats on CUDA too, slower
     log_interval: int = 50                         # steps between lines
     save_interval: int = 250                       # steps between checkpoints
     keep_interval: int = 0                         # steps between checkpoints that are kept; 0: none
-    wandb_log: bool = False                        # log to Weights & Biases
+    wandb_log: bool = False                        # log to Weights & Biases; WANDB_MODE=offline logs to out_dir/wandb without network
     wandb_project: str = "nanocortex"              # its project
 
     def check(self):
@@ -189,17 +197,20 @@ def build(config, run, folder, vocab_size):
                  n_head=config.n_head, n_embd=config.n_embd, bias=config.bias, gelu=config.gelu, head_loss=config.head_loss, attn_proj=config.attn_proj)
     if config.alpha and not sheet["sheet"]:
         raise ValueError("alpha > 0 wants positions: set alpha=0 or positions=random")
-    state = None
+    state = layout = None
+    path = config.positions if config.positions.endswith(".npz") or Path(config.positions).is_dir() else f"gpt2-positions/{config.positions}.npz"
+    given = config.positions not in ("random", "none")
     if config.init_from == "scratch":
-        layout = None
-        if config.positions not in ("random", "none"):
-            path = config.positions if config.positions.endswith(".npz") else f"gpt2-positions/{config.positions}.npz"
+        if given:
             layout = positions.load_positions(path, config.n_layer, config.n_embd)
         elif sheet["sheet"]:
             run.print(f"positions: the seeded random permutation (seed {config.seed}); python init_pos.py makes others")
         model = GPT(GPTConfig(**shape, **sheet), layout, config.seed)
     elif config.init_from == "resume":
         state = run.load("ckpt.pt")
+        if "optimizers" not in state:
+            raise ValueError(f"{run.out / 'ckpt.pt'} is a checkpoint of another code, which has no state to resume: give init_from={run.out / 'ckpt.pt'} "
+                             "and another out_dir")
         for key, value in shape.items():
             if state["model_args"][key] != value:
                 raise ValueError(f"{run.out / 'ckpt.pt'} has {key}={state['model_args'][key]}, the options say {value}: resume with the options of "
@@ -212,10 +223,50 @@ def build(config, run, folder, vocab_size):
                              "with another: prepare the text with the model's tokenizer")
         if config.block_size > model.config.block_size:
             raise ValueError(f"block_size={config.block_size} is longer than the {model.config.block_size} of init_from={config.init_from}")
+        if given:
+            model.unit_at_cell.copy_(torch.from_numpy(positions.load_positions(path, model.config.n_layer, model.config.n_embd)))
         run.print(f"{config.init_from}: {model.config.n_layer} layers x {model.config.n_embd} units; shape options are taken from it")
     if vocab_size > model.config.vocab_size:
         raise ValueError(f"dataset={config.dataset} has {vocab_size} token ids, the model {model.config.vocab_size}: set vocab_size=0")
     return model.to(run.device), state
+
+
+def recompute_blocks(model):
+    """Activation checkpointing (Chen et al. 2016): only each block's input is kept for backward, the rest is computed again; same gradients."""
+    def wrap(forward):
+        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+    for block in model.transformer.h:
+        block.forward = wrap(block.forward)
+
+
+def shard(model):
+    """Shard a model over all ranks, each block by itself (FSDP2): a block's weights are gathered when it is their turn; numbers as with DDP."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the losses it gives out may be views; nothing is written into them
+    for block in model.transformer.h:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def gathered(value, keep=True):
+    """A state with its shards put together on the CPU, a tensor at a time, as an unsharded run has it; every rank must ask, who has keep=False gets None
+    for the tensors that were sharded."""
+    if isinstance(value, dict):
+        return {k: gathered(v, keep) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(gathered(v, keep) for v in value)
+    if isinstance(value, DTensor):
+        whole = value.full_tensor()
+        return whole.cpu() if keep else None
+    return value
+
+
+def scattered(state, optimizer):
+    """An optimiser's saved state with the moments of sharded parameters sharded likewise."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {i: {key: distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None)
+                   if torch.is_tensor(value) and value.shape == params[i].shape and isinstance(params[i], DTensor) else value for key, value in entry.items()}
+               for i, entry in state["state"].items()}
+    return {**state, "state": moments}
 
 
 def make_optimizers(model, config, device):
@@ -255,12 +306,14 @@ def evaluate(model, run, tokens, starts, config):
     model.eval()
     batches = starts.reshape(-1, config.batch_size)
     table = torch.zeros(len(batches), 2, dtype=torch.float64)
-    for i in range(run.rank, len(batches), run.world):
+    for turn in range(run.rank, math.ceil(len(batches) / run.world) * run.world, run.world):
+        i = turn % len(batches)  # sharded models want every rank in every pass: who has no batch left repeats one
         batch = torch.from_numpy(tokens.windows(batches[i], config.block_size + 1)).to(run.device)
         windows = model.draw_windows(run.generator("val", i)) if model.config.sheet else None
         with run.autocast():
             out = model(batch[:, :-1], batch[:, 1:], windows)
-        table[i] = torch.tensor([out.task.item(), out.spatial.item() if windows is not None else 0.0])
+        if turn < len(batches):
+            table[i] = torch.tensor([out.task.item(), out.spatial.item() if windows is not None else 0.0])
     table = run.reduce(table.to(run.device) if run.device.type != "mps" else table).cpu()
     model.train()
     task, spatial = table.mean(0).tolist()
@@ -341,7 +394,7 @@ def plot_sheets(model, before, run, tokens, starts, config):
 
 def main(config):
     if config.dry_run:
-        config.out_dir = tempfile.mkdtemp()  # leaves nothing in out_dir
+        config.out_dir, config.wandb_log = tempfile.mkdtemp(), False  # leaves nothing in out_dir
     run = Run(config)
     folder = run.dataset(config.dataset)
     train, val = Tokens(folder, "train"), Tokens(folder, "val")
@@ -352,21 +405,29 @@ def main(config):
         raise ValueError(f"tokens_per_step={config.tokens_per_step} must be a multiple of batch_size x block_size x ranks = "
                          f"{config.batch_size} x {config.block_size} x {run.world} = {micro_tokens * run.world}")
     accum = int(accum)
+    sharded = config.fsdp and run.world > 1
+    if sharded and (config.spatial == "weights" or run.dtype is torch.float16):
+        raise ValueError("fsdp=True goes with neither spatial=weights, which wants whole weights, nor float16: set fsdp=False, or dtype=bfloat16")
+    if config.recompute:
+        recompute_blocks(model)
     if config.compile:
         model.compile_blocks()
+    if sharded:
+        shard(model)
     optimizers = make_optimizers(model, config, run.device)
     step, best = 0, float("inf")
     cursor = 0
     if state:
         step, best, cursor = state["step"], state["best"], state["cursor"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(scattered(saved, optimizer))
         run.scaler.load_state_dict(state["scaler"])
         run.rewind(step)
     resumed = step if state else None
     loader = Loader(run, train, config, accum, cursor)
     starts = validation_starts(val, config)
-    ddp = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None, broadcast_buffers=False) if run.world > 1 else model
+    ddp = model if run.world == 1 or sharded else \
+        DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
     params = sum(p.numel() for p in model.parameters())
     run.print(f"{params / 1e6:.2f} M parameters | {accum * micro_tokens:,} tokens per step ({accum} micro-batches of {config.batch_size} x "
               f"{config.block_size} over {run.world} rank{'s' * (run.world > 1)}) | {run.device} {str(run.dtype)[6:]} | {len(train):,} training tokens, "
@@ -382,7 +443,9 @@ def main(config):
             windows = model.draw_windows(run.generator(step, micro, "windows")) if config.alpha else None
             if config.dropout:
                 torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-            if run.world > 1:
+            if sharded:
+                model.set_requires_gradient_sync(micro == micros[-1])
+            elif run.world > 1:
                 ddp.require_backward_grad_sync = micro == micros[-1]
             with run.autocast():
                 out = ddp(idx, targets, windows)
@@ -391,6 +454,7 @@ def main(config):
         for optimizer in optimizers:
             run.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
+        norm = norm.full_tensor() if sharded else norm
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * lr_share(step, config)
@@ -401,8 +465,9 @@ def main(config):
         return losses, norm
 
     def save(name):
-        run.save(name, {**lm_state(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": run.scaler.state_dict(),
-                        "step": step, "best": best, "cursor": loader.cursor, "config": asdict(config), "tokenizer": tokenizer})
+        state = {**lm_state(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": run.scaler.state_dict(),
+                 "step": step, "best": best, "cursor": loader.cursor, "config": asdict(config), "tokenizer": tokenizer}
+        run.save(name, gathered(state, run.master) if sharded else state)
 
     if config.dry_run:
         return dry_run(run, model, train_step, config, accum, params, len(train))
@@ -454,11 +519,12 @@ def main(config):
                 mfu = dict(mfu=speed * model.flops_per_token(config.block_size) / (peak * run.world)) if peak else {}
                 run.log(step, **numbers, grad_norm=norm.item(), lr=lr_share(step - 1, config) * config.learning_rate, tokens_per_s=round(speed), **mfu)
     bar.close()
+    whole = gathered(lm_state(model), run.master) if sharded and not run.stopped else None
     if run.master and not run.stopped and not config.eval_only:
         plot_losses(run, baselines)
         if model.config.sheet:
             before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
-            then, now = plot_sheets(model, before, run, val, starts, config)
+            then, now = plot_sheets(lm_from(whole).to(run.device) if whole else model, before, run, val, starts, config)
             run.print(f"Moran's I of the first component on the sheet, mean over {sheets} sheets: {then:.3f} before, {now:.3f} after training")
     if run.master and not run.stopped:
         chance = baselines.get("trigram", math.log(train.vocab_size))
@@ -487,13 +553,13 @@ def dry_run(run, model, train_step, config, accum, params, n_tokens):
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
     moments = 2 * params - (matrices if config.optimizer == "muon" else 0)  # Muon keeps one moment, AdamW two
     kept = config.max_iters // config.keep_interval if config.keep_interval else 0
-    checkpoint = 4 * (params + moments)
+    stored, ranks = 4 * (params + moments), run.world if config.fsdp else 1
     for line in (f"parameters         {params:,} ({model.n_params():,} without positions)",
                  f"tokens per step    {tokens:,} = {accum} micro-batches x {config.batch_size} x {config.block_size} over {run.world} ranks",
                  f"tokens in all      {tokens * config.max_iters:,} = {tokens * config.max_iters / n_tokens:.2f} epochs of {config.dataset}",
-                 f"memory per rank    {4 * (2 * params + moments) / 2 ** 30:.2f} GiB weights, gradients and optimiser state, and the activations" + (
+                 f"memory per rank    {4 * (2 * params + moments) / ranks / 2 ** 30:.2f} GiB weights, gradients and optimiser state, and the activations" + (
                      f"; peak measured {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if run.device.type == "cuda" else ""),
-                 f"disk               {checkpoint * (2 + kept) / 2 ** 30:.2f} GiB: ckpt.pt, best.pt and {kept} kept checkpoints",
+                 f"disk               {stored * (2 + kept) / 2 ** 30:.2f} GiB: ckpt.pt, best.pt and {kept} kept checkpoints",
                  f"time               {seconds * config.max_iters / 3600:.2f} h here: {seconds:.3f} s per step measured, {config.max_iters:,} steps"):
         run.print(line)
     run.close()

@@ -24,6 +24,7 @@ SIZE = 1_115_394  # bytes
 class Config:
     tokenizer: Literal["char", "gpt2"] = "char"  # char: one token per character; gpt2: byte-level BPE of 50,257 tokens
     root: str = ""                               # a local copy of the text, or the folder with input.txt; "": download
+    bpe: str = ""                                # GPT-2's vocab.bpe or rank file; "": tiktoken's cache, or by download
     out_dir: str = ""                            # "": the folder named like the tokenizer, beside this script
     overwrite: bool = False                      # make it again although it is there
 
@@ -58,7 +59,7 @@ def main(config):
         print(f"{folder} is there already (overwrite=True makes it again)")
         return
     text, source = get_text(config.root)
-    state = character_state(text, "shakespeare-char") if config.tokenizer == "char" else state_of(gpt2_encoding())
+    state = character_state(text, "shakespeare-char") if config.tokenizer == "char" else state_of(gpt2_encoding(config.bpe))
     enc, cut = encoding(state), int(0.9 * len(text))
     meta = write_dataset(folder, {"train": [encode(enc, text[:cut])], "val": [encode(enc, text[cut:])]}, state, source=source,
                          corpus={"characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()},
