@@ -19,7 +19,7 @@ layers and poolings; the best layer is chosen on validation folds.
 Hewitt & Liang 2019 (control tasks); Voita & Titov 2020 (online code); Nadeau & Bengio 2003 (corrected t); Conneau et al. 2018 (SentEval).
 """
 # ruff: noqa: E402
-import hashlib, json, math, os, time
+import hashlib, html, json, math, os, re, sys, textwrap, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,12 +76,463 @@ BASELINES = ["layer0", "random_init", "control", "compression"]
 
 
 # ---- app: streamlit run probe.py
-# APP-SECTION: everything that Streamlit needs stands here and stops before the imports below, which take seconds.
+# Streamlit runs this file from its top at every click, so what stands up to the end of this section must stay light: no torch, no transformers.
+
+UNDER_STREAMLIT = False
+if __name__ == "__main__" and "streamlit" in sys.modules:
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+    UNDER_STREAMLIT = get_script_run_ctx(suppress_warning=True) is not None
+if UNDER_STREAMLIT:
+    import plotly.graph_objects as go
+    import streamlit as st
+
+NO_POOLING = "none"  # of a baseline that reads no model
+NEEDED = ["model", "dataset", "probe", "baseline", "layer", "quantile", "metric", "score", "chance", "low", "high", "n"]  # of a table that is ours
+NUMBERS = ["score", "chance", "low", "high", "n", "n_train", "params", "p", "p_holm"]
+EXAMPLE = Path(__file__).resolve().parent / "data/probing/example"
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8172B3", "#937860"]
+DASHES = {"random_init": "dash", "control": "dot", "layer0": "dashdot", "majority": "longdash"}
+
+
+def cached(function):
+    """st.cache_data under Streamlit, the function itself elsewhere. Readers take the file's mtime along, so that a file written again is read again."""
+    return st.cache_data(function, show_spinner=False, max_entries=64) if UNDER_STREAMLIT else function
+
+
+def mtime(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def natural(value):
+    """Sort key: numbers by size, then ranges like 3-5, then words."""
+    numbers = [float(n) for n in re.findall(r"\d+\.?\d*", str(value))]
+    return (len(numbers) or 99, numbers, str(value))
+
+
+def find_runs(folder):
+    """{name: folder} of the results to show: `folder` itself, what lies in it, newest first, and the bundled example."""
+    found = sorted((p.parent for p in [folder / "results.csv", *folder.glob("*/results.csv")] if p.exists() and is_probe(p, mtime(p))),
+                   key=lambda run: -mtime(run / "results.csv"))
+    return {os.path.relpath(run): run for run in found} | ({"bundled example": EXAMPLE} if (EXAMPLE / "results.csv").exists() else {})
+
+
+@cached
+def is_probe(path, stamp):
+    """Whether a results.csv (each of our scripts leaves one) is of this script, by its header."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return set(NEEDED) <= set(file.readline().rstrip("\r\n").split(","))
+
+
+@cached
+def read_results(path, stamp):
+    """results.csv as a DataFrame: names as categories, the rest of them numbers, and `pooling` in words. Raises ValueError for a broken file."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        if not isinstance(table.index, pd.RangeIndex):  # what pandas makes of rows longer than the header
+            raise ValueError("more fields than columns")
+    except ValueError as e:  # pandas's errors and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is broken ({' '.join(str(e).split())}): write it again with python probe.py, which keeps what is measured") from None
+    for column in NUMBERS:
+        table[column] = pd.to_numeric(table.get(column, pd.Series(np.nan, table.index)), errors="coerce")
+    for column in ("layer_method", "quantile_method", "synthetic"):
+        table[column] = table[column].replace("None", "") if column in table else ""
+    table["synthetic"] = table["synthetic"].isin(["True", "true", "1"])
+    how = ["quantile", "quantile_method", "layer_method"]
+    words = {key: pooling_name(*key) for key in table[how].drop_duplicates().itertuples(index=False, name=None)}
+    table["pooling"] = [words[key] for key in zip(*(table[c] for c in how))]
+    for column in table.columns.difference([*NUMBERS, "synthetic"]):
+        table[column] = table[column].astype("category")
+    return table.dropna(subset="score")
+
+
+def pooling_name(quantile, quantile_method, layer_method):
+    """Pooling in words, as the side bar lists it."""
+    words = {"": NO_POOLING, "all": "all tokens", "0.0": "first token", "1.0": "last token", "attention": "", "best": "best"}
+    words = words.get(quantile, f"quantile {quantile}")
+    return ", ".join(filter(None, [words, quantile_method, f"layers {layer_method}" * bool(layer_method)]))
+
+
+@cached
+def read_arrays(path, stamp):
+    """{name: array} of an .npz file."""
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+@cached
+def read_texts(path, stamp):
+    """texts/DATASET.csv as a DataFrame text, label by index; empty when there is none."""
+    if not path.exists():
+        return pd.DataFrame({"text": [], "label": []}, dtype=str, index=pd.Index([], dtype="int64"))
+    return pd.read_csv(path, dtype={"text": str, "label": str}, keep_default_na=False).set_index("index")
+
+
+def find_sites(folder, columns):
+    """DataFrame of the files of a folder named like columns joined by '__', one row each, and their path."""
+    rows = [path.stem.rsplit("__", len(columns) - 1) + [str(path)] for path in sorted(folder.glob("*.npz"))]
+    return pd.DataFrame([row for row in rows if len(row) == len(columns) + 1], columns=[*columns, "path"])
+
+
+def full_size(rows):
+    """The rows at the number of training texts that most of their kind have, the larger of equals: the others belong to the sample-size curve."""
+    if rows.n_train.isna().all():
+        return rows
+    kind = ["model", "probe", "baseline"]
+    sizes = rows.groupby([*kind, "n_train"], observed=True).size().rename("rows").reset_index().sort_values(["rows", "n_train"])
+    usual = sizes.drop_duplicates(kind, keep="last").rename(columns={"n_train": "usual"})[[*kind, "usual"]]
+    usual = rows[kind].merge(usual, how="left", on=kind).usual.to_numpy()
+    return rows[rows.n_train.isna() | np.isnan(usual) | (rows.n_train == usual)]
+
+
+def place(rows, whole=None):
+    """Where each row's layer stands on the axis and how far it reaches to both sides: 4 → 4 ± 0, '3-5' → 4 ± 1, 'all' → the middle ± half of it all."""
+    at = {}
+    for layer in rows.layer.unique():
+        numbers = [float(n) for n in re.findall(r"\d+\.?\d*", str(layer))] or [1.0, whole or 1.0]
+        at[layer] = ((min(numbers) + max(numbers)) / 2, (max(numbers) - min(numbers)) / 2)
+    places = rows.layer.map({k: v[0] for k, v in at.items()}).astype(float), rows.layer.map({k: v[1] for k, v in at.items()}).astype(float)
+    return rows.assign(x=places[0], reach=places[1])
+
+
+def last_layer(rows):
+    """The deepest single layer among the rows; 1 when there is none."""
+    return max((float(n) for n in rows.layer.unique() if re.fullmatch(r"\d+", str(n))), default=1.0) or 1.0
+
+
+def roc(y, score):
+    """(false positive rate, true positive rate, area) of y (n,) in {0, 1} and score (n,), equal scores in one step; area is Mann-Whitney's U / (P N)."""
+    order = np.argsort(-score, kind="stable")
+    y, score = y[order], score[order]
+    ends = np.r_[np.diff(score) != 0, True]
+    hits, n = np.r_[0, np.cumsum(y)[ends]], np.r_[0, np.arange(1, len(y) + 1)[ends]]
+    tpr, fpr = hits / y.sum(), (n - hits) / (len(y) - y.sum())
+    return fpr, tpr, np.trapezoid(tpr, fpr)
+
+
+def at_threshold(y, score, threshold):
+    """Accuracy, balanced accuracy, F1, true and false positive rate of score >= threshold."""
+    said = score >= threshold
+    tp, fp, fn, tn = (said & (y == 1)).sum(), (said & (y == 0)).sum(), (~said & (y == 1)).sum(), (~said & (y == 0)).sum()
+    tpr, fpr = tp / max(tp + fn, 1), fp / max(fp + tn, 1)
+    return {"accuracy": (tp + tn) / len(y), "balanced accuracy": (tpr + 1 - fpr) / 2, "F1": 2 * tp / max(2 * tp + fp + fn, 1),
+            "true positive rate": tpr, "false positive rate": fpr}
+
+
+def faint(color, alpha=0.15):
+    return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"
+
+
+def canvas(title, x, y, height=420, **layout):
+    return go.Figure(layout=dict(title=title, xaxis_title=x, yaxis_title=y, height=height, **layout))
+
+
+def layer_figure(rows, baselines, title, metric, relative):
+    """Score by layer with its interval as a band, a colour per model and probe; baselines dashed; filled marks where Holm-corrected p < .05."""
+    figure = canvas(title, "depth (share of layers)" if relative else "layer (0: embeddings)", metric, 460)
+    real, extra = rows[rows.baseline == ""], rows[(rows.baseline != "") & rows.baseline.isin(baselines)]
+    said = "<b>%{y:.3f}</b> [%{customdata[1]:.3f}, %{customdata[2]:.3f}], n %{customdata[3]:.0f}, p (Holm) %{customdata[4]:.2g}"
+    for i, ((model, probe, pooling), part) in enumerate(real.groupby(["model", "probe", "pooling"], observed=True)):
+        color, name = COLORS[i % len(COLORS)], " · ".join([model, probe] + [pooling] * (real.pooling.nunique() > 1))
+        whole = last_layer(part)
+        scale = whole if relative else 1.0
+        part = place(part, whole).groupby("layer", observed=True)[["x", "reach", "score", "low", "high", "n", "p_holm"]].mean().reset_index().sort_values("x")
+        single, joined = part[part.reach == 0], part[part.reach > 0]
+        x = single.x / scale
+        figure.add_scatter(x=[*x, *x[::-1]], y=[*single.high, *single.low[::-1]], fill="toself", fillcolor=faint(color), line_width=0, hoverinfo="skip",
+                           legendgroup=name, showlegend=False)
+        filled = np.where((single.p_holm < 0.05) | single.p_holm.isna(), color, "white")
+        hover_columns = ["layer", "low", "high", "n", "p_holm"]
+        figure.add_scatter(x=x, y=single.score, name=name, legendgroup=name, mode="lines+markers", line=dict(color=color, width=2.5),
+                           marker=dict(size=8, color=filled, line=dict(color=color, width=1.5)), customdata=single[hover_columns].astype(object),
+                           hovertemplate="layer %{customdata[0]}: " + said + f"<extra>{name}</extra>")
+        if len(joined):
+            figure.add_scatter(x=joined.x / scale, y=joined.score, mode="markers", marker=dict(symbol="line-ew-open", color=color), legendgroup=name,
+                               showlegend=False, error_x=dict(array=joined.reach / scale, thickness=2), customdata=joined[hover_columns].astype(object),
+                               hovertemplate="layers %{customdata[0]}: " + said + f"<extra>{name}</extra>")
+        own = extra[(extra.model == model) & (extra.probe == probe) & (extra.baseline != "majority")
+                    & ((extra.pooling == pooling) | (extra.baseline == "layer0"))]
+        for baseline, base in own.groupby("baseline", observed=True):
+            base = place(base, whole).groupby("x").score.mean()
+            if len(base) == 1:  # one number: a line all the way
+                base = pd.Series([base.iloc[0]] * 2, index=[0.0, whole])
+            figure.add_scatter(x=base.index / scale, y=base, mode="lines", line=dict(color=color, dash=DASHES.get(baseline, "dash"), width=1.5),
+                               name=baseline.replace("_", " "), legendgroup=name, hovertemplate="%{y:.3f}")
+    end = [0, 1 if relative else last_layer(real)]
+    levels = {"majority": extra.score[extra.baseline == "majority"].mean(), "chance": real.chance.mean()}
+    for (name, level), dash in zip(levels.items(), ("longdash", "dot")):
+        if np.isfinite(level):
+            figure.add_scatter(x=end, y=[level] * 2, mode="lines", line=dict(color="#888888", dash=dash, width=1.5), name=name, hovertemplate="%{y:.3f}")
+    return figure
+
+
+def heat_figure(rows, title, metric):
+    """Layer × pooling, the score of each cell."""
+    grid = rows.pivot_table(index="pooling", columns="layer", values="score", aggfunc="mean", observed=True)
+    quantile = rows.drop_duplicates("pooling").set_index("pooling")["quantile"]
+    grid = grid.loc[sorted(grid.index, key=lambda pooling: natural(quantile[pooling])), sorted(grid.columns, key=natural)]
+    figure = canvas(title, "layer", "", 380, xaxis_type="category", yaxis_type="category")
+    return figure.add_heatmap(z=grid.to_numpy(), x=[str(c) for c in grid.columns], y=[str(q) for q in grid.index], colorscale="Viridis", colorbar_title=metric,
+                              texttemplate="%{z:.2f}" if grid.size <= 150 else None, hovertemplate="layer %{x}, %{y}: <b>%{z:.3f}</b><extra></extra>")
+
+
+def size_figure(rows, x, title, label, metric):
+    """Score against a size on a logarithmic axis, one line per model and probe (per probe where the size is the model's)."""
+    figure = canvas(title, label, metric, xaxis_type="log")
+    for i, (name, part) in enumerate(rows.groupby(["probe"] if x == "params" else ["model", "probe"], observed=True)):
+        part, color = part.sort_values(x), COLORS[i % len(COLORS)]
+        figure.add_scatter(x=part[x], y=part.score, name=" · ".join(name), mode="lines+markers", line_color=color,
+                           error_y=dict(array=part.high - part.score, arrayminus=part.score - part.low, color=faint(color, 0.6)),
+                           customdata=part[["low", "high", "model", "layer"]].astype(object),
+                           hovertemplate="%{customdata[2]}, layer %{customdata[3]}: <b>%{y:.3f}</b> [%{customdata[0]:.3f}, %{customdata[1]:.3f}]")
+    figure.add_hline(rows.chance.mean(), line=dict(color="#888888", dash="dot"), annotation_text="chance")
+    return figure
+
+
+def show(figure, key):
+    st.plotly_chart(figure, key=key, width="stretch")
+
+
+def pick(sites, columns, empty):
+    """Select boxes that narrow the sites down to one; its path, or None when there are none."""
+    if not len(sites):
+        st.info(empty)
+        return None
+    for column, box in zip(columns, st.columns(len(columns))):
+        options = sorted(sites[column].unique(), key=natural)
+        index = len(options) - 1 if column in ("layer", "quantile") else 0
+        choice = box.selectbox(column.capitalize(), options, index=index, key=f"site_{column}", bind="query-params")
+        sites = sites[sites[column] == choice]
+    return Path(sites.path.iloc[0])
+
+
+def layers_tab(rows, baselines, title, metric):
+    rows = full_size(rows)
+    best, rows = rows[(rows.layer == "best") & rows.baseline.isin(["", "random_init"])], rows[rows.layer != "best"]
+    relative = st.toggle("depth as a share of the model's layers", key="relative", bind="query-params")
+    show(layer_figure(rows[rows.pooling.isin(st.session_state.pooling) | (rows.baseline != "")], baselines, title, metric, relative), "layer_curve")
+    st.caption("Bands are 95 % intervals. Filled marks: p < .05 after Holm's correction over all layers and poolings. Dashed: the same model with random "
+               "weights; a control task, labels that only knowing words by heart can give; layer 0, a bag of embeddings; the majority label.")
+    if len(best):
+        st.markdown("**The layer that each fold's own validation texts liked best**")
+        st.dataframe(best[["model", "probe", "baseline", "score", "low", "high", "chance", "p", "n"]], hide_index=True, key="best")
+    cells = rows[(rows.baseline == "") & (rows.layer_method == "") & (rows["quantile"] != "attention")]
+    for (model, probe), part in cells.groupby(["model", "probe"], observed=True):
+        if part.pooling.nunique() > 1:
+            show(heat_figure(part, f"{title}: {model}, {probe}", metric), f"heat_{model}_{probe}")
+    if cells.pooling.nunique() < 2:
+        st.caption("A map of layers × quantiles appears where several were probed: `python probe.py quantiles=0.0,0.5,1.0`.")
+
+
+def read_site(run, path):
+    """The out-of-fold predictions of a site, with text and label."""
+    arrays = read_arrays(path, mtime(path))
+    texts_of = run / "texts" / f"{path.stem.rsplit('__', 4)[1]}.csv"
+    table = pd.DataFrame({name: arrays[name] for name in ("index", "y", "score", "fold") if name in arrays and arrays[name].ndim == 1})
+    if "score" not in table:  # (n, K) of K labels: the label that is said
+        table["score"] = arrays["score"].argmax(1)
+    table = table.join(read_texts(texts_of, mtime(texts_of)), on="index")
+    return table, float(np.mean(arrays["threshold"])) if "threshold" in arrays and np.isfinite(arrays["threshold"]).all() else np.nan
+
+
+def decision_tab(run, path, note):
+    table, threshold = read_site(run, path)
+    y, score = table.y.to_numpy(), table.score.to_numpy(float)
+    if not set(np.unique(y)) <= {0, 1} or len(np.unique(y)) < 2:
+        return show(agreement_figure(table, note), "agreement")
+    low, high = float(score.min()), float(score.max())
+    start = min(max(threshold if np.isfinite(threshold) else (low + high) / 2, low), high)
+    high = high if high > low else low + 1.0
+    threshold = st.slider("Threshold (the probe's own was found on its training texts)", low, high, start, step=(high - low) / 500, format="%.3f",
+                          key="threshold", bind="query-params")
+    for box, (name, value) in zip(st.columns(5), at_threshold(y, score, threshold).items()):
+        box.metric(name.capitalize(), f"{value:.3f}")
+    fpr, tpr, area = roc(y, score)
+    now = at_threshold(y, score, threshold)
+    thin = np.unique(np.linspace(0, len(fpr) - 1, 2000).astype(int))
+    left, right = st.columns(2)
+    figure = canvas(f"ROC, area {area:.3f}{note}", "false positive rate", "true positive rate", showlegend=False)
+    figure.add_scatter(x=[0, 1], y=[0, 1], line=dict(color="#999999", dash="dot"), hoverinfo="skip")
+    figure.add_scatter(x=fpr[thin], y=tpr[thin], line=dict(color=COLORS[0], width=2.5))
+    figure.add_scatter(x=[now["false positive rate"]], y=[now["true positive rate"]], marker=dict(size=13, color=COLORS[1]), mode="markers")
+    with left:
+        show(figure, "roc")
+    edges = np.linspace(low, high, 41)
+    figure = canvas(f"out-of-fold scores, n = {len(y)}{note}", "score", "texts", barmode="overlay", bargap=0)
+    for label in (0, 1):
+        names = table.label[y == label].dropna().unique()
+        figure.add_bar(x=(edges[1:] + edges[:-1]) / 2, y=np.histogram(score[y == label], edges)[0], opacity=0.6, marker_color=COLORS[1 - label],
+                       name=names[0] if len(names) == 1 else str(label))
+    figure.add_vline(threshold, line=dict(color="#333333", dash="dash"))
+    with right:
+        show(figure, "histogram")
+
+
+def agreement_figure(table, note):
+    """What was said against what is so: a confusion matrix of labels, a cloud of numbers."""
+    if whole_numbers(table) and table.y.nunique() <= 50:
+        counts, names = pd.crosstab(table.y, table.score), dict(zip(table.y, table.label))
+        figure = canvas(f"label said against label given, n = {len(table)}{note}", "said", "given", 520, xaxis_type="category", yaxis_type="category")
+        return figure.add_heatmap(z=counts, x=[str(names.get(c, c)) for c in counts.columns], y=[str(names.get(c, c)) for c in counts.index],
+                                  colorscale="Blues", texttemplate="%{z}")
+    r = np.corrcoef(table.y, table.score)[0, 1] if table.score.std() > 0 and table.y.std() > 0 else 0.0
+    figure = canvas(f"predicted against given, Pearson r = {r:.3f}, n = {len(table)}{note}", "given", "predicted", 520)
+    return figure.add_scattergl(x=table.y, y=table.score, mode="markers", marker=dict(size=5, color=COLORS[0], opacity=0.5), text=hover(table),
+                                hoverinfo="text+x+y")
+
+
+def whole_numbers(table):
+    """Whether scores are labels that were said, and no numbers on a scale."""
+    return bool((table.y % 1 == 0).all() and (table.score % 1 == 0).all())
+
+
+def examples_tab(run, path):
+    table, threshold = read_site(run, path)
+    if set(table.y.unique()) <= {0, 1}:
+        table["said"] = (table.score >= (threshold if np.isfinite(threshold) else 0.5)).astype(int)
+    elif whole_numbers(table):
+        table["said"] = table.score
+    if "said" in table:
+        table["right"] = table.said == table.y
+    left, right = st.columns([3, 1])
+    words = left.text_input("Texts that contain", key="contains", bind="query-params")
+    if "right" in table and right.toggle("only mistakes", key="mistakes", bind="query-params"):
+        table = table[~table.right]
+    if words:
+        table = table[table.text.fillna("").str.contains(words, case=False, regex=False)]
+    st.caption(f"{len(table):,} texts; every one was scored by a probe that had not seen it.")
+    st.dataframe(table, hide_index=True, width="stretch", height=480, lazy=True if len(table) > 5000 else None, column_order=[
+        c for c in ("text", "label", "score", "said", "right", "y", "fold", "index") if c in table])
+    st.download_button("Download as CSV", lambda: table.to_csv(index=False), f"{path.stem}.csv", "text/csv", on_click="ignore")
+
+
+def hover(table):
+    """Texts wrapped and escaped for a plotly label."""
+    return ["<br>".join(map(html.escape, textwrap.wrap(text[:400], 60))) for text in table.text.fillna("")]
+
+
+def projection_tab(run, path, dataset, note):
+    arrays, texts_of = read_arrays(path, mtime(path)), run / "texts" / f"{dataset}.csv"
+    table = pd.DataFrame({"x": arrays["xy"][:, 0], "y": arrays["xy"][:, 1], "index": arrays["index"]}).join(read_texts(texts_of, mtime(texts_of)), on="index")
+    table = table.sample(min(len(table), 5000), random_state=0).fillna({"label": "", "text": ""})  # a browser shows no more
+    figure = canvas("first two principal components, {:.0%} and {:.0%} of the variance".format(*arrays["explained"]) + note, "component 1", "component 2", 620)
+    numbers = pd.to_numeric(table.label, errors="coerce")
+    if numbers.notna().all() and numbers.nunique() > 20:
+        figure.add_scattergl(x=table.x, y=table.y, mode="markers", text=hover(table), hoverinfo="text",
+                             marker=dict(size=6, color=numbers, colorscale="Viridis", showscale=True))
+    else:
+        for i, label in enumerate(sorted(table.label.unique(), key=natural)):
+            part = table[table.label == label]
+            figure.add_scattergl(x=part.x, y=part.y, mode="markers", name=label, text=hover(part), hoverinfo="text+name",
+                                 marker=dict(size=6, opacity=0.75, color=COLORS[i % len(COLORS)]))
+    show(figure, "projection")
+
+
+def sizes_tab(rows, title, metric):
+    """At the layer chosen on validation folds; where a run has but one layer and pooling, at that one."""
+    real = rows[rows.baseline == ""]
+    real = real[real.layer == "best"] if (real.layer == "best").any() else real
+    if (full := full_size(real)).groupby("model", observed=True).params.first().nunique() > 1:
+        show(size_figure(full, "params", f"{title}: size of the model", "parameters", metric), "model_size")
+    else:
+        st.info("A curve over model sizes needs two models of different size: `python probe.py lm=gpt2,gpt2-medium`.")
+    many = real.groupby(["model", "probe"], observed=True).n_train.transform("nunique") > 1
+    if many.any():
+        show(size_figure(real[many], "n_train", f"{title}: number of training texts", "texts learnt from", metric), "sample_size")
+    else:
+        st.info("A curve over numbers of training texts needs several: `python probe.py train_sizes=100,300,1000`.")
+    st.caption("At the layer that validation texts chose, not the one that tests best. Bars are 95 % intervals.")
+
+
+def table_tab(rows):
+    shown = rows.drop(columns=[c for c in ("options", "pooling") if c in rows])
+    st.dataframe(shown, hide_index=True, width="stretch", height=560, lazy=True if len(shown) > 5000 else None)
+    st.download_button("Download this selection as CSV", lambda: shown.to_csv(index=False), "probe.csv", "text/csv", on_click="ignore")
+
+
+def app():
+    """The app: side bar, then one tab at a time. Every choice stands in the address, so that a link shows what you see."""
+    st.set_page_config(page_title="probe", layout="wide")
+    out = Path(next((a.split("=", 1)[1] for a in sys.argv[1:] if a.lstrip("-").startswith("out_dir=")), "out"))
+    runs = find_runs(out)
+    st.title("What do the hidden layers know?")
+    if not runs:
+        st.info(f"There are no results under `{out}` yet. Make some and reload this page:")
+        st.code("python probe.py", language="bash")
+        return
+    bar = st.sidebar
+    run = runs[bar.selectbox("Results", list(runs), key="results", bind="query-params")]
+    try:
+        table = read_results(run / "results.csv", mtime(run / "results.csv"))
+    except ValueError as e:
+        st.error(str(e))
+        return
+    if not len(table):
+        st.info(f"`{run / 'results.csv'}` holds no scores yet. Go on with:")
+        st.code("python probe.py", language="bash")
+        return
+
+    def names(column, rows):
+        return sorted((v for v in rows[column].unique() if v != ""), key=natural)
+
+    dataset = bar.selectbox("Dataset", names("dataset", table), key="dataset", bind="query-params")
+    rows = table[table.dataset == dataset]
+    metrics = names("metric", rows)
+    metric = bar.selectbox("Metric", metrics, index=metrics.index("accuracy") if "accuracy" in metrics else 0, key="metric", bind="query-params")
+    rows = rows[rows.metric == metric]
+    real = rows[rows.baseline == ""]
+    models, probes, poolings = names("model", real), names("probe", real), names("pooling", real[real.layer != "best"])
+    chosen = bar.multiselect("Model", models, default=models[:3], key="model", bind="query-params")
+    asked = bar.multiselect("Probe", probes, default=probes[:2], key="probe", bind="query-params")
+    bar.multiselect("Pooling", poolings, default=["last token"] if "last token" in poolings else poolings[:1], key="pooling", bind="query-params")
+    baselines = [b for b in DASHES if (rows.baseline == b).any()]
+    baselines = bar.multiselect("Baselines", baselines, default=baselines, key="baseline", bind="query-params")
+    rows = rows[rows.model.isin([*chosen, ""]) & rows.probe.isin([*asked, ""])]
+
+    synthetic = bool(rows.synthetic.any())
+    note = " (synthetic data)" if synthetic else ""
+    if run == EXAMPLE:
+        st.info("This is the small example that comes with the code. Your own results: `python probe.py`, then reload.")
+    if synthetic:
+        st.caption(f"**{dataset}** is synthetic: its sentences are written by rule.")
+    if not (chosen and asked and st.session_state.pooling):
+        st.warning("Choose at least one model, one probe and one pooling in the side bar.")
+        return
+    sites = find_sites(run / "predictions", ["model", "dataset", "probe", "layer", "quantile"])
+    clouds = find_sites(run / "projections", ["model", "dataset", "layer", "quantile"])
+    slug = dataset.replace("/", "-")
+    sites = sites[(sites.dataset == slug) & sites.model.isin([m.replace("/", "-") for m in chosen]) & sites.probe.isin([p.replace("/", "-") for p in asked])]
+    clouds = clouds[(clouds.dataset == slug) & clouds.model.isin([m.replace("/", "-") for m in chosen])]
+    title = f"{dataset}{note}"
+    layers, decision, examples, projection, sizes, numbers = st.tabs(["Layers", "Decision", "Examples", "Projection", "Sizes", "Table"], key="view",
+                                                                     bind="query-params", on_change="rerun")
+    if layers.open:
+        with layers:
+            layers_tab(rows, baselines, title, metric)
+    for tab, draw in ((decision, lambda path: decision_tab(run, path, note)), (examples, lambda path: examples_tab(run, path))):
+        if tab.open:
+            with tab:
+                if path := pick(sites, ["model", "probe", "layer", "quantile"], "No predictions are kept for this choice of model and probe."):
+                    draw(path)
+    if projection.open:
+        with projection:
+            if path := pick(clouds, ["model", "layer", "quantile"], "No projection is kept for this choice of model."):
+                projection_tab(run, path, slug, note)
+    if sizes.open:
+        with sizes:
+            sizes_tab(rows, title, metric)
+    if numbers.open:
+        with numbers:
+            table_tab(rows)
+
+
+if UNDER_STREAMLIT:
+    app()
+    st.stop()  # torch and the rest below are for the experiment
 
 
 # ---- the experiment
 
-import copy, fcntl, inspect, textwrap
+import copy, fcntl, inspect
 
 import matplotlib
 matplotlib.use("Agg")
@@ -119,7 +570,10 @@ class NLPDataset:
             except (ValueError, UnicodeDecodeError) as e:
                 raise ValueError(f"{source} is not JSON ({e}): download it again, or mend it") from None
         try:
-            texts, labels = (list(part.values()) if isinstance(part, dict) else list(part) for part in (raw["data"]["sentences"], raw["data"]["labels"]))
+            data = raw["data"]
+            texts, labels = (list(part.values()) if isinstance(part, dict) else list(part) for part in (data["sentences"], data["labels"]))
+            groups, split = (np.array(list(part.values()) if isinstance(part, dict) else part) if part else None
+                             for part in (data.get("groups"), data.get("splits")))  # of the files that get_data.py writes
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{where} has no data: sentences and labels: see the schema in data/probing/readme.md") from None
         regression = raw.get("task", "Classification") == "Regression"
@@ -139,7 +593,7 @@ class NLPDataset:
             names = [str(named.get(str(int(v)) if not isinstance(v, str) else v, v)) for v in known]
             labels = np.array([known.index(v) for v in labels])
         self._finish(where, name or (Path(str(source)).stem if not isinstance(source, dict) else str(where)), texts, labels, regression, names,
-                     {k: v for k, v in raw.items() if k != "data"})
+                     {k: v for k, v in raw.items() if k != "data"}, groups, split if split is not None and {"train", "test"} <= set(split) else None)
 
     @classmethod
     def from_task(cls, folder, task):
@@ -157,6 +611,8 @@ class NLPDataset:
     def _finish(self, where, name, texts, y, regression, names, meta, groups=None, split=None):
         if len(texts) != len(y):
             raise ValueError(f"{where} has {len(texts)} sentences and {len(y)} labels")
+        if wrong := [part for part in (groups, split) if part is not None and len(part) != len(y)]:
+            raise ValueError(f"{where} has {len(texts)} sentences, and groups or splits of {len(wrong[0])}")
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{where}: sentence {i} is empty or no text: leave it out, with its label")
@@ -825,7 +1281,7 @@ class MultiStepOpt(nn.Module):
     with Adam on standardised features, in batches, and the epoch that is best on the validation texts is kept. All sites are trained in one optimiser:
     their parameters are stacked, and forward is vmapped over them."""
 
-    name, batch_size, max_epoch, learning_rate, attention = "", 128, 30, 1e-3, False
+    name, batch_size, max_epoch, min_steps, learning_rate, attention = "", 128, 30, 300, 3e-3, False
 
     def fit(self, X, y, X_val, y_val, kind="binary", seed=0):
         """One site alone: X (n, H), y (n,); numpy or torch."""
@@ -914,7 +1370,7 @@ def train_multistep(models, X, y, X_val, y_val, kind, seed):
     params, forward = stacked(models)
     options, best, least = models[0], {k: v.detach().clone() for k, v in params.items()}, torch.full((len(models),), math.inf)
     optimizer = torch.optim.Adam(params.values(), lr=options.learning_rate)
-    for epoch in range(options.max_epoch):
+    for epoch in range(max(options.max_epoch, options.min_steps // -(-len(y) // options.batch_size))):  # a few hundred texts need more epochs
         models[0].train()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(key_seed(seed, epoch)))
         for rows in order.split(options.batch_size):
@@ -1008,7 +1464,7 @@ def corrected_t(scores, chance, n_train, n_test):
     J, mean = scores.shape[-1], scores.mean(-1)
     se = np.sqrt((1 / J + n_test / n_train) * scores.var(-1, ddof=1))
     se = np.maximum(se, 0.5 / (n_test * J))  # folds that agree by chance, or all perfect: no surer than half a text
-    half = scipy.stats.t.ppf(0.975, J - 1) * se
+    half = scipy.stats.t.ppf(0.975, J - 1) * se  # (...,)
     return mean, mean - half, mean + half, scipy.stats.t.sf((mean - chance) / se, J - 1)
 
 
@@ -1138,6 +1594,7 @@ def build(make, width, task):
     return make(width)
 
 
+BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1), "pearson": (-1, 1), "mcc": (-1, 1)}  # the others are shares
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
@@ -1272,10 +1729,10 @@ def measure(sites, probe, y, config, seeds, within=False, n_train=0):
             steps = attention_nested(sites.model, make, part, folds, k, config.seed, sites.layers, config.batch_tokens) if X is None else \
                 nested(probe, X, part, folds, k, key_seed(config.seed, seed))
             outer += [(seed, fold, step) for fold, step in enumerate(steps)]
-        result = judge(outer, task)
+        result, texts = judge(outer, task), len(np.unique(index)) / len(index)
         for g, i in enumerate(group):
             found[i] = dict(test={m: v[g] for m, v in result["test"].items()}, val=result["val"][g], chance=result["chance"], task=task,
-                            n_train=result["n_train"], n_test=result["n_test"],
+                            n_train=result["n_train"] * texts, n_test=result["n_test"] * texts, n=len(np.unique(index[task.judge])),
                             out=[(rows, scores[g], fold, t and {m: v[g] for m, v in t.items()}) for rows, scores, fold, t in result["out"]])
     return found
 
@@ -1301,15 +1758,16 @@ def write_rows(run, found, sites, asked, keys, null=None):
             above = np.array([s[0] for s in stats])
             p, p_holm = ((1 + (other >= above).sum(0)) / (1 + len(null[m])) for other in (null[m], null[m].max(1, keepdims=True)))
         for i, (score, low, high, _), one, family in zip(asked, stats, p, p_holm):
-            tested = real and m != "mse"
-            run.result(score, found[i]["chance"][m].mean(), low, high, int(found[i]["task"].judge.sum()), **keys, **label_of(sites, i), metric=m,
+            tested, (low, high) = real and m != "mse", np.clip([low, high], *BOUNDS.get(m, (0, 1)))
+            run.result(score, found[i]["chance"][m].mean(), low, high, found[i]["n"], **keys, **label_of(sites, i), metric=m,
                        n_train=int(round(found[i]["n_train"])), p=float(one) if tested else None, p_holm=float(family) if tested else None)
     if len(asked) > 1:
         best = np.stack([found[i]["val"] for i in asked]).argmax(0)  # (J,): each fold takes the site that its own validation texts like best
         scores = np.array([found[asked[b]]["test"][primary][j] for j, b in enumerate(best)])
         chance = found[asked[0]]["chance"][primary].mean()
         score, low, high, one = corrected_t(scores, chance, found[asked[0]]["n_train"], n_test)
-        run.result(score, chance, low, high, int(found[asked[0]]["task"].judge.sum()), **keys, layer="best", quantile="best", layer_method="",
+        low, high = np.clip([low, high], *BOUNDS.get(primary, (0, 1)))
+        run.result(score, chance, low, high, found[asked[0]]["n"], **keys, layer="best", quantile="best", layer_method="",
                    quantile_method="", metric=primary, n_train=int(round(found[asked[0]]["n_train"])), p=float(one) if real else None,
                    p_holm=float(one) if real else None)
         return score, low, high, chance, asked[int(np.bincount(best).argmax())]
@@ -1426,7 +1884,7 @@ def probe_dataset(run, config, model, twin, dataset, probes, poolers, finished):
                 chance = found[mine[0]]["chance"]
                 for m, values in chance.items():
                     run.result(values.mean(), values.mean(), *corrected_t(values, 0, found[mine[0]]["n_train"], found[mine[0]]["n_test"])[1:3],
-                               int(found[mine[0]]["task"].judge.sum()), **{**keys, "baseline": "majority"}, layer="", quantile="", layer_method="",
+                               found[mine[0]]["n"], **{**keys, "baseline": "majority"}, layer="", quantile="", layer_method="",
                                quantile_method="", metric=m, n_train=int(round(found[mine[0]]["n_train"])), p=None, p_holm=None)
                 lines.append(f"majority {chance[primary].mean():.3f}")
                 keep_for_app(run, found, here, mine, name)
@@ -1460,7 +1918,7 @@ def control(run, config, sites, probe, y, mine, keys):
     gaps = [real[i]["test"][primary] - other[i]["test"][primary] for i in mine]
     stats = [corrected_t(gap, 0, real[i]["n_train"], real[i]["n_test"]) for gap, i in zip(gaps, mine)]
     for i, (score, low, high, p), p_holm in zip(mine, stats, holm([s[3] for s in stats])):
-        run.result(score, 0.0, low, high, int(real[i]["task"].judge.sum()), **keys, **label_of(sites, i), metric="selectivity",
+        run.result(score, 0.0, low, high, real[i]["n"], **keys, **label_of(sites, i), metric="selectivity",
                    n_train=int(round(real[i]["n_train"])), p=float(p), p_holm=float(p_holm))
     return f"control task {max(o['test'][primary].mean() for o in other.values()):.3f}"
 
@@ -1583,6 +2041,8 @@ def plot_layers(path, table, model):
     """Score over layers at the last token (or the last pooling there is) with its 95 % band, one panel a dataset, baselines dashed."""
     numbers = table[table.number.notna()]
     names = list(numbers.dataset.unique())
+    if not names:
+        return
     fig, axes = panels(len(names))
     for ax, name in zip(axes, names):
         here, whole = numbers[numbers.dataset == name], table[table.dataset == name]

@@ -118,8 +118,9 @@ def test_probe_reads_what_is_written(copies, tmp_path):
     cola = probe.NLPDataset(str(tmp_path / "cola.json"))
     assert cola.kind == "binary" and dict(cola[i] for i in range(3)) == {"He left.": 1, "Left he has.": 0, "She left.": 1}
     assert probe.NLPDataset(str(tmp_path / "concreteness.json")).kind == "regression"
+    assert sorted(cola.split) == ["test", "train", "train"]
     blimp = probe.NLPDataset(str(tmp_path / "blimp_agr.json"))
-    assert {text.split()[1]: g for text, g in zip(blimp.texts, blimp.groups)} and len(set(blimp.groups)) == 2  # pairs stay together
+    assert len({(text.split()[1], group) for text, group in zip(blimp.texts, blimp.groups)}) == len(set(blimp.groups)) == 2  # pairs stay together
     assert probe.NLPDataset(str(tmp_path / "senteval_past_present.json")).label_names == ["2", "10"]
 
 
