@@ -184,14 +184,15 @@ def full_size(rows):
     return rows[rows.n_train.isna() | np.isnan(usual) | (rows.n_train == usual)]
 
 
-def place(rows, whole=None):
-    """Where each row's layer stands on the axis and how far it reaches to both sides: 4 → 4 ± 0, '3-5' → 4 ± 1, 'all' → the middle ± half of it all."""
-    at = {}
-    for layer in rows.layer.unique():
-        numbers = [float(n) for n in re.findall(r"\d+\.?\d*", str(layer))] or [1.0, whole or 1.0]
-        at[layer] = ((min(numbers) + max(numbers)) / 2, (max(numbers) - min(numbers)) / 2)
-    places = rows.layer.map({k: v[0] for k, v in at.items()}).astype(float), rows.layer.map({k: v[1] for k, v in at.items()}).astype(float)
-    return rows.assign(x=places[0], reach=places[1])
+def place(rows):
+    """The rows of layers with their place on the axis, x, and how far they reach to both sides: 4 → 4 ± 0, '3-5' → 4 ± 1, 'all' → the middle ± half of
+    the model."""
+    ends = {}
+    for layer in rows.layer.cat.categories:
+        numbers = [float(n) for n in re.findall(r"\d+\.?\d*", layer)] or [1.0, last_layer(rows)]
+        ends[layer] = min(numbers), max(numbers)
+    low, high = np.array(list(ends.values()))[rows.layer.cat.codes].T
+    return rows.assign(x=(low + high) / 2, reach=(high - low) / 2)
 
 
 def last_layer(rows):
@@ -229,13 +230,16 @@ def canvas(title, x, y, height=420, **layout):
 def layer_figure(rows, baselines, title, metric, relative):
     """Score by layer with its interval as a band, a colour per model and probe; baselines dashed; filled marks where Holm-corrected p < .05."""
     figure = canvas(title, "depth (share of layers)" if relative else "layer (0: embeddings)", metric, 460)
-    real, extra = rows[rows.baseline == ""], rows[(rows.baseline != "") & rows.baseline.isin(baselines)]
+    rows = rows[["model", "probe", "pooling", "baseline", "layer", "score", "chance", "low", "high", "n", "p_holm"]]
+    real = place(rows[rows.baseline == ""])
+    extra = place(rows[(rows.baseline != "") & rows.baseline.isin(baselines)])
+    own = dict(list(extra.groupby(["model", "probe"], observed=True)))
     said = "<b>%{y:.3f}</b> [%{customdata[1]:.3f}, %{customdata[2]:.3f}], n %{customdata[3]:.0f}, p (Holm) %{customdata[4]:.2g}"
     for i, ((model, probe, pooling), part) in enumerate(real.groupby(["model", "probe", "pooling"], observed=True)):
         color, name = COLORS[i % len(COLORS)], " · ".join([model, probe] + [pooling] * (real.pooling.nunique() > 1))
         whole = last_layer(part)
         scale = whole if relative else 1.0
-        part = place(part, whole).groupby("layer", observed=True)[["x", "reach", "score", "low", "high", "n", "p_holm"]].mean().reset_index().sort_values("x")
+        part = part.groupby("layer", observed=True)[["x", "reach", "score", "low", "high", "n", "p_holm"]].mean().reset_index().sort_values("x")
         single, joined = part[part.reach == 0], part[part.reach > 0]
         x = single.x / scale
         figure.add_scatter(x=[*x, *x[::-1]], y=[*single.high, *single.low[::-1]], fill="toself", fillcolor=faint(color), line_width=0, hoverinfo="skip",
@@ -249,10 +253,10 @@ def layer_figure(rows, baselines, title, metric, relative):
             figure.add_scatter(x=joined.x / scale, y=joined.score, mode="markers", marker=dict(symbol="line-ew-open", color=color), legendgroup=name,
                                showlegend=False, error_x=dict(array=joined.reach / scale, thickness=2), customdata=joined[hover_columns].astype(object),
                                hovertemplate="layers %{customdata[0]}: " + said + f"<extra>{name}</extra>")
-        own = extra[(extra.model == model) & (extra.probe == probe) & (extra.baseline != "majority")
-                    & ((extra.pooling == pooling) | (extra.baseline == "layer0"))]
-        for baseline, base in own.groupby("baseline", observed=True):
-            base = place(base, whole).groupby("x").score.mean()
+        beside = own.get((model, probe), extra[:0])
+        beside = beside[(beside.baseline != "majority") & ((beside.pooling == pooling) | (beside.baseline == "layer0"))]
+        for baseline, base in beside.groupby("baseline", observed=True):
+            base = base.groupby("x").score.mean()
             if len(base) == 1:  # one number: a line all the way
                 base = pd.Series([base.iloc[0]] * 2, index=[0.0, whole])
             figure.add_scatter(x=base.index / scale, y=base, mode="lines", line=dict(color=color, dash=DASHES.get(baseline, "dash"), width=1.5),
@@ -1331,7 +1335,7 @@ class AttentionPool(MultiStepOpt):
     """softmax(q · h_t) pooling over a text's tokens, then a linear layer. It needs the states of every token: the model runs again in each epoch, a
     batch of token states lives as long as its batch, and the probes of all layers and all folds learn from it together."""
 
-    max_epoch, learning_rate, attention = 10, 3e-3, True
+    max_epoch, min_steps, learning_rate, attention = 10, 200, 3e-3, True
 
     def __init__(self, input_size, output_size=1):
         super().__init__()
@@ -1659,7 +1663,7 @@ def attention_nested(model, make, task, folds, k, seed, layers, batch_tokens):
         return forward(params, x, states["attention_mask"].bool())  # (G, k, B, C)
 
     optimizer, batches = torch.optim.Adam(params.values(), lr=probe.learning_rate), list(length_batches(rows, batch_tokens))
-    for epoch in range(probe.max_epoch):
+    for epoch in range(max(probe.max_epoch, probe.min_steps // len(batches))):
         for b in np.random.default_rng(key_seed(seed, epoch)).permutation(len(batches)):
             batch, mask = batches[b], fits[:, batches[b]]
             optimizer.zero_grad()
