@@ -1193,19 +1193,30 @@ def lda(m, shrinkages):
     return found
 
 
-def logistic(X, Y, C, tol=1e-4, max_iter=300, start=None):
+def standardise(X, rows):
+    """X (G, N, H) with mean 0 and variance 1 over `rows`."""
+    Z = X - X[:, rows].mean(1, keepdim=True)
+    sd = torch.linalg.vector_norm(Z[:, rows], dim=1, keepdim=True) / len(rows) ** 0.5
+    return Z.mul_(torch.where(sd > 1e-6, 1 / sd, 1.0))
+
+
+def times(X, d):
+    """X (G, n, H) @ d (G, H, K), fast for one column too."""
+    return X @ d if d.size(2) > 1 or X.is_cuda else torch.stack([x @ v for x, v in zip(X, d)])
+
+
+def logistic(X, Y, C, tol=1e-4, max_iter=300, start=None, gram=None):
     """Logistic regression at G sites: X (G, n, H) standardised, Y (n, 1) of 0 and 1, or (n, K) one-hot. Minimises mean log-loss + |W|² / (2 C n),
     scikit-learn's objective, until no entry of a site's gradient exceeds tol. L-BFGS preconditioned by the Cholesky factor of the curvature's bound
-    (Böhning 1992), exact line search along X d, so an iteration reads X twice. C: a number. → W (G, H, K), b (G, 1, K)."""
+    (Böhning 1992), exact line search along X d, so an iteration reads X twice. C: a number; gram: X.mT @ X where it is known. → W (G, H, K), b (G, 1, K)."""
     G, n, H = X.shape
     K, lam = Y.size(1), 1 / (C * n)
     bound = 0.25 if K == 1 else 0.5
-    gram = X.mT @ X
-    gram *= bound / n
+    gram = (X.mT @ X if gram is None else gram) * (bound / n)
     gram.diagonal(dim1=1, dim2=2).add_(lam)
     factor = torch.linalg.cholesky(gram)
     theta = torch.zeros(G, H + 1, K, dtype=X.dtype, device=X.device) if start is None else start.clone()
-    Z = X @ theta[:, :-1] + theta[:, -1:]  # (G, n, K)
+    Z = times(X, theta[:, :-1]) + theta[:, -1:]  # (G, n, K)
 
     def probabilities(Z):
         return Z.sigmoid() if K == 1 else Z.softmax(-1)
@@ -1219,7 +1230,7 @@ def logistic(X, Y, C, tol=1e-4, max_iter=300, start=None):
     history, old = [], None
     for _ in range(max_iter):
         R = (probabilities(Z) - Y) / n
-        g = torch.cat([X.mT @ R + lam * theta[:, :-1], R.sum(1, keepdim=True)], 1)
+        g = torch.cat([times(X.mT, R) + lam * theta[:, :-1], R.sum(1, keepdim=True)], 1)
         going = (g.abs().amax((1, 2)) > tol)[:, None, None]
         if not going.any():
             break
@@ -1236,7 +1247,7 @@ def logistic(X, Y, C, tol=1e-4, max_iter=300, start=None):
         for (s, y, rho), alpha in zip(history, reversed(alphas)):
             d = d + s * (alpha - rho * dot(y, d))
         d = -d * going
-        Zd = X @ d[:, :-1] + d[:, -1:]
+        Zd = times(X, d[:, :-1]) + d[:, -1:]
         wd, dd = lam * dot(theta[:, :-1], d[:, :-1]), lam * dot(d[:, :-1], d[:, :-1])
         t = torch.ones(G, 1, 1, dtype=X.dtype, device=X.device)
         for _ in range(4):  # the loss along d is convex: Newton in one dimension
@@ -1540,15 +1551,15 @@ def nested(probe, X, task, folds, k, seed):
             continue
         choose = rows[(o + 1) % k]
         fit = torch.cat([r for f, r in enumerate(rows) if f not in (o, (o + 1) % k)])
-        mu, sd = X[:, fit].mean(1, keepdim=True), X[:, fit].std(1, correction=0, keepdim=True)
-        Z = (X - mu) / torch.where(sd > 1e-6, sd, 1.0)
+        Z = standardise(X, fit)
         if make is None:  # Logistic: C on the inner fold, then once more with it
             Y = task.Y if task.kind == "multi" else task.Y[:, 1:]
-            out, start = [], None
+            out, start, some, held = [], None, Z[:, fit], Z[:, choose]
+            gram = some.mT @ some
             for C in GRIDS[probe]:
-                W, b = logistic(Z[:, fit], Y[fit], C, start=start)
+                W, b = logistic(some, Y[fit], C, start=start, gram=gram)
                 start = torch.cat([W, b], 1)
-                out.append(Z[:, choose] @ W + b)
+                out.append(times(held, W) + b)
             out = torch.stack(out)  # (A, G, n, C)
             best, final = losses_of(out, y[choose], task.kind).mean(2).argmin(0), torch.empty(len(X), len(test), Y.size(1))
             for a, C in enumerate(GRIDS[probe]):
@@ -1631,13 +1642,14 @@ def online_code(X, y, groups, kind, K, seed):
     bits, so_far = np.full((len(X), N), math.log2(K)), torch.zeros(len(GRIDS["Logistic"]), len(X))
     for end, after in zip(ends, ends[1:]):
         learn, code = order[:end], order[end:after]
-        mu, sd = X[:, learn].mean(1, keepdim=True), X[:, learn].std(1, correction=0, keepdim=True)
-        Z = (X[:, order[:after]] - mu) / torch.where(sd > 1e-6, sd, 1.0)
+        Z = standardise(X[:, order[:after]], torch.arange(end))
+        known = Z[:, :end]
+        gram = known.mT @ known
         Y = F.one_hot(torch.as_tensor(y[learn]).long(), K).float()
         Y = Y if kind == "multi" else Y[:, 1:]
         losses, start = [], None
         for C in GRIDS["Logistic"]:
-            W, b = logistic(Z[:, :end], Y, C, start=start)
+            W, b = logistic(known, Y, C, start=start, gram=gram)
             start = torch.cat([W, b], 1)
             losses.append(losses_of(Z[:, end:] @ W + b, torch.as_tensor(y[code]), kind) / math.log(2))
         losses = torch.stack(losses)  # (A, G, n)
