@@ -11,7 +11,7 @@ first, in the same precision, on the same device.
 import difflib
 import json
 import platform
-import resource
+import re
 import statistics
 import sys
 import tempfile
@@ -189,6 +189,13 @@ def app_rerun(turns=5, limit=1.0):
         ours=f"{1e3 * statistics.median(times):.3g} ms", other=f"limit {1e3 * limit:.3g} ms", note=f"{len(table):,} rows, change of metric")
 
 
+def peak(function):
+    """Peak resident memory (MB) of this process during one call; Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
 def probe_pass(turns=3, texts=2000, tokens=24, share=10, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
     """Pooled hidden states of 12 layers × 5 quantiles of the tokens, GPT-2 124M shape: one pass of probe.py with its cache on disk, against one pass of
     transformers' GPT-2 with output_hidden_states per quantile, batches of 32, the same weights and precision. The alternative runs `share` times fewer
@@ -218,17 +225,17 @@ def probe_pass(turns=3, texts=2000, tokens=24, share=10, quantiles=(0.0, 0.25, 0
             return found
 
         one_pass(64, "warm"), pass_per_quantile(64)
-        times, other, few, grown, before = [], [], texts // share, [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        times, other, few = [], [], texts // share
+        small, large = (peak(partial(one_pass, n, f"peak {n}")) for n in (few, texts))
         for turn in range(turns):
             taken, states = seconds(partial(one_pass, texts, turn))
-            grown.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             times.append(taken)
             taken, found = seconds(partial(pass_per_quantile, few))
             other.append(taken * share)
         worst = max(np.abs(states.arrays[str(q)][:few] - found[q]).max() / np.abs(found[q]).max() for q in quantiles)
         assert worst < (1e-3 if Here.dtype is torch.float32 else 0.05), f"the pooled states differ by {worst}"
     return row("probe_pass", times, other, ">= 5", cpu(), f"{texts:,} texts of {tokens} tokens, {str(Here.dtype)[6:]}; alternative on {few} texts, times "
-               f"{share}; peak memory grew by {grown[0] / 1024:.0f} MB from 64 to {texts:,} texts")
+               f"{share}; peak memory {small:,.0f} MB at {few:,} texts, {large:,.0f} MB at {texts:,}")
 
 
 def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, shrinkage=0.1):
@@ -247,14 +254,13 @@ def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, sh
     labels = torch.nn.functional.one_hot(torch.as_tensor(y), 2).float()
 
     def ours():
-        x = torch.from_numpy(X)
-        z = probe.standardise(x, torch.arange(train.stop))
-        m = probe.moments(z[:, train], labels[train])
         found = []
-        for W, b in (probe.lda(m, [shrinkage])[0], probe.logistic(z[:, train], labels[train, 1:], C, tol, gram=m["S"].float())):
-            found.append((probe.times(z[:, test], W) + b)[..., 0].numpy() > 0)
-        found = [said == y[test] for said in found]
-        return np.mean(found, -1)  # (2, sites)
+        for x in torch.from_numpy(X).split(sites if Here.device.type == "cuda" else 1):  # as probe.measure does: what a CPU's cache holds
+            z = probe.standardise(x, torch.arange(train.stop))
+            m = probe.moments(z[:, train], labels[train])
+            fits = probe.lda(m, [shrinkage])[0], probe.logistic(z[:, train], labels[train, 1:], C, tol, gram=m["S"].float())
+            found.append(np.stack([((probe.times(z[:, test], W) + b)[..., 0].numpy() > 0) == y[test] for W, b in fits]).mean(-1))
+        return np.concatenate(found, 1)  # (2, sites)
 
     def theirs():
         found = []

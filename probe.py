@@ -1474,10 +1474,11 @@ def constants(y_train, y, kind):
     return dict(mse=np.square(y - y_train.mean()).mean(), accuracy=share, balanced_accuracy=0.5, f1=2 * positive / (1 + positive), auc=0.5, mcc=0.0)
 
 
-def corrected_t(scores, chance, n_train, n_test):
-    """Mean (...), 95 % interval and one-sided p (above chance) of scores (..., J) over J folds whose training sets overlap (Nadeau & Bengio 2003)."""
+def corrected_t(scores, chance, ratio, n_test):
+    """Mean (...), 95 % interval and one-sided p (above chance) of scores (..., J) over J folds of n_test texts whose training sets overlap; ratio: a fold's
+    size over that of what is learnt from, 1 / (k - 1) where the other folds are (Nadeau & Bengio 2003)."""
     J, mean = scores.shape[-1], scores.mean(-1)
-    se = np.sqrt((1 / J + n_test / n_train) * scores.var(-1, ddof=1))
+    se = np.sqrt((1 / J + ratio) * scores.var(-1, ddof=1))
     se = np.maximum(se, 0.5 / (n_test * J))  # folds that agree by chance, or all perfect: no surer than half a text
     half = scipy.stats.t.ppf(0.975, J - 1) * se  # (...,)
     return mean, mean - half, mean + half, scipy.stats.t.sf((mean - chance) / se, J - 1)
@@ -1613,9 +1614,9 @@ BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1), "pearson": (-1, 1), "mcc": (-1
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
-def judge(outer, task):
-    """Measures of every outer fold (what nested yields) at its thresholds: dict of test (G, J) and val (G, J, the primary one), chance (J,), the out-of-fold
-    scores of the first repetition, n_train, n_test."""
+def judge(outer, task, part):
+    """Measures of every outer fold (what nested yields) at its thresholds: dict of test (G, J) and val (G, J, the primary one), chance (J,), the
+    out-of-fold scores of the first repetition, n_train, n_test, and the ratio of a fold to what is learnt from; part: the task as it was learnt."""
     tests, vals, chances, sizes, out = [], [], [], [], []
     for repeat, fold, (choose, chosen, test, scores, n_train) in outer:
         y = task.y
@@ -1628,7 +1629,8 @@ def judge(outer, task):
             out.append((test, scores, fold, thresholds))
     metrics = tests[0].keys()
     n_train, n_test = np.mean(sizes, 0)
-    return dict(test={m: np.stack([t[m] for t in tests], -1) for m in metrics}, val=np.stack(vals, -1),
+    fold = part.learn.sum() / (1 + max(fold for _, fold, _ in outer))
+    return dict(test={m: np.stack([t[m] for t in tests], -1) for m in metrics}, val=np.stack(vals, -1), ratio=fold / n_train,
                 chance={m: np.array([c[m] for c in chances]) for m in metrics}, out=out, n_train=n_train, n_test=n_test)
 
 
@@ -1733,7 +1735,9 @@ def measure(sites, probe, y, config, seeds, within=False, n_train=0):
     if make is not None and getattr(make, "attention", False):
         groups = [([("attention", i) for i in sites.layers], None, np.arange(len(sites.dataset)))]
     else:
-        groups = sites.batches()
+        groups = ((part, X[at:at + step], index) for group, X, index in sites.batches()  # closed forms are fastest while a site's vectors stay in the cache
+                  for step in [len(group) if make is not None or X.is_cuda else max(1, 2 ** 23 // X[0].numel() // 4)]
+                  for at in range(0, len(group), step) for part in [group[at:at + step]])
     for group, X, index in groups:
         task = Task(sites.dataset, y, index)
         if within:
@@ -1745,10 +1749,10 @@ def measure(sites, probe, y, config, seeds, within=False, n_train=0):
             steps = attention_nested(sites.model, make, part, folds, k, config.seed, sites.layers, config.batch_tokens) if X is None else \
                 nested(probe, X, part, folds, k, key_seed(config.seed, seed))
             outer += [(seed, fold, step) for fold, step in enumerate(steps)]
-        result, texts = judge(outer, task), len(np.unique(index)) / len(index)
+        result, texts = judge(outer, task, part), len(np.unique(index)) / len(index)
         for g, i in enumerate(group):
             found[i] = dict(test={m: v[g] for m, v in result["test"].items()}, val=result["val"][g], chance=result["chance"], task=task,
-                            n_train=result["n_train"] * texts, n_test=result["n_test"] * texts, n=len(np.unique(index[task.judge])),
+                            n_train=result["n_train"] * texts, n_test=result["n_test"] * texts, ratio=result["ratio"], n=len(np.unique(index[task.judge])),
                             out=[(rows, scores[g], fold, t and {m: v[g] for m, v in t.items()}) for rows, scores, fold, t in result["out"]])
     return found
 
@@ -1767,7 +1771,7 @@ def write_rows(run, found, sites, asked, keys, null=None):
     primary = PRIMARY[sites.dataset.kind]
     real, n_test = keys["baseline"] == "", found[asked[0]]["n_test"]
     for m in [m for m in found[asked[0]]["test"] if m != primary] + [primary]:
-        stats = [corrected_t(found[i]["test"][m], found[i]["chance"][m].mean(), found[i]["n_train"], n_test) for i in asked]
+        stats = [corrected_t(found[i]["test"][m], found[i]["chance"][m].mean(), found[i]["ratio"], n_test) for i in asked]
         p = [s[3] for s in stats]
         p_holm = holm(p)
         if null is not None and m in null:  # (P, sites): p from shuffled labels; over all sites by the largest of them
@@ -1781,7 +1785,7 @@ def write_rows(run, found, sites, asked, keys, null=None):
         best = np.stack([found[i]["val"] for i in asked]).argmax(0)  # (J,): each fold takes the site that its own validation texts like best
         scores = np.array([found[asked[b]]["test"][primary][j] for j, b in enumerate(best)])
         chance = found[asked[0]]["chance"][primary].mean()
-        score, low, high, one = corrected_t(scores, chance, found[asked[0]]["n_train"], n_test)
+        score, low, high, one = corrected_t(scores, chance, found[asked[0]]["ratio"], n_test)
         low, high = np.clip([low, high], *BOUNDS.get(primary, (0, 1)))
         run.result(score, chance, low, high, found[asked[0]]["n"], **keys, layer="best", quantile="best", layer_method="",
                    quantile_method="", metric=primary, n_train=int(round(found[asked[0]]["n_train"])), p=float(one) if real else None,
@@ -1899,7 +1903,7 @@ def probe_dataset(run, config, model, twin, dataset, probes, poolers, finished):
             if not baseline:
                 chance = found[mine[0]]["chance"]
                 for m, values in chance.items():
-                    run.result(values.mean(), values.mean(), *corrected_t(values, 0, found[mine[0]]["n_train"], found[mine[0]]["n_test"])[1:3],
+                    run.result(values.mean(), values.mean(), *corrected_t(values, 0, found[mine[0]]["ratio"], found[mine[0]]["n_test"])[1:3],
                                found[mine[0]]["n"], **{**keys, "baseline": "majority"}, layer="", quantile="", layer_method="",
                                quantile_method="", metric=m, n_train=int(round(found[mine[0]]["n_train"])), p=None, p_holm=None)
                 lines.append(f"majority {chance[primary].mean():.3f}")
@@ -1932,7 +1936,7 @@ def control(run, config, sites, probe, y, mine, keys):
     other = measure(sites, probe, control_labels(sites.dataset, config.seed), config, 1, within=True)
     write_rows(run, {i: other[i] for i in mine}, sites, mine, {**keys, "baseline": "control"})
     gaps = [real[i]["test"][primary] - other[i]["test"][primary] for i in mine]
-    stats = [corrected_t(gap, 0, real[i]["n_train"], real[i]["n_test"]) for gap, i in zip(gaps, mine)]
+    stats = [corrected_t(gap, 0, real[i]["ratio"], real[i]["n_test"]) for gap, i in zip(gaps, mine)]
     for i, (score, low, high, p), p_holm in zip(mine, stats, holm([s[3] for s in stats])):
         run.result(score, 0.0, low, high, real[i]["n"], **keys, **label_of(sites, i), metric="selectivity",
                    n_train=int(round(real[i]["n_train"])), p=float(p), p_holm=float(p_holm))
@@ -2033,7 +2037,7 @@ def plot_all(out, table):
 
 def panels(n, width=3.4, height=2.7):
     """Axes of n panels in a grid, and what to call after drawing."""
-    columns = min(4, n)
+    columns = min(n, 3 if n in (5, 6, 9) else 4)
     fig, axes = plt.subplots(-(-n // columns), columns, figsize=(width * columns, height * -(-n // columns) + 0.9), squeeze=False, layout="constrained")
     for ax in axes.flat[n:]:
         ax.set_visible(False)

@@ -444,7 +444,7 @@ def measured(stub, data, tmp_path, probe_name="LDA"):
     run = types.SimpleNamespace(progress=lambda *a, **k: types.SimpleNamespace(update=lambda n: None, close=lambda: None), print=print)
     here = probe.Sites(lm, data, [PoolToken(i, 1.0) for i in range(lm.n_layer + 1)], config, run, "")
     found = probe.measure(here, probe_name, data.y, config, 2)
-    return [probe.corrected_t(found[i]["test"]["auc"], 0.5, found[i]["n_train"], found[i]["n_test"]) for i in range(lm.n_layer + 1)]
+    return [probe.corrected_t(found[i]["test"]["auc"], 0.5, found[i]["ratio"], found[i]["n_test"]) for i in range(lm.n_layer + 1)]
 
 
 def test_permutations_give_p_and_a_family_wise_one(tmp_path):
@@ -487,8 +487,9 @@ class SingleLayer(MultiStepOpt):
     assert isinstance(own, MultiStepOpt) and own.predict(np.zeros((2, 3))).shape == (2, 1) and issubclass(space["LDA"], SingleStepOpt)
 
 
-def test_every_probe_finds_it(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), classifiers=list(probe.PROBES))
+def test_every_probe_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe.AttentionPool, "min_steps", 60)
+    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), classifiers=list(probe.PROBES), n_folds=4)
     score = table[(table.metric == "accuracy") & (table.baseline == "")].set_index(["layer", "probe"]).score
     assert set(score[1].index) == set(probe.PROBES) and (score[1] > 0.7).all() and (score[0] < 0.7).all(), score.to_dict()
 
