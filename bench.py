@@ -255,7 +255,7 @@ def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, sh
 
     def ours():
         found = []
-        for x in torch.from_numpy(X).split(sites if Here.device.type == "cuda" else 1):  # as probe.measure does: what a CPU's cache holds
+        for x in torch.from_numpy(X).split(1):  # as probe.measure does: what a CPU's cache holds
             z = probe.standardise(x, torch.arange(train.stop))
             m = probe.moments(z[:, train], labels[train])
             fits = probe.lda(m, [shrinkage])[0], probe.logistic(z[:, train], labels[train, 1:], C, tol, gram=m["S"].float())

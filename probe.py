@@ -58,7 +58,7 @@ class Config:
     keep_predictions: bool = True          # out-of-fold scores and projections for the app
     out_dir: str = "out/probe"             # results.csv, logs/, figures, what the app reads
     seed: int = 1337                       # folds, probes, random twin
-    device: str = "auto"                   # cuda, mps, cpu
+    device: str = "auto"                   # of the language model: cuda, mps, cpu; pooled vectors are probed on the CPU
     dtype: str = "float32"                 # of the pass; auto: bfloat16 where the hardware has it
 
     def check(self):
@@ -1736,7 +1736,7 @@ def measure(sites, probe, y, config, seeds, within=False, n_train=0):
         groups = [([("attention", i) for i in sites.layers], None, np.arange(len(sites.dataset)))]
     else:
         groups = ((part, X[at:at + step], index) for group, X, index in sites.batches()  # closed forms are fastest while a site's vectors stay in the cache
-                  for step in [len(group) if make is not None or X.is_cuda else max(1, 2 ** 23 // X[0].numel() // 4)]
+                  for step in [len(group) if make is not None else max(1, 2 ** 23 // (4 * X[0].numel()))]
                   for at in range(0, len(group), step) for part in [group[at:at + step]])
     for group, X, index in groups:
         task = Task(sites.dataset, y, index)
