@@ -1,9 +1,10 @@
-# make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make test: the tests.  Both do their own set-up.
+# make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make app: look at what its layers know.  make test: the tests.
+# Each does its own set-up.
 PYTHON ?= python3
 BIN = .venv/bin
 RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
 
-.PHONY: setup demo test
+.PHONY: setup demo app test
 
 setup: .venv/ready
 
@@ -23,6 +24,10 @@ demo: setup
 	@echo "loss curve:   out/train/loss.png"
 	@echo "the sheets:   out/train/sheets.png"
 	@echo "contrasts:    out/topography/map_sentences_nonwords.png, summary.png"
+
+# listens on this machine only; shows what is in out/, and a small example until there is something
+app: setup
+	$(BIN)/streamlit run probe.py --server.address localhost --browser.gatherUsageStats false
 
 test: setup
 	$(BIN)/ruff check .

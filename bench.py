@@ -11,6 +11,7 @@ first, in the same precision, on the same device.
 import difflib
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -18,14 +19,16 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 import positions
-import topography
 from model import GPT, GPTConfig
+
+# a script, or a rival, is imported by the claims that measure it: what the others need is memory of theirs
 
 
 # ---- measuring
@@ -148,6 +151,7 @@ class Words:
 def minimal_pairs(turns=5, pairs=500):
     """Log-probabilities of both sentences of minimal pairs of 6 to 16 tokens under the embedded model's shape: in batches by length, against one
     sentence at a time, in the same precision."""
+    import topography
     model = GPT(GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256, bias=False)).to(Here.device).eval()
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(1, 4096, n))) for n in rng.integers(6, 17, 2 * pairs)]
@@ -317,8 +321,134 @@ def generate_half():
     return generate(dtype=torch.bfloat16, target=">= 1.5", name="generate_half")
 
 
-CLAIMS = dict(train_step=train_step, train_memory=train_memory, spatial_share=spatial_share, spatial_every=spatial_every, swap=swap,
-              generate=generate, generate_half=generate_half, minimal_pairs=minimal_pairs)
+def app_rerun(turns=5, limit=1.0):
+    """The app of probe.py on 100,000 result rows: the first interaction after load, a change of metric that filters and draws everything again.
+    The server's side, through streamlit.testing; the browser's drawing comes on top. `ratio` is the time over the limit."""
+    import pandas as pd
+    from streamlit.testing.v1 import AppTest
+    names = dict(model=[f"model-{i}" for i in range(10)], probe=["LDA", "logistic", "ridge", "QDA"], metric=["accuracy", "auc", "f1", "mcc"],
+                 baseline=["", "random_init", "control", "layer0", "majority"], layer=range(25), quantile=[0.0, 0.25, 0.5, 0.75, 1.0])
+    table = pd.MultiIndex.from_product(names.values(), names=names).to_frame(index=False)
+    score = np.random.default_rng(0).random(len(table))
+    table = table.assign(dataset="grammar/polarity", score=score, chance=0.5, low=score - 0.05, high=score + 0.05, n=2000, n_train=1600, p=0.01,
+                         p_holm=0.04, params=1e8, synthetic=True)
+    times = []
+    for _ in range(turns):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "argv", ["probe.py", f"out_dir={folder}"]):
+            table.to_csv(Path(folder) / "results.csv", index=False)
+            app = AppTest.from_file(str(Path(__file__).parent / "probe.py"), default_timeout=120).run()
+            taken, app = seconds(app.selectbox(key="metric").set_value("mcc").run)
+            assert not app.exception and app.get("plotly_chart"), "the app failed"
+            times.append(taken)
+    return row("app_rerun", [limit] * turns, times, "<= 1", cpu()) | dict(
+        ours=f"{1e3 * statistics.median(times):.3g} ms", other=f"limit {1e3 * limit:.3g} ms", note=f"{len(table):,} rows, change of metric")
+
+
+def peak(function):
+    """Peak resident memory (MB) of this process during one call; Linux."""
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    function()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+def probe_pass(turns=3, texts=2000, tokens=24, share=10, quantiles=(0.0, 0.25, 0.5, 0.75, 1.0)):
+    """Pooled hidden states of 12 layers × 5 quantiles of the tokens, GPT-2 124M shape: one pass of probe.py with its cache on disk, against one pass of
+    transformers' GPT-2 with output_hidden_states per quantile, batches of 32, the same weights and precision. The alternative runs `share` times fewer
+    texts, whose time is scaled up."""
+    import probe
+    from transformers import GPT2Model
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50257, n_layer=12, n_head=12, n_embd=768, gelu="tanh")).to(Here.device).eval()
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 50257, (texts, tokens))
+    stimuli = [" ".join(map(str, row)) for row in ids]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder + "/gpt2")
+        theirs = GPT2Model.from_pretrained(folder + "/gpt2").to(Here.device).eval()
+        ours = probe.LMModel(dict(model=model, tokenizer=Words(), name="gpt2"), Here.device, Here.dtype)
+
+        def one_pass(n, cache):
+            return probe.pooled_states(ours, stimuli[:n], range(1, 13), list(map(str, quantiles)), f"{folder}/{cache}", 1024)
+
+        @torch.no_grad()
+        def pass_per_quantile(n):
+            found = {}
+            for q in quantiles:
+                rows = []
+                for batch in torch.as_tensor(ids[:n], device=Here.device).split(32):
+                    with Here().autocast():
+                        hidden = theirs(batch, output_hidden_states=True, use_cache=False).hidden_states[1:]
+                    rows.append(torch.stack([h[:, round(q * (tokens - 1))] for h in hidden], 1).float().cpu().numpy())
+                found[q] = np.concatenate(rows)  # (n, 12, 768)
+            return found
+
+        one_pass(64, "warm"), pass_per_quantile(64)
+        times, other, few = [], [], texts // share
+        small, large = (peak(partial(one_pass, n, f"peak {n}")) for n in (few, texts))
+        for turn in range(turns):
+            taken, states = seconds(partial(one_pass, texts, turn))
+            times.append(taken)
+            taken, found = seconds(partial(pass_per_quantile, few))
+            other.append(taken * share)
+        worst = max(np.abs(states.arrays[str(q)][:few] - found[q]).max() / np.abs(found[q]).max() for q in quantiles)
+        assert worst < (1e-3 if Here.dtype is torch.float32 else 0.05), f"the pooled states differ by {worst}"
+    return row("probe_pass", times, other, ">= 5", cpu(), f"{texts:,} texts of {tokens} tokens, {str(Here.dtype)[6:]}; alternative on {few} texts, times "
+               f"{share}; peak memory {small:,.0f} MB at {few:,} texts, {large:,.0f} MB at {texts:,}")
+
+
+def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, shrinkage=0.1):
+    """LDA with shrinkage and logistic regression at 60 sites, against scikit-learn site by site, both float32 on standardised features, with the same
+    shrinkage, C (scikit-learn's default) and tolerance. Features have a decaying spectrum, as hidden states do. Scikit-learn runs every `share`-th
+    site, times `share`."""
+    import probe
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 2, n)
+    X = np.empty((sites, n, width), np.float32)
+    for site in X:
+        mix = np.linalg.qr(rng.normal(size=(width, width)))[0] * (1 + np.arange(width)[:, None]) ** -0.7
+        z = rng.normal(size=(n, width))
+        z[:, 5] += 0.8 * y
+        site[:] = z @ mix
+    train, test = slice(0, n * 4 // 5), slice(n * 4 // 5, n)
+    labels = F.one_hot(torch.as_tensor(y), 2).float()
+
+    def ours():
+        found = []
+        for x in torch.from_numpy(X).split(1):  # as probe.measure does: what a CPU's cache holds
+            z = probe.standardise(x, torch.arange(train.stop))
+            m = probe.moments(z[:, train], labels[train])
+            fits = probe.lda(m, [shrinkage])[0], probe.logistic(z[:, train], labels[train, 1:], C, tol, gram=m["S"].float())
+            found.append(np.stack([((probe.times(z[:, test], W) + b)[..., 0].numpy() > 0) == y[test] for W, b in fits]).mean(-1))
+        return np.concatenate(found, 1)  # (2, sites)
+
+    def theirs():
+        found = []
+        for site in X[::share]:
+            scale = StandardScaler().fit(site[train])
+            z, zt = scale.transform(site[train]), scale.transform(site[test])
+            fits = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage), LogisticRegression(C=C, tol=tol, max_iter=1000)
+            found.append([fit.fit(z, y[train]).score(zt, y[test]) for fit in fits])
+        return np.transpose(found)
+
+    ours()
+    times, other = [], []
+    for _ in range(turns):
+        taken, scores = seconds(ours)
+        times.append(taken)
+        taken, reference = seconds(theirs)
+        other.append(taken * share)
+    gap = np.abs(scores[:, ::share] - reference).max()
+    assert gap < 0.011, f"scores differ by {gap}"
+    return row("probe_fit", times, other, ">= 3", cpu(), f"LDA and logistic at {sites} sites of {n:,} × {width}, float32; test accuracy "
+               f"{scores[:, ::share].mean():.3f} and {reference.mean():.3f}, largest difference {gap:.3f}; scikit-learn on every {share}th site, times {share}")
+
+
+CLAIMS = {claim.__name__: claim for claim in (
+    train_step, train_memory, spatial_share, spatial_every, swap, generate, generate_half, minimal_pairs,
+    probe_pass, probe_fit, app_rerun,
+)}
 
 
 # ---- the table

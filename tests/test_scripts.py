@@ -37,6 +37,10 @@ SCRIPTS = [
                           "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "stimuli=nosuch": ["nosuch"], "contrasts=a>q": ["'q'", "there are a, b"],
                   "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"], "sweep=nosuch": ["nosuch", "results.csv"]}),
+    Script("probe", ["lm={lm}", "dataset={sentences}/letter", "n_folds=4", "train_sizes=[40]", "probe=[LDA, Logistic, SingleLayer]", "cache={data}/states",
+                     "device=cpu"],
+           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
+                  "layers=[9]": ["no layer 9", "0 (embeddings) to 2"]}),  # more in tests/test_probe.py
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
