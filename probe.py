@@ -242,8 +242,8 @@ def layer_figure(rows, baselines, title, metric, relative):
         part = part.groupby("layer", observed=True)[["x", "reach", "score", "low", "high", "n", "p_holm"]].mean().reset_index().sort_values("x")
         single, joined = part[part.reach == 0], part[part.reach > 0]
         x = single.x / scale
-        figure.add_scatter(x=[*x, *x[::-1]], y=[*single.high, *single.low[::-1]], fill="toself", fillcolor=faint(color), mode="lines", line_width=0, hoverinfo="skip",
-                           legendgroup=name, showlegend=False)
+        figure.add_scatter(x=[*x, *x[::-1]], y=[*single.high, *single.low[::-1]], fill="toself", fillcolor=faint(color), mode="lines", line_width=0,
+                           hoverinfo="skip", legendgroup=name, showlegend=False)
         filled = np.where((single.p_holm < 0.05) | single.p_holm.isna(), color, "white")
         hover_columns = ["layer", "low", "high", "n", "p_holm"]
         figure.add_scatter(x=x, y=single.score, name=name, legendgroup=name, mode="lines+markers", line=dict(color=color, width=2.5),
