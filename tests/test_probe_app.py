@@ -111,7 +111,7 @@ def test_layer_curve_is_the_table(results, monkeypatch):
     line = lines["org/big · LDA"]
     assert np.allclose(values(line["x"]), range(7)) and np.allclose(values(line["y"]), rows.to_numpy())
     assert list(line["marker"]["color"]) == ["white"] * 6 + [line["line"]["color"]]  # only the last layer is significant
-    dashed = {t["name"] for t in chart["data"] if t.get("mode") == "lines"}
+    dashed = {t["name"] for t in chart["data"] if t.get("mode") == "lines" and "fill" not in t}
     assert dashed == {"random init", "control", "layer0", "majority", "chance"}
     band = next(t for t in chart["data"] if t.get("fill") == "toself" and t["legendgroup"] == "org/big · LDA")
     assert np.allclose(values(band["y"]), [*rows + 0.05, *(rows - 0.05)[::-1]])
@@ -126,7 +126,7 @@ def test_filters_narrow_and_forget_what_no_longer_exists(results, monkeypatch):
     good(app.multiselect(key="baseline").set_value(["random_init"]).run())
     chart = figure(app, "layer_curve")
     assert {t["name"] for t in chart["data"] if t.get("mode") == "lines+markers"} == {"tiny · LDA", "tiny · logistic"}
-    assert {t["name"] for t in chart["data"] if t.get("mode") == "lines"} == {"random init", "chance"}
+    assert {t["name"] for t in chart["data"] if t.get("mode") == "lines" and "fill" not in t} == {"random init", "chance"}
     good(app.selectbox(key="dataset").set_value("concreteness").run())
     assert app.selectbox(key="metric").value == "r2" and figure(app, "layer_curve")["layout"]["yaxis"]["title"]["text"] == "r2"
     good(app.multiselect(key="probe").set_value([]).run())
