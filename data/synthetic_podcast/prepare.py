@@ -23,7 +23,7 @@ EMBEDDED = True  # made up, offline: scripts may start this on first use
 
 PODCAST = Path(__file__).resolve().parents[1] / "podcast" / "prepare.py"  # the reader
 SFREQ, AUDIO_RATE = 512, 8000
-VOLTS, SWING = 1e-5, 0.2  # a high-gamma envelope: its mean, and the standard deviation of the background as a share of it
+VOLTS, SWING = 1e-5, 0.1  # a high-gamma envelope: its mean, and the standard deviation of the background as a share of it
 KERNEL_MS = 100           # how long a word's response lasts, the lag in its middle
 SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # what an electrode picks up from a source by squared distance on its grid; beyond that nothing
 LAYER, DIMS, SEMANTIC = 24, 64, 16  # of the released-like features: layer, width, dimensions that hold z
@@ -49,9 +49,9 @@ class Config:
     minutes: float = 7.5             # of audio
     vocabulary: int = 40             # word types
     electrodes: int = 32             # of the first person; every further one has 6 fewer, down to 8
-    gain: float = 1.0                # of the words' responses; 0: nothing about words is planted
+    gain: float = 2.0                # of a word's response, in standard deviations of the noise at its source; 0: nothing about words is planted
     lag_ms: float = 300.0            # when a word's response has its middle, after the onset
-    volume_gain: float = 1.0         # of the loudness; 0: none
+    volume_gain: float = 1.0         # of the loudness, likewise; 0: none
     volume_lag_ms: float = 100.0     # how late it follows the audio
     jitter: float = 0.5              # of a word's vector about its type's, in standard deviations of the types
     broadband: bool = False          # also write the cleaned broadband recording whose 70-200 Hz band has this envelope (signal=broadband)
@@ -154,7 +154,7 @@ def make_subject(number, table, z, envelope, config):
     xyz = np.concatenate([np.c_[np.full(count - depth, -62.0) + rng.normal(0, 1, count - depth), grid @ [[-10.0, 0.0], [0.0, 10.0]] + [20.0, -25.0]],
                           np.c_[-25 - 5.0 * np.arange(depth), np.full(depth, -20.0), np.full(depth, -15.0)]])
     corner = apart[0] if number % 2 else apart[count - depth - 1]
-    word_source = np.argsort(corner[:count - depth], kind="stable")[:max(2, (count - depth) // 6)]  # one patch of cortex
+    word_source = np.argsort(corner[:count - depth], kind="stable")[:max(2, (count - depth) // 5)]  # one patch of cortex
     away = np.argsort(-corner[:count - depth], kind="stable")[:2]                                   # loudness in the opposite corner
     samples = len(envelope)
     signal = background(rng, samples, count)
