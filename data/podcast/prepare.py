@@ -54,7 +54,7 @@ class Config:
     pos: str = ""                    # CSV or TSV with columns word, start and pos: parts of speech for the transcript; "": none
     audio_sfreq: int = 100           # Hz of the loudness; 0: no audio
     # where from and where to
-    root: str = ""                   # local copy; "": $PODCAST_ROOT, or else fetched into data/podcast/ds005574
+    root: str = ""                   # local copy; "": $PODCAST_ROOT, or else fetched into ds005574/ in out_dir
     url: str = BUCKET                # where to fetch from
     out_dir: str = ""                # "": this folder
     overwrite: bool = False          # make it again although it is there
@@ -63,9 +63,9 @@ class Config:
         if self.audio_sfreq < 0:
             raise ValueError(f"audio_sfreq={self.audio_sfreq}: give a rate in Hz, or 0 for no audio")
         try:
-            re.compile(self.electrodes)
+            self.electrodes.endswith(".csv") or re.compile(self.electrodes)
         except re.error as e:
-            raise ValueError(f"electrodes={self.electrodes} is no regular expression ({e}) and no CSV file") from None
+            raise ValueError(f"electrodes={self.electrodes} is no regular expression ({e}) and no .csv file") from None
 
 
 # ---- where things are in ds005574
@@ -213,8 +213,9 @@ def fetch_all(root, url, subs, config):
         elif must:
             raise FileNotFoundError(f"{url} has no {' or '.join(names)}: choose among the subjects 1 to 9, or give root= a local copy")
     for name in config.features:
-        file = f"stimuli/{name}/features.hdf5"
-        if not here(root, [file]) and (entry := head(f"{url}/{urllib.parse.quote(file)}")):
+        file, parts = f"stimuli/{name}/features.hdf5", root / "stimuli" / name
+        done = (parts / "features_vectors.hdf5").is_file() or all((parts / f"features_layer-{n}.hdf5").is_file() for n in config.layers)
+        if not here(root, [file]) and not done and (entry := head(f"{url}/{urllib.parse.quote(file)}")):
             remote[name] = (f"{url}/{urllib.parse.quote(file)}", entry[0])
     size, free = sum(entry[1] for entry in todo), shutil.disk_usage(root).free
     if todo:
@@ -226,13 +227,16 @@ def fetch_all(root, url, subs, config):
             bar.set_description(Path(name).name)
             fetch(f"{url}/{urllib.parse.quote(name)}", root / name, bytes, md5, bar)
     for name, (address, bytes) in remote.items():
-        with h5py.File(io.BufferedReader(Remote(address, bytes), 1 << 20), "r") as file:
+        with h5py.File(io.BufferedReader(Remote(address, bytes), 1 << 18), "r") as file:
             for key in layer_keys(file, address, config.layers):
                 path = root / "stimuli" / name / f"features_{key}.hdf5"
                 if not path.is_file():
                     print(f"{address}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
-                    with aside(path) as out, h5py.File(out, "w") as copy:
-                        copy[key] = file[key][:]
+                    copy = io.BytesIO()
+                    with h5py.File(copy, "w") as layer:
+                        layer[key] = file[key][:]
+                    with aside(path) as out:
+                        out.write(copy.getbuffer())
 
 
 # ---- tables
@@ -320,13 +324,11 @@ def read_features(root, name, layers, words):
         if len(wrong) > 0.01 * len(table):
             raise ValueError(f"{path}, row {wrong[0] + 1}: word {table['word_idx'][wrong[0]]} is '{theirs[wrong[0]]}', in the transcript it is "
                              f"'{ours[wrong[0]]}' ({len(wrong)} such rows): they are of different snapshots")
-    arrays = {}
-    single = [f"stimuli/{name}/features_layer-{n}.hdf5" for n in layers] + [f"stimuli/{name}/features_vectors.hdf5"]
-    for file_path in filter(None, [here(root, [f"stimuli/{name}/features.hdf5"])]) or filter(None, (here(root, [f]) for f in single)):
+    arrays, whole = {}, here(root, [f"stimuli/{name}/features.hdf5"])
+    for file_path in [whole] if whole else sorted(path.parent.glob("features_*.hdf5")):  # a whole copy, or the layers that were fetched
         try:
             with h5py.File(file_path, "r") as file:
-                keys = layer_keys(file, file_path, layers if file_path.name == "features.hdf5" else [int(file_path.stem.rsplit("-", 1)[-1])]
-                                  if "layer-" in file_path.name else [])
+                keys = layer_keys(file, file_path, layers) if whole else [key for key in file if not key.startswith("layer-") or int(key[6:]) in layers]
                 arrays |= {key: np.asarray(file[key], np.float32) for key in keys}
         except OSError as e:
             raise ValueError(f"{file_path} is no whole HDF5 file ({e}): fetch it again") from None
@@ -343,7 +345,7 @@ def loudness(path, sfreq):
     from scipy.io import wavfile
     try:
         rate, audio = wavfile.read(path, mmap=True)  # (T,) or (T, channels)
-    except (ValueError, OSError) as e:
+    except Exception as e:  # scipy raises whatever its parser stumbles over
         raise ValueError(f"{path} is no whole WAV file ({e}): fetch it again, or give audio_sfreq=0") from None
     if sfreq > rate:
         raise ValueError(f"audio_sfreq={sfreq} is above the {rate} Hz of {path}")
@@ -375,17 +377,21 @@ def subject_ids(root, wanted, kind):
     return subs, dict(zip(table["nyu_id"].astype(str), known)) if "nyu_id" in table else {}
 
 
+def electrode_table(path, nyu):
+    """{subject: [electrode, ...]} of a CSV with columns subject and elec, a subject being sub-03, 3 or the nyu_id of participants.tsv."""
+    if not path.is_file():
+        raise FileNotFoundError(f"electrodes={path} does not exist: give a CSV with columns subject and elec, or a regular expression")
+    table = read_table(path, ["subject", "elec"])
+    subject = table["subject"].astype(str).map(lambda s: nyu.get(s) or (f"sub-{int(s):02d}" if s.isdigit() else s))
+    return table["elec"].astype(str).groupby(subject).agg(list).to_dict()
+
+
 def chosen(names, sub, electrodes, nyu):
     """Those of `names` that electrodes= asks for, in their order, and which names of a table the recording does not have."""
-    if electrodes.endswith(".csv"):
-        path = Path(electrodes)
-        if not path.is_file():
-            raise FileNotFoundError(f"electrodes={path} does not exist: give a CSV with columns subject and elec, or a regular expression")
-        table = read_table(path, ["subject", "elec"])
-        number = lambda s: s if s.startswith("sub-") else nyu.get(s, f"sub-{int(s):02d}" if s.isdigit() else s)
-        listed = table["elec"].astype(str)[table["subject"].astype(str).map(number) == sub].tolist()
-        return [name for name in names if name in set(listed)], [name for name in listed if name not in names]
-    return [name for name in names if re.match(electrodes, name)], []
+    if not electrodes.endswith(".csv"):
+        return [name for name in names if re.match(electrodes, name)], []
+    listed = electrode_table(Path(electrodes), nyu).get(sub, [])
+    return [name for name in names if name in listed], [name for name in listed if name not in names]
 
 
 def said(names):
@@ -416,15 +422,16 @@ def positions(root, sub, space):
 def open_raw(path):
     """MNE Raw of a FIF or EDF file, not loaded. Raises ValueError when the file is not whole."""
     import mne
-    read = mne.io.read_raw_edf if path.suffix == ".edf" else mne.io.read_raw_fif
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)  # MNE reads what is there of a torn file, with a warning
-            warnings.filterwarnings("ignore", "This filename")  # names its own convention
-            raw = read(path, preload=False, verbose="error")
-            raw.get_data(start=max(0, raw.n_times - 1), verbose="error")  # the last sample is in the file
+        with open(path, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of how others name their files
+            warnings.filterwarnings("error", "Number of records", RuntimeWarning)  # a torn EDF is read with a warning,
+            if path.suffix == ".fif" and file.seek(-4, os.SEEK_END) and file.read() != b"\xff" * 4:  # a torn FIF without one: no last tag
+                raise EOFError("its end is missing")
+            raw = (mne.io.read_raw_edf if path.suffix == ".edf" else mne.io.read_raw_fif)(path, preload=False, verbose="warning")
+            raw.get_data(start=max(0, raw.n_times - 1), verbose="error")
         return raw
-    except Exception as e:  # MNE raises what its parser stumbles over
+    except Exception as e:  # MNE raises whatever its parser stumbles over
         said = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
         raise ValueError(f"{path} is not a whole {path.suffix[1:].upper()} file ({said}): fetch it again") from None
 
@@ -444,8 +451,8 @@ def make_recording(root, folder, sub, words, nyu, config, synthetic):
     if config.bads == "drop":
         names = [name for name in names if name not in bad]
     if not names:
-        raise ValueError(f"electrodes={config.electrodes} leaves none of {sub}" + (f" ({asked} match, all of them bad: bads=mark keeps them)" if asked else "")
-                         + f": it has {said(name for name in brain if name not in bad)}")
+        why = f"{asked} match, all of them bad (bads=mark keeps them)" if asked else "none of its names match"
+        raise ValueError(f"electrodes={config.electrodes} leaves nothing of {sub}, {why}: it has {said(n for n in brain if n not in bad)}")
     if unknown:
         print(f"{sub}: not in the recording, but in {config.electrodes}: {', '.join(unknown)}", flush=True)
     xyz = positions(root, sub, config.space)
@@ -471,8 +478,9 @@ def make_recording(root, folder, sub, words, nyu, config, synthetic):
     return write_recording(
         folder / sub, blocks(), channels, events, sfreq=sfreq, unit="V", subject=sub, first_sample=raw.first_samp, synthetic=synthetic,
         source=str(path.relative_to(root)), kind=config.signal, space=config.space if xyz else "unknown",
-        nyu_id=next((number for number, s in nyu.items() if s == sub), ""), electrodes=len(names), electrodes_in_file=len(brain), bad_electrodes=bad,
-        dropped={"bad": asked - len(names), "not_selected": len(brain) - asked, "not_in_file": unknown},
+        nyu_id=next((number for number, s in nyu.items() if s == sub), ""), electrodes=len(names), electrodes_in_file=len(brain),
+        located=int(np.isfinite(channels["x"]).sum()), bad_electrodes=bad,
+        dropped={"bad": asked - len(names), "not_selected": len(brain) - asked, "not_in_file": unknown, "words_without_onset": len(words) - len(heard)},
         events_outside=int(((rows < 0) | (rows >= raw.n_times)).sum()))
 
 
@@ -483,24 +491,30 @@ def main(config):
     options = {key: value for key, value in asdict(config).items() if key not in ("subjects", "root", "url", "out_dir", "overwrite")}
     kept = []
     if not config.overwrite and complete(folder):
-        meta = read_set(folder)
-        if meta.get("options") != options:
-            differs = next(key for key in options if (meta.get("options") or {}).get(key) != options[key])
-            raise ValueError(f"{folder} was made with {differs}={(meta.get('options') or {}).get(differs)}: give overwrite=True to make it again with "
-                             f"{differs}={options[differs]}, or another out_dir")
-        kept = meta["recordings"]
-        if all(f"sub-{n:02d}" in kept for n in config.subjects):
-            print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
-            return
+        made = read_set(folder).get("options") or {}
+        if differs := [key for key in options if made.get(key) != options[key]]:
+            raise ValueError(f"{folder} was made with {differs[0]}={made.get(differs[0])}: give overwrite=True to make it again with "
+                             f"{differs[0]}={options[differs[0]]}, or another out_dir")
+        kept = read_set(folder)["recordings"]
     if where := config.root or os.environ.get("PODCAST_ROOT", ""):
         root = local_root(where)
+        subs, nyu = subject_ids(root, config.subjects, config.signal)
     else:
-        if not config.subjects:
+        root, subs = folder / "ds005574", [f"sub-{n:02d}" for n in config.subjects]
+        if not subs and not kept:
             raise ValueError("subjects= says whom to fetch (1 to 9, 0.3 to 1 GB each; subjects=3 say), or root= where a local copy of ds005574 is")
-        root = HERE / "ds005574"
-        root.mkdir(exist_ok=True)
-        fetch_all(root, config.url, [f"sub-{n:02d}" for n in config.subjects], config)
-    subs, nyu = subject_ids(root, config.subjects, config.signal)
+    if set(subs) <= set(kept):
+        print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
+        return
+    if not where:
+        root.mkdir(parents=True, exist_ok=True)
+        fetch_all(root, config.url, subs, config)
+        subs, nyu = subject_ids(root, config.subjects, config.signal)
+    if config.electrodes.endswith(".csv") and not config.subjects:
+        listed = electrode_table(Path(config.electrodes), nyu)
+        if not set(subs) & set(listed):
+            raise ValueError(f"{config.electrodes} lists electrodes of {', '.join(listed)}, and {root} has {', '.join(subs)}: nobody is in both")
+        subs = [sub for sub in subs if sub in listed]
     described = here(root, ["dataset_description.json"])
     try:
         described = json.loads(described.read_text(encoding="utf-8")) if described else {}
@@ -527,7 +541,10 @@ def main(config):
                          "sample k is of [k, k + 1) / sfreq s on the clock of the onsets"}
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.yaml").unlink(missing_ok=True)
+    if kept and (folder / "words.csv").read_text(encoding="utf-8") != words.to_csv(index=False):
+        raise ValueError(f"{folder} was made with another transcript than {root} has: give overwrite=True to make all of it again, or another out_dir")
+    if not kept:
+        (folder / "meta.yaml").unlink(missing_ok=True)
     for name, table in tables.items():
         with aside(folder / name) as file:
             file.write(table.to_csv(index=False).encode())
@@ -537,7 +554,7 @@ def main(config):
     for sub in subs:
         if sub not in kept:
             one = make_recording(root, folder, sub, words, nyu, config, synthetic)
-            print(f"{sub}: {one['electrodes']} of {one['electrodes_in_file']} electrodes ({len(one['bad_electrodes'])} bad), "
+            print(f"{sub}: {one['electrodes']} of {one['electrodes_in_file']} electrodes ({len(one['bad_electrodes'])} bad, {one['located']} located), "
                   f"{one['samples'] / one['sfreq']:.0f} s at {one['sfreq']:g} Hz, {one['events_outside']} words outside", flush=True)
     write_set(folder, sorted({*kept, *subs}), synthetic=synthetic, **meta, transcript=odd, options=options,
               source=described.get("Name", "OpenNeuro ds005574"), licence=described.get("License", "see the dataset's own description (OpenNeuro ds005574)"),

@@ -79,9 +79,9 @@ def make_transcript(config):
     onset = onset[onset < config.minutes * 60 - 0.5]
     n = len(onset)
     kind = rng.choice(config.vocabulary, n, p=share)
-    some = rng.choice(np.arange(10, n - 10), 12, replace=False)
-    onset[some[:4]] = onset[some[:4] - 1]            # two speakers at once
-    onset[some[4:8]] = onset[some[4:8] - 1] - 0.12   # a word that began before the one before it in the transcript
+    some = rng.choice(np.arange(10, n - 10, 3), 12, replace=False)
+    onset[some[:4]] = onset[some[:4] - 1]            # two speakers at once,
+    onset[some[4:8]] = onset[some[4:8] - 1] - 0.12   # or a word that began before the one before it in the transcript
     duration = rng.uniform(0.12, 0.24, n)            # says nothing about the type
     last = rng.random(n) < 1 / 8
     first = np.r_[True, last[:-1]]
@@ -182,8 +182,8 @@ def write_subject(root, number, table, z, envelope, config):
     import mne
     sub, rng = f"sub-{number:02d}", np.random.default_rng(key_seed(config.seed, "files", number))
     names, xyz, types, signal, carry = make_subject(number, table, z, envelope, config)
-    clean = [c for c in range(len(names)) if names[c] not in carry["word"] + carry["volume"] and types[c] == "ecog"]
-    bad = clean[len(clean) // 2] if clean else len(names) - 1
+    clean = [c for c in range(len(names) - 1) if names[c] not in carry["word"] + carry["volume"]]
+    bad = clean[len(clean) // 2] if clean else 0  # one that carries nothing, where there is one
     seconds = np.arange(len(signal)) / SFREQ
     signal[:, bad] = 40 * np.sin(2 * np.pi * 0.37 * seconds) + 20 * rng.standard_normal(len(signal))
     start, stop = (round(2.3 * SFREQ), len(signal)) if number == 1 else (0, len(signal) - round(3.1 * SFREQ))
