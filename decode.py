@@ -18,6 +18,7 @@ Goldstein et al. 2022 (Nat Neurosci 25:369, the convolutional decoder); Zada et 
 import hashlib
 import importlib.util
 import inspect
+import json
 import math
 import re
 import sys
@@ -187,8 +188,7 @@ def seed_options(argv):
     flat |= {"model": found.pop("model_constructor_name", ""), "config_setter": found.pop("config_setter_name", None) or "",
              "model_params": model, "out_dir": f"{folder}/{trial or 'decode'}", **found}
     at = next(i for i, a in enumerate(out) if a is found)
-    return out[:at] + [f"{key}={value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix('...').strip()}"
-                       .replace("\n", "") for key, value in flat.items()] + out[at + 1:]
+    return out[:at] + [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items()] + out[at + 1:]
 
 
 def resolve(spec, known, option):
@@ -1394,7 +1394,7 @@ def plot_electrodes(path, table, chance, title, what):
         ax.set(xlabel=f"{a} (mm)", ylabel=f"{b} (mm)", aspect="equal")
         ax.set_title(name, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
-    fig.colorbar(image, ax=axes[2], shrink=0.7, label=what)
+    fig.colorbar(image, ax=axes[:3], shrink=0.5, aspect=40, location="bottom", label=what)
     best = table.sort_values("score", ascending=False).head(16).iloc[::-1]
     axes[3].errorbar(best.score, range(len(best)), xerr=[best.score - best.low, best.high - best.score], fmt="o", ms=4, capsize=2, color="C0")
     axes[3].set_yticks(range(len(best)), best.electrode, fontsize=7)
@@ -1738,10 +1738,12 @@ def encode(run, config):
             predicted, alone = X[fold.test] @ w + offset, None
         else:
             groups = np.repeat(np.arange(len(parts)), [p.shape[1] for p in parts])
-            model = GroupRidgeCV(groups=groups, fit_intercept=True, cv=split, random_state=config.seed % 2 ** 32, solver_params=dict(
-                n_iter=20, alphas=np.array(config.alphas, np.float32), progress_bar=False, warn=False)).fit(X[rows], y[rows])
-            val, predicted = model.cv_scores_.max(0) if model.cv_scores_.ndim > 1 else model.cv_scores_, model.predict(X[fold.test])
-            alone = correlation_score_split(y[fold.test], model.predict(X[fold.test], split=True))  # (spaces, L * E)
+            offset = y[rows].mean(0)
+            centre = X[rows].mean(0)
+            model = GroupRidgeCV(groups=groups, cv=split, random_state=config.seed % 2 ** 32, solver_params=dict(
+                n_iter=20, alphas=np.array(config.alphas, np.float32), progress_bar=False, warn=False)).fit(X[rows] - centre, y[rows] - offset)
+            val, predicted = model.cv_scores_.max(0), model.predict(X[fold.test] - centre) + offset
+            alone = correlation_score_split(y[fold.test], model.predict(X[fold.test] - centre, split=True))  # (spaces, L * E), they sum to r
         r = correlations(predicted, y[fold.test], circular(sweep.shifts[k][:P], len(fold.test), sweep.gap)).reshape(-1, L, E)  # (1 + P, L, E)
         with aside(sweep.path("encode", None, k)) as f:
             np.savez(f, r=r.astype(np.float32), val=np.asarray(val).reshape(L, E), alone=np.zeros(0) if alone is None else np.asarray(alone).reshape(-1, L, E))
