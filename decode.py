@@ -205,8 +205,9 @@ def resolve(spec, known, option):
     def register(asked=None):
         return lambda function: names.setdefault(asked or function.__name__, function)
 
-    sys.modules.setdefault("registry", types.SimpleNamespace(register_model_constructor=register, register_data_preprocessor=register,
-                                                             register_config_setter=register, register_task_data_getter=register, register_metric=register))
+    if not hasattr(sys.modules.get("registry"), "__file__"):  # unless there is one
+        sys.modules["registry"] = types.SimpleNamespace(**{f"register_{what}": register for what in (
+            "model_constructor", "data_preprocessor", "config_setter", "task_data_getter", "metric")})
     sys.path.insert(0, str(Path(file).resolve().parent))  # it may import what lies beside it
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(module_spec)
@@ -1521,7 +1522,7 @@ class Sweep:
         """Rows of one finished job, then its null; the job counts as finished when the latter is there."""
         for metric, (value, low, high, null, n) in found.items():
             self.run.result(value, float(null.mean()), low, high, n, model=name, lag=lag, fold=k, metric=metric, **self.keys)
-        arrays = {f"null_{m}": v[3].astype(np.float32) for m, v in found.items()} | {f"score_{m}": np.float64(v[0]) for m, v in found.items()}
+        arrays = {f"null_{m}": v[3] for m, v in found.items()} | {f"score_{m}": np.float64(v[0]) for m, v in found.items()}
         with aside(self.path(name, lag, k)) as f:
             np.savez(f, val=val_score, epochs=epochs, n=next(iter(found.values()))[4], **arrays)
 
@@ -1615,6 +1616,8 @@ def summarise(run, sweep):
 def single_electrodes(run, sweep, chosen):
     """Ridge on each electrode alone, at the lag that each fold's validation words chose: a row of results.csv each, dealt over ranks."""
     config, metric = sweep.config, PRIMARY[sweep.target.kind]
+    if config.represent != "bins" or sweep.windows.function not in (None, bin_means):
+        return  # a feature belongs to an electrode where features are bin means
     channels = {e: [i for i, n in enumerate(sweep.windows.names) if n == e or n.startswith(f"{e} ")] for e in sweep.data.names}
     done = run.rows()
     done = set(done.electrode.dropna()) if "electrode" in done else set()
@@ -1625,10 +1628,9 @@ def single_electrodes(run, sweep, chosen):
     for k, lag in enumerate(chosen):
         X = sweep.windows.at([sweep.lags.index(lag)], sweep.rows)[0]
         mean, factor = input_scale(types.SimpleNamespace(standardize=config.standardize, select=0), X, sweep.folds[k], sweep.target, sweep.Y[k])
-        X = ((X - mean) * factor).reshape(len(X), len(sweep.windows.names), -1) if len(X.shape) == 3 and config.represent == "bins" else None
-        for e in mine if X is not None else ():
-            job = Job(lag, 0, sweep.folds[k], sweep.Y[k], mean, factor)
-            val, test, _, _ = fit_linear(config, "ridge", sweep.target.kind, X[:, channels[e]], job)
+        for e in mine:
+            x = (X[:, channels[e]] - mean[channels[e]]) * factor[channels[e]]
+            val, test, _, _ = fit_linear(config, "ridge", sweep.target.kind, x, Job(lag, 0, sweep.folds[k], sweep.Y[k], mean, factor))
             kept.setdefault(e, []).append(score(config, sweep.target, sweep.folds[k], sweep.Y[k], sweep.codes, val, test, sweep.shifts[k], sweep.gap,
                                                 auc_only=True)[0][metric])
         bar.update()

@@ -405,14 +405,14 @@ def bucket(tree, monkeypatch):
                 self.end_headers()
                 return
             content, span = path.read_bytes(), self.headers.get("Range", "")
-            if span:
+            if span and server.ranges:
                 a, b = span.removeprefix("bytes=").split("-")
                 part = content[int(a):int(b) + 1 if b else None]
             else:
                 part = content
-            self.send_response(206 if span else 200)
+            self.send_response(206 if span and server.ranges else 200)
             self.send_header("Content-Length", str(len(part)))
-            self.send_header("ETag", f'"{server.md5 or hashlib.md5(content).hexdigest()}"')
+            self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
             self.end_headers()
             if body:
                 part = part[:server.cut]
@@ -424,7 +424,7 @@ def bucket(tree, monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.cut, server.sent, server.asked, server.md5 = None, {}, [], ""
+    server.cut, server.sent, server.asked, server.ranges = None, {}, [], True
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -475,6 +475,12 @@ def test_a_broken_fetch_goes_on_where_it_stopped(tree, bucket, tmp_path):
     with pytest.raises(OSError, match="came damaged"):
         podcast.fetch(url, path, size, md5, pause=0)
     assert not path.exists() and not (tmp_path / "x.fif.part").exists()
+    bucket.cut, bucket.ranges = None, False  # a server that knows no ranges: from the start, and no layer alone
+    (tmp_path / "x.fif.part").write_bytes(content[:1000])
+    podcast.fetch(url, path, size, md5, pause=0)
+    assert path.read_bytes() == content
+    with pytest.raises(OSError, match="gpt2-xl/features.hdf5 cannot be read in parts"):
+        fetched(bucket, tmp_path / "a", subjects=[2])
 
 
 def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):

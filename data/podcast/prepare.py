@@ -26,7 +26,7 @@ from data.recording import complete, read_set, write_recording, write_set
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 BUCKET = "https://s3.amazonaws.com/openneuro.org/ds005574"
-BRAIN = ("ecog", "seeg", "dbs", "eeg")  # channel types that are kept; the rest of a recording is triggers, hearts and silence
+BRAIN = ("ecog", "seeg", "dbs")  # channel types that are kept: the rest of a recording is scalp, triggers, hearts and silence
 
 # English words of the closed classes, auxiliaries included: what is not among them is a content word.
 FUNCTION = set("""
@@ -138,6 +138,8 @@ def fetch(url, path, size, md5="", progress=None, tries=5, pause=1.0):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     error = "the connection was cut"
+    if progress is not None and part.exists():
+        progress.update(part.stat().st_size)
     for attempt in range(tries):
         have = part.stat().st_size if part.exists() else 0
         if have > size:  # of another version
@@ -194,7 +196,7 @@ class Remote(io.RawIOBase):
         with ask(self.url, self.at, self.at + n) as response:
             data = response.read()
         if response.status != 206 or len(data) != n:
-            raise OSError(f"{self.url} is not served in parts: fetch the file by hand into the copy that you give as root=")
+            raise OSError(f"{len(data):,} bytes came where {n:,} were asked for")
         buffer[:n] = data
         self.at += n
         return n
@@ -227,16 +229,17 @@ def fetch_all(root, url, subs, config):
             bar.set_description(Path(name).name)
             fetch(f"{url}/{urllib.parse.quote(name)}", root / name, bytes, md5, bar)
     for name, (address, bytes) in remote.items():
-        with h5py.File(io.BufferedReader(Remote(address, bytes), 1 << 18), "r") as file:
-            for key in layer_keys(file, address, config.layers):
-                path = root / "stimuli" / name / f"features_{key}.hdf5"
-                if not path.is_file():
+        try:
+            with h5py.File(io.BufferedReader(Remote(address, bytes), 1 << 18), "r") as file:
+                for key in layer_keys(file, address, config.layers):
                     print(f"{address}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
                     copy = io.BytesIO()
                     with h5py.File(copy, "w") as layer:
                         layer[key] = file[key][:]
-                    with aside(path) as out:
+                    with aside(root / "stimuli" / name / f"features_{key}.hdf5") as out:
                         out.write(copy.getbuffer())
+        except (OSError, http.client.HTTPException) as e:
+            raise OSError(f"{address} cannot be read in parts ({e}): run the same command again, or fetch it by hand to {root / 'stimuli' / name}") from None
 
 
 # ---- tables
