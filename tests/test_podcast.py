@@ -12,7 +12,7 @@ import pytest
 from data.podcast import prepare as podcast
 from data.recording import Recording, complete, read_set
 from data.synthetic_podcast import prepare as synthetic
-from helpers import refused, run
+from helpers import refused, run, start
 
 FIF = "derivatives/ecogprep/sub-0{n}/ieeg/sub-0{n}_task-podcast_desc-highgamma_ieeg.fif"
 
@@ -267,6 +267,12 @@ def test_the_synthetic_set_is_made_once(made):
     assert "already" in out
     refused("data/synthetic_podcast/prepare", f"out_dir={made}", says=["made with minutes=3.0", "overwrite=True"])
     refused("data/synthetic_podcast/prepare", "vocabulary=5", says=["vocabulary=5", "10 to"])
+
+
+def test_two_at_once_make_it_once(tmp_path):
+    both = [start("data/synthetic_podcast/prepare", f"out_dir={tmp_path}", "minutes=0.5", "electrodes=8", "subjects=1") for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0] and sum("already" in out for out in said) == 1 and complete(tmp_path)
 
 
 # ---- bad input

@@ -8,7 +8,7 @@ Words are drawn independently from a Zipf distribution; each has a vector, z = i
 carry noise (1/f-like), and some of them w·z for 0.1 s around `lag_ms` after a word's onset, or the loudness of the audio `volume_lag_ms` later.
 Neighbouring electrodes mix sources. Files are written as OpenNeuro ds005574 has them and read by data/podcast/prepare.py, awkward cases included.
 """
-import hashlib, json, os, shutil, subprocess, sys, wave
+import fcntl, hashlib, json, os, shutil, subprocess, sys, wave
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -279,6 +279,13 @@ def made_with(config):
 
 def main(config):
     folder = Path(config.out_dir) if config.out_dir else Path(os.path.relpath(Path(__file__).resolve().parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "making.tmp", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one waits, then finds it made
+        make(folder, config)
+
+
+def make(folder, config):
     wanted = made_with(config)
     if not config.overwrite and complete(folder):
         made = read_set(folder).get("planted", {}).get("made_with", {})
@@ -287,7 +294,7 @@ def main(config):
             return
         if differs := [k for k in wanted if k != "code" and made.get(k) != wanted[k]]:
             raise ValueError(f"{folder} was made with {differs[0]}={made.get(differs[0])}: give overwrite=True to make it again, or another out_dir")
-        print(f"{folder} is of another version of this script: making it again")
+        print(f"{folder} is of another version of this script: making it again", flush=True)
     raw = folder / "raw"
     (folder / "meta.yaml").unlink(missing_ok=True)
     shutil.rmtree(raw, ignore_errors=True)
