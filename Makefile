@@ -1,9 +1,13 @@
 # make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make test: the tests.  Both do their own set-up.
 PYTHON ?= python3
+SHELL = /bin/bash
 BIN = .venv/bin
 RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
 
-.PHONY: setup demo test
+# what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
+CMD ?= $(BIN)/python
+
+.PHONY: setup demo test neural-conv
 
 setup: .venv/ready
 
@@ -23,6 +27,11 @@ demo: setup
 	@echo "loss curve:   out/train/loss.png"
 	@echo "the sheets:   out/train/sheets.png"
 	@echo "contrasts:    out/topography/map_sentences_nonwords.png, summary.png"
+
+# Podcast ECoG to word embeddings; once before: python data/podcast/prepare.py subjects=3.  OPTIONS="seed=2 trial_name=again" goes on to the script
+neural-conv: setup
+	mkdir -p logs
+	set -o pipefail; $(CMD) decode.py config/decode_podcast.yaml $(OPTIONS) 2>&1 | tee logs/neural-conv.out
 
 test: setup
 	$(BIN)/ruff check .

@@ -169,8 +169,8 @@ def seed_options(argv):
                 out.append(found)  # its place among the other options
         else:
             out.append(arg.removeprefix("--config=") if arg.startswith("--config=") else arg)
-    if not found:
-        return out
+    if not found.keys() - {"trial_name"}:
+        return [f"out_dir=out/{a['trial_name']}" if a is found else a for a in out]
     names = {"early_stopping_patience": "patience", "lag_step_size": "lag_step", "random_seed": "seed", "window_width": "window", "embedding_layer": "layer",
              "preprocessing_fn_name": "preprocess", "subject_ids": "subjects", "embedding_pca_dim": "pca", "channel_reg_ex": "channels",
              "electrode_file_path": "electrodes", "data_root": "dataset", "embedding_type": "embedding", "min_train_freq_auc": "min_count"}
@@ -298,14 +298,19 @@ def lag_windows(signal, picks, rows, offsets, edges, out=None):
     """Bin means of windows of a continuous recording, at every lag: (L, N, C, B) float32, by differences of cumulative sums, each sample read once.
     signal (T, C'); picks (C,) channels; rows (N,) of onsets; offsets (L,) samples from an onset to its window's begin; edges (B + 1,) samples in it."""
     out = np.empty((len(offsets), len(rows), len(picks), len(edges) - 1), np.float32) if out is None else out
-    at, width = rows[:, None] + np.asarray(edges), np.diff(edges)[:, None]
-    for begin in range(0, len(picks), 16):  # a few channels at a time: the sums are float64, and stay in the cache when words follow each other
+    at, width = rows[:, None] + np.asarray(edges), np.diff(edges)[:, None].astype(float)
+    for begin in range(0, len(picks), 16):  # a few channels at a time: the sums are float64
         some = picks[begin:begin + 16]
         sums = np.zeros((len(signal) + 1, len(some)))
-        np.cumsum(signal[:, some], axis=0, dtype=np.float64, out=sums[1:])
+        edge, bins = np.empty((*at.shape, len(some))), np.empty((len(rows), len(width), len(some)))
+        for first in range(0, len(signal), 8192):  # as much as a cache holds
+            block = signal[first:first + 8192, some].astype(np.float64)
+            block[0] += sums[first]
+            np.cumsum(block, axis=0, out=sums[first + 1:first + 1 + len(block)])
         for l, offset in enumerate(offsets):
-            edge = sums[at + offset]  # (N, B + 1, c)
-            out[l, :, begin:begin + 16] = (np.diff(edge, axis=1) / width).transpose(0, 2, 1)
+            np.take(sums, at + offset, axis=0, out=edge, mode="clip")  # (N, B + 1, c); mode says only that out needs no buffer
+            np.subtract(edge[:, 1:], edge[:, :-1], out=bins)
+            out[l, :, begin:begin + 16] = np.divide(bins, width, out=bins).transpose(0, 2, 1)
     return out
 
 
@@ -1363,9 +1368,9 @@ def plot_lags(path, table, flat, kind, title, planted, config):
                         label=name, zorder=3)
             top = -0.02 - 0.03 * i
             for column, marker in (("q", "|"), ("p_max", "s")):
-                found = one[one[column] < config.fdr]
-                ax.plot(found.lag, np.full(len(found), top), marker, color=color, ms=6 if marker == "|" else 4, transform=ax.get_xaxis_transform(),
-                        clip_on=False)
+                if len(found := one[one[column] < config.fdr]):
+                    ax.plot(found.lag, np.full(len(found), top), marker, color=color, ms=6 if marker == "|" else 4, transform=ax.get_xaxis_transform(),
+                            clip_on=False)
         for name, value in flat.get(metric, {}).items():
             ax.axhline(value, ls=":", lw=1.4, color=COLORS.get(name, "k"), label=name)
         ax.axvline(0, c="0.6", lw=0.8, zorder=0)

@@ -631,6 +631,7 @@ def test_a_nested_yaml_of_podcast_benchmark_is_translated(tmp_path):
     config = configure(Config, D.seed_options([f"--config={tmp_path / 'short.yml'}"]))
     assert len(config.all_lags()) == 20 and config.min_lag == -10000 and config.n_folds == 5 and config.channels == "^G([1-9]|[1-5][0-9]|6[0-4])$"
     assert D.seed_options(["decode_podcast.yaml", "epochs=3"]) == ["decode_podcast.yaml", "epochs=3"]  # ours are left alone
+    assert D.seed_options(["decode_podcast.yaml", "trial_name=again"]) == ["decode_podcast.yaml", "out_dir=out/again"]
     (tmp_path / "odd.yml").write_text("training_params:\n  batchsize: 3\n")
     with pytest.raises(ValueError, match="batchsize.*batch_size"):
         configure(Config, D.seed_options([str(tmp_path / "odd.yml")]))
