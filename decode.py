@@ -363,10 +363,16 @@ class Windows:
         self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess") if config.preprocess else None
         self.names = [n for r, p in data.parts for b in (config.bands or [None]) for n in
                       (f"{r.path.name} {r.names[i]}" + (f" {b[0]:g}-{b[1]:g} Hz" if b else "") for i in p)]
+        self.signals = None
         self.set_width(config.window)
 
+    def people(self):
+        """[(signal (T, C'), channels (C',))] of every person, derived once."""
+        self.signals = self.signals or [derived(r, p, self.config) for r, p in self.data.parts]
+        return self.signals
+
     def set_width(self, window):
-        self.width = round(window * self.data.sfreq) if window > 0 else 0
+        self.config.window, self.width = window, round(window * self.data.sfreq) if window > 0 else 0
         first = [round(self.data.sfreq * (lag / 1000 - window / 2)) for lag in self.lags]
         self.spans = [(a, a + self.width) for a in first]
         bins = self.config.bins
@@ -383,13 +389,15 @@ class Windows:
         """Try preprocess= on two words: may set the window, must keep the words. rows (people, N)."""
         if self.function in (None, bin_means):
             return {}
-        words = np.flatnonzero(self.data.inside(rows, self.spans[:1])[0])[:2] if self.width else []
+        asked = self.config.window
+        if not self.width:  # it may say which
+            self.set_width(1.0)
+        words = np.flatnonzero(self.data.inside(rows, self.spans[:1])[0])[:2]
         if not len(words):
             raise ValueError(f"preprocess={self.config.preprocess}: no word has a window of {self.config.window} s at {self.lags[0]:g} ms to try it on; "
                              "set window=")
         _, overrides = self.call(self.raw(rows[:, words], 0))
-        if width := overrides.get("window_width", overrides.get("window")):
-            self.set_width(width)
+        self.set_width(overrides.get("window_width", overrides.get("window", asked)))
         return overrides
 
     def call(self, windows):
@@ -406,7 +414,7 @@ class Windows:
 
     def raw(self, rows, l):
         """(N, E, T) samples at lag number l of events at rows (people, N)."""
-        return np.concatenate([raw_windows(*derived(r, p, self.config), row, self.spans[l][0], self.width) for (r, p), row in zip(self.data.parts, rows)], 1)
+        return np.concatenate([raw_windows(*person, row, self.spans[l][0], self.width) for person, row in zip(self.people(), rows)], 1)
 
     def bytes(self, n):
         """Of one lag of n words."""
@@ -417,11 +425,10 @@ class Windows:
         if self.function not in (None, bin_means):
             return np.stack([self.cached(rows, l) for l in which])
         if self.config.represent == "spectrum":
-            return np.stack([self.spectrum(self.raw(rows, l)) for l in which])
+            return np.stack([np.concatenate([self.spectrum(self.raw(rows[:, n:n + 256], l)) for n in range(0, rows.shape[1], 256)]) for l in which])
         out = np.empty((len(which), rows.shape[1], len(self.names), len(self.edges) - 1), np.float32)
         first = 0
-        for (recording, picks), row in zip(self.data.parts, rows):
-            signal, picks = derived(recording, picks, self.config)
+        for (signal, picks), row in zip(self.people(), rows):
             lag_windows(signal, picks, row, [self.spans[l][0] for l in which], self.edges, out[:, :, first:first + len(picks)])
             first += len(picks)
         return out
@@ -1678,7 +1685,7 @@ def decode(run, config):
     title = f"{sweep.data.source}: {sweep.keys['target']} from {len(sweep.data.names)} electrodes, windows of {1000 * config.window:.0f} ms"
     swept = table[table.lag.notna()]
     plot_lags(run.out / "lags.png", swept, flat, sweep.target.kind, title, planted, config)
-    if "electrode" in results and results.electrode.notna().any():
+    if "electrode" in results and set(sweep.data.names) <= set(results.electrode):  # a SLURM array's other tasks may have some still
         part = results[results.electrode.notna()].set_index("electrode").loc[sweep.data.names].reset_index()
         part[["x", "y", "z"]], part["q"] = sweep.data.xyz, mne.stats.fdr_correction(part.p.to_numpy(float), config.fdr)[1]
         part["subject"] = part.electrode.str.split(" ").str[0]

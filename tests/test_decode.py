@@ -44,8 +44,15 @@ def sweep(podcast, out, **options):
         run.close()
 
 
-def finished(podcast, out, **options):
+def finished(podcast, out, figures=False, **options):
     """lags.csv of a whole run in this process, by (model, metric, lag)."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("plot_lags", "plot_electrodes") if not figures else ():  # half of the time of a run that is this small
+            patch.setattr(D, name, lambda *args: None)
+        return whole(podcast, out, **options)
+
+
+def whole(podcast, out, **options):
     config = Config(**{**copy.deepcopy(FAST), "dataset": str(podcast), "out_dir": str(out), **options})
     config.check()
     D.main(config)
@@ -404,7 +411,7 @@ def test_p_values_are_uniform_where_nothing_is_planted():
 # ---- whole runs
 
 def test_it_finds_what_was_planted_and_nothing_else(podcast, tmp_path):
-    table = finished(podcast, tmp_path / "run", lags=[-300.0, 100.0, 300.0, 500.0], epochs=40, learning_rate=5e-3, n_shifts=400,
+    table = finished(podcast, tmp_path / "run", figures=True, lags=[-300.0, 100.0, 300.0, 500.0], epochs=40, learning_rate=5e-3, n_shifts=400,
                      save_models=True, controls=["mean", "unigram", "preceding", "oracle", "arbitrary"])
     for model in ("ensemble_pitom_model", "ridge", "arbitrary"):
         auc = table.loc[(model, "auc")]
@@ -561,7 +568,7 @@ def test_a_users_model_preprocessor_and_setter_in_podcast_benchmarks_manner(podc
     calls = (tmp_path / "mine.py.log").read_text()
     finished(podcast, tmp_path / "again", **options)
     assert len((tmp_path / "mine.py.log").read_text()) == len(calls) + 1  # the trial on two words; the windows came from the cache
-    s = sweep(podcast, tmp_path / "wide", preprocess=f"{mine}:override", cache="", lags=[300.0])
+    s = sweep(podcast, tmp_path / "wide", preprocess=f"{mine}:override", cache="", lags=[300.0], window=-1)
     assert s.windows.width == 64 and s.windows.at([0], s.rows).shape == (1, len(s.start), 4)
 
 

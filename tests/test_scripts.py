@@ -40,7 +40,7 @@ SCRIPTS = [
     Script("decode", ["dataset={podcast}", "lags=[-300,300]", "n_folds=3", "n_shifts=20", "pca=4", "epochs=2", "min_count=2", "device=cpu",
                       "model_params.conv_filters=4", "model_params.num_models=2"],
            wrong={"subjects=7": ["has no 7", "sub-01, sub-02"], "channels=XX": ["no electrode", "LGA"], "model=nosuch": ["nosuch", "ridge"],
-                  "dataset=nosuch": ["nosuch"], "task=nosuch.py:f": ["nosuch.py"], "lags=[1e7]": ["10000000"],
+                  "dataset=nosuch": ["nosuch"], "task=nosuch.py:f": ["nosuch.py"], "lags=[90000,300000]": ["at lag 300000 ms"],
                   "loss=some": ["loss", "mse or cosine or infonce"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
