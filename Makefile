@@ -1,10 +1,14 @@
 # make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make app: look at what its layers know.  make test: the tests.
 # Each does its own set-up.
 PYTHON ?= python3
+SHELL = /bin/bash
 BIN = .venv/bin
 RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
 
-.PHONY: setup demo app test
+# what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
+CMD ?= $(BIN)/python
+
+.PHONY: setup demo app neural-conv test
 
 setup: .venv/ready
 
@@ -28,6 +32,11 @@ demo: setup
 # listens on this machine only; shows what is in out/, and a small example until there is something
 app: setup
 	$(BIN)/streamlit run probe.py --server.address localhost --browser.gatherUsageStats false
+
+# Podcast ECoG to word embeddings; once before: python data/podcast/prepare.py subjects=3.  OPTIONS="seed=2 trial_name=again" goes on to the script
+neural-conv: setup
+	mkdir -p logs
+	set -o pipefail; $(CMD) decode.py config/decode_podcast.yaml $(OPTIONS) 2>&1 | tee logs/neural-conv.out
 
 test: setup
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import tiktoken
 
+from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
 
@@ -35,6 +36,42 @@ def make_sentences(folder, n=120, seed=0):
     rows = [dict(split=("train", "train", "val", "test")[i % 4], label=(a := "xy"[int(rng.integers(2))]),
                  text=f"{a}{'abcdefgh'[:int(rng.integers(2, 9))]}{i}", group=i) for i in range(n)]
     write_tasks(folder, {"letter": dict(frame=pd.DataFrame(rows), kind="classification", labels=["x", "y"], description="first letter")}, synthetic=True)
+    return folder
+
+
+def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words=False):
+    """A tiny prepared podcast (data/podcast/prepare.py's layout): two people, 10 and 6 electrodes, of which three and two carry a word's vector for
+    0.1 s, 0.3 s after its onset. The awkward cases: a bad channel, a first sample, an onset that nobody knows, words beyond both ends."""
+    rng = np.random.default_rng(seed)
+    onset = np.sort(np.concatenate([[0.02, seconds + 5], 0.3 + np.cumsum(rng.uniform(0.25, 0.6, 2 * seconds))]))
+    onset = onset[(onset < seconds) | (onset > seconds + 4)]
+    kinds = rng.choice(12, len(onset), p=(1 / np.arange(2, 14)) / (1 / np.arange(2, 14)).sum())
+    vectors = rng.normal(size=(12, 8))[kinds] + 0.3 * rng.normal(size=(len(onset), 8))
+    words = pd.DataFrame(dict(word_idx=np.arange(len(onset)), word=[f"Word{'abcdefghijkl'[k]}," for k in kinds], start=onset, end=onset + 0.2,
+                              norm_word=[f"word{'abcdefghijkl'[k]}" for k in kinds], sentence=np.arange(len(onset)) // 7,
+                              pos=[("noun", "verb", "other")[k % 3] for k in kinds], content=["content" if k % 2 else "function" for k in kinds]))
+    words.loc[5, ["start", "end"]] = np.nan
+    folder.mkdir(parents=True)
+    words.to_csv(folder / "words.csv", index=False)
+    tokens = pd.DataFrame(dict(word_idx=np.repeat(np.arange(len(onset)), 2), token_id=0, token="x", true_prob=0.1, rank=1, entropy=1.0))
+    tokens.to_csv(folder / "tokens.csv", index=False)
+    (np.repeat(vectors, 2, 0) + np.tile([[1.0], [-1.0]], (len(onset), 8))).astype("<f4").tofile(folder / "gpt2-xl_layer-24.f32")  # their mean is the vector
+    np.abs(rng.normal(size=10 * seconds)).astype("<f4").tofile(folder / "audio.f32")
+    for number, (channels, carry, first) in enumerate(((10, 3, 64), (6, 2, 0)), 1):
+        signal = rng.normal(size=(round(seconds * sfreq), channels))
+        for i in np.flatnonzero(words.start.notna()):
+            a = round((onset[i] + 0.25) * sfreq) - first
+            if 0 <= a < len(signal) - 20:
+                signal[a:a + round(0.1 * sfreq), :carry] += gain * (vectors[i, number:number + carry] if not noise_words else 1.0)
+        table = pd.DataFrame(dict(name=[f"LG{'AB'[i // 4 % 2]}{i % 4 + 1}" if i < 8 else f"D{i}" for i in range(channels)], type="ecog", x=0.05,
+                                  y=0.01 * np.arange(channels), z=0.01, status="good"))
+        table.loc[channels - 1, "status"] = "bad"
+        events = words[words.start.notna()].rename(columns=dict(start="onset"))[["onset", "word", "norm_word", "word_idx"]]
+        write_recording(folder / f"sub-0{number}", 1e-6 * (3 + signal), table, events, sfreq=sfreq, unit="V", subject=f"sub-0{number}", first_sample=first,
+                        source="test", synthetic=True, nyu_id=str(660 + number))
+    write_set(folder, ["sub-01", "sub-02"], synthetic=True, words="words.csv", tokens={"gpt2-xl": "tokens.csv"},
+              features={"gpt2-xl": {"layer-24": "gpt2-xl_layer-24.f32"}}, arrays={"gpt2-xl_layer-24.f32": {"shape": [2 * len(onset), 8], "dtype": "float32"}},
+              audio={"file": "audio.f32", "sfreq": 10, "samples": 10 * seconds}, planted=dict(lag_ms=300.0, kernel_ms=100, volume_lag_ms=0.0))
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, make_sentences, refused, run, start
+from helpers import make_dataset, make_podcast, make_sentences, refused, run, start
 
 
 @dataclass
@@ -41,6 +41,11 @@ SCRIPTS = [
                      "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
                   "layers=[9]": ["no layer 9", "0 (embeddings) to 2"]}),  # more in tests/test_probe.py
+    Script("decode", ["dataset={podcast}", "lags=[-300,300]", "n_folds=3", "n_shifts=20", "pca=4", "epochs=2", "min_count=2", "device=cpu",
+                      "model_params.conv_filters=4", "model_params.num_models=2"],
+           wrong={"subjects=7": ["has no 7", "sub-01, sub-02"], "channels=XX": ["no electrode", "LGA"], "model=nosuch": ["nosuch", "ridge"],
+                  "dataset=nosuch": ["nosuch"], "task=nosuch.py:f": ["nosuch.py"], "lags=[90000,300000]": ["at lag 300000 ms"],
+                  "loss=some": ["loss", "mse or cosine or infonce"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
@@ -57,7 +62,9 @@ def given(tmp_path_factory):
     (folder / "stimuli.csv").write_text("text,condition\n" + "".join(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}\n" for i in range(20)))
     (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
     make_sentences(folder / "sentences")
-    return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
+    make_podcast(folder / "podcast")
+    return dict(data=folder / "data", podcast=folder / "podcast", lm=folder / "lm",
+                sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
 
 
 def options(script, given, out):
