@@ -4,9 +4,9 @@
     python data/bids_eeg/prepare.py root=PATH/ds000000 word_column= object_column=object image_column=stim_file subjects=01,02
     python data/bids_eeg/prepare.py root=PATH/ds000000 sfreq=250 h_freq=100 notch=50,100 bads=mark
 
-mne-bids finds the files, MNE reads them (BrainVision, EDF, BDF, EEGLAB, FIF). Positions are those of electrodes.tsv, else of the montage, bad
+mne-bids finds the files, MNE reads them (BrainVision, EDF, BDF, EEGLAB, FIF). Positions are those of electrodes.tsv, else of the montage; bad
 channels those of channels.tsv and those that are flat or hold NaN. Windows, baseline and noise normalisation belong to the experiment, which
-knows its training trials.
+knows its training trials. Other prepare scripts whose data is BIDS use `convert`.
 """
 import json, os, re, sys
 from dataclasses import asdict, dataclass, field
@@ -19,12 +19,13 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
-from configurator import configure
+from configurator import configure, write_aside
 from data.recording import Recording, read_meta, write_raw, write_set
 
 EXTENSIONS = [".vhdr", ".edf", ".bdf", ".set", ".fif"]
+TYPES = {"EEG": "eeg", "EOG": "eog", "VEOG": "eog", "HEOG": "eog", "ECG": "ecg", "EMG": "emg", "TRIG": "stim"}  # of channels.tsv → MNE's
 UNITS = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
-EVENT_COLUMNS = ["onset", "duration", "object", "word", "synonyms", "image", "block", "target", "phase"]
+SIGNAL_OPTIONS = ("l_freq", "h_freq", "notch", "reference", "sfreq", "montage", "bads")
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Config:
     notch: list[float] = field(default_factory=list)  # Hz, mains and its harmonics where h_freq lets them through
     reference: str = "average"        # average, channel names (M1,M2), or none
     sfreq: float = 100.0              # Hz after resampling; 0: as recorded
-    montage: str = "colin27_1005"    # MNE montage for channels without a place in electrodes.tsv; none
+    montage: str = "colin27_1005"     # MNE montage for a recording without positions; none
     bads: Literal["interpolate", "mark", "drop"] = "interpolate"  # bad channels: spherical splines, left as they are, left out
     overwrite: bool = False           # convert again what is there
 
@@ -58,48 +59,49 @@ class Config:
 
 def check_signal(config):
     """Refuse options that no filter can have."""
-    if config.h_freq and config.l_freq >= config.h_freq:
-        raise ValueError(f"l_freq={config.l_freq} is not below h_freq={config.h_freq}")
     if min(config.l_freq, config.h_freq, config.sfreq, *config.notch) < 0:
         raise ValueError("l_freq, h_freq, notch and sfreq are frequencies in Hz, 0 for none")
+    if config.h_freq and config.l_freq >= config.h_freq:
+        raise ValueError(f"l_freq={config.l_freq:g} is not below h_freq={config.h_freq:g}")
     if config.sfreq and config.h_freq > config.sfreq / 2:
-        raise ValueError(f"h_freq={config.h_freq} is above half of sfreq={config.sfreq}: lower it, or raise sfreq")
-    if config.montage not in ("", "none") and config.montage not in mne.channels.get_builtin_montages():
+        raise ValueError(f"h_freq={config.h_freq:g} is above half of sfreq={config.sfreq:g}: lower it, or raise sfreq")
+    if config.montage not in ("", "none", *mne.channels.get_builtin_montages()):
         raise ValueError(f"montage='{config.montage}' is none of MNE's: {', '.join(mne.channels.get_builtin_montages())}")
 
 
 # ---- the BIDS folder
 
 def find(root, subjects=(), task=""):
-    """[(name, path)] of the EEG recordings in a BIDS folder, name as in sub-01 or sub-01_ses-02_run-1: what tells them apart."""
+    """[(name, path)] of the EEG recordings in a BIDS folder, name as in sub-01 or sub-01_ses-02_run-1: what tells them apart.
+    Raises FileNotFoundError, in a sentence, for a folder that is no BIDS and a subject that is not there or has no EEG."""
     root = Path(root)
-    if not root.is_dir() or not any(root.glob("sub-*")):
-        raise FileNotFoundError(f"root={root} is no BIDS folder: give the one that holds dataset_description.json and sub-01, sub-02, ...")
     there = [p.name.removeprefix("sub-") for p in sorted(root.glob("sub-*")) if p.is_dir()]
+    if not there:
+        raise FileNotFoundError(f"root={root} is no BIDS folder: give the one that holds dataset_description.json and sub-01, sub-02, ...")
     subjects = [s.removeprefix("sub-") for s in subjects]
     if missing := [s for s in subjects if s not in there]:
         raise FileNotFoundError(f"{root} has no sub-{missing[0]}; there are {', '.join(there)}")
-    paths = mne_bids.find_matching_paths(root, subjects=subjects or None, tasks=task or None, suffixes="eeg", extensions=EXTENSIONS, datatypes="eeg",
-                                         ignore_json=True)
+    paths = mne_bids.find_matching_paths(root, subjects=subjects or None, tasks=task or None, suffixes="eeg", extensions=EXTENSIONS, datatypes="eeg")
     paths = [p for p in paths if p.split in (None, "01", "1")]  # MNE follows the other parts of a split FIF
-    if not paths:
-        raise FileNotFoundError(f"{root} has no EEG recording ({', '.join(EXTENSIONS)})" + (f" of task '{task}'" if task else ""))
     if silent := [s for s in subjects or there if s not in {p.subject for p in paths}]:
-        raise FileNotFoundError(f"{root / f'sub-{silent[0]}'} has no EEG recording; leave it out with subjects=")
-    entities = [{k: v for k, v in p.entities.items() if v is not None} for p in paths]
-    varying = [k for k in entities[0] | {k: 0 for e in entities for k in e} if k == "subject" or any(  # told apart within a subject
-        a["subject"] == b["subject"] and a.get(k) != b.get(k) for a in entities for b in entities)]
-    short = {"subject": "sub", "session": "ses", "acquisition": "acq", "processing": "proc", "recording": "recording"}
-    return [("_".join(f"{short.get(k, k)}-{e[k]}" for k in varying if k in e), Path(p.fpath)) for p, e in zip(paths, entities)]
+        raise FileNotFoundError(f"{root / f'sub-{silent[0]}'} has no EEG recording ({', '.join(EXTENSIONS)})" + (f" of task '{task}'" if task else "")
+                                + ": leave it out with subjects=")
+    parts = [Path(p.fpath).name.split("_")[:-1] for p in paths]  # sub-01, ses-02, task-rsvp
+    shared = {key for key in {e.partition("-")[0] for part in parts for e in part} - {"sub"}
+              if all(len({e for part in parts if part[0] == sub for e in part if e.startswith(f"{key}-")}) <= 1 for sub in {p[0] for p in parts})}
+    names = ["_".join(e for e in part if e.partition("-")[0] not in shared | {"split"}) for part in parts]
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f"{root}: {twice[0]} is there in two formats ({', '.join(p.extension for n, p in zip(names, paths) if n == twice[0])}): keep one")
+    return [(name, Path(p.fpath)) for name, p in zip(names, paths)]
 
 
 def sidecar(path, root, suffix):
-    """The nearest NAME_suffix that BIDS' inheritance gives to a recording, or None: a file in its folder or above with no foreign entity."""
-    of = set(path.stem.split("_")[:-1])
-    for folder in [path.parent, *path.parent.parents]:
-        found = [p for p in sorted(folder.glob(f"*{suffix}")) if {e for e in p.name.removesuffix(suffix).split("_") if not e.startswith("space-")} - {""} <= of]
+    """The nearest NAME_suffix that BIDS' inheritance gives to a recording, or None: a file beside it or above whose entities are all its own."""
+    own = {""} | set(path.stem.split("_")[:-1])
+    for folder in path.parents:
+        found = [p for p in folder.glob(f"*{suffix}") if all(e in own or e.startswith("space-") for e in p.name.removesuffix(suffix).split("_"))]
         if found:
-            return max(found, key=lambda p: len(p.name))
+            return max(sorted(found), key=lambda p: len(p.name))
         if folder == Path(root):
             return None
 
@@ -118,11 +120,11 @@ def table_of(path, *needed):
 
 def numbers(table, column, path):
     """A column as floats, NaN where empty. Raises ValueError, with the row, where it holds something else."""
-    try:
-        return table[column].astype(float)
-    except ValueError:
-        row = next(i for i, v in enumerate(pd.to_numeric(table[column], errors="coerce").isna() & table[column].notna()) if v)
-        raise ValueError(f"{path}: {column} '{table[column].iloc[row]}' in row {row + 1} is no number") from None
+    values = pd.to_numeric(table[column], errors="coerce")
+    wrong = np.flatnonzero(values.isna() & table[column].notna())
+    if len(wrong):
+        raise ValueError(f"{path}: {column} '{table[column].iloc[wrong[0]]}' in row {wrong[0] + 1} is no number")
+    return values.astype(float)
 
 
 # ---- events
@@ -132,71 +134,70 @@ def word_of(thing):
     return re.sub(r"[\s_]+", " ", re.sub(r"(?<=[^\W\d])\d+$", "", str(thing).strip())).strip()
 
 
-def said(number, singular, plural):
-    return f"{number:,} {singular if number == 1 else plural}"
+def synonyms_of(text, word=""):
+    """'range, cooking_stove' → 'range|cooking stove', without the word itself."""
+    words = (re.sub(r"[\s_]+", " ", w).strip() for w in re.split(r"[|,;]", str(text)))
+    return "|".join(dict.fromkeys(w for w in words if w and w != word))
 
 
-def events_of(table, path, config):
-    """events.tsv as our table (EVENT_COLUMNS; phase and category only where the set has them), and how many rows had no onset or no word.
-    table: of strings, as `table_of` reads it. Raises ValueError for a column that is not there or a set without a usable row."""
+def events_of(table, path, config, sfreq):
+    """events.tsv as our table (onset, duration, object, word, synonyms, image, block, target; phase and category where the set has them), and
+    how many rows had no onset or no word. table: of strings, as `table_of` reads it; sfreq: Hz of the recording.
+    Raises ValueError for a column that is not there or a table without a usable row."""
     for option in ("word_column", "object_column", "image_column", "synonyms_column", "category_column", "block_column", "target_column", "phase_column"):
         if (column := getattr(config, option)) and column not in table:
-            raise ValueError(f"{path} has no column '{column}' ({option}), only {', '.join(map(str, table))}")
+            raise ValueError(f"{path} has no column '{column}' ({option}=), only {', '.join(map(str, table))}")
     if not config.word_column and not config.object_column:
         raise ValueError("word_column and object_column are both empty: one of them must say what was shown")
-    target = table[config.target_column].str.lower().isin(["1", "1.0", "true", "yes"]) if config.target_column else pd.Series(False, table.index)
-    thing = table[config.object_column or config.word_column]
-    word = table[config.word_column] if config.word_column else thing
+    thing = table[config.object_column or config.word_column].fillna("")
+    word = [re.sub(r"[\s_]+", " ", w).strip() for w in table[config.word_column].fillna("")] if config.word_column else thing.map(word_of)
+    target = table[config.target_column].fillna("").str.lower().isin(["1", "1.0", "true", "yes"]) if config.target_column else False
     events = pd.DataFrame({
         "onset": numbers(table, "onset", path), "duration": numbers(table, "duration", path).fillna(0.0) if "duration" in table else 0.0,
-        "object": thing.fillna(""), "word": [word_of(w) if not config.word_column else re.sub(r"[\s_]+", " ", w).strip() for w in word.fillna("")],
-        "synonyms": [synonyms(s) for s in table[config.synonyms_column].fillna("")] if config.synonyms_column else "",
-        "image": table[config.image_column].fillna(thing).fillna("") if config.image_column else thing.fillna(""),
-        "block": table[config.block_column].fillna("") if config.block_column else "", "target": target.astype(int)})
+        "object": thing, "word": word, "synonyms": table[config.synonyms_column].fillna("").map(synonyms_of) if config.synonyms_column else "",
+        "image": table[config.image_column].fillna(thing) if config.image_column else thing,
+        "block": table[config.block_column].fillna("") if config.block_column else "", "target": np.where(target, 1, 0)}, index=table.index)
     for name in ("phase", "category"):
         if column := getattr(config, f"{name}_column"):
             events[name] = table[column].fillna("")
+    return usable(events, path)
+
+
+def usable(events, path):
+    """(events with an onset and, unless catch trials, a word; how many were left out). Raises ValueError where none is left."""
     kept = np.isfinite(events["onset"]) & ((events["word"] != "") | (events["target"] == 1))
     if not (kept & (events["target"] == 0)).any():
-        raise ValueError(f"{path} has no event with an onset and a word: leave this subject out with subjects=, or give the right word_column=")
+        raise ValueError(f"{path} has no event with an onset and a word: leave this subject out with subjects=, or name another column")
     return events[kept].reset_index(drop=True), int((~kept).sum())
-
-
-def synonyms(text):
-    """'range, cooking_stove' or 'range|cooking stove' → 'range|cooking stove'."""
-    words = [word_of(w) for w in re.split(r"[|,;]", str(text))]
-    return "|".join(dict.fromkeys(w for w in words if w))
 
 
 def objects_of(events):
     """One row an object: object, word, synonyms, category. events: of all recordings, catch trials included."""
     shown = events[(events["target"] == 0) & (events["word"] != "")]
-    columns = ["object", "word", "synonyms"] + ["category"] * ("category" in shown)
-    table = shown[columns].drop_duplicates("object").sort_values("object", ignore_index=True)
-    return table if "category" in table else table.assign(category="")
+    table = shown.drop_duplicates("object").sort_values("object", ignore_index=True)
+    return table.assign(category=table["category"] if "category" in table else "")[["object", "word", "synonyms", "category"]]
 
 
 # ---- signal
 
-def read(path, root):
-    """An MNE Raw of one BIDS file, loaded: types and bads of channels.tsv, positions of electrodes.tsv (head frame, m).
+def open_raw(path, root):
+    """An MNE Raw of one BIDS file, not loaded, EEG channels only: types and bads of channels.tsv, positions of electrodes.tsv (head frame, m).
     Raises ValueError, in a sentence, for a file that is torn or no EEG."""
     try:
-        raw = mne.io.read_raw(path, preload=True, verbose="error")
+        raw = mne.io.read_raw(path, verbose="error")
     except Exception as e:  # each format has errors of its own for a damaged file
         raise ValueError(f"{path} cannot be read ({' '.join(str(e).split())[:200]}): is it complete?") from None
     described = sidecar(path, root, "_eeg.json")
     stated = json.loads(described.read_text(encoding="utf-8-sig")).get("RecordingDuration") if described else None
     if isinstance(stated, (int, float)) and raw.n_times / raw.info["sfreq"] < 0.99 * stated - 1:
-        raise ValueError(f"{path} is {raw.n_times / raw.info['sfreq']:.0f} s long where {described.name} says {stated:.0f}: fetch it again, it is torn")
+        raise ValueError(f"{path} is {raw.n_times / raw.info['sfreq']:.0f} s long where {described.name} says {stated:.0f}: it is torn, fetch it again")
     channels = sidecar(path, root, "_channels.tsv")
     if channels:
         table = table_of(channels, "name").dropna(subset="name").drop_duplicates("name").set_index("name")
         if foreign := [n for n in raw.ch_names if n not in table.index]:
             raise ValueError(f"{channels} does not name the channel '{foreign[0]}' of {path.name}: the two do not belong together")
         if "type" in table:
-            known = {"EEG": "eeg", "EOG": "eog", "VEOG": "eog", "HEOG": "eog", "ECG": "ecg", "EMG": "emg", "TRIG": "stim"}
-            raw.set_channel_types({n: known.get(str(table.loc[n, "type"]).upper(), "misc") for n in raw.ch_names}, verbose="error")
+            raw.set_channel_types({n: TYPES.get(str(table.loc[n, "type"]).upper(), "misc") for n in raw.ch_names}, verbose="error")
         if "status" in table:
             raw.info["bads"] = [n for n in raw.ch_names if str(table.loc[n, "status"]).lower() == "bad"]
     if "eeg" not in raw:
@@ -210,13 +211,13 @@ def read(path, root):
 def place(raw, electrodes, coordsystem):
     """Give a Raw the positions of an electrodes.tsv; with landmarks in coordsystem.json they are turned into MNE's head frame."""
     table = table_of(electrodes, "name", "x", "y", "z").drop_duplicates("name").set_index("name")
-    said = json.loads(coordsystem.read_text(encoding="utf-8-sig")) if coordsystem else {}
-    scale = UNITS.get(str(said.get("EEGCoordinateUnits", "m")).lower(), 1.0)
-    turned = said.get("EEGCoordinateSystem") in ("EEGLAB", "EEGLAB-HJ", "CTF")  # x to the nose, y to the left
+    frame = json.loads(coordsystem.read_text(encoding="utf-8-sig")) if coordsystem else {}
+    scale = UNITS.get(str(frame.get("EEGCoordinateUnits", "m")).lower(), 1.0)
+    turned = frame.get("EEGCoordinateSystem") in ("EEGLAB", "EEGLAB-HJ", "CTF")  # x to the nose, y to the left
     axes = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]]) if turned else np.eye(3)
     xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], 1) @ axes.T * scale  # (electrodes, 3) m
     places = {name: p for name, p in zip(table.index, xyz) if name in raw.ch_names and np.isfinite(p).all()}
-    landmarks = said.get("AnatomicalLandmarkCoordinates") or {}
+    landmarks = frame.get("AnatomicalLandmarkCoordinates") or {}
     landmarks = {mine: axes @ np.array(landmarks[theirs], float) * scale for mine, theirs in (("nasion", "NAS"), ("lpa", "LPA"), ("rpa", "RPA"))
                  if np.shape(landmarks.get(theirs)) == (3,)}
     if places:
@@ -224,104 +225,114 @@ def place(raw, electrodes, coordsystem):
         raw.set_montage(montage, on_missing="ignore", verbose="error")
 
 
-def preprocess(raw, config):
-    """Filter, re-reference, mend and resample a loaded Raw in place; returns {what: how} for meta.yaml.
-    config: the signal options above. Raises ValueError where nothing useful is left, or no channel has a place."""
+def placed(raw):
+    """(C,) whether a channel has a position."""
+    return np.array([np.isfinite(ch["loc"][:3]).all() and ch["loc"][:3].any() for ch in raw.info["chs"]])
+
+
+def preprocess(raw, config, name):
+    """Filter, re-reference, mend and resample an MNE Raw of EEG channels in place; returns what was found and done, for meta.yaml.
+    config: has SIGNAL_OPTIONS; name: of the recording, for messages. Raises ValueError where nothing useful is left or no channel has a place."""
     done = {}
-    placed = lambda: np.array([np.isfinite(ch["loc"][:3]).all() and ch["loc"][:3].any() for ch in raw.info["chs"]])
-    if config.montage not in ("", "none") and not placed().all():
-        template = mne.channels.make_standard_montage(config.montage)
-        if not placed().any():
-            raw.set_montage(template, match_case=False, on_missing="ignore", verbose="error")
-            done["positions"] = config.montage
-    if not placed().any():
-        raise ValueError(f"{raw.filenames[0] if raw.filenames else 'a recording'}: no channel has a position ({', '.join(raw.ch_names[:5])}, ...): add "
-                         "electrodes.tsv, or give a montage= that has these names")
-    done["without_position"] = [n for n, there in zip(raw.ch_names, placed()) if not there]
+    raw.load_data(verbose="error")
+    if config.montage not in ("", "none") and not placed(raw).any():
+        raw.set_montage(mne.channels.make_standard_montage(config.montage), match_case=False, on_missing="ignore", verbose="error")
+        done["positions"] = config.montage
+    if not placed(raw).any():
+        raise ValueError(f"{name}: no channel has a position ({', '.join(raw.ch_names[:5])}, ...): add electrodes.tsv, or give a montage= with these names")
+    done["without_position"] = [n for n, there in zip(raw.ch_names, placed(raw)) if not there]
     broken = np.array([not np.isfinite(row).all() for row in raw._data])
-    raw._data[~np.isfinite(raw._data)] = 0  # a filter would smear one NaN over its channel
+    raw._data[broken] = 0  # a filter would smear one NaN over the channel, a reference over all of them
     flat = np.ptp(raw._data, axis=1) == 0
     done["nan"], done["flat"] = ([n for n, bad in zip(raw.ch_names, which) if bad] for which in (broken, flat & ~broken))
-    raw.info["bads"] = [n for n in raw.ch_names if n in raw.info["bads"] + done["nan"] + done["flat"]]
-    done["bads"] = list(raw.info["bads"])
+    done["bads"] = [n for n in raw.ch_names if n in raw.info["bads"] + done["nan"] + done["flat"]]
+    raw.info["bads"] = list(done["bads"])
     if 2 * len(done["bads"]) > len(raw.ch_names):
-        raise ValueError(f"{raw.filenames[0] if raw.filenames else 'a recording'}: {len(done['bads'])} of {len(raw.ch_names)} channels are bad "
-                         f"({len(done['flat'])} flat, {len(done['nan'])} with NaN): leave this subject out with subjects=")
+        raise ValueError(f"{name}: {len(done['bads'])} of {len(raw.ch_names)} channels are bad ({len(done['flat'])} flat, {len(done['nan'])} with NaN): "
+                         "leave this subject out with subjects=")
     nyquist = raw.info["sfreq"] / 2
     if notch := [f for f in config.notch if f < nyquist]:
         raw.notch_filter(notch, picks="all", verbose="error")
     h_freq = config.h_freq if config.h_freq < nyquist else 0
     if config.l_freq or h_freq:
         raw.filter(config.l_freq or None, h_freq or None, picks="all", verbose="error")
-    if config.bads == "drop":
-        raw.drop_channels(done["bads"])
-    elif config.bads == "interpolate" and done["bads"]:
-        if lost := [n for n in done["bads"] if n in done["without_position"]]:  # nowhere to interpolate to
-            raw.drop_channels(lost)
-            done["dropped"] = lost
-        if raw.info["bads"]:
-            raw.interpolate_bads(reset_bads=True, verbose="error")
+    nowhere = [n for n in done["bads"] if n in done["without_position"]]  # no place to interpolate to
+    if lost := {"drop": done["bads"], "interpolate": nowhere, "mark": []}[config.bads]:
+        raw.drop_channels(lost)
+        done["left_out"] = list(lost)
+    if config.bads == "interpolate" and raw.info["bads"]:
+        raw.interpolate_bads(reset_bads=True, verbose="error")
     if config.reference not in ("", "none"):
         names = "average" if config.reference == "average" else [n.strip() for n in config.reference.split(",")]
         if names != "average" and (unknown := [n for n in names if n not in raw.ch_names]):
-            raise ValueError(f"reference={config.reference}: there is no channel '{unknown[0]}', only {', '.join(raw.ch_names)}")
+            raise ValueError(f"reference={config.reference}: {name} has no channel '{unknown[0]}', only {', '.join(raw.ch_names)}")
         raw.set_eeg_reference(names, projection=False, verbose="error")
     if config.sfreq and config.sfreq != raw.info["sfreq"]:
         raw.resample(config.sfreq, verbose="error")  # low-passes first
     return {k: v for k, v in done.items() if v}
 
 
-# ---- main
+# ---- a whole dataset
 
-SIGNAL_OPTIONS = ("l_freq", "h_freq", "notch", "reference", "sfreq", "montage", "bads")
+def there_already(folder, options, overwrite):
+    """The Recording in a folder if it was made with these options and is whole, else None."""
+    try:
+        recording = Recording(folder)
+    except (ValueError, OSError):
+        return None
+    return None if overwrite or recording.meta.get("options") != options else recording
 
 
-def convert_one(folder, path, root, config, *, subject, source, synthetic, to_events=events_of, **meta):
-    """One BIDS recording → folder; what is there already with the same options stays. Returns (events DataFrame, sentence about it).
-    to_events(table, path, config) → (events, dropped rows), onsets in s from the first sample of the file."""
-    options = {k: v for k, v in asdict(config).items() if k not in ("root", "out_dir", "overwrite", "subjects", "gain") and not k.startswith("_")}
-    if not config.overwrite and (folder / "meta.yaml").exists():
-        try:
-            if read_meta(folder).get("options") == options:
-                return Recording(folder).events, "there already"
-        except (ValueError, OSError):
-            pass  # damaged: again
+def convert_raw(folder, raw, events, dropped, config, **meta):
+    """Preprocess an MNE Raw and write it with its events as one recording, with a line about it. events: onsets in s from the first sample;
+    dropped: events left out so far; meta: more keys. Returns the events. Raises ValueError where no event lies in the signal."""
+    seconds = raw.n_times / raw.info["sfreq"]
+    inside = (events["onset"] >= 0) & (events["onset"] < seconds)
+    if not (inside & (events["target"] == 0)).any():
+        raise ValueError(f"{folder.name}: every onset lies outside the {seconds:.0f} s of the recording: are they in samples or ms?")
+    dropped = {"events without onset or word": dropped, "events outside the signal": int((~inside).sum())}
+    events = events[inside].reset_index(drop=True)
+    done = preprocess(raw, config, folder.name)
+    events["onset"] += raw.first_time  # on the recording's own clock
+    write_raw(folder, raw, events, picks="eeg", preprocessing=done, dropped=dropped, **meta)
+    words = [f"{len(events):,} events", f"{len(raw.ch_names)} channels", f"{seconds:.0f} s"]
+    words += [f"{kind.replace('_', ' ')}: {', '.join(done[kind])}" for kind in ("bads", "flat", "nan", "without_position", "left_out") if kind in done]
+    print(f"{folder.name}: {'; '.join(words + [f'{n:,} {what} left out' for what, n in dropped.items() if n])}", flush=True)
+    return events
+
+
+def convert_one(folder, path, root, config, *, options, to_events=events_of, **meta):
+    """One BIDS recording → folder; what is there already with the same options stays. Returns its events (DataFrame).
+    to_events(table, path, config, sfreq) → (events, dropped rows), onsets in s from the first sample of the file."""
+    if old := there_already(folder, options, config.overwrite):
+        print(f"{folder.name}: there already", flush=True)
+        return old.events
     if not (tsv := sidecar(path, root, "_events.tsv")):
         raise FileNotFoundError(f"{path} has no events.tsv beside it: leave this subject out with subjects=")
-    events, dropped = to_events(table_of(tsv, "onset"), tsv, config)
-    raw = read(path, root)
-    inside = (events["onset"] >= 0) & (events["onset"] < raw.n_times / raw.info["sfreq"])
-    if not inside.any():
-        raise ValueError(f"{tsv}: every onset lies outside the {raw.n_times / raw.info['sfreq']:.0f} s of {path.name}: are they in samples or ms?")
-    events, outside = events[inside].reset_index(drop=True), int((~inside).sum())
-    done = preprocess(raw, config)
-    events["onset"] += raw.first_time  # on the recording's own clock
-    write_raw(folder, raw, events, subject=subject, source=source, synthetic=synthetic, picks="eeg", options=options, preprocessing=done,
-              dropped={"events without onset or word": dropped, "events outside the signal": outside}, **meta)
-    words = [said(len(events), "event", "events"), said(len(raw.ch_names), "channel", "channels"), f"{raw.n_times / raw.info['sfreq']:.0f} s"]
-    words += [f"{kind} {', '.join(done[kind])}" for kind in ("bads", "flat", "nan", "without_position") if kind in done]
-    words += [f"{n:,} {what} left out" for what, n in (("rows without onset or word", dropped), ("events outside the signal", outside)) if n]
-    return events, "; ".join(words)
+    raw = open_raw(path, root)
+    events, dropped = to_events(table_of(tsv, "onset"), tsv, config, raw.info["sfreq"])
+    return convert_raw(folder, raw, events, dropped, config, subject=re.match(r"sub-([^_]+)", path.name)[1], options=options, **meta)
 
 
-def convert(folder, root, config, *, source, synthetic, to_events=events_of, table=None, **meta):
-    """A whole BIDS folder → dataset. table: objects.csv (object, word, synonyms, category, ...), made from the events where None.
-    Returns the meta of the set. An interrupted conversion goes on where it was."""
-    folder = Path(folder)
-    found = find(root, getattr(config, "subjects", ()), getattr(config, "task", ""))
+def convert(folder, root, config, *, source, synthetic, to_events=events_of, table=objects_of, **meta):
+    """A whole BIDS folder → dataset. config: as above; table: a function of all events that makes objects.csv (object, word, synonyms,
+    category); meta: more keys of the set. Returns the meta of the set. An interrupted conversion goes on where it was."""
+    folder, found = Path(folder), find(root, config.subjects, getattr(config, "task", ""))
+    options = {k: v for k, v in asdict(config).items() if k not in ("root", "out_dir", "subjects", "overwrite")}
     (folder / "meta.yaml").unlink(missing_ok=True)
-    events = []
-    for name, path in found:
-        subject = re.match(r"sub-([^_]+)", path.name)[1]
-        these, words = convert_one(folder / name, path, root, config, subject=subject, source=source, synthetic=synthetic, to_events=to_events)
-        events.append(these)
-        print(f"{name}: {words}", flush=True)
-    table = objects_of(pd.concat(events)) if table is None else table
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(temporary := folder / f"objects.csv.tmp-{os.getpid()}", index=False)
-    os.replace(temporary, folder / "objects.csv")
-    return write_set(folder, [name for name, _ in found], synthetic=synthetic, kind="eeg", source=source, objects=len(table),
-                     words=int(table["word"].nunique()), signal={k: getattr(config, k) for k in SIGNAL_OPTIONS}, **meta)
+    events = [convert_one(folder / name, path, root, config, options=options, to_events=to_events, source=source, synthetic=synthetic) for name, path in found]
+    return finish(folder, [name for name, _ in found], pd.concat(events), config, source=source, synthetic=synthetic, table=table, **meta)
+
+
+def finish(folder, names, events, config, *, source, synthetic, table=objects_of, **meta):
+    """objects.csv and meta.yaml of a set whose recordings are written. events: of all of them; table: a function of the events. Returns the meta."""
+    objects, dropped = table(events), {}
+    write_aside(folder / "objects.csv", objects.to_csv(index=False))
+    for name in names:
+        for what, n in read_meta(folder / name).get("dropped", {}).items():
+            dropped[what] = dropped.get(what, 0) + n
+    return write_set(folder, names, synthetic=synthetic, kind="eeg", source=source, objects=len(objects), words=int(objects["word"].nunique()),
+                     signal={k: getattr(config, k) for k in SIGNAL_OPTIONS if hasattr(config, k)}, dropped=dropped, **meta)
 
 
 def main(config):

@@ -12,6 +12,7 @@ normalisation and ridge) says how much of them can be read.
 import json, os, re, subprocess, sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import mne
 import numpy as np
@@ -23,7 +24,7 @@ import scipy.signal
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
-from configurator import configure
+from configurator import configure, write_aside
 from data import tokens
 from data.bids_eeg import prepare as bids
 from data.recording import Recording, complete, read_set
@@ -73,7 +74,7 @@ class Config:
     reference: str = "average"    # average, channel names, or none
     sfreq: float = 100.0          # Hz after resampling
     montage: str = "none"         # positions are in electrodes.tsv
-    bads: str = "interpolate"     # interpolate, mark, drop
+    bads: Literal["interpolate", "mark", "drop"] = "interpolate"  # the bad channel
     overwrite: bool = False       # make it again although it is there
 
     def check(self):
@@ -81,6 +82,8 @@ class Config:
         for name, least in (("objects", 10), ("images", 2), ("repeats", 2), ("subjects", 1), ("dimensions", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: at least {least}")
+        if self.raw_sfreq < 120:
+            raise ValueError(f"raw_sfreq={self.raw_sfreq:g}: mains are at 50 Hz, so at least 120")
         if self.repeats % 2:
             raise ValueError(f"repeats={self.repeats}: a block shows its pictures twice, so an even number")
 
@@ -145,7 +148,7 @@ def make_objects(ids, names, config, rng):
     kind = np.array([c for *_, c in rows])
     central = {c: rows[min(np.flatnonzero(kind == c), key=lambda i: np.square(vectors[i] - vectors[kind == c].mean(0)).sum())][1] for c in set(kind)}
     other = lambda w: "|".join(s for s in SYNONYMS.get(w, "").split("|") if s and s not in things)
-    table = pd.DataFrame([(o, w, other(w), f"like {central[c]}") for o, w, _, c in rows], columns=["object", "word", "synonyms", "category"])
+    table = pd.DataFrame([(o, w, other(w), central[c]) for o, w, _, c in rows], columns=["object", "word", "synonyms", "category"])
     table = pd.concat([table, pd.DataFrame(vectors.round(6), columns=[f"s{d + 1}" for d in range(config.dimensions)])], axis=1)
     pictures = vectors[:, None] + 0.3 * rng.standard_normal((len(rows), config.images, config.dimensions))
     return table, pictures
@@ -308,64 +311,53 @@ def whitener(windows, kind):
     return vectors / np.sqrt(np.maximum(values, values.max() * 1e-6)) @ vectors.T  # an average reference has one direction less
 
 
-def oracle(folder, config):
-    """What a ridge that is told the true meanings reads from single trials: [{set, top1, top5, chance, n}] on held-out pictures (whole blocks), on a
-    held-out person, on held-out objects (among themselves) and on both. Training trials share no sample with any test trial."""
+def oracle(folder):
+    """What a ridge that is told the true meanings reads from single trials, as rows {set, top1, low, high, top5, chance, n}: on pictures it was not
+    trained on (whole blocks), on the last person (trained on the others), on held-out words (ranked among themselves) and on both.
+    Training trials share no sample with any test trial; low and high are the 95 % interval over words."""
     table = pd.read_csv(folder / "objects.csv", keep_default_na=False)
     truth = table.groupby("word", sort=False)[[c for c in table if re.fullmatch(r"s\d+", c)]].mean()
-    names = read_set(folder)["recordings"]
-    held = truth.index[3::6]  # every sixth word; homographs stand first and stay known
-    parts, kinds = [], []
-    for name in names:
+    held = truth.index[3::6]  # every sixth word; homographs stand first and are not among them
+    known = truth.index.difference(held, sort=False)
+    people = []
+    for name in read_set(folder)["recordings"]:
         recording = Recording(folder / name)
         events = recording.events[recording.events["target"] == 0]
-        rows = recording.rows(events["onset"] + WINDOW[0])
-        length = round((WINDOW[1] - WINDOW[0]) * recording.sfreq)
+        rows, length = recording.rows(events["onset"] + WINDOW[0]), round((WINDOW[1] - WINDOW[0]) * recording.sfreq)
         windows = recording.signal[rows[:, None] + np.arange(0, length, max(1, round(recording.sfreq / 50)))].transpose(0, 2, 1) * 1e6  # (N, C, T) µV
         image, word = events["image"].str[-6:-4].astype(int).to_numpy(), events["word"].to_numpy()
-        test_image, test_word = image == image.max(), np.isin(word, held)
-        clear = ~test_image & ~test_word
-        clear[clear] = np.abs(rows[clear, None] - rows[test_word & ~test_image]).min(1) >= length  # purged: an object's trials stand among the others
-        parts.append((windows, word))
-        kinds.append((clear, test_image, test_word))
+        last, new = image == image.max(), np.isin(word, held)
+        clear = ~last & ~new
+        clear[clear] = np.abs(rows[clear, None] - rows[new]).min(1) >= length  # held-out words stand among the others in every block
+        white = whitener(windows[clear], word[clear])
+        people.append((np.einsum("cd,ndt->nct", white, windows).reshape(len(windows), -1), word, clear, last & ~new, new))
+
     def fit(some):
-        x, y = [], []
-        for s in some:
-            (windows, word), clear = parts[s], kinds[s][0]
-            white = whitener(windows[clear], word[clear])
-            x.append(np.einsum("cd,ndt->nct", white, windows[clear]).reshape(clear.sum(), -1))
-            y.append(truth.loc[word[clear]].to_numpy())
-        x, y = np.concatenate(x), np.concatenate(y)
-        mean, scale = x.mean(0), y.mean(0)
-        gram = (x - mean).T @ (x - mean)
+        x, y = (np.concatenate(parts) for parts in zip(*((x[clear], truth.loc[word[clear]]) for x, word, clear, _, _ in some)))
+        gram = (x - x.mean(0)).T @ (x - x.mean(0))
         gram[np.diag_indices_from(gram)] += np.trace(gram) / len(gram)
-        return mean, scale, scipy.linalg.solve(gram, (x - mean).T @ (y - scale), assume_a="pos")
-    def ranks(model, s, which, among):
-        (windows, word), (mean, scale, weights) = parts[s], model
-        white = whitener(windows[kinds[s][0]], word[kinds[s][0]])  # of the person's own, which needs no names
-        guess = (np.einsum("cd,ndt->nct", white, windows[which]).reshape(which.sum(), -1) - mean) @ weights + scale
+        return x.mean(0), y.mean(0), scipy.linalg.solve(gram, (x - x.mean(0)).T @ (y - y.mean(0)), assume_a="pos")
+
+    def ranks(model, person, which, among):
+        (mean, scale, weights), (x, word, *_) = model, person
         candidates = truth.loc[among].to_numpy()
-        centre = candidates.mean(0)
-        cosine = (guess - centre) @ ((candidates - centre) / np.linalg.norm(candidates - centre, axis=1, keepdims=True)).T
-        own = cosine[np.arange(len(guess)), pd.Index(among).get_indexer(word[which])]
-        return (cosine > own[:, None]).sum(1)
-    within = [fit([s]) for s in range(len(parts))]
-    found = {"trial": [], "object": [], "subject": [], "subject_object": []}
-    for s, (_, test_image, test_word) in enumerate(kinds):
-        known, new = test_image & ~test_word, test_word
-        found["trial"].append(ranks(within[s], s, known, truth.index.difference(held, sort=False)))
-        found["object"].append(ranks(within[s], s, new, held))
-    if len(parts) > 1:
-        others = fit(range(len(parts) - 1))
-        found["subject"] = [ranks(others, len(parts) - 1, known, truth.index.difference(held, sort=False))]
-        found["subject_object"] = [ranks(others, len(parts) - 1, new, held)]
+        cosine = ((x[which] - mean) @ weights + scale - candidates.mean(0)) @ (c := candidates - candidates.mean(0)).T / np.linalg.norm(c, axis=1)
+        own = cosine[np.arange(which.sum()), pd.Index(among).get_indexer(word[which])]
+        return pd.DataFrame({"word": word[which], "rank": (cosine > own[:, None]).sum(1)})
+
+    within = [(fit([p]), p) for p in people]
+    across = [(fit(people[:-1]), people[-1])] if len(people) > 1 else []
     rows = []
-    for name, rank in found.items():
-        if rank:
-            rank, among = np.concatenate(rank), len(held) if "object" in name else len(truth) - len(held)
-            rows.append({"set": name, "top1": round(float((rank == 0).mean()), 4), "top5": round(float((rank < 5).mean()), 4), "chance": round(1 / among, 4),
-                         "chance_top5": round(min(1, 5 / among), 4), "n": len(rank)})
-    return rows
+    for name, models in (("trial", within), ("object", within), ("subject", across), ("subject_object", across)):
+        among = held if "object" in name else known
+        found = pd.concat([ranks(model, person, person[4 if "object" in name else 3], among) for model, person in models]) if models else []
+        if len(found):
+            words = found.assign(hit=found["rank"] == 0).groupby("word")["hit"].agg(["sum", "size"]).to_numpy()  # (words, 2)
+            drawn = words[np.random.default_rng(0).integers(len(words), size=(1000, len(words)))].sum(1)
+            low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5])
+            rows.append({"set": name, "top1": (found["rank"] == 0).mean(), "low": low, "high": high, "top5": (found["rank"] < 5).mean(),
+                         "chance": 1 / len(among), "n": len(found)})
+    return [{k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 # ---- main
@@ -394,14 +386,13 @@ def main(config):
         write_bids(root, s, *brain, table, config.raw_sfreq)
     reading = bids.Config(object_column="object", image_column="image", synonyms_column="synonyms", category_column="category", block_column="block",
                           target_column="target", overwrite=True, **{k: getattr(config, k) for k in bids.SIGNAL_OPTIONS})
-    bids.convert(folder, root, reading, source="data/synthetic_eeg/prepare.py", synthetic=True, table=table)
-    found = oracle(folder, config)
+    bids.convert(folder, root, reading, source="data/synthetic_eeg/prepare.py", synthetic=True, table=lambda events: table)
+    found = oracle(folder)
     meta = read_set(folder) | {"options": options, "oracle": found, "truth": {
         "gain": config.gain, "latency_s": average["latency"].round(4).tolist(), "width_s": average["width"].round(4).tolist(),
         "dimensions": f"s1..s{config.dimensions} of objects.csv: PPMI and SVD of data/pydocs' training text",
         "subjects": truths}}
-    (temporary := folder / f"meta.yaml.tmp-{os.getpid()}").write_text(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000))
-    os.replace(temporary, folder / "meta.yaml")
+    write_aside(folder / "meta.yaml", yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000))
     print(f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}; an oracle that knows the meanings, single trials:")
     print(pd.DataFrame(found).to_string(index=False))
 
