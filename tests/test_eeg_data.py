@@ -292,12 +292,14 @@ def test_eeg1_traps(tmp_path, release):
     rows = eeg1_rows()
     if release != "seconds and samples":
         rows = rows.drop(columns="sample").assign(onset=rows["sample"] if release == "samples" else rows["onset"])
-    if release == "renamed":  # another mirror's: s, and forward slashes
-        rows = rows.assign(duration=0.05, stim=rows["stim"].str.replace("\\", "/"))
+    root = make_eeg1(tmp_path / "b", rows)
+    if release == "renamed":  # another mirror's: s, forward slashes, test pictures in a list
+        rows = rows.assign(duration=0.05, stim=rows["stim"].str.replace("\\", "/"), blocksequencenumber=0)
+        (make_eeg1(root, rows) / "test_images.csv").write_text("go-kart/go-kart_11s.jpg\ncalf1/calf1_12s.jpg\n")
     concepts = tmp_path / "things_concepts.tsv"
     concepts.write_text("Word\tuniqueID\tWordNet Synonyms\tBottom-up Category (Human Raters)\nstove\tstove2\tstove, kitchen_stove, range\ttool, appliance\n"
                         "calf\tcalf1\t\tanimal\n")
-    things1.main(things1.Config(root=str(make_eeg1(tmp_path / "b", rows)), out_dir=str(tmp_path / "out"), concepts=str(concepts), **AS_IS))
+    things1.main(things1.Config(root=str(root), out_dir=str(tmp_path / "out"), concepts=str(concepts), **AS_IS))
     meta, one = recording.read_set(tmp_path / "out"), recording.Recording(tmp_path / "out/sub-01")
     events = one.events
     assert one.rows(events["onset"]).tolist() == eeg1_rows()["sample"].tolist() and set(events["duration"].round(6)) == {0.05}

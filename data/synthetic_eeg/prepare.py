@@ -365,7 +365,7 @@ def oracle(folder):
 def main(config):
     folder = Path(config.out_dir) if config.out_dir else Path(os.path.relpath(HERE))
     options = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "pydocs", "overwrite")}
-    if not config.overwrite and complete(folder):
+    if not config.overwrite and complete(folder) and (folder / "objects.csv").exists():
         if read_set(folder).get("options") != options:
             raise ValueError(f"{folder} was made with other options: give overwrite=True to make it again, or another out_dir=")
         return print(f"{folder}: there already (overwrite=True makes it again)")

@@ -5,7 +5,8 @@
     python data/things_eeg1/prepare.py subjects=01 concepts=PATH/things_concepts.tsv   # with THINGS' table of synonyms and categories
 
 The events are read with their traps: `sample` before `onset` (which older releases have in samples), durations in ms, stimulus paths with backslashes,
-objects with a number where two share a word (calf1, calf2). Catch trials keep target=1; the test pictures (blocksequencenumber -1) get phase=test.
+objects with a number where two share a word (calf1, calf2). Catch trials keep target=1; the repeated test pictures (blocksequencenumber below 0, or named
+in test_images.csv) get phase=test.
 """
 import os, shutil, sys, urllib.error, urllib.request
 from dataclasses import dataclass, field
@@ -112,10 +113,13 @@ def events_of(table, path, config, sfreq):
     if duration.median() > 1:  # 50 ms
         duration = duration / 1000
     thing = table["object"].fillna("")
-    test = bids.numbers(table, "blocksequencenumber", path) < 0
+    image = table["stim"].fillna("").str.replace("\\", "/").str.rsplit("/", n=1).str[-1]
+    named = Path(path).parents[2] / "test_images.csv" if len(Path(path).parents) > 2 else None  # lines of object/picture.jpg
+    named = [line.strip().rsplit("/", 1)[-1] for line in named.read_text().splitlines()] if named and named.is_file() else []
+    test = (bids.numbers(table, "blocksequencenumber", path) < 0) | image.isin(named)
     events = pd.DataFrame({
         "onset": onset, "duration": duration.fillna(0.05), "object": thing, "word": thing.map(bids.word_of), "synonyms": "",
-        "image": table["stim"].fillna("").str.replace("\\", "/").str.rsplit("/", n=1).str[-1], "block": stretches(onset),
+        "image": image, "block": stretches(onset),
         "target": np.where(bids.numbers(table, "istarget", path) == 1, 1, 0), "phase": np.where(test, "test", "train")})
     if config.concepts:
         events = with_concepts(events, read_concepts(config.concepts))

@@ -30,7 +30,7 @@ LARGE = 1 << 20  # bytes from which an array is mapped
 
 @dataclass
 class Config:
-    root: str = ""                    # the folder with sub-01, sub-02, ... from OSF (raw: anp5v's raw_eeg_*.npy; pictures: y63gw's image_metadata.npy)
+    root: str = ""                    # the folder with sub-01, sub-02, ... from OSF (raw: crxs4; epochs: anp5v; image_metadata.npy: y63gw)
     kind: Literal["raw", "preprocessed"] = "raw"  # continuous, or cut into epochs by others
     out_dir: str = ""                 # "": raw or preprocessed in this folder
     subjects: list[str] = field(default_factory=list)  # 01,02 and so on; none: all that root has
