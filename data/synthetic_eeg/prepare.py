@@ -311,6 +311,11 @@ def whitener(windows, kind):
     return vectors / np.sqrt(np.maximum(values, values.max() * 1e-6)) @ vectors.T  # an average reference has one direction less
 
 
+def apart(rows, held, length):
+    """(N,) which windows of `length` samples from `rows` share none with a held-out window (nor are held out). held: (N,) bool."""
+    return np.abs(rows[:, None] - rows[held]).min(1, initial=length) >= length
+
+
 def oracle(folder):
     """What a ridge that is told the true meanings reads from single trials, as rows {set, top1, low, high, top5, chance, n}: on pictures it was not
     trained on (whole blocks), on the last person (trained on the others), on held-out words (ranked among themselves) and on both.
@@ -327,8 +332,7 @@ def oracle(folder):
         windows = recording.signal[rows[:, None] + np.arange(0, length, max(1, round(recording.sfreq / 50)))].transpose(0, 2, 1) * 1e6  # (N, C, T) µV
         image, word = events["image"].str[-6:-4].astype(int).to_numpy(), events["word"].to_numpy()
         last, new = image == image.max(), np.isin(word, held)
-        clear = ~last & ~new
-        clear[clear] = np.abs(rows[clear, None] - rows[new]).min(1) >= length  # held-out words stand among the others in every block
+        clear = apart(rows, last | new, length)  # held-out words stand among the others in every block
         white = whitener(windows[clear], word[clear])
         people.append((np.einsum("cd,ndt->nct", white, windows).reshape(len(windows), -1), word, clear, last & ~new, new))
 
