@@ -510,13 +510,15 @@ class EncoderConfig:
     patch: int = 10             # samples per token
     tokens: str = "time"        # transformer: a token is a patch of time of all electrodes, or of one ('electrode')
     virtual: int = 64           # channels into which electrodes are mixed
-    degree: int = 4             # of the Fourier code of an electrode's place
+    degree: int = 3             # of the Fourier code of an electrode's place
+    window: int = 0             # patches of the window: a first token is a linear map of all of them; 0: no such token, and any length
     subjects: int = 1           # each mixes the virtual channels in its own way
     dropout: float = 0.0
 
 
 class NeuralEncoder(nn.Module):
-    """Signals into tokens, (B, C, T) → (B, T // patch, n_embd), for any number and order of electrodes: a channel is its place, never its index.
+    """Signals into tokens, (B, C, T) → (B, P, n_embd), P = T // patch, one more before them with `window`, for any number and order of electrodes: a
+    channel is its place, never its index.
 
     Electrodes are mixed into virtual channels by weights that are functions of place (a Fourier series of xyz in m, period 0.25 m). A channel
     without place (nan in xyz) is absent: montages of different sizes share a batch, padded so. Subjects are numbers; -1, or one beyond
@@ -557,6 +559,7 @@ class NeuralEncoder(nn.Module):
                     elif name.endswith("bias"):
                         nn.init.zeros_(p)
         self.norm, self.out = (None, None) if c.kind == "linear" else (LayerNorm(c.width, True), nn.Linear(c.width, c.n_embd))
+        self.whole = nn.Linear(c.window * (c.patch * c.virtual if c.kind == "linear" else c.width), c.n_embd) if c.window else None
 
     def code(self, xyz):
         """Places (..., C, 3) in m → (..., C, M), and which are known (..., C)."""
@@ -611,7 +614,16 @@ class NeuralEncoder(nn.Module):
         if self.subject_mix is None:
             here = present.float()[..., None].unflatten(1, (-1, P))
             h = (h.unflatten(1, (-1, P)) * here).sum(1) / here.sum(1).clamp_min(1)
-        return self.out(self.norm(h))
+        h = self.norm(h)
+        return self.with_whole(self.out(h), h)
+
+    def with_whole(self, tokens, h):
+        """The token of the whole window, from states h (B, P, ...), before the others."""
+        if self.whole is None:
+            return tokens
+        if h.size(1) != self.config.window:
+            raise ValueError(f"a signal of {h.size(1)} patches, the encoder was made for window={self.config.window}")
+        return torch.cat([self.whole(F.dropout(h.flatten(1), self.config.dropout, self.training))[:, None], tokens], 1)
 
     def forward(self, x, xyz, subject):
         """x (B, C, T), xyz (C, 3) or (B, C, 3) in m, subject (B,) → (B, P, n_embd)."""
@@ -622,7 +634,8 @@ class NeuralEncoder(nn.Module):
         v = self.mix(x, xyz, subject)
         parts = self.patches(v)
         if c.kind == "linear":
-            return self.embed(parts.transpose(1, 2).flatten(2)) + self.by_subject(self.subject_token, subject)[:, None]
+            parts = parts.transpose(1, 2).flatten(2)  # (B, P, K patch)
+            return self.with_whole(self.embed(parts) + self.by_subject(self.subject_token, subject)[:, None], parts)
         if c.kind == "conv":
             for conv in self.convs:
                 v = v + F.dropout(F.glu(conv(v), 1), c.dropout, self.training)
@@ -631,7 +644,8 @@ class NeuralEncoder(nn.Module):
             h = F.avg_pool1d(self.temporal(v), 2 * c.patch, c.patch, padding=c.patch // 2, count_include_pad=False)[..., :P]
             h = self.embed(F.dropout(F.elu(h), c.dropout, self.training))
         h = h.transpose(1, 2) + self.by_subject(self.subject_token, subject)[:, None]  # (B, P, width)
-        return self.out(self.norm(h))
+        h = self.norm(h)
+        return self.with_whole(self.out(h), h)
 
 
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
@@ -705,10 +719,11 @@ class NeuralGPT(nn.Module):
         if fusion != "cross":
             self.bon, self.eon = (nn.Parameter(wte.mean(0) + torch.randn_like(wte[0]) * wte.std(0)) for _ in range(2))
         # neural tokens begin where the language model's tokens are: around their mean, with their spread
-        last = encoder.embed if encoder.out is None else encoder.out
         with torch.no_grad():
-            last.weight.mul_(wte.std() / (last.weight.std() * last.weight.size(1) ** 0.5))
-            last.bias.copy_(wte.mean(0))
+            for last in (encoder.embed if encoder.out is None else encoder.out, encoder.whole):
+                if last is not None:
+                    last.weight.mul_(wte.std() / (last.weight.std() * last.weight.size(1) ** 0.5))
+                    last.bias.copy_(wte.mean(0))
 
     def prefix(self, signal, xyz, subject):
         """Neural tokens (B, P, C) of signals (B, channels, T)."""

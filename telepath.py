@@ -78,6 +78,7 @@ class Config:
     match: float = 0.5                             # share of its weights that must fit
     tokens: Literal["time", "electrode"] = "time"  # transformer: a token is a patch of all electrodes, or of one
     patch: int = 10                                # samples per neural token
+    whole: bool = True                             # one more token, the first, reads the whole window at once
     width: int = 128                               # of the encoder
     encoder_layers: int = 2                        # blocks, or convolutions
     virtual: int = 32                              # channels the electrodes are mixed into
@@ -93,7 +94,7 @@ class Config:
     stop: str = "<|endoftext|>"                    # text that ends a word, one token
     # ---- objective and optimiser
     stage: Literal["sft", "dpo"] = "sft"           # supervised, or preferences (init_from= a supervised run)
-    align: float = 0.5                             # weight of an auxiliary loss: the mean neural token near its word's embedding; 0: none
+    align: float = 0.5                             # weight of an auxiliary loss: the first neural token near its word's embedding; 0: none
     temperature: float = 0.1                       # of that loss, over the training words
     beta: float = 0.1                              # dpo: weight of the reference
     dpo_nll: float = 0.0                           # dpo: weight of the preferred word's own loss
@@ -575,14 +576,16 @@ def build(config, trials, run):
         lm, tokenizer = load_lm(config.lm, dropout=0.0)
         fusion, kind = fusion_args(config), config.encoder
         shape = EncoderConfig(kind=kind, n_embd=lm.config.n_embd, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32),
-                              patch=config.patch, tokens=config.tokens, virtual=config.virtual, subjects=len(trials.subjects), dropout=config.dropout)
+                              patch=config.patch, tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, subjects=len(trials.subjects),
+                              dropout=config.dropout)
         if kind == "pretrained":
             path = Path(config.checkpoint)
             path = path if path.suffix == ".pt" else path / "best.pt"
             pretrained = load_checkpoint(path)
             if "encoder_args" not in pretrained:
                 raise ValueError(f"checkpoint={config.checkpoint} holds no encoder: give a run of telepath.py or foundation.py")
-            shape = EncoderConfig(**{**pretrained["encoder_args"], "n_embd": lm.config.n_embd, "subjects": len(trials.subjects), "dropout": config.dropout})
+            shape = EncoderConfig(**{**pretrained["encoder_args"], "n_embd": lm.config.n_embd, "window": len(trials.offsets) // pretrained["encoder_args"]["patch"] * config.whole,
+                                     "subjects": len(trials.subjects), "dropout": config.dropout})
     if tokenizer.n_vocab > lm.config.vocab_size:
         raise ValueError(f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of {lm.config.vocab_size}: they do not belong together")
     lm.config.sheet, lm.config.alpha = False, 0.0  # the sheet's loss has no part in this
@@ -858,7 +861,7 @@ def follow_prefix(run, model, text, trials, ids, space, step):
     names, rows = space.names([text.ids[w] for w in words]), []
     for i, tokens in zip(ids, n):
         word = trials.table.word.iat[i]
-        for j, x in [*enumerate(tokens), ("mean", tokens.mean(0))]:
+        for j, x in enumerate(tokens):
             cosine, near = space.clean(x[None])[0] @ names.t(), (vocabulary @ space.clean(x[None])[0]).topk(5)
             p, at = (near.values / 0.1).softmax(0), (x - space.mean) @ space.axes[:, :2]
             mine = words.index(word)
@@ -993,8 +996,8 @@ def plot_results(path, table, title):
 
 
 def plot_way(path, trajectory, space, title):
-    """The way of the mean neural token through token space: plane of the embedding's first two axes, and distance to the word over training."""
-    table = trajectory[trajectory.token.astype(str) == "mean"]
+    """The way of the first neural token through token space: plane of the embedding's first two axes, and distance to the word over training."""
+    table = trajectory[trajectory.token == 0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
     cloud = ((space.wte - space.mean) @ space.axes[:, :2]).numpy()
     left.scatter(*cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), 3000)).astype(int)].T, s=2, c="0.8", lw=0, rasterized=True)
@@ -1005,7 +1008,7 @@ def plot_way(path, trajectory, space, title):
         right.plot(part.step, part.distance, "-o", ms=3, c=colour, label=f"{part.word.iloc[-1]}: {part.nearest.iloc[-1].split('|')[0].strip() or '␣'}")
     mean = table.groupby("step").others.mean()
     right.plot(mean.index, mean, c="k", ls=":", label="all other names, mean")
-    left.set(xlabel="first axis of the token embedding", ylabel="second axis", title="mean neural token of six trials, on its way (grey: the vocabulary)")
+    left.set(xlabel="first axis of the token embedding", ylabel="second axis", title="first neural token of some trials, on its way (grey: the vocabulary)")
     right.set(xlabel="step", ylabel="1 − cosine", title="distance to the seen word's embedding (word: nearest token)")
     right.legend(fontsize=8, frameon=False)
     fig.suptitle(title, fontsize=10)
@@ -1101,9 +1104,9 @@ def fit(run, model, text, trials, ids, config, steps, space, at=lambda step: Non
         loss = -lp.sum() / (target >= 0).sum()  # of the word and its stop token only
         parts = dict(word=loss)
         if config.align:
-            mean = F.normalize(n.float().mean(1) - space.mean.to(n.device), dim=-1)
+            first = F.normalize(n[:, 0].float() - space.mean.to(n.device), dim=-1)
             at_word = torch.as_tensor(np.searchsorted(seen, word.cpu().numpy()), device=n.device)
-            parts["align"] = F.cross_entropy(mean @ targets.t() / config.temperature, at_word)
+            parts["align"] = F.cross_entropy(first @ targets.t() / config.temperature, at_word)
             loss = loss + config.align * parts["align"]
         return loss, parts
 
@@ -1182,7 +1185,7 @@ def main(config):
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
     model, tokenizer, state = build(config, trials, run)
     text, space = Text(tokenizer, trials, set(manifest["held_out_words"]), config), WordSpace(model.lm.transformer.wte.weight)
-    model.check_length(len(trials.offsets) // model.encoder.config.patch, len(text.prompt) + max(config.max_new_tokens, *map(len, text.ids.values())))
+    model.check_length(1 + len(trials.offsets) // model.encoder.config.patch, len(text.prompt) + max(config.max_new_tokens, *map(len, text.ids.values())))
     if config.compile:
         model.lm.compile_blocks()
     words = sorted(set(trials.table.word.iloc[sets["train"]]))
