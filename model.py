@@ -641,8 +641,7 @@ class NeuralEncoder(nn.Module):
                 v = v + F.dropout(F.glu(conv(v), 1), c.dropout, self.training)
             h = self.embed(F.gelu(v))
         else:
-            h = F.avg_pool1d(self.temporal(v), 2 * c.patch, c.patch, padding=c.patch // 2, count_include_pad=False)[..., :P]
-            h = self.embed(F.dropout(F.elu(h), c.dropout, self.training))
+            h = self.embed(F.dropout(F.elu(F.avg_pool1d(self.temporal(v), c.patch)), c.dropout, self.training))
         h = h.transpose(1, 2) + self.by_subject(self.subject_token, subject)[:, None]  # (B, P, width)
         h = self.norm(h)
         return self.with_whole(self.out(h), h)

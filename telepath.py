@@ -14,6 +14,7 @@ a closed set, by log p(word | EEG) - log p(word | no EEG): pointwise mutual info
 Wang et al. 2023 (CogVLM); Rafailov et al. 2023 (DPO); Guggenmos et al. 2018 (multivariate noise normalisation); Grootswagers et al. 2022, Gifford et
 al. 2022 (THINGS-EEG1, 2); nostalgebraist 2020 (logit lens); Kilgallen et al. 2025, Jo et al. 2024 (what goes wrong: repeats, missing noise baselines).
 """
+import copy
 import hashlib
 import itertools
 import json
@@ -23,7 +24,7 @@ import time
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -567,28 +568,29 @@ def build(config, trials, run):
         if state.get("kind") != "telepath":
             raise ValueError(f"{path} is no run of telepath.py: give lm= a language model, and init_from= an earlier run of this script")
         lm, tokenizer = GPT(GPTConfig(**state["lm_args"])), Tokenizer(state["tokenizer"])
-        if config.init_from != "resume" and (Path(config.lm) / "best.pt").exists() and load_lm(config.lm)[1].state["ranks"] != state["tokenizer"]["ranks"]:
+        if Path(config.lm).exists() and load_lm(config.lm)[1].state["ranks"] != state["tokenizer"]["ranks"]:
             raise ValueError(f"{path} was trained with another tokenizer than lm={config.lm} has: give the lm= it was trained with")
         shape, fusion = EncoderConfig(**state["encoder_args"]), state["fusion_args"]
         if config.init_from == "resume" and fusion != fusion_args(config):
             raise ValueError(f"{path} has {fusion}, the options say {fusion_args(config)}: resume with the options of its own config.yaml")
     else:
-        lm, tokenizer = load_lm(config.lm, dropout=0.0)
+        sheet, tokenizer = load_lm(config.lm, dropout=0.0)
+        lm = GPT(replace(sheet.config, sheet=False, alpha=0.0, activation_decay=0.0))  # the sheet's loss has no part in this
+        lm.load_state_dict({k: v for k, v in sheet.state_dict().items() if k != "unit_at_cell"})
         fusion, kind = fusion_args(config), config.encoder
-        shape = EncoderConfig(kind=kind, n_embd=lm.config.n_embd, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32),
-                              patch=config.patch, tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, subjects=len(trials.subjects),
-                              dropout=config.dropout)
+        given = dict(n_embd=lm.config.n_embd, subjects=len(trials.subjects), dropout=config.dropout)
+        shape = EncoderConfig(kind=kind, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32), patch=config.patch,
+                              tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, **given)
         if kind == "pretrained":
             path = Path(config.checkpoint)
             path = path if path.suffix == ".pt" else path / "best.pt"
             pretrained = load_checkpoint(path)
             if "encoder_args" not in pretrained:
                 raise ValueError(f"checkpoint={config.checkpoint} holds no encoder: give a run of telepath.py or foundation.py")
-            shape = EncoderConfig(**{**pretrained["encoder_args"], "n_embd": lm.config.n_embd, "window": len(trials.offsets) // pretrained["encoder_args"]["patch"] * config.whole,
-                                     "subjects": len(trials.subjects), "dropout": config.dropout})
+            window = len(trials.offsets) // pretrained["encoder_args"]["patch"] * config.whole
+            shape = EncoderConfig(**{**pretrained["encoder_args"], **given, "window": window})
     if tokenizer.n_vocab > lm.config.vocab_size:
         raise ValueError(f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of {lm.config.vocab_size}: they do not belong together")
-    lm.config.sheet, lm.config.alpha = False, 0.0  # the sheet's loss has no part in this
     model = NeuralGPT(lm, NeuralEncoder(shape), **fusion)
     if state:
         model.load_state_dict(state["model"])
@@ -839,7 +841,8 @@ def evaluate(run, model, text, trials, ids, name, config, space, majority):
     place = (similar > similar[np.arange(n), mine][:, None]).mean(1)  # 0: no name is nearer to the answer
     add("similarity rank", place, 0.5)
     order = np.argsort(empty - scores, axis=1)[:, :5]
-    samples = table[["subject", "object", "word", "image"]].assign(set=name, said=[a.strip() for a in said], ranked=[" ".join(names[j] for j in o) for o in order])
+    samples = table[["subject", "object", "word", "image"]].assign(set=name, said=[a.strip() for a in said],
+                                                                   ranked=[" ".join(names[j] for j in o) for o in order])
     return rows, samples
 
 
@@ -912,11 +915,11 @@ def query_key(run, model, text, trials, ids, words, draws=500):
         for kind, h in (("context", hidden[i][torch.arange(len(rows), device=run.device), last]), ("embedding", wte)):
             k = block.attn.qkv(block.ln_1(h)[:, None])[1][:, :, 0]  # (K, H, hd)
             cosine = torch.einsum("nhd,khd->hnk", F.normalize(q, dim=-1), F.normalize(k, dim=-1)).double().cpu().numpy()
-            K = len(words)
             for head, c in enumerate(cosine):
+                c = c - (c.sum(1, keepdims=True) - c) / (c.shape[1] - 1)  # less the mean of all other names
+
                 def excess(t, c=c):
-                    mine = c[np.arange(len(t)), t]
-                    return (mine - (c.sum(1) - mine) / (K - 1)).mean()
+                    return c[np.arange(len(t)), t].mean()
                 null = np.array([excess(rng.permutation(truth)) for _ in range(draws)])
                 low, high = np.quantile(null, [0.025, 0.975])
                 found.append(dict(layer=i, head=head, key=kind, excess=excess(truth), null=null.mean(), null_low=low, null_high=high,
@@ -952,6 +955,11 @@ def save_figure(fig, path):
     plt.close(fig)
 
 
+def spread(rows):
+    """Error bars (2, N) of rows with score, low and high."""
+    return np.abs(rows[["low", "high"]].T.to_numpy() - rows.score.to_numpy())
+
+
 def plot_curves(path, log, title):
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -978,7 +986,7 @@ def plot_results(path, table, title):
         for k, control in enumerate(colours):
             rows = part[part.control == control].set_index("set").reindex([s for s in SETS if s in set(part.set)]).dropna(subset="score")
             x = np.array([SETS.index(s) for s in rows.index]) + 0.16 * (k - 1.5)
-            axis.errorbar(x, rows.score, yerr=np.abs(rows[["low", "high"]].to_numpy().T - rows.score.to_numpy()), fmt="o", ms=5 if control == "eeg" else 3.5,
+            axis.errorbar(x, rows.score, yerr=spread(rows), fmt="o", ms=5 if control == "eeg" else 3.5,
                           capsize=2, c=colours[control], label="EEG" if control == "eeg" else f"{control}{' EEG' * (control == 'shuffled')}"
                           f"{' prefix' * (control == 'empty')}{' word' * (control == 'majority')}")
         for i, s in enumerate(SETS):
@@ -986,7 +994,8 @@ def plot_results(path, table, title):
             if len(chance):
                 axis.hlines(chance.iloc[0], i - 0.4, i + 0.4, color="k", lw=0.8, ls=":", label="chance" if not i else None)
         axis.set_xticks(range(len(SETS)), [s.replace("_", "\n") for s in SETS], fontsize=8)
-        axis.set_title({"top1": "closed-set top-1", "top5": "closed-set top-5", "similarity": "semantic similarity of what is said"}.get(metric, metric), fontsize=10)
+        axis.set_title({"top1": "closed-set top-1", "top5": "closed-set top-5", "similarity": "semantic similarity of what is said"}.get(metric, metric),
+                       fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         if metric != "similarity":
             axis.set_ylim(-0.02, None)
@@ -1053,7 +1062,7 @@ def lr_share(step, total, warmup):
     return (step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def fit(run, model, text, trials, ids, config, steps, space, at=lambda step: None, save=None, state=None, alone=False, words=None):
+def fit(run, model, text, trials, ids, config, steps, space, at=lambda step: None, save=None, state=None, alone=False):
     """Train in place, on all ranks, or `alone` on this one (a job of a sweep). at(step) is called before step 0, after every eval_interval and at the
     end; save(name, step, optimizer) at every save_interval. Returns the loader; the loop stops early when the run is asked to."""
     rank_, world = (0, 1) if alone else (run.rank, run.world)
@@ -1195,7 +1204,8 @@ def main(config):
     best, best_step = (resumed["best"], resumed["best_step"]) if resumed else (math.inf, 0)
     if resumed:
         if resumed["split"] != manifest["hash"]:
-            raise ValueError(f"{run.out / 'ckpt.pt'} was trained on another split than dataset={config.dataset} gives now: prepare the same data, or overwrite=True")
+            raise ValueError(f"{run.out / 'ckpt.pt'} was trained on another split than dataset={config.dataset} gives now: prepare the "
+                             "same data, or overwrite=True")
         run.rewind(resumed["step"])
     data, last = f"{trials.source}{', synthetic' * trials.synthetic}", {}
     freeze(model, config)
@@ -1271,7 +1281,224 @@ def report(run, model, text, trials, sets, config, space, words, data):
             draw(run.out / f"{name}.png", found, title)
 
 
-ANALYSES = dict()
+# ---- the four questions
+
+class Bench:
+    """What every job of an analysis begins with: trials cut and split under changed options, a new model and its text."""
+
+    def __init__(self, run, config, **options):
+        self.run, self.config = run, replace(config, init_from="scratch", **options)
+        self.trials, self.sets, self.manifest = prepare(self.config, run)
+        torch.manual_seed(key_seed(run.seed))
+        self.model, tokenizer, _ = build(self.config, self.trials, run)
+        self.text = Text(tokenizer, self.trials, set(self.manifest["held_out_words"]), self.config)
+        self.space = WordSpace(self.model.lm.transformer.wte.weight)
+
+    def fit(self, ids=None, at=lambda step: None):
+        return fit(self.run, self.model, self.text, self.trials, self.sets["train"] if ids is None else ids, self.config, self.config.analysis_iters,
+                   self.space, at, alone=True)
+
+    def top1(self, name, words=None, occlude=None, **keys):
+        """Closed-set top-1 of an evaluation set, among `words` (all of the set's), beside its shuffled EEG: a row of results.csv."""
+        run, ids = self.run, self.sets[name]
+        words = sorted(words or set(self.trials.table.word.iloc[ids]))
+        ids = subset(ids[self.trials.table.word.iloc[ids].isin(words).to_numpy()], self.config)
+        table = self.trials.table.iloc[ids]
+        truth = np.array([words.index(w) for w in table.word])
+        scores, empty = rank(run, self.model, self.text, self.trials, ids, words, occlude=occlude)
+        good = top_k(scores - empty, 1)
+        observed = good[np.arange(len(ids)), truth]
+        null, each = permuted(good[:, truth].T, (table.recording.astype(str) + "/" + table.block).to_numpy(), self.config.shuffles, run.seed)
+        mean, low, high = over_objects(observed, table.object.to_numpy(), self.config.shuffles, run.seed)
+        p = (1 + (null >= mean - 1e-12).sum()) / (1 + len(null))
+        run.result(mean, 1 / len(words), low, high, len(ids), set=name, metric="top1", shuffled=each.mean(), p=p,
+                   data=f"{self.trials.source}{', synthetic' * self.trials.synthetic}", **keys)
+        run.print(f"{' '.join(f'{k}={v}' for k, v in keys.items())} {name}: top-1 {mean:.3f} [{low:.3f}, {high:.3f}] beside {1 / len(words):.3f} of chance, "
+                  f"{each.mean():.3f} shuffled, n = {len(ids)}")
+
+
+def sweep(run, config, jobs, work):
+    """Deal jobs (dicts of keys) over the workers, skip those whose rows are there, merge. Returns the table, None on ranks that draw nothing."""
+    done = run.rows()
+    for job in run.share(jobs):
+        if not len(done) or not np.all([done.get(k, pd.Series(dtype=object)).eq(v) for k, v in job.items()], 0).any():
+            work(job)
+    table = run.merge()
+    return table if run.master and len(table) else None
+
+
+def end(run, figure, draw):
+    """Draw, say where, and close."""
+    if draw is not None:
+        save_figure(figure, run.out / f"{run.config.analysis}.png")
+        run.print(f"{run.config.analysis}.png and results.csv in {run.out}")
+    run.close()
+
+
+def analyse_window(run, config):
+    """How much does EEG from before or after the picture matter? A model trained and scored on each window (before the picture: must be chance), on
+    windows that grow, and the model of the whole window with a part of it silenced."""
+    T, step = config.t_end, 0.1
+    starts = [round(a, 3) for a in np.arange(-2 * step, T - step / 2, step)]
+    jobs = [dict(kind="window", start=a, end=round(a + step, 3)) for a in starts] + [dict(kind="growing", start=0.0, end=round(b, 3)) for b in
+                                                                                   np.arange(2 * step, T + step / 2, step)] + [dict(kind="occluded")]
+
+    def work(job):
+        if job["kind"] != "occluded":
+            bench = Bench(run, config, t_start=job["start"], t_end=job["end"])
+            bench.fit()
+            return bench.top1("trial", **job)
+        bench = Bench(run, config)
+        bench.fit()
+        for a in [a for a in starts if a >= config.t_start]:
+            samples = slice(round((a - config.t_start) * bench.trials.sfreq), round((a + step - config.t_start) * bench.trials.sfreq))
+            bench.top1("trial", occlude=samples, kind="occluded", start=a, end=round(a + step, 3))
+
+    table = sweep(run, config, jobs, work)
+    figure = None
+    if table is not None:
+        figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+        for k, (kind, part) in enumerate(table.groupby("kind", sort=False)):
+            part = part.sort_values("end")
+            x = 1e3 * (part.end if kind == "growing" else (part.start + part.end) / 2)
+            label = dict(window="trained on these 100 ms", growing="trained from 0 to here", occluded="trained on all, these 100 ms silenced")[kind]
+            axis.errorbar(x, part.score, yerr=spread(part), fmt="-o", ms=4, capsize=2, c=f"C{k}", label=label)
+        axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+        axis.plot(1e3 * (part.start + part.end) / 2, part.shuffled, c="0.6", lw=1, label="shuffled EEG")
+        axis.axvline(0, c="0.8", zorder=0)
+        axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set", ylim=(0, None))
+        axis.legend(fontsize=8, frameon=False)
+        axis.set_title(f"which EEG matters; {table.data.iloc[0]}, {config.analysis_iters} steps each (95 % over objects)", fontsize=10)
+    end(run, figure, table)
+
+
+def analyse_frozen(run, config, samples=8, length=48):
+    """Does fine-tuning a GPT make names that were not in training effectively unsayable? The same run with the language model frozen and with it
+    learning: log-probability and place of held-out names for EEG of their objects, how often one is said by sampling, and the drift from the GPT
+    (KL, nats per token) on text that the GPT itself wrote."""
+    jobs = [dict(train=arm) for arm in ("encoder+expert", "all")]
+
+    def work(job):
+        bench = Bench(run, config, train=job["train"], core_lr=config.expert_lr, eval_interval=max(1, config.analysis_iters // 5))
+        model, text, trials = bench.model, bench.text, bench.trials
+        original = copy.deepcopy(model.lm).eval()
+        ids, held = subset(bench.sets["object"], config), sorted(bench.manifest["held_out_words"])
+        begin = [text.encode("<|endoftext|>") if text.tokenizer.eot is not None else text.prompt] * samples
+        neutral = original.generate(begin, length, seed=key_seed(run.seed, "neutral"))
+        neutral = torch.tensor([b + row + [0] * (length - len(row)) for b, row in zip(begin, neutral)], device=run.device)
+        truth, objects = np.array([trials.words.index(w) for w in trials.table.word.iloc[ids]]), trials.table.object.iloc[ids].to_numpy()
+
+        def at(step):
+            scores, _ = rank(run, model, text, trials, ids, trials.words)
+            mine = scores[np.arange(len(ids)), truth]
+            said = [say(run, model, text, trials, ids, config, silent=silent, temperature=1.0) for silent in (False, True)]
+            with torch.no_grad():
+                p, q = (lm(neutral).logits.float().log_softmax(-1) for lm in (original, model.lm))
+                kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()  # (samples,)
+            K = len(trials.words)
+            for metric, values, chance in (("log-probability", mine, math.log(1 / bench.model.lm.config.vocab_size)),
+                                           ("place among all names", (scores > mine[:, None]).mean(1), 0.5),
+                                           ("said", [any(flexible(a, w) for w in held) for a in said[0]], len(held) / K),
+                                           ("said without EEG", [any(flexible(a, w) for w in held) for a in said[1]], len(held) / K)):
+                mean, low, high = over_objects(np.asarray(values, float), objects, config.shuffles, run.seed)
+                run.result(mean, chance, low, high, len(ids), metric=metric, step=step, train=job["train"], set="object",
+                           data=f"{trials.source}{', synthetic' * trials.synthetic}")
+            half = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl))
+            run.result(kl.mean(), 0.0, kl.mean() - half, kl.mean() + half, len(kl), metric="drift", step=step, train=job["train"], set="neutral text",
+                       data=trials.source)
+            run.print(f"train={job['train']} step {step}: held-out names log-probability {mine.mean():.2f}, place {(scores > mine[:, None]).mean():.3f}, "
+                      f"drift {kl.mean():.4f} nats")
+
+        bench.fit(at=at)
+        for name in ("trial", "object"):
+            bench.top1(name, **job)
+
+    table = sweep(run, config, jobs, work)
+    figure = None
+    if table is not None:
+        metrics = ["log-probability", "place among all names", "said", "drift"]
+        figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+        for axis, metric in zip(axes, metrics):
+            for k, (arm, part) in enumerate(table[table.metric == metric].groupby("train", sort=False)):
+                axis.errorbar(part.step, part.score, yerr=spread(part), fmt="-o", ms=4, capsize=2,
+                              c=f"C{k}", label="fine-tuned GPT" if arm == "all" else "frozen GPT")
+            axis.set(xlabel="step", title={"said": "held-out name said by sampling", "drift": "KL from the GPT, neutral text (nats)"}.get(metric, metric))
+            axis.title.set_fontsize(10)
+        axes[1].invert_yaxis()
+        axes[0].legend(frameon=False)
+        figure.suptitle(f"names that were never in training, EEG of their objects; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
+    end(run, figure, table)
+
+
+def analyse_generalise(run, config):
+    """How well does what was learned from some objects carry over to objects never seen? Top-1 among equally many seen and unseen words, by how many
+    words were trained on."""
+    probe = prepare(config, run)
+    seen, unseen = sorted(set(probe[0].table.word.iloc[probe[1]["train"]])), sorted(probe[2]["held_out_words"])
+    order = list(np.random.default_rng(key_seed(config.split_seed, "generalise")).permutation(seen))
+    least = min(len(unseen), len(seen))
+    sizes = sorted({int(n) for n in np.geomspace(least, len(seen), 4).round()})
+
+    def work(job):
+        bench = Bench(run, config)
+        ids = bench.sets["train"]
+        bench.fit(ids[bench.trials.table.word.iloc[ids].isin(order[:job["trained"]]).to_numpy()])
+        bench.top1("trial", words=order[:least], **job)
+        bench.top1("object", words=unseen[:least], **job)
+
+    table = sweep(run, config, [dict(trained=n) for n in sizes], work)
+    figure = None
+    if table is not None:
+        figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+        for k, (name, part) in enumerate(table.groupby("set", sort=False)):
+            part = part.sort_values("trained")
+            axis.errorbar(part.trained, part.score, yerr=spread(part), fmt="-o", ms=4, capsize=2, c=f"C{k}",
+                          label=f"{'unseen' if name == 'object' else 'seen'} words")
+        axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+        axis.set(xlabel="words in training", ylabel=f"top-1 among {least} words", ylim=(0, None), xscale="log", xticks=sizes, xticklabels=sizes)
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+        axis.set_title(f"seen and unseen objects; {table.data.iloc[0]}, {config.analysis_iters} steps each", fontsize=10)
+    end(run, figure, table)
+
+
+def analyse_architecture(run, config):
+    """Are there better architectures? Encoders, fusions, positions and masks at equal steps, one change at a time."""
+    base = dict(encoder=config.encoder, fusion=config.fusion, text_positions=config.text_positions, prefix_attention=config.prefix_attention,
+                train=config.train, tokens=config.tokens, whole=config.whole)
+    changes = [{}, *[dict(encoder=e) for e in ("linear", "transformer", "conv", "tsconv")], *[dict(fusion=f) for f in ("prefix", "expert", "cross")],
+               dict(text_positions="after_prefix"), dict(prefix_attention="full"), dict(train="encoder"), dict(tokens="electrode", encoder="transformer"),
+               dict(whole=False)]
+    jobs = [base] + [job for job in ({**base, **c} for c in changes[1:]) if job != base]
+
+    def work(job):
+        bench = Bench(run, config, **job)
+        start = time.perf_counter()
+        bench.fit()
+        took, learned = time.perf_counter() - start, sum(p.numel() for p in bench.model.parameters() if p.requires_grad)
+        for name in ("trial", "object"):
+            bench.top1(name, **job, learned=learned, encoder_parameters=sum(p.numel() for p in bench.model.encoder.parameters()))
+        run.print(f"    {learned / 1e6:.2f} M parameters learned, {1e3 * took / config.analysis_iters:.0f} ms per step")
+
+    table = sweep(run, config, jobs, work)
+    figure = None
+    if table is not None:
+        named = ["as it is" if all(row[k] == v for k, v in base.items()) else ", ".join(f"{k}={row[k]}" for k, v in base.items() if row[k] != v)
+                 for row in table.to_dict("records")]
+        table = table.assign(name=[f"{n} ({m / 1e6:.2f} M)" for n, m in zip(named, table.learned)])
+        figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(jobs) + 1.6), layout="constrained", sharey=True)
+        for axis, name in zip(axes, ("trial", "object")):
+            part = table[table.set == name].iloc[::-1]
+            axis.errorbar(part.score, part.name, xerr=spread(part), fmt="o", capsize=2)
+            axis.plot(part.shuffled, part.name, "x", c="0.6", label="shuffled EEG")
+            axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+            axis.set(xlabel=f"closed-set top-1, {name} set", xlim=(0, None))
+        axes[0].legend(frameon=False, fontsize=8)
+        figure.suptitle(f"one change at a time (parameters learned), {config.analysis_iters} steps; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
+    end(run, figure, table)
+
+
+ANALYSES = dict(window=analyse_window, frozen=analyse_frozen, generalise=analyse_generalise, architecture=analyse_architecture)
 
 
 if __name__ == "__main__":
