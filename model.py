@@ -80,6 +80,20 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+def short_attention(q, k, v, hidden):
+    """Attention written out, hidden (.., T, K) what is not seen: fused by the compiler, a short context takes less than half the time of torch's fused
+    kernel for CPUs, and less without a compiler when there is a backward pass."""
+    scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5  # (B, H, T, K)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def attend(q, k, v, mask, dropout):
+    """Attention (B, H, T, hd) where mask (.., T, K) is True; None: everywhere."""
+    if q.device.type == "cpu" and not dropout and k.size(2) <= 512:
+        return short_attention(q, k, v, torch.zeros((), dtype=torch.bool) if mask is None else ~mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Causal self-attention; with `cache`, a layer's ((2, B, H, T_max, hd), tokens in it), keys and values are appended to it."""
 
@@ -112,10 +126,7 @@ class Attention(nn.Module):
             k, v = kv[:, :, :, :used + T]
         dropout = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and mask is None and not dropout and k.size(2) == T <= 512:
-            # written out, and fused by the compiler, a short context takes less than half the time of torch's fused kernel for CPUs
-            scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5  # (B, H, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+            y = short_attention(q, k, v, torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1))
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and k.size(2) == T > 1)
         return self.project(y)
@@ -180,11 +191,12 @@ class Block(nn.Module):
         dropout = self.attn.dropout if self.training else 0.0
         if attention == "blocked":
             k, v, mask = k_t, v_t, mask[..., n.size(1):]
-        t = t + self.attn.project(F.scaled_dot_product_attention(q_t, k, v, attn_mask=mask, dropout_p=dropout))
+        t = t + self.attn.project(attend(q_t, k, v, mask, dropout))
         t = t + self.mlp(self.ln_2(t))
         if last:
             return None, t
-        n = n + theirs.attn.project(F.scaled_dot_product_attention(q_n, k_n, v_n, dropout_p=dropout, is_causal=attention != "full"))
+        causal = None if attention == "full" else torch.ones(n.size(1), n.size(1), dtype=torch.bool, device=n.device).tril()
+        n = n + theirs.attn.project(attend(q_n, k_n, v_n, causal, dropout))
         return n + theirs.mlp(self.ln_2(n)), t
 
 
@@ -689,7 +701,7 @@ class Cross(nn.Module):
     def forward(self, x, kv):
         """What the text x (B, T, C) adds to itself."""
         q = self.q(self.ln(x)).unflatten(2, (self.n_head, -1)).transpose(1, 2)
-        return self.gate.tanh() * self.c_proj(F.scaled_dot_product_attention(q, *kv).transpose(1, 2).flatten(2))
+        return self.gate.tanh() * self.c_proj(attend(q, *kv, None, 0.0).transpose(1, 2).flatten(2))
 
 
 class NeuralGPT(nn.Module):

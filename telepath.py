@@ -589,6 +589,8 @@ def build(config, trials, run):
                 raise ValueError(f"checkpoint={config.checkpoint} holds no encoder: give a run of telepath.py or foundation.py")
             window = len(trials.offsets) // pretrained["encoder_args"]["patch"] * config.whole
             shape = EncoderConfig(**{**pretrained["encoder_args"], **given, "window": window})
+    if shape.patch > len(trials.offsets):
+        raise ValueError(f"patch={shape.patch} is longer than the window of {len(trials.offsets)} samples: take shorter patches, or a wider window")
     if tokenizer.n_vocab > lm.config.vocab_size:
         raise ValueError(f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of {lm.config.vocab_size}: they do not belong together")
     model = NeuralGPT(lm, NeuralEncoder(shape), **fusion)
@@ -682,7 +684,8 @@ IRREGULAR = dict(men="man", women="woman", children="child", feet="foot", teeth=
                  vertices="vertex", matrices="matrix", axes="axis", analyses="analysis", radii="radius", cacti="cactus", scarves="scarf", calves="calf",
                  thieves="thief", wives="wife", elves="elf", hooves="hoof", species="species", series="series", sheep="sheep", glasses="glasses",
                  scissors="scissors", trousers="trousers", shoes="shoe", toes="toe", canoes="canoe", pies="pie", ties="tie", cookies="cookie",
-                 movies="movie", zombies="zombie", caches="cache", axis="axis", bus="bus", gas="gas", lens="lens")
+                 movies="movie", zombies="zombie", caches="cache", axis="axis", gas="gas", lens="lens",
+                 buses="bus", gases="gas", lenses="lens", octopuses="octopus", walruses="walrus", viruses="virus")
 
 
 def singular(word):
@@ -868,8 +871,9 @@ def follow_prefix(run, model, text, trials, ids, space, step):
             cosine, near = space.clean(x[None])[0] @ names.t(), (vocabulary @ space.clean(x[None])[0]).topk(5)
             p, at = (near.values / 0.1).softmax(0), (x - space.mean) @ space.axes[:, :2]
             mine = words.index(word)
-            rows.append(dict(step=step, trial=int(i), word=word, token=j, nearest="|".join(text.tokenizer.decode([t]) for t in near.indices.tolist()),
-                             entropy=float(-(p * p.log()).sum()), distance=1 - float(cosine[mine]),
+            nearest = "|".join(repr(text.tokenizer.decode([t]))[1:-1] for t in near.indices.tolist())
+            rows.append(dict(step=step, trial=int(i), word=word, token=j, nearest=nearest, entropy=float(-(p * p.log()).sum()),
+                             distance=1 - float(cosine[mine]),
                              others=1 - float((cosine.sum() - cosine[mine]) / (len(words) - 1)), norm=float((x - space.mean).norm()),
                              pc1=float(at[0]), pc2=float(at[1])))
     return rows
@@ -930,14 +934,14 @@ def query_key(run, model, text, trials, ids, words, draws=500):
 
 @torch.no_grad()
 def logit_lens(run, model, text, trials, ids, words, draws=500):
-    """What the head would read off the neural tokens themselves at each layer: place (0 best, 0.5 chance) of the seen word's first token among the
-    names' first tokens, mean over trials, by layer and neural token; null: words shuffled. Rows of logit_lens.csv."""
+    """What the head would read off the neural tokens themselves at each layer: place (0 best, 0.5 chance) of the seen word's tokens (mean
+    logit) among those of all names, mean over trials, by layer and neural token; null: words shuffled. Rows of logit_lens.csv."""
     states, lm, found = neural_states(run, model, text, trials, ids), model.lm, []
-    first = torch.tensor([text.ids[w][0] for w in words], device=run.device)
+    named = torch.stack([lm.transformer.wte.weight[text.ids[w]].mean(0) for w in words])  # (K, C)
     truth, rng = np.array([words.index(w) for w in trials.table.word.iloc[ids]]), np.random.default_rng(key_seed(run.seed, "lens"))
     shuffled = np.stack([rng.permutation(truth) for _ in range(draws)])
     for i, n in enumerate(states):
-        logits = F.linear(lm.transformer.ln_f(n[:, 1:]), lm.transformer.wte.weight[first]).double().cpu().numpy()  # (N, P, K)
+        logits = F.linear(lm.transformer.ln_f(n[:, 1:]), named).double().cpu().numpy()  # (N, P, K)
         for j in range(logits.shape[1]):
             s = logits[:, j] - logits[:, j].mean(0)  # what every trial says is no reading
             place = (s[:, None, :] > s[:, :, None]).mean(2)  # (N, K): share of names above each
@@ -999,7 +1003,7 @@ def plot_results(path, table, title):
         axis.spines[["top", "right"]].set_visible(False)
         if metric != "similarity":
             axis.set_ylim(-0.02, None)
-    axes[0].legend(fontsize=7, frameon=False)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=5)
     fig.suptitle(title, fontsize=10)
     save_figure(fig, path)
 
@@ -1007,7 +1011,7 @@ def plot_results(path, table, title):
 def plot_way(path, trajectory, space, title):
     """The way of the first neural token through token space: plane of the embedding's first two axes, and distance to the word over training."""
     table = trajectory[trajectory.token == 0]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     cloud = ((space.wte - space.mean) @ space.axes[:, :2]).numpy()
     left.scatter(*cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), 3000)).astype(int)].T, s=2, c="0.8", lw=0, rasterized=True)
     for c, (_, part) in enumerate(table.groupby("trial")):
@@ -1017,9 +1021,9 @@ def plot_way(path, trajectory, space, title):
         right.plot(part.step, part.distance, "-o", ms=3, c=colour, label=f"{part.word.iloc[-1]}: {part.nearest.iloc[-1].split('|')[0].strip() or '␣'}")
     mean = table.groupby("step").others.mean()
     right.plot(mean.index, mean, c="k", ls=":", label="all other names, mean")
-    left.set(xlabel="first axis of the token embedding", ylabel="second axis", title="first neural token of some trials, on its way (grey: the vocabulary)")
-    right.set(xlabel="step", ylabel="1 − cosine", title="distance to the seen word's embedding (word: nearest token)")
-    right.legend(fontsize=8, frameon=False)
+    left.set(xlabel="first axis of the token embedding", ylabel="second axis", title="first neural token of some trials (grey: the vocabulary)")
+    right.set(xlabel="step", ylabel="1 − cosine", title="distance to the seen word's embedding")
+    right.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="word: nearest token")
     fig.suptitle(title, fontsize=10)
     save_figure(fig, path)
 
@@ -1051,7 +1055,7 @@ def plot_lens(path, table, title):
     axis.invert_yaxis()
     axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)", xticks=part.token)
     axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    axis.set_title(f"logit lens on the neural tokens\n{title}", fontsize=10)
+    fig.suptitle(f"logit lens on the neural tokens\n{title}", fontsize=9)
     save_figure(fig, path)
 
 
@@ -1364,6 +1368,7 @@ def analyse_window(run, config):
             label = dict(window="trained on these 100 ms", growing="trained from 0 to here", occluded="trained on all, these 100 ms silenced")[kind]
             axis.errorbar(x, part.score, yerr=spread(part), fmt="-o", ms=4, capsize=2, c=f"C{k}", label=label)
         axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+        part = table[table.kind == "window"].sort_values("start")
         axis.plot(1e3 * (part.start + part.end) / 2, part.shuffled, c="0.6", lw=1, label="shuffled EEG")
         axis.axvline(0, c="0.8", zorder=0)
         axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set", ylim=(0, None))
