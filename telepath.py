@@ -181,6 +181,11 @@ class Trials:
             if not len(events):
                 raise ValueError(f"{rec.path / 'events.csv'}: subject {rec.subject} has no events with a word; leave the recording out of meta.yaml")
             lowest, highest = min(self.offsets[0], *self.before[:1], 0) - reach, self.offsets[-1] + reach
+            if epoch := rec.meta.get("epoch_samples"):  # somebody's epochs, one after the other
+                begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
+                if lowest < begin or highest >= begin + epoch:
+                    raise ValueError(f"{rec.path} holds epochs of {begin / rec.sfreq} to {(begin + epoch) / rec.sfreq} s, the window with its baseline and "
+                                     f"jitter takes {lowest / rec.sfreq} to {(highest + 1) / rec.sfreq}: change t_start, t_end, widen, baseline or jitter")
             inside = (events["at"] + lowest >= 0) & (events["at"] + highest < len(rec.signal))
             if not inside.any():
                 raise ValueError(f"{rec.path}: the window {first} to {last} s lies outside the recording for each of its {len(events)} events: "

@@ -446,6 +446,10 @@ def test_windows_outside(tmp_path):
     with pytest.raises(ValueError, match="lies outside the recording"):
         T.Trials(tmp_path / "eeg", T.Config(t_start=1000.0, t_end=1001.0))
     assert T.Trials(tmp_path / "eeg", T.Config(t_end=4.0)).outside > 0  # some do: they are counted and left out
+    make_eeg(tmp_path / "epochs", changes=lambda name, given: given.update(epoch_tmin=-0.1, epoch_samples=30))
+    assert T.Trials(tmp_path / "epochs", T.Config(t_end=0.5, jitter=0.0)).outside == 0
+    with pytest.raises(ValueError, match="holds epochs of -0.1 to 0.5 s"):
+        T.Trials(tmp_path / "epochs", T.Config(t_end=0.52, jitter=0.0))
     with pytest.raises(ValueError, match="is empty"):
         T.Config(t_start=0.5, t_end=0.2).check()
 
