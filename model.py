@@ -5,16 +5,21 @@
   inside each block, so a compiled block holds it in one graph that all layers share (positions and windows are tensor arguments).
 - Cross-entropy in chunks of tokens: the float32 logits of the whole batch never exist.
 - generate() with a KV cache, batched, ragged prompts. load_lm() reads any language model that the project accepts.
+- NeuralEncoder: signals of any electrodes into tokens, from the same Block. NeuralGPT: a GPT that reads them before its text, through its own
+  weights or through experts of each layer, or looks at them by cross-attention; the weights of the language model stay what they are.
 
-References: Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM).
+References: Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Wang et al. 2023 (CogVLM); Alayrac et al. 2022
+(Flamingo); Défossez et al. 2023 (electrodes as places); Song et al. 2024 (temporal-spatial convolution).
 """
 import base64
+import copy
 import hashlib
 import json
 import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +82,20 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
 
 
+def short_attention(q, k, v, hidden):
+    """Attention written out, hidden (.., T, K) what is not seen: fused by the compiler, a short context takes less than half the time of torch's fused
+    kernel for CPUs, and less without a compiler when there is a backward pass."""
+    scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5  # (B, H, T, K)
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def attend(q, k, v, mask, dropout):
+    """Attention (B, H, T, hd) where mask (.., T, K) is True; None: everywhere."""
+    if q.device.type == "cpu" and not dropout and k.size(2) <= 512:
+        return short_attention(q, k, v, torch.zeros((), dtype=torch.bool) if mask is None else ~mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
 class Attention(nn.Module):
     """Causal self-attention; with `cache`, a layer's ((2, B, H, T_max, hd), tokens in it), keys and values are appended to it."""
 
@@ -88,25 +107,31 @@ class Attention(nn.Module):
         self.c_proj = None if config.head_loss else nn.Linear(width, width, bias=config.bias)
         self.attn_proj = nn.Linear(width, width, bias=config.bias) if config.attn_proj else None
 
-    def forward(self, x, cache=None, mask=None):
+    def qkv(self, x):
+        """x (B, T, C) → queries, keys and values, (B, H, T, hd) each."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, hd) each
+        return self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+
+    def project(self, y):
+        """What the heads read (B, H, T, hd) → (B, T, C)."""
+        y = y.transpose(1, 2).flatten(2)  # heads side by side
+        for project in (self.c_proj, self.attn_proj):
+            y = y if project is None else project(y)
+        return F.dropout(y, self.dropout, self.training)
+
+    def forward(self, x, cache=None, mask=None):
+        T = x.size(1)
+        q, k, v = self.qkv(x)  # (B, H, T, hd) each
         if cache is not None:
             kv, used = cache
             kv[0, :, :, used:used + T], kv[1, :, :, used:used + T] = k, v
             k, v = kv[:, :, :, :used + T]
         dropout = self.dropout if self.training else 0.0
         if x.device.type == "cpu" and mask is None and not dropout and k.size(2) == T <= 512:
-            # written out, and fused by the compiler, a short context takes less than half the time of torch's fused kernel for CPUs
-            scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5  # (B, H, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+            y = short_attention(q, k, v, torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1))
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and k.size(2) == T > 1)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        for project in (self.c_proj, self.attn_proj):
-            y = y if project is None else project(y)
-        return F.dropout(y, self.dropout, self.training)
+        return self.project(y)
 
 
 class MLP(nn.Module):
@@ -134,10 +159,12 @@ class Block(nn.Module):
         self.residual, self.decays = config.tap == "residual", config.activation_decay > 0
         self.spatial = dict(kind=config.spatial_kind, accum=config.accum)
 
-    def forward(self, x, units=None, near=None, cache=None, mask=None, taps=False):
+    def forward(self, x, units=None, near=None, cache=None, mask=None, taps=False, neural=None, expert=None, attention="causal", last=False):
         """x (B, T, C) → x, losses, taps. units (2, K, n): the units in each window of the two sheets (None: no losses), near (n, n): their
         closeness; for every window of the sheet units (2, C), unit_at_cell, and near a WholeSheet. losses (2,): spatial loss and energy summed
-        over both sheets. taps: the activations on both sheets, on request."""
+        over both sheets. taps: the activations on both sheets, on request. With neural rows (B, P, C) before x: see routed()."""
+        if neural is not None:
+            return self.routed(neural, x, expert, attention, mask, cache, last)
         attn = self.attn(self.ln_1(x), cache, mask)
         x = x + attn
         tap_1 = x if self.residual else attn
@@ -150,6 +177,29 @@ class Block(nn.Module):
             energy = [tap.float().square().sum(-1).mean() for tap in (tap_1, tap_2)] if self.decays else [x.new_zeros((), dtype=torch.float32)]
             losses = torch.stack([sum(spatial), sum(energy)])
         return x, losses, (tap_1, tap_2) if taps else None
+
+
+    def routed(self, n, t, expert, attention, mask, cache, last):
+        """One layer over [n | t], two streams in one sequence: the neural rows n (B, P, C) take the expert's weights (None: this block's), the text
+        t (B, T, C) this block's; norms are shared. Returns n, t; no text reads the neural rows that leave the last layer: None there.
+        attention: 'causal' or 'full' among neural rows, which never see text; 'blocked': text does not see them either. mask (.., T, P + T):
+        what text sees. Both streams stay dense, so nothing is gathered, and a compiler sees one graph."""
+        theirs = self if expert is None else expert
+        (q_n, k_n, v_n), (q_t, k_t, v_t) = theirs.attn.qkv(self.ln_1(n)), self.attn.qkv(self.ln_1(t))
+        k, v = torch.cat([k_n, k_t], 2), torch.cat([v_n, v_t], 2)  # (B, H, P + T, hd)
+        if cache is not None:
+            kv, used = cache
+            kv[0, :, :, used:used + k.size(2)], kv[1, :, :, used:used + k.size(2)] = k, v
+        dropout = self.attn.dropout if self.training else 0.0
+        if attention == "blocked":
+            k, v, mask = k_t, v_t, mask[..., n.size(1):]
+        t = t + self.attn.project(attend(q_t, k, v, mask, dropout))
+        t = t + self.mlp(self.ln_2(t))
+        if last:
+            return None, t
+        causal = None if attention == "full" else torch.ones(n.size(1), n.size(1), dtype=torch.bool, device=n.device).tril()
+        n = n + theirs.attn.project(attend(q_n, k_n, v_n, causal, dropout))
+        return n + theirs.mlp(self.ln_2(n)), t
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -304,8 +354,9 @@ class GPT(nn.Module):
         outputs = [linear.weight for block in self.transformer.h for linear in (block.attn.attn_proj or block.attn.c_proj, block.mlp.c_proj)]
         return sum(positions.weight_loss(weight, units, self.config.factor) for weight, units in zip(outputs, self.unit_at_cell))
 
-    def trunk(self, idx, windows=None, hidden=(), cache=None, position=None, mask=None):
-        """Everything before the head: x (B, T, C) after the final LayerNorm, losses (2,) or None, hidden states asked for."""
+    def trunk(self, idx, windows=None, hidden=(), cache=None, position=None, mask=None, cross=None):
+        """Everything before the head: x (B, T, C) after the final LayerNorm, losses (2,) or None, hidden states asked for. cross: a function of x per
+        layer, what it adds before the block."""
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}: cut the text")
@@ -321,6 +372,7 @@ class GPT(nn.Module):
         states, losses = {0: x}, []
         for i, block in enumerate(self.transformer.h):
             layer_cache = None if cache is None else (cache.kv[i], cache.used)
+            x = x if cross is None else x + cross[i](x)
             x, loss, tapped = block(x, None if units is None else units[i], near, layer_cache, mask, taps)
             losses.append(loss)
             if hidden:
@@ -335,12 +387,13 @@ class GPT(nn.Module):
     # -- generation
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0):
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), seed=0, start=None, room=0):
         """Generate with a KV cache, yielding after each step a list of B new token ids (None for a row that has ended).
 
         prompts: B lists of token ids, of any lengths, or a tensor (B, T). temperature 0 is greedy; top_k and top_p (nucleus) cut the
         distribution. stop: token ids that end a row, or one collection a row; the stop token itself is not given out.
         The rule at block_size: a row whose context is full goes on from its last block_size // 2 tokens (so does a longer prompt).
+        start(rows, cache, device) fills the cache in place of _prefill, for NeuralGPT, whose prefix takes `room` columns before the text.
         A row's greedy text does not depend on the rows beside it. Raises ValueError for an empty prompt."""
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
@@ -352,10 +405,11 @@ class GPT(nn.Module):
         generator = torch.Generator(device).manual_seed(seed)
         done, cache = [False] * len(rows), None
         for made in range(max_new_tokens):
-            if cache is None or cache.used == size:
+            if cache is None or cache.used - room == size:
                 rows = [row if len(row) <= size else row[-(size // 2):] for row in rows]
-                cache = Cache(self.config, len(rows), min(size, max(map(len, rows)) + max_new_tokens - made), self.transformer.wte.weight)
-                x = self._prefill(rows, cache, device)
+                length = room + min(size, max(map(len, rows)) + max_new_tokens - made)
+                cache = Cache(self.config, len(rows), length, self.transformer.wte.weight)
+                x = (start or self._prefill)(rows, cache, device)
             else:
                 x = self._step([row[-1] for row in rows], cache, device)
             tokens = pick(F.linear(x, self.transformer.wte.weight).float(), temperature, top_k, top_p, generator).tolist()
@@ -368,6 +422,13 @@ class GPT(nn.Module):
 
     def _prefill(self, rows, cache, device):
         """Fill the cache with left-padded rows; last states (B, C)."""
+        idx, position, mask = self._left_pad(rows, cache, device)
+        x = self.trunk(idx, cache=cache, position=position, mask=mask, cross=cache.cross)[0]
+        cache.used = idx.size(1)
+        return x[:, -1]
+
+    def _left_pad(self, rows, cache, device):
+        """idx and position (B, T) of left-padded rows, mask (B, 1, T, T) or None where causal says it all; the cache gets to know the pads."""
         width = max(map(len, rows))
         idx = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
         real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)  # (B, width)
@@ -376,17 +437,14 @@ class GPT(nn.Module):
         if not real.all():  # causal, and nobody looks at a pad but the pad itself (an empty softmax would be nan)
             causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
             mask = ((causal & real[:, None]) | torch.eye(width, dtype=torch.bool, device=device))[:, None]
-        position = (real.cumsum(1) - 1).clamp_min(0)
-        x = self.trunk(idx, cache=cache, position=position, mask=mask)[0]
-        cache.used = width
-        return x[:, -1]
+        return idx, (real.cumsum(1) - 1).clamp_min(0), mask
 
     def _step(self, tokens, cache, device):
         """One more token per row (B ints) against the cache; states (B, C)."""
         idx = torch.tensor(tokens, device=device)[:, None]
         cache.real = torch.cat([cache.real, torch.ones_like(cache.real[:, :1])], 1)
         mask = None if cache.real.all() else cache.real[:, None, None]
-        x = self.trunk(idx, cache=cache, position=cache.lengths[:, None], mask=mask)[0]
+        x = self.trunk(idx, cache=cache, position=cache.lengths[:, None], mask=mask, cross=cache.cross)[0]
         cache.used, cache.lengths = cache.used + 1, cache.lengths + 1
         return x[:, -1]
 
@@ -489,13 +547,13 @@ def _is_conv1d(name):
 
 class Cache:
     """Keys and values of all layers, kv (n_layer, 2, B, H, length, hd), of which the first `used` columns are filled; lengths (B,): tokens of
-    each row; real (B, used): False where a row is padded on the left."""
+    each row; real (B, used): False where a row is padded on the left; cross: GPT.trunk's, where the text looks at something beside it."""
 
     def __init__(self, config, batch, length, weight):
         device = weight.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else weight.dtype
         self.kv = torch.empty(config.n_layer, 2, batch, config.n_head, length, config.n_embd // config.n_head, dtype=dtype, device=device)
-        self.used, self.lengths, self.real = 0, None, None
+        self.used, self.lengths, self.real, self.cross = 0, None, None, None
 
 
 def pick(logits, temperature, top_k, top_p, generator):
@@ -511,6 +569,300 @@ def pick(logits, temperature, top_k, top_p, generator):
         ordered = ordered.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)  # the smallest set that reaches top_p; never empty
         logits = torch.empty_like(logits).scatter_(1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+# ---- neural signals
+
+@dataclass
+class EncoderConfig:
+    """Shape of a NeuralEncoder; travels in checkpoints as encoder_args."""
+
+    kind: str = "transformer"   # or linear (nothing but a linear map of each patch), conv, tsconv
+    n_embd: int = 256           # width of the tokens that come out: the language model's
+    width: int = 128            # inside
+    n_layer: int = 2            # blocks of transformer, convolutions of conv
+    n_head: int = 4             # transformer
+    patch: int = 10             # samples per token
+    tokens: str = "time"        # transformer: a token is a patch of time of all electrodes, or of one ('electrode')
+    virtual: int = 64           # channels into which electrodes are mixed
+    degree: int = 3             # of the Fourier code of an electrode's place
+    window: int = 0             # patches of the window: a first token is a linear map of all of them; 0: no such token, and any length
+    subjects: int = 1           # each mixes the virtual channels in its own way
+    dropout: float = 0.0
+
+
+class NeuralEncoder(nn.Module):
+    """Signals into tokens, (B, C, T) → (B, P, n_embd), P = T // patch, one more before them with `window`, for any number and order of electrodes: a
+    channel is its place, never its index.
+
+    Electrodes are mixed into virtual channels by weights that are functions of place (a Fourier series of xyz in m, period 0.25 m). A channel
+    without place (nan in xyz) is absent: montages of different sizes share a batch, padded so. Subjects are numbers; -1, or one beyond
+    `subjects`, is a stranger, who gets the mean of all. A transformer's way in three steps, for who drops tokens in between:
+    tokenize → (B, N, width) with place, time and subject in them, think on any subset of them, read → (B, P, n_embd).
+    Raises ValueError for an unknown kind, or a signal shorter than a patch."""
+
+    PERIOD = 0.25
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if c.kind not in ("linear", "transformer", "conv", "tsconv") or c.tokens not in ("time", "electrode"):
+            raise ValueError(f"encoder '{c.kind}' of '{c.tokens}' tokens: there are linear, transformer, conv and tsconv, of time and electrode")
+        k = torch.cartesian_prod(*[torch.arange(-c.degree, c.degree + 1)] * 3)
+        k = k[len(k) // 2:]  # one of each pair k, -k; the first is 0, whose sine is 0
+        self.register_buffer("waves", 2 * math.pi / self.PERIOD * k.float(), persistent=False)  # (M, 3)
+        M, inner = 2 * len(k), c.n_embd if c.kind == "linear" else c.width
+        electrodes = c.kind == "transformer" and c.tokens == "electrode"
+        self.place = nn.Parameter(torch.randn(M, c.width if electrodes else c.virtual) * M ** -0.5)
+        self.subject_mix = None if electrodes else nn.Parameter(torch.zeros(c.subjects, c.virtual, c.virtual))
+        self.subject_token = nn.Parameter(torch.zeros(c.subjects, inner))
+        if c.kind in ("linear", "transformer"):
+            self.embed = nn.Linear(c.patch * (1 if electrodes else c.virtual), inner)
+        elif c.kind == "conv":
+            self.embed = nn.Conv1d(c.virtual, c.width, c.patch, c.patch)
+            self.convs = nn.ModuleList(nn.Conv1d(c.virtual, 2 * c.virtual, 3, padding=2 ** i, dilation=2 ** i) for i in range(c.n_layer))
+        else:  # filters over time and over place commute: place first is the cheaper order
+            self.temporal = nn.Conv1d(c.virtual, 2 * c.virtual, 25, padding=12, groups=c.virtual)
+            self.embed = nn.Conv1d(2 * c.virtual, c.width, 1)
+        if c.kind == "transformer":
+            shape = GPTConfig(block_size=1, vocab_size=1, n_layer=c.n_layer, n_head=c.n_head, n_embd=c.width, dropout=c.dropout)
+            self.blocks = nn.ModuleList(Block(shape) for _ in range(c.n_layer))
+            for block in self.blocks:
+                for name, p in block.named_parameters():
+                    if p.dim() == 2:
+                        nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
+                    elif name.endswith("bias"):
+                        nn.init.zeros_(p)
+        self.norm, self.out = (None, None) if c.kind == "linear" else (LayerNorm(c.width, True), nn.Linear(c.width, c.n_embd))
+        self.whole = nn.Linear(c.window * (c.patch * c.virtual if c.kind == "linear" else c.width), c.n_embd) if c.window else None
+
+    def code(self, xyz):
+        """Places (..., C, 3) in m → (..., C, M), and which are known (..., C)."""
+        known = xyz.isfinite().all(-1)
+        angle = torch.where(known[..., None], xyz, 0.0).float() @ self.waves.t()
+        return torch.cat([angle.cos(), angle.sin()], -1) * known[..., None], known
+
+    def by_subject(self, table, subject):
+        """Rows (B, ...) of a table (subjects, ...); a stranger's is the mean of all."""
+        known = (subject >= 0) & (subject < len(table))
+        mean = table.mean(0, keepdim=True)
+        return torch.where(known.view(-1, *[1] * (table.dim() - 1)), table[subject.clamp(0, len(table) - 1)], mean)
+
+    def mix(self, x, xyz, subject):
+        """x (B, C, T) → virtual channels (B, K, T): at unit variance where the channels have it and are independent."""
+        code, known = self.code(xyz)
+        weight = 2 ** 0.5 * code @ self.place * known.sum(-1).clamp_min(1)[..., None, None] ** -0.5  # (B or none, C, K)
+        x = torch.where(known[..., None], x, 0.0)  # an absent channel may hold anything, nan say
+        v = weight.transpose(-2, -1) @ x
+        return v + self.by_subject(self.subject_mix, subject) @ v
+
+    def patches(self, x):
+        """(B, C, T) → (B, C, P, patch), the samples beyond the last whole patch left out."""
+        P = x.size(2) // self.config.patch
+        if P < 1:
+            raise ValueError(f"a signal of {x.size(2)} samples is shorter than patch={self.config.patch}: widen the window")
+        return x[..., :P * self.config.patch].unflatten(2, (P, self.config.patch))
+
+    def tokenize(self, x, xyz, subject):
+        """Tokens (B, N, width) and which of them are there (B, N); N = P, or C x P (electrode-major) for tokens='electrode'. xyz (C, 3) or (B, C, 3)."""
+        if self.subject_mix is None:
+            code, known = self.code(xyz)
+            parts = self.patches(torch.where(known[..., None], x, 0.0))  # (B, C, P, patch)
+            tokens = self.embed(parts) + (code @ self.place)[..., None, :]
+            present = known.expand(x.shape[:2])[..., None].expand(parts.shape[:3]).flatten(1)
+        else:
+            tokens = self.embed(self.patches(self.mix(x, xyz, subject)).transpose(1, 2).flatten(2))[:, None]  # (B, 1, P, width)
+            present = torch.ones(tokens.size(0), tokens.size(2), dtype=torch.bool, device=x.device)
+        P, d = tokens.shape[2:]
+        angle = torch.arange(P, device=x.device)[:, None] / 1000 ** (torch.arange(0, d, 2, device=x.device) / d)
+        time = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d]  # (P, width)
+        return (tokens + time + self.by_subject(self.subject_token, subject)[:, None, None]).flatten(1, 2), present
+
+    def think(self, tokens, present):
+        """The blocks, every token looking at all that are there: (B, N, width), N any subset."""
+        for block in self.blocks:
+            tokens = block(tokens, mask=present[:, None, None])[0]
+        return tokens
+
+    def read(self, h, present, P):
+        """(B, N, width) → (B, P, n_embd); of electrode tokens the mean over the electrodes of a patch."""
+        if self.subject_mix is None:
+            here = present.float()[..., None].unflatten(1, (-1, P))
+            h = (h.unflatten(1, (-1, P)) * here).sum(1) / here.sum(1).clamp_min(1)
+        h = self.norm(h)
+        return self.with_whole(self.out(h), h)
+
+    def with_whole(self, tokens, h):
+        """The token of the whole window, from states h (B, P, ...), before the others."""
+        if self.whole is None:
+            return tokens
+        if h.size(1) != self.config.window:
+            raise ValueError(f"a signal of {h.size(1)} patches, the encoder was made for window={self.config.window}")
+        return torch.cat([self.whole(F.dropout(h.flatten(1), self.config.dropout, self.training))[:, None], tokens], 1)
+
+    def forward(self, x, xyz, subject):
+        """x (B, C, T), xyz (C, 3) or (B, C, 3) in m, subject (B,) → (B, P, n_embd)."""
+        c, P = self.config, x.size(2) // self.config.patch
+        if c.kind == "transformer":
+            tokens, present = self.tokenize(x, xyz, subject)
+            return self.read(self.think(tokens, present), present, P)
+        v = self.mix(x, xyz, subject)
+        parts = self.patches(v)
+        if c.kind == "linear":
+            parts = parts.transpose(1, 2).flatten(2)  # (B, P, K patch)
+            return self.with_whole(self.embed(parts) + self.by_subject(self.subject_token, subject)[:, None], parts)
+        if c.kind == "conv":
+            for conv in self.convs:
+                v = v + F.dropout(F.glu(conv(v), 1), c.dropout, self.training)
+            h = self.embed(F.gelu(v))
+        else:
+            h = self.embed(F.dropout(F.elu(F.avg_pool1d(self.temporal(v), c.patch)), c.dropout, self.training))
+        h = h.transpose(1, 2) + self.by_subject(self.subject_token, subject)[:, None]  # (B, P, width)
+        h = self.norm(h)
+        return self.with_whole(self.out(h), h)
+
+
+def load_matching(module, state, threshold=0.5, path="checkpoint"):
+    """Load the tensors of a state dict that fit the module by name and shape. Returns the matched share of the module's weights (numbers, not
+    tensors) and the names left out. Raises ValueError under the threshold: a load that matched nothing must not pass for pretraining."""
+    own = module.state_dict()
+    fit = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    share = sum(v.numel() for v in fit.values()) / sum(v.numel() for v in own.values())
+    if share < threshold:
+        raise ValueError(f"{path} fits only {share:.1%} of the encoder's weights ({len(fit)} of {len(own)} tensors), {threshold:.0%} are asked for: "
+                         "give the encoder the shape it was trained with, or lower the threshold")
+    module.load_state_dict(fit, strict=False)
+    return share, sorted(set(own) - set(fit))
+
+
+class Expert(nn.Module):
+    """A layer's own weights for neural rows: QKV, attention output projection and MLP, copied from the core's; norms stay shared (CogVLM).
+    In the last layer only keys and values are read."""
+
+    def __init__(self, block, last=False):
+        super().__init__()
+        self.attn, self.mlp = copy.deepcopy(block.attn), None if last else copy.deepcopy(block.mlp)
+        self.requires_grad_(True)
+        if last:
+            self.attn.c_proj = self.attn.attn_proj = None
+
+
+class Cross(nn.Module):
+    """Gated cross-attention from text to neural tokens (Flamingo); the gate is shut at first, so that the text is the language model's own."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, self.n_head = config.n_embd, config.n_head
+        self.ln, self.ln_n = LayerNorm(width, config.bias), LayerNorm(width, config.bias)
+        self.q, self.kv, self.c_proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def keys(self, n):
+        """Keys and values of neural tokens (B, P, C): (B, H, P, hd) each."""
+        return self.kv(self.ln_n(n)).unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, kv):
+        """What the text x (B, T, C) adds to itself."""
+        q = self.q(self.ln(x)).unflatten(2, (self.n_head, -1)).transpose(1, 2)
+        return self.gate.tanh() * self.c_proj(attend(q, *kv, None, 0.0).transpose(1, 2).flatten(2))
+
+
+class NeuralGPT(nn.Module):
+    """A GPT that reads neural signals: [BON, n_1 .. n_P, EON | text]. BON and the encoder's tokens n take the experts, EON and text the core.
+
+    fusion: 'prefix' (core weights for all), 'expert' (experts in the last `layers` layers, 0: in each), 'cross' (nothing is prefixed, text looks by
+    gated cross-attention). text_positions: 'zero' (text has GPT-2's own positions, the prefix the encoder's code of time) or 'after_prefix'
+    (positions run over the concatenation). attention among neural rows: 'causal', 'full', or 'blocked' (the two sides do not meet)."""
+
+    def __init__(self, lm, encoder, fusion="expert", layers=0, text_positions="zero", attention="causal"):
+        super().__init__()
+        for key, value, allowed in (("fusion", fusion, ("prefix", "expert", "cross")), ("text_positions", text_positions, ("zero", "after_prefix")),
+                                    ("prefix_attention", attention, ("causal", "full", "blocked"))):
+            if value not in allowed:
+                raise ValueError(f"{key} must be {' or '.join(allowed)}, not '{value}'")
+        L, wte = lm.config.n_layer, lm.transformer.wte.weight.detach()
+        if not 0 <= layers <= L:
+            raise ValueError(f"{layers} layers with experts in a language model of {L}: give 0 (all) to {L}")
+        if encoder.config.n_embd != lm.config.n_embd:
+            raise ValueError(f"the encoder's tokens are {encoder.config.n_embd} wide, the language model {lm.config.n_embd}")
+        self.lm, self.encoder, self.fusion, self.text_positions, self.attention = lm, encoder, fusion, text_positions, attention
+        self.first = L - (layers or L)
+        blocks = lm.transformer.h[self.first:]
+        self.experts = nn.ModuleList(Expert(b, b is blocks[-1]) for b in blocks) if fusion == "expert" else None
+        self.crosses = nn.ModuleList(Cross(lm.config) for _ in blocks) if fusion == "cross" else None
+        if fusion != "cross":
+            self.bon, self.eon = (nn.Parameter(wte.mean(0) + torch.randn_like(wte[0]) * wte.std(0)) for _ in range(2))
+        # neural tokens begin where the language model's tokens are: around their mean, with their spread
+        with torch.no_grad():
+            for last in (encoder.embed if encoder.out is None else encoder.out, encoder.whole):
+                if last is not None:
+                    last.weight.mul_(wte.std() / (last.weight.std() * last.weight.size(1) ** 0.5))
+                    last.bias.copy_(wte.mean(0))
+
+    def prefix(self, signal, xyz, subject):
+        """Neural tokens (B, P, C) of signals (B, channels, T)."""
+        return self.encoder(signal, xyz, subject)
+
+    def rows(self, n):
+        """The neural stream [BON, n] and the EON row that opens the core's, (B, P + 1, C) and (B, 1, C), with their positions where they have some."""
+        B, P, _ = n.shape
+        x = torch.cat([self.bon.expand(B, 1, -1), n, self.eon.expand(B, 1, -1)], 1)
+        if self.text_positions == "after_prefix":
+            x = x + self.lm.transformer.wpe(torch.arange(P + 2, device=n.device))
+        return x[:, :-1], x[:, -1:]
+
+    def trunk(self, n, idx, position=None, mask=None, cache=None, states=None):
+        """Text states (B, T, C) after the final LayerNorm, of neural tokens n (B, P, C) and ids (B, T). position (.., T): of text, from 0;
+        mask (.., T, T): what text sees of text, causal by default. states: a list to which every layer's input (n, EON and text) is appended."""
+        T, device, lm = idx.size(1), n.device, self.lm
+        position = torch.arange(T, device=device) if position is None else position
+        if self.fusion == "cross":
+            cross = [lambda x: 0.0] * self.first + [partial(c, kv=c.keys(n)) for c in self.crosses]
+            if cache is not None:
+                cache.cross = cross
+            return lm.trunk(idx, position=position, mask=mask, cache=cache, cross=cross)[0]
+        n, eon = self.rows(n)
+        room = n.size(1) + 1
+        mask = torch.ones(T, T, dtype=torch.bool, device=device).tril() if mask is None else mask
+        mask = F.pad(F.pad(mask, (room, 0), value=True), (0, 0, 1, 0), value=False)  # the row of EON, the columns of all that lies before the text
+        mask = mask | (torch.arange(room + T, device=device) < room)  # (.., 1 + T, P + 2 + T)
+        x = torch.cat([eon, lm.transformer.wte(idx) + lm.transformer.wpe(position + (room if self.text_positions == "after_prefix" else 0))], 1)
+        for i, block in enumerate(lm.transformer.h):
+            if states is not None:
+                states.append((n, x))
+            expert = self.experts[i - self.first] if self.experts is not None and i >= self.first else None
+            n, x = block(x, neural=n, expert=expert, attention=self.attention, mask=mask, last=i + 1 == len(lm.transformer.h),
+                         cache=None if cache is None else (cache.kv[i], cache.used))
+        return lm.transformer.ln_f(x[:, 1:])
+
+    def check_length(self, P, T):
+        """Raises ValueError where positions do not reach."""
+        size, room = self.lm.config.block_size, P + 2 if self.text_positions == "after_prefix" and self.fusion != "cross" else 0
+        if room + T > size:
+            raise ValueError(f"a prefix of {P} and {T} tokens of text do not fit block_size={size} of the language model: take longer patches, less text"
+                             + (" or text_positions=zero" if room else ""))
+
+    def forward(self, signal, xyz, subject, idx, position=None, mask=None, start=0):
+        """Logits (B, T - start, vocab) of text ids (B, T) from position `start` on, and the neural tokens (B, P, C)."""
+        n = self.prefix(signal, xyz, subject)
+        return F.linear(self.trunk(n, idx, position, mask)[:, start:], self.lm.transformer.wte.weight), n
+
+    @torch.no_grad()
+    def generate(self, n, prompt, max_new_tokens, **options):
+        """New tokens, a list of B lists in the order of the rows of n (B, P, C), after prompt (token ids, or B lists of them); options as in
+        GPT.stream. The prefix is read once; each new token then costs what it costs the plain GPT."""
+        prompts = prompt if isinstance(prompt[0], (list, tuple)) else [prompt] * len(n)
+        self.check_length(n.size(1), max(map(len, prompts)) + max_new_tokens)
+        room = 0 if self.fusion == "cross" else n.size(1) + 2
+        return self.lm.generate(prompts, max_new_tokens, start=partial(self._prefill, n, room), room=room, **options)
+
+    def _prefill(self, n, room, rows, cache, device):
+        idx, position, mask = self.lm._left_pad(rows, cache, device)
+        x = self.trunk(n, idx, position, mask, cache)
+        cache.used = room + idx.size(1)
+        cache.real = torch.cat([cache.real.new_ones(len(rows), room), cache.real], 1)
+        cache.lengths = cache.lengths + (room if self.text_positions == "after_prefix" else 0)
+        return x[:, -1]
 
 
 # ---- tokenizers

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import tiktoken
 
+from data import recording
 from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
@@ -103,3 +104,33 @@ def refused(script, *options, says, **kwargs):
     for words in says:
         assert words in lines[0], lines[0]
     return lines[0]
+
+
+def make_eeg(folder, subjects=3, words=12, images=6, repeats=2, channels=8, sfreq=50.0, gain=3.0, grouped=True, changes=None, seed=0):
+    """EEG of people who see pictures: each word has a topography and a latency of its own, half a second from picture to picture. A block shows one
+    picture of every word; grouped=False deals pictures to blocks at random. changes(name, given): edits what is written of a recording."""
+    rng = np.random.default_rng(seed)
+    names, topography = [f"{chr(97 + i)}w" for i in range(words)], rng.normal(size=(words, channels))
+    xyz = rng.normal(size=(channels, 3))
+    xyz *= 0.1 / np.linalg.norm(xyz, axis=1, keepdims=True)
+    for s in range(subjects):
+        rows, at = [], 2.0
+        for block in range(images * repeats):
+            for i in rng.permutation(words):
+                image = block % images if grouped else int(rng.integers(images))
+                rows.append(dict(onset=at, duration=0.1, object=f"{names[i]}1", word=names[i], synonyms=f"{names[i]}x", image=f"{names[i]}_{image}",
+                                 block=block, target=0))
+                at += 0.5
+            at += 1.0
+        signal = rng.normal(size=(int((at + 2) * sfreq), channels))
+        for row in rows:
+            i, start = names.index(row["word"]), round(row["onset"] * sfreq)
+            signal[start + 5 + i % 10:start + 10 + i % 10] += gain * topography[i]
+        places = pd.DataFrame(dict(name=[f"E{c}" for c in range(channels)], x=xyz[:, 0], y=xyz[:, 1], z=xyz[:, 2]))
+        given = dict(signal=(1e-5 * signal).astype("f4"), channels=places, events=pd.DataFrame(rows), sfreq=sfreq, unit="V",
+                     subject=f"{s + 1:02d}", source="a test", synthetic=True)
+        if changes:
+            changes(f"sub-{s + 1:02d}", given)
+        recording.write_recording(folder / f"sub-{s + 1:02d}", **given)
+    recording.write_set(folder, [f"sub-{s + 1:02d}" for s in range(subjects)], synthetic=True)
+    return folder

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, make_podcast, make_sentences, refused, run, start
+from helpers import make_dataset, make_eeg, make_podcast, make_sentences, refused, run, start
 
 
 @dataclass
@@ -31,6 +31,12 @@ SCRIPTS = [
            trains=True, wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "task=nosuch": ["nosuch", "letter"],
                                "mode=some": ["mode", "full or head or last_k"], "dataset=nosuch": ["nosuch"],
                                "init_from=gpt2": ["init_from", "lm or resume"]}),
+    Script("telepath", ["lm={lm}", "dataset={eeg}", "t_end=0.4", "prompt=T", "jitter=0.02", "patch=10", "width=16", "virtual=4", "encoder_layers=1",
+                        "batch_size=2", "trials_per_step=8", "max_iters=12", "eval_interval=4", "save_interval=3", "log_interval=1", "warmup_iters=2",
+                        "eval_trials=12", "shuffles=10", "max_new_tokens=2", "augment.pink=0.5", "synonyms=True", "device=cpu", "dtype=float32"],
+           trains=True, wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch": ["nosuch", "synthetic_eeg"], "augment.hum=1": ["hum", "pink"],
+                               "stage=dpo": ["init_from=out/telepath"], "fusion=sum": ["fusion", "cross"], "t_start=90": ["empty"],
+                               "encoder=pretrained": ["checkpoint="], "patch=99": ["patch=99"], "train=some": ["train", "lm_last_k"]}),
     Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
     Script("topography", ["lm={lm}", "stimuli={stimuli}", "pairs={pairs}", "dataset={data}", "shuffles=10", "ablate=[2]", "random_sets=1", "val_batches=1",
@@ -63,8 +69,9 @@ def given(tmp_path_factory):
     (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
     make_sentences(folder / "sentences")
     make_podcast(folder / "podcast")
-    return dict(data=folder / "data", podcast=folder / "podcast", lm=folder / "lm",
-                sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
+    make_eeg(folder / "eeg", words=8, channels=4)
+    return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl",
+                podcast=folder / "podcast", eeg=folder / "eeg")
 
 
 def options(script, given, out):
