@@ -6,7 +6,7 @@
 Everything random is keyed, `run.generator(step, micro, "dropout")`, so a run that stops at any step needs nothing but the step to
 go on, on any number of ranks. An error that a file of this repository raises on purpose ends in one sentence and exit status 2.
 """
-import dataclasses, difflib, fcntl, hashlib, inspect, io, json, linecache, os, platform, re, signal, subprocess, sys, time, tokenize
+import dataclasses, datetime, difflib, fcntl, hashlib, inspect, io, json, linecache, os, platform, re, signal, subprocess, sys, time, tokenize
 import types, typing
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -164,7 +164,8 @@ class Run:
         if self.world > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            long = datetime.timedelta(hours=24)  # the ranks of a sweep end hours apart; the launcher sees one that dies
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=long)
             self._flags = dist.new_group(backend="gloo")  # numbers travel beside the GPU, which need not stop for them
         self.seed = config.seed
         torch.manual_seed(key_seed(self.seed))
@@ -376,7 +377,7 @@ class Run:
             for line in part.read_text().splitlines():
                 row = json.loads(line) if line.endswith("}") else {}  # a kill may have torn the last one
                 if row.get("options") == self.options_hash():
-                    rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n")))] = row
+                    rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n", "p", "p_holm")))] = row
         return pd.DataFrame(list(rows.values()))
 
     def merge(self):

@@ -150,7 +150,7 @@ CONTROLS = {"mean": "the mean vector of the training words, whatever is heard", 
 def seed_options(argv):
     """The command line with nested options of podcast-benchmark (YAML files, --config PATH, --training_params.batch_size=64) as options of ours, and
     nothing else touched. Keys that such a file leaves out take that code's defaults; `epochs` is training epochs; data_root: data is the podcast set."""
-    groups, found, out = ("model_params", "training_params", "data_params"), {}, []
+    groups, found, out, whole = ("model_params", "training_params", "data_params"), {}, [], False
     for arg in (a for a in argv if a != "--config"):
         key, _, value = arg.removeprefix("--").removeprefix("config=").partition("=")
         nested = {}
@@ -163,6 +163,7 @@ def seed_options(argv):
             group, _, rest = key.partition(".")
             nested = {group: {rest: yaml.safe_load(value)} if rest else value}
         if isinstance(nested, dict) and nested.keys() & {"model_constructor_name", "training_params", "data_params", "config_setter_name", "trial_name"}:
+            whole = whole or Path(key).is_file()
             for name, part in nested.items():
                 found[name] = {**found.get(name, {}), **part} if isinstance(part, dict) else part
             if not out or out[-1] is not found:
@@ -176,6 +177,8 @@ def seed_options(argv):
              "electrode_file_path": "electrodes", "data_root": "dataset", "embedding_type": "embedding", "min_train_freq_auc": "min_count"}
     flat = dict(batch_size=32, epochs=100, learning_rate=1e-3, weight_decay=1e-4, patience=10, n_folds=5, min_lag=-10000, max_lag=10000, lag_step=1000,
                 embedding="gpt-2xl", window=-1, preprocess="", subjects=[], dataset="data", pca=0, channels="", layer=24)
+    given = {"lags" if k == "lag" else names.get(k, k) for group in groups[1:] for k in found.get(group) or {}} | {
+        k for k, name in (("model", "model_constructor_name"), ("config_setter", "config_setter_name"), ("out_dir", "trial_name")) if name in found}
     for group in groups[1:]:
         flat.update({names.get(key, key): value for key, value in (found.pop(group, None) or {}).items() if value is not None})
     flat["dataset"] = {"data": "podcast"}.get(str(flat["dataset"]), flat["dataset"])
@@ -188,7 +191,8 @@ def seed_options(argv):
     flat |= {"model": found.pop("model_constructor_name", ""), "config_setter": found.pop("config_setter_name", None) or "",
              "model_params": model, "out_dir": f"{folder}/{trial or 'decode'}", **found}
     at = next(i for i, a in enumerate(out) if a is found)
-    return out[:at] + [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items()] + out[at + 1:]
+    return out[:at] + [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat.items()
+                      if whole or key in given] + out[at + 1:]  # dotted options alone change nothing but what they name
 
 
 def resolve(spec, known, option):
@@ -324,11 +328,11 @@ def raw_windows(signal, picks, rows, offset, samples):
 
 def laplacian(names):
     """(C, C): each contact minus the mean of its neighbours on the shaft (same letters, number one less or more); as it is where it has none."""
-    place = {n: i for i, n in enumerate(names)}
+    parts = [re.fullmatch(r"(.*?)(\d*)", n).groups() for n in names]
+    place = {(stem, int(number)): i for i, (stem, number) in enumerate(parts) if number}  # LA01 is beside LA02 too
     weights = np.eye(len(names), dtype=np.float32)
-    for i, name in enumerate(names):
-        stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
-        near = [place[f"{stem}{k}"] for k in (int(number) - 1, int(number) + 1) if f"{stem}{k}" in place] if number else []
+    for i, (stem, number) in enumerate(parts):
+        near = [place[stem, int(number) + k] for k in (-1, 1) if (stem, int(number) + k) in place] if number else []
         for j in near:
             weights[i, j] = -1 / len(near)
     return weights
@@ -438,6 +442,9 @@ class Windows:
         n = max(4, min(x.shape[2], round(self.config.spectrum_segment * self.data.sfreq)))
         f, _, power = scipy.signal.spectrogram(x, self.data.sfreq, "hann", n, n // 2, detrend="constant")  # (N, E, F, S)
         keep = (f > 0) & (f <= self.config.spectrum_max)
+        if not keep.any():
+            raise ValueError(f"spectrum_max={self.config.spectrum_max:g} Hz lies below {f[1]:g} Hz, the first frequency of a segment of {n} samples: raise it, "
+                             "or spectrum_segment=")
         power = np.log(np.maximum(power[:, :, keep], np.finfo(np.float32).tiny))
         return power.reshape(len(x), -1, power.shape[-1]).astype(np.float32)
 
@@ -585,8 +592,11 @@ def make_target(run, config, data):
         onset = words.start == first
         return finish_target("classes", words, np.where(onset, "onset", "inside"), onset | (words.start - first >= params.get("margin", 0.5)))
     if config.task == "surprisal":
-        tokens = pd.read_csv(data.folder / next(iter(data.meta["tokens"].values())), keep_default_na=False)
-        bits = -np.log(tokens.true_prob.astype(float).clip(lower=1e-12)).groupby(tokens.word_idx).sum()
+        tables = (pd.read_csv(data.folder / f, keep_default_na=False, na_values={"true_prob": [""]}) for f in data.meta.get("tokens", {}).values())
+        tokens = next((t for t in tables if "true_prob" in t), None)
+        if tokens is None:
+            raise ValueError(f"task=surprisal needs the probability of every token (true_prob), which {data.folder} has not: prepare it with features=gpt2-xl")
+        bits = -np.log(tokens.true_prob.clip(lower=1e-12)).groupby(tokens.word_idx).agg(lambda x: x.sum(skipna=False))
         return finish_target("number", words, words.word_idx.map(bits).to_numpy(float), True)
     if config.task == "volume":
         if "audio" not in data.meta:
@@ -913,14 +923,18 @@ class Single(nn.Module):
 
 def keep_mask(draws, shape, rate, device, view=None):
     """Dropout mask (bool) of shape (J, ...), or None where rate is 0. draws: a counter of random bytes per job, so that a job draws the same whatever is
-    stacked with it, or a torch.Generator on the device. Rates are multiples of 1/256."""
+    stacked with it: a list, or on a GPU a tensor (J, 2) of seeds and counts. Rates are multiples of 1/256."""
     drop = round(256 * rate)
     if not drop:
         return None
-    if isinstance(draws, torch.Generator):
-        keep = torch.randint(256, shape, generator=draws, device=device, dtype=torch.uint8) >= drop
+    n = math.prod(shape[1:])
+    if torch.is_tensor(draws):  # splitmix64 on the device: eight bytes a number
+        z = draws[:, :1] - 0x61C8864680B583EB * (draws[:, 1:] + torch.arange(1, -(-n // 8) + 1, device=device))
+        draws[:, 1] += -(-n // 8)
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            z = (z ^ (z >> shift & (1 << 64 - shift) - 1)) * factor
+        keep = (z.view(torch.uint8)[:, :n] >= drop).reshape(shape)
     else:
-        n = math.prod(shape[1:])
         keep = torch.from_numpy(np.stack([d.random_raw(-(-n // 8)).view(np.uint8)[:n] for d in draws]) >= drop).to(device)
     return keep.view(shape if view is None else view)
 
@@ -933,8 +947,9 @@ def drawer(keys, order, init):
         made = []
         for key in keys:
             generator = torch.Generator().manual_seed(key_seed(*key, name))
-            if init == "glorot" and "bias" not in name:
-                w = torch.randn(shape, generator=generator) * math.sqrt(2 / (fan_in + shape[-1 if name.startswith(("linear", "w")) else -3]))
+            if init == "glorot" and not name.startswith("b"):
+                fan_out = shape[-1] if name.startswith(("linear", "w")) else shape[-3] * shape[-2]  # of a convolution: filters x width
+                w = torch.randn(shape, generator=generator) * math.sqrt(2 / (fan_in + fan_out))
             else:
                 w = (2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(fan_in)
             if order is not None and channels == 3:
@@ -1023,7 +1038,8 @@ def train_stack(run, config, spec, target, X, jobs, names, all_folds):
     mean, factor = (torch.as_tensor(np.stack([getattr(job, a) for job in jobs])[:, None], device=device) for a in ("mean", "factor"))
     weight = torch.stack([len(job.fold.train) / (D * torch.bincount(Y[j][job.fold.train], minlength=D).clamp_min(1)) for j, job in enumerate(jobs)]).float() \
         if kind == "classes" else None
-    model.draws = torch.Generator(device).manual_seed(key_seed(*keys[0])) if device.type == "cuda" else [np.random.SFC64(key_seed(*k, "dropout")) for k in keys]
+    model.draws = torch.tensor([[key_seed(*k, "dropout"), 0] for k in keys], device=device) if device.type == "cuda" else \
+        [np.random.SFC64(key_seed(*k, "dropout")) for k in keys]
     optimizer = torch.optim.AdamW([*model.parameters(), scale], config.learning_rate, weight_decay=config.weight_decay, fused=device.type in ("cpu", "cuda"))
     alive, best, waited = list(range(len(jobs))), [(-math.inf, None, 0)] * len(jobs), [0] * len(jobs)
     recent = [[] for _ in jobs]
@@ -1074,10 +1090,10 @@ def train_stack(run, config, spec, target, X, jobs, names, all_folds):
             rows = torch.tensor(keep, device=device)
             lag, Y, mean, factor = lag[rows], Y[rows], mean[rows], factor[rows]
             weight = None if weight is None else weight[rows]
-            model.draws = [model.draws[i] for i in keep] if isinstance(model.draws, list) else model.draws
+            model.draws = [model.draws[i] for i in keep] if isinstance(model.draws, list) else model.draws[rows]
     states = [{k: torch.stack([s[k].float() for s in recent[j]]).mean(0) for k in recent[j][0]} if config.average else best[j][1] for j in range(len(jobs))]
     alive = list(range(len(jobs)))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in [(n, t) for n, t in [*model.named_parameters(), *model.named_buffers()] if n in states[0]]:  # a buffer may not be persistent
         tensor.data = (torch.stack([s[name] for s in states]) if model.stacked else states[0][name]).to(tensor.dtype)
     lag = torch.tensor([job.l for job in jobs], device=device)
     mean, factor = (torch.as_tensor(np.stack([getattr(job, a) for job in jobs])[:, None], device=device) for a in ("mean", "factor"))
@@ -1112,8 +1128,13 @@ def fit_linear(config, spec, kind, x, job, Y=None):
             raise ValueError("model=logistic is for classes: task=content, say; take ridge for embeddings and numbers")
         from sklearn.linear_model import LogisticRegression
         fits = [LogisticRegression(C=c, max_iter=2000, class_weight="balanced").fit(x[fold.train], Y[fold.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
-        fit = max(fits, key=lambda f: quick_score(kind, f.predict_log_proba(x[fold.val])[None], Y[fold.val], False))
-        return fit.predict_log_proba(x[fold.val])[None], fit.predict_log_proba(x[fold.test])[None], 0, {"coef": torch.tensor(fit.coef_)}
+
+        def log_p(fit, rows):  # (1, n, K): a class that no training word has is all but impossible
+            out = np.full((1, len(rows), Y.max() + 1), -30.0)
+            out[0][:, fit.classes_] = np.maximum(fit.predict_log_proba(x[rows]), -30)
+            return out
+        fit = max(fits, key=lambda f: quick_score(kind, log_p(f, fold.val), Y[fold.val], False))
+        return log_p(fit, fold.val), log_p(fit, fold.test), 0, {"coef": torch.tensor(fit.coef_)}
     y = np.eye(Y.max() + 1, dtype=np.float32)[Y] if kind == "classes" else Y
     val, w, offset = least_squares(x, y, fold) if spec == "linear" else ridge(x, y, fold, config.alphas)
     return val[None], (x[fold.test] @ w + offset)[None], 0, {"coef": torch.as_tensor(w), "offset": torch.as_tensor(offset)}
@@ -1515,13 +1536,19 @@ class Sweep:
         self.Y = [fold_target(config, target, fold) for fold in self.folds]
         self.gap = int(np.ceil(self.width / max(np.median(np.diff(self.start)), 1e-3))) + 1  # words that share a window
         self.shifts = [np.random.default_rng(key_seed(config.seed, "shift", f.number)).random(config.n_shifts) for f in self.folds]  # the same at every lag
+        lm = bool({"lm", "static"} & set(config.embedding))  # computed, perhaps on another machine: known by its files, not by its numbers
         code = hashlib.sha256("".join(code_of(resolve(s, k, o)) for s, k, o in (
             (config.model, dict.fromkeys(MODELS), "model"), (config.preprocess or "-", {"-": None, **dict.fromkeys(PREPROCESSORS)}, "preprocess"),
-            (config.task, dict.fromkeys([config.task] * (":" not in config.task)), "task"))).encode() + str(data.meta.get("options")).encode()).hexdigest()[:6]
-        self.store = run.out / "jobs" / f"{run.options_hash()}-{code}"
+            (config.task, dict.fromkeys([config.task] * (":" not in config.task)), "task"))).encode() + repr((
+                data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}))).encode()
+            + self.rows.tobytes() + (b"" if lm else target.values.tobytes())).hexdigest()[:6]
+        options = f"{run.options_hash()}-{code}"
+        run.options_hash = lambda: options  # of results.csv's rows too: other data or another user's file is another experiment
+        self.store = run.out / "jobs" / options
         self.store.mkdir(parents=True, exist_ok=True)
         self.keys = dict(data=data.source, target=config.task if config.task != "embedding" else
-                         config.embedding[0] + (f" layer {config.layer}" if config.embedding[0] not in ("arbitrary", "static") else ""))
+                         config.embedding[0] + (f" layer {config.layer}" if config.embedding[0] == "lm" or any(
+                             k.startswith("layer-") for k in data.meta.get("features", {}).get(config.embedding[0], {})) else ""))
         run.print(f"{data.source}: {len(data.names)} electrodes of {len(data.parts)} people, {len(keep):,} {'words' if target.kind == 'vectors' else 'events'} "
                   f"at every lag ({', '.join(f'{v} {k}' for k, v in target.notes.items() if v) or 'none'} left out), {len(self.kinds):,} types; embargo leaves "
                   f"{np.mean([len(f.train) for f in self.folds]):.0f} to train, {np.mean([len(f.val) for f in self.folds]):.0f} to validate, "
@@ -1571,12 +1598,12 @@ class Sweep:
                                            self.arbitrary(j.fold) if name == "arbitrary" else None) for j in batch]
                     for (lag, k), (val, test, epochs, state) in zip(part, outs):
                         Y = self.arbitrary(self.folds[k]) if name == "arbitrary" else self.Y[k]
-                        self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
                         if self.config.save_models and name == self.config.model:
                             (self.run.out / "models").mkdir(exist_ok=True)
                             save_checkpoint(self.run.out / "models" / f"lag_{lag:g}_fold_{k}.pt", dict(
                                 kind="decoder", model=name, lag=lag, fold=k, epochs=epochs, state={n: v.contiguous() for n, v in state.items()},
                                 model_params=plain(self.config.model_params), electrodes=self.windows.names))
+                        self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
                         bar.update()
             del X, on_device
 
@@ -1731,7 +1758,9 @@ def encode(run, config):
     """Embeddings to every electrode at every lag: himalaya's ridge, banded when there are several feature spaces; alpha and lag on validation words."""
     from himalaya.ridge import GroupRidgeCV, solve_ridge_cv_svd
     from himalaya.scoring import correlation_score_split
-    config.bins = 1
+    if config.represent != "bins" or config.preprocess not in ("", "preprocess_neural_data"):
+        raise ValueError("direction=encode predicts the mean of a window: leave represent= and preprocess= out")
+    config.bins, config.preprocess = 1, ""  # preprocess_neural_data would cut the window into bins
     sweep = Sweep(run, config)
     if sweep.target.kind != "vectors":
         raise ValueError(f"direction=encode goes from embeddings: leave task={config.task} out, or let it give vectors")

@@ -20,7 +20,7 @@ Hewitt & Liang 2019 (control tasks); Voita & Titov 2020 (online code); Nadeau & 
 """
 # ruff: noqa: E402
 import hashlib, html, json, math, os, re, sys, textwrap, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,8 @@ class Config:
         if self.n_folds < 3 or self.n_seeds < 1:
             raise ValueError(f"n_folds={self.n_folds}, n_seeds={self.n_seeds}: three folds are needed (one to test, one to choose, one to learn), and one seed")
         for pooler in self.poolers:
+            if wrong := set(pooler) - set(inspect.signature(PoolToken).parameters):
+                raise ValueError(f"option 'poolers': there is no '{min(wrong)}', only {', '.join(inspect.signature(PoolToken).parameters)}")
             PoolToken(**pooler)
 
 
@@ -583,11 +585,14 @@ class NLPDataset:
         regression = raw.get("task", "Classification") == "Regression"
         if regression and not all(isinstance(v, (int, float)) and math.isfinite(v) for v in labels):
             raise ValueError(f"{where} is a regression, and not all of its labels are numbers")
-        named = {str(k): v for k, v in (raw.get("labels") or {}).items()}
+        named = raw.get("labels") or {}
+        named = {str(k): v for k, v in (named.items() if isinstance(named, dict) else enumerate(named))}
+        if wrong := [v for v in labels if not isinstance(v, (str, int, float)) or v != v]:
+            raise ValueError(f"{where} has the label {wrong[0]}: labels are numbers or names, one for each sentence")
         names = None
         if regression:
             labels = np.array(labels, float)
-            if labels.min() < 0 or labels.max() > 1:
+            if len(labels) and (labels.min() < 0 or labels.max() > 1):
                 labels = (labels - labels.min()) / max(np.ptp(labels), 1e-12)
             if force_classification:
                 regression, labels = False, np.round(labels).astype(int)
@@ -641,9 +646,11 @@ class NLPDataset:
         """The first n texts (0: all)."""
         if not n or n >= len(self):
             return self
+        parts = [np.arange(len(self))] if self.split is None else [np.flatnonzero(self.split == name) for name in np.unique(self.split)]
+        keep = np.sort(np.concatenate([rows[:max(1, round(n * len(rows) / len(self)))] for rows in parts]))
         part = copy.copy(self)
-        part._finish(self.where, self.name, self.texts[:n], self.y[:n], self.kind == "regression", self.label_names, self.meta, self.groups[:n],
-                     None if self.split is None else self.split[:n])
+        part._finish(self.where, self.name, [self.texts[i] for i in keep], self.y[keep], self.kind == "regression", self.label_names, self.meta,
+                     self.groups[keep], None if self.split is None else self.split[keep])
         return part
 
     def load_embeds_into_memory(self, model, pooler, cache=None, batch_tokens=4096):
@@ -664,10 +671,10 @@ class NLPDataset:
         return X, self.y[index]
 
 
-def load_datasets(run, config):
-    """Every dataset of the options; items of config.dataset may be NLPDatasets or dicts where run_exp was called with them."""
+def load_datasets(run, config, specs):
+    """Every dataset of specs: NLPDatasets, dicts, .json files, NAME/TASK or NAME."""
     found = []
-    for spec in config.dataset:
+    for spec in specs:
         if isinstance(spec, NLPDataset):
             found.append(spec)
         elif isinstance(spec, dict) or str(spec).endswith(".json"):
@@ -684,11 +691,15 @@ def load_datasets(run, config):
 def folds_of(dataset, y, k, seed):
     """Fold (N,) of each text: groups stay whole, labels (or, of a regression, tenths of them) are spread evenly. Where the dataset has a split, its parts are
     dealt alike. ValueError where a class is too rare."""
-    strata = y if dataset.kind != "regression" else np.digitize(y, np.quantile(y, np.arange(0.1, 1, 0.1)))
+    tenths = max(1, min(10, len(y) // (2 * k)))  # fewer of them where texts are few
+    strata = y if dataset.kind != "regression" else np.digitize(y, np.quantile(y, np.arange(1, tenths) / tenths))
     if dataset.split is not None:
         strata = strata * 2 + (dataset.split == "test")
     if dataset.kind != "regression" and (least := np.unique(y, return_counts=True)[1].min()) < k:
         raise ValueError(f"{dataset.where}: a label has {least} texts, and {k} folds want as many: give fewer n_folds= or drop the label")
+    judged = np.ones(len(y), bool) if dataset.split is None or not (dataset.split == "test").any() else dataset.split == "test"
+    if (least := len(np.unique(dataset.groups[judged]))) < k:
+        raise ValueError(f"{dataset.where}: {least} groups of texts to judge, and {k} folds want as many: give fewer n_folds=, or split=cv")
     alone = len(np.unique(dataset.groups)) == len(y)
     splitter = (StratifiedKFold if alone else StratifiedGroupKFold)(k, shuffle=True, random_state=seed)
     folds = np.zeros(len(y), int)
@@ -908,7 +919,7 @@ class LMModel:
 
     def fingerprint(self):
         """Hash of architecture, weights and precision."""
-        h = hashlib.sha256(f"{type(self.model).__name__} {self.dtype} {self.bos}".encode())
+        h = hashlib.sha256(f"{type(self.model).__name__} {self.dtype} {self.bos} {getattr(self.model, 'config', '')}".encode())
         for name, tensor in self.model.state_dict().items():
             h.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             h.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -951,6 +962,8 @@ class PoolToken:
     def layers(self, n_layer):
         """Indices of the hidden states of a model of n_layer blocks."""
         if self.layer == "all":
+            if n_layer < 2:
+                raise ValueError("layer='all' is all but the first and the last state, and a model of one block has none: give their numbers")
             return list(range(1, n_layer))
         asked = self.layer if isinstance(self.layer, (list, tuple)) else [self.layer]
         if wrong := [i for i in asked if not -n_layer - 1 <= i <= n_layer]:
@@ -1450,13 +1463,13 @@ def evaluator(y, score, kind="binary", thresholds=None):
         tp, fp = (said & (y == 1)).sum(-1).astype(float), (said & (y == 0)).sum(-1).astype(float)
         return tp, fp, (y == 0).sum() - fp, (y == 1).sum() - tp
     tp, fp, tn, fn = counts(thresholds["accuracy"])
-    balanced = (tp / max((y == 1).sum(), 1) + tn / max((y == 0).sum(), 1)) / 2
+    balanced = (tp / max((y == 1).sum(), 1) + tn / max((y == 0).sum(), 1)) / len(np.unique(y))
     found = dict(mse=np.square(score - y).mean(-1), accuracy=(tp + tn) / len(y), balanced_accuracy=balanced)
     found["mcc"] = (tp * tn - fp * fn) / np.sqrt(np.maximum((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn), 1))
     tp, fp, tn, fn = counts(thresholds["f1"])
     ranks = scipy.stats.rankdata(score, axis=-1)
     positives, negatives = (y == 1).sum(), (y == 0).sum()
-    auc = (ranks[..., y == 1].sum(-1) - positives * (positives + 1) / 2) / max(positives * negatives, 1)
+    auc = (ranks[..., y == 1].sum(-1) - positives * (positives + 1) / 2 + (positives * negatives == 0) / 2) / max(positives * negatives, 1)
     return found | dict(f1=2 * tp / np.maximum(2 * tp + fp + fn, 1), auc=auc)
 
 
@@ -1722,9 +1735,10 @@ class Sites:
                 yield group, torch.from_numpy(np.stack([self.vectors(i) for i in group])), np.arange(len(self.dataset))
             else:
                 p = self.poolers[group[0]]
-                X, _ = self.dataset.load_embeds_into_memory(self.model, p, self.config.cache if p.cacheable else None, self.config.batch_tokens) \
-                    if not p.cacheable else (None, None)
-                X, index = (X, self.dataset.index) if X is not None else p.from_states(self.states)
+                if p.cacheable:
+                    X, index = p.from_states(self.states)
+                else:
+                    X, index = self.dataset.load_embeds_into_memory(self.model, p, None, self.config.batch_tokens)[0], self.dataset.index
                 yield group, torch.from_numpy(X)[None], index
 
 
@@ -1749,10 +1763,11 @@ def measure(sites, probe, y, config, seeds, within=False, n_train=0):
             steps = attention_nested(sites.model, make, part, folds, k, config.seed, sites.layers, config.batch_tokens) if X is None else \
                 nested(probe, X, part, folds, k, key_seed(config.seed, seed))
             outer += [(seed, fold, step) for fold, step in enumerate(steps)]
-        result, texts = judge(outer, task, part), len(np.unique(index)) / len(index)
+        result = judge(outer, task, part)
+        learnt, judged = (len(np.unique(index[rows])) / max(rows.sum(), 1) for rows in (part.learn, task.judge))  # texts a row
         for g, i in enumerate(group):
             found[i] = dict(test={m: v[g] for m, v in result["test"].items()}, val=result["val"][g], chance=result["chance"], task=task,
-                            n_train=result["n_train"] * texts, n_test=result["n_test"] * texts, ratio=result["ratio"], n=len(np.unique(index[task.judge])),
+                            n_train=result["n_train"] * learnt, n_test=result["n_test"] * judged, ratio=result["ratio"], n=len(np.unique(index[task.judge])),
                             out=[(rows, scores[g], fold, t and {m: v[g] for m, v in t.items()}) for rows, scores, fold, t in result["out"]])
     return found
 
@@ -1815,8 +1830,9 @@ def keep_for_app(run, found, sites, asked, probe_name):
             rows, scores, fold = (np.concatenate(part) for part in zip(*((r, s, np.full(len(r), f)) for r, s, f, _ in found[i]["out"])))
             threshold = np.mean([t["accuracy"] for *_, t in found[i]["out"]]) if dataset.kind == "binary" else np.nan
             (run.out / "predictions").mkdir(exist_ok=True)
-            method = f"-{label['quantile_method']}" if label["quantile_method"] in ("max", "min") else ""
-            with aside(run.out / "predictions" / f"{slug(model, dataset.name, probe_name, label['layer'], label['quantile'] + method)}.npz") as f:
+            layer, quantile = (f"{label[what]}" + f"-{how}" * (how not in ("", "mean", "attention"))
+                               for what, how in (("layer", label["layer_method"]), ("quantile", label["quantile_method"])))
+            with aside(run.out / "predictions" / f"{slug(model, dataset.name, probe_name, layer, quantile)}.npz") as f:
                 np.savez(f, index=found[i]["task"].index[rows], y=found[i]["task"].y[rows], score=scores, fold=fold, threshold=float(threshold))
     write_aside(run.out / "logs" / f"{slug(model, dataset.name, probe_name)}.json", json.dumps(log))
 
@@ -1851,6 +1867,7 @@ class Finished:
         return unit in self.units
 
     def add(self, unit):
+        self.units.add(unit)
         with open(self.path, "a") as f:
             f.write(f"{self.run.options_hash()} {unit}\n")
 
@@ -1861,7 +1878,12 @@ def name_of(probe):
 
 def probe_dataset(run, config, model, twin, dataset, probes, poolers, finished):
     """Everything about one model and one dataset."""
-    y = dataset.y
+    y, mark = dataset.y, slug(model.name, dataset.name, "content", "")
+    content = [model.fingerprint(), dataset.texts, y.tolist(), dataset.groups.tolist(), None if dataset.split is None else dataset.split.tolist()]
+    content = mark + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    if any(unit.startswith(mark) and unit != content for unit in finished.units):
+        raise ValueError(f"{run.out} holds results of {model.name} on {dataset.name} with other weights, texts or labels: delete it, or give another out_dir=")
+    finished.add(content)
     if config.shuffle_labels:
         y = shuffled(dataset, y, np.random.default_rng(key_seed(config.seed, "shuffle")))
         dataset.y = y
@@ -1911,7 +1933,8 @@ def probe_dataset(run, config, model, twin, dataset, probes, poolers, finished):
                 if bag in found and "layer0" in config.baselines:
                     write_rows(run, {bag: found[bag]}, here, [bag], {**keys, "baseline": "layer0"})
                     lines.append(f"bag of embeddings {found[bag]['test'][primary].mean():.3f}")
-                if "control" in config.baselines and mine[0] in asked and probe == probes[0]:
+                pooled = [p for p in probes if not getattr(PROBES.get(p) if isinstance(p, str) else p, "attention", False)]
+                if "control" in config.baselines and mine[0] in asked and pooled[:1] == [probe]:
                     lines.append(control(run, config, here, probe, y, mine, keys))
                 if probe == next((p for p in probes if p in CLOSED), None):
                     for n in config.train_sizes:
@@ -1975,7 +1998,7 @@ def experiment(config, lms=None, datasets=None, probes=None, poolers=None):
     """The sweep: models × datasets dealt over the ranks, poolings × probes on each. Returns the results as a DataFrame."""
     run = Run(config)
     lms, probes = lms or config.lm, probes or config.probe
-    datasets = [d if isinstance(d, NLPDataset) else NLPDataset(d, config.force_classification) for d in datasets] if datasets else load_datasets(run, config)
+    datasets = [copy.copy(d) for d in load_datasets(run, config, datasets or config.dataset)]
     if config.split == "cv":
         for dataset in datasets:
             dataset.split = None
@@ -2010,8 +2033,8 @@ def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), n_fold
     config = Config(lm=names, dataset=[getattr(d, "name", None) or (d.get("name", "dict") if isinstance(d, dict) else str(d)) for d in dataset_paths],
                     probe=[name_of(c) for c in classifiers], n_folds=n_folds, device=device, out_dir=str(logs_folder),
                     poolers=[{k: v for k, v in vars(p).items() if k != "cacheable"} for p in poolers], **options)
-    given = all(isinstance(d, NLPDataset) or isinstance(d, dict) or str(d).endswith(".json") for d in dataset_paths)
-    return experiment(config, list(model_names), list(dataset_paths) if given else None, list(classifiers))
+    replace(config, probe=[c for c in classifiers if isinstance(c, str)]).check()
+    return experiment(config, list(model_names), list(dataset_paths), list(classifiers))
 
 
 # ---- plots
@@ -2060,7 +2083,7 @@ def finish(fig, axes, path, title, table, legend=True):
 def plot_layers(path, table, model):
     """Score over layers at the last token (or the last pooling there is) with its 95 % band, one panel a dataset, baselines dashed."""
     numbers = table[table.number.notna()]
-    names = list(numbers.dataset.unique())
+    names = list(numbers[numbers.baseline == ""].dataset.unique())
     if not names:
         return
     fig, axes = panels(len(names))

@@ -366,6 +366,29 @@ def test_measures_are_scikit_learns():
     assert np.isclose(evaluator(value, score, "regression")["pearson"][1], scipy.stats.pearsonr(value, score[1])[0])
 
 
+def test_a_fold_without_one_of_the_classes_is_at_chance():
+    found = evaluator(np.ones(10, int), np.random.default_rng(0).random((1, 10)))
+    assert found["auc"] == 0.5 and np.isclose(found["balanced_accuracy"], found["accuracy"])
+
+
+def test_other_texts_or_weights_are_no_results_to_go_on_with(tmp_path):
+    stub_run(tmp_path, Stub(1), stub_data(60))
+    stub_run(tmp_path, Stub(1), stub_data(60))  # the same again is
+    with pytest.raises(ValueError, match="other weights, texts or labels"):
+        stub_run(tmp_path, Stub(1), stub_data(80))
+    other = Stub(1)
+    other.weight.data += 1
+    with pytest.raises(ValueError, match="other weights, texts or labels"):
+        stub_run(tmp_path, other, stub_data(60))
+
+
+def test_the_first_texts_are_the_first_of_each_part():
+    data = toy(120)
+    data.split = np.repeat(["train", "val", "test"], 40)
+    part = data.first(30)
+    assert len(part) == 30 and [int((part.split == name).sum()) for name in ("train", "val", "test")] == [10, 10, 10]
+
+
 def test_holm():
     assert np.allclose(probe.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5])
 
