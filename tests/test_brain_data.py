@@ -190,7 +190,7 @@ def test_words_in_their_sentence_and_pieces_in_their_story(tmp_path):
 
 def test_a_missing_coordinate_is_named_with_those_that_are_there(tmp_path):
     tuckute(tmp_path, drop=("stimulus",))
-    with pytest.raises(ValueError, match="no coordinate 'stimulus' along presentation, only cond, stimulus_id: it is another file"):
+    with pytest.raises(ValueError, match="no coordinate 'stimulus' along presentation, only (stimulus_id, cond|cond, stimulus_id): it is another file"):
         make("brainscore", root=tmp_path, out_dir=tmp_path / "out")
     assert not (tmp_path / "out" / "Tuckute2024").exists()
 

@@ -109,7 +109,8 @@ def ceilings_of(path, unit_ids):
     """(V,) R² that the best model could reach, from Brain-Score's ceilings: Pearson's r with a brain of infinitely many other people, one a unit."""
     assembly = read_assembly(path)
     if assembly.dims != ["neuroid"]:
-        raise ValueError(f"{path} has the dimensions {', '.join(assembly.dims)} where one ceiling for each neuroid was expected: give ceilings=False to do without")
+        raise ValueError(f"{path} has the dimensions {', '.join(assembly.dims)} where one ceiling for each neuroid was expected: "
+                         "give ceilings=False to do without")
     r = pd.Series(assembly.values, index=assembly.column("neuroid", "neuroid_id").astype(str))
     r = r[~r.index.duplicated()].reindex(unit_ids).to_numpy(float)
     return np.clip(r, 0, 1) ** 2
