@@ -49,17 +49,18 @@ class Config:
     samples: int = 0                       # at most so many stimuli to classify, 0: all
     image_size: int = 224                  # pixels, for models that bring no preprocessing of their own
     # ---- the planted brain (dataset=synthetic_brain)
-    planted_warp: float = 0.8              # teacher = lm + this times ||theta0|| in a random direction
+    planted_stimuli: str = "synthetic_brain"  # its stimuli: a folder with stimuli.csv (text, group)
+    planted_warp: float = 0.5              # teacher = lm + this times ||theta0|| in a random direction
     planted_k: int = 0                     # > 0: that direction lies in the first k columns of seed 0's own P, as the sweep has it
     planted_units: int = 64                # voxels, mixtures of
-    planted_components: int = 16           # the first principal components of the teacher's features
+    planted_components: int = 8           # the first principal components of the teacher's features
     planted_ceiling: float = 0.8           # R² that the teacher itself reaches against mean responses
     repeats: int = 3                       # presentations of each stimulus
     # ---- candidates
     lm: str = "out/train"                  # the language model called 'lm' below
     models: list[str] = field(default_factory=lambda: ["teacher", "lm", "lm~0.5", "lm~random"])  # lm, teacher, a run folder, a Hugging Face name,
     # my_file.py:constructor, mlp:WIDTH (classification); ~0.3: so far towards random weights on the way, ~random: all the way
-    layers: list[str] = field(default_factory=lambda: ["2"])  # hidden states (0: embedding, i: after block i) or names of modules, side by side
+    layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states (0: embedding, i: after block i) or names of modules, side by side
     pool: Literal["mean", "last", "first", "flatten"] = "last"  # states of a stimulus to one vector: over its tokens or pixels
     about: dict = field(default_factory=dict)  # columns of results.csv to set: architecture, training_task, pretraining_data
     # ---- objective
@@ -67,7 +68,7 @@ class Config:
     metric: Literal["r", "r2"] = "r"       # median over units, of linear objectives
     head: Literal["ridge", "sgd"] = "ridge"  # linear: closed form inside the loop, or trained beside z
     head_fit: Literal["ridge", "ols", "pls", "sgd"] = "ridge"  # linear_first: how the readout is fitted, once
-    head_dims: int = 16                    # equal head size for all: the first so many principal components of each model's own features; 0: all of them
+    head_dims: int = 8                     # equal head size for all: the first so many principal components of each model's own features; 0: all of them
     head_lr: float = 3e-3                  # of head=sgd
     alphas: list[float] = field(default_factory=lambda: [float(10 ** (k / 2)) for k in range(-2, 13)])  # ridge penalties, one chosen per unit
     rdm: Literal["correlation", "euclidean", "crossnobis"] = "correlation"  # rsa: distances (crossnobis: of the brain, euclidean of the model)
@@ -75,13 +76,13 @@ class Config:
     exact: bool = True                     # gradients of the whole training set (two passes where it is larger than a batch); False: of batches
     head_every: int = 1                    # steps between solutions of the ridge readout
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 16, 64, 256, 1024])  # d, the scales counted; the full model comes on top
+    dims: list[int] = field(default_factory=lambda: [0, 16, 128, 1024])  # d, the scales counted; the full model comes on top
     full: bool = True                      # all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "srht", "onehot", "dense", "sparse"] = "fastfood"
     layer_groups: str = ""                 # one learned scale each: a,b;c (prefixes of parameter names), 'blocks': one a block; "": none
     seeds: int = 3                         # draws of P (and of the model, where its weights are random)
-    steps: int = 40                        # of Adam, always all of them; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.03])  # chosen per d on validation; a step is about this share of ||theta0||
+    steps: int = 30                        # of Adam, always all of them; the best by validation is kept
+    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.04])  # chosen per d on validation; a step is about this share of ||theta0||
     eval_interval: int = 10                # steps between validations
     batch_size: int = 512                  # stimuli per forward pass
     fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever measures fastest here
@@ -214,8 +215,8 @@ class Dense:
     """P drawn in full, normal, each column of norm `norm`: the one that costs D x d memory."""
 
     def __init__(self, rows, d, norm, generator, device="cpu"):
-        p = torch.randn(d, rows, generator=generator)
-        self.p = (p * (norm / p.norm(dim=1, keepdim=True))).to(device)  # (d, rows): a column of P is drawn whole, so a smaller d has the first ones
+        p = torch.stack([torch.randn(rows, generator=generator) for _ in range(d)])  # (d, rows), column by column: a smaller d has the first of them
+        self.p = (p * (norm / p.norm(dim=1, keepdim=True))).to(device)
 
     def to(self, device):
         self.p = self.p.to(device)
@@ -536,7 +537,7 @@ def plant(run, config):
     """The planted brain as a dataset in out_dir/brain: units are random mixtures of the teacher's first components, with noise."""
     folder = run.out / ("brain" if run.workers == run.world else f"brain-{run.worker}")
     if run.master or run.workers > run.world:
-        texts = pd.read_csv(run.dataset("synthetic_brain") / "stimuli.csv", dtype=str, keep_default_na=False)
+        texts = pd.read_csv(run.dataset(config.planted_stimuli) / "stimuli.csv", dtype=str, keep_default_na=False)
         study = Study("text", texts.text.tolist(), None, {}, None, None, {})
         reader, inputs, _ = build(run, config, "teacher", study, 0)
         f = features(reader, inputs, range(len(texts)), config.batch_size).double().cpu().numpy()
@@ -551,7 +552,7 @@ def plant(run, config):
                        modality="planted", species="none", synthetic=True, teacher=f"{config.lm} warped by {config.planted_warp} of its norm",
                        source="random mixtures of components of a warped language model, with noise", planted_ceiling=config.planted_ceiling)
     else:
-        run.dataset("synthetic_brain")
+        run.dataset(config.planted_stimuli)
     run.barrier()
     return folder
 
@@ -619,16 +620,15 @@ class Reader(nn.Module):
 
     def __init__(self, model, layers, pool, text):
         super().__init__()
-        self.core, self.layers, self.pool, self.text, self.seen = model, layers, pool, text, {}
+        self.core, self.layers, self.pool, self.text, self.seen, self.reading = model, layers, pool, text, {}, False
         modules = dict(model.named_modules())
         if isinstance(model, GPT):
             names = [*range(model.config.n_layer + 1), *(f"layer.{i}.{part}" for i in range(model.config.n_layer) for part in ("attn", "mlp"))]
         else:
             depth = getattr(getattr(model, "config", None), "num_hidden_layers", None) or len(getattr(getattr(model, "config", None), "depths", []))
             names = [*range(depth + 1 if depth else 0), *(name for name in modules if name)]
-        self.layers = [int(layer) if re.fullmatch(r"-?\d+", layer) else layer for layer in layers]
         states = sum(isinstance(n, int) for n in names)
-        self.layers = [layer + states if isinstance(layer, int) and layer < 0 else layer for layer in self.layers]
+        self.layers = [int(layer) + states * layer.startswith("-") if states and re.fullmatch(r"-?\d+", layer) else layer for layer in layers]
         if wrong := [layer for layer in self.layers if layer not in names]:
             shown = [f"0 to {states - 1}"] * bool(states) + [n for n in names if isinstance(n, str)][:40]
             raise ValueError(f"layers: this {type(model).__name__} has no layer '{wrong[0]}'; there are {', '.join(shown)}")
@@ -643,6 +643,8 @@ class Reader(nn.Module):
                     modules[name].register_forward_hook(lambda module, args, out, name=name: self.keep(name, out))
 
     def keep(self, name, out):
+        if not self.reading:  # the model runs for somebody else
+            return
         self.seen[name] = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", out)
         if all(layer in self.seen for layer in self.layers):
             raise Found
@@ -653,6 +655,7 @@ class Reader(nn.Module):
             states = self.core.trunk(ids, hidden=self.layers)[2]
         else:
             self.seen.clear()
+            self.reading = True
             numbers = any(isinstance(layer, int) for layer in self.layers)
             try:
                 if self.text and len(inputs) > 2:  # a Hugging Face language model: which tokens it may see
@@ -661,6 +664,8 @@ class Reader(nn.Module):
                     out = self.core(ids, output_hidden_states=True) if numbers else self.core(ids)
             except Found:
                 out = None
+            finally:
+                self.reading = False
             states = dict(self.seen) | ({i: h for i, h in enumerate(out.hidden_states)} if numbers else {})
             self.seen.clear()
         return torch.cat([self.pooled(states[layer], mask) for layer in self.layers], -1)
@@ -723,7 +728,7 @@ def build(run, config, spec, study, seed):
         with torch.no_grad():
             for p, q in zip(model.parameters(), twin):
                 p.lerp_(q, away)
-    reader = Reader(model.eval(), config.layers, config.pool, study.kind == "text").to(run.device)
+    reader = Reader(model, config.layers, config.pool, study.kind == "text").to(run.device).eval()
     inputs = tuple(t.to(run.device) for t in encode(study.stimuli))
     with torch.enable_grad():  # parameters above the layers that are read are no part of theta
         reader(*(t[:2] for t in inputs)).square().sum().backward()
@@ -1502,6 +1507,9 @@ def plot_curves(path, config, found, point, about, unit):
     for name, f in found.items():
         colour = colours[name]
         low, high = np.quantile(f["boot"], [0.025, 0.975], axis=0)
+        if "(shuffled" in name:  # far below: a line of words keeps the scale for the others
+            left.plot([], [], color=colour, lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
+            continue
         left.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
         left.plot(x, isotonic_regression(f["mean"]), color=colour, lw=2, label=name)
         left.plot(np.broadcast_to(x, point[name].shape), point[name], ".", color=colour, ms=4, alpha=0.6)
