@@ -449,6 +449,7 @@ class Study:
     ceiling: np.ndarray | None
     meta: dict
     labels: list | None = None
+    starts: list | None = None             # texts: the character where the stimulus begins, behind what is read with it
     brain_rdm: np.ndarray | None = None    # crossnobis distances of all stimuli
     pair_ceiling: float = 1.0              # rsa, cka: what the brain reaches with itself
 
@@ -479,7 +480,8 @@ def read_study(run, config):
     meta = dict(dataset=config.dataset, roi=config.roi or "/".join(sorted(set(data.units.roi[keep]) - {""})) or "all", species=data.meta["species"],
                 modality=data.meta["modality"], synthetic=bool(data.meta["synthetic"]))
     stimuli = data.stimuli.text.tolist() if data.kind == "text" else [folder / f for f in data.stimuli.file]
-    study = Study(data.kind, stimuli, mean[:, good], rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta)
+    starts = [len(t) - len(piece) if t.endswith(piece) else 0 for t, piece in zip(stimuli, data.stimuli["piece"])] if "piece" in data.stimuli else None
+    study = Study(data.kind, stimuli, mean[:, good], rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
     if config.objective in ("rsa", "cka"):
         pair_targets(config, study, y[:, good], stimulus)
     return study
@@ -558,7 +560,8 @@ def plant(run, config):
 
 
 def read_classes(run, config):
-    """Stimuli and their classes: scikit-learn's digits, arrays x_train, y_train, x_test, y_test of an .npz, a folder of classes of images, or sentences."""
+    """Stimuli and their classes: scikit-learn's digits as vectors, arrays x_train, y_train, x_test, y_test of an .npz, images (a prepared dataset, or a
+    folder with a folder for each class), or sentences."""
     split, path = None, Path(config.dataset)
     if config.dataset == "digits":
         from sklearn.datasets import load_digits
@@ -582,6 +585,13 @@ def read_classes(run, config):
         if entry["kind"] != "classification":
             raise ValueError(f"sentences={config.sentences} is a {entry['kind']}: take a classification")
         kind, stimuli, y, split, labels, synthetic = "text", table.text.tolist(), table.y.to_numpy(), table.split.to_numpy(), entry["labels"], meta["synthetic"]
+    elif (path if path.is_dir() else Path("data") / path).joinpath("meta.yaml").is_file() or (path / "prepare.py").is_file():
+        data = Encoding(run.dataset(config.dataset))  # of images: a response is 1 for the class
+        kind, synthetic, folder, y = data.kind, bool(data.meta["synthetic"]), data.path, np.asarray(data.responses).argmax(1)[
+            np.argsort(data.presentations.stimulus, kind="stable")]
+        stimuli = data.stimuli.text.tolist() if kind == "text" else [folder / f for f in data.stimuli.file]
+        labels = list(data.units["label"]) if "label" in data.units else [str(i) for i in range(data.responses.shape[1])]
+        split = data.stimuli.split.to_numpy() if (data.stimuli.split != "").all() else None
     elif path.is_dir() and (classes := sorted(p for p in path.iterdir() if p.is_dir())):
         kind, synthetic = "image", False
         stimuli = [f for c in classes for f in sorted(c.iterdir()) if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
@@ -721,7 +731,7 @@ def build(run, config, spec, study, seed):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
         about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
         return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
-    model, encode, found = load_model(config, name, study.kind)
+    model, encode, found = load_model(config, name, study.kind, study.starts)
     about |= {k: v for k, v in found.items() if away < 1 or k == "architecture"}
     if away:
         twin = random_twin(model, generator)
@@ -774,8 +784,8 @@ def random_twin(model, generator):
         return [p.detach() for p in twin.parameters()]
 
 
-def load_model(config, name, kind):
-    """(module, encode, about): encode maps texts or image files to a tuple of tensors, a row for each stimulus."""
+def load_model(config, name, kind, starts=None):
+    """(module, encode, about): encode maps texts or image files to a tuple of tensors, a row for each stimulus. starts: where each text's stimulus begins."""
     if ".py:" in name:
         file, _, function = name.partition(":")
         if not Path(file).is_file():
@@ -806,12 +816,12 @@ def load_model(config, name, kind):
             raise
         from transformers import AutoModel, AutoTokenizer
         model, tokenizer = hugging_face(AutoModel, spec), AutoTokenizer.from_pretrained(spec)
-        return model, lambda texts: other_tokens(tokenizer, texts), about_hugging_face(model, spec)
+        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, spec)
     c, data = model.config, "WebText"
     if (path := next((p for p in (Path(spec), Path(spec) / "best.pt", Path(spec) / "ckpt.pt") if p.is_file()), None)) is not None:
         data = (load_checkpoint(path).get("config") or {}).get("dataset", "unknown")
     about = dict(architecture=f"GPT {c.n_layer}x{c.n_embd}", training_task="language modelling", pretraining_data=str(data))
-    return model, lambda texts: our_tokens(tokenizer, texts, c.block_size), about
+    return model, lambda texts: our_tokens(tokenizer, texts, c.block_size, starts), about
 
 
 def hugging_face(Auto, spec):
@@ -827,21 +837,29 @@ def about_hugging_face(model, spec):
     return dict(architecture=f"{type(model).__name__} {spec}", training_task=tasks.get(model.config.model_type, "unknown"))
 
 
-def our_tokens(tokenizer, texts, size):
-    """ids (n, T) behind the end-of-text token, padded on the right where no causal attention looks, and the mask (n, T) of the texts' own tokens."""
-    head = [tokenizer.eot] if tokenizer.eot is not None else []
-    rows = [(head + tokenizer.encode(text.replace("\t", "\n")))[:size] for text in texts]
+def our_tokens(tokenizer, texts, size, starts=None):
+    """ids (n, T) behind the end-of-text token, padded on the right where no causal attention looks, and the mask (n, T) of the stimuli's own tokens.
+    What is too long loses its beginning."""
+    head, rows, first = [tokenizer.eot] if tokenizer.eot is not None else [], [], []
+    for i, text in enumerate(texts):
+        before, own = ([] if not starts or not starts[i] else tokenizer.encode(text[:starts[i]].rstrip())), tokenizer.encode(text.replace("\t", "\n"))
+        cut = max(0, len(own) - (size - len(head)))
+        rows.append(head + own[cut:])
+        first.append(len(head) + min(max(0, len(before) - cut), len(own) - cut - 1))
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[len(head) <= t < len(row) for t in range(width)] for row in rows])
-    return ids, mask
+    place = torch.arange(width)
+    return ids, (place >= torch.tensor(first)[:, None]) & (place < torch.tensor([len(row) for row in rows])[:, None])
 
 
-def other_tokens(tokenizer, texts):
+def other_tokens(tokenizer, texts, starts=None):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    out = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, return_special_tokens_mask=True)
-    return out["input_ids"], out["attention_mask"].bool() & ~out["special_tokens_mask"].bool(), out["attention_mask"]
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
+    out = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, return_special_tokens_mask=True, return_offsets_mapping=bool(starts))
+    mask = out["attention_mask"].bool() & ~out["special_tokens_mask"].bool()
+    if starts:
+        mask &= out["offset_mapping"][:, :, 1] > torch.tensor(starts)[:, None]  # tokens that end inside the stimulus
+    return out["input_ids"], mask, out["attention_mask"]
 
 
 def opened(file):
@@ -1241,8 +1259,11 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
 
 def side_by_side(run, config, wrapper, objective, inputs, most):
     """How many fits to train in one batch here: the number whose step took the least time for each fit, measured. 1 where the model cannot be batched."""
+    key = (wrapper.D, wrapper.d, len(inputs[0]), most, objective.kind)
     if config.fits_per_batch or most == 1:
         return min(config.fits_per_batch or 1, most)
+    if key in side_by_side.cache:
+        return side_by_side.cache[key]
     sizes, took = sorted({1, min(4, most), most}), {}
     for K in sizes:
         if K > 1 and K * wrapper.D > 1e8:
@@ -1258,7 +1279,11 @@ def side_by_side(run, config, wrapper, objective, inputs, most):
             took[K] = min(times) / K
         except (RuntimeError, NotImplementedError):  # control flow on values, an operation without a batching rule, too little memory
             break
-    return min(took, key=took.get) if took else 1
+    side_by_side.cache[key] = min(took, key=took.get) if took else 1
+    return side_by_side.cache[key]
+
+
+side_by_side.cache = {}
 
 
 def evidence_file(run, spec, control, seed, projection, d):

@@ -37,6 +37,11 @@ SCRIPTS = [
                           "device=cpu"],
            wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "stimuli=nosuch": ["nosuch"], "contrasts=a>q": ["'q'", "there are a, b"],
                   "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"], "sweep=nosuch": ["nosuch", "results.csv"]}),
+    Script("warp", ["lm={lm}", "models=lm,lm~random", "planted_stimuli={phrases}", "layers=1", "dims=0,4,16", "seeds=1", "steps=3", "eval_interval=2",
+                    "planted_units=12", "head_dims=4", "planted_components=4", "learning_rates=0.02", "draws=20", "fits_per_batch=1", "device=cpu"],
+           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch": ["nosuch"], "layers=9": ["'9'", "0 to 2"],
+                  "dims=0,100000000": ["d=100000000"],
+                  "objective=some": ["objective", "linear or linear_first or rsa or cka"], "models=lm~2": ["lm~2", "~random"], "common=most": ["common=most"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
@@ -53,7 +58,12 @@ def given(tmp_path_factory):
     (folder / "stimuli.csv").write_text("text,condition\n" + "".join(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}\n" for i in range(20)))
     (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
     make_sentences(folder / "sentences")
-    return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
+    (folder / "phrases").mkdir()
+    phrases = ("".join(chr(97 + i // 5 ** k % 5) for k in range(4)) for i in range(90))
+    (folder / "phrases/stimuli.csv").write_text("text,group\n" + "".join(f"{text},{i // 2}\n" for i, text in enumerate(phrases)))
+    (folder / "phrases/meta.yaml").write_text("format: synthetic_brain-1\n")
+    return dict(phrases=folder / "phrases",
+                data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl")
 
 
 def options(script, given, out):

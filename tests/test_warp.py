@@ -444,6 +444,18 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
             assert torch.allclose(reader(*(t[i:i + 1] for t in inputs))[0], want, atol=1e-5)
 
 
+def test_what_is_read_before_a_stimulus_is_not_pooled():
+    class Letters:
+        eot = 0
+
+        def encode(self, text):
+            return [ord(c) for c in text]
+
+    ids, mask = W.our_tokens(Letters(), ["ab cd", "xyz", "abcdefgh"], 6, [2, 0, 7])
+    assert [[chr(i) for i in row[own]] for row, own in zip(ids, mask)] == [[" ", "c", "d"], ["x", "y", "z"], ["h"]]
+    assert ids[2].tolist() == [0, *map(ord, "defgh")]  # too long: the beginning goes
+
+
 # ---- the script
 
 @pytest.fixture(scope="module")
