@@ -235,14 +235,12 @@ def warp_sweep(turns=3, seeds=5, dims=(1, 3, 10, 23, 56, 133, 316, 749, 1000), s
     wrappers = [warp.FastfoodWrapper(reader, max(dims), seed=seed) for seed in range(seeds)]
 
     def ours():
-        warp.side_by_side.cache.clear()
+        warp.fit_all.took.clear()
         for seed in range(seeds):
             w, objective = warp.FastfoodWrapper(reader, max(dims), seed=seed), warp.Objective(config, study, f0)
-            K = warp.side_by_side(Here, config, w, objective, inputs, len(dims))
-            for at in range(0, len(dims), K):
-                part = list(dims[at:at + K])
-                warp.fit(Here, config, w, objective, inputs, part, [0.02] * len(part), seed, steps)
-        return K
+            for _ in warp.fit_all(Here, config, w, objective, inputs, [(d, 0.02) for d in dims], seed):
+                pass
+        return min(next(iter(warp.fit_all.took.values())))[1]
 
     def one_by_one():
         for seed, w in enumerate(wrappers):

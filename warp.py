@@ -85,7 +85,7 @@ class Config:
     learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.04])  # chosen per d on validation; a step is about this share of ||theta0||
     eval_interval: int = 10                # steps between validations
     batch_size: int = 512                  # stimuli per forward pass
-    fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever measures fastest here
+    fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever turns out fastest here
     # ---- d_warp and controls
     common: str = "highest"                # absolute: the score to reach, the same for all: a number, or of the candidates' full scores the lowest or highest
     common_share: float = 0.95             # times this
@@ -405,6 +405,8 @@ class FastfoodWrapper(nn.Module):
         """The model's output with these parameters; tied names follow."""
         if not self.copies:
             return functional_call(self.model, dict(zip(self.names, tensors)), args, kwargs)
+        if self.copies == 1:  # no need to batch
+            return functional_call(self.model, dict(zip(self.names, (t[0] for t in tensors))), args, kwargs)[None]
         return vmap(lambda ts: functional_call(self.model, dict(zip(self.names, ts)), args, kwargs))(tuple(tensors))
 
     def forward(self, *args, **kwargs):
@@ -1257,33 +1259,30 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
     return [(float(best[k]), shown[k], int(at_step[k]), [(s, float(l[k]), float(v[k])) for s, l, v in curve]) for k in range(K)]
 
 
-def side_by_side(run, config, wrapper, objective, inputs, most):
-    """How many fits to train in one batch here: the number whose step took the least time for each fit, measured. 1 where the model cannot be batched."""
-    key = (wrapper.D, wrapper.d, len(inputs[0]), most, objective.kind)
-    if config.fits_per_batch or most == 1:
-        return min(config.fits_per_batch or 1, most)
-    if key in side_by_side.cache:
-        return side_by_side.cache[key]
-    sizes, took = sorted({1, min(4, most), most}), {}
-    for K in sizes:
-        if K > 1 and K * wrapper.D > 1e8:
-            continue
+def fit_all(run, config, wrapper, objective, inputs, jobs, seed):
+    """Every (d, learning rate) of jobs, some side by side; yields (job, result of fit). How many is found out on the way: fits alone and in a batch are timed
+    (fit_all.took remembers, for problems of one shape), and the quicker way goes on. A model that cannot be batched is fitted alone."""
+    key, jobs = (wrapper.D, wrapper.d, len(inputs[0]), config.steps, objective.kind, str(run.device)), list(jobs)
+    most = min(8 if run.device.type == "cpu" else 64, max(1, int(1e8 // wrapper.D)))
+    trials = [1, min(4, most), 1] if run.device.type == "cpu" else [1, most]
+    while jobs:
+        took = fit_all.took.setdefault(key, [])
+        K = config.fits_per_batch or (trials[len(took)] if len(took) < len(trials) else min(took)[1])
+        part, start = jobs[:K], time.perf_counter()
         try:
-            times = []
-            for _ in range(3):
-                start = time.perf_counter()
-                fit(run, config, wrapper, objective, inputs, [wrapper.d] * K, [1e-4] * K, 0, 1)
-                if run.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            took[K] = min(times) / K
+            results = fit(run, config, wrapper, objective, inputs, [d for d, _ in part], [rate for _, rate in part], seed, config.steps)
         except (RuntimeError, NotImplementedError):  # control flow on values, an operation without a batching rule, too little memory
-            break
-    side_by_side.cache[key] = min(took, key=took.get) if took else 1
-    return side_by_side.cache[key]
+            if len(part) == 1:
+                raise
+            took += [(float("inf"), len(part))] * (len(trials) - len(took))
+            continue
+        if len(part) == K:
+            took.append(((time.perf_counter() - start) / K, K))
+        yield from zip(part, results)
+        jobs = jobs[K:]
 
 
-side_by_side.cache = {}
+fit_all.took = {}
 
 
 def evidence_file(run, spec, control, seed, projection, d):
@@ -1346,15 +1345,11 @@ def sweep(run, config, study, spec, seed, control=""):
         record(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
     jobs = [(d, rate) for d in todo if d for rate in config.learning_rates]
     found = {}
-    if jobs:
-        K = side_by_side(run, config, wrapper, objective, inputs, len(jobs))
-        for at in range(0, len(jobs), K):
-            part = jobs[at:at + K]
-            for (d, rate), result in zip(part, fit(run, config, wrapper, objective, inputs, [d for d, _ in part], [r for _, r in part], seed, config.steps)):
-                found.setdefault(d, []).append((*result, rate))
-                if len(found[d]) == len(config.learning_rates):  # the learning rate by validation
-                    record(d, config.projection, *max(found.pop(d), key=lambda r: r[0]))
-            bar.update(len(part))
+    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed):
+        found.setdefault(d, []).append((*result, rate))
+        if len(found[d]) == len(config.learning_rates):  # the learning rate by validation
+            record(d, config.projection, *max(found.pop(d), key=lambda r: r[0]))
+        bar.update()
     if full:
         wrapper = FastfoodWrapper(reader, wrapper.D, None, "identity")
         found = []

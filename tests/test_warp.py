@@ -569,7 +569,7 @@ def test_a_stopped_sweep_goes_on_and_two_ranks_are_one(made, tmp_path):
     assert not (tmp_path / "killed/results.csv").exists()
     run("warp", *options(made, tmp_path / "killed", **more))
     run("warp", *options(made, tmp_path / "two", **more), ranks=2)
-    keys, want = ["measure", "model", "d", "seed", "control"], table(tmp_path / "whole")
+    keys, want = ["measure", "model", "d", "seed", "control", "objective"], table(tmp_path / "whole")
     for name in ("killed", "two"):
         got = table(tmp_path / name)
         both = want.merge(got, on=keys)
