@@ -1,6 +1,6 @@
-"""Labelled sentences, and minimal pairs, as plain files that a person can open.
+"""Labelled sentences, minimal pairs, and stimuli with the responses of a brain to them, as plain files that a person can open.
 
-A dataset is a folder:
+A dataset of labelled sentences is a folder:
     TASK.csv            one labelled sentence a row, columns split (train, val or test), label, text, group, and whatever the maker adds
     pairs/UID.jsonl     minimal pairs in BLiMP's own layout, one JSON object a line: sentence_good, sentence_bad, UID, field, ...
     meta.yaml           format, synthetic, tasks (file, kind, labels, sizes, chance, description, sha256), pairs (file, pairs, ...) and
@@ -9,14 +9,25 @@ A dataset is a folder:
 A task is a `classification` (labels are names, their order in meta.yaml is their number) or a `regression` (labels are numbers). A group is
 what must not be torn apart by a split: the members of a minimal pair, the repetitions of a sentence. BLiMP's files (Warstadt et al. 2020,
 github.com/alexwarstadt/blimp, data/*.jsonl) are read as they come.
+
+A dataset of responses, what encoding models are fitted to, is a folder of its own:
+    stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder), group, split (train, val, test, or empty in every row: the
+                        scripts then split by groups), and whatever the maker adds
+    responses.npy       (P, V) float32, a memmap: the response of each of V units (voxels, electrodes, sites) in each of P presentations, finite
+    presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0), repeat (0, 1, ... of that stimulus)
+    units.csv           one unit a row: roi, subject, ceiling (the highest R² that any model can reach against mean responses; empty: unknown, or
+                        to be estimated from the repeats)
+    meta.yaml           format, kind (text or image), modality, species, source, synthetic, sizes, sha256 of the responses; written last
+Units that miss stimuli cannot be in one dataset with those that saw them (write one dataset an experiment): a response is never empty.
 """
 import csv, hashlib, io, json, os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
-FORMAT = "stimuli-1"
+FORMAT, ENCODING_FORMAT = "stimuli-1", "encoding-1"
 COLUMNS = ["split", "label", "text", "group"]
 SPLITS = ["train", "val", "test"]
 KINDS = ["classification", "regression"]
@@ -62,6 +73,41 @@ def write_tasks(folder, tasks, pairs=None, **meta):
     for path, content in files.items():
         _write_aside(path, content)
     return meta
+
+
+def write_encoding(folder, stimuli, responses, presentations=None, units=None, *, modality, species, source, synthetic, **meta):
+    """Write a dataset of stimuli with responses and return its meta. An older meta.yaml goes first and the new one comes last.
+    stimuli: DataFrame with text or file, and where known group (default: every stimulus its own) and split; responses: (P, V) array or memmap, any
+    float type; presentations: DataFrame with stimulus and where known repeat (default: each stimulus once, in order); units: DataFrame with where
+    known roi, subject, ceiling; modality: fMRI, ECoG, spikes ...; meta: more keys, plain types. Images must lie in the folder already.
+    Raises ValueError, in a sentence, for what `read_encoding` would refuse."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    presentations = pd.DataFrame({"stimulus": range(len(stimuli))}) if presentations is None else pd.DataFrame(presentations)
+    units = pd.DataFrame(index=range(responses.shape[1])) if units is None else pd.DataFrame(units)
+    stimuli, kind = _checked_stimuli(pd.DataFrame(stimuli).reset_index(drop=True), folder)
+    presentations = _checked_presentations(presentations.reset_index(drop=True), len(stimuli), folder)
+    units = _checked_units(units.reset_index(drop=True), folder)
+    _check_responses(responses, len(presentations), len(units), folder / "responses.npy")
+    (folder / "meta.yaml").unlink(missing_ok=True)
+    tmp = folder / "responses.npy.tmp"
+    out = np.lib.format.open_memmap(tmp, "w+", "<f4", responses.shape)
+    for a in range(0, len(out), 4096):
+        out[a:a + 4096] = responses[a:a + 4096]
+    out.flush()
+    del out
+    os.replace(tmp, folder / "responses.npy")
+    for name, table in (("stimuli", stimuli), ("presentations", presentations), ("units", units)):
+        _write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+    meta = {"format": ENCODING_FORMAT, "kind": kind, "modality": modality, "species": species, "source": source, "synthetic": bool(synthetic),
+            "sizes": {"stimuli": len(stimuli), "presentations": len(presentations), "units": len(units)}, "sha256": _sha256(folder / "responses.npy"), **meta}
+    _write_aside(folder / "meta.yaml", yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode())
+    return meta
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_aside(path, content):
@@ -140,6 +186,58 @@ def read_pairs(path):
     return pairs
 
 
+class Encoding:
+    """Stimuli with responses, opened and checked; see the head of this file.
+
+    stimuli: DataFrame (text or file, group, split, ...), n rows; responses: (P, V) float32 memmap, read-only; presentations: DataFrame (stimulus,
+    repeat), P rows; units: DataFrame (roi, subject, ceiling, ...), V rows; kind: text or image; meta: meta.yaml; path: its folder.
+    Raises FileNotFoundError or ValueError, in a sentence, when a file is missing or damaged, or a response is not a finite number."""
+
+    def __init__(self, folder):
+        self.path, self.meta = Path(folder), read_encoding_meta(folder)
+        self.stimuli, self.kind = _checked_stimuli(_frame(self.path / "stimuli.csv"), self.path)
+        self.presentations = _checked_presentations(_frame(self.path / "presentations.csv"), len(self.stimuli), self.path)
+        self.units = _checked_units(_frame(self.path / "units.csv"), self.path)
+        path = self.path / "responses.npy"
+        try:
+            self.responses = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path} is missing{_remedy(folder)}") from None
+        except (ValueError, EOFError, OSError) as e:
+            raise ValueError(f"{path} is not an array of NumPy's ({' '.join(str(e).split())[:80]}){_remedy(folder)}") from None
+        _check_responses(self.responses, len(self.presentations), len(self.units), path)
+        for name, file in enumerate(self.stimuli["file"] if self.kind == "image" else []):
+            if not (self.path / file).is_file():
+                raise FileNotFoundError(f"{self.path / file}, the image of stimulus {name}, is missing{_remedy(folder)}")
+
+
+def read_encoding_meta(folder):
+    """meta.yaml of a dataset of stimuli with responses, as a dict; raises as `read_meta` does."""
+    path = Path(folder) / "meta.yaml"
+    if not path.is_file():
+        what = "does not exist" if not path.parent.is_dir() else "holds no finished dataset (no meta.yaml)"
+        raise FileNotFoundError(f"{folder} {what}{_remedy(folder)}")
+    try:
+        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not YAML{_remedy(folder)}") from None
+    meta = meta if isinstance(meta, dict) else {}
+    if meta.get("format") != ENCODING_FORMAT:
+        raise ValueError(f"{path} has the format {meta.get('format')!r} where stimuli with responses ({ENCODING_FORMAT!r}) are read{_remedy(folder)}")
+    for key in ("kind", "modality", "species", "source", "synthetic"):
+        if meta.get(key) is None:
+            raise ValueError(f"{path} lacks the key '{key}'{_remedy(folder)}")
+    return meta
+
+
+def complete_encoding(folder):
+    """Whether the folder holds a whole dataset of stimuli with responses: it opens, and the responses have the checksum of meta.yaml."""
+    try:
+        return _sha256(Path(folder) / "responses.npy") == Encoding(folder).meta.get("sha256")
+    except (ValueError, OSError):
+        return False
+
+
 def complete(folder):
     """Whether the folder holds a whole dataset: every file there, with the checksum of meta.yaml."""
     try:
@@ -205,6 +303,77 @@ def _finite(number):
         return abs(float(number)) < float("inf")
     except ValueError:
         return False
+
+
+def _frame(path):
+    """A CSV as a DataFrame of strings: a stimulus may be the word 'null' or 'NA'."""
+    try:
+        return pd.read_csv(io.StringIO(_text(path)), dtype=str, keep_default_na=False)
+    except pd.errors.ParserError as e:
+        raise ValueError(f"{path}: not CSV ({' '.join(str(e).split())}){_remedy(path.parent)}") from None
+
+
+def _checked_stimuli(table, folder):
+    """(stimuli with all their columns, text or image), or ValueError."""
+    path = folder / "stimuli.csv"
+    if ("text" in table) == ("file" in table):
+        raise ValueError(f"{path} needs one of the columns 'text' and 'file', and has {'both' if 'text' in table else ', '.join(table) or 'none'}")
+    column = "text" if "text" in table else "file"
+    table[column] = table[column].astype(str)
+    if (empty := np.flatnonzero(table[column].str.strip() == "")).size:
+        raise ValueError(f"{path}, line {empty[0] + 2}: the {column} is empty")
+    for name, default in (("group", [str(i) for i in range(len(table))]), ("split", "")):
+        table[name] = table[name].fillna("").astype(str) if name in table else default
+    if unknown := sorted(set(table["split"]) - {*SPLITS, ""}):
+        raise ValueError(f"{path}: the split is '{unknown[0]}' and not {', '.join(SPLITS)} or empty")
+    if "" in set(table["split"]) and (table["split"] != "").any():
+        raise ValueError(f"{path}: the split is empty in some rows and given in others: fill all, or none")
+    for what in ("group", column):
+        if (torn := table.groupby(what)["split"].nunique() > 1).any():
+            raise ValueError(f"{path}: the {what} '{torn.idxmax()}' is in more than one split: what belongs together must stay in one")
+    first = [column, "group", "split"]
+    return table[first + [c for c in table if c not in first]], "text" if column == "text" else "image"
+
+
+def _checked_presentations(table, n, folder):
+    path = folder / "presentations.csv"
+    if "stimulus" not in table:
+        raise ValueError(f"{path} has no column 'stimulus'")
+    try:
+        table["stimulus"] = table["stimulus"].astype(int)
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: stimulus is a row of stimuli.csv, from 0 ({e})") from None
+    if not table["stimulus"].between(0, n - 1).all():
+        raise ValueError(f"{path}: the stimulus {table['stimulus'].iloc[np.flatnonzero(~table['stimulus'].between(0, n - 1))[0]]} is none of the {n} (from 0)")
+    if len(unseen := sorted(set(range(n)) - set(table["stimulus"]))):
+        raise ValueError(f"{path}: stimulus {unseen[0]} was never presented; leave such out of stimuli.csv ({len(unseen)} of {n})")
+    table["repeat"] = table["repeat"].astype(int) if "repeat" in table else table.groupby("stimulus").cumcount()
+    return table[["stimulus", "repeat"] + [c for c in table if c not in ("stimulus", "repeat")]]
+
+
+def _checked_units(table, folder):
+    for name in ("roi", "subject"):
+        table[name] = table[name].fillna("").astype(str) if name in table else ""
+    try:
+        table["ceiling"] = pd.to_numeric(table["ceiling"]).astype(float) if "ceiling" in table else np.nan  # an empty string is NaN
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{folder / 'units.csv'}: the ceiling is an R² ({e})") from None
+    if (table["ceiling"] < 0).any() or (table["ceiling"] > 1).any():
+        raise ValueError(f"{folder / 'units.csv'}: the ceiling is an R², between 0 and 1")
+    first = ["roi", "subject", "ceiling"]
+    return table[first + [c for c in table if c not in first]]
+
+
+def _check_responses(responses, rows, columns, path):
+    if responses.ndim != 2 or responses.shape != (rows, columns) or responses.dtype.kind != "f" or not rows or not columns:
+        raise ValueError(f"{path} is {responses.dtype} of shape {responses.shape} where numbers with a point, ({rows} presentations, {columns} units), "
+                         f"were expected{_remedy(path.parent)}")
+    for a in range(0, rows, 4096):
+        finite = np.isfinite(responses[a:a + 4096])
+        if not finite.all():
+            row, column = np.argwhere(~finite)[0]
+            raise ValueError(f"{path}: the response of unit {column} in presentation {a + row} is {responses[a + row, column]}: leave out units or "
+                             "presentations that were not recorded, or write one dataset for each set of units that saw the same stimuli")
 
 
 def _parse_pairs(text, path):

@@ -52,6 +52,10 @@ SCRIPTS = [
            wrong={"subjects=7": ["has no 7", "sub-01, sub-02"], "channels=XX": ["no electrode", "LGA"], "model=nosuch": ["nosuch", "ridge"],
                   "dataset=nosuch": ["nosuch"], "task=nosuch.py:f": ["nosuch.py"], "lags=[90000,300000]": ["at lag 300000 ms"],
                   "loss=some": ["loss", "mse or cosine or infonce"]}),
+    Script("warp", ["lm={lm}", "models=lm,lm~random", "planted_stimuli={phrases}", "layers=1", "dims=0,4,16", "seeds=1", "steps=3", "eval_interval=2",
+                    "planted_units=12", "head_dims=4", "planted_components=4", "learning_rates=0.02", "draws=20", "fits_per_batch=1", "device=cpu"],
+           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "layers=9": ["'9'", "0 to 2"], "dims=0,100000000": ["d=100000000"],
+                  "objective=some": ["objective", "linear or linear_first or rsa or cka"]}),
     Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
                         "positions_dir={data}/positions", "overwrite=True"],
            wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
@@ -70,8 +74,12 @@ def given(tmp_path_factory):
     make_sentences(folder / "sentences")
     make_podcast(folder / "podcast")
     make_eeg(folder / "eeg", words=8, channels=4)
+    (folder / "phrases").mkdir()
+    phrases = ("".join(chr(97 + i // 5 ** k % 5) for k in range(4)) for i in range(90))
+    (folder / "phrases/stimuli.csv").write_text("text,group\n" + "".join(f"{text},{i // 2}\n" for i, text in enumerate(phrases)))
+    (folder / "phrases/meta.yaml").write_text("format: synthetic_brain-1\n")
     return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl",
-                podcast=folder / "podcast", eeg=folder / "eeg")
+                podcast=folder / "podcast", eeg=folder / "eeg", phrases=folder / "phrases")
 
 
 def options(script, given, out):
