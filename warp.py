@@ -88,7 +88,7 @@ class Config:
     fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever turns out fastest here
     # ---- d_warp and controls
     common: str = "highest"                # absolute: the score to reach, the same for all: a number, or of the candidates' full scores the lowest or highest
-    common_share: float = 0.95             # times this
+    common_share: float = 0.97             # times this
     reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own
     draws: int = 1000                      # bootstrap over seeds and test stimuli (groups)
     shuffled: bool = True                  # the first candidate against shuffled responses, too
@@ -1231,6 +1231,8 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
             for old, p in zip(kept, params):
                 old[better.to(old.device)] = p.detach()[better.to(old.device)]
         if step == steps:
+            if curve:
+                curve.append((step, curve[-1][1], best.numpy().copy()))
             break
         if exact:
             rows = train
@@ -1377,7 +1379,7 @@ def baselines(run, config, study, spec):
         value = scores("ridge", config, shown, truth)[0]
         run.result(value, 0.0, low, high, len(truth), measure="baseline", model=spec, **about, layer="+".join(config.layers), **study.meta,
                    objective=name, d=0, D=0, seed=0, control="none", projection="none")
-        run.print(f"{spec}: {name} on unwarped features: {config.metric} {value:.3f} [{low:.3f}, {high:.3f}]")
+        run.print(f"{spec}: {name} on all unwarped features: {config.metric} {value:.3f} [{low:.3f}, {high:.3f}]")
 
 
 # ---- d_warp
