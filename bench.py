@@ -247,6 +247,7 @@ def warp_sweep(turns=3, seeds=5, dims=(1, 3, 10, 23, 56, 133, 316, 749, 1000), s
             for d in dims:
                 warp.fit(Here, config, w, warp.Objective(config, study, f0), inputs, [d], [0.02], seed, steps)
 
+    warp.fit(Here, config, wrappers[0], warp.Objective(config, study, f0), inputs, [dims[-1]], [0.02], 0, 3)  # warm up
     pairs = []
     for _ in range(turns):
         taken, K = seconds(ours)
