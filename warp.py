@@ -1262,29 +1262,29 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
 
 
 def fit_all(run, config, wrapper, objective, inputs, jobs, seed):
-    """Every (d, learning rate) of jobs, some side by side; yields (job, result of fit). How many is found out on the way: fits alone and in a batch are timed
-    (fit_all.took remembers, for problems of one shape), and the quicker way goes on. A model that cannot be batched is fitted alone."""
-    key, jobs = (wrapper.D, wrapper.d, len(inputs[0]), config.steps, objective.kind, str(run.device)), list(jobs)
-    most = min(8 if run.device.type == "cpu" else 64, max(1, int(1e8 // wrapper.D)))
-    trials = [1, min(4, most), 1] if run.device.type == "cpu" else [1, most]
-    while jobs:
-        took = fit_all.took.setdefault(key, [])
-        K = config.fits_per_batch or (trials[len(took)] if len(took) < len(trials) else min(took)[1])
-        part, start = jobs[:K], time.perf_counter()
-        try:
-            results = fit(run, config, wrapper, objective, inputs, [d for d, _ in part], [rate for _, rate in part], seed, config.steps)
-        except (RuntimeError, NotImplementedError):  # control flow on values, an operation without a batching rule, too little memory
-            if len(part) == 1:
-                raise
-            took += [(float("inf"), len(part))] * (len(trials) - len(took))
-            continue
-        if len(part) == K:
-            took.append(((time.perf_counter() - start) / K, K))
-        yield from zip(part, results)
-        jobs = jobs[K:]
+    """Every (d, learning rate) of jobs, some side by side; yields (job, result of fit). How many is measured: once for problems of one shape (fit_all.best
+    remembers), a few steps alone and in a batch are timed, and the quicker way is taken. A model that cannot be batched is fitted alone."""
+    jobs, key = list(jobs), (wrapper.D, wrapper.d, len(inputs[0]), objective.kind, str(run.device))
+    most = min(3 if run.device.type == "cpu" else 64, max(1, int(1e8 // wrapper.D)), len(jobs))
+    if not config.fits_per_batch and most > 1 and len(jobs) > 2 and key not in fit_all.best:
+        took = {}
+        for K in (1, most, 1):
+            start = time.perf_counter()
+            try:
+                fit(run, config, wrapper, objective, inputs, [wrapper.d] * K, [1e-6] * K, seed, 2)
+            except (RuntimeError, NotImplementedError):  # control flow on values, an operation without a batching rule, too little memory
+                if K == 1:
+                    raise
+                continue
+            took[K] = min(took.get(K, np.inf), (time.perf_counter() - start) / K)
+        fit_all.best[key] = min(took, key=took.get)
+    K = config.fits_per_batch or fit_all.best.get(key, 1)
+    for at in range(0, len(jobs), K):
+        part = jobs[at:at + K]
+        yield from zip(part, fit(run, config, wrapper, objective, inputs, [d for d, _ in part], [rate for _, rate in part], seed, config.steps))
 
 
-fit_all.took = {}
+fit_all.best = {}
 
 
 def evidence_file(run, spec, control, seed, projection, d):
