@@ -6,7 +6,7 @@
 Everything random is keyed, `run.generator(step, micro, "dropout")`, so a run that stops at any step needs nothing but the step to
 go on, on any number of ranks. An error that a file of this repository raises on purpose ends in one sentence and exit status 2.
 """
-import dataclasses, datetime, difflib, fcntl, hashlib, inspect, io, json, linecache, os, platform, re, signal, subprocess, sys, time, tokenize
+import dataclasses, datetime, difflib, errno, fcntl, hashlib, inspect, io, json, linecache, math, os, platform, re, signal, subprocess, sys, time, tokenize
 import types, typing
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -43,8 +43,25 @@ def configure(Config, argv=None):
     for arg in (a for a in argv if "=" in a):
         key, value = arg.split("=", 1)
         _set(config, key.removeprefix("--"), value, "command line")
-    getattr(config, "check", lambda: None)()  # a Config may check what no type can say
+    check(config)
     return config
+
+
+def check(config):
+    """What no type can say: the Config's own check(), where it has one, and the range of every number. That is 0 or more, unless the Config names it
+    in POSITIVE (above 0), SHARES (0 to 1) or SIGNED (any; so is one whose default is negative). Raises ValueError with one sentence."""
+    getattr(config, "check", lambda: None)()
+    positive, shares, signed = (getattr(config, kind, "").split() for kind in ("POSITIVE", "SHARES", "SIGNED"))
+    for field in dataclasses.fields(config):
+        key, value = field.name, getattr(config, field.name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        usual = field.default if isinstance(field.default, (int, float)) else 0
+        wrong = "finite" if value == math.inf != usual else "between 0 and 1" if key in shares and not 0 <= value <= 1 else \
+            ("at least 1" if isinstance(value, int) else "above 0") if key in positive and value <= 0 else \
+            "at least 0" if value < 0 <= usual and key not in signed else ""
+        if wrong:
+            raise ValueError(f"option '{key}' must be {wrong}, not {value}")
 
 
 def _set(target, key, value, source):
@@ -100,7 +117,7 @@ def _parse(value, kind):
         return {"True": True, "1": True, "False": False, "0": False}[str(value)]
     if origin in (int, float):
         number = float("not a number" if isinstance(value, bool) else value)
-        if origin is int and number != int(number):
+        if number != number or origin is int and number != int(number):
             raise ValueError(value)
         return number if origin is float else value if isinstance(value, int) else int(number)
     if not isinstance(value, origin):
@@ -128,6 +145,10 @@ def _one_sentence(kind, error, trace):
     while frame is not None and frame.tb_next:
         frame = frame.tb_next
     file = frame.tb_frame.f_code.co_filename if frame else ""
+    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        print(f"error: {error.filename or 'a file'} could not be written ({error.strerror}): make room, then start again; what was finished is kept",
+              file=sys.stderr, flush=True)
+        raise SystemExit(2)
     ours = HERE in Path(file).resolve().parents and "site-packages" not in file
     if issubclass(kind, (ValueError, OSError)) and ours and linecache.getline(file, frame.tb_lineno).strip().startswith("raise "):
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -212,23 +233,39 @@ class Run:
     def _open_folder(self):
         config, init = self.config, getattr(self.config, "init_from", None)
         ckpt = self.out / "ckpt.pt"
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and init and ckpt.exists():
-            config.init_from = init = "resume"  # the launcher starts the ranks again after one died: go on from the last checkpoint
+        again = False
         if self.master:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / (f".lock-{self.worker}" if self.workers > self.world else ".lock"), "w")
+            self._lock = open(self.out / (f".lock-{self.worker}" if self.workers > self.world else ".lock"), "a+")
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise FileExistsError(f"{self.out} is in use by another job: wait for it, or give another out_dir=") from None
-            if init and init != "resume" and ckpt.exists():
-                if not getattr(config, "overwrite", False):
+            again = self._started_again() and ckpt.exists()
+            if init and init != "resume" and not again:
+                if ckpt.exists() and not getattr(config, "overwrite", False):
                     raise FileExistsError(f"{ckpt} is there already: continue it with init_from=resume, or start over with overwrite=True, "
                                           "or give another out_dir=")
-                for old in [*self.out.glob("*.pt"), *self.out.glob("results*"), self.out / "log.jsonl"]:
-                    old.unlink(missing_ok=True)
+                old = [*self.out.glob("*.pt"), *self.out.glob("results*")] if ckpt.exists() else []
+                for path in [*old, self.out / "log.jsonl"]:  # what a run logged that never came to a checkpoint happens again
+                    path.unlink(missing_ok=True)
+        if self.reduce(int(again), "max") and init:
+            config.init_from = "resume"
+        if self.master:
+            self._lock.write(self._launch)
+            self._lock.flush()
             write_aside(self.out / "config.yaml", self._environment() + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
         self.barrier()
+
+    def _started_again(self):
+        """Has this folder's last job been of this very launch, whose launcher starts all ranks again when one dies? Then it goes on from the last
+        checkpoint, whatever init_from says. The lock file holds the launch; one that was refused the folder is refused it again."""
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        self._launch = f"launcher {os.getppid()}" if launch == "none" else launch
+        self._lock.seek(0)
+        before = self._lock.read()
+        self._lock.truncate(0)
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and before == self._launch
 
     def _environment(self):
         import torch
@@ -364,19 +401,27 @@ class Run:
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     def result(self, score, chance, low, high, n, **keys):
-        """Append a row to this worker's part of the results table: a score never stands without its chance level, interval and n."""
+        """Append a row to this worker's part of the results table. Raises ValueError where a score would stand without its chance level, interval or n;
+        an end of the interval may be infinite, and a score that does not exist (nan) has none."""
+        if score == score and not (n >= 1 and chance == chance and low <= high):  # nan is a score that does not exist: it has no interval
+            raise ValueError(f"the score {score} of {keys} stands without a chance level ({chance}), an interval ({low} to {high}) or n ({n})")
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n, "options": self.options_hash()}
-        with open(self.out / f"results.part-{self.worker}.jsonl", "a") as f:
-            f.write(json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()}) + "\n")
+        with open(self.out / f"results.part-{self.worker}.jsonl", "ab+") as f:
+            f.seek(max(0, f.tell() - 1))
+            torn = f.read(1) not in (b"", b"\n")  # a kill in the middle of a row
+            f.write(("\n" * torn + json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()}) + "\n").encode())
 
     def rows(self):
         """DataFrame of the rows written so far with these options, by any worker, the last of its keys: what a sweep started again may skip."""
         import pandas as pd
         rows = {}
         for part in sorted(self.out.glob("results.part-*.jsonl")):
-            for line in part.read_text().splitlines():
-                row = json.loads(line) if line.endswith("}") else {}  # a kill may have torn the last one
-                if row.get("options") == self.options_hash():
+            for line in part.read_text(errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a kill may have torn it
+                    continue
+                if isinstance(row, dict) and row.get("options") == self.options_hash():
                     rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n", "p", "p_holm")))] = row
         return pd.DataFrame(list(rows.values()))
 
@@ -416,6 +461,9 @@ def aside(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        e.filename = e.filename or str(path)  # a full disk does not say which file it was
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

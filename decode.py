@@ -116,10 +116,11 @@ class Config:
     device: str = "auto"                   # cuda, mps, cpu
     dtype: str = "float32"                 # the decoders are too small for less
 
+    POSITIVE = "spectrum_segment spectrum_max bins memory batch_size epochs learning_rate min_count n_shifts"
+    SHARES = "val_share fdr"
+    SIGNED = "max_lag window"
+
     def check(self):
-        for key in ("bins", "batch_size", "epochs", "n_shifts", "min_count"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
         if self.n_folds < 2:
             raise ValueError(f"n_folds={self.n_folds}: give at least 2, since a word is tested by a model that has not seen it")
         if self.window <= 0 and not (self.config_setter or self.preprocess):

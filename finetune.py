@@ -75,10 +75,10 @@ class Config:
     wandb_log: bool = False                        # log to Weights & Biases
     wandb_project: str = "nanocortex"              # its project
 
+    POSITIVE = "batch_size k log_interval save_interval resamples"
+    SHARES = "dropout"
+
     def check(self):
-        for key in ("batch_size", "k", "log_interval", "save_interval", "resamples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
         if self.max_iters < 1 and self.epochs <= 0:
             raise ValueError(f"epochs={self.epochs} and max_iters={self.max_iters} leave nothing to do: one must be above 0")
 

@@ -59,10 +59,9 @@ class Config:
     device: str = "auto"                           # cuda, mps, cpu
     dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
 
+    POSITIVE = "swap_windows swap_trials swap_rounds norm n_layer n_head n_embd block_size batch_size"
+
     def check(self):
-        for key in ("swap_windows", "swap_trials", "swap_rounds", "n_layer", "n_head", "n_embd", "block_size", "batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
         if self.samples < 2:
             raise ValueError(f"option 'samples' must be at least 2 for a correlation, not {self.samples}")
 

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -463,19 +463,14 @@ class GPT(nn.Module):
         """Hugging Face GPT-2 weights, a name or a local folder, as our GPT with equal logits; options set other fields of GPTConfig. A folder that
         save_pretrained wrote gives the sheets and their positions back too."""
         from transformers import AutoConfig, GPT2LMHeadModel
-        try:
-            theirs = AutoConfig.from_pretrained(name)
-            if theirs.model_type != "gpt2":
-                raise ValueError(f"'{name}' is a {theirs.model_type} model: only GPT-2 weights load into our GPT")
-            theirs = GPT2LMHeadModel.from_pretrained(name)
-        except OSError as e:
-            raise FileNotFoundError(f"no language model '{name}': it is no folder or file here, and not to be had from the Hugging Face hub "
-                                    f"({str(e).splitlines()[0][:120]})") from None
-        c = theirs.config
+        c = from_hub(AutoConfig, name)
+        if c.model_type != "gpt2":
+            raise NotOurGPT(f"'{name}' is a {c.model_type} model: only GPT-2 weights load into our GPT")
+        theirs = from_hub(GPT2LMHeadModel, name)
         gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}.get(c.activation_function)
         if gelu is None or c.scale_attn_by_inverse_layer_idx or not c.scale_attn_weights or c.layer_norm_epsilon != 1e-5 \
                 or c.n_inner not in (None, 4 * c.n_embd) or not c.tie_word_embeddings:
-            raise ValueError(f"'{name}' is a GPT-2 variant whose config ({c.activation_function}, layer norm {c.layer_norm_epsilon}) our GPT has not")
+            raise NotOurGPT(f"'{name}' is a GPT-2 variant whose config ({c.activation_function}, layer norm {c.layer_norm_epsilon}) our GPT has not")
         ours = _our_file(name)
         args = {k: v for k, v in ours.get("model_args", {}).items() if k in {f.name for f in fields(GPTConfig)}}
         biased = any(v.any() for k, v in theirs.state_dict().items() if k.endswith(".bias"))  # trained on elsewhere, biases may have come
@@ -538,7 +533,38 @@ It says what its training text makes likely, true or not, and has been tested fo
 def _our_file(name):
     """nanocortex.json of a local folder, {} where there is none."""
     path = Path(name) / "nanocortex.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is torn or not ours: export the model again, or take the file away") from None
+
+
+class NotOurGPT(ValueError):
+    """A Hugging Face model that GPT.from_pretrained has no place for; scripts that only listen to a model may take it as it is."""
+
+
+@cache
+def hub_answers():
+    """Is the Hugging Face hub within reach? Asked once: transformers would try for half a minute at each file."""
+    from huggingface_hub import constants, get_session
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+        return True
+    except Exception:  # no network, no name, no certificate, offline mode
+        return False
+
+
+def from_hub(Auto, name):
+    """Auto.from_pretrained(name), Auto a class of transformers. Raises FileNotFoundError where there is no such model and the hub is out of reach,
+    ValueError for torn and foreign files, over which transformers and what it reads them with stumble in nearly any way."""
+    try:
+        return Auto.from_pretrained(name, **{} if Path(name).is_dir() or hub_answers() else {"local_files_only": True})
+    except Exception as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        if Path(name).is_dir():
+            raise ValueError(f"{name} holds nothing that transformers can read as {Auto.__name__} ({why}): give a whole folder of a model, a run folder or "
+                             "a checkpoint") from None
+        raise FileNotFoundError(f"no model '{name}': it is no folder or file here, and not to be had from the Hugging Face hub ({why})") from None
 
 
 def _is_conv1d(name):
@@ -906,10 +932,7 @@ class Tokenizer:
         if "tokenizer" in (ours := _our_file(name)):
             return cls(ours["tokenizer"])
         from transformers import AutoTokenizer
-        try:
-            vocab = AutoTokenizer.from_pretrained(name).get_vocab()
-        except (OSError, ValueError) as e:
-            raise FileNotFoundError(f"'{name}' has no tokenizer ({str(e).splitlines()[0][:120]}): put its tokenizer files beside the weights") from None
+        vocab = from_hub(AutoTokenizer, name).get_vocab()
         byte_of = {c: b for b, c in _character_of_byte().items()}
         special = {"<|endoftext|>": vocab.pop("<|endoftext|>")} if "<|endoftext|>" in vocab else {}
         if any(c not in byte_of for token in vocab for c in token):
@@ -969,10 +992,11 @@ def save_checkpoint(path, state):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # torch's writer has an error of its own for a write that fails
         Path(aside).unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({e.strerror or e}): make room, then go on with init_from=resume; the last checkpoint is untouched") \
-            from None
+        why = e if isinstance(e, OSError) else e.__context__ if isinstance(e.__context__, OSError) else None
+        raise OSError(f"{path} could not be written ({why.strerror if why else 'is the disk full?'}): make room, then go on with init_from=resume; the last "
+                      "checkpoint is untouched") from None
 
 
 def _check_plain(value, where):

@@ -61,6 +61,8 @@ class Config:
     device: str = "auto"                   # of the language model: cuda, mps, cpu; pooled vectors are probed on the CPU
     dtype: str = "float32"                 # of the pass; auto: bfloat16 where the hardware has it
 
+    POSITIVE = "batch_tokens"
+
     def check(self):
         for key, values, known in (("probe", self.probe, PROBES), ("baselines", self.baselines, BASELINES), ("split", [self.split], ["given", "cv"]),
                                    ("cache_dtype", [self.cache_dtype], ["float16", "float32"])):
@@ -556,7 +558,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, load_lm
+from model import GPT, NotOurGPT, from_hub, load_lm
 
 
 # ---- data
@@ -764,11 +766,9 @@ class LMModel:
     def _load(name):
         try:
             return load_lm(name)
-        except ValueError as e:
-            if "only GPT-2 weights" not in str(e) and "variant" not in str(e):
-                raise
-        from transformers import AutoModel, AutoTokenizer
-        return AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        except NotOurGPT:
+            from transformers import AutoModel, AutoTokenizer
+            return from_hub(AutoModel, name), from_hub(AutoTokenizer, name)
 
     def _listen(self, model):
         """Find the blocks to listen at, whether the model looks ahead, and its sizes."""
@@ -980,6 +980,12 @@ class PoolToken:
         near = layers == list(range(layers[0], layers[-1] + 1))
         layer = layers[0] if len(layers) == 1 else f"{layers[0]}-{layers[-1]}" if near else "+".join(map(str, layers))
         return layer, "all" if self.quantile == "all" else "+".join(map(str, self.quantiles()))
+
+    def site(self, n_layer):
+        """What makes it another site than another PoolToken: quantiles 1.0 and -1 are one, which counts once in Holm's correction."""
+        layers, quantiles = self.layers(n_layer), self.poolings()
+        return (tuple(layers), tuple(quantiles), self.layer_method if len(layers) > 1 else None,
+                self.quantile_method if len(quantiles) > 1 else None, self.dedupe or len(quantiles) == 1)
 
     def __call__(self, outputs):
         return self.pool(outputs)[0]
@@ -2012,9 +2018,8 @@ def experiment(config, lms=None, datasets=None, probes=None, poolers=None):
             model = LMModel(lms[m], run.device, run.dtype, bos=config.bos)
             twin, at = model.random_twin(config.seed) if "random_init" in config.baselines else None, m
             plain = [PoolToken(i, *(("all", None, q) if q in REDUCE else (q,))) for i in model.layers(config.layers) for q in quantiles]
-            for p in extra:
-                p.layers(model.n_layer)  # an unknown layer, before any work
-        probe_dataset(run, config, model, twin, copy.copy(datasets[d]), probes, plain + extra, finished)
+            sites = {p.site(model.n_layer): p for p in reversed(plain + extra)}  # each once, the first of equals; an unknown layer raises before any work
+        probe_dataset(run, config, model, twin, copy.copy(datasets[d]), probes, list(sites.values())[::-1], finished)
     table = run.merge()
     if run.master:
         plot_all(run.out, table)

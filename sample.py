@@ -27,10 +27,10 @@ class Config:
     device: str = "auto"           # cuda, mps, cpu
     dtype: str = "auto"            # bfloat16, float16, float32
 
+    POSITIVE = "num_samples max_new_tokens top_k top_p"
+    SHARES = "top_p"
+
     def check(self):
-        for key in ("num_samples", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
         if self.file and not Path(self.file).is_file():
             raise FileNotFoundError(f"no prompt file {self.file}: give file= a text file, or prompt=")
 

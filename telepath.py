@@ -134,10 +134,12 @@ class Config:
     wandb_log: bool = False                        # log to Weights & Biases
     wandb_project: str = "nanocortex"              # its project
 
+    POSITIVE = ("line_hz clamp patch width encoder_layers virtual k temperature dpo_tau batch_size log_interval save_interval eval_interval shuffles "
+                "max_new_tokens probes analysis_iters")
+    SHARES = "held_out_subjects held_out_objects held_out_trials empty match dropout dpo_smoothing dpo_quantile"
+    SIGNED = "t_start t_end"
+
     def check(self):
-        for key in ("batch_size", "patch", "k", "log_interval", "save_interval", "eval_interval", "shuffles", "probes", "max_new_tokens", "virtual", "width"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
         if self.t_end + self.widen <= self.t_start - self.widen:
             raise ValueError(f"the window t_start={self.t_start} to t_end={self.t_end} is empty")
         if unknown := set(self.augment) - set(AUGMENT):

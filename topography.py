@@ -32,7 +32,7 @@ import positions
 from configurator import Run, configure, key_seed
 from data.stimuli import read_pairs
 from data.tokens import Tokens
-from model import GPT, load_lm
+from model import GPT, NotOurGPT, from_hub, load_lm
 
 
 @dataclass
@@ -66,6 +66,9 @@ class Config:
     seed: int = 1337                       # shuffles, random units
     device: str = "auto"                   # cuda, mps, cpu
     dtype: str = "auto"                    # bfloat16, float16, float32
+
+    POSITIVE = "shuffles random_sets val_batches batch_tokens min_cluster"
+    SHARES = "fdr"
 
     def check(self):
         for contrast in self.contrasts + [self.localizer] * bool(self.localizer):
@@ -184,7 +187,7 @@ class OtherTokenizer:
 
     def __init__(self, name):
         from transformers import AutoTokenizer
-        self.core = AutoTokenizer.from_pretrained(name)
+        self.core = from_hub(AutoTokenizer, name)
         self.eot = self.core.bos_token_id if self.core.bos_token_id is not None else self.core.eos_token_id
 
     def encode(self, text):
@@ -195,11 +198,9 @@ def load_any(spec):
     """(model, tokenizer): our GPT where the spec is one or a Hugging Face GPT-2, else any Hugging Face causal LM."""
     try:
         return load_lm(spec)
-    except ValueError as e:
-        if "only GPT-2 weights" not in str(e) and "variant" not in str(e):
-            raise
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(spec), OtherTokenizer(spec)
+    except NotOurGPT:
+        from transformers import AutoModelForCausalLM
+        return from_hub(AutoModelForCausalLM, spec), OtherTokenizer(spec)
 
 
 class silenced:
@@ -257,15 +258,24 @@ def moran_of_contrast(x, a, b, unit_at_cell, rng, shuffles, fwhm=0.0, parts=20):
     (shuffles, L): units keep their responses and lose their places, before any blur."""
     observed = positions.moran(contrast_map(x, a, b, unit_at_cell, fwhm))
     parts = min(parts, len(a), len(b))
-    left = np.stack([positions.moran(contrast_map(x, np.delete(a, np.arange(i, len(a), parts)), np.delete(b, np.arange(i, len(b), parts)),
-                                                  unit_at_cell, fwhm)) for i in range(parts)])
-    half = 1.96 * np.sqrt((parts - 1) / parts * np.square(left - left.mean(0)).sum(0))
+    half = jackknife(positions.moran(contrast_map(x, *(s[without(i, len(s), parts)] for s in (a, b)), unit_at_cell, fwhm)) for i in range(parts))
     if fwhm:
         null = np.stack([positions.moran(contrast_map(x, a, b, rng.permuted(unit_at_cell, axis=1), fwhm)) for _ in range(shuffles)])
     else:  # t belongs to the unit: shuffling the map is shuffling the positions
         t = welch(x[a], x[b])[0]
         null = np.stack([positions.moran(on_sheet(t, rng.permuted(unit_at_cell, axis=1))) for _ in range(shuffles)])
     return observed, observed - half, observed + half, null
+
+
+def without(i, n, parts):
+    """Rows 0 ... n - 1 less part i of `parts`: every so many-th."""
+    return np.delete(np.arange(n), np.arange(i, n, parts))
+
+
+def jackknife(left):
+    """Half of a 95 % interval (...) from what is measured with each part of the data left out, an iterable of arrays (...)."""
+    left = np.stack(list(left))
+    return 1.96 * np.sqrt((len(left) - 1) / len(left) * np.square(left - left.mean(0)).sum(0))
 
 
 def shuffled_labels(x, a, b, unit_at_cell, rng, shuffles):
@@ -518,9 +528,10 @@ def ablate(run, config, model, tokenizer, t, pairs, batches, localizer, data):
     return found
 
 
-def geometry(run, config, label, model, layout, batch, t, localizer, data):
+def geometry(run, config, label, model, layout, batch, x, a, b, localizer, data, most=10):
     """Correlation over distance, effective dimensionality, smoothness and wiring length of every sheet, beside shuffled positions (for the
-    dimensionality, beside the number of units). Returns the mean curve (distance, r)."""
+    dimensionality, beside the number of units). Intervals: jackknife over at most so many parts of the windows, or of the stimuli.
+    Returns the mean curve (distance, r)."""
     names, side = positions.layer_names(model.config.n_layer), positions.sheet_side(model.config.n_embd)
     rng = np.random.default_rng(key_seed(config.seed, "geometry"))
     with torch.no_grad(), run.autocast():
@@ -533,21 +544,33 @@ def geometry(run, config, label, model, layout, batch, t, localizer, data):
     def curve(r, units):
         return np.bincount(steps, r[np.ix_(units, units)][i, j])[1:side] / count  # mean correlation at 1, 2, ... cells
 
+    t, windows, texts = welch(x[a], x[b])[0], min(most, len(batch)), min(most, len(a), len(b))
     maps, nulls = on_sheet(t, layout), [on_sheet(t, rng.permuted(layout, axis=1)) for _ in range(5)]
+    left = [contrast_map(x, *(s[without(i, len(s), texts)] for s in (a, b)), layout) for i in range(texts)]
     curves = []
+
+    def record(measure, value, chance, half, n, sheet, contrast, data):
+        run.result(value, chance, value - half, value + half, n, measure=measure, model=label, contrast=contrast, blur=0.0, sheet=sheet, data=data)
+
     for k, name in enumerate(names):
+        def of_text(states):
+            """(2,): mean correlation of next neighbours, and effective dimensionality, of states (windows, T, C)."""
+            r = positions.correlations(states.flatten(0, 1).float())
+            near = curve(r, layout[k])[0]  # noqa: B023 (called at once)
+            np.fill_diagonal(r, 1)
+            return np.array([near, effective_dimensionality(r)])
+
         r = positions.correlations(hidden[name].flatten(0, 1).float())
         curves.append(curve(r, layout[k]))
-        keys = dict(low=np.nan, high=np.nan, model=label, blur=0.0, sheet=name)
-        run.result(curves[-1][0], curve(r, rng.permutation(layout[k]))[0], n=int(count[0]), measure="correlation at distance 1", contrast="",
-                   data=config.dataset, **keys)
-        np.fill_diagonal(r, 1)
-        run.result(effective_dimensionality(r), len(r), n=batch.numel(), measure="effective dimensionality", contrast="", data=config.dataset, **keys)
-        run.result(smoothness(maps[k]), np.mean([smoothness(m[k]) for m in nulls]), n=side * side, measure="smoothness", contrast=localizer,
-                   data=data, **keys)
+        shuffled = curve(r, rng.permutation(layout[k]))[0]
+        (near, wide), half = of_text(hidden[name]), jackknife(of_text(hidden[name][without(i, len(batch), windows)]) for i in range(windows))
+        record("correlation at distance 1", near, shuffled, half[0], int(count[0]), name, "", config.dataset)
+        record("effective dimensionality", wide, len(r), half[1], batch.numel(), name, "", config.dataset)
+        record("smoothness", smoothness(maps[k]), np.mean([smoothness(m[k]) for m in nulls]), jackknife(smoothness(m[k]) for m in left), side * side, name,
+               localizer, data)
         if k + 1 < len(names):
-            run.result(wiring_length(maps[k], maps[k + 1]), np.mean([wiring_length(m[k], m[k + 1]) for m in nulls]), n=side * side,
-                       measure="wiring length", contrast=localizer, data=data, **{**keys, "sheet": f"{name} to {names[k + 1]}"})
+            record("wiring length", wiring_length(maps[k], maps[k + 1]), np.mean([wiring_length(m[k], m[k + 1]) for m in nulls]),
+                   jackknife(wiring_length(m[k], m[k + 1]) for m in left), side * side, f"{name} to {names[k + 1]}", localizer, data)
     return np.arange(1, side), np.mean(curves, 0)
 
 
@@ -633,7 +656,7 @@ def main(config):
     ablation = ablate(run, config, model, tokenizer, t, pairs, batches, localizer, (pairs_data, config.dataset)) \
         if pairs and mask.any() else []
     a, b = (np.flatnonzero(np.isin(condition, side)) for side in contrasts[localizer])
-    curves = {label: geometry(run, config, label, net, layout[label], batches[0][:, :-1], welch(x[label][a], x[label][b])[0], localizer, data)
+    curves = {label: geometry(run, config, label, net, layout[label], batches[0][:, :-1], x[label], a, b, localizer, data)
               for label, (net, _) in models.items()}
     title = config.lm + (f" and its twin {config.twin}" if config.twin else "") + f"; {data}"
     plot_summary(run.out / "summary.png", title, rows, curves, profile, ablation)

@@ -98,10 +98,13 @@ class Config:
     wandb_log: bool = False                        # log to Weights & Biases; WANDB_MODE=offline logs to out_dir/wandb without network
     wandb_project: str = "nanocortex"              # its project
 
+    POSITIVE = "batch_size block_size n_layer n_head n_embd norm factor eval_interval log_interval save_interval"
+    SHARES = "dropout momentum min_lr"
+
     def check(self):
-        for key in ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "eval_interval", "log_interval", "save_interval"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"option '{key}' must be at least 0 and below 1, not {getattr(self, key)}")
 
 
 # ---- data
@@ -317,7 +320,7 @@ def evaluate(model, run, tokens, starts, config):
     table = run.reduce(table.to(run.device) if run.device.type != "mps" else table).cpu()
     model.train()
     task, spatial = table.mean(0).tolist()
-    half = 1.96 * table[:, 0].std().item() / math.sqrt(len(table)) if len(table) > 1 else float("nan")
+    half = 1.96 * table[:, 0].std().item() / math.sqrt(len(table)) if len(table) > 1 else math.inf  # one says nothing about the others
     sheets = 2 * model.config.n_layer
     return dict(task=task, spatial=spatial / sheets, total=task + config.alpha * spatial, low=task - half, high=task + half)
 

@@ -99,6 +99,9 @@ class Config:
     device: str = "auto"                   # cuda, mps, cpu
     dtype: str = "float32"                 # a small d moves each weight by little: half precision would round it away
 
+    POSITIVE = "image_size planted_units planted_components head_lr common_share reach"
+    SHARES = "reliable val_share test_share planted_ceiling"
+
     def check(self):
         for key in ("seeds", "steps", "eval_interval", "batch_size", "draws", "head_every", "repeats"):
             if getattr(self, key) < 1:

@@ -51,6 +51,27 @@ def test_bad_options_are_one_sentence(arg, words):
     assert "\n" not in str(e.value) and all(word in str(e.value) for word in words)
 
 
+def test_numbers_have_a_range():
+    @dataclass
+    class Numbers:
+        epochs: int = 3
+        rate: float = 0.1
+        share: float = 0.5
+        start: float = 0.0
+        lag: float = -1.0
+        norm: float = float("inf")
+        kinds: list[float] = field(default_factory=list)
+        POSITIVE = "epochs rate"
+        SHARES = "share"
+        SIGNED = "start"
+
+    configure(Numbers, ["epochs=1", "share=1", "start=-3", "lag=-4", "norm=inf"])
+    for arg, words in (("epochs=0", "at least 1, not 0"), ("rate=0", "above 0"), ("share=1.1", "between 0 and 1"), ("norm=-1", "at least 0, not -1.0"),
+                       ("rate=inf", "finite"), ("rate=nan", "must be float"), ("kinds=1,nan", "'kinds' must be")):
+        with pytest.raises(ValueError, match=words):
+            configure(Numbers, [arg])
+
+
 def test_bad_yaml(tmp_path):
     for text, words in (("seed: [1", "not a YAML file"), ("- 1\n", "key: value"), ("seed: high\n", "must be int"),
                         ("!!python/object/apply:os.getcwd []", "YAML")):
@@ -84,13 +105,18 @@ def test_results_stand_beside_their_chance(tmp_path):
     run = open_run()
     with pytest.raises(TypeError):
         run.result(0.5)
+    for missing in ((0.7, np.nan, 0.6, 0.8, 100), (0.7, 0.5, np.nan, np.nan, 100), (0.7, 0.5, 0.8, 0.6, 100), (0.7, 0.5, 0.6, 0.8, 0)):
+        with pytest.raises(ValueError, match="stands without"):
+            run.result(*missing, lag=0)
     run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
-    run.result(0.6, 0.5, np.float64(0.5), float("nan"), np.int64(100), note="no interval", lag=200)  # keys in any order, and new ones
+    with open(tmp_path / "results.part-0.jsonl", "a") as f:
+        f.write('{"lag": 100, "sco')  # torn by a kill
+    run.result(0.6, 0.5, np.float64(0.5), float("inf"), np.int64(100), note="no upper end", lag=200)  # keys in any order, and new ones
     assert list(run.merge().lag) == [0, 200]
     run.close()
     again = open_run()
     assert list(again.rows().lag) == [0, 200]  # skipped by a sweep that starts again
-    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="no interval")
+    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="no upper end")
     assert list(again.merge().score) == [0.7, 0.8]  # the last one counts
     again.close()
     other = open_run(learning_rate=0.1)

@@ -1,6 +1,9 @@
 """The model against naive oracles: Hugging Face logits, full cross-entropy, uncached generation; checkpoints that are refused."""
 import math
 import pickle
+import socket
+import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from torch.nn import functional as F
 
 import model as M
 import positions
+import probe
+import topography
 from data.tokens import state_of
 from model import GPT, GPTConfig, Tokenizer, cross_entropy, load_checkpoint, load_lm, lm_state, save_checkpoint
 
@@ -52,8 +57,44 @@ def test_pretrained_that_we_cannot_be(tmp_path):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10, activation_function="relu")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="variant"):
         GPT.from_pretrained(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no language model"):
+    with pytest.raises(FileNotFoundError, match="no model"):
         GPT.from_pretrained(str(tmp_path / "none"))
+
+
+def test_pretrained_without_network_or_weights(tmp_path, monkeypatch):
+    """A sentence, at once, where transformers would go on trying, or fail in the depths."""
+    transformers = pytest.importorskip("transformers")
+    def nowhere(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(socket.socket, "connect", nowhere)
+    M.hub_answers.cache_clear()
+    start = time.time()
+    for load in (M.load_lm, partial(M.from_hub, transformers.AutoModel), topography.load_any, probe.LMModel):
+        with pytest.raises(FileNotFoundError, match="no model 'gpt2-nowhere'.*not to be had from the Hugging Face hub"):
+            load("gpt2-nowhere")
+    assert time.time() - start < 10
+    for config in (dict(n_layer=1, n_head=1, n_embd=8, vocab_size=9), None):
+        if config:
+            transformers.GPT2Config(**config, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+        else:
+            transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+        for damage in ({}, {"model.safetensors": b"torn"}, {"pytorch_M.bin": b"torn"}):
+            for name, content in damage.items():
+                (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match="holds nothing that transformers can read"):
+                topography.load_any(str(tmp_path))
+            for name in damage:
+                (tmp_path / name).unlink()
+    for config in ("{", "{}", "[]"):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(ValueError, match="holds nothing that transformers can read"):
+            M.load_lm(str(tmp_path))
+    small().save_pretrained(tmp_path)
+    (tmp_path / "nanocortex.json").write_text('{"model_args": ')
+    with pytest.raises(ValueError, match="nanocortex.json is torn"):
+        M.load_lm(str(tmp_path))
+    M.hub_answers.cache_clear()
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])

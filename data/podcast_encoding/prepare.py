@@ -35,6 +35,8 @@ class Config:
     out_dir: str = ""                # "": this folder
     overwrite: bool = False          # make it again although it is there
 
+    SIGNED = "lag"
+
     def check(self):
         if self.width <= 0 or self.block <= 0 or self.context < 0:
             raise ValueError(f"width={self.width}, block={self.block} (s) must be above 0 and context={self.context} (words) not below")

@@ -59,6 +59,8 @@ class Config:
     out_dir: str = ""                # "": this folder; the raw files go into raw/ in it
     overwrite: bool = False          # make it again although it is there
 
+    SIGNED = "lag_ms volume_lag_ms"
+
     def check(self):
         if not 10 <= self.vocabulary <= len(WORDS):
             raise ValueError(f"vocabulary={self.vocabulary}: give 10 to {len(WORDS)} word types")
