@@ -8,10 +8,12 @@ go on, on any number of ranks. An error that a file of this repository raises on
 """
 import dataclasses, datetime, difflib, errno, fcntl, hashlib, inspect, io, json, linecache, math, os, platform, re, signal, subprocess, sys, time, tokenize
 import types, typing
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
+
+from data import aside, read_yaml, write_aside  # noqa: F401 (aside is for the scripts)
 
 HERE = Path(__file__).resolve().parent
 PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval", "wandb_log", "wandb_project"}  # not in a row's hash
@@ -33,7 +35,7 @@ def configure(Config, argv=None):
         if path is None:
             raise FileNotFoundError(f"no config file '{arg}' here or in {HERE / 'config'}: give a .yaml file or key=value (see --help)")
         try:
-            options = yaml.safe_load(path.read_text()) or {}
+            options = read_yaml(path.read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise ValueError(f"{path} is not a YAML file: {' '.join(str(e).split())}") from None
         if not isinstance(options, dict):
@@ -48,12 +50,13 @@ def configure(Config, argv=None):
 
 
 def check(config):
-    """What no type can say: the Config's own check(), where it has one, and the range of every number. That is 0 or more, unless the Config names it
-    in POSITIVE (above 0), SHARES (0 to 1) or SIGNED (any; so is one whose default is negative). Raises ValueError with one sentence."""
-    getattr(config, "check", lambda: None)()
+    """What no type can say: the range of every number, and the Config's own check(), where it has one. A number is 0 or more, unless the Config names it
+    in POSITIVE (above 0; a list: not empty), SHARES (0 to 1) or SIGNED (any; so is one whose default is negative). Raises ValueError with one sentence."""
     positive, shares, signed = (getattr(config, kind, "").split() for kind in ("POSITIVE", "SHARES", "SIGNED"))
     for field in dataclasses.fields(config):
         key, value = field.name, getattr(config, field.name)
+        if key in positive and value == []:
+            raise ValueError(f"option '{key}' must name at least one")
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
         usual = field.default if isinstance(field.default, (int, float)) else 0
@@ -62,6 +65,7 @@ def check(config):
             "at least 0" if value < 0 <= usual and key not in signed else ""
         if wrong:
             raise ValueError(f"option '{key}' must be {wrong}, not {value}")
+    getattr(config, "check", lambda: None)()
 
 
 def _set(target, key, value, source):
@@ -72,7 +76,7 @@ def _set(target, key, value, source):
             raise ValueError(f"{source}: option '{key}' reaches into '{head}', which is no group of options")
         head, _, rest = rest.partition(".")
     if isinstance(owner, dict):
-        owner[head] = yaml.safe_load(value) if isinstance(value, str) else value
+        owner[head] = read_yaml(value) if isinstance(value, str) else value
         return
     kinds = typing.get_type_hints(type(owner))
     if head not in kinds:
@@ -110,7 +114,7 @@ def _parse(value, kind):
             raise TypeError(value)
         return "" if value is None else str(value)
     if isinstance(value, str):
-        value = yaml.safe_load(f"[{value}]" if origin in (list, tuple) and not value.startswith("[") else value)
+        value = read_yaml(f"[{value}]" if origin in (list, tuple) and not value.startswith("[") else value)
     if origin in (list, tuple):
         return origin(_parse(v, args[0]) if args else v for v in (value if isinstance(value, list) else [value]))
     if origin is bool:
@@ -449,26 +453,3 @@ class Run:
         if self.stopped:
             raise SystemExit(128 + self.stopped)
 
-
-@contextmanager
-def aside(path):
-    """Open a temporary file beside `path` for writing bytes; flushed, synced and renamed to `path` when the block ends well."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        e.filename = e.filename or str(path)  # a full disk does not say which file it was
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_aside(path, text):
-    """Write a text file so that a reader sees the old one or the new one, never a half."""
-    with aside(path) as f:
-        f.write(text.encode())

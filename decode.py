@@ -116,7 +116,7 @@ class Config:
     device: str = "auto"                   # cuda, mps, cpu
     dtype: str = "float32"                 # the decoders are too small for less
 
-    POSITIVE = "spectrum_segment spectrum_max bins memory batch_size epochs learning_rate min_count n_shifts"
+    POSITIVE = "spectrum_segment spectrum_max bins memory batch_size epochs learning_rate min_count n_shifts alphas"
     SHARES = "val_share fdr"
     SIGNED = "max_lag window"
 

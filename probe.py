@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from configurator import Run, aside, configure, key_seed, write_aside
+from configurator import Run, aside, check, configure, key_seed, write_aside
 from data.stimuli import read_meta, read_task
 
 
@@ -2038,7 +2038,7 @@ def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), n_fold
     config = Config(lm=names, dataset=[getattr(d, "name", None) or (d.get("name", "dict") if isinstance(d, dict) else str(d)) for d in dataset_paths],
                     probe=[name_of(c) for c in classifiers], n_folds=n_folds, device=device, out_dir=str(logs_folder),
                     poolers=[{k: v for k, v in vars(p).items() if k != "cacheable"} for p in poolers], **options)
-    replace(config, probe=[c for c in classifiers if isinstance(c, str)]).check()
+    check(replace(config, probe=[c for c in classifiers if isinstance(c, str)]))
     return experiment(config, list(model_names), list(dataset_paths), list(classifiers))
 
 

@@ -99,7 +99,7 @@ class Config:
     device: str = "auto"                   # cuda, mps, cpu
     dtype: str = "float32"                 # a small d moves each weight by little: half precision would round it away
 
-    POSITIVE = "image_size planted_units planted_components head_lr common_share reach"
+    POSITIVE = "image_size planted_units planted_components planted_ceiling models layers alphas head_lr learning_rates common_share reach"
     SHARES = "reliable val_share test_share planted_ceiling"
 
     def check(self):

@@ -12,13 +12,13 @@ round(sfreq * onset) - first_sample, which may lie outside the signal (MNE's fir
 
 `write_recording` (arrays) and `write_raw` (an MNE Raw) write one recording, `write_set` completes the dataset, `read_set` and `Recording` read.
 """
-import hashlib, os
-from contextlib import contextmanager
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
+
+from data import aside, load_meta, remedy, write_aside, write_yaml
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
@@ -38,7 +38,7 @@ def write_recording(folder, signal, channels, events, *, sfreq, unit, subject, s
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
     samples, digest = 0, hashlib.sha256()
-    with _aside(folder / "signal.f32") as file:
+    with aside(folder / "signal.f32") as file:
         for block in [signal] if hasattr(signal, "ndim") else signal:
             block = np.ascontiguousarray(block, dtype="<f4")  # (t, C)
             if block.ndim != 2 or block.shape[1] != len(channels):
@@ -47,12 +47,10 @@ def write_recording(folder, signal, channels, events, *, sfreq, unit, subject, s
             digest.update(memoryview(block).cast("B"))
             samples += len(block)
     for name, table in (("channels.csv", channels), ("events.csv", events)):
-        with _aside(folder / name) as file:
-            file.write(table.to_csv(index=False).encode())
+        write_aside(folder / name, table.to_csv(index=False))
     meta = {"format": FORMAT, "samples": samples, "sfreq": float(sfreq), "unit": unit, "subject": str(subject), "first_sample": int(first_sample),
             "source": source, "synthetic": bool(synthetic), "sha256": digest.hexdigest(), **meta}
-    with _aside(folder / "meta.yaml") as file:
-        file.write(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode())
+    write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
@@ -77,23 +75,8 @@ def write_set(folder, recordings, *, synthetic, **meta):
     if not recordings:
         raise ValueError(f"{folder}: a dataset needs at least one recording")
     meta = {"format": SET_FORMAT, "recordings": list(recordings), "synthetic": bool(synthetic), **meta}
-    with _aside(Path(folder) / "meta.yaml") as file:
-        file.write(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode())
+    write_yaml(Path(folder) / "meta.yaml", meta)
     return meta
-
-
-@contextmanager
-def _aside(path):
-    """A binary file beside `path` that gets its name when all went well."""
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---- reading
@@ -117,10 +100,10 @@ class Recording:
         self.good = (self.channels["status"] == "good").to_numpy()
         file, shape = self.path / "signal.f32", (int(self.meta["samples"]), len(self.names))
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing{_remedy(path)}")
+            raise FileNotFoundError(f"{file} is missing{remedy(path)}")
         if file.stat().st_size != 4 * shape[0] * shape[1] or 0 in shape:
             raise ValueError(f"{file} is {file.stat().st_size:,} bytes long where {shape[0]:,} samples of {shape[1]} channels take "
-                             f"{4 * shape[0] * shape[1]:,}{_remedy(path)}")
+                             f"{4 * shape[0] * shape[1]:,}{remedy(path)}")
         self.signal = np.memmap(file, "<f4", mode="r", shape=shape)
 
     def rows(self, onset):
@@ -130,12 +113,12 @@ class Recording:
 
 def read_meta(folder):
     """meta.yaml of one recording as a dict. Raises FileNotFoundError when it is not there, ValueError when it is not one of ours."""
-    return _yaml(Path(folder), FORMAT, ("samples", "sfreq", "unit", "subject", "first_sample", "synthetic"))
+    return load_meta(folder, "recording", FORMAT, ("samples", "sfreq", "unit", "subject", "first_sample", "synthetic"))
 
 
 def read_set(folder):
     """meta.yaml of a dataset as a dict, 'recordings' the names of its parts: Recording(folder / name) opens one."""
-    return _yaml(Path(folder), SET_FORMAT, ("recordings", "synthetic"))
+    return load_meta(folder, "recordings", SET_FORMAT, ("recordings", "synthetic"))
 
 
 def complete(folder):
@@ -148,31 +131,13 @@ def complete(folder):
     return True
 
 
-def _yaml(folder, format, keys):
-    path = folder / "meta.yaml"
-    if not path.is_file():
-        what = "does not exist" if not folder.is_dir() else "holds no finished recording (no meta.yaml)"
-        raise FileNotFoundError(f"{folder} {what}{_remedy(folder)}")
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not YAML{_remedy(folder)}") from None
-    meta = meta if isinstance(meta, dict) else {}
-    if meta.get("format") != format:
-        raise ValueError(f"{path} has the format {meta.get('format')!r} where {format!r} is read{_remedy(folder)}")
-    for key in keys:
-        if meta.get(key) is None:
-            raise ValueError(f"{path} lacks the key '{key}'{_remedy(folder)}")
-    return meta
-
-
 def _table(path):
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{_remedy(path.parent)}")
+        raise FileNotFoundError(f"{path} is missing{remedy(path.parent)}")
     try:  # a word may be spelled 'null' or 'NA': only an empty cell is missing
         return pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})
     except (ValueError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a CSV table ({' '.join(str(e).split())}){_remedy(path.parent)}") from None
+        raise ValueError(f"{path} is not a CSV table ({' '.join(str(e).split())}){remedy(path.parent)}") from None
 
 
 def _checked_channels(table, path):
@@ -210,10 +175,3 @@ def _checked_events(table, path):
         table["duration"] = 0.0
     return table[["onset", "duration"] + [c for c in table if c not in ("onset", "duration")]]
 
-
-def _remedy(folder):
-    """How to make the dataset, for the end of a sentence: `python data/NAME/prepare.py` where there is such a script."""
-    for place in (Path(folder), Path(folder).parent, Path(folder).parent.parent):
-        if (place / "prepare.py").is_file():
-            return f"; make it with: python {place / 'prepare.py'}"
-    return ""

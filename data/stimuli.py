@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
+
+from data import load_meta, remedy, write_aside, write_yaml
 
 FORMAT, ENCODING_FORMAT = "stimuli-1", "encoding-1"
 COLUMNS = ["split", "label", "text", "group"]
@@ -69,9 +70,9 @@ def write_tasks(folder, tasks, pairs=None, **meta):
     for stale in set((folder / "pairs").glob("*.jsonl")) - set(files):  # of an older version: a reader of the folder would take them along
         stale.unlink()
     meta = {"format": FORMAT, "tasks": entries, "pairs": pair_entries} | meta
-    files[folder / "meta.yaml"] = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode()
     for path, content in files.items():
-        _write_aside(path, content)
+        write_aside(path, content)
+    write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
@@ -98,10 +99,10 @@ def write_encoding(folder, stimuli, responses, presentations=None, units=None, *
     del out
     os.replace(tmp, folder / "responses.npy")
     for name, table in (("stimuli", stimuli), ("presentations", presentations), ("units", units)):
-        _write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
+        write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
     meta = {"format": ENCODING_FORMAT, "kind": kind, "modality": modality, "species": species, "source": source, "synthetic": bool(synthetic),
             "sizes": {"stimuli": len(stimuli), "presentations": len(presentations), "units": len(units)}, "sha256": _sha256(folder / "responses.npy"), **meta}
-    _write_aside(folder / "meta.yaml", yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode())
+    write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
@@ -110,39 +111,15 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_aside(path, content):
-    """Write path.tmp, flush it to the disk, and only then give it its name."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 # ---- reading
 
 def read_meta(folder):
     """meta.yaml of a dataset as a dict. Raises FileNotFoundError when there is no (finished) dataset, ValueError when it is not one of ours."""
-    folder = Path(folder)
-    path = folder / "meta.yaml"
-    if not path.is_file():
-        what = "does not exist" if not folder.is_dir() else "holds no finished stimuli (no meta.yaml)"
-        raise FileNotFoundError(f"{folder} {what}{_remedy(folder)}")
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not YAML{_remedy(folder)}") from None
-    meta = meta if isinstance(meta, dict) else {}
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {meta.get('format')!r}, and this version reads {FORMAT!r}{_remedy(folder)}")
+    path, meta = Path(folder) / "meta.yaml", load_meta(folder, "stimuli", FORMAT)
     for name, entry in (meta.setdefault("tasks", {}) | meta.setdefault("pairs", {})).items():
         wanted = ["file"] if name in meta["pairs"] else ["file", "kind", "sizes", "chance"]
         if lacks := [key for key in wanted if not isinstance(entry, dict) or key not in entry]:
-            raise ValueError(f"{path}: '{name}' lacks the key '{lacks[0]}'{_remedy(folder)}")
+            raise ValueError(f"{path}: '{name}' lacks the key '{lacks[0]}'{remedy(folder)}")
     return meta
 
 
@@ -174,11 +151,11 @@ def read_pairs(path):
         else:
             files = sorted(path.glob("*.jsonl"))
         if not files:
-            raise FileNotFoundError(f"{path} holds no minimal pairs (*.jsonl){_remedy(path)}")
+            raise FileNotFoundError(f"{path} holds no minimal pairs (*.jsonl){remedy(path)}")
     elif path.suffix == ".jsonl":
         files = [path]
     else:
-        raise FileNotFoundError(f"{path} does not exist{_remedy(path)}")
+        raise FileNotFoundError(f"{path} does not exist{remedy(path)}")
     pairs = {}
     for file in files:
         for pair in _parse_pairs(_text(file), file):
@@ -202,32 +179,18 @@ class Encoding:
         try:
             self.responses = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing{_remedy(folder)}") from None
+            raise FileNotFoundError(f"{path} is missing{remedy(folder)}") from None
         except (ValueError, EOFError, OSError) as e:
-            raise ValueError(f"{path} is not an array of NumPy's ({' '.join(str(e).split())[:80]}){_remedy(folder)}") from None
+            raise ValueError(f"{path} is not an array of NumPy's ({' '.join(str(e).split())[:80]}){remedy(folder)}") from None
         _check_responses(self.responses, len(self.presentations), len(self.units), path)
         for name, file in enumerate(self.stimuli["file"] if self.kind == "image" else []):
             if not (self.path / file).is_file():
-                raise FileNotFoundError(f"{self.path / file}, the image of stimulus {name}, is missing{_remedy(folder)}")
+                raise FileNotFoundError(f"{self.path / file}, the image of stimulus {name}, is missing{remedy(folder)}")
 
 
 def read_encoding_meta(folder):
     """meta.yaml of a dataset of stimuli with responses, as a dict; raises as `read_meta` does."""
-    path = Path(folder) / "meta.yaml"
-    if not path.is_file():
-        what = "does not exist" if not path.parent.is_dir() else "holds no finished dataset (no meta.yaml)"
-        raise FileNotFoundError(f"{folder} {what}{_remedy(folder)}")
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not YAML{_remedy(folder)}") from None
-    meta = meta if isinstance(meta, dict) else {}
-    if meta.get("format") != ENCODING_FORMAT:
-        raise ValueError(f"{path} has the format {meta.get('format')!r} where stimuli with responses ({ENCODING_FORMAT!r}) are read{_remedy(folder)}")
-    for key in ("kind", "modality", "species", "source", "synthetic"):
-        if meta.get(key) is None:
-            raise ValueError(f"{path} lacks the key '{key}'{_remedy(folder)}")
-    return meta
+    return load_meta(folder, "stimuli with responses", ENCODING_FORMAT, ("kind", "modality", "species", "source", "synthetic"))
 
 
 def complete_encoding(folder):
@@ -310,7 +273,7 @@ def _frame(path):
     try:
         return pd.read_csv(io.StringIO(_text(path)), dtype=str, keep_default_na=False)
     except pd.errors.ParserError as e:
-        raise ValueError(f"{path}: not CSV ({' '.join(str(e).split())}){_remedy(path.parent)}") from None
+        raise ValueError(f"{path}: not CSV ({' '.join(str(e).split())}){remedy(path.parent)}") from None
 
 
 def _checked_stimuli(table, folder):
@@ -367,7 +330,7 @@ def _checked_units(table, folder):
 def _check_responses(responses, rows, columns, path):
     if responses.ndim != 2 or responses.shape != (rows, columns) or responses.dtype.kind != "f" or not rows or not columns:
         raise ValueError(f"{path} is {responses.dtype} of shape {responses.shape} where numbers with a point, ({rows} presentations, {columns} units), "
-                         f"were expected{_remedy(path.parent)}")
+                         f"were expected{remedy(path.parent)}")
     for a in range(0, rows, 4096):
         finite = np.isfinite(responses[a:a + 4096])
         if not finite.all():
@@ -398,16 +361,9 @@ def _parse_pairs(text, path):
 def _text(path):
     """Text of a file of a dataset."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{_remedy(path.parent)}")
+        raise FileNotFoundError(f"{path} is missing{remedy(path.parent)}")
     try:
         return path.read_bytes().decode("utf-8-sig")  # spreadsheets like to put a byte order mark in front
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
 
-
-def _remedy(folder):
-    """How to make the dataset, for the end of a sentence: `python data/NAME/prepare.py` where there is such a script."""
-    for place in (Path(folder), Path(folder).parent):
-        if (place / "prepare.py").is_file():
-            return f"; make it with: python {place / 'prepare.py'}"
-    return ""

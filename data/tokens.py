@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-import yaml
+
+from data import aside, load_meta, remedy, write_aside, write_yaml
 
 FORMAT = "tokens-1"
 ENDOFTEXT = "<|endoftext|>"
@@ -107,7 +108,7 @@ def tokenizer_state(folder):
         return _foreign_tokenizer(Path(folder))
     path = Path(folder) / meta["tokenizer"]["file"]
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{_remedy(folder)}")
+        raise FileNotFoundError(f"{path} is missing{remedy(folder)}")
     return {key: meta["tokenizer"][key] for key in ("name", "pattern", "special_tokens")} | {"ranks": path.read_text(encoding="ascii")}
 
 
@@ -125,7 +126,7 @@ def write_dataset(folder, splits, tokenizer, **meta):
     written = {}
     for split, arrays in splits.items():
         path, tokens, digest = folder / f"{split}.bin", 0, hashlib.sha256()
-        with _aside(path) as file:
+        with aside(path) as file:
             for ids in arrays:
                 ids = np.asarray(ids)
                 if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
@@ -143,38 +144,16 @@ def write_dataset(folder, splits, tokenizer, **meta):
 def write_meta(folder, splits, tokenizer, **meta):
     """Complete a dataset whose token files are there: tokenizer.tiktoken, then meta.yaml, which it returns. splits: as meta.yaml has them."""
     folder, vocab_size = Path(folder), encoding(tokenizer).n_vocab
-    with _aside(folder / "tokenizer.tiktoken") as file:
-        file.write(tokenizer["ranks"].encode("ascii"))
+    write_aside(folder / "tokenizer.tiktoken", tokenizer["ranks"])
     meta = {"format": FORMAT, "vocab_size": vocab_size, "dtype": _dtype(vocab_size),
             "tokenizer": {key: tokenizer[key] for key in ("name", "pattern", "special_tokens")} | {"file": "tokenizer.tiktoken"},
             "splits": splits} | meta
-    with _aside(folder / "meta.yaml") as file:
-        file.write(yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=1000).encode())
+    write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
 def _dtype(vocab_size):
     return "uint16" if vocab_size <= 65536 else "uint32"
-
-
-class _aside:
-    """`with _aside(path) as file`: writes path.tmp, and only when all went well flushes it to disk and gives it its name."""
-    def __init__(self, path):
-        self.path, self.tmp = path, path.with_name(path.name + ".tmp")
-
-    def __enter__(self):
-        self.file = open(self.tmp, "wb")
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.replace(self.tmp, self.path)
-        else:
-            self.tmp.unlink(missing_ok=True)
 
 
 # ---- reading
@@ -185,16 +164,7 @@ def read_meta(folder):
     path = folder / "meta.yaml"
     if not path.is_file() and (foreign := _foreign(folder)):
         return foreign
-    if not path.is_file():
-        what = "does not exist" if not folder.is_dir() else "holds no finished token dataset (no meta.yaml)"
-        raise FileNotFoundError(f"{folder} {what}{_remedy(folder)}")
-    try:
-        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not YAML{_remedy(folder)}") from None
-    meta = meta if isinstance(meta, dict) else {}
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has the format {meta.get('format')!r}, and this version reads {FORMAT!r}{_remedy(folder)}")
+    meta = load_meta(folder, "token dataset", FORMAT)
     keys = ["vocab_size", "dtype", "tokenizer.name", "tokenizer.pattern", "tokenizer.special_tokens", "tokenizer.file", "splits"]
     for split, entry in (meta.get("splits") or {}).items():
         keys += [f"splits.{split}.{key}" for key in ("shards" if isinstance(entry, dict) and "shards" in entry else "file", "tokens")]
@@ -203,7 +173,7 @@ def read_meta(folder):
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if value is None:
-            raise ValueError(f"{path} lacks the key '{key}'{_remedy(folder)}")
+            raise ValueError(f"{path} lacks the key '{key}'{remedy(folder)}")
     return meta
 
 
@@ -223,12 +193,12 @@ class Tokens:
         for shard in entry.get("shards", [entry]):
             path, offset = self.folder / shard["file"], shard.get("offset", 0)
             if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing{_remedy(folder)}")
+                raise FileNotFoundError(f"{path} is missing{remedy(folder)}")
             size, expected = path.stat().st_size, offset + shard["tokens"] * dtype.itemsize
             if size == 0:
-                raise ValueError(f"{path} is empty{_remedy(folder)}")
+                raise ValueError(f"{path} is empty{remedy(folder)}")
             if size != expected:
-                raise ValueError(f"{path} is {size:,} bytes long where meta.yaml says {expected:,}{_remedy(folder)}")
+                raise ValueError(f"{path} is {size:,} bytes long where meta.yaml says {expected:,}{remedy(folder)}")
             self.files.append(path)
             parts.append(np.memmap(path, dtype, mode="r", offset=offset))
         self.path = self.files[0] if len(parts) == 1 else self.folder
@@ -249,7 +219,7 @@ class Tokens:
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             raise ValueError(f"{self.path}: token id {ids[row, column]} at offset {starts[row] + column} is outside the vocabulary of "
-                             f"{self.vocab_size}{_remedy(self.folder, ' overwrite=True')}")
+                             f"{self.vocab_size}{remedy(self.folder, ' overwrite=True')}")
         return ids
 
 
@@ -298,19 +268,6 @@ def complete(folder):
         return False
     return True
 
-
-def _remedy(folder, option=""):
-    """How to make the dataset, for the end of a sentence: `python data/NAME/prepare.py` where there is such a script (a variant of a
-    dataset, data/NAME/VARIANT, is made by the script above it)."""
-    folder = Path(folder)
-    if (folder / "prepare.py").is_file():
-        return f"; make it with: python {folder / 'prepare.py'}{option}"
-    if (folder.parent / "prepare.py").is_file():
-        return f"; make it with: python {folder.parent / 'prepare.py'}{option} (its --help says how to get '{folder.name}')"
-    return ""
-
-
-# ---- folders that others made
 
 def _foreign(folder):
     """meta.yaml's content for a nanoGPT folder or one of shards with a header; None for any other, an unfinished one of ours say.
@@ -530,6 +487,8 @@ def write_shards(folder, sources, tokenizer, *, column="text", val_fraction=0.00
             (work / "plan").write_text(plan)
         elif not (work / "plan").is_file() or (work / "plan").read_text() != plan:
             raise ValueError(f"{folder} was begun from other files or with other options: give those to go on, or overwrite=True to start again")
+        for torn in folder.glob("*.tmp-*"):  # what a kill left
+            torn.unlink()
         enc, total = encoding(tokenizer), sum(source["bytes"] for source in sources)
         itemsize = np.dtype(_dtype(enc.n_vocab)).itemsize
         tokens = tokens or _expect(sources, enc, column, fetch)
@@ -649,7 +608,7 @@ def _tokenise(folder, name, piece, column, val_fraction, tail):
                         continue
                     if split not in files:
                         shard = {"file": f"{split}_{name}.bin", "tokens": 0}
-                        files[split] = (shard, stack.enter_context(_aside(folder / shard["file"])), hashlib.sha256())
+                        files[split] = (shard, stack.enter_context(aside(folder / shard["file"])), hashlib.sha256())
                     shard, file, digest = files[split]
                     ids = np.array(encode(_encoder, part) + ([] if eot is None else [eot]), dtype)
                     shard["tokens"] += len(ids)
@@ -663,8 +622,7 @@ def _tokenise(folder, name, piece, column, val_fraction, tail):
 
 
 def _write_json(path, value):
-    with _aside(path) as file:
-        file.write(json.dumps(value).encode())
+    write_aside(path, json.dumps(value))
 
 
 class Hub:

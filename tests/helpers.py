@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import tiktoken
 
+import configurator
 from data import recording
 from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
@@ -76,14 +78,15 @@ def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words
     return folder
 
 
-def start(script, *options, ranks=1, patch="", env=None):
-    """Start a script in a process of its own, under torchrun where ranks > 1; `patch` is Python run before it, in its process."""
+def start(script, *options, ranks=1, restarts=0, patch="", env=None):
+    """Start a script in a process of its own, under torchrun where ranks > 1; `patch` is Python run before it, in its processes."""
     command = [str(ROOT / f"{script}.py")]
     if patch:
         command = ["-c", f"import runpy, sys; sys.argv[0] = {command[0]!r}; sys.path.insert(0, {str(ROOT)!r})\n{patch}\n"
                          f"runpy.run_path({command[0]!r}, run_name='__main__')"]
-    elif ranks > 1:
-        command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={20000 + os.getpid() % 20000}", *command]
+    if ranks > 1:
+        command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1",
+                   f"--master_port={20000 + os.getpid() % 20000}", *(["--no-python", sys.executable] if patch else []), *command]
     return subprocess.Popen([sys.executable, *command, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
 
@@ -94,6 +97,25 @@ def run(script, *options, status=0, **kwargs):
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def sentence_of(error, capsys):
+    """What the user gets of an exception raised in this process, which must be one sentence and exit status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        configurator._one_sentence(type(error), error, error.__traceback__)
+    said = capsys.readouterr().err
+    assert status.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    return said
+
+
+def ends_in_a_sentence(call, capsys, says=()):
+    """`call` must raise what the user gets as one sentence that holds all of `says`, with exit status 2."""
+    with pytest.raises(Exception) as error:  # noqa: B017 (any: what becomes of it is the test)
+        call()
+    said = sentence_of(error.value, capsys)
+    for words in says:
+        assert words in said, said
 
 
 def refused(script, *options, says, **kwargs):

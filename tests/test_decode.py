@@ -17,6 +17,7 @@ from test_model import small
 from torch.nn import functional as F
 
 import decode as D
+import configurator
 from configurator import Run, configure, key_seed
 from data.recording import Recording
 from data.tokens import state_of
@@ -36,7 +37,7 @@ FAST = dict(lags=[-300.0, 300.0], n_folds=3, n_shifts=100, pca=6, epochs=3, mode
 def sweep(podcast, out, **options):
     """A Sweep in this process, its run closed."""
     config = Config(**{**copy.deepcopy(FAST), "dataset": str(podcast), "out_dir": str(out), **options})
-    config.check()
+    configurator.check(config)
     run = Run(config)
     try:
         return D.Sweep(run, config)
@@ -54,7 +55,7 @@ def finished(podcast, out, figures=False, **options):
 
 def whole(podcast, out, **options):
     config = Config(**{**copy.deepcopy(FAST), "dataset": str(podcast), "out_dir": str(out), **options})
-    config.check()
+    configurator.check(config)
     D.main(config)
     return pd.read_csv(out / "lags.csv").set_index(["model", "metric", "lag"]).sort_index()
 

@@ -12,6 +12,7 @@ from helpers import ROOT, byte_tokenizer
 
 import finetune
 import positions
+import configurator
 from configurator import Run
 from data.stimuli import read_meta, read_task, write_tasks
 from data.tokens import state_of, write_dataset
@@ -64,7 +65,7 @@ def given(tmp_path_factory):
 def fine_tune(given, out, **options):
     """A whole run in this process; its results and predictions."""
     config = Config(**{**FAST, "lm": str(given / "lm.pt"), "dataset": str(given / "tasks"), "task": "letter", "out_dir": str(out), **options})
-    config.check()
+    configurator.check(config)
     finetune.main(config)
     return pd.read_csv(out / "results.csv"), pd.read_csv(out / "predictions.csv", dtype={"prediction": str})
 

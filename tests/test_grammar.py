@@ -338,7 +338,7 @@ def test_tasks_round_trip(tmp_path):
         assert read[column].tolist() == frame[column].astype(str).tolist()
     assert read_task(tmp_path, "r")["y"].tolist() == numbers["label"].tolist() and read_tasks(tmp_path)["r"]["chance"] == 0
     assert read_tasks(tmp_path)["t"] == meta["tasks"]["t"] and meta["tasks"]["t"]["sizes"] == {"train": 4, "test": 2} and meta["tasks"]["t"]["chance"] == 0.5
-    assert complete(tmp_path) and not list(tmp_path.rglob("*.tmp"))
+    assert complete(tmp_path) and not list(tmp_path.rglob("*.tmp*"))
     (tmp_path / "t.csv").write_text((tmp_path / "t.csv").read_text().replace("six", "sax"))
     assert not complete(tmp_path)
     write_tasks(tmp_path, task(frame), {"v": [BLIMP]})
@@ -371,7 +371,7 @@ def test_what_a_task_must_not_have(tmp_path, changes, sentence):
     (lambda d: (d / "t.csv").write_bytes(b"\xff\xfe"), ValueError, "t.csv is not UTF-8"),
     (lambda d: (d / "t.csv").unlink(), FileNotFoundError, "t.csv is missing; make it with: python .*prepare.py"),
     (lambda d: (d / "meta.yaml").unlink(), FileNotFoundError, r"holds no finished stimuli \(no meta.yaml\); make it with: python .*prepare.py"),
-    (lambda d: (d / "meta.yaml").write_text("format: tokens-1\n"), ValueError, "has the format 'tokens-1', and this version reads 'stimuli-1'; make it"),
+    (lambda d: (d / "meta.yaml").write_text("format: tokens-1\n"), ValueError, "has the format 'tokens-1' where 'stimuli-1' is read; make it"),
     (lambda d: (d / "meta.yaml").write_text("[torn"), ValueError, "meta.yaml is not YAML"),
     (lambda d: (d / "meta.yaml").write_text("format: stimuli-1\ntasks: {t: {file: t.csv}}\n"), ValueError, "'t' lacks the key 'kind'"),
 ])

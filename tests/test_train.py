@@ -11,6 +11,7 @@ from helpers import make_dataset, refused
 
 import positions
 import train
+import configurator
 from configurator import Run
 from data.tokens import Tokens
 from train import Config, Loader, lr_share, make_optimizers, ngram_losses, validation_starts
@@ -203,7 +204,7 @@ def test_bad_input_is_one_sentence(dataset, tmp_path, options, words):
         options = {"dataset": str(damaged(dataset, tmp_path, name))}
     with pytest.raises((ValueError, OSError)) as e:
         config = Config(**{**TINY, "dataset": str(dataset), "out_dir": str(tmp_path / "run"), **options})
-        config.check()
+        configurator.check(config)
         train.main(config)
     assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), e.value
 
