@@ -622,7 +622,8 @@ def build(config, trials, run):
         sheet, tokenizer = load_lm(config.lm, dropout=0.0)
         lm = GPT(replace(sheet.config, sheet=False, alpha=0.0, activation_decay=0.0))  # the sheet's loss has no part in this
         lm.load_state_dict({k: v for k, v in sheet.state_dict().items() if k != "unit_at_cell"})
-        fusion, kind = fusion_args(config), config.encoder
+        kind = config.encoder
+        fusion = dict(fusion=config.fusion, layers=config.expert_layers, text_positions=config.text_positions, attention=config.prefix_attention)
         given = dict(n_embd=lm.config.n_embd, subjects=len(trials.subjects), dropout=config.dropout)
         shape = EncoderConfig(kind=kind, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32), patch=config.patch,
                               tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, **given)
@@ -646,10 +647,6 @@ def build(config, trials, run):
         share, left = load_matching(model.encoder, weights, config.match, path)
         run.print(f"{path}: {share:.1%} of the encoder's weights are pretrained; new: {', '.join(left) or 'none'}")
     return model.to(run.device), tokenizer, state
-
-
-def fusion_args(config):
-    return dict(fusion=config.fusion, layers=config.expert_layers, text_positions=config.text_positions, attention=config.prefix_attention)
 
 
 def parameter_sets(model):
@@ -679,9 +676,7 @@ def freeze(model, config):
 
 def state_of(model, tokenizer):
     """What a checkpoint needs to build the model again."""
-    fusion = dict(fusion=model.fusion, layers=model.lm.config.n_layer - model.first if model.first else 0, text_positions=model.text_positions,
-                  attention=model.attention)
-    return dict(kind="telepath", lm_args=asdict(model.lm.config), encoder_args=asdict(model.encoder.config), fusion_args=fusion,
+    return dict(kind="telepath", lm_args=asdict(model.lm.config), encoder_args=asdict(model.encoder.config), fusion_args=model.args,
                 model=model.state_dict(), tokenizer=tokenizer.state)
 
 
@@ -1390,22 +1385,17 @@ class Bench:
                     data=self.trials.data, **keys)
 
 
-def sweep(run, config, jobs, work):
-    """Deal jobs (dicts of keys) over the workers, skip those whose rows are there, merge. work(job): its rows, written when all are there, so that a
-    job that was cut short is done again. Returns the table, None on ranks that draw nothing."""
+def sweep(run, jobs, work, draw):
+    """Deal jobs (dicts of keys) over the workers, skip those whose rows are there, merge, draw(table) → figure, close. work(job): its rows, written
+    when all are there, so that a job that was cut short is done again."""
     done = run.rows()
     for job in run.share(jobs):
         if not len(done) or not np.all([done.get(k, pd.Series(dtype=object)).eq(v) for k, v in job.items()], 0).any():
             for row in work(job):
                 run.result(**row)
     table = run.merge()
-    return table if run.master and len(table) else None
-
-
-def end(run, figure, draw):
-    """Draw, say where, and close."""
-    if draw is not None:
-        save_figure(figure, run.out / f"{run.config.analysis}.png")
+    if run.master and len(table):
+        save_figure(draw(table), run.out / f"{run.config.analysis}.png")
         run.print(f"{run.config.analysis}.png and results.csv in {run.out}")
     run.close()
 
@@ -1431,9 +1421,7 @@ def analyse_window(run, config):
                 rows.append(bench.top1("trial", occlude=samples, kind="occluded", start=a, end=round(a + step, 3)))
         return rows
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
         for k, (kind, part) in enumerate(table.groupby("kind", sort=False)):
             part = part.sort_values("end")
@@ -1447,7 +1435,9 @@ def analyse_window(run, config):
         axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set", ylim=(0, None))
         axis.legend(fontsize=8, frameon=False)
         axis.set_title(f"which EEG matters; {table.data.iloc[0]}, {config.analysis_iters} steps each (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 def analyse_frozen(run, config, samples=8, length=48):
@@ -1490,9 +1480,7 @@ def analyse_frozen(run, config, samples=8, length=48):
         bench.fit(at=at)
         return rows + [bench.top1(name, **job) for name in ("trial", "object")]
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         metrics = ["log-probability", "place among all names", "said", "drift"]
         figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
         for axis, metric in zip(axes, metrics):
@@ -1504,7 +1492,9 @@ def analyse_frozen(run, config, samples=8, length=48):
         axes[1].invert_yaxis()
         axes[0].legend(frameon=False)
         figure.suptitle(f"names that were never in training, EEG of their objects; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 def analyse_generalise(run, config):
@@ -1522,9 +1512,7 @@ def analyse_generalise(run, config):
         bench.fit(ids[bench.trials.table.word.iloc[ids].isin(order[:job["trained"]]).to_numpy()])
         return [bench.top1("trial", words=order[:least], **job), bench.top1("object", words=unseen[:least], **job)]
 
-    table = sweep(run, config, [dict(trained=n) for n in sizes], work)
-    figure = None
-    if table is not None:
+    def draw(table):
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         for k, (name, part) in enumerate(table.groupby("set", sort=False)):
             part = part.sort_values("trained")
@@ -1535,7 +1523,9 @@ def analyse_generalise(run, config):
         axis.minorticks_off()
         axis.legend(frameon=False)
         axis.set_title(f"seen and unseen objects; {table.data.iloc[0]}, {config.analysis_iters} steps each", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, [dict(trained=n) for n in sizes], work, draw)
 
 
 def sensible(config):
@@ -1564,9 +1554,7 @@ def analyse_architecture(run, config):
         size = dict(learned=learned, encoder_parameters=sum(p.numel() for p in bench.model.encoder.parameters()))
         return [bench.top1(name, **job, **size) for name in ("trial", "object")]
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         named = ["as it is" if all(row[k] == v for k, v in base.items()) else ", ".join(f"{k}={row[k]}" for k, v in base.items() if row[k] != v)
                  for row in table.to_dict("records")]
         table = table.assign(name=[f"{n} ({m / 1e6:.2f} M)" for n, m in zip(named, table.learned)])
@@ -1579,7 +1567,9 @@ def analyse_architecture(run, config):
             axis.set(xlabel=f"closed-set top-1, {name} set", xlim=(0, None))
         axes[0].legend(frameon=False, fontsize=8)
         figure.suptitle(f"one change at a time (parameters learned), {config.analysis_iters} steps; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 ANALYSES = dict(window=analyse_window, frozen=analyse_frozen, generalise=analyse_generalise, architecture=analyse_architecture)
