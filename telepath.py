@@ -281,20 +281,18 @@ class Trials:
         return self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids)
 
     def learn(self, train):
-        """Noise normalisation and channel scales from the trials `train`; subjects without such are strangers: the mean of the others', by channel name."""
-        named, rng = {}, np.random.default_rng(0)
+        """Noise normalisation and channel scales from the trials `train`; recordings with less than two of them take the mean of the others', by name."""
+        named, scale, rng = {}, {}, np.random.default_rng(0)
         for r, rec in enumerate(self.recordings):
             ids = train[self.recording[train] == r]
-            if len(ids):
+            if len(ids) > 1:
                 x = self.cut(np.sort(rng.permutation(ids)[:600]))[:, :len(rec.names)][:, rec.good]  # (n, c, T)
-                scale = np.maximum(1.4826 * np.median(np.abs(x), axis=(0, 2)), 1e-9)
-                self.scale[r] = np.median(scale)  # of absent channels, too
-                self.scale[r, np.flatnonzero(rec.good)] = scale
+                scale[r] = np.maximum(1.4826 * np.median(np.abs(x), axis=(0, 2)), 1e-9)
                 x = (x - x.mean(0)).transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(float) * 1e6  # µV; the evoked mean is no noise
                 x /= np.maximum(1, np.abs(x).max(1, keepdims=True) / (10 * np.median(np.abs(x)) * 1.4826))  # a blink must not own the covariance
                 named[r] = pd.DataFrame(sklearn.covariance.ledoit_wolf(x[::2])[0], *[np.array(rec.names)[rec.good]] * 2)
         if not named:
-            raise ValueError("there is no training trial to learn the noise from")
+            raise ValueError(f"{self.source}: no recording has two training trials to learn its noise from")
         stacked = pd.concat(named.values())
         mean = stacked.groupby(level=0, sort=False).mean()
         mean = mean[mean.index].fillna(0.0)  # of all training recordings
@@ -304,6 +302,9 @@ class Trials:
                 names = np.array(rec.names)[good]
                 cov = mean.reindex(index=names, columns=names).fillna(0.0)
                 cov = cov + np.diag(np.where(np.isin(names, mean.index), 0.0, np.diag(mean).mean()))
+                scale[r] = 1e-6 * np.sqrt(np.diag(cov))
+            self.scale[r] = np.median(scale[r])  # of absent channels, too
+            self.scale[r, good] = scale[r]
             w, v = np.linalg.eigh(cov.to_numpy())
             self.white[r][:] = 0
             root = (v / np.sqrt(np.maximum(w, 1e-2 * np.median(w)))) @ v.T if self.config.whiten else np.eye(len(good)) / np.sqrt(np.diag(cov).mean())
@@ -364,7 +365,10 @@ def split(trials, config):
             sets[name] &= seen
     found = {name: np.flatnonzero(mask) for name, mask in sets.items()}
     if empty := [name for name in ("train", "val") if not len(found[name])] or ["evaluation"] * (not any(len(found[name]) for name in SETS)):
-        raise ValueError(f"{trials.source}: the split leaves no trial in '{empty[0]}': change held_out_trials, held_out_objects or held_out_subjects")
+        one_picture = table.groupby("word").image.nunique().max() == 1
+        raise ValueError(f"{trials.source}: the split leaves no trial in '{empty[0]}': " + (
+            "every word has one picture, whose repeats stay together: tell pictures apart when preparing it (image_column= of data/bids_eeg)" if one_picture
+            else "change held_out_trials, held_out_objects or held_out_subjects"))
     manifest = dict(dataset=trials.source, held_out_words=sorted(words), held_out_subjects=sorted(subjects), purged=purged, outside=trials.outside,
                     sets={name: [f"{trials.recordings[r].path.name}:{a}" for r, a in zip(trials.recording[ids], trials.at[ids])] for name, ids in
                           found.items()})

@@ -120,6 +120,12 @@ def test_what_counts_as_seen_was_in_training(tmp_path):
         assert words["val"] | words["trial"] | words["subject"] <= words["train"] and people["val"] | people["trial"] | people["object"] <= people["train"]
 
 
+def test_words_of_one_picture_have_nothing_to_validate_on(tmp_path):
+    make_eeg(tmp_path / "eeg", changes=lambda name, given: given.update(events=given["events"].assign(image=given["events"].object)))
+    with pytest.raises(ValueError, match="every word has one picture"):
+        T.split(T.Trials(tmp_path / "eeg", T.Config(t_end=0.4)), T.Config(t_end=0.4))
+
+
 def test_trials_change_places_where_there_are_others():
     table = pd.DataFrame(dict(recording=[0] * 30 + [1] * 12 + [2] * 3, block=["a"] * 20 + list("bbbccdefgh") + list("abcdefghijkl") + list("abc")))
     assert T.strata(table).tolist() == ["0/a"] * 20 + ["0"] * 10 + ["1"] * 12 + ["all"] * 3
@@ -133,6 +139,8 @@ def test_absent_channels_have_no_scale_of_their_own(tmp_path):
     config = T.Config(dataset=str(tmp_path / "eeg"), t_end=0.4, jitter=0.0, baseline=0.0, held_out_subjects=0.0)
     trials = T.prepare(config, tmp_path / "eeg")[0]
     assert (trials.scale < 1e-4).all()  # V: they size the blinks
+    trials.learn(np.concatenate([np.flatnonzero(trials.recording == 1)[:40], np.flatnonzero(trials.recording == 2)[:1]]))
+    assert np.isfinite(trials.white).all() and (trials.scale < 1e-4).all()  # one trial shows no noise: the mean of the others'
 
 
 def test_windows_are_those_of_the_signal(given):
