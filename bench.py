@@ -695,7 +695,7 @@ def loader_wait(turns=3, steps=40):
         config = telepath.Config(dataset=str(data), lm=f"{folder}/lm.pt", out_dir=folder, augment={name: 1.0 for name in telepath.AUGMENT}, jitter=0.02,
                                  synonyms=True, device=Here.device.type)
         run = Run(config)
-        trials, sets, _ = telepath.prepare(config, run)
+        trials, sets, _ = telepath.prepare(config, data)
         model, tokenizer, _ = telepath.build(config, trials, run)
         text, space = telepath.Text(tokenizer, trials, set(), config), telepath.WordSpace(model.lm.transformer.wte.weight)
         fit = partial(telepath.fit, run, model, text, trials, sets["train"], config, space=space, alone=True)

@@ -812,6 +812,7 @@ class NeuralGPT(nn.Module):
         if encoder.config.n_embd != lm.config.n_embd:
             raise ValueError(f"the encoder's tokens are {encoder.config.n_embd} wide, the language model {lm.config.n_embd}")
         self.lm, self.encoder, self.fusion, self.text_positions, self.attention = lm, encoder, fusion, text_positions, attention
+        self.args = dict(fusion=fusion, layers=layers, text_positions=text_positions, attention=attention)  # what builds it again
         self.first = L - (layers or L)
         blocks = lm.transformer.h[self.first:]
         self.experts = nn.ModuleList(Expert(b, b is blocks[-1]) for b in blocks) if fusion == "expert" else None

@@ -15,6 +15,7 @@ Wang et al. 2023 (CogVLM); Rafailov et al. 2023 (DPO); Guggenmos et al. 2018 (mu
 al. 2022 (THINGS-EEG1, 2); nostalgebraist 2020 (logit lens); Kilgallen et al. 2025, Jo et al. 2024 (what goes wrong: repeats, missing noise baselines).
 """
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -35,6 +36,7 @@ import mne
 import numpy as np
 import pandas as pd
 import scipy.sparse
+import scipy.stats
 import sklearn.covariance
 import torch
 from torch.nn import functional as F
@@ -144,12 +146,34 @@ class Config:
             raise ValueError(f"the window t_start={self.t_start} to t_end={self.t_end} is empty")
         if unknown := set(self.augment) - set(AUGMENT):
             raise ValueError(f"augment.{sorted(unknown)[0]}: there are {', '.join(AUGMENT)}")
+        shares = ("held_out_subjects", "held_out_objects", "held_out_trials", "empty", "dropout", "dpo_smoothing", "dpo_quantile")
+        for key, share in [*((key, getattr(self, key)) for key in shares), *((f"augment.{k}", v) for k, v in self.augment.items())]:
+            if not (isinstance(share, (int, float)) and 0 <= share <= 1):
+                raise ValueError(f"option '{key}' is a share from 0 to 1, not {share!r}")
+        for key in ("jitter", "baseline", "num_workers", "eval_trials", "warmup_iters"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"option '{key}' must be at least 0, not {getattr(self, key)}")
+        for key in ("temperature", "dpo_tau"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"option '{key}' must be above 0, not {getattr(self, key)}")
+        if self.encoder == "transformer" and self.width % max(1, self.width // 32):
+            raise ValueError(f"width={self.width} is not divided by its {self.width // 32} heads: take a multiple of 32")
         if self.encoder == "pretrained" and not self.checkpoint:
             raise ValueError("encoder=pretrained wants checkpoint= the run folder or .pt of a trained encoder")
         if self.stage == "dpo" and self.init_from == "scratch":
             raise ValueError("stage=dpo goes on from a supervised run: give init_from=out/telepath")
         if self.expert_layers and self.fusion == "prefix":
             raise ValueError("expert_layers goes with fusion=expert or cross, prefix has none")
+        if self.tokens == "electrode" and self.encoder != "transformer":
+            raise ValueError("tokens=electrode goes with encoder=transformer")
+        if self.fusion == "cross" and (self.text_positions, self.prefix_attention) != ("zero", "causal"):
+            raise ValueError("text_positions and prefix_attention go with fusion=prefix or expert: cross puts nothing before the text")
+        if self.fusion == "cross" and self.train == "encoder":
+            raise ValueError("fusion=cross with train=encoder never reads EEG, its gates are shut at first: take train=encoder+expert")
+        if self.analysis != "none" and (self.stage != "sft" or self.init_from not in ("scratch", "resume")):
+            raise ValueError(f"analysis={self.analysis} trains models of its own: leave out stage= and init_from=")
+        if self.analysis not in ("none", "window") and not self.held_out_objects:
+            raise ValueError(f"analysis={self.analysis} asks about words never trained on: give held_out_objects= more than 0")
 
 
 # ---- data: trials
@@ -162,13 +186,17 @@ class Trials:
 
     def __init__(self, folder, config):
         self.config, self.meta = config, read_set(folder)
-        self.synthetic, self.source = self.meta["synthetic"], Path(folder).name
+        self.source = Path(folder).name
+        self.data = self.source + ", synthetic" * self.meta["synthetic"]
         self.recordings = [Recording(Path(folder) / name) for name in self.meta["recordings"]]
         self.sfreq = self.recordings[0].sfreq
         first, last = config.t_start - config.widen, config.t_end + config.widen
         self.offsets = np.arange(round(first * self.sfreq), round(last * self.sfreq))  # samples of the window
         self.before = np.arange(-round(config.baseline * self.sfreq), 0)
-        reach, parts, self.outside = round(config.jitter * self.sfreq), [], 0
+        if not len(self.offsets):
+            raise ValueError(f"the window {first} to {last} s has no sample at {self.sfreq:g} Hz: widen it")
+        read, spare, parts, self.outside = np.concatenate([self.before, self.offsets]), round(config.jitter * self.sfreq), [], 0
+        lowest, highest = self.reach = read.min() - spare, read.max() + spare  # samples around `at` that a trial may read
         for r, rec in enumerate(self.recordings):
             if rec.sfreq != self.sfreq:
                 raise ValueError(f"{rec.path} has {rec.sfreq} Hz, {self.recordings[0].path} {self.sfreq}: prepare all with one sfreq=")
@@ -182,7 +210,6 @@ class Trials:
             events = events[events["word"] != ""]
             if not len(events):
                 raise ValueError(f"{rec.path / 'events.csv'}: subject {rec.subject} has no events with a word; leave the recording out of meta.yaml")
-            lowest, highest = min(self.offsets[0], *self.before[:1], 0) - reach, self.offsets[-1] + reach
             if epoch := rec.meta.get("epoch_samples"):  # somebody's epochs, one after the other
                 begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
                 if lowest < begin or highest >= begin + epoch:
@@ -197,9 +224,8 @@ class Trials:
         table = pd.concat(parts, ignore_index=True)
         for column, default in (("object", table["word"]), ("synonyms", ""), ("image", [f"{r} {a}" for r, a in zip(table.recording, table["at"])])):
             table[column] = table[column].fillna("").astype(str) if column in table else default
-        if "block" not in table:  # a minute is a block
-            table["block"] = (table["at"] // round(60 * self.sfreq)).astype(int)
-        table["block"] = table["block"].astype(str)
+        named = table["block"].fillna("").astype(str) if "block" in table else pd.Series("", table.index)
+        table["block"] = named.where(named != "", "minute " + (table["at"] // round(60 * self.sfreq)).astype(str))
         self.table = table[["recording", "subject", "at", "object", "word", "synonyms", "image", "block"]]
         self.subjects, self.words = sorted(set(table["subject"])), sorted(set(table["word"]))
         self.word = table["word"].map({w: i for i, w in enumerate(self.words)}).to_numpy()
@@ -256,18 +282,18 @@ class Trials:
         return self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids)
 
     def learn(self, train):
-        """Noise normalisation and channel scales from the trials `train`; subjects without such are strangers: the mean of the others', by channel name."""
-        named, rng = {}, np.random.default_rng(0)
+        """Noise normalisation and channel scales from the trials `train`; recordings with less than two of them take the mean of the others', by name."""
+        named, scale, rng = {}, {}, np.random.default_rng(0)
         for r, rec in enumerate(self.recordings):
             ids = train[self.recording[train] == r]
-            if len(ids):
+            if len(ids) > 1:
                 x = self.cut(np.sort(rng.permutation(ids)[:600]))[:, :len(rec.names)][:, rec.good]  # (n, c, T)
-                self.scale[r, np.flatnonzero(rec.good)] = np.maximum(1.4826 * np.median(np.abs(x), axis=(0, 2)), 1e-9)
+                scale[r] = np.maximum(1.4826 * np.median(np.abs(x), axis=(0, 2)), 1e-9)
                 x = (x - x.mean(0)).transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(float) * 1e6  # µV; the evoked mean is no noise
                 x /= np.maximum(1, np.abs(x).max(1, keepdims=True) / (10 * np.median(np.abs(x)) * 1.4826))  # a blink must not own the covariance
                 named[r] = pd.DataFrame(sklearn.covariance.ledoit_wolf(x[::2])[0], *[np.array(rec.names)[rec.good]] * 2)
         if not named:
-            raise ValueError("there is no training trial to learn the noise from")
+            raise ValueError(f"{self.source}: no recording has two training trials to learn its noise from")
         stacked = pd.concat(named.values())
         mean = stacked.groupby(level=0, sort=False).mean()
         mean = mean[mean.index].fillna(0.0)  # of all training recordings
@@ -277,7 +303,9 @@ class Trials:
                 names = np.array(rec.names)[good]
                 cov = mean.reindex(index=names, columns=names).fillna(0.0)
                 cov = cov + np.diag(np.where(np.isin(names, mean.index), 0.0, np.diag(mean).mean()))
-                self.scale[r, good] = np.sqrt(np.diag(cov)) * 1e-6
+                scale[r] = 1e-6 * np.sqrt(np.diag(cov))
+            self.scale[r] = np.median(scale[r])  # of absent channels, too
+            self.scale[r, good] = scale[r]
             w, v = np.linalg.eigh(cov.to_numpy())
             self.white[r][:] = 0
             root = (v / np.sqrt(np.maximum(w, 1e-2 * np.median(w)))) @ v.T if self.config.whiten else np.eye(len(good)) / np.sqrt(np.diag(cov).mean())
@@ -291,7 +319,8 @@ def split(trials, config):
 
     Words are held out whole, with all objects of that name; people likewise. Pictures and the blocks they are shown in go to training, validation or
     evaluation together, so no repeat of a picture and no stretch of EEG is on both sides; training and validation trials whose window (baseline and
-    jitter included) overlaps one of the other side are left out, as are trials of held-out words in training blocks."""
+    jitter included) overlaps one of the other side are left out, as are trials of held-out words in training blocks, and validation and
+    evaluation trials of words or people that count as seen and have no trial in training."""
     table, rng = trials.table, np.random.default_rng(key_seed(config.split_seed, "split"))
 
     def hold(names, share, least):
@@ -320,9 +349,7 @@ def split(trials, config):
     sets = dict(train=(where == 0) & seen_word & seen_subject, val=(where == 1) & seen_word & seen_subject)
     for name, w, s in (("trial", True, True), ("object", False, True), ("subject", True, False), ("subject_object", False, False)):
         sets[name] = (where == 2) & (seen_word == w) & (seen_subject == s)
-    spare = round(config.jitter * trials.sfreq)
-    low, high = min(trials.offsets[0], *trials.before[:1], 0) - spare, max(trials.offsets[-1], 0) + spare  # window and baseline: samples an epoch reads
-    purged = 0
+    purged, length = 0, trials.reach[1] - trials.reach[0]
     for mine, others in (("val", SETS), ("train", SETS + ("val",))):
         theirs = np.any([sets[o] for o in others], 0)
         for r in range(len(trials.recordings)):
@@ -331,12 +358,18 @@ def split(trials, config):
             if len(a) and len(b):
                 i = np.searchsorted(b, trials.at[a])
                 near = np.minimum(np.abs(trials.at[a] - b[np.maximum(i - 1, 0)]), np.abs(trials.at[a] - b[np.minimum(i, len(b) - 1)]))
-                sets[mine][a[near <= high - low]] = False
-                purged += int((near <= high - low).sum())
+                sets[mine][a[near <= length]] = False
+                purged += int((near <= length).sum())
+    for column, names in (("word", ("val", "trial", "subject")), ("subject", ("val", "trial", "object"))):  # what counts as seen was in training
+        seen = table[column].isin(table[column][sets["train"]]).to_numpy()
+        for name in names:
+            sets[name] &= seen
     found = {name: np.flatnonzero(mask) for name, mask in sets.items()}
-    for name in ("train", "val"):
-        if not len(found[name]):
-            raise ValueError(f"{trials.source}: the split leaves no trial in '{name}': lower held_out_trials, held_out_objects or held_out_subjects")
+    if empty := [name for name in ("train", "val") if not len(found[name])] or ["evaluation"] * (not any(len(found[name]) for name in SETS)):
+        one_picture = table.groupby("word").image.nunique().max() == 1
+        raise ValueError(f"{trials.source}: the split leaves no trial in '{empty[0]}': " + (
+            "every word has one picture, whose repeats stay together: tell pictures apart when preparing it (image_column= of data/bids_eeg)" if one_picture
+            else "change held_out_trials, held_out_objects or held_out_subjects"))
     manifest = dict(dataset=trials.source, held_out_words=sorted(words), held_out_subjects=sorted(subjects), purged=purged, outside=trials.outside,
                     sets={name: [f"{trials.recordings[r].path.name}:{a}" for r, a in zip(trials.recording[ids], trials.at[ids])] for name, ids in
                           found.items()})
@@ -497,6 +530,11 @@ class Loader:
 
 # ---- text
 
+def spelled(name):
+    """A name as it is written: balance_beam → balance beam."""
+    return re.sub(r"[\s_]+", " ", name).strip()
+
+
 class Text:
     """Names as tokens of a language model: prompt + ' name' + stop. Several names share one pass behind one prompt, each in slots of its own.
     names(i): the texts that trial i may be trained on. Raises ValueError for a name without tokens."""
@@ -508,9 +546,10 @@ class Text:
             raise ValueError(f"prompt={config.prompt!r} is {len(self.prompt)} tokens and stop={config.stop!r} {len(stop)}: one or more, and one, are needed")
         self.stop, table = stop[0], trials.table
         for word, names in table.groupby("word").synonyms.unique().items():  # every other right answer
-            self.synonyms[word] = [n for n in dict.fromkeys(re.split(r"[|,]", "|".join(names))) if n.strip() and n != word]
+            self.synonyms[word] = [n for n in dict.fromkeys(map(spelled, re.split(r"[|,]", "|".join(names)))) if n and n != word]
         self.ids = {word: self.name(word) for word in trials.words}
-        self.trained = {w: [w] + [s for s in self.synonyms[w] if config.synonyms and s not in held_out] for w in trials.words}
+        held = [normalise(w) for w in held_out]  # in any spelling or number
+        self.trained = {w: [w] + [s for s in self.synonyms[w] if config.synonyms and normalise(s) not in held] for w in trials.words}
         for names in self.trained.values():
             self.ids |= {n: self.name(n) for n in names}
 
@@ -525,8 +564,7 @@ class Text:
 
     def name(self, word):
         """Token ids of a name behind a space."""
-        plain = re.sub(r"\s+", " ", word.replace("_", " ")).strip()
-        ids = self.tokenizer.encode(" " + plain) if plain else []
+        ids = self.tokenizer.encode(" " + spelled(word)) if spelled(word) else []
         if not ids or not self.tokenizer.decode(ids).strip("\ufffd "):
             raise ValueError(f"the object name {word!r} has no tokens: give it a word in events.csv")
         return ids
@@ -562,6 +600,10 @@ def log_probs(logits, target):
 
 # ---- model
 
+FIXED = ("stage", "fusion", "expert_layers", "text_positions", "prefix_attention", "encoder", "tokens", "patch", "whole", "width", "encoder_layers", "virtual",
+         "dropout", "train", "k")  # options that a run cannot be resumed without
+
+
 def build(config, trials, run):
     """(NeuralGPT, tokenizer, checkpoint or None): from lm= and options, or from the checkpoint that init_from names."""
     state = None
@@ -578,13 +620,15 @@ def build(config, trials, run):
         if Path(config.lm).exists() and load_lm(config.lm)[1].state["ranks"] != state["tokenizer"]["ranks"]:
             raise ValueError(f"{path} was trained with another tokenizer than lm={config.lm} has: give the lm= it was trained with")
         shape, fusion = EncoderConfig(**state["encoder_args"]), state["fusion_args"]
-        if config.init_from == "resume" and fusion != fusion_args(config):
-            raise ValueError(f"{path} has {fusion}, the options say {fusion_args(config)}: resume with the options of its own config.yaml")
+        if config.init_from == "resume" and (other := [key for key in FIXED if state["config"][key] != getattr(config, key)]):
+            raise ValueError(f"{path} was trained with {other[0]}={state['config'][other[0]]}, the options say {getattr(config, other[0])}: resume with the "
+                             "options of its own config.yaml")
     else:
         sheet, tokenizer = load_lm(config.lm, dropout=0.0)
         lm = GPT(replace(sheet.config, sheet=False, alpha=0.0, activation_decay=0.0))  # the sheet's loss has no part in this
         lm.load_state_dict({k: v for k, v in sheet.state_dict().items() if k != "unit_at_cell"})
-        fusion, kind = fusion_args(config), config.encoder
+        kind = config.encoder
+        fusion = dict(fusion=config.fusion, layers=config.expert_layers, text_positions=config.text_positions, attention=config.prefix_attention)
         given = dict(n_embd=lm.config.n_embd, subjects=len(trials.subjects), dropout=config.dropout)
         shape = EncoderConfig(kind=kind, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32), patch=config.patch,
                               tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, **given)
@@ -610,10 +654,6 @@ def build(config, trials, run):
     return model.to(run.device), tokenizer, state
 
 
-def fusion_args(config):
-    return dict(fusion=config.fusion, layers=config.expert_layers, text_positions=config.text_positions, attention=config.prefix_attention)
-
-
 def parameter_sets(model):
     """{set: parameters}: encoder (with BON and EON), expert (or cross-attention), core (the language model)."""
     experts = [p for part in (model.experts, model.crosses) if part is not None for p in part.parameters()]
@@ -622,7 +662,7 @@ def parameter_sets(model):
 
 
 def freeze(model, config):
-    """Only what config.train names learns; the optimiser's groups. Modules that are frozen stay in evaluation mode."""
+    """Only what config.train names learns; the optimiser's groups."""
     sets = parameter_sets(model)
     learns = dict(encoder=sets["encoder"], expert=sets["expert"] if config.train != "encoder" else [], core=[])
     if config.train == "all":
@@ -641,25 +681,23 @@ def freeze(model, config):
 
 def state_of(model, tokenizer):
     """What a checkpoint needs to build the model again."""
-    fusion = dict(fusion=model.fusion, layers=model.lm.config.n_layer - model.first if model.first else 0, text_positions=model.text_positions,
-                  attention=model.attention)
-    return dict(kind="telepath", lm_args=asdict(model.lm.config), encoder_args=asdict(model.encoder.config), fusion_args=fusion,
+    return dict(kind="telepath", lm_args=asdict(model.lm.config), encoder_args=asdict(model.encoder.config), fusion_args=model.args,
                 model=model.state_dict(), tokenizer=tokenizer.state)
 
 
 class WordSpace:
-    """Names as points of a language model's token embedding: mean over their tokens, less the vocabulary's mean and its `drop` first directions
-    (a GPT's embeddings all lean to one side), at unit length."""
+    """Names as points of a language model's token embedding: mean over their tokens, less the vocabulary's mean and its two first directions
+    (a GPT's embeddings all lean to one side), at unit length. It stays what it was when the embedding learns."""
 
-    def __init__(self, wte, drop=2):
-        wte = wte.detach().float().cpu()
-        self.mean = wte.mean(0)
-        _, self.sd, self.axes = torch.pca_lowrank(wte - self.mean, q=min(8, *wte.shape), niter=4)
-        self.first, self.wte = self.axes[:, :drop], wte
+    def __init__(self, wte):
+        self.wte = wte.detach().float().cpu().clone()
+        self.mean = self.wte.mean(0)
+        axes = torch.linalg.eigh((self.wte - self.mean).t() @ (self.wte - self.mean))[1][:, [-1, -2]]
+        self.axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()  # (C, 2), of one sign, so that a resumed run draws the same picture
 
     def clean(self, x):
         x = x - self.mean
-        return F.normalize(x - (x @ self.first) @ self.first.t(), dim=-1)
+        return F.normalize(x - (x @ self.axes) @ self.axes.t(), dim=-1)
 
     def names(self, ids):
         """(N, C) of N lists of token ids."""
@@ -667,10 +705,13 @@ class WordSpace:
 
 
 def sample_negatives(rng, word, similarity, allowed, quantile, tau):
-    """A dispreferred word for each of `word` (B,): among `allowed` (numbers), less similar than the quantile, with probability exp(-similarity / tau)."""
+    """A dispreferred word for each of `word` (B,): among `allowed` (numbers), less similar than the quantile, with probability exp(-similarity / tau);
+    never the word itself or a synonym (similarity inf)."""
     out = []
     for w in word:
-        others = allowed[allowed != w]
+        others = allowed[(allowed != w) & np.isfinite(similarity[w, allowed])]
+        if not len(others):
+            raise ValueError("stage=dpo needs training words that are no synonyms of each other, there is but one")
         s = similarity[w, others]
         others, s = others[s <= np.quantile(s, quantile)], s[s <= np.quantile(s, quantile)]
         p = np.exp(-(s - s.min()) / tau)
@@ -690,22 +731,22 @@ IRREGULAR = dict(men="man", women="woman", children="child", feet="foot", teeth=
                  wolves="wolf", halves="half", shelves="shelf", loaves="loaf", lives="life", oxen="ox", people="person", dice="die", indices="index",
                  vertices="vertex", matrices="matrix", axes="axis", analyses="analysis", radii="radius", cacti="cactus", scarves="scarf", calves="calf",
                  thieves="thief", wives="wife", elves="elf", hooves="hoof", species="species", series="series", sheep="sheep", glasses="glasses",
-                 scissors="scissors", trousers="trousers", shoes="shoe", toes="toe", canoes="canoe", pies="pie", ties="tie", cookies="cookie",
-                 movies="movie", zombies="zombie", caches="cache", axis="axis", gas="gas", lens="lens",
-                 buses="bus", gases="gas", lenses="lens", octopuses="octopus", walruses="walrus", viruses="virus")
+                 scissors="scissors", trousers="trousers", shoes="shoe", toes="toe", canoes="canoe", pies="pie", ties="tie", caches="cache", axis="axis",
+                 gas="gas", lens="lens", buses="bus", gases="gas", lenses="lens", octopuses="octopus", walruses="walrus", viruses="virus")
 
 
 def singular(word):
     """The singular of an English noun, by rule and a list of exceptions."""
     if word in IRREGULAR:
         return IRREGULAR[word]
-    if re.search(r"[^aeiou]ies$", word) and len(word) > 4:
-        return word[:-3] + "y"
+    if re.search(r"[^aeiou]ies?$", word) and len(word) > 4:  # berries are a berry, brownies a brownie: either is spelled with y
+        return re.sub("ies?$", "y", word)
     if re.search(r"(ch|sh|x|ss|zz|to)es$", word):
         return word[:-2]
     return word[:-1] if re.search(r"[^su]s$", word) and not word.endswith("is") and len(word) > 3 else word
 
 
+@functools.cache
 def normalise(text):
     """Words of a name or an answer: lower case, no marks, no article before, no number behind, singular."""
     text = unicodedata.normalize("NFKC", text).casefold().replace("_", " ").replace("-", " ")
@@ -716,33 +757,34 @@ def normalise(text):
 
 def naive(answer, word):
     """The very same text."""
-    return answer.strip() == word
+    return answer.strip() == spelled(word)
 
 
 def flexible(answer, word, synonyms=()):
     """Whether the answer names the word or a synonym, as whole words: case, articles, plurals and a uniqueID's number do not count."""
     said = normalise(answer.split("\n")[0])
-    for name in map(normalise, (word, *synonyms)):
-        if name and any(said[i:i + len(name)] == name for i in range(len(said) - len(name) + 1)):
-            return True
-    return False
+    return naive(answer, word) or any(name and any(said[i:i + len(name)] == name for i in range(len(said) - len(name) + 1))
+                                      for name in map(normalise, (word, *synonyms)))
 
 
 @torch.no_grad()
 def rank(run, model, text, trials, ids, names, batch_size=32, chunk=64, occlude=None):
     """Log-probability (N, K) of each of K names (with its stop) after each trial's EEG, and after silence (K,). Right to the token: every name in one
-    pass of its own slot. occlude: samples of the window that are set to 0."""
+    pass of its own slot. occlude: numbers of the window's samples that are set to 0."""
     model.eval()
-    rows = [text.ids[n] for n in names]
+    rows, head = [text.ids[n] for n in names], model.lm.transformer.wte.weight.float()
+    if model.fusion == "cross":  # there packed names share the language model's block
+        chunk = max(1, min(chunk, (model.lm.config.block_size - len(text.prompt)) // max(map(len, rows))))
 
     def score(signal, xyz, subject):
         out = []
         with run.autocast():
             n = model.prefix(signal.to(run.device), xyz.to(run.device), subject.to(run.device))
-            for a in range(0, len(rows), chunk):
-                idx, position, mask, target = (t.to(run.device) for t in text.pack([rows[a:a + chunk]]))
+        for a in range(0, len(rows), chunk):
+            idx, position, mask, target = (t.to(run.device) for t in text.pack([rows[a:a + chunk]]))
+            with run.autocast():
                 x = model.trunk(n, idx.expand(len(n), -1), position, mask)[:, len(text.prompt) - 1:]
-                out.append(log_probs(F.linear(x, model.lm.transformer.wte.weight), target.expand(len(n), -1, -1)).sum(-1))
+            out.append(log_probs(F.linear(x.float(), head), target.expand(len(n), -1, -1)).sum(-1))  # half precision would tie names
         return torch.cat(out, 1).double().cpu()
 
     scores = torch.zeros(len(ids), len(names), dtype=torch.float64)
@@ -781,9 +823,19 @@ def over_objects(values, objects, draws, seed):
     return (float(np.mean(values)), *map(float, np.quantile(means, (0.025, 0.975))))
 
 
+def strata(table, least=10):
+    """(N,) within what trials change places under the null: blocks of a recording, so that slow drift cannot pass for knowledge; where a block has
+    fewer than `least` of the trials, what is left of its recording, and then of all: a trial that can only stay where it is tests nothing."""
+    found = (table.recording.astype(str) + "/" + table.block).to_numpy()
+    for wider in (table.recording.astype(str).to_numpy(), "all"):
+        _, code, count = np.unique(found, return_inverse=True, return_counts=True)
+        found = np.where(count[code] < least, wider, found)
+    return found
+
+
 def permuted(right, strata, draws, seed):
-    """Scores of shuffled EEG: right (N, N) the score that trial j's EEG gives for trial i's name; trials change places within strata (N,) only, a
-    block of a recording, so that slow drift cannot pass for knowledge. (draws,) means, and the expected score (N,) of each trial."""
+    """Scores of shuffled EEG: right (N, N) the score that trial j's EEG gives for trial i's name; trials change places within strata (N,) only.
+    The expected score (N,) of each trial, and p of the mean score: the share of `draws` permutations that reach it."""
     rng, n = np.random.default_rng(key_seed(seed, "shuffle")), len(right)
     members = [np.flatnonzero(strata == s) for s in np.unique(strata)]
     means, each = np.empty(draws), np.zeros(n)
@@ -794,7 +846,7 @@ def permuted(right, strata, draws, seed):
         means[d] = right[np.arange(n), other].mean()
     for m in members:
         each[m] = right[np.ix_(m, m)].mean(1)
-    return means, each
+    return each, (1 + (means >= np.diag(right).mean() - 1e-12).sum()) / (1 + draws)
 
 
 def top_k(scores, k):
@@ -807,52 +859,50 @@ def top_k(scores, k):
     return out
 
 
-def evaluate(run, model, text, trials, ids, name, config, space, majority):
-    """Every score of one set beside its controls, as rows of results.csv to be written, and its samples."""
-    ids, objects = subset(ids, config), None
+def place(scores):
+    """Place of each name among a trial's scores (N, K): 0 the best, 1 the last; ties share theirs, so that 0.5 is chance whatever the scores."""
+    return (scipy.stats.rankdata(-scores, axis=1) - 1) / max(1, scores.shape[1] - 1)
+
+
+def evaluate(run, model, text, trials, ids, name, config, space, common):
+    """Every score of one set beside its controls, as rows of results.csv to be written, and its samples. common: training words, most frequent first."""
+    ids = subset(ids, config)
     table = trials.table.iloc[ids]
-    objects, strata = table.object.to_numpy(), (table.recording.astype(str) + "/" + table.block).to_numpy()
-    names = sorted(set(table.word))
-    truth = np.array([names.index(w) for w in table.word])
+    objects, places, names, everything = table.object.to_numpy(), strata(table), sorted(set(table.word)), sorted(trials.words)
+    truth, mine = (np.array([among.index(w) for w in table.word]) for among in (names, everything))
     scores, empty = rank(run, model, text, trials, ids, names)
     lengths, K, rows, n = np.array([len(text.ids[w]) + 1 for w in names]), len(names), [], len(ids)
 
-    def add(metric, values, chance, **more):
+    def add(metric, values, chance, control="eeg", **more):
         mean, low, high = over_objects(np.asarray(values, float), objects, config.shuffles, run.seed)
-        rows.append(dict(score=mean, chance=float(chance), low=low, high=high, n=n, set=name, metric=metric, **{"control": "eeg", **more}))
+        rows.append(dict(score=mean, chance=float(chance), low=low, high=high, n=n, set=name, metric=metric, control=control, **more))
+
+    def add_with_shuffled(metric, good, own, chance=None, sign=1):
+        """good (N, K): what each trial's EEG gives for each name; own (N,): the number of the trial's name; sign -1: less is better."""
+        each, p = permuted(sign * good[:, own].T, places, config.shuffles, run.seed)
+        chance = (sign * each).mean() if chance is None else chance
+        add(metric, good[np.arange(n), own], chance, p=p)
+        add(metric, sign * each, chance, "shuffled")
 
     for kind, s in (("pmi", scores - empty), ("pmi per token", (scores - empty) / lengths), ("likelihood", scores)):
         for k in (1, 5) if kind == "pmi" else (1,):
-            good = top_k(s, k)  # (N, K)
-            null, each = permuted(good[:, truth].T, strata, config.shuffles, run.seed)
-            observed = good[np.arange(n), truth]
-            metric = f"top{k}" + ("" if kind == "pmi" else f" by {kind}")
-            add(metric, observed, min(1.0, k / K), p=(1 + (null >= observed.mean() - 1e-12).sum()) / (1 + len(null)))
-            add(metric, each, min(1.0, k / K), control="shuffled")
+            add_with_shuffled(f"top{k}" + f" by {kind}" * (kind != "pmi"), top_k(s, k), truth, min(1.0, k / K))
     for k in (1, 5):
-        add(f"top{k}", top_k(empty[None], k)[0, truth], min(1.0, k / K), control="empty")
-        add(f"top{k}", (table.word == majority).to_numpy() if k == 1 else np.full(n, min(1.0, k / K)), min(1.0, k / K), control="majority")
+        add(f"top{k}", top_k(empty[None], k)[0, truth], min(1.0, k / K), "empty")
+        add(f"top{k}", table.word.isin(common[:k]), min(1.0, k / K), "majority")
     said, nothing = say(run, model, text, trials, ids, config), say(run, model, text, trials, ids[:1], config, silent=True)[0]
-    for metric, right in (("naive accuracy", lambda a, w: naive(a, w)), ("flexible accuracy", lambda a, w: flexible(a, w, text.synonyms[w]))):
-        good = np.array([[right(a, w) for w in names] for a in said], float)  # (N, K)
-        null, each = permuted(good[:, truth].T, strata, config.shuffles, run.seed)
-        most = np.array([right(majority, w) for w in table.word], float)
-        add(metric, good[np.arange(n), truth], most.mean(), p=(1 + (null >= good[np.arange(n), truth].mean() - 1e-12).sum()) / (1 + len(null)))
-        add(metric, each, most.mean(), control="shuffled")
-        add(metric, [right(nothing, w) for w in table.word], most.mean(), control="empty")
-        add(metric, most, most.mean(), control="majority")
-    everything = sorted(trials.words)
-    all_names, answers = space.names([text.ids[w] for w in everything]), [text.tokenizer.encode(" " + (a.strip() or "?")) for a in said]
-    similar = (space.names(answers) @ all_names.t()).numpy()  # (N, all names)
-    mine = np.array([everything.index(w) for w in table.word])
-    null, each = permuted(similar[:, mine].T, strata, config.shuffles, run.seed)
-    add("similarity", similar[np.arange(n), mine], each.mean(), p=(1 + (null >= similar[np.arange(n), mine].mean() - 1e-12).sum()) / (1 + len(null)))
-    add("similarity", each, each.mean(), control="shuffled")
-    place = (similar > similar[np.arange(n), mine][:, None]).mean(1)  # 0: no name is nearer to the answer
-    add("similarity rank", place, 0.5)
+    for metric, right in (("naive accuracy", naive), ("flexible accuracy", lambda a, w: flexible(a, w, text.synonyms[w]))):
+        most = [right(common[0], w) for w in table.word]
+        add_with_shuffled(metric, np.array([[right(a, w) for w in names] for a in said], float), truth, np.mean(most))
+        add(metric, [right(nothing, w) for w in table.word], np.mean(most), "empty")
+        add(metric, most, np.mean(most), "majority")
+    answers = space.names([text.tokenizer.encode(" " + (a.strip() or "?")) for a in said])
+    similar = (answers @ space.names([text.ids[w] for w in everything]).t()).numpy()  # (N, all names)
+    add_with_shuffled("similarity", similar, mine)
+    add_with_shuffled("similarity rank", place(similar), mine, sign=-1)  # 0: no name is nearer to the answer
     order = np.argsort(empty - scores, axis=1)[:, :5]
     samples = table[["subject", "object", "word", "image"]].assign(set=name, said=[a.strip() for a in said],
-                                                                   ranked=[" ".join(names[j] for j in o) for o in order])
+                                                                   ranked=[" ".join(names[j] for j in o) for o in order], data=trials.data)
     return rows, samples
 
 
@@ -876,12 +926,12 @@ def follow_prefix(run, model, text, trials, ids, space, step):
         word = trials.table.word.iat[i]
         for j, x in enumerate(tokens):
             cosine, near = space.clean(x[None])[0] @ names.t(), (vocabulary @ space.clean(x[None])[0]).topk(5)
-            p, at = (near.values / 0.1).softmax(0), (x - space.mean) @ space.axes[:, :2]
+            p, at = (near.values / 0.1).softmax(0), (x - space.mean) @ space.axes
             mine = words.index(word)
             nearest = "|".join(repr(text.tokenizer.decode([t]))[1:-1] for t in near.indices.tolist())
-            rows.append(dict(step=step, trial=int(i), word=word, token=j, nearest=nearest, entropy=float(-(p * p.log()).sum()),
+            rows.append(dict(data=trials.data, step=step, trial=int(i), word=word, token=j, nearest=nearest, entropy=float(-(p * p.log()).sum()),
                              distance=1 - float(cosine[mine]),
-                             others=1 - float((cosine.sum() - cosine[mine]) / (len(words) - 1)), norm=float((x - space.mean).norm()),
+                             others=1 - float((cosine.sum() - cosine[mine]) / max(1, len(words) - 1)), norm=float((x - space.mean).norm()),
                              pc1=float(at[0]), pc2=float(at[1])))
     return rows
 
@@ -898,7 +948,7 @@ def keep_trajectory(run, rows):
 
 @torch.no_grad()
 def neural_states(run, model, text, trials, ids):
-    """Input of every layer in the neural stream, a list of n_layer (N, P + 1, C) float32 on the CPU."""
+    """Input of every layer in the neural stream, a list of n_layer (N, P + 1, C) float32."""
     model.eval()
     states = []
     idx, position, mask, _ = (t.to(run.device) for t in text.pack([[text.prompt]]))
@@ -911,10 +961,12 @@ def neural_states(run, model, text, trials, ids):
 @torch.no_grad()
 def query_key(run, model, text, trials, ids, words, draws=500):
     """Do neural queries look for the key of the word that was seen? Rows (layer, head, key): cosine of the mean neural query with the key of the
-    trial's word, less the mean over all other names; null: the trials' words shuffled. key 'context': the name read by the plain language model after
-    the prompt; 'embedding': its token embedding alone. Causally neural tokens come before text, so this is likeness, not attention paid."""
+    trial's word, less the mean over all other names; null: the trials' words shuffled, p_corrected against the largest |z| of all rows. key 'context':
+    the name read by the plain language model after the prompt; 'embedding': its token embedding alone. Causally neural tokens come before text, so
+    this is likeness, not attention paid."""
     states, lm, P = neural_states(run, model, text, trials, ids), model.lm, len(text.prompt)
-    truth, rng = np.array([words.index(w) for w in trials.table.word.iloc[ids]]), np.random.default_rng(key_seed(run.seed, "query_key"))
+    truth, shuffled = shuffled_words(run, trials, ids, words, draws)
+    largest = np.zeros(draws)
     rows = [(text.prompt + text.ids[w]) for w in words]
     idx = torch.tensor([r + [0] * (max(map(len, rows)) - len(r)) for r in rows], device=run.device)
     last = torch.tensor([len(r) - 1 for r in rows], device=run.device)
@@ -927,34 +979,39 @@ def query_key(run, model, text, trials, ids, words, draws=500):
             k = block.attn.qkv(block.ln_1(h)[:, None])[1][:, :, 0]  # (K, H, hd)
             cosine = torch.einsum("nhd,khd->hnk", F.normalize(q, dim=-1), F.normalize(k, dim=-1)).double().cpu().numpy()
             for head, c in enumerate(cosine):
-                c = c - (c.sum(1, keepdims=True) - c) / (c.shape[1] - 1)  # less the mean of all other names
-
-                def excess(t, c=c):
-                    return c[np.arange(len(t)), t].mean()
-                null = np.array([excess(rng.permutation(truth)) for _ in range(draws)])
+                c = c - (c.sum(1, keepdims=True) - c) / max(1, c.shape[1] - 1)  # less the mean of all other names
+                excess, null = c[np.arange(len(c)), truth].mean(), c[np.arange(len(c)), shuffled].mean(1)
                 low, high = np.quantile(null, [0.025, 0.975])
-                found.append(dict(layer=i, head=head, key=kind, excess=excess(truth), null=null.mean(), null_low=low, null_high=high,
-                                  z=(excess(truth) - null.mean()) / (null.std() + 1e-12), p=(1 + (np.abs(null - null.mean()) >= abs(excess(truth) - null.mean())
-                                                                                                ).sum()) / (1 + draws)))
-    return pd.DataFrame(found)
+                z, nulls = ((x - null.mean()) / (null.std() + 1e-12) for x in (excess, null))
+                largest = np.maximum(largest, np.abs(nulls))
+                found.append(dict(layer=i, head=head, key=kind, excess=excess, null=null.mean(), null_low=low, null_high=high, z=z, n=len(c),
+                                  p=(1 + (np.abs(nulls) >= abs(z)).sum()) / (1 + draws)))
+    table = pd.DataFrame(found)
+    return table.assign(p_corrected=(1 + (largest >= table.z.abs().to_numpy()[:, None]).sum(1)) / (1 + draws))
+
+
+def shuffled_words(run, trials, ids, words, draws):
+    """Numbers (N,) of the trials' words, and the same (draws, N) with words changing places."""
+    truth, rng = np.array([words.index(w) for w in trials.table.word.iloc[ids]]), np.random.default_rng(key_seed(run.seed, "words"))
+    return truth, np.stack([rng.permutation(truth) for _ in range(draws)])
 
 
 @torch.no_grad()
 def logit_lens(run, model, text, trials, ids, words, draws=500):
     """What the head would read off the neural tokens themselves at each layer: place (0 best, 0.5 chance) of the seen word's tokens (mean
-    logit) among those of all names, mean over trials, by layer and neural token; null: words shuffled. Rows of logit_lens.csv."""
+    logit) among those of all names, mean over trials with its interval over objects, by layer and neural token; null: words shuffled. Rows of
+    logit_lens.csv."""
     states, lm, found = neural_states(run, model, text, trials, ids), model.lm, []
     named = torch.stack([lm.transformer.wte.weight[text.ids[w]].mean(0) for w in words])  # (K, C)
-    truth, rng = np.array([words.index(w) for w in trials.table.word.iloc[ids]]), np.random.default_rng(key_seed(run.seed, "lens"))
-    shuffled = np.stack([rng.permutation(truth) for _ in range(draws)])
+    (truth, shuffled), objects = shuffled_words(run, trials, ids, words, draws), trials.table.object.iloc[ids].to_numpy()
     for i, n in enumerate(states):
         logits = F.linear(lm.transformer.ln_f(n[:, 1:]), named).double().cpu().numpy()  # (N, P, K)
         for j in range(logits.shape[1]):
-            s = logits[:, j] - logits[:, j].mean(0)  # what every trial says is no reading
-            place = (s[:, None, :] > s[:, :, None]).mean(2)  # (N, K): share of names above each
-            null = place[np.arange(len(truth)), shuffled].mean(1)
-            low, high = np.quantile(null, [0.025, 0.975])
-            found.append(dict(layer=i, token=j, place=place[np.arange(len(truth)), truth].mean(), null=null.mean(), null_low=low, null_high=high))
+            at = place((logits[:, j] - logits[:, j].mean(0)).round(5))  # (N, K); what every trial says is no reading
+            null = at[np.arange(len(truth)), shuffled].mean(1)
+            mean, low, high = over_objects(at[np.arange(len(truth)), truth], objects, draws, run.seed)
+            found.append(dict(layer=i, token=j, place=mean, low=low, high=high, n=len(truth), null=null.mean(),
+                              **dict(zip(("null_low", "null_high"), np.quantile(null, [0.025, 0.975])))))
     return pd.DataFrame(found)
 
 
@@ -1019,7 +1076,7 @@ def plot_way(path, trajectory, space, title):
     """The way of the first neural token through token space: plane of the embedding's first two axes, and distance to the word over training."""
     table = trajectory[trajectory.token == 0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
-    cloud = ((space.wte - space.mean) @ space.axes[:, :2]).numpy()
+    cloud = ((space.wte - space.mean) @ space.axes).numpy()
     left.scatter(*cloud[np.linspace(0, len(cloud) - 1, min(len(cloud), 3000)).astype(int)].T, s=2, c="0.8", lw=0, rasterized=True)
     for c, (_, part) in enumerate(table.groupby("trial")):
         colour = plt.cm.tab10(c % 10)
@@ -1043,8 +1100,8 @@ def plot_query_key(path, table, title):
         part = table[table.key == kind]
         grid = part.pivot(index="layer", columns="head", values="z")
         image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        for row in part.itertuples():  # family-wise over the table
-            axis.text(row.head, row.layer, f"{row.excess:+.2f}{'*' * (row.p * len(table) < 0.05)}", ha="center", va="center", fontsize=8,
+        for row in part.itertuples():
+            axis.text(row.head, row.layer, f"{row.excess:+.2f}{'*' * (row.p_corrected < 0.05)}", ha="center", va="center", fontsize=8,
                       c="w" if abs(row.z) > 0.7 * limit else "k")
         axis.set(xlabel="head", ylabel="layer", xticks=grid.columns, yticks=grid.index, title=f"key of the seen word: {kind}")
     fig.colorbar(image, ax=axes, label="z against shuffled words")
@@ -1079,12 +1136,15 @@ def fit(run, model, text, trials, ids, config, steps, space, at=lambda step: Non
     rank_, world = (0, 1) if alone else (run.rank, run.world)
     groups = freeze(model, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    step = resumed = None
+    resumed = state["step"] if state else None
+    step = resumed or 0
     if state:
+        asked = [dict(peak=group["peak"], weight_decay=group["weight_decay"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        step = resumed = state["step"]
-    step = step or 0
+        for group, options in zip(optimizer.param_groups, asked):
+            group.update(options)
+        if state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
     per_step = config.trials_per_step or config.batch_size * world
     if per_step % (config.batch_size * world):
         raise ValueError(f"trials_per_step={per_step} must be a multiple of batch_size x ranks = {config.batch_size} x {world}")
@@ -1101,7 +1161,7 @@ def fit(run, model, text, trials, ids, config, steps, space, at=lambda step: Non
     similarity = (everything @ everything.t()).numpy()
     for w, names in text.synonyms.items():  # a synonym that is a word of its own is no wrong answer
         for n in (n for n in names if n in number):
-            similarity[number[w], number[n]] = 2.0
+            similarity[number[w], number[n]] = similarity[number[n], number[w]] = np.inf
 
     def losses(batch, micro):
         """Loss of one micro-batch, and what it is made of."""
@@ -1186,9 +1246,9 @@ def validate(run, model, text, trials, ids, config, words):
 
 # ---- the run
 
-def prepare(config, run):
-    """(trials, sets, manifest) of the dataset: split, strangers named, noise learned from training trials, splits.json written."""
-    trials = Trials(run.dataset(config.dataset), config)
+def prepare(config, folder):
+    """(trials, sets, manifest) of a dataset's folder: split, strangers named, noise learned from training trials. Waits for no other rank."""
+    trials = Trials(folder, config)
     sets, manifest = split(trials, config)
     trials.strangers(set(manifest["held_out_subjects"]))
     trials.learn(sets["train"])
@@ -1198,27 +1258,29 @@ def prepare(config, run):
 def main(config):
     config.out_dir = config.out_dir or "out/telepath" + {"none": "_dpo" * (config.stage == "dpo")}.get(config.analysis, f"_{config.analysis}")
     run = Run(config)
+    folder = run.dataset(config.dataset)
     if config.analysis != "none":
-        return ANALYSES[config.analysis](run, config)
-    trials, sets, manifest = prepare(config, run)
+        return ANALYSES[config.analysis](run, replace(config, dataset=str(folder)))
+    trials, sets, manifest = prepare(config, folder)
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
     model, tokenizer, state = build(config, trials, run)
-    text, space = Text(tokenizer, trials, set(manifest["held_out_words"]), config), WordSpace(model.lm.transformer.wte.weight)
+    if state and state["split"] != manifest["hash"]:
+        raise ValueError(f"init_from={config.init_from} was trained on another split than dataset={config.dataset} and the options give now, and may know what "
+                         "is held out here: give the data and the options of its own config.yaml, or begin with encoder=pretrained")
+    resumed = state if config.init_from == "resume" else None
+    text = Text(tokenizer, trials, set(manifest["held_out_words"]), config)
+    space = WordSpace((resumed or {}).get("wte", model.lm.transformer.wte.weight))
     model.check_length(1 + len(trials.offsets) // model.encoder.config.patch, len(text.prompt) + max(config.max_new_tokens, *map(len, text.ids.values())))
     if config.compile:
         model.lm.compile_blocks()
     words = sorted(set(trials.table.word.iloc[sets["train"]]))
     probes = sets["val"][np.unique(trials.word[sets["val"]], return_index=True)[1]]  # a trial each of some words
     probes = probes[np.linspace(0, len(probes) - 1, min(config.probes, len(probes))).astype(int)]
-    resumed = state if config.init_from == "resume" else None
     best, best_step = (resumed["best"], resumed["best_step"]) if resumed else (math.inf, 0)
     if resumed:
-        if resumed["split"] != manifest["hash"]:
-            raise ValueError(f"{run.out / 'ckpt.pt'} was trained on another split than dataset={config.dataset} gives now: prepare the "
-                             "same data, or overwrite=True")
         run.rewind(resumed["step"])
-    data, last = f"{trials.source}{', synthetic' * trials.synthetic}", {}
+    data, last = trials.data, {}
     freeze(model, config)
     made_of = ", ".join(f"{k} {sum(p.numel() for p in ps) / 1e6:.2f} M{'' if any(p.requires_grad for p in ps) else ' frozen'}"
                         for k, ps in parameter_sets(model).items() if ps)
@@ -1226,8 +1288,9 @@ def main(config):
               f" ({manifest['purged']} purged for overlap, {trials.outside} outside) | {made_of} | {run.device} {str(run.dtype)[6:]}")
 
     def save(name, step, optimizer, reference):
-        run.save(name, {**state_of(model, tokenizer), "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step, "best": best,
-                        "best_step": best_step, "reference": reference, "split": manifest["hash"], "config": asdict(config)})
+        before = {"wte": space.wte} if config.train == "all" else {}  # the embedding as it was
+        run.save(name, {**state_of(model, tokenizer), **before, "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step,
+                        "best": best, "best_step": best_step, "reference": reference, "split": manifest["hash"], "config": asdict(config)})
 
     def at(step):
         nonlocal best, best_step
@@ -1253,13 +1316,13 @@ def main(config):
 
 def report(run, model, text, trials, sets, config, space, words, data):
     """Score the evaluation sets, once, and draw the figures."""
-    majority = trials.table.word.iloc[sets["train"]].value_counts().index[0]
+    common = list(trials.table.word.iloc[sets["train"]].value_counts().index)
     names = [name for name in SETS if len(sets[name])]
     for name in set(SETS) - set(names):
         run.print(f"set {name} is empty with this dataset and these options")
     rows, samples = [], []
     for name in names:
-        found, said = evaluate(run, model, text, trials, sets[name], name, config, space, majority)
+        found, said = evaluate(run, model, text, trials, sets[name], name, config, space, common)
         rows, samples = rows + found, samples + [said]
     table = pd.DataFrame(rows)
     decisive = (table.metric == "top1") & (table.control == "eeg")
@@ -1280,7 +1343,7 @@ def report(run, model, text, trials, sets, config, space, words, data):
                                ("naive accuracy", "flexible accuracy", "similarity")) + f" | n = {one.n} trials")
     for row in samples.groupby("set").head(3).itertuples():
         run.print(f"    {row.set}: saw {row.word!r}, said {row.said!r}, ranked {row.ranked}")
-    title = f"{data}; lm={config.lm}, {config.encoder} encoder, fusion={config.fusion}, train={config.train}"
+    title = f"{data}; lm={config.lm}, {model.encoder.config.kind} encoder, fusion={model.fusion}, train={config.train}"
     plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
     plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
     plot_way(run.out / "prefix_way.png", pd.read_csv(run.out / "trajectory.csv", keep_default_na=False), space, title)
@@ -1299,7 +1362,7 @@ class Bench:
 
     def __init__(self, run, config, **options):
         self.run, self.config = run, replace(config, init_from="scratch", **options)
-        self.trials, self.sets, self.manifest = prepare(self.config, run)
+        self.trials, self.sets, self.manifest = prepare(self.config, self.config.dataset)
         torch.manual_seed(key_seed(run.seed))
         self.model, tokenizer, _ = build(self.config, self.trials, run)
         self.text = Text(tokenizer, self.trials, set(self.manifest["held_out_words"]), self.config)
@@ -1319,29 +1382,25 @@ class Bench:
         scores, empty = rank(run, self.model, self.text, self.trials, ids, words, occlude=occlude)
         good = top_k(scores - empty, 1)
         observed = good[np.arange(len(ids)), truth]
-        null, each = permuted(good[:, truth].T, (table.recording.astype(str) + "/" + table.block).to_numpy(), self.config.shuffles, run.seed)
+        each, p = permuted(good[:, truth].T, strata(table), self.config.shuffles, run.seed)
         mean, low, high = over_objects(observed, table.object.to_numpy(), self.config.shuffles, run.seed)
-        p = (1 + (null >= mean - 1e-12).sum()) / (1 + len(null))
-        run.result(mean, 1 / len(words), low, high, len(ids), set=name, metric="top1", shuffled=each.mean(), p=p,
-                   data=f"{self.trials.source}{', synthetic' * self.trials.synthetic}", **keys)
         run.print(f"{' '.join(f'{k}={v}' for k, v in keys.items())} {name}: top-1 {mean:.3f} [{low:.3f}, {high:.3f}] beside {1 / len(words):.3f} of chance, "
                   f"{each.mean():.3f} shuffled, n = {len(ids)}")
+        return dict(score=mean, chance=1 / len(words), low=low, high=high, n=len(ids), set=name, metric="top1", shuffled=each.mean(), p=p,
+                    data=self.trials.data, **keys)
 
 
-def sweep(run, config, jobs, work):
-    """Deal jobs (dicts of keys) over the workers, skip those whose rows are there, merge. Returns the table, None on ranks that draw nothing."""
+def sweep(run, jobs, work, draw):
+    """Deal jobs (dicts of keys) over the workers, skip those whose rows are there, merge, draw(table) → figure, close. work(job): its rows, written
+    when all are there, so that a job that was cut short is done again."""
     done = run.rows()
     for job in run.share(jobs):
         if not len(done) or not np.all([done.get(k, pd.Series(dtype=object)).eq(v) for k, v in job.items()], 0).any():
-            work(job)
+            for row in work(job):
+                run.result(**row)
     table = run.merge()
-    return table if run.master and len(table) else None
-
-
-def end(run, figure, draw):
-    """Draw, say where, and close."""
-    if draw is not None:
-        save_figure(figure, run.out / f"{run.config.analysis}.png")
+    if run.master and len(table):
+        save_figure(draw(table), run.out / f"{run.config.analysis}.png")
         run.print(f"{run.config.analysis}.png and results.csv in {run.out}")
     run.close()
 
@@ -1356,18 +1415,18 @@ def analyse_window(run, config):
 
     def work(job):
         if job["kind"] != "occluded":
-            bench = Bench(run, config, t_start=job["start"], t_end=job["end"])
+            bench = Bench(run, config, t_start=job["start"], t_end=job["end"], widen=0.0)
             bench.fit()
-            return bench.top1("trial", **job)
-        bench = Bench(run, config)
+            return [bench.top1("trial", **job)]
+        bench, rows = Bench(run, config), []
         bench.fit()
-        for a in [a for a in starts if a >= config.t_start]:
-            samples = slice(round((a - config.t_start) * bench.trials.sfreq), round((a + step - config.t_start) * bench.trials.sfreq))
-            bench.top1("trial", occlude=samples, kind="occluded", start=a, end=round(a + step, 3))
+        for a in starts:
+            samples = np.flatnonzero((bench.trials.offsets >= round(a * bench.trials.sfreq)) & (bench.trials.offsets < round((a + step) * bench.trials.sfreq)))
+            if len(samples):
+                rows.append(bench.top1("trial", occlude=samples, kind="occluded", start=a, end=round(a + step, 3)))
+        return rows
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
         for k, (kind, part) in enumerate(table.groupby("kind", sort=False)):
             part = part.sort_values("end")
@@ -1381,7 +1440,9 @@ def analyse_window(run, config):
         axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set", ylim=(0, None))
         axis.legend(fontsize=8, frameon=False)
         axis.set_title(f"which EEG matters; {table.data.iloc[0]}, {config.analysis_iters} steps each (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 def analyse_frozen(run, config, samples=8, length=48):
@@ -1398,36 +1459,33 @@ def analyse_frozen(run, config, samples=8, length=48):
         begin = [text.encode("<|endoftext|>") if text.tokenizer.eot is not None else text.prompt] * samples
         neutral = original.generate(begin, length, seed=key_seed(run.seed, "neutral"))
         neutral = torch.tensor([b + row + [0] * (length - len(row)) for b, row in zip(begin, neutral)], device=run.device)
-        truth, objects = np.array([trials.words.index(w) for w in trials.table.word.iloc[ids]]), trials.table.object.iloc[ids].to_numpy()
+        truth, objects, rows = np.array([trials.words.index(w) for w in trials.table.word.iloc[ids]]), trials.table.object.iloc[ids].to_numpy(), []
+        tokens = np.mean([len(text.ids[w]) + 1 for w in trials.table.word.iloc[ids]])  # of a name and its stop
 
         def at(step):
             scores, _ = rank(run, model, text, trials, ids, trials.words)
-            mine = scores[np.arange(len(ids)), truth]
+            mine, places = (s[np.arange(len(ids)), truth] for s in (scores, place(scores)))
             said = [say(run, model, text, trials, ids, config, silent=silent, temperature=1.0) for silent in (False, True)]
             with torch.no_grad():
                 p, q = (lm(neutral).logits.float().log_softmax(-1) for lm in (original, model.lm))
                 kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()  # (samples,)
             K = len(trials.words)
-            for metric, values, chance in (("log-probability", mine, math.log(1 / bench.model.lm.config.vocab_size)),
-                                           ("place among all names", (scores > mine[:, None]).mean(1), 0.5),
+            for metric, values, chance in (("log-probability", mine, -math.log(model.lm.config.vocab_size) * tokens),
+                                           ("place among all names", places, 0.5),
                                            ("said", [any(flexible(a, w) for w in held) for a in said[0]], len(held) / K),
                                            ("said without EEG", [any(flexible(a, w) for w in held) for a in said[1]], len(held) / K)):
                 mean, low, high = over_objects(np.asarray(values, float), objects, config.shuffles, run.seed)
-                run.result(mean, chance, low, high, len(ids), metric=metric, step=step, train=job["train"], set="object",
-                           data=f"{trials.source}{', synthetic' * trials.synthetic}")
+                rows.append(dict(score=mean, chance=chance, low=low, high=high, n=len(ids), metric=metric, step=step, set="object", data=trials.data, **job))
             half = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl))
-            run.result(kl.mean(), 0.0, kl.mean() - half, kl.mean() + half, len(kl), metric="drift", step=step, train=job["train"], set="neutral text",
-                       data=trials.source)
-            run.print(f"train={job['train']} step {step}: held-out names log-probability {mine.mean():.2f}, place {(scores > mine[:, None]).mean():.3f}, "
+            rows.append(dict(score=kl.mean(), chance=0.0, low=kl.mean() - half, high=kl.mean() + half, n=len(kl), metric="drift", step=step,
+                             set="neutral text", data=trials.data, **job))
+            run.print(f"train={job['train']} step {step}: held-out names log-probability {mine.mean():.2f}, place {places.mean():.3f}, "
                       f"drift {kl.mean():.4f} nats")
 
         bench.fit(at=at)
-        for name in ("trial", "object"):
-            bench.top1(name, **job)
+        return rows + [bench.top1(name, **job) for name in ("trial", "object")]
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         metrics = ["log-probability", "place among all names", "said", "drift"]
         figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
         for axis, metric in zip(axes, metrics):
@@ -1439,14 +1497,16 @@ def analyse_frozen(run, config, samples=8, length=48):
         axes[1].invert_yaxis()
         axes[0].legend(frameon=False)
         figure.suptitle(f"names that were never in training, EEG of their objects; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 def analyse_generalise(run, config):
     """How well does what was learned from some objects carry over to objects never seen? Top-1 among equally many seen and unseen words, by how many
     words were trained on."""
-    probe = prepare(config, run)
-    seen, unseen = sorted(set(probe[0].table.word.iloc[probe[1]["train"]])), sorted(probe[2]["held_out_words"])
+    trials, sets, _ = prepare(config, config.dataset)
+    seen, unseen = (sorted(set(trials.table.word.iloc[sets[name]])) for name in ("train", "object"))
     order = list(np.random.default_rng(key_seed(config.split_seed, "generalise")).permutation(seen))
     least = min(len(unseen), len(seen))
     sizes = sorted({int(n) for n in np.geomspace(least, len(seen), 4).round()})
@@ -1455,12 +1515,9 @@ def analyse_generalise(run, config):
         bench = Bench(run, config)
         ids = bench.sets["train"]
         bench.fit(ids[bench.trials.table.word.iloc[ids].isin(order[:job["trained"]]).to_numpy()])
-        bench.top1("trial", words=order[:least], **job)
-        bench.top1("object", words=unseen[:least], **job)
+        return [bench.top1("trial", words=order[:least], **job), bench.top1("object", words=unseen[:least], **job)]
 
-    table = sweep(run, config, [dict(trained=n) for n in sizes], work)
-    figure = None
-    if table is not None:
+    def draw(table):
         figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
         for k, (name, part) in enumerate(table.groupby("set", sort=False)):
             part = part.sort_values("trained")
@@ -1471,30 +1528,38 @@ def analyse_generalise(run, config):
         axis.minorticks_off()
         axis.legend(frameon=False)
         axis.set_title(f"seen and unseen objects; {table.data.iloc[0]}, {config.analysis_iters} steps each", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, [dict(trained=n) for n in sizes], work, draw)
+
+
+def sensible(config):
+    """Whether options go together."""
+    try:
+        return config.check() is None
+    except ValueError:
+        return False
 
 
 def analyse_architecture(run, config):
     """Are there better architectures? Encoders, fusions, positions and masks at equal steps, one change at a time."""
     base = dict(encoder=config.encoder, fusion=config.fusion, text_positions=config.text_positions, prefix_attention=config.prefix_attention,
                 train=config.train, tokens=config.tokens, whole=config.whole)
-    changes = [{}, *[dict(encoder=e) for e in ("linear", "transformer", "conv", "tsconv")], *[dict(fusion=f) for f in ("prefix", "expert", "cross")],
+    changes = [*[dict(encoder=e) for e in ("linear", "transformer", "conv", "tsconv")], *[dict(fusion=f) for f in ("prefix", "expert", "cross")],
                dict(text_positions="after_prefix"), dict(prefix_attention="full"), dict(train="encoder"), dict(tokens="electrode", encoder="transformer"),
                dict(whole=False)]
-    jobs = [base] + [job for job in ({**base, **c} for c in changes[1:]) if job != base]
+    jobs = [base] + [job for job in ({**base, **c} for c in changes) if job != base and sensible(replace(config, **job))]
 
     def work(job):
         bench = Bench(run, config, **job)
         start = time.perf_counter()
         bench.fit()
         took, learned = time.perf_counter() - start, sum(p.numel() for p in bench.model.parameters() if p.requires_grad)
-        for name in ("trial", "object"):
-            bench.top1(name, **job, learned=learned, encoder_parameters=sum(p.numel() for p in bench.model.encoder.parameters()))
-        run.print(f"    {learned / 1e6:.2f} M parameters learned, {1e3 * took / config.analysis_iters:.0f} ms per step")
+        run.print(f"    {learned / 1e6:.2f} M parameters learn, {1e3 * took / config.analysis_iters:.0f} ms per step")
+        size = dict(learned=learned, encoder_parameters=sum(p.numel() for p in bench.model.encoder.parameters()))
+        return [bench.top1(name, **job, **size) for name in ("trial", "object")]
 
-    table = sweep(run, config, jobs, work)
-    figure = None
-    if table is not None:
+    def draw(table):
         named = ["as it is" if all(row[k] == v for k, v in base.items()) else ", ".join(f"{k}={row[k]}" for k, v in base.items() if row[k] != v)
                  for row in table.to_dict("records")]
         table = table.assign(name=[f"{n} ({m / 1e6:.2f} M)" for n, m in zip(named, table.learned)])
@@ -1507,7 +1572,9 @@ def analyse_architecture(run, config):
             axis.set(xlabel=f"closed-set top-1, {name} set", xlim=(0, None))
         axes[0].legend(frameon=False, fontsize=8)
         figure.suptitle(f"one change at a time (parameters learned), {config.analysis_iters} steps; {table.data.iloc[0]} (95 % over objects)", fontsize=10)
-    end(run, figure, table)
+        return figure
+
+    sweep(run, jobs, work, draw)
 
 
 ANALYSES = dict(window=analyse_window, frozen=analyse_frozen, generalise=analyse_generalise, architecture=analyse_architecture)

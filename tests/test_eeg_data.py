@@ -210,6 +210,9 @@ def test_conversion_goes_on_where_it_was(tmp_path, capsys):
     assert (out / "sub-01/signal.f32").stat().st_mtime_ns == before and recording.complete(out)
     convert(root, out, **AS_IS | dict(l_freq=1.0))
     assert (out / "sub-01/signal.f32").stat().st_mtime_ns != before  # other options, other signal
+    make_bids(tmp_path / "b", status=["good", "good", "bad", "good"])
+    _, (mended, _) = convert(root, out, **AS_IS | dict(l_freq=1.0))
+    assert not mended.good[2] and mended.good.sum() == 3  # a table that somebody mended is read again
 
 
 def spoil(folder, what):

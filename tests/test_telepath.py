@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import telepath as T
 from data.tokens import character_state, state_of
-from model import GPT, GPTConfig, Tokenizer, lm_state, save_checkpoint
+from model import GPT, GPTConfig, Tokenizer, lm_state, load_checkpoint, save_checkpoint
 
 FAST = dict(device="cpu", dtype="float32", t_end=0.4, baseline=0.0, jitter=0.0, patch=5, width=16, virtual=8, encoder_layers=1, batch_size=8, warmup_iters=5,
             max_iters=40, eval_interval=20, log_interval=10, save_interval=20, shuffles=40, eval_trials=60, max_new_tokens=3, num_workers=0)
@@ -49,9 +49,6 @@ class Here:
         self.device, self.dtype, self.scaler = torch.device("cpu"), torch.float32, torch.amp.GradScaler("cpu", enabled=False)
         self.autocast = nullcontext
 
-    def dataset(self, name):
-        return name
-
     def print(self, *words):
         pass
 
@@ -62,7 +59,7 @@ def everything(given, **options):
     """config, run, trials, sets, manifest, model, text, space of a run that has not begun."""
     config = a_config(given, **options)
     run = Here(config)
-    trials, sets, manifest = T.prepare(config, run)
+    trials, sets, manifest = T.prepare(config, config.dataset)
     torch.manual_seed(0)
     model, tokenizer, _ = T.build(config, trials, run)
     return config, run, trials, sets, manifest, model, T.Text(tokenizer, trials, set(manifest["held_out_words"]), config), \
@@ -96,6 +93,56 @@ def test_splits_share_nothing(tmp_path, grouped):
     assert again == manifest and twin["hash"] != manifest["hash"] and json.loads(json.dumps(manifest)) == manifest
 
 
+def test_a_minute_is_a_block_where_none_is_named(tmp_path):
+    make_eeg(tmp_path / "eeg", changes=lambda name, given: given.update(events=given["events"].assign(block="")))
+    trials = T.Trials(tmp_path / "eeg", T.Config(t_end=0.4))
+    assert (trials.table.groupby("recording").block.nunique() > 1).all()  # converters leave the column empty
+
+
+def test_what_counts_as_seen_was_in_training(tmp_path):
+    def rare(name, given):  # most words have pictures in one part only, and of one person all blocks may be held out
+        events = given["events"]
+        events["word"] = events["image"] = events["object"] = [f"{w}{'abcdef'[b % 6]}" for w, b in zip(events.word, events.block)]
+        if name == "sub-04":
+            given["events"] = events[events.block == 0]
+
+    make_eeg(tmp_path / "eeg", subjects=4, changes=rare)
+    for seed in range(4):
+        config = T.Config(t_end=0.4, jitter=0.0, split_seed=seed)
+        trials = T.Trials(tmp_path / "eeg", config)
+        try:
+            sets, _ = T.split(trials, config)
+        except ValueError as e:
+            assert "leaves no trial" in str(e)
+            continue
+        table = trials.table
+        words, people = ({name: set(table[column].iloc[ids]) for name, ids in sets.items()} for column in ("word", "subject"))
+        assert words["val"] | words["trial"] | words["subject"] <= words["train"] and people["val"] | people["trial"] | people["object"] <= people["train"]
+
+
+def test_words_of_one_picture_have_nothing_to_validate_on(tmp_path):
+    make_eeg(tmp_path / "eeg", changes=lambda name, given: given.update(events=given["events"].assign(image=given["events"].object)))
+    with pytest.raises(ValueError, match="every word has one picture"):
+        T.split(T.Trials(tmp_path / "eeg", T.Config(t_end=0.4)), T.Config(t_end=0.4))
+
+
+def test_trials_change_places_where_there_are_others():
+    table = pd.DataFrame(dict(recording=[0] * 30 + [1] * 12 + [2] * 3, block=["a"] * 20 + list("bbbccdefgh") + list("abcdefghijkl") + list("abc")))
+    assert T.strata(table).tolist() == ["0/a"] * 20 + ["0"] * 10 + ["1"] * 12 + ["all"] * 3
+
+
+def test_absent_channels_have_no_scale_of_their_own(tmp_path):
+    def fewer(name, given):
+        given.update(signal=given["signal"][:, :3], channels=given["channels"][:3]) if name == "sub-01" else None
+
+    make_eeg(tmp_path / "eeg", changes=fewer)
+    config = T.Config(dataset=str(tmp_path / "eeg"), t_end=0.4, jitter=0.0, baseline=0.0, held_out_subjects=0.0)
+    trials = T.prepare(config, tmp_path / "eeg")[0]
+    assert (trials.scale < 1e-4).all()  # V: they size the blinks
+    trials.learn(np.concatenate([np.flatnonzero(trials.recording == 1)[:40], np.flatnonzero(trials.recording == 2)[:1]]))
+    assert np.isfinite(trials.white).all() and (trials.scale < 1e-4).all()  # one trial shows no noise: the mean of the others'
+
+
 def test_windows_are_those_of_the_signal(given):
     trials = T.Trials(given / "eeg", a_config(given, t_start=0.1, t_end=0.3, baseline=0.1, widen=0.04))
     x = trials.cut(np.array([5, 40]), np.array([0, 3]))
@@ -118,7 +165,7 @@ def test_noise_is_learned_from_training_alone(tmp_path):
         make_eeg(tmp_path / f"eeg{loud}", changes=spoil)
         config = T.Config(dataset=str(tmp_path / f"eeg{loud}"), t_end=0.4, jitter=0.0, baseline=0.0)
         if not loud:
-            trials, sets, _ = T.prepare(config, Here(config))
+            trials, sets, _ = T.prepare(config, config.dataset)
             test_blocks = sorted({int(b) for name in T.SETS for b in trials.table.block.iloc[sets[name]]})
             x, xyz, subject = trials.batch(sets["train"])
             x = (x - x.mean(0)).transpose(1, 2).flatten(0, 1).numpy()
@@ -227,6 +274,8 @@ def test_synonyms_are_other_texts_of_the_same_trials(given):
     held = set(manifest["held_out_words"])
     assert not held & {n for w in set(trials.table.word.iloc[sets["train"]]) for n in text.trained[w]}
     assert T.Text(text.tokenizer, trials, {"awx"}, config).trained["aw"] == ["aw"]  # a synonym that is a held-out word is not trained on
+    trials.table["synonyms"] = "ax| bw,Bw|the bw|c_w"
+    assert T.Text(text.tokenizer, trials, {"bw"}, config).trained["aw"] == ["aw", "ax", "c w"]  # however it is spelled
 
 
 # ---- text and losses
@@ -270,11 +319,14 @@ def test_preferences_begin_at_ln_2_and_learn():
 def test_negatives_are_unlike_the_word():
     rng = np.random.default_rng(0)
     similarity, allowed = np.linspace(-1, 1, 9)[None].repeat(9, 0), np.arange(1, 9)
-    similarity[0, 8] = 2.0  # a synonym
+    similarity[0, 8] = np.inf  # a synonym
     drawn = np.concatenate([T.sample_negatives(rng, np.zeros(50, int), similarity, allowed, 0.5, 0.2) for _ in range(40)])
     counts = np.bincount(drawn, minlength=9)
     assert counts[0] == 0 and counts[5:].sum() == 0 and (np.diff(counts[1:5]) < 0).all()  # below the median, the less like the likelier
     assert np.isclose(counts[1] / counts[2], math.exp(0.25 / 0.2), rtol=0.25)
+    assert 8 not in T.sample_negatives(rng, np.zeros(200, int), similarity, allowed, 1.0, 5.0)  # a synonym never, whatever the quantile
+    with pytest.raises(ValueError, match="no synonyms of each other"):
+        T.sample_negatives(rng, np.zeros(2, int), similarity, np.array([0, 8]), 0.5, 0.2)
 
 
 @pytest.mark.parametrize("train", ["encoder", "encoder+expert", "all", "lm_last_k"])
@@ -301,6 +353,22 @@ def test_bfloat16_follows_float32(given):
     assert np.allclose(*curves, rtol=0.03) and curves[0][-1] < curves[0][0] - 0.15
 
 
+def test_float16_scales_and_skips_what_overflows(given):
+    config, run, trials, sets, _, model, text, space = everything(given, dropout=0.0, learning_rate=3e-3, expert_lr=1e-2)
+    run.autocast, run.scaler = partial(torch.autocast, "cpu", torch.float16), torch.amp.GradScaler("cpu", init_scale=2.0 ** 40, growth_interval=1000)
+    steps, real = [], torch.optim.AdamW.step
+    words, before = sorted(set(trials.table.word.iloc[sets["train"]])), {k: v.clone() for k, v in model.named_parameters()}
+    first = T.validate(run, model, text, trials, sets["val"], config, words)
+    try:
+        torch.optim.AdamW.step = lambda self, *args, **kw: (steps.append(1), real(self, *args, **kw))[1]
+        T.fit(run, model, text, trials, sets["train"], config, 60, space, alone=True)
+    finally:
+        torch.optim.AdamW.step = real
+    assert 0 < 60 - len(steps) == math.log2(2.0 ** 40 / run.scaler.get_scale()) < 40  # each overflow halves the scale and costs a step
+    assert all(v.isfinite().all() for v in model.parameters()) and all(torch.equal(v, before[k]) for k, v in model.named_parameters() if not v.requires_grad)
+    assert T.validate(run, model, text, trials, sets["val"], config, words)["val_rank_loss"] < first["val_rank_loss"] - 0.05
+
+
 # ---- what counts as right
 
 PAIRS = [("dog", "dog", True), ("Dog", "dog", True), ("a dog", "dog", True), ("The dogs", "dog", True), ("dog.", "dog", True), ("hot dog", "dog", True),
@@ -311,7 +379,8 @@ PAIRS = [("dog", "dog", True), ("Dog", "dog", True), ("a dog", "dog", True), ("T
          ("lens", "lens", True), ("tie", "tie", True), ("ties", "tie", True), ("gas", "gas", True), ("cactus", "cactus", True), ("cacti", "cactus", True),
          ("DOG\nand a cat", "dog", True), ("cat\ndog", "dog", False), ("an apple", "apple", True), ("an", "an", True), ("the", "dog", False),
          ("octopus", "octopus", True), ("indices", "index", True), ("classes", "class", True), ("ﬁle", "file", True), ("dog's", "dog", True), ("potatoes",
-         "potato", True), ("axis", "axis", True), ("heroes of a dog", "dog", True)]
+         "potato", True), ("axis", "axis", True), ("heroes of a dog", "dog", True), ("brownies", "brownie", True), ("movies", "movie", True),
+         ("7", "7", True)]
 
 
 @pytest.mark.parametrize("answer, word, right", PAIRS, ids=str)
@@ -323,6 +392,7 @@ def test_flexible_accuracy(answer, word, right):
 def test_synonyms_count_and_naive_is_the_very_text():
     assert T.flexible("a vessel", "container", ["vessel", "box"]) and not T.flexible("vessels", "container") and T.flexible("boxes", "container", ["box"])
     assert T.naive(" dog ", "dog") and not T.naive("Dog", "dog")
+    assert T.naive("balance beam", "balance_beam")  # as the model was taught to spell it
 
 
 def test_word_space():
@@ -336,17 +406,23 @@ def test_word_space():
     cosine = cosine @ cosine.t()
     assert abs((cosine.sum() - 100) / 9900) < 0.05  # pairs at random are unlike; raw, they all lean to one side
     assert (F.normalize(wte, dim=1) @ F.normalize(wte, dim=1).t()).mean() > 0.5
+    torch.manual_seed(1)
+    assert torch.equal(T.WordSpace(wte).names([[1], [2], [3], [1, 2]]), names) and torch.equal(T.WordSpace(wte).axes, space.axes)  # whatever was drawn before
+    wte[1] += 1
+    assert torch.equal(space.names([[1], [2], [3], [1, 2]]), names)  # a fixed measure of an embedding that learns
 
 
 def test_scores():
     scores = np.array([[3.0, 1, 2], [1, 1, 1], [5, 5, 0]])
     assert np.allclose(T.top_k(scores, 1), [[1, 0, 0], [1 / 3] * 3, [.5, .5, 0]]) and np.allclose(T.top_k(scores, 2), [[1, 0, 1], [2 / 3] * 3, [1, 1, 0]])
+    assert np.allclose(T.place(scores), [[0, 1, .5], [.5] * 3, [.25, .25, 1]])  # who says nothing gets what chance gets
     mean, low, high = T.over_objects(np.array([1.0] * 10 + [0.0] * 10), np.repeat([0, 1], 10), 200, 0)
     assert (mean, low, high) == (0.5, 0.0, 1.0)  # two objects, not twenty trials
     right = np.eye(6)
-    means, each = T.permuted(right, np.array([0, 0, 0, 1, 1, 1]), 300, 0)
-    assert np.allclose(each, 1 / 3) and abs(means.mean() - 1 / 3) < 0.05
-    assert np.allclose(T.permuted(np.kron(np.eye(2), np.ones((3, 3))), np.array([0, 0, 0, 1, 1, 1]), 20, 0)[0], 1)  # what a block gives away is no knowledge
+    each, p = T.permuted(right, np.array([0, 0, 0, 1, 1, 1]), 300, 0)
+    assert np.allclose(each, 1 / 3) and p < 0.1  # 1 of 36 orders
+    each, p = T.permuted(np.kron(np.eye(2), np.ones((3, 3))), np.array([0, 0, 0, 1, 1, 1]), 20, 0)
+    assert np.allclose(each, 1) and p == 1  # what a block gives away is no knowledge
 
 
 # ---- whole runs
@@ -371,7 +447,12 @@ def test_it_reads_what_is_there(given, whole):
     way = pd.read_csv(whole / "trajectory.csv")
     assert set(way.step) == {0, 90, 180} and way[(way.token == 0) & (way.step == 180)].distance.mean() < way[(way.token == 0) & (way.step == 0)].distance.mean()
     lens = pd.read_csv(whole / "logit_lens.csv")
-    assert lens[(lens.layer == 0) & (lens.token == 0)].place.iloc[0] < lens.null_low.min()
+    assert lens[(lens.layer == 0) & (lens.token == 0)].place.iloc[0] < lens.null_low.min() and (lens.low <= lens.place).all() and (lens.n == 40).all()
+    likeness = pd.read_csv(whole / "query_key.csv")
+    assert (likeness.p_corrected >= likeness.p).all() and (likeness.n == 40).all()
+    assert all(pd.read_csv(whole / f"{name}.csv").data.str.contains("synthetic").all() for name in ("samples", "trajectory", "query_key", "logit_lens"))
+    rows = table.set_index(["set", "metric", "control"])
+    assert rows.score["object", "top5", "majority"] == 0 and rows.score["trial", "similarity rank", "eeg"] < rows.low["trial", "similarity rank", "shuffled"]
     assert json.loads((whole / "splits.json").read_text())["hash"]
 
 
@@ -381,6 +462,32 @@ def test_preferences_after_supervision(given, whole):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     losses = [line["train_loss"] for line in log if "train_loss" in line]
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0] and any(line.get("train_margin", 0) > 0 for line in log)
+
+
+def test_another_split_is_refused(given, whole):
+    with pytest.raises(ValueError, match="trained on another split"):  # it knows words and people that this one holds out
+        T.main(a_config(given, out_dir=str(given / "leak"), stage="dpo", init_from=str(whole), split_seed=1))
+
+
+def test_resume_is_exact_where_everything_learns(given, monkeypatch):
+    monkeypatch.setattr(T, "report", lambda *args: None)
+    options = dict(train="all", fusion="prefix", core_lr=1e-2, max_iters=4, save_interval=2, eval_interval=4, eval_trials=6)
+    go, step = T.Loader.next, iter(range(100))
+    T.main(a_config(given, out_dir=str(given / "all"), **options))
+    monkeypatch.setattr(T.Loader, "next", lambda self: go(self) if next(step) < 2 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        T.main(a_config(given, out_dir=str(given / "half"), **options))
+    monkeypatch.setattr(T.Loader, "next", go)
+    (given / "half" / ".lock").unlink()
+    torch.randn(5)
+    T.main(a_config(given, out_dir=str(given / "half"), init_from="resume", **options))
+    whole, half = (load_checkpoint(given / name / "ckpt.pt") for name in ("all", "half"))
+    assert all(torch.equal(v, half["model"][k]) for k, v in whole["model"].items()) and torch.equal(whole["wte"], half["wte"])
+    preferences = dict(out_dir=str(given / "dpo_prefix"), stage="dpo", max_iters=1, eval_trials=6)  # its shape is its parent's, and so it is resumed
+    T.main(a_config(given, init_from=str(given / "all"), **preferences))
+    T.main(a_config(given, init_from="resume", **preferences))
+    with pytest.raises(ValueError, match="trained with train=all, the options say encoder"):
+        T.main(a_config(given, init_from="resume", **{**options, "train": "encoder", "out_dir": str(given / "all")}))
 
 
 def test_pretrained_encoder(given, whole, capsys):
@@ -400,7 +507,63 @@ def test_analyses(given, tmp_path, analysis):
     assert len((tmp_path / "results.part-0.jsonl").read_text().splitlines()) == len(table)
 
 
+def test_a_job_that_was_cut_short_is_done_again(given, tmp_path, monkeypatch):
+    options, made = dict(analysis="generalise", analysis_iters=1, eval_trials=6, shuffles=5, out_dir=str(tmp_path)), []
+    real = T.Bench.top1
+
+    def top1(self, name, **keys):
+        made.append(name)
+        return real(self, name, **keys) if len(made) != 2 else 1 / 0
+
+    monkeypatch.setattr(T.Bench, "top1", top1)
+    monkeypatch.setattr(T.Bench, "fit", lambda self, ids: None)
+    with pytest.raises(ZeroDivisionError):
+        T.main(a_config(given, **options))
+    (tmp_path / ".lock").unlink()
+    T.main(a_config(given, **options))
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert (table.groupby("trained").size() == 2).all() and len(made) == len(table) + 2
+
+
+def test_silenced_samples_are_those_named(given, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(T.Bench, "fit", lambda self: None)
+    monkeypatch.setattr(T.Bench, "top1", lambda self, name, occlude=None, **keys: seen.append((self, occlude, keys)) or dict(
+        score=0.0, chance=0.1, low=0.0, high=0.1, n=1, shuffled=0.1, data="x", **keys))
+    T.main(a_config(given, analysis="window", widen=0.1, out_dir=str(tmp_path)))
+    assert {keys["kind"] for _, _, keys in seen} == {"window", "growing", "occluded"}
+    for bench, occlude, keys in seen:
+        if keys["kind"] == "occluded":
+            assert np.allclose(bench.trials.offsets[occlude] / 50, np.arange(keys["start"], keys["end"] - 1e-6, 0.02))
+        else:
+            assert np.allclose(bench.trials.offsets[[0, -1]] / 50, [keys["start"], keys["end"] - 0.02])  # before the picture is before the picture
+
+
+def test_jobs_of_a_sweep_wait_for_nobody(given):
+    config = a_config(given, analysis_iters=1)
+    run = Here(config)  # ranks have different numbers of jobs: a barrier in one (Run.dataset, there is none here) would be met by no other's
+    bench = T.Bench(run, config)
+    bench.fit()
+    assert bench.top1("trial")["n"] > 0
+
+
+def test_many_names_fit_beside_gated_attention(given):
+    _, run, trials, sets, _, model, text, _ = everything(given, fusion="cross")
+    scores, empty = T.rank(run, model, text, trials, sets["val"][:2], trials.words * 4)  # more than the block holds
+    assert scores.shape == (2, 48) and np.allclose(scores[:, :12], scores[:, 36:], atol=1e-4)
+
+
 # ---- bad input
+
+@pytest.mark.parametrize("options, words", [
+    (dict(width=100), "multiple of 32"), (dict(augment=dict(pink="x")), "augment.pink"), (dict(jitter=-0.1), "jitter"), (dict(num_workers=-1), "num_workers"),
+    (dict(temperature=0.0), "temperature"), (dict(held_out_objects=2.0), "held_out_objects"), (dict(encoder="conv", tokens="electrode"), "encoder=transformer"),
+    (dict(fusion="cross", train="encoder"), "never reads EEG"), (dict(fusion="cross", text_positions="after_prefix"), "before the text"),
+    (dict(analysis="window", stage="dpo", init_from="x"), "leave out stage="), (dict(analysis="frozen", held_out_objects=0.0), "never trained on")], ids=str)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        T.Config(**options).check()
+
 
 def broken(tmp_path, changes, **options):
     make_eeg(tmp_path / "eeg", changes=lambda name, given: changes(given) if name == "sub-02" else None)
@@ -445,6 +608,8 @@ def test_windows_outside(tmp_path):
     make_eeg(tmp_path / "eeg")
     with pytest.raises(ValueError, match="lies outside the recording"):
         T.Trials(tmp_path / "eeg", T.Config(t_start=1000.0, t_end=1001.0))
+    with pytest.raises(ValueError, match="has no sample at 50 Hz"):
+        T.Trials(tmp_path / "eeg", T.Config(t_end=0.004))
     assert T.Trials(tmp_path / "eeg", T.Config(t_end=4.0)).outside > 0  # some do: they are counted and left out
     make_eeg(tmp_path / "epochs", changes=lambda name, given: given.update(epoch_tmin=-0.1, epoch_samples=30))
     assert T.Trials(tmp_path / "epochs", T.Config(t_end=0.5, jitter=0.0)).outside == 0

@@ -8,7 +8,7 @@ mne-bids finds the files, MNE reads them (BrainVision, EDF, BDF, EEGLAB, FIF). P
 channels those of channels.tsv and those that are flat or hold NaN. Windows, baseline and noise normalisation belong to the experiment, which
 knows its training trials. Other prepare scripts whose data is BIDS use `convert`.
 """
-import json, os, re, sys
+import hashlib, json, os, re, sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -301,9 +301,17 @@ def convert_raw(folder, raw, events, dropped, config, **meta):
     return events
 
 
+def made_of(path, root):
+    """What tells a BIDS recording from another one, or from itself before somebody mended it: a hash of its tables and headers, and its size."""
+    sides = [sidecar(path, root, f"_{name}") for name in ("events.tsv", "channels.tsv", "electrodes.tsv", "coordsystem.json", "eeg.json")]
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sides if p)).hexdigest()[:16]
+    return f"{digest}, {sum(p.stat().st_size for p in path.parent.glob(f'{path.stem}.*'))} bytes"
+
+
 def convert_one(folder, path, root, config, *, options, to_events=events_of, **meta):
-    """One BIDS recording → folder; what is there already with the same options stays. Returns its events (DataFrame).
+    """One BIDS recording → folder; what is there already of the same files with the same options stays. Returns its events (DataFrame).
     to_events(table, path, config, sfreq) → (events, dropped rows), onsets in s from the first sample of the file."""
+    options = options | {"made_of": made_of(path, root)}
     if old := there_already(folder, options, config.overwrite):
         print(f"{folder.name}: there already", flush=True)
         return old.events

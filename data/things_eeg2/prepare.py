@@ -281,6 +281,7 @@ def main(config):
         for path in files:
             phase = path.stem.split("_")[-1].replace("training", "train")
             names.append("_".join([f"sub-{subject}", *[path.parent.name] * (config.kind == "raw"), phase]))
+            options["bytes"] = path.stat().st_size  # of another root, maybe
             if old := bids.there_already(folder / names[-1], options, config.overwrite):
                 print(f"{names[-1]}: there already", flush=True)
                 events.append(old.events)
