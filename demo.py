@@ -11,7 +11,6 @@ import base64
 import codecs
 import dataclasses
 import datetime
-import hashlib
 import html
 import importlib.metadata
 import io
@@ -40,7 +39,7 @@ import pandas as pd
 import scipy.stats
 import yaml
 
-from configurator import HERE, PLUMBING, Run, aside, configure, write_aside
+from configurator import HERE, Run, aside, configure, hash_options, write_aside
 
 
 @dataclass
@@ -62,11 +61,6 @@ class Job:
     out: Path
     options: dict | None
 
-    def hash(self, options):
-        """The hash that Run.options_hash() writes beside every result."""
-        kept = {k: v for k, v in options.items() if k not in PLUMBING}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
-
     def inputs(self, jobs):
         """The jobs whose folders this one reads."""
         values = [v for value in (self.options or {}).values() for v in (value if isinstance(value, list) else [value])]
@@ -75,7 +69,7 @@ class Job:
     def same_options(self):
         """Whether the folder was last started with the options of now: its config.yaml is the script's own resolved ones."""
         config = self.out / "config.yaml"
-        return config.exists() and self.hash(yaml.safe_load(config.read_text()) or {}) == self.hash(self.options)
+        return config.exists() and hash_options(yaml.safe_load(config.read_text()) or {}) == hash_options(self.options)
 
     def same_inputs(self, jobs):
         """Whether what this one reads is finished, and was so before this one was last started."""
@@ -89,7 +83,7 @@ class Job:
         wanted, start = [self.out / "results.csv", *(self.out / name for name in figures(self))], (self.out / "config.yaml").stat().st_mtime
         if not all(file.exists() and file.stat().st_mtime >= start for file in wanted):
             return False
-        return bool(pd.read_csv(wanted[0]).options.astype(str).str.startswith(self.hash(self.options)).all())
+        return bool(pd.read_csv(wanted[0]).options.astype(str).str.startswith(hash_options(self.options)).all())
 
     def start(self, jobs, threads):
         """Run it: go on with what it had begun, begin anew where its options or what it reads are others now."""
@@ -252,6 +246,8 @@ class Answer:
     def verdict(self):
         """What the interval allows to say, and no more."""
         _, low, high = self.difference
+        if not math.isfinite(low + high):
+            return "too few for an interval"
         if low <= 0 <= high:
             return "no difference that one seed can show"
         return f"{self.words[0] if low > 0 else self.words[1]} with topography, in this one pair"
@@ -287,12 +283,16 @@ class Section:
 def t_interval(x):
     """(mean, low, high): 95 % of the t distribution over the entries of x."""
     x = np.asarray(x, float)
+    if len(x) < 2:
+        return x.mean(), math.nan, math.nan
     half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
 
 
 def by_cluster(values, clusters, seed):
     """(mean, low, high) of trials: 95 % bootstrap over what they share (objects)."""
+    if len(set(clusters)) < 2:
+        return float(np.mean(values)), math.nan, math.nan
     parts = pd.DataFrame({"v": np.asarray(values, float), "c": np.asarray(clusters)}).groupby("c").v.agg(["sum", "size"]).to_numpy(float)
     drawn = parts[np.random.default_rng(seed).integers(len(parts), size=(2000, len(parts)))].sum(1)
     return (float(np.mean(values)), *np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
@@ -379,31 +379,25 @@ def show_topography(job, seed):
                      ["contrast", "topographic", "shuffled labels", "twin", "shuffled labels"], rows)])
 
 
-def show_probe(job, seed):
-    table, lms = read(job), job.options["lm"]
-    best = table[(table.layer == "best") & (table.probe == job.options["probe"][0])]
-    real = best[best.baseline.isna()].pivot(index="dataset", columns="model", values="score")[lms]
-    fresh = best[best.baseline == "random_init"].pivot(index="dataset", columns="model", values="score")[lms]
-    chance = best[best.baseline.isna() & (best.model == lms[0])].set_index("dataset").chance
-    n = int(best.n.median())
-    answers = [Answer("(a) What can be probed?", f"accuracy of {job.options['probe'][0]} probes, mean of {len(real)} tasks", [t_interval(real[m]) for m in lms],
-                      t_interval(real[lms[0]] - real[lms[1]]), len(real), f"tasks ({n:,} sentences each)", float(chance.mean()),
-                      f"majority {chance.mean():.3f}; random weights {fresh[lms[0]].mean():.3f}", ("more can be probed", "less can be probed"))]
-    rows = []
-    for task in real.index:
-        cells = [task.split("/")[-1].replace("_", " ")]
-        for m in lms:
-            one = best[best.baseline.isna() & (best.dataset == task) & (best.model == m)].iloc[-1]
-            cells += [f"{one.score:.3f} [{one.low:.3f}, {one.high:.3f}]"]
-        rows.append([*cells, f"{real.loc[task, lms[0]] - real.loc[task, lms[1]]:+.3f}", f"{fresh.loc[task, lms[0]]:.3f}", f"{chance[task]:.3f}"])
+def show_probe(job, twin, seed):
+    tables, probe = [read(j) for j in (job, twin)], job.options["probe"][0]
+    best = [t[(t.layer == "best") & (t.probe == probe)] for t in tables]
+    real = [t[t.baseline.isna()].set_index("dataset") for t in best]
+    fresh = best[0][best[0].baseline == "random_init"].set_index("dataset").score
+    bags = [t[(t.baseline == "layer0") & (t.metric == "accuracy")].set_index("dataset").score for t in tables]
+    gap = real[0].score - real[1].score
+    answers = [Answer("(a) What can be probed?", f"accuracy of {probe} probes, mean of {len(gap)} tasks", [t_interval(t.score) for t in real], t_interval(gap),
+                      len(gap), f"tasks ({int(real[0].n.median()):,} sentences each)", float(real[0].chance.mean()),
+                      f"majority {real[0].chance.mean():.3f}; random weights {fresh.mean():.3f}", ("more can be probed", "less can be probed"))]
+    rows = [[task.split("/")[-1].replace("_", " "), *("{:.3f} [{:.3f}, {:.3f}]".format(*triple(t.loc[task])) for t in real), f"{gap[task]:+.3f}",
+             f"{fresh[task]:.3f}", *(f"{bag[task]:.3f}" for bag in bags), f"{real[0].chance[task]:.3f}"] for task in gap.index]
     lead = ("What a linear probe reads off the hidden states of sentences whose words it was not fitted on. The layer is chosen on validation folds; both "
             "models have the same folds. The difference is paired over tasks, so its interval is about tasks like these.")
-    made = synthetic(table)
-    shown = [Figure(job.out / name, f"The {who}: accuracy of probes by layer, task by task, with 95 % intervals.",
-                    "Nulls: random weights of the same shape, the bag of embeddings and the majority guess, all drawn.", made, job)
-             for name, who in zip(figures(job), BOTH.values())]
-    return Section("Probing", lead, answers, shown, [("Accuracy at the chosen layer", [
-        "task", "topographic", "twin", "difference", "random weights", "majority"], rows)])
+    shown = [Figure(j.out / figures(j)[0], f"The {who}: accuracy of probes by layer, task by task, with 95 % intervals.",
+                    "Nulls: the majority guess, the bag of embeddings" + " and random weights" * ("random_init" in j.options["baselines"]) + ", all drawn.",
+                    synthetic(t), j) for j, t, who in ((job, tables[0], "topographic model"), (twin, tables[1], "twin"))]
+    return Section("Probing", lead, answers, shown, [("Accuracy at the chosen layer; the bag is the mean of the token embeddings", [
+        "task", "topographic", "twin", "difference", "random weights", "bag", "twin's bag", "majority"], rows)])
 
 
 def show_warp(job, other, seed):
@@ -425,9 +419,9 @@ def show_warp(job, other, seed):
                       int(points[0].n.iloc[0]), "draws of seeds and phrases", 0.0, "a brain that needs no warp: 0" + (
                           f"; {censored} of 4 did not get there within {last:,}" if censored else ""), ("further", "nearer"), log=True, last=last)]
     lead = ("All parameters move along d random directions until a linear readout predicts a planted brain nearly as well as the best fully warped model "
-            f"does: the least such d is d_warp. A brain is {job.options['planted_warp']:g} of its norm away from the model that it was grown from, so there are two, "
-            "one from each, and the answer is the mean over both (in log dimensions): who is at home in which brain falls out of it. Its interval is the mean "
-            "of both brains' intervals, as if they erred alike, which is the wider assumption.")
+            f"does: the least such d is d_warp. A brain is {job.options['planted_warp']:g} of its norm away from the model that it was grown from, so there "
+            "are two, one from each, and the answer is the mean over both (in log dimensions): who is at home in which brain falls out of it. Its interval is "
+            "the mean of both brains' intervals, as if they erred alike, which is the wider assumption.")
     made = all(synthetic(read(j)) for j in jobs)
     shown = [Figure(j.out / "curves.png", f"Brain grown from the {grown} model: score over dimensions of the warp, d_warp with its interval, and d_warp "
                     "against the linear score.", f"Null: predictions dealt to other phrases, r = {row[-1]}; d = 0 is no warp at all.", made, j)
@@ -586,11 +580,10 @@ def html_table(caption, header, rows):
 def html_answers(answers):
     rows, before = [], None
     for a in answers:
-        sure = not a.difference[1] <= 0 <= a.difference[2]
         rows.append(f'<tr><td class="q">{cell(a.question) if a.question != before else ""}</td><td>{cell(a.what)}<small>{cell(a.beside)}</small></td>'
                     f'<td class="n">{stack(a.of(0))}</td><td class="n">{stack(a.of(1))}</td>'
                     f'<td class="n">{stack(a.gap())}</td><td>{a.n:,} {cell(a.over)}<small>{"paired" if a.paired else "not paired"}</small></td>'
-                    f'<td class="{"verdict" if sure else "null"}">{cell(a.verdict())}</td></tr>')
+                    f'<td class="{"verdict" if a.words[0] in a.verdict() or a.words[1] in a.verdict() else "null"}">{cell(a.verdict())}</td></tr>')
         before = a.question
     return ('<div class="wide"><table><caption>Score [95 % interval]; the small print is chance or null. Difference: topographic − twin (dimensions: their '
             'ratio).</caption><thead><tr><th>question</th><th>measure, beside its null</th><th class="n">topographic</th><th class="n">twin</th>'
@@ -651,7 +644,7 @@ def provenance(run, stages):
             path = job.out / "config.yaml"
             if job.options is not None and path.exists():
                 facts = dict(line[2:].split(": ", 1) for line in path.read_text().splitlines() if line.startswith("# ") and ": " in line)
-                made.append([str(job.out), *(facts.get(k, "") for k in ("code", "torch", "dtype", "device")), str(job.options["seed"])])
+                made.append([str(job.out), *(facts.get(k, "") for k in ("code", "torch", "dtype", "device")), str(job.options.get("seed", ""))])
     cpu = next((line.split(":", 1)[1].strip() for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
                 if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -684,10 +677,12 @@ def report(run, config, stages):
         overview = draw_overview(answers)
         with aside(run.out / "overview.png") as f:
             f.write(overview)
-        parts += [headline(answers), f"<figure>{picture(overview, 'both models in every measure')}<figcaption>Every measure of the table below: both models with "
-                  "95 % intervals, and chance or null as a dashed line. Brains, EEG, and probed sentences are synthetic, the text is real. "
-                  "<code>python demo.py report_only=True</code></figcaption></figure>", html_answers(answers)]
-    parts.append("<nav>" + "".join(f'<a href="#{cell(s.title.lower())}">{cell(s.title)}</a>' for s in sections) + '<a href="#made">How it was made</a></nav>')
+        told = ("Every measure of the table below: both models with 95 % intervals, and chance or null as a dashed line. Brains, EEG and probed sentences are "
+                "synthetic, the text is real. ")
+        parts += [headline(answers), f"<figure>{picture(overview, told)}<figcaption>{told}<code>python demo.py report_only=True</code></figcaption></figure>",
+                  html_answers(answers)]
+    links = [*((s.title.lower(), s.title) for s in sections), ("made", "How it was made")]
+    parts.append("<nav>" + "".join(f'<a href="#{cell(to)}">{cell(title)}</a>' for to, title in links) + "</nav>")
     for s in sections:
         parts += [f'<h2 id="{cell(s.title.lower())}">{cell(s.title)}</h2><p>{cell(s.lead)}</p>',
                   *(html_table(*t) for t in s.tables), *map(html_figure, s.figures)]
