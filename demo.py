@@ -66,6 +66,11 @@ class Job:
         values = [v for value in (self.options or {}).values() for v in (value if isinstance(value, list) else [value])]
         return [job for job in jobs if job is not self and str(job.out) in map(str, values)]
 
+    @property
+    def result(self):
+        """The file that the script writes last."""
+        return self.out / ("samples.txt" if self.script.name == "sample.py" else "results.csv")
+
     def same_options(self):
         """Whether the folder was last started with the options of now: its config.yaml is the script's own resolved ones."""
         config = self.out / "config.yaml"
@@ -73,17 +78,17 @@ class Job:
 
     def same_inputs(self, jobs):
         """Whether what this one reads is finished, and was so before this one was last started."""
-        return all(job.finished(jobs) and (job.out / "results.csv").stat().st_mtime <= (self.out / "config.yaml").stat().st_mtime for job in self.inputs(jobs))
+        return all(job.finished(jobs) and job.result.stat().st_mtime <= (self.out / "config.yaml").stat().st_mtime for job in self.inputs(jobs))
 
     def finished(self, jobs):
         if self.options is None:
             return (self.out / "meta.yaml").exists()  # a dataset writes it last
         if not self.same_options() or not self.same_inputs(jobs):
             return False
-        wanted, start = [self.out / "results.csv", *(self.out / name for name in figures(self))], (self.out / "config.yaml").stat().st_mtime
+        wanted, start = [self.result, *(self.out / name for name in figures(self))], (self.out / "config.yaml").stat().st_mtime
         if not all(file.exists() and file.stat().st_mtime >= start for file in wanted):
             return False
-        return bool(pd.read_csv(wanted[0]).options.astype(str).str.startswith(hash_options(self.options)).all())
+        return self.result.suffix != ".csv" or bool(pd.read_csv(self.result).options.astype(str).str.startswith(hash_options(self.options)).all())
 
     def start(self, jobs, threads):
         """Run it: go on with what it had begun, begin anew where its options or what it reads are others now."""
@@ -224,6 +229,8 @@ def run_stages(run, stages):
 
 # ---- what the results say
 
+QUESTIONS = ("Did units get a place at all?", "(a) What can be probed?", "(b) How far must the model be warped?", "(c) What can be decoded?",
+             "What does place cost in language?", "What does place cost in grammar?")
 BOTH = {"model": "topographic", "twin": "twin"}
 
 
@@ -253,13 +260,20 @@ class Answer:
         return f"{self.words[0] if low > 0 else self.words[1]} with topography, in this one pair"
 
     def of(self, k):
-        return "{} [{}, {}]".format(*(self.number(v) for v in self.models[k]))
+        return interval(self.models[k], self.number)
 
     def number(self, v):
         return (f"> {self.last:,.0f}" if v >= self.last else f"{v:,.0f}" if v >= 9.95 or v == 0 else f"{v:.1f}") if self.log else f"{v:.3f}"
 
     def gap(self):
-        return "× {:.2g} [{:.2g}, {:.2g}]".format(*(10 ** v for v in self.difference)) if self.log else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*self.difference)
+        return "× " + interval([10 ** v for v in self.difference], "{:.2g}".format) if self.log else interval(self.difference, "{:+.3f}".format)
+
+
+def interval(values, number):
+    """score [low, high] in words; without an interval, the score alone."""
+    score, low, high = values
+    text = f"{number(score)} [{number(low)}, {number(high)}]" if math.isfinite(low + high) else number(score)
+    return text.replace("-", "−")
 
 
 @dataclass
@@ -278,6 +292,7 @@ class Section:
     answers: list
     figures: list
     tables: list = field(default_factory=list)  # [(caption, header, rows)]
+    texts: list = field(default_factory=list)  # [(who, text, job)]
 
 
 def t_interval(x):
@@ -344,6 +359,11 @@ def show_train(job, twin, seed):
     return Section("Training", lead, answers, shown)
 
 
+def show_sample(job, twin, seed):
+    return Section("Writing", "What each makes of the same beginning, with the same random numbers. Nobody scored this.", [], [],
+                   texts=[(who, (j.out / "samples.txt").read_text(), j) for j, who in ((job, "topographic"), (twin, "twin"))])
+
+
 def show_topography(job, seed):
     table = read(job)
     mine = table[(table.measure == "moran") & (table.blur == 0)]
@@ -365,7 +385,7 @@ def show_topography(job, seed):
         for m in BOTH:
             one = mine[(mine.contrast == contrast) & (mine.model == m) & (mine.sheet == "mean")].iloc[-1]
             null = table[(table.measure == "moran beside shuffled labels") & (table.contrast == contrast) & (table.model == m)].iloc[-1]
-            cells += [f"{one.score:.2f} [{one.low:.2f}, {one.high:.2f}]", f"{null.chance:.2f} ({null.low:.2f} to {null.high:.2f})"]
+            cells += [interval(triple(one), "{:.2f}".format), f"{null.chance:.2f} ({null.low:.2f} to {null.high:.2f})".replace("-", "−")]
         rows.append(cells)
     lead = ("What lies on the sheets, unsmoothed. Moran's I says how alike neighbours are; whether a contrast is mapped beyond that, only the null of shuffled "
             "labels can say. Minimal pairs ask which of two sentences, one of them ungrammatical, is the likelier one.")
@@ -389,7 +409,7 @@ def show_probe(job, twin, seed):
     answers = [Answer("(a) What can be probed?", f"accuracy of {probe} probes, mean of {len(gap)} tasks", [t_interval(t.score) for t in real], t_interval(gap),
                       len(gap), f"tasks ({int(real[0].n.median()):,} sentences each)", float(real[0].chance.mean()),
                       f"majority {real[0].chance.mean():.3f}; random weights {fresh.mean():.3f}", ("more can be probed", "less can be probed"))]
-    rows = [[task.split("/")[-1].replace("_", " "), *("{:.3f} [{:.3f}, {:.3f}]".format(*triple(t.loc[task])) for t in real), f"{gap[task]:+.3f}",
+    rows = [[task.split("/")[-1].replace("_", " "), *(interval(triple(t.loc[task]), "{:.3f}".format) for t in real), f"{gap[task]:+.3f}".replace("-", "−"),
              f"{fresh[task]:.3f}", *(f"{bag[task]:.3f}" for bag in bags), f"{real[0].chance[task]:.3f}"] for task in gap.index]
     lead = ("What a linear probe reads off the hidden states of sentences whose words it was not fitted on. The layer is chosen on validation folds; both "
             "models have the same folds. The difference is paired over tasks, so its interval is about tasks like these.")
@@ -494,8 +514,8 @@ def show_telepath(job, twin, seed):
                    [("Closed-set top-1", ["evaluation set", "topographic", "twin", "difference", "chance", "shuffled", "twin's", "n"], rows)])
 
 
-SECTIONS = {"train.py": show_train, "topography.py": show_topography, "probe.py": show_probe, "warp.py": show_warp, "decode.py": show_decode,
-            "telepath.py": show_telepath}
+SECTIONS = {"train.py": show_train, "sample.py": show_sample, "topography.py": show_topography, "probe.py": show_probe, "warp.py": show_warp,
+            "decode.py": show_decode, "telepath.py": show_telepath}
 
 
 # ---- the page
@@ -560,6 +580,8 @@ figcaption { color: #3b424a; margin-top: .6rem; max-width: 52rem; }
 .tag { display: inline-block; font-size: .68rem; letter-spacing: .04em; text-transform: uppercase; border-radius: 3px; padding: .05em .5em;
   margin-right: .5em; }
 .synthetic { background: #fdf0e3; color: #9a4d12; } .real { background: #e6f2ee; color: #1d6650; }
+.texts { display: grid; grid-template-columns: 1fr 1fr; gap: 2rem; font-size: .85rem; }
+pre { font: .85rem/1.5 Charter, Georgia, "DejaVu Serif", serif; white-space: pre-wrap; border-left: 3px solid #e6e8eb; padding-left: 1rem; }
 .missing { background: #f4f5f6; padding: .8rem 1rem; border-radius: 4px; } .over { color: #9a4d12; }
 """
 
@@ -592,8 +614,8 @@ def html_answers(answers):
 
 def stack(text):
     """A number above its interval."""
-    score, _, interval = text.partition(" [")
-    return f"{cell(score)}<small>{cell('[' + interval)}</small>"
+    score, _, between = text.partition(" [")
+    return f"{cell(score)}<small>{cell('[' + between) if between else 'no interval'}</small>"
 
 
 def picture(data, words):
@@ -660,7 +682,7 @@ def provenance(run, stages):
 def report(run, config, stages):
     """Write report.html, overview.png and results.csv from finished jobs. Returns the answers."""
     sections, missing = collect(stages, config.seed)
-    answers = [a for s in sections for a in s.answers]
+    answers = sorted((a for s in sections for a in s.answers), key=lambda a: QUESTIONS.index(a.question))
     (run.out / f"results.part-{run.worker}.jsonl").unlink(missing_ok=True)  # the page is a function of the scripts' results, and so is its table
     for a in answers:
         for k, name in enumerate(BOTH.values()):
@@ -686,6 +708,9 @@ def report(run, config, stages):
     for s in sections:
         parts += [f'<h2 id="{cell(s.title.lower())}">{cell(s.title)}</h2><p>{cell(s.lead)}</p>',
                   *(html_table(*t) for t in s.tables), *map(html_figure, s.figures)]
+        if s.texts:
+            parts.append('<div class="texts">' + "".join(f"<div><b>{cell(who)}</b> <code>python {cell(job.command)}</code><pre>{cell(text)}</pre></div>"
+                                                         for who, text, job in s.texts) + "</div>")
     for name, commands in missing:
         told = "Not finished: " + ", ".join(f"<code>python {cell(c)}</code>" for c in commands) + ". The same <code>make demo</code> goes on with it." \
             if commands else "This page has no section for it: its results stand in its folder."

@@ -180,6 +180,7 @@ def tiny(tmp_path_factory):
     of = {s.name: " ".join(f"'{o.format(**data)}'" for o in s.options) for s in SCRIPTS}
     twin, both = f"{folder}/train_alpha0", f"{folder}/train,{folder}/train_alpha0"
     commands = [f"train.py {of['train']} max_iters=2 out_dir={folder}/train", f"train.py {of['train']} max_iters=2 alpha=0 out_dir={twin}",
+                *(f"sample.py {of['sample']} lm={lm} prompt='a<b>' out_dir={folder}/sample{end}" for lm, end in ((folder / "train", ""), (twin, "_alpha0"))),
                 f"topography.py {of['topography']} contrasts='sentences>nonwords' twin={twin} out_dir={folder}/topography",
                 *(f"probe.py {of['probe']} lm={lm} probe=LDA train_sizes=[] baselines={base} out_dir={folder}/probe{end}" for lm, base, end in (
                     (folder / "train", "layer0,random_init", ""), (twin, "layer0", "_alpha0"))),
@@ -214,6 +215,7 @@ def test_the_page_says_what_the_tables_say(tiny):
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", text)[1:]:  # each: mark, null, command
         assert re.search(r'class="tag (synthetic|real)"', caption) and "Null" in caption and "<code>python " in caption, caption
     assert "stage &lt;0&gt;" in text and "stage <0>" not in text
+    assert text.count("<pre>a&lt;b&gt;") == 2 and "<b>a" not in text
     table = pd.read_csv(folder / "demo/results.csv")
     assert {"score", "low", "high", "chance", "n"} <= set(table) and table.n.gt(0).all()
     losses = [pd.read_csv(folder / name / "results.csv").score.iloc[-1] for name in ("train", "train_alpha0")]
