@@ -1,9 +1,8 @@
-# make demo: a topographic GPT-2 trained on real text, from a fresh clone.  make app: look at what its layers know.  make test: the tests.
+# make demo: a topographic GPT-2 and its twin through every experiment, from a fresh clone.  make app: look at what layers know.  make test: the tests.
 # Each does its own set-up.
 PYTHON ?= python3
 SHELL = /bin/bash
 BIN = .venv/bin
-RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
 
 # what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
 CMD ?= $(BIN)/python
@@ -18,16 +17,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	touch $@
 
-# an interrupted demo continues where it was; a finished one shows its results again
+# an interrupted demo continues where it was; a finished one writes its page again
 demo: setup
-	$(BIN)/python data/pydocs/prepare.py
-	$(BIN)/python train.py $(call RESUME,out/train)
-	$(BIN)/python sample.py prompt="The function returns" max_new_tokens=100
-	$(BIN)/python topography.py
-	@echo
-	@echo "loss curve:   out/train/loss.png"
-	@echo "the sheets:   out/train/sheets.png"
-	@echo "contrasts:    out/topography/map_sentences_nonwords.png, summary.png"
+	$(BIN)/python demo.py
 
 # listens on this machine only; shows what is in out/, and a small example until there is something
 app: setup

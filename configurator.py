@@ -165,6 +165,12 @@ def key_seed(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
 
 
+def hash_options(options):
+    """Short hash of those of a dict of options that can change a result."""
+    kept = {k: v for k, v in options.items() if k not in PLUMBING}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+
 # ---- the run
 
 class Run:
@@ -401,8 +407,7 @@ class Run:
 
     def options_hash(self):
         """Short hash of every option that can change a result."""
-        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in PLUMBING}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        return hash_options(dataclasses.asdict(self.config))
 
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this worker's part of the results table. Raises ValueError where a score would stand without its chance level, interval or n;
