@@ -48,7 +48,7 @@ from model import load_lm, save_checkpoint
 
 @dataclass
 class Config:
-    direction: Literal["decode", "encode"] = "decode"  # recording to target, or embeddings to every electrode
+    direction: Literal["decode", "encode", "neuroprobe"] = "decode"  # recording to target; embeddings to every electrode; Neuroprobe's tasks and splits
     # ---- recording
     dataset: str = "synthetic_podcast"     # name under data/, or a prepared folder (data/recording.py)
     subjects: list[str] = field(default_factory=list)  # sub-03 or 3; none: all, their electrodes side by side as those of one person
@@ -75,6 +75,7 @@ class Config:
     # ---- target
     task: str = "embedding"                # or content, pos, sentence_onset, surprisal, volume, my_file.py:function(words, task_params)
     task_params: dict = field(default_factory=dict)  # for it; volume: step (s), sentence_onset: margin (s)
+    split: Literal["within", "session", "subject"] = "within"  # neuroprobe: train on the film itself, on another of the same person, on another person
     embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # released features, lm, static, arbitrary, GloVe file; several: encode only
     layer: int = 24                        # of features that have layers, and of lm=
     lm: str = "out/train"                  # embedding=lm: its contextual embeddings; static: its token embeddings
@@ -226,11 +227,29 @@ def resolve(spec, known, option):
 
 # ---- data: recordings, words, lags
 
-class Podcast:
+class Montage:
+    """Recordings whose electrodes stand side by side. parts: [(Recording, channel indices)]; names: 'sub-01 LGA1', E of them over all; xyz (E, 3) m."""
+
+    def __init__(self, parts):
+        self.parts, self.sfreq = parts, parts[0][0].sfreq
+        self.names = [f"{r.path.name} {r.names[i]}" for r, picks in parts for i in picks]
+        self.xyz = np.concatenate([r.xyz[picks] for r, picks in parts])
+
+    def onsets(self, events):
+        """(people, N) rows of the signals where events (DataFrame with start) begin; -2**40 where the start is not finite."""
+        start = events.start.to_numpy(float)
+        return np.stack([np.where(np.isfinite(start), r.rows(np.nan_to_num(start)), -2 ** 40) for r, _ in self.parts])
+
+    def inside(self, rows, spans):
+        """(lags, N) whether the window [row + a, row + b) lies in every person's recording."""
+        length = np.array([len(r.signal) for r, _ in self.parts])[:, None]
+        return np.stack([((rows + a >= 0) & (rows + b <= length)).all(0) for a, b in spans])
+
+
+class Podcast(Montage):
     """Recordings of the chosen people and electrodes, and what was said.
 
-    parts: [(Recording, channel indices)]; names: 'sub-01 LGA1', E of them over all people; xyz (E, 3) m; words: DataFrame (words.csv); meta; source:
-    what figures and tables say of the data. Raises FileNotFoundError or ValueError in a sentence."""
+    words: DataFrame (words.csv); meta; source: what figures and tables say of the data. Raises FileNotFoundError or ValueError in a sentence."""
 
     def __init__(self, run, config):
         self.folder = run.dataset(config.dataset)
@@ -253,24 +272,22 @@ class Podcast:
             table = pd.read_csv(config.electrodes, dtype=str, keep_default_na=False)
             if missing := {"subject", "elec"} - set(table):
                 raise ValueError(f"{config.electrodes} has no column '{sorted(missing)[0]}', only {', '.join(table)}")
-        self.parts, self.names, xyz = [], [], []
-        for name, recording in people.items():
+        parts = []
+        for recording in people.values():
             if config.subjects and not any(is_subject(asked, recording) for asked in config.subjects):
                 continue
             listed = None if table is None else set(table.elec[[is_subject(s, recording) for s in table.subject]])
             picks = [i for i, channel in enumerate(recording.names) if recording.good[i] and re.match(config.channels, channel)
                      and (listed is None or channel in listed)]
             if picks:
-                self.parts.append((recording, np.array(picks)))
-                self.names += [f"{name} {recording.names[i]}" for i in picks]
-                xyz.append(recording.xyz[picks])
-        if not self.parts:
+                parts.append((recording, np.array(picks)))
+        if not parts:
             stems = {name: sorted({re.sub(r"\d+$", "", c) for c in r.names}) for name, r in people.items()}
             raise ValueError(f"channels={config.channels} electrodes={config.electrodes} leave no electrode: there are "
                              + "; ".join(f"{name} {', '.join(s)}" for name, s in stems.items()))
-        if missing := {r.sfreq for r, _ in self.parts} - {self.parts[0][0].sfreq}:
-            raise ValueError(f"{self.folder}: recordings of {self.parts[0][0].sfreq:g} and {missing.pop():g} Hz do not go together; choose subjects=")
-        self.xyz, self.sfreq = np.concatenate(xyz), self.parts[0][0].sfreq
+        if missing := {r.sfreq for r, _ in parts} - {parts[0][0].sfreq}:
+            raise ValueError(f"{self.folder}: recordings of {parts[0][0].sfreq:g} and {missing.pop():g} Hz do not go together; choose subjects=")
+        super().__init__(parts)
 
     def array(self, file):
         """An array of the set, memory-mapped, float32 or float16."""
@@ -279,16 +296,6 @@ class Podcast:
         if not path.is_file() or path.stat().st_size != np.prod(entry.get("shape", [-1])) * np.dtype(dtype).itemsize:
             raise FileNotFoundError(f"{path} is missing or not as long as meta.yaml says: run the set's prepare.py again with overwrite=True")
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", shape=tuple(entry["shape"]))
-
-    def onsets(self, events):
-        """(people, N) rows of the signals where events (DataFrame with start) begin; -2**40 where the start is not finite."""
-        start = events.start.to_numpy(float)
-        return np.stack([np.where(np.isfinite(start), r.rows(np.nan_to_num(start)), -2 ** 40) for r, _ in self.parts])
-
-    def inside(self, rows, spans):
-        """(lags, N) whether the window [row + a, row + b) lies in every person's recording."""
-        length = np.array([len(r.signal) for r, _ in self.parts])[:, None]
-        return np.stack([((rows + a >= 0) & (rows + b <= length)).all(0) for a, b in spans])
 
 
 def is_subject(asked, recording):
@@ -318,11 +325,12 @@ def lag_windows(signal, picks, rows, offsets, edges, out=None):
     return out
 
 
-def raw_windows(signal, picks, rows, offset, samples):
-    """(N, C, T) float32: the samples themselves."""
-    out = np.empty((len(rows), len(picks), samples), np.float32)
+def raw_windows(signal, picks, weights, rows, offset, samples):
+    """(N, C, T) float32: the samples themselves, or, given weights (C, C'), these mixtures of the channels picks (C',)."""
+    out = np.empty((len(rows), len(picks) if weights is None else len(weights), samples), np.float32)
     for n, row in enumerate(rows + offset):
-        out[n] = signal[row:row + samples][:, picks].T
+        window = signal[row:row + samples][:, picks].T
+        out[n] = window if weights is None else weights @ window
     return out
 
 
@@ -339,13 +347,16 @@ def laplacian(names):
 
 
 def derived(recording, picks, config):
-    """(signal (T, C'), channels (C',)) of one person after reference= and bands=; the recording itself where neither is asked for."""
-    signal = recording.signal
+    """(signal (T, C'), channels (C',), weights (C, C') or None) of one person after reference= and bands=: a reference mixes channels, which a window is
+    early enough for, so that the recording stays on disk; bands want all of it."""
+    signal, weights = recording.signal, None
     if config.reference == "laplacian":  # over good contacts, before any is left out
         good = np.flatnonzero(recording.good)
         weights = laplacian([recording.names[i] for i in good])[np.searchsorted(good, picks)]
-        signal, picks = signal[:, good] @ weights.T, np.arange(len(picks))
+        picks = good
     if config.bands:
+        if weights is not None:
+            signal, picks, weights = signal[:, picks] @ weights.T, np.arange(len(weights)), None
         parts, nyquist = [], recording.sfreq / 2
         for low, high in config.bands:
             if high >= nyquist:
@@ -355,7 +366,7 @@ def derived(recording, picks, config):
                 x = scipy.signal.sosfiltfilt(sos, np.asarray(signal[:, c], np.float64))
                 parts.append(np.abs(scipy.signal.hilbert(x, scipy.fft.next_fast_len(len(x)))[:len(x)]).astype(np.float32))
         signal, picks = np.stack(parts, 1), np.arange(len(parts))
-    return signal, picks
+    return signal, picks, weights
 
 
 class Windows:
@@ -371,7 +382,7 @@ class Windows:
         self.set_width(config.window)
 
     def people(self):
-        """[(signal (T, C'), channels (C',))] of every person, derived once."""
+        """[(signal (T, C'), channels (C',), weights)] of every person, derived once."""
         self.signals = self.signals or [derived(r, p, self.config) for r, p in self.data.parts]
         return self.signals
 
@@ -428,14 +439,23 @@ class Windows:
         """(len(which), N, ...) float32: the inputs at lags number `which` of events at rows (people, N)."""
         if self.function not in (None, bin_means):
             return np.stack([self.cached(rows, l) for l in which])
-        if self.config.represent == "spectrum":
-            return np.stack([np.concatenate([self.spectrum(self.raw(rows[:, n:n + 256], l)) for n in range(0, rows.shape[1], 256)]) for l in which])
+        sums = 8 * 16 * max(len(r.signal) for r, _ in self.data.parts)  # bytes that lag_windows() takes; hours of film are read window by window
+        if self.config.represent == "spectrum" or sums > 1e9 * self.config.memory:
+            make = self.spectrum if self.config.represent == "spectrum" else self.means
+            return np.stack([np.concatenate([make(self.raw(rows[:, n:n + 256], l)) for n in range(0, rows.shape[1], 256)]) for l in which])
         out = np.empty((len(which), rows.shape[1], len(self.names), len(self.edges) - 1), np.float32)
         first = 0
-        for (signal, picks), row in zip(self.people(), rows):
-            lag_windows(signal, picks, row, [self.spans[l][0] for l in which], self.edges, out[:, :, first:first + len(picks)])
-            first += len(picks)
+        for (signal, picks, weights), row in zip(self.people(), rows):
+            here = out[:, :, first:first + len(picks if weights is None else weights)]
+            binned = lag_windows(signal, picks, row, [self.spans[l][0] for l in which], self.edges, here if weights is None else None)
+            if weights is not None:
+                np.matmul(weights, binned, out=here)
+            first += here.shape[2]
         return out
+
+    def means(self, x):
+        """(N, E, B): bin means of x (N, E, T)."""
+        return np.add.reduceat(x, self.edges[:-1], axis=2) / np.diff(self.edges).astype(np.float32)
 
     def spectrum(self, x):
         """(N, E * F, segments): log power of x (N, E, T)."""
@@ -1127,6 +1147,10 @@ def fit_linear(config, spec, kind, x, job, Y=None):
         if kind != "classes":
             raise ValueError("model=logistic is for classes: task=content, say; take ridge for embeddings and numbers")
         from sklearn.linear_model import LogisticRegression
+        basis = None
+        if x.shape[1] > len(fold.train):  # a penalised solution lies in the span of the training rows: turned into it, the fit is the same and small
+            basis = np.linalg.qr(x[fold.train].T)[0]
+            x = x @ basis
         fits = [LogisticRegression(C=c, max_iter=2000, class_weight="balanced").fit(x[fold.train], Y[fold.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
 
         def log_p(fit, rows):  # (1, n, K): a class that no training word has is all but impossible
@@ -1134,7 +1158,7 @@ def fit_linear(config, spec, kind, x, job, Y=None):
             out[0][:, fit.classes_] = np.maximum(fit.predict_log_proba(x[rows]), -30)
             return out
         fit = max(fits, key=lambda f: quick_score(kind, log_p(f, fold.val), Y[fold.val], False))
-        return log_p(fit, fold.val), log_p(fit, fold.test), 0, {"coef": torch.tensor(fit.coef_)}
+        return log_p(fit, fold.val), log_p(fit, fold.test), 0, {"coef": torch.tensor(fit.coef_ if basis is None else fit.coef_ @ basis.T)}
     y = np.eye(Y.max() + 1, dtype=np.float32)[Y] if kind == "classes" else Y
     val, w, offset = least_squares(x, y, fold) if spec == "linear" else ridge(x, y, fold, config.alphas)
     return val[None], (x[fold.test] @ w + offset)[None], 0, {"coef": torch.as_tensor(w), "offset": torch.as_tensor(offset)}
@@ -1849,9 +1873,138 @@ def encode_summary(run, sweep):
     run.print(f"encoding.png, electrodes.png, encoding.csv, electrodes.csv, results.csv in {run.out}")
 
 
+# ---- Neuroprobe (arXiv 2509.21671)
+
+LEADERBOARD = {"linear on Laplacian-referenced spectrogram": (.660, .648, .539), "linear on spectrogram": (.630, .626, .528),
+               "linear on raw voltage": (.606, .576, .510), "BrainBERT, pretrained, frozen": (.587, .581, .522),
+               "BrainBERT, untrained, frozen": (.585, .574, .527), "PopulationTransformer": (.545, .566, .526)}  # mean test ROC-AUC by split
+SPLITS = {"within": "Within-Session", "session": "Cross-Session", "subject": "Cross-Subject"}  # folders of its leaderboard
+
+
+def neuroprobe(run, config):
+    """Neuroprobe's binary tasks by the splits that its package fixes, prepared by data/braintreebank: one row per recording, task and fold, and a JSON file
+    per task in the leaderboard's form. Nothing here chooses a window or a split; validation windows choose the penalty or the epoch."""
+    folder = run.dataset(config.dataset)
+    meta = read_set(folder)
+    if "tasks" not in meta:
+        raise ValueError(f"{folder / 'meta.yaml'} names no tasks: direction=neuroprobe reads sets made by data/braintreebank/prepare.py")
+    asked = meta["tasks"] if config.task in ("all", "embedding") else [config.task]
+    if unknown := set(asked) - set(meta["tasks"]):
+        raise ValueError(f"task={unknown.pop()} is none of Neuroprobe's: all, {', '.join(meta['tasks'])}")
+    there = [name for name in meta["recordings"] if (folder / name / "neuroprobe.csv").is_file()]
+    opened = {name: Recording(folder / name) for name in there}
+    tested = [n for n in there if not config.subjects or any(s == n or is_subject(s, opened[n]) for s in config.subjects)]
+    def source(name):
+        """What a recording is trained from, and not there as long as it is not prepared."""
+        others = {"within": [name], "session": [m for m in there if m != name and opened[m].subject == opened[name].subject],
+                  "subject": [m for m in there if m == meta["across_people"] and opened[m].subject != opened[name].subject]}
+        return next(iter(others[config.split]), None)
+
+    sources = {n: source(n) for n in tested}
+    if without := [n for n in tested if sources[n] is None]:
+        run.print(f"split={config.split}: nothing to train {', '.join(without)} from, left out"
+                  + (f" ({meta['across_people']} trains, its person is not tested)" if config.split == "subject" else ""))
+        tested = [n for n in tested if n not in without]
+    if not tested:
+        raise ValueError(f"split={config.split} subjects={config.subjects}: {folder} leaves no recording to be tested; it has {', '.join(there)}")
+    done = run.rows()
+    done = set(zip(done.recording, done.task)) if len(done) else set()
+    mine = [(n, t) for n, t in run.share([(n, t) for n in tested for t in asked]) if (n, t) not in done]
+    inputs = {}
+
+    def windows(name, onset):
+        """(N, ...) inputs of a recording's windows that begin at onset (s), opened once."""
+        if name not in inputs:
+            montage = Montage([(opened[name], np.flatnonzero(opened[name].good))])
+            inputs.clear()  # one recording at a time
+            inputs[name] = Windows(config, montage, [500 * config.window])
+        one = inputs[name]
+        rows = one.data.onsets(pd.DataFrame({"start": onset}))
+        one.probe(rows)
+        one.lags = [500 * config.window]  # from the onset on, whatever width the encoder asked for
+        one.set_width(config.window)
+        if not one.data.inside(rows, one.spans).all():
+            raise ValueError(f"{name}: a window of {config.window} s goes beyond the recording of {len(opened[name].signal) / one.data.sfreq:.0f} s: "
+                             "the benchmark's is 1 s; set window=1")
+        return one.at([0], rows)[0], one.names
+
+    bar = run.progress(len(mine), desc="recordings x tasks")
+    for name, task in mine:
+        both = list(dict.fromkeys([sources[name], name]))
+        tables = [table[table.task == task].sort_values("onset", kind="stable") for table in (pd.read_csv(folder / n / "neuroprobe.csv") for n in both)]
+        made = [windows(n, t.onset.to_numpy()) for n, t in zip(both, tables)]
+        if config.split == "subject" and not config.preprocess:  # contacts have no counterpart in another person: the means of regions that both have
+            regions = [opened[n].channels.region[opened[n].good].fillna("").to_numpy() for n in both]
+            shared = sorted(set(regions[0]) & set(regions[1]) - {""})
+            if shared:
+                made = [(np.stack([X.reshape(len(X), len(r), -1)[:, r == g].mean(1) for g in shared], 1), shared) for (X, _), r in zip(made, regions)]
+        if len({m[0].shape[1:] for m in made}) > 1:
+            raise ValueError(f"split={config.split}: the inputs of {both[0]} have shape {made[0][0].shape[1:]}, those of {name} {made[-1][0].shape[1:]}: "
+                             "they share no region or contacts; take preprocess= an encoder that makes the same of all")
+        X, y = np.concatenate([m[0] for m in made]), np.concatenate([t.label for t in tables])
+        first, start = len(X) - len(tables[-1]), tables[-1].onset.to_numpy()
+        target = Target("classes", pd.DataFrame({"label": y.astype(str)}), y, ["0", "1"])
+        folds = []
+        for k, part in enumerate(["across"] if config.split != "within" else sorted(c for c in tables[-1] if c.startswith("within_"))):
+            val, test = (first + np.flatnonzero(tables[-1][part] == p) for p in ("val", "test"))
+            folds.append(Fold(k, np.arange(first) if first else np.flatnonzero(tables[-1][part] == "train"), val, test))
+        for fold in folds:
+            wide = Fold(fold.number, fold.train, fold.val, np.concatenate([fold.test, fold.train]))  # training windows are predicted too: the leaderboard asks
+            job = Job(0.0, 0, wide, y, *input_scale(config, X, fold, target, y))
+            if config.model in LINEAR:
+                val, out = fit_linear(config, config.model, "classes", (X - job.mean) * job.factor, job)[:2]
+            else:
+                val, out = train_stack(run, config, config.model, target, torch.as_tensor(X, device=run.device)[None], [job], made[-1][1], [wide])[0][:2]
+            test, train = out[:, :len(fold.test)], out[:, len(fold.test):]
+            gap = int(np.ceil(config.window / max(np.median(np.diff(start)), 1e-3))) + 1
+            shifts = np.random.default_rng(key_seed(config.seed, "shift", fold.number)).random(config.n_shifts)
+            found, _ = score(config, target, fold, y, None, val, test, shifts, gap)
+            fitted = measure_classes(train.mean(0), y[fold.train], target.names, np.arange(len(fold.train))[None])
+            near = 0 if first else int((~away(start[fold.test], start[fold.train], config.window)).sum())
+            for metric in ("roc_auc", "accuracy"):
+                value, low, high, null, n = found[metric]
+                run.result(value, float(null.mean()), low, high, n, model=config.model, data="BrainTreebank", recording=name, task=task, split=config.split,
+                           fold=fold.number, metric=metric, train_score=float(fitted[metric][0]), p=float(p_value(value, null)), test_near_train=near)
+        bar.update()
+    bar.close()
+    results = run.merge()
+    if run.master:
+        leaderboard(run, config, results, len(tested) * len(asked))
+
+
+def leaderboard(run, config, results, expected):
+    """leaderboard/SPLIT/population_TASK.json of what is done so far, and the closing lines."""
+    place = run.out / "leaderboard" / SPLITS[config.split]
+    place.mkdir(parents=True, exist_ok=True)
+    for task, part in results.groupby("task", sort=False):
+        found = {}
+        for (name, fold), rows in part.groupby(["recording", "fold"]):
+            person, trial = re.fullmatch(r"sub_(\d+)_trial(\d+)", name).groups()
+            folds = found.setdefault(f"btbank{person}_{int(trial)}", {"population": {"one_second_after_onset": {
+                "time_bin_start": 0.0, "time_bin_end": 1.0, "folds": []}}})["population"]["one_second_after_onset"]["folds"]
+            folds.append({f"{which}_{row.metric}": float(row[column]) for which, column in (("train", "train_score"), ("test", "score"))
+                          for _, row in rows.iterrows()} | {"fold_idx": int(fold)})
+        write_aside(place / f"population_{task}.json", json.dumps({
+            "model_name": run.out.name, "description": f"decode.py: {config.model} on {config.preprocess or config.represent}, reference {config.reference}",
+            "author": "", "organization": "", "organization_url": "", "timestamp": 0, "evaluation_results": found}, indent=2))
+    auc = results[results.metric == "roc_auc"]
+    each = auc.groupby(["recording", "task"]).agg(score=("score", "mean"), chance=("chance", "mean"))
+    mean, low, high = over_folds(each.groupby("recording").score.mean())
+    for task, part in each.groupby("task", sort=False):
+        run.print(f"{task}: ROC-AUC {part.score.mean():.3f} over {len(part)} recordings (shifted labels {part.chance.mean():.3f})")
+    interval = f" [{low:.3f}, {high:.3f}] over recordings" if auc.recording.nunique() > 1 else ""
+    run.print(f"{SPLITS[config.split]}, {config.model} on {config.preprocess or config.represent}: mean test ROC-AUC {mean:.3f}{interval}, shifted labels "
+              f"{each.chance.mean():.3f}, {len(each)} of {expected} recordings x tasks, {int(auc.n.sum()):,} test windows"
+              + (f", {int(auc.test_near_train.sum()):,} of them share samples with a training window (the split is the benchmark's)"
+                 if auc.test_near_train.sum() else ""))
+    column = list(SPLITS).index(config.split)
+    run.print("its leaderboard, mean over all rows: " + ", ".join(f"{name} {values[column]:.3f}" for name, values in LEADERBOARD.items()))
+    run.print(f"{place}: one JSON a task in the leaderboard's form, author and organization left for you; results.csv in {run.out}")
+
+
 def main(config):
     run = Run(config)
-    (encode if config.direction == "encode" else decode)(run, config)
+    {"decode": decode, "encode": encode, "neuroprobe": neuroprobe}[config.direction](run, config)
     run.close()
 
 

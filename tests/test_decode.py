@@ -217,6 +217,28 @@ def test_spectrum_laplacian_and_bands(podcast, tmp_path):
     assert np.corrcoef(envelope[200:-200], np.sin(2 * np.pi * t)[200:-200])[0, 1] > 0.99
 
 
+def test_long_recordings_are_read_window_by_window(podcast, tmp_path):
+    s = sweep(podcast, tmp_path, reference="laplacian")
+    (r, picks), good = s.data.parts[0], np.flatnonzero(s.data.parts[0][0].good)
+    whole = r.signal[:, good] @ D.laplacian([r.names[i] for i in good]).T
+    naive = D.lag_windows(whole, np.searchsorted(good, picks), s.rows[0], [s.windows.spans[1][0]], s.windows.edges)[0]
+    by_sums = s.windows.at([1], s.rows)[0]
+    s.config.memory = 1e-6
+    by_windows = s.windows.at([1], s.rows)[0]
+    assert np.allclose(by_sums[:, :len(picks)], naive, atol=1e-5) and np.allclose(by_windows, by_sums, atol=1e-5)
+
+
+def test_a_wide_logistic_regression_is_the_same_in_the_span_of_its_rows():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 200)).astype(np.float32), rng.integers(0, 2, 60)
+    fold = D.Fold(0, np.arange(30), np.arange(30, 45), np.arange(45, 60))
+    val, test, _, state = D.fit_linear(Config(), "logistic", "classes", x, D.Job(0, 0, fold, y, None, None))
+    direct = min((sklearn.linear_model.LogisticRegression(C=c, max_iter=2000, tol=1e-8, class_weight="balanced").fit(x[fold.train], y[fold.train])
+                  for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)), key=lambda f: np.abs(f.coef_ - state["coef"].numpy()).max())
+    assert np.abs(direct.coef_ - state["coef"].numpy()).max() < 1e-3 * np.abs(direct.coef_).max()
+    assert np.allclose(direct.predict_log_proba(x[fold.test]), test[0], atol=2e-2)
+
+
 def test_words_are_the_same_at_every_lag_and_drops_are_told(podcast, tmp_path, capsys):
     s = sweep(podcast, tmp_path, lags=[-800.0, 900.0])
     said = capsys.readouterr().out
