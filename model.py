@@ -735,6 +735,22 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
     return share, sorted(set(own) - set(fit))
 
 
+def load_encoder(spec):
+    """(NeuralEncoder in evaluation mode, recipe) of a run folder or checkpoint of foundation.py. The recipe says how to feed it: data/recording.py's
+    resampled, robust_scale, places and encoder_input take it; window (s), subjects (names: a person's number is the place in the list, -1 for anybody
+    else), recordings (what it was trained on: dataset, name, subject, channels, xyz, centre, scale, and `seen`, the span of time in s)."""
+    path = Path(spec)
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"no pretrained encoder at {spec}: make one with python foundation.py, or give its run folder or .pt")
+    state = load_checkpoint(path)
+    if state.get("kind") != "foundation":
+        raise ValueError(f"{path} holds a '{state.get('kind')}', no foundation model: give one that foundation.py wrote")
+    encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")})
+    return encoder.eval(), state["recording"]
+
+
 class Expert(nn.Module):
     """A layer's own weights for neural rows: QKV, attention output projection and MLP, copied from the core's; norms stay shared (CogVLM).
     In the last layer only keys and values are read."""
