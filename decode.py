@@ -15,6 +15,8 @@ shares a sample with either. Every decoder that is trained by gradient is traine
 
 Goldstein et al. 2022 (Nat Neurosci 25:369, the convolutional decoder); Zada et al. 2025 (Sci Data 12:1135); Dupre la Tour et al. 2022 (himalaya).
 """
+import ast
+import configparser
 import hashlib
 import importlib.util
 import inspect
@@ -23,7 +25,7 @@ import math
 import re
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -42,8 +44,8 @@ import yaml
 from torch.nn import functional as F
 
 from configurator import Run, aside, configure, key_seed, write_aside
-from data.recording import Recording, read_set
-from model import load_lm, save_checkpoint
+from data.recording import Recording, encoder_input, named_places, places, read_set, resampled, robust_scale
+from model import NeuralEncoder, load_encoder, load_lm, save_checkpoint
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Config:
     spectrum_segment: float = 0.1          # s of a Hann window, half overlapping
     spectrum_max: float = 200.0            # Hz
     preprocess: str = ""                   # my_file.py:function(windows (N, E, T), preprocessor_params) instead; it may return overrides too
-    preprocessor_params: dict = field(default_factory=dict)  # for it
+    preprocessor_params: dict = field(default_factory=dict)  # for it; foundation_model_preprocessing_fn: model_dir, see FOUNDATION below
+    untrained: int = 0                     # twins of the encoder of preprocess= with other random weights, and the windows themselves, into the same ridge
     standardize: bool = True               # z-scores by training words
     select: int = 0                        # electrodes that are kept, those that training words drive most; 0: all
     cache: str = "out/cache"               # of what preprocess= made, by content; "": none
@@ -84,7 +87,7 @@ class Config:
     whiten: bool = False                   # every component to unit variance
     word: str = "norm_word"                # column of words.csv that says which words are the same
     # ---- model
-    model: str = "ensemble_pitom_model"    # independent_pitom_model, pitom_model, foundation_mlp, ridge, linear, logistic, my_file.py:constructor
+    model: str = "ensemble_pitom_model"    # independent_pitom_model, pitom_model, foundation_mlp, foundation_finetune, ridge, linear, logistic, file.py:f
     model_params: dict = field(default_factory=lambda: dict(num_models=4, conv_filters=32))  # for it: see pitom and mlp below
     beside: list[str] = field(default_factory=lambda: ["ridge"])  # other decoders, on the same windows, words and folds
     controls: list[str] = field(default_factory=lambda: ["mean", "unigram", "preceding", "oracle"])  # or arbitrary; see CONTROLS below
@@ -378,8 +381,10 @@ class Windows:
         self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess") if config.preprocess else None
         self.names = [n for r, p in data.parts for b in (config.bands or [None]) for n in
                       (f"{r.path.name} {r.names[i]}" + (f" {b[0]:g}-{b[1]:g} Hz" if b else "") for i in p)]
-        self.signals = None
+        self.signals, self.encoder = None, None
         self.set_width(config.window)
+        if self.function in FOUNDATION and not (folder_of(config) / "experiment_config.ini").is_file():
+            self.encoder = Encoder(config, data)
 
     def people(self):
         """[(signal (T, C'), channels (C',), weights)] of every person, derived once."""
@@ -404,6 +409,9 @@ class Windows:
         """Try preprocess= on two words: may set the window, must keep the words. rows (people, N)."""
         if self.function in (None, bin_means):
             return {}
+        if self.encoder:
+            self.set_width(self.config.window if self.width else self.encoder.recipe["window"])
+            return {"model_params": self.encoder.facts()} if self.function is foundation_model_input else {}
         asked = self.config.window
         if not self.width:  # it may say which
             self.set_width(1.0)
@@ -417,7 +425,7 @@ class Windows:
 
     def call(self, windows):
         """(array (N, ...), overrides) of the user's function, checked."""
-        made = self.function(windows, self.config.preprocessor_params)
+        made = self.function(windows, {"ch_names": [n.partition(" ")[2] for n in self.data.names], "sfreq": self.data.sfreq, **self.config.preprocessor_params})
         made, overrides = made if isinstance(made, tuple) else (made, {})
         made = np.asarray(made.detach().cpu() if torch.is_tensor(made) else made)
         if made.ndim < 2 or len(made) != len(windows):
@@ -470,13 +478,17 @@ class Windows:
 
     def cached(self, rows, l):
         """What preprocess= makes at one lag, from disk where the same function made it of the same samples before."""
-        key = hashlib.sha256(repr((self.config.preprocess, self.config.preprocessor_params, code_of(self.function), contents(self.config.preprocessor_params),
+        files = contents(self.config.preprocessor_params) if not self.encoder else []  # an encoder of ours is known by its weights
+        key = hashlib.sha256(repr((self.config.preprocess, self.config.preprocessor_params, code_of(self.function), files,
                                    [(r.meta.get("sha256"), p.tolist()) for r, p in self.data.parts], self.spans[l], self.config.reference,
-                                   self.config.bands)).encode() + rows.tobytes()).hexdigest()[:20]
+                                   self.config.bands, self.encoder and self.encoder.key)).encode() + rows.tobytes()).hexdigest()[:20]
         path = Path(self.config.cache) / f"{key}.npy"
         if self.config.cache and path.is_file():
             return np.load(path)
-        made, _ = self.call(self.raw(rows, l))
+        if self.encoder:
+            made = self.encoder.of(rows + self.spans[l][0], self.width, self.function is foundation_model_input)
+        else:
+            made, _ = self.call(self.raw(rows, l))
         if self.config.cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as f:
@@ -501,7 +513,165 @@ def bin_means(data, preprocessor_params):
     return data.reshape(data.shape[0], data.shape[1], -1, preprocessor_params.get("num_average_samples", 32)).mean(-1)
 
 
-PREPROCESSORS = {"preprocess_neural_data": bin_means}
+# ---- data: a pretrained encoder (foundation.py), or somebody else's
+
+def folder_of(config):
+    """preprocessor_params.model_dir as a Path. Raises FileNotFoundError in a sentence."""
+    asked = config.preprocessor_params.get("model_dir", "")
+    if not asked or not Path(asked).exists():
+        raise FileNotFoundError(f"preprocessor_params.model_dir={asked} does not exist: give a run folder of foundation.py (python foundation.py makes "
+                                "out/foundation), or a folder with experiment_config.ini and model.pth")
+    return Path(asked)
+
+
+class Encoder:
+    """A frozen encoder of foundation.py over the electrodes of a Montage: windows are cut from the continuous recording as the encoder was pretrained on it
+    (its rate, bands, robust scale and places), its tokens of a window side by side are the latents. preprocessor_params: model_dir; untrained=k, the same
+    encoder with random weights number k; foundation_model_batch_size. Scales are those of pretraining where the recording was in it, else of all of the
+    recording, no word looked at."""
+
+    def __init__(self, config, data):
+        p = self.params = config.preprocessor_params
+        self.encoder, self.recipe = load_encoder(folder_of(config))
+        if p.get("untrained"):
+            torch.manual_seed(key_seed(config.seed, "untrained", p["untrained"]))
+            self.encoder = NeuralEncoder(self.encoder.config).eval()
+        weights = b"".join(v.numpy().tobytes() for v in self.encoder.state_dict().values())
+        self.device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+        self.encoder.to(self.device)
+        self.people, self.matched = [], []
+        for r, picks in data.parts:
+            names = [r.names[i] for i in picks]
+            xyz, matched = named_places(names, places(names, r.xyz[picks], r.good[picks], self.recipe["grid"]), self.recipe)
+            heard = next((s for s in self.recipe["recordings"] if (Path(s["dataset"]).name, s["name"]) == (r.path.parent.name, r.path.name)), None)
+            subject = self.recipe["subjects"].index(heard["subject"]) if heard else -1
+            self.people.append([r, picks, torch.as_tensor(xyz, dtype=torch.float32, device=self.device), subject, heard and heard["seen"], None])
+            self.matched.append(matched)
+        self.key = hashlib.sha256(weights + repr((self.recipe, [(x.tolist(), s) for _, _, x, s, _, _ in self.people])).encode()).hexdigest()
+
+    def prepared(self, person):
+        """(resampled signal (T', C, F), centre, scale), made once."""
+        r, picks, _, _, seen, made = person
+        if made is None:
+            x = resampled(r.signal, r.sfreq, self.recipe, picks)
+            begin, end = np.round(np.array(seen) * self.recipe["sfreq"]).astype(int) if seen else (0, len(x))
+            made = person[5] = (x, *robust_scale(x[begin:end]))
+        return made
+
+    @torch.no_grad()
+    def of(self, rows, width, untouched=False):
+        """(N, people * tokens * n_embd) latents of the windows that begin at rows (people, N) of the signals, width samples long; untouched: (N, C, T), what
+        the encoder would see, people side by side."""
+        out = []
+        for person, row in zip(self.people, rows):
+            r, _, xyz, subject, _, _ = person
+            x, centre, scale = self.prepared(person)
+            rate, T = self.recipe["sfreq"], round(width / r.sfreq * self.recipe["sfreq"])
+            begin, size, made = np.round(row / r.sfreq * rate).astype(int).clip(0, len(x) - T), self.params.get("foundation_model_batch_size", 64), []
+            for at in np.split(begin, range(size, len(begin), size)):
+                batch = encoder_input(x[at[:, None] + np.arange(T)], self.recipe, centre, scale)  # (n, C, P * F * patch)
+                who = torch.full((len(batch),), subject, device=self.device)
+                made.append(batch if untouched else self.encoder(torch.as_tensor(batch, device=self.device), xyz, who).flatten(1).cpu().numpy())
+            out.append(np.concatenate(made))
+        return np.concatenate(out, 1)
+
+    def facts(self):
+        """What foundation_finetune needs to know: plain types."""
+        return {"model_dir": self.params["model_dir"], "untrained": self.params.get("untrained", 0),
+                "montages": [[xyz.cpu().tolist(), subject] for _, _, xyz, subject, _, _ in self.people]}
+
+    def said(self, config, sweep):
+        """A sentence on how the electrodes were matched, and how much of the words' time pretraining has heard."""
+        by = ", ".join(f"{sum(m[k] for m in self.matched)} {what}" for k, what in (("name", "known by name"), ("position", "by position only"),
+                                                                                   ("absent", "without a place, left out")))
+        heard, tokens = np.zeros(len(sweep.start), bool), round(config.window * self.recipe["sfreq"]) // self.recipe["patch"]
+        for r, _, _, _, seen, _ in self.people:
+            since = sweep.start - r.first_sample / r.sfreq
+            heard |= (since >= seen[0]) & (since < seen[1]) if seen else False
+        return (f"{self.params['model_dir']}: electrodes {by}; pretraining heard the recording, not the words, at {heard.mean():.0%} of them"
+                f"; {len(self.people) * tokens * self.encoder.config.n_embd:,} latents a word")
+
+
+def foundation_model_input(data, preprocessor_params):
+    """preprocess= of that name: windows as the pretrained encoder takes them, for model=foundation_finetune; Encoder makes them of the recording."""
+    raise ValueError("preprocess=foundation_model_input is for encoders of foundation.py: give preprocessor_params.model_dir its run folder")
+
+
+class FineTune(nn.Module):
+    """The pretrained encoder and a linear layer on its tokens, both trained: (B, C, T) of people side by side → (B, output_dim). untrained: from scratch."""
+
+    def __init__(self, p):
+        super().__init__()
+        if "montages" not in p:
+            raise ValueError("model=foundation_finetune reads the encoder's own input: give preprocess=foundation_model_input")
+        self.encoder, _ = load_encoder(p["model_dir"])
+        if p.get("untrained"):
+            self.encoder = NeuralEncoder(self.encoder.config)
+        self.sizes, self.subjects = [len(xyz) for xyz, _ in p["montages"]], [subject for _, subject in p["montages"]]
+        for i, (xyz, _) in enumerate(p["montages"]):
+            self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
+        tokens = p["input_shape"][1] // self.encoder.config.patch + (self.encoder.whole is not None)
+        self.dropout, self.head = nn.Dropout(p.get("dropout", 0.2)), nn.Linear(len(self.sizes) * tokens * self.encoder.config.n_embd, p["output_dim"])
+
+    def forward(self, x):
+        parts = [self.encoder(part, getattr(self, f"xyz{i}"), torch.full((len(x),), subject, device=x.device)).flatten(1)
+                 for i, (part, subject) in enumerate(zip(x.split(self.sizes, 1), self.subjects))]
+        return self.head(self.dropout(torch.cat(parts, 1)))
+
+
+def read_ini(folder):
+    """experiment_config.ini as nested namespaces, ini.ecog_data_config.sample_length: sections and keys in lower case, numbers as numbers."""
+    ini = configparser.ConfigParser()
+    try:
+        ini.read(folder / "experiment_config.ini")
+    except configparser.Error as e:
+        raise ValueError(f"{folder / 'experiment_config.ini'} is no ini file ({' '.join(str(e).split())})") from None
+
+    def value(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    made = types.SimpleNamespace(**{s.lower(): types.SimpleNamespace(**{k: value(v) for k, v in ini[s].items()}) for s in ini.sections()})
+    for key in ("sample_length", "original_fs", "new_fs"):
+        if not isinstance(getattr(getattr(made, "ecog_data_config", None), key, None), (int, float)):
+            raise ValueError(f"{folder / 'experiment_config.ini'} has no number '{key}' in its section ecog_data_config")
+    return made
+
+
+def foundation_model_preprocessing_fn(data, preprocessor_params):
+    """preprocess= of that name in podcast-benchmark's document, for a model of its kind: model_dir with experiment_config.ini and model.pth, and
+    model=my_file.py:constructor, which gets the ini (read_ini) and gives the module that model.pth fits; model(batch, forward_features=True) is called with
+    (N, 1, T, 8, 8), electrodes G1 to G64 row by row, zeros where there is none, block means at new_fs. A run folder of foundation.py goes through Encoder."""
+    p, folder = preprocessor_params, Path(preprocessor_params["model_dir"])
+    ini = read_ini(folder)
+    if ":" not in str(p.get("model", "")):
+        raise ValueError(f"{folder} holds somebody else's model: give preprocessor_params.model=my_file.py:constructor, which makes the module of model.pth")
+    step = ini.ecog_data_config.original_fs // ini.ecog_data_config.new_fs
+    if p["sfreq"] != ini.ecog_data_config.original_fs or data.shape[2] % step:
+        raise ValueError(f"{folder} takes windows at {ini.ecog_data_config.original_fs:g} Hz in blocks of {step:g} samples, not {data.shape[2]} samples at "
+                         f"{p['sfreq']:g} Hz: give config_setter=foundation_model, or another recording")
+    model = resolve(p["model"], {}, "preprocessor_params.model")(ini)
+    try:
+        model.load_state_dict(torch.load(folder / "model.pth", weights_only=True, map_location="cpu"))
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"{folder / 'model.pth'} is not the weights of {p['model']} ({' '.join(str(e).split())[:160]})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    means = data.reshape(*data.shape[:2], -1, int(step)).mean(-1)  # (N, E, T)
+    grid = np.zeros((len(data), means.shape[2], 64), np.float32)
+    for e, name in enumerate(p["ch_names"]):
+        if name[:1] == "G" and name[1:].isdigit() and 1 <= int(name[1:]) <= 64:
+            grid[:, :, int(name[1:]) - 1] = means[:, e]
+    if not np.any(grid):
+        raise ValueError(f"{folder} reads electrodes G1 to G64, and there are {', '.join(p['ch_names'][:6])}, ...: choose others with subjects= or channels=")
+    with torch.no_grad():
+        return torch.cat([model(torch.as_tensor(part, device=device).view(len(part), 1, -1, 8, 8), forward_features=True).flatten(1).float().cpu()
+                          for part in np.split(grid, range(p.get("foundation_model_batch_size", 64), len(grid), p.get("foundation_model_batch_size", 64)))])
+
+
+FOUNDATION = (foundation_model_preprocessing_fn, foundation_model_input)
+PREPROCESSORS = {"preprocess_neural_data": bin_means, **{f.__name__: f for f in FOUNDATION}}
 
 
 # ---- data: targets
@@ -1007,7 +1177,7 @@ def build_stack(config, spec, keys, shape, D, kind, order):
 
 
 MODELS = {"ensemble_pitom_model": "joint", "EnsemblePitomModel": "joint", "independent_pitom_model": "independent", "pitom_model": "one", "PitomModel": "one",
-          "foundation_mlp": "mlp", "MLP": "mlp", "ridge": "ridge", "linear": "linear", "logistic": "logistic"}
+          "foundation_mlp": "mlp", "MLP": "mlp", "foundation_finetune": FineTune, "ridge": "ridge", "linear": "linear", "logistic": "logistic"}
 LINEAR = ("ridge", "linear", "logistic")
 
 
@@ -1519,8 +1689,13 @@ def neural_conv(config, raws, df_word, embeddings):
 
 
 def foundation_model(config, raws, df_word, embeddings):
-    """The setter of that name: which channels there are; the window is window='s, or what preprocess= asks for."""
-    config.data_params.preprocessor_params["ch_names"] = sum((raw.ch_names for raw in raws), [])
+    """The setter of that name: which channels there are, and the window that the pretrained model was trained on (s)."""
+    p, folder = config.data_params.preprocessor_params, folder_of(config.data_params)
+    p["ch_names"] = sum((raw.ch_names for raw in raws), [])
+    if (folder / "experiment_config.ini").is_file():
+        config.data_params.window_width = read_ini(folder).ecog_data_config.sample_length
+    else:
+        config.data_params.window_width = load_encoder(folder)[1]["window"]
     return config
 
 
@@ -1539,6 +1714,13 @@ class Sweep:
         self.windows = Windows(config, data, self.lags)
         rows = data.onsets(target.events)
         config.model_params = {**config.model_params, **self.windows.probe(rows).get("model_params", {})}
+        self.others = {}  # decoders that read something else than preprocess= makes
+        if config.untrained:
+            if not self.windows.encoder:
+                raise ValueError(f"untrained={config.untrained} needs preprocess=foundation_model_preprocessing_fn and a run folder of foundation.py")
+            twins = {f"ridge, untrained {k + 1}": dict(preprocessor_params={**config.preprocessor_params, "untrained": k + 1}) for k in range(config.untrained)}
+            self.others = {name: Windows(replace(config, **change), data, self.lags) for name, change in (
+                twins | {"ridge, raw signal": dict(preprocess="", preprocessor_params={})}).items()}
         if not self.windows.width:
             raise ValueError("window= is not set, and neither config_setter= nor preprocess= set it: give a width in seconds")
         inside = data.inside(rows, self.windows.spans)  # (L, N)
@@ -1564,7 +1746,8 @@ class Sweep:
         code = hashlib.sha256("".join(code_of(resolve(s, k, o)) for s, k, o in (
             (config.model, dict.fromkeys(MODELS), "model"), (config.preprocess or "-", {"-": None, **dict.fromkeys(PREPROCESSORS)}, "preprocess"),
             (config.task, dict.fromkeys([config.task] * (":" not in config.task)), "task"))).encode() + repr((
-                data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}))).encode()
+                data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}),
+                self.windows.encoder.key if self.windows.encoder else contents(config.preprocessor_params))).encode()
             + self.rows.tobytes() + (b"" if lm else target.values.tobytes())).hexdigest()[:6]
         options = f"{run.options_hash()}-{code}"
         run.options_hash = lambda: options  # of results.csv's rows too: other data or another user's file is another experiment
@@ -1577,6 +1760,8 @@ class Sweep:
                   f"at every lag ({', '.join(f'{v} {k}' for k, v in target.notes.items() if v) or 'none'} left out), {len(self.kinds):,} types; embargo leaves "
                   f"{np.mean([len(f.train) for f in self.folds]):.0f} to train, {np.mean([len(f.val) for f in self.folds]):.0f} to validate, "
                   f"{np.mean([len(f.test) for f in self.folds]):.0f} to test per fold")
+        if self.windows.encoder and run.master:
+            run.print(self.windows.encoder.said(config, self))
 
     def path(self, name, lag, k):
         return self.store / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}_{'none' if lag is None else f'{lag:g}'}_{k}.npz"
@@ -1593,7 +1778,8 @@ class Sweep:
         """[(model, lag or None, fold number)] of the whole sweep."""
         c = self.config
         flat = [name for name in c.controls if name != "arbitrary" and (name == "mean" or self.target.kind == "vectors")]
-        swept = [c.model, *[b for b in c.beside if b != c.model]] + ["arbitrary"] * ("arbitrary" in c.controls and self.target.kind == "vectors")
+        swept = [*dict.fromkeys([c.model, *c.beside, *["ridge"] * bool(self.others), *self.others])]
+        swept += ["arbitrary"] * ("arbitrary" in c.controls and self.target.kind == "vectors")
         return [(name, lag, k) for lag in self.lags for k in range(c.n_folds) for name in swept] + [(name, None, k) for k in range(c.n_folds) for name in flat]
 
     def do(self, todo, bar):
@@ -1606,30 +1792,36 @@ class Sweep:
         at_once = max(1, int(self.config.memory * 1e9 / self.windows.bytes(len(self.start))))
         for begin in range(0, len(lags), at_once):
             some = lags[begin:begin + at_once]
-            X = self.windows.at([self.lags.index(lag) for lag in some], self.rows)  # (L, N, ...)
-            on_device = torch.as_tensor(X, device=self.run.device)
-            for name in dict.fromkeys(name for name, lag, _ in todo if lag in some):
-                mine = [(lag, k) for n, lag, k in todo if n == name and lag in some]
-                trained = name not in LINEAR and name != "arbitrary"
-                size = (1 if MODELS.get(name) is None else self.config.stack or (5 if self.run.device.type == "cpu" else len(mine))) if trained else 1
-                for part in (mine[i:i + size] for i in range(0, len(mine), size)):
-                    batch = [Job(lag, some.index(lag), self.folds[k], self.Y[k],
-                                 *input_scale(self.config, X[some.index(lag)], self.folds[k], self.target, self.Y[k])) for lag, k in part]
-                    if trained:
-                        outs = train_stack(self.run, self.config, name, self.target, on_device, batch, self.windows.names, self.folds)
-                    else:
-                        outs = [fit_linear(self.config, "ridge" if name == "arbitrary" else name, self.target.kind, (X[j.l] - j.mean) * j.factor, j,
-                                           self.arbitrary(j.fold) if name == "arbitrary" else None) for j in batch]
-                    for (lag, k), (val, test, epochs, state) in zip(part, outs):
-                        Y = self.arbitrary(self.folds[k]) if name == "arbitrary" else self.Y[k]
-                        if self.config.save_models and name == self.config.model:
-                            (self.run.out / "models").mkdir(exist_ok=True)
-                            save_checkpoint(self.run.out / "models" / f"lag_{lag:g}_fold_{k}.pt", dict(
-                                kind="decoder", model=name, lag=lag, fold=k, epochs=epochs, state={n: v.contiguous() for n, v in state.items()},
-                                model_params=plain(self.config.model_params), electrodes=self.windows.names))
-                        self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
-                        bar.update()
-            del X, on_device
+            names = list(dict.fromkeys(name for name, lag, _ in todo if lag in some))
+            for windows, group in [(self.windows, [n for n in names if n not in self.others]), *((w, [n]) for n, w in self.others.items() if n in names)]:
+                if group:
+                    self.fit(windows.at([self.lags.index(lag) for lag in some], self.rows), some, [j for j in todo if j[0] in group and j[1] in some], bar)
+
+    def fit(self, X, some, todo, bar):
+        """The decoders of the jobs todo on inputs X (L, N, ...) of the lags `some`."""
+        on_device = torch.as_tensor(X, device=self.run.device)
+        for name in dict.fromkeys(name for name, _, _ in todo):
+            mine = [(lag, k) for n, lag, k in todo if n == name]
+            linear = "arbitrary" if name == "arbitrary" else "ridge" if name in self.others else name if name in LINEAR else ""
+            size = 1 if linear or MODELS.get(name) is None or MODELS.get(name) is FineTune else self.config.stack or (
+                5 if self.run.device.type == "cpu" else len(mine))
+            for part in (mine[i:i + size] for i in range(0, len(mine), size)):
+                batch = [Job(lag, some.index(lag), self.folds[k], self.Y[k],
+                             *input_scale(self.config, X[some.index(lag)], self.folds[k], self.target, self.Y[k])) for lag, k in part]
+                if not linear:
+                    outs = train_stack(self.run, self.config, name, self.target, on_device, batch, self.windows.names, self.folds)
+                else:
+                    outs = [fit_linear(self.config, "ridge" if linear == "arbitrary" else linear, self.target.kind, (X[j.l] - j.mean) * j.factor, j,
+                                       self.arbitrary(j.fold) if linear == "arbitrary" else None) for j in batch]
+                for (lag, k), (val, test, epochs, state) in zip(part, outs):
+                    Y = self.arbitrary(self.folds[k]) if name == "arbitrary" else self.Y[k]
+                    if self.config.save_models and name == self.config.model:
+                        (self.run.out / "models").mkdir(exist_ok=True)
+                        save_checkpoint(self.run.out / "models" / f"lag_{lag:g}_fold_{k}.pt", dict(
+                            kind="decoder", model=name, lag=lag, fold=k, epochs=epochs, state={n: v.contiguous() for n, v in state.items()},
+                            model_params=plain(self.config.model_params), electrodes=self.windows.names))
+                    self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
+                    bar.update()
 
     def arbitrary(self, fold):
         """Targets of the control: one random vector a word type."""
@@ -1671,9 +1863,25 @@ def summarise(run, sweep):
             else:
                 mean, low, high = over_folds(scores[choice, np.arange(config.n_folds)])
                 run.result(mean, null[choice].mean(), low, high, n, model=name, lag="chosen", fold="mean", metric=metric, **sweep.keys)
+    for name, (mean, low, high) in worth(sweep, chosen).items():
+        run.result(mean, 0.0, low, high, n, model=name, lag="chosen", fold="mean", metric=PRIMARY[sweep.target.kind], **sweep.keys)
     table = pd.DataFrame(rows)
     write_aside(run.out / "lags.csv", table.to_csv(index=False))
     return table, flat, chosen
+
+
+def worth(sweep, chosen):
+    """{what less what: (mean, low, high)} over folds, in pairs: ridge on the pretrained latents less ridge on the untrained ones' (their mean, and each) and
+    on the raw signal, each at the lag that its validation words choose. Empty without untrained=."""
+    metric, found = PRIMARY[sweep.target.kind], {}
+
+    def of(name):
+        return np.array([float(np.load(sweep.path(name, lag, k))[f"score_{metric}"]) for k, lag in enumerate(chosen[name])])
+    twins = [name for name in sweep.others if "untrained" in name]
+    scores = ({f"mean of {len(twins)} untrained": np.mean([of(t) for t in twins], 0)} if len(twins) > 1 else {}) | {t: of(t) for t in sweep.others}
+    for name, other in scores.items():
+        found[f"ridge, pretrained - {name.removeprefix('ridge, ')}"] = over_folds(of("ridge") - other)
+    return found
 
 
 def single_electrodes(run, sweep, chosen):
@@ -1757,6 +1965,9 @@ def report(run, sweep, table, flat, chosen, results):
         run.print(f"{name}: {SAID[metric]} {row.score:.3f} [{row.low:.3f}, {row.high:.3f}] at the lag chosen on validation words "
                   f"({', '.join(f'{lag:g}' for lag in chosen[name])} ms by fold), shifted words {row.chance:.3f}, n = {n:,}; "
                   f"beyond chance (family-wise .05) at {found or 'no lag'}" + " ms" * bool(found))
+    for name, (mean, low, high) in worth(sweep, chosen).items():
+        run.print(f"{name}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] {SAID[metric]}, in pairs over {sweep.config.n_folds} folds" + (
+            "; better" if low > 0 else "; worse" if high < 0 else "; no difference that folds can tell"))
     if metric in flat:
         run.print("controls: " + ", ".join(f"{name} {value:.3f}" for name, value in flat[metric].items()) + f" ({SAID[metric]}); "
                   + ", ".join(f"{name} {value:.3f}" for name, value in flat.get("top1", {}).items()) + " (top-1)" * ("top1" in flat))

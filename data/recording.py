@@ -274,3 +274,18 @@ def encoder_input(windows, recipe, centre, scale):
     patch, clamp = recipe["patch"], recipe["clamp"]
     x = np.clip((windows - centre) / scale, -clamp, clamp).astype(np.float32)
     return x[:, :T // patch * patch].reshape(N, -1, patch, C, F).transpose(0, 3, 1, 4, 2).reshape(N, C, -1)
+
+
+def named_places(names, xyz, recipe):
+    """(places (C, 3), {name, position, absent: how many}): xyz, and where it is nan the mean place that channels of the same name had in pretraining. How
+    the channels were matched: a name that pretraining knows, else a position of their own, else absent."""
+    known, out = {}, np.array(xyz, dtype=float)
+    for recording in recipe["recordings"]:
+        for name, place in zip(recording["channels"], recording["xyz"]):
+            if np.isfinite(place).all():
+                known.setdefault(name, []).append(place)
+    for i, name in enumerate(names):
+        if name in known and not np.isfinite(out[i]).all():
+            out[i] = np.mean(known[name], 0)
+    here, named = np.isfinite(out).all(1), np.array([name in known for name in names], bool)
+    return out, {"name": int((named & here).sum()), "position": int((~named & here).sum()), "absent": int((~here).sum())}
