@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import zipfile
+from dataclasses import asdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import h5py
@@ -16,6 +17,7 @@ from sklearn.model_selection import KFold
 import decode as D
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
+from model import EncoderConfig, NeuralEncoder, save_checkpoint
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
@@ -128,6 +130,22 @@ def test_benchmark_runs_by_its_splits(made, tmp_path, split, capsys):
     assert len((tmp_path / "linear/results.part-0.jsonl").read_text().splitlines()) == len(results)
 
 
+def test_a_frozen_encoder_reads_people_with_other_electrodes(made, tmp_path):
+    shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=6, width=16, n_layer=1, n_head=2, patch=16)
+    recipe = dict(sfreq=64.0, window=1.0, patch=16, bands=[], clamp=8.0, grid="", subjects=[], recordings=[])
+    save_checkpoint(tmp_path / "best.pt", dict(kind="foundation", encoder_args=asdict(shape), recording=recipe, model={
+        f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}))
+    scores = []
+    for untrained in (0, 1):
+        out = tmp_path / str(untrained)
+        D.main(D.Config(direction="neuroprobe", dataset=str(made), out_dir=str(out), task="speech", window=1.0, model="logistic", split="subject", device="cpu",
+                        preprocess="foundation_model_preprocessing_fn", preprocessor_params=dict(model_dir=str(tmp_path), untrained=untrained), n_shifts=50,
+                        cache=""))
+        scores.append(pd.read_csv(out / "results.csv").set_index("metric").score)
+        assert (out / "leaderboard/Cross-Subject/population_speech.json").is_file()
+    assert scores[0].roc_auc != scores[1].roc_auc
+
+
 def test_fetching_unpacks_what_is_missing(tree, tmp_path, capsys):
     root, package = tree
     page = tmp_path / "page"
@@ -153,10 +171,12 @@ def test_fetching_unpacks_what_is_missing(tree, tmp_path, capsys):
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):
-    for options, words in ((["package=" + str(tmp_path)], ["braintreebank_features_time_alignment"]),
-                           (["recordings=btbank9_9"], ["no btbank9_9", "btbank2_0"]), (["recordings=1_1"], ["sub_1_trial001"]),
-                           (["root=" + str(tmp_path)], ["features.csv", "missing"])):
-        refused("data/braintreebank/prepare", f"root={tree[0]}", f"package={tree[1]}", f"out_dir={tmp_path / 'out'}", *options, says=words)
+    refused("data/braintreebank/prepare", f"root={tree[0]}", f"package={tree[1]}", "recordings=1_1", says=["sub_1_trial001"])
+    given = dict(root=str(tree[0]), package=str(tree[1]), out_dir=str(tmp_path / "out"))
+    for options, words in ((dict(package=str(tmp_path)), "braintreebank_features_time_alignment"), (dict(recordings=["btbank9_9"]), "no btbank9_9.*btbank2_0"),
+                           (dict(root=str(tmp_path)), "features.csv is missing")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            btb.main(btb.Config(**{**given, **options}))
     torn = tmp_path / "torn"
     torn.mkdir()
     for path in tree[0].iterdir():
