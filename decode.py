@@ -2105,6 +2105,7 @@ def neuroprobe(run, config):
     there = [name for name in meta["recordings"] if (folder / name / "neuroprobe.csv").is_file()]
     opened = {name: Recording(folder / name) for name in there}
     tested = [n for n in there if not config.subjects or any(s == n or is_subject(s, opened[n]) for s in config.subjects)]
+
     def source(name):
         """What a recording is trained from, and not there as long as it is not prepared."""
         others = {"within": [name], "session": [m for m in there if m != name and opened[m].subject == opened[name].subject],
@@ -2118,6 +2119,10 @@ def neuroprobe(run, config):
         tested = [n for n in tested if n not in without]
     if not tested:
         raise ValueError(f"split={config.split} subjects={config.subjects}: {folder} leaves no recording to be tested; it has {', '.join(there)}")
+    own = code_of(resolve(config.model, dict.fromkeys(MODELS), "model"))
+    content = repr(([opened[n].meta.get("sha256") for n in there], contents(config.preprocessor_params), own))
+    options = f"{run.options_hash()}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+    run.options_hash = lambda: options  # other data, another encoder or another file of the user's is another experiment
     done = run.rows()
     done = set(zip(done.recording, done.task)) if len(done) else set()
     mine = [(n, t) for n, t in run.share([(n, t) for n in tested for t in asked]) if (n, t) not in done]
@@ -2127,7 +2132,8 @@ def neuroprobe(run, config):
         """(N, ...) inputs of a recording's windows that begin at onset (s), opened once."""
         if name not in inputs:
             montage = Montage([(opened[name], np.flatnonzero(opened[name].good))])
-            inputs.clear()  # one recording at a time
+            if len(inputs) > 1:
+                inputs.clear()  # a recording and what trains it, not all
             inputs[name] = Windows(config, montage, [500 * config.window])
         one = inputs[name]
         rows = one.data.onsets(pd.DataFrame({"start": onset}))
