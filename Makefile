@@ -7,7 +7,7 @@ BIN = .venv/bin
 # what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
 CMD ?= $(BIN)/python
 
-.PHONY: setup demo app neural-conv test
+.PHONY: setup demo app neural-conv foundation-model test
 
 setup: .venv/ready
 
@@ -29,6 +29,11 @@ app: setup
 neural-conv: setup
 	mkdir -p logs
 	set -o pipefail; $(CMD) decode.py config/decode_podcast.yaml $(OPTIONS) 2>&1 | tee logs/neural-conv.out
+
+# words from the latents of a pretrained encoder (once before: python foundation.py); CONFIG_SUFFIX=_finetune takes config/decode_foundation_finetune.yaml
+foundation-model: setup
+	mkdir -p logs
+	set -o pipefail; $(CMD) decode.py config/decode_foundation$(CONFIG_SUFFIX).yaml $(OPTIONS) 2>&1 | tee logs/foundation-model$(CONFIG_SUFFIX).out
 
 test: setup
 	$(BIN)/ruff check .

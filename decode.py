@@ -15,6 +15,8 @@ shares a sample with either. Every decoder that is trained by gradient is traine
 
 Goldstein et al. 2022 (Nat Neurosci 25:369, the convolutional decoder); Zada et al. 2025 (Sci Data 12:1135); Dupre la Tour et al. 2022 (himalaya).
 """
+import ast
+import configparser
 import hashlib
 import importlib.util
 import inspect
@@ -23,7 +25,7 @@ import math
 import re
 import sys
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -42,13 +44,13 @@ import yaml
 from torch.nn import functional as F
 
 from configurator import Run, aside, configure, key_seed, write_aside
-from data.recording import Recording, read_set
-from model import load_lm, save_checkpoint
+from data.recording import Recording, encoder_input, named_places, places, read_set, resampled, robust_scale
+from model import NeuralEncoder, load_encoder, load_lm, save_checkpoint
 
 
 @dataclass
 class Config:
-    direction: Literal["decode", "encode"] = "decode"  # recording to target, or embeddings to every electrode
+    direction: Literal["decode", "encode", "neuroprobe"] = "decode"  # recording to target; embeddings to every electrode; Neuroprobe's tasks and splits
     # ---- recording
     dataset: str = "synthetic_podcast"     # name under data/, or a prepared folder (data/recording.py)
     subjects: list[str] = field(default_factory=list)  # sub-03 or 3; none: all, their electrodes side by side as those of one person
@@ -67,7 +69,8 @@ class Config:
     spectrum_segment: float = 0.1          # s of a Hann window, half overlapping
     spectrum_max: float = 200.0            # Hz
     preprocess: str = ""                   # my_file.py:function(windows (N, E, T), preprocessor_params) instead; it may return overrides too
-    preprocessor_params: dict = field(default_factory=dict)  # for it
+    preprocessor_params: dict = field(default_factory=dict)  # for it; foundation_model_preprocessing_fn: model_dir, see FOUNDATION below
+    untrained: int = 0                     # twins of the encoder of preprocess= with other random weights, and the windows themselves, into the same ridge
     standardize: bool = True               # z-scores by training words
     select: int = 0                        # electrodes that are kept, those that training words drive most; 0: all
     cache: str = "out/cache"               # of what preprocess= made, by content; "": none
@@ -75,6 +78,7 @@ class Config:
     # ---- target
     task: str = "embedding"                # or content, pos, sentence_onset, surprisal, volume, my_file.py:function(words, task_params)
     task_params: dict = field(default_factory=dict)  # for it; volume: step (s), sentence_onset: margin (s)
+    split: Literal["within", "session", "subject"] = "within"  # neuroprobe: train on the film itself, on another of the same person, on another person
     embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # released features, lm, static, arbitrary, GloVe file; several: encode only
     layer: int = 24                        # of features that have layers, and of lm=
     lm: str = "out/train"                  # embedding=lm: its contextual embeddings; static: its token embeddings
@@ -83,7 +87,7 @@ class Config:
     whiten: bool = False                   # every component to unit variance
     word: str = "norm_word"                # column of words.csv that says which words are the same
     # ---- model
-    model: str = "ensemble_pitom_model"    # independent_pitom_model, pitom_model, foundation_mlp, ridge, linear, logistic, my_file.py:constructor
+    model: str = "ensemble_pitom_model"    # independent_pitom_model, pitom_model, foundation_mlp, foundation_finetune, ridge, linear, logistic, file.py:f
     model_params: dict = field(default_factory=lambda: dict(num_models=4, conv_filters=32))  # for it: see pitom and mlp below
     beside: list[str] = field(default_factory=lambda: ["ridge"])  # other decoders, on the same windows, words and folds
     controls: list[str] = field(default_factory=lambda: ["mean", "unigram", "preceding", "oracle"])  # or arbitrary; see CONTROLS below
@@ -227,11 +231,29 @@ def resolve(spec, known, option):
 
 # ---- data: recordings, words, lags
 
-class Podcast:
+class Montage:
+    """Recordings whose electrodes stand side by side. parts: [(Recording, channel indices)]; names: 'sub-01 LGA1', E of them over all; xyz (E, 3) m."""
+
+    def __init__(self, parts):
+        self.parts, self.sfreq = parts, parts[0][0].sfreq
+        self.names = [f"{r.path.name} {r.names[i]}" for r, picks in parts for i in picks]
+        self.xyz = np.concatenate([r.xyz[picks] for r, picks in parts])
+
+    def onsets(self, events):
+        """(people, N) rows of the signals where events (DataFrame with start) begin; -2**40 where the start is not finite."""
+        start = events.start.to_numpy(float)
+        return np.stack([np.where(np.isfinite(start), r.rows(np.nan_to_num(start)), -2 ** 40) for r, _ in self.parts])
+
+    def inside(self, rows, spans):
+        """(lags, N) whether the window [row + a, row + b) lies in every person's recording."""
+        length = np.array([len(r.signal) for r, _ in self.parts])[:, None]
+        return np.stack([((rows + a >= 0) & (rows + b <= length)).all(0) for a, b in spans])
+
+
+class Podcast(Montage):
     """Recordings of the chosen people and electrodes, and what was said.
 
-    parts: [(Recording, channel indices)]; names: 'sub-01 LGA1', E of them over all people; xyz (E, 3) m; words: DataFrame (words.csv); meta; source:
-    what figures and tables say of the data. Raises FileNotFoundError or ValueError in a sentence."""
+    words: DataFrame (words.csv); meta; source: what figures and tables say of the data. Raises FileNotFoundError or ValueError in a sentence."""
 
     def __init__(self, run, config):
         self.folder = run.dataset(config.dataset)
@@ -254,24 +276,22 @@ class Podcast:
             table = pd.read_csv(config.electrodes, dtype=str, keep_default_na=False)
             if missing := {"subject", "elec"} - set(table):
                 raise ValueError(f"{config.electrodes} has no column '{sorted(missing)[0]}', only {', '.join(table)}")
-        self.parts, self.names, xyz = [], [], []
-        for name, recording in people.items():
+        parts = []
+        for recording in people.values():
             if config.subjects and not any(is_subject(asked, recording) for asked in config.subjects):
                 continue
             listed = None if table is None else set(table.elec[[is_subject(s, recording) for s in table.subject]])
             picks = [i for i, channel in enumerate(recording.names) if recording.good[i] and re.match(config.channels, channel)
                      and (listed is None or channel in listed)]
             if picks:
-                self.parts.append((recording, np.array(picks)))
-                self.names += [f"{name} {recording.names[i]}" for i in picks]
-                xyz.append(recording.xyz[picks])
-        if not self.parts:
+                parts.append((recording, np.array(picks)))
+        if not parts:
             stems = {name: sorted({re.sub(r"\d+$", "", c) for c in r.names}) for name, r in people.items()}
             raise ValueError(f"channels={config.channels} electrodes={config.electrodes} leave no electrode: there are "
                              + "; ".join(f"{name} {', '.join(s)}" for name, s in stems.items()))
-        if missing := {r.sfreq for r, _ in self.parts} - {self.parts[0][0].sfreq}:
-            raise ValueError(f"{self.folder}: recordings of {self.parts[0][0].sfreq:g} and {missing.pop():g} Hz do not go together; choose subjects=")
-        self.xyz, self.sfreq = np.concatenate(xyz), self.parts[0][0].sfreq
+        if missing := {r.sfreq for r, _ in parts} - {parts[0][0].sfreq}:
+            raise ValueError(f"{self.folder}: recordings of {parts[0][0].sfreq:g} and {missing.pop():g} Hz do not go together; choose subjects=")
+        super().__init__(parts)
 
     def array(self, file):
         """An array of the set, memory-mapped, float32 or float16."""
@@ -280,16 +300,6 @@ class Podcast:
         if not path.is_file() or path.stat().st_size != np.prod(entry.get("shape", [-1])) * np.dtype(dtype).itemsize:
             raise FileNotFoundError(f"{path} is missing or not as long as meta.yaml says: run the set's prepare.py again with overwrite=True")
         return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", shape=tuple(entry["shape"]))
-
-    def onsets(self, events):
-        """(people, N) rows of the signals where events (DataFrame with start) begin; -2**40 where the start is not finite."""
-        start = events.start.to_numpy(float)
-        return np.stack([np.where(np.isfinite(start), r.rows(np.nan_to_num(start)), -2 ** 40) for r, _ in self.parts])
-
-    def inside(self, rows, spans):
-        """(lags, N) whether the window [row + a, row + b) lies in every person's recording."""
-        length = np.array([len(r.signal) for r, _ in self.parts])[:, None]
-        return np.stack([((rows + a >= 0) & (rows + b <= length)).all(0) for a, b in spans])
 
 
 def is_subject(asked, recording):
@@ -319,11 +329,12 @@ def lag_windows(signal, picks, rows, offsets, edges, out=None):
     return out
 
 
-def raw_windows(signal, picks, rows, offset, samples):
-    """(N, C, T) float32: the samples themselves."""
-    out = np.empty((len(rows), len(picks), samples), np.float32)
+def raw_windows(signal, picks, weights, rows, offset, samples):
+    """(N, C, T) float32: the samples themselves, or, given weights (C, C'), these mixtures of the channels picks (C',)."""
+    out = np.empty((len(rows), len(picks) if weights is None else len(weights), samples), np.float32)
     for n, row in enumerate(rows + offset):
-        out[n] = signal[row:row + samples][:, picks].T
+        window = signal[row:row + samples][:, picks].T
+        out[n] = window if weights is None else weights @ window
     return out
 
 
@@ -340,13 +351,16 @@ def laplacian(names):
 
 
 def derived(recording, picks, config):
-    """(signal (T, C'), channels (C',)) of one person after reference= and bands=; the recording itself where neither is asked for."""
-    signal = recording.signal
+    """(signal (T, C'), channels (C',), weights (C, C') or None) of one person after reference= and bands=: a reference mixes channels, which a window is
+    early enough for, so that the recording stays on disk; bands want all of it."""
+    signal, weights = recording.signal, None
     if config.reference == "laplacian":  # over good contacts, before any is left out
         good = np.flatnonzero(recording.good)
         weights = laplacian([recording.names[i] for i in good])[np.searchsorted(good, picks)]
-        signal, picks = signal[:, good] @ weights.T, np.arange(len(picks))
+        picks = good
     if config.bands:
+        if weights is not None:
+            signal, picks, weights = signal[:, picks] @ weights.T, np.arange(len(weights)), None
         parts, nyquist = [], recording.sfreq / 2
         for low, high in config.bands:
             if high >= nyquist:
@@ -356,7 +370,7 @@ def derived(recording, picks, config):
                 x = scipy.signal.sosfiltfilt(sos, np.asarray(signal[:, c], np.float64))
                 parts.append(np.abs(scipy.signal.hilbert(x, scipy.fft.next_fast_len(len(x)))[:len(x)]).astype(np.float32))
         signal, picks = np.stack(parts, 1), np.arange(len(parts))
-    return signal, picks
+    return signal, picks, weights
 
 
 class Windows:
@@ -368,11 +382,13 @@ class Windows:
         self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess") if config.preprocess else None
         self.names = [n for r, p in data.parts for b in (config.bands or [None]) for n in
                       (f"{r.path.name} {r.names[i]}" + (f" {b[0]:g}-{b[1]:g} Hz" if b else "") for i in p)]
-        self.signals = None
+        self.signals, self.encoder = None, None
         self.set_width(config.window)
+        if self.function in FOUNDATION and not (folder_of(config) / "experiment_config.ini").is_file():
+            self.encoder = Encoder(config, data)
 
     def people(self):
-        """[(signal (T, C'), channels (C',))] of every person, derived once."""
+        """[(signal (T, C'), channels (C',), weights)] of every person, derived once."""
         self.signals = self.signals or [derived(r, p, self.config) for r, p in self.data.parts]
         return self.signals
 
@@ -394,6 +410,9 @@ class Windows:
         """Try preprocess= on two words: may set the window, must keep the words. rows (people, N)."""
         if self.function in (None, bin_means):
             return {}
+        if self.encoder:
+            self.set_width(self.config.window if self.width else self.encoder.recipe["window"])
+            return {"model_params": self.encoder.facts()} if self.function is foundation_model_input else {}
         asked = self.config.window
         if not self.width:  # it may say which
             self.set_width(1.0)
@@ -407,7 +426,7 @@ class Windows:
 
     def call(self, windows):
         """(array (N, ...), overrides) of the user's function, checked."""
-        made = self.function(windows, self.config.preprocessor_params)
+        made = self.function(windows, {"ch_names": [n.partition(" ")[2] for n in self.data.names], "sfreq": self.data.sfreq, **self.config.preprocessor_params})
         made, overrides = made if isinstance(made, tuple) else (made, {})
         made = np.asarray(made.detach().cpu() if torch.is_tensor(made) else made)
         if made.ndim < 2 or len(made) != len(windows):
@@ -429,14 +448,23 @@ class Windows:
         """(len(which), N, ...) float32: the inputs at lags number `which` of events at rows (people, N)."""
         if self.function not in (None, bin_means):
             return np.stack([self.cached(rows, l) for l in which])
-        if self.config.represent == "spectrum":
-            return np.stack([np.concatenate([self.spectrum(self.raw(rows[:, n:n + 256], l)) for n in range(0, rows.shape[1], 256)]) for l in which])
+        sums = 8 * 16 * max(len(r.signal) for r, _ in self.data.parts)  # bytes that lag_windows() takes; hours of film are read window by window
+        if self.config.represent == "spectrum" or sums > 1e9 * self.config.memory:
+            make = self.spectrum if self.config.represent == "spectrum" else self.means
+            return np.stack([np.concatenate([make(self.raw(rows[:, n:n + 256], l)) for n in range(0, rows.shape[1], 256)]) for l in which])
         out = np.empty((len(which), rows.shape[1], len(self.names), len(self.edges) - 1), np.float32)
         first = 0
-        for (signal, picks), row in zip(self.people(), rows):
-            lag_windows(signal, picks, row, [self.spans[l][0] for l in which], self.edges, out[:, :, first:first + len(picks)])
-            first += len(picks)
+        for (signal, picks, weights), row in zip(self.people(), rows):
+            here = out[:, :, first:first + len(picks if weights is None else weights)]
+            binned = lag_windows(signal, picks, row, [self.spans[l][0] for l in which], self.edges, here if weights is None else None)
+            if weights is not None:
+                np.matmul(weights, binned, out=here)
+            first += here.shape[2]
         return out
+
+    def means(self, x):
+        """(N, E, B): bin means of x (N, E, T)."""
+        return np.add.reduceat(x, self.edges[:-1], axis=2) / np.diff(self.edges).astype(np.float32)
 
     def spectrum(self, x):
         """(N, E * F, segments): log power of x (N, E, T)."""
@@ -451,13 +479,17 @@ class Windows:
 
     def cached(self, rows, l):
         """What preprocess= makes at one lag, from disk where the same function made it of the same samples before."""
-        key = hashlib.sha256(repr((self.config.preprocess, self.config.preprocessor_params, code_of(self.function), contents(self.config.preprocessor_params),
+        files = contents(self.config.preprocessor_params) if not self.encoder else []  # an encoder of ours is known by its weights
+        key = hashlib.sha256(repr((self.config.preprocess, self.config.preprocessor_params, code_of(self.function), files,
                                    [(r.meta.get("sha256"), p.tolist()) for r, p in self.data.parts], self.spans[l], self.config.reference,
-                                   self.config.bands)).encode() + rows.tobytes()).hexdigest()[:20]
+                                   self.config.bands, self.encoder and self.encoder.key)).encode() + rows.tobytes()).hexdigest()[:20]
         path = Path(self.config.cache) / f"{key}.npy"
         if self.config.cache and path.is_file():
             return np.load(path)
-        made, _ = self.call(self.raw(rows, l))
+        if self.encoder:
+            made = self.encoder.of(rows + self.spans[l][0], self.width, self.function is foundation_model_input)
+        else:
+            made, _ = self.call(self.raw(rows, l))
         if self.config.cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with aside(path) as f:
@@ -482,7 +514,165 @@ def bin_means(data, preprocessor_params):
     return data.reshape(data.shape[0], data.shape[1], -1, preprocessor_params.get("num_average_samples", 32)).mean(-1)
 
 
-PREPROCESSORS = {"preprocess_neural_data": bin_means}
+# ---- data: a pretrained encoder (foundation.py), or somebody else's
+
+def folder_of(config):
+    """preprocessor_params.model_dir as a Path. Raises FileNotFoundError in a sentence."""
+    asked = config.preprocessor_params.get("model_dir", "")
+    if not asked or not Path(asked).exists():
+        raise FileNotFoundError(f"preprocessor_params.model_dir={asked} does not exist: give a run folder of foundation.py (python foundation.py makes "
+                                "out/foundation), or a folder with experiment_config.ini and model.pth")
+    return Path(asked)
+
+
+class Encoder:
+    """A frozen encoder of foundation.py over the electrodes of a Montage: windows are cut from the continuous recording as the encoder was pretrained on it
+    (its rate, bands, robust scale and places), its tokens of a window side by side are the latents. preprocessor_params: model_dir; untrained=k, the same
+    encoder with random weights number k; foundation_model_batch_size. Scales are those of pretraining where the recording was in it, else of all of the
+    recording, no word looked at."""
+
+    def __init__(self, config, data):
+        p = self.params = config.preprocessor_params
+        self.encoder, self.recipe = load_encoder(folder_of(config))
+        if p.get("untrained"):
+            torch.manual_seed(key_seed(config.seed, "untrained", p["untrained"]))
+            self.encoder = NeuralEncoder(self.encoder.config).eval()
+        weights = b"".join(v.numpy().tobytes() for v in self.encoder.state_dict().values())
+        self.device = torch.device("cuda" if config.device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+        self.encoder.to(self.device)
+        self.people, self.matched = [], []
+        for r, picks in data.parts:
+            names = [r.names[i] for i in picks]
+            xyz, matched = named_places(names, places(names, r.xyz[picks], r.good[picks], self.recipe["grid"]), self.recipe)
+            heard = next((s for s in self.recipe["recordings"] if (Path(s["dataset"]).name, s["name"]) == (r.path.parent.name, r.path.name)), None)
+            subject = self.recipe["subjects"].index(heard["subject"]) if heard else -1
+            self.people.append([r, picks, torch.as_tensor(xyz, dtype=torch.float32, device=self.device), subject, heard and heard["seen"], None])
+            self.matched.append(matched)
+        self.key = hashlib.sha256(weights + repr((self.recipe, [(x.tolist(), s) for _, _, x, s, _, _ in self.people])).encode()).hexdigest()
+
+    def prepared(self, person):
+        """(resampled signal (T', C, F), centre, scale), made once."""
+        r, picks, _, _, seen, made = person
+        if made is None:
+            x = resampled(r.signal, r.sfreq, self.recipe, picks)
+            begin, end = np.round(np.array(seen) * self.recipe["sfreq"]).astype(int) if seen else (0, len(x))
+            made = person[5] = (x, *robust_scale(x[begin:end]))
+        return made
+
+    @torch.no_grad()
+    def of(self, rows, width, untouched=False):
+        """(N, people * tokens * n_embd) latents of the windows that begin at rows (people, N) of the signals, width samples long; untouched: (N, C, T), what
+        the encoder would see, people side by side."""
+        out = []
+        for person, row in zip(self.people, rows):
+            r, _, xyz, subject, _, _ = person
+            x, centre, scale = self.prepared(person)
+            rate, T = self.recipe["sfreq"], round(width / r.sfreq * self.recipe["sfreq"])
+            begin, size, made = np.round(row / r.sfreq * rate).astype(int).clip(0, len(x) - T), self.params.get("foundation_model_batch_size", 64), []
+            for at in np.split(begin, range(size, len(begin), size)):
+                batch = encoder_input(x[at[:, None] + np.arange(T)], self.recipe, centre, scale)  # (n, C, P * F * patch)
+                who = torch.full((len(batch),), subject, device=self.device)
+                made.append(batch if untouched else self.encoder(torch.as_tensor(batch, device=self.device), xyz, who).flatten(1).cpu().numpy())
+            out.append(np.concatenate(made))
+        return np.concatenate(out, 1)
+
+    def facts(self):
+        """What foundation_finetune needs to know: plain types."""
+        return {"model_dir": self.params["model_dir"], "untrained": self.params.get("untrained", 0),
+                "montages": [[xyz.cpu().tolist(), subject] for _, _, xyz, subject, _, _ in self.people]}
+
+    def said(self, config, sweep):
+        """A sentence on how the electrodes were matched, and how much of the words' time pretraining has heard."""
+        by = ", ".join(f"{sum(m[k] for m in self.matched)} {what}" for k, what in (("name", "known by name"), ("position", "by position only"),
+                                                                                   ("absent", "without a place, left out")))
+        heard, tokens = np.zeros(len(sweep.start), bool), round(config.window * self.recipe["sfreq"]) // self.recipe["patch"]
+        for r, _, _, _, seen, _ in self.people:
+            since = sweep.start - r.first_sample / r.sfreq
+            heard |= (since >= seen[0]) & (since < seen[1]) if seen else False
+        return (f"{self.params['model_dir']}: electrodes {by}; pretraining heard the recording, not the words, at {heard.mean():.0%} of them"
+                f"; {len(self.people) * tokens * self.encoder.config.n_embd:,} latents a word")
+
+
+def foundation_model_input(data, preprocessor_params):
+    """preprocess= of that name: windows as the pretrained encoder takes them, for model=foundation_finetune; Encoder makes them of the recording."""
+    raise ValueError("preprocess=foundation_model_input is for encoders of foundation.py: give preprocessor_params.model_dir its run folder")
+
+
+class FineTune(nn.Module):
+    """The pretrained encoder and a linear layer on its tokens, both trained: (B, C, T) of people side by side → (B, output_dim). untrained: from scratch."""
+
+    def __init__(self, p):
+        super().__init__()
+        if "montages" not in p:
+            raise ValueError("model=foundation_finetune reads the encoder's own input: give preprocess=foundation_model_input")
+        self.encoder, _ = load_encoder(p["model_dir"])
+        if p.get("untrained"):
+            self.encoder = NeuralEncoder(self.encoder.config)
+        self.sizes, self.subjects = [len(xyz) for xyz, _ in p["montages"]], [subject for _, subject in p["montages"]]
+        for i, (xyz, _) in enumerate(p["montages"]):
+            self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
+        tokens = p["input_shape"][1] // self.encoder.config.patch + (self.encoder.whole is not None)
+        self.dropout, self.head = nn.Dropout(p.get("dropout", 0.2)), nn.Linear(len(self.sizes) * tokens * self.encoder.config.n_embd, p["output_dim"])
+
+    def forward(self, x):
+        parts = [self.encoder(part, getattr(self, f"xyz{i}"), torch.full((len(x),), subject, device=x.device)).flatten(1)
+                 for i, (part, subject) in enumerate(zip(x.split(self.sizes, 1), self.subjects))]
+        return self.head(self.dropout(torch.cat(parts, 1)))
+
+
+def read_ini(folder):
+    """experiment_config.ini as nested namespaces, ini.ecog_data_config.sample_length: sections and keys in lower case, numbers as numbers."""
+    ini = configparser.ConfigParser()
+    try:
+        ini.read(folder / "experiment_config.ini")
+    except configparser.Error as e:
+        raise ValueError(f"{folder / 'experiment_config.ini'} is no ini file ({' '.join(str(e).split())})") from None
+
+    def value(text):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    made = types.SimpleNamespace(**{s.lower(): types.SimpleNamespace(**{k: value(v) for k, v in ini[s].items()}) for s in ini.sections()})
+    for key in ("sample_length", "original_fs", "new_fs"):
+        if not isinstance(getattr(getattr(made, "ecog_data_config", None), key, None), (int, float)):
+            raise ValueError(f"{folder / 'experiment_config.ini'} has no number '{key}' in its section ecog_data_config")
+    return made
+
+
+def foundation_model_preprocessing_fn(data, preprocessor_params):
+    """preprocess= of that name in podcast-benchmark's document, for a model of its kind: model_dir with experiment_config.ini and model.pth, and
+    model=my_file.py:constructor, which gets the ini (read_ini) and gives the module that model.pth fits; model(batch, forward_features=True) is called with
+    (N, 1, T, 8, 8), electrodes G1 to G64 row by row, zeros where there is none, block means at new_fs. A run folder of foundation.py goes through Encoder."""
+    p, folder = preprocessor_params, Path(preprocessor_params["model_dir"])
+    ini = read_ini(folder)
+    if ":" not in str(p.get("model", "")):
+        raise ValueError(f"{folder} holds somebody else's model: give preprocessor_params.model=my_file.py:constructor, which makes the module of model.pth")
+    step = ini.ecog_data_config.original_fs // ini.ecog_data_config.new_fs
+    if p["sfreq"] != ini.ecog_data_config.original_fs or data.shape[2] % step:
+        raise ValueError(f"{folder} takes windows at {ini.ecog_data_config.original_fs:g} Hz in blocks of {step:g} samples, not {data.shape[2]} samples at "
+                         f"{p['sfreq']:g} Hz: give config_setter=foundation_model, or another recording")
+    model = resolve(p["model"], {}, "preprocessor_params.model")(ini)
+    try:
+        model.load_state_dict(torch.load(folder / "model.pth", weights_only=True, map_location="cpu"))
+    except (OSError, RuntimeError) as e:
+        raise ValueError(f"{folder / 'model.pth'} is not the weights of {p['model']} ({' '.join(str(e).split())[:160]})") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    means = data.reshape(*data.shape[:2], -1, int(step)).mean(-1)  # (N, E, T)
+    grid = np.zeros((len(data), means.shape[2], 64), np.float32)
+    for e, name in enumerate(p["ch_names"]):
+        if name[:1] == "G" and name[1:].isdigit() and 1 <= int(name[1:]) <= 64:
+            grid[:, :, int(name[1:]) - 1] = means[:, e]
+    if not np.any(grid):
+        raise ValueError(f"{folder} reads electrodes G1 to G64, and there are {', '.join(p['ch_names'][:6])}, ...: choose others with subjects= or channels=")
+    with torch.no_grad():
+        return torch.cat([model(torch.as_tensor(part, device=device).view(len(part), 1, -1, 8, 8), forward_features=True).flatten(1).float().cpu()
+                          for part in np.split(grid, range(p.get("foundation_model_batch_size", 64), len(grid), p.get("foundation_model_batch_size", 64)))])
+
+
+FOUNDATION = (foundation_model_preprocessing_fn, foundation_model_input)
+PREPROCESSORS = {"preprocess_neural_data": bin_means, **{f.__name__: f for f in FOUNDATION}}
 
 
 # ---- data: targets
@@ -988,7 +1178,7 @@ def build_stack(config, spec, keys, shape, D, kind, order):
 
 
 MODELS = {"ensemble_pitom_model": "joint", "EnsemblePitomModel": "joint", "independent_pitom_model": "independent", "pitom_model": "one", "PitomModel": "one",
-          "foundation_mlp": "mlp", "MLP": "mlp", "ridge": "ridge", "linear": "linear", "logistic": "logistic"}
+          "foundation_mlp": "mlp", "MLP": "mlp", "foundation_finetune": FineTune, "ridge": "ridge", "linear": "linear", "logistic": "logistic"}
 LINEAR = ("ridge", "linear", "logistic")
 
 
@@ -1128,6 +1318,10 @@ def fit_linear(config, spec, kind, x, job, Y=None):
         if kind != "classes":
             raise ValueError("model=logistic is for classes: task=content, say; take ridge for embeddings and numbers")
         from sklearn.linear_model import LogisticRegression
+        basis = None
+        if x.shape[1] > len(fold.train):  # a penalised solution lies in the span of the training rows: turned into it, the fit is the same and small
+            basis = np.linalg.qr(x[fold.train].T)[0]
+            x = x @ basis
         fits = [LogisticRegression(C=c, max_iter=2000, class_weight="balanced").fit(x[fold.train], Y[fold.train]) for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
 
         def log_p(fit, rows):  # (1, n, K): a class that no training word has is all but impossible
@@ -1135,7 +1329,7 @@ def fit_linear(config, spec, kind, x, job, Y=None):
             out[0][:, fit.classes_] = np.maximum(fit.predict_log_proba(x[rows]), -30)
             return out
         fit = max(fits, key=lambda f: quick_score(kind, log_p(f, fold.val), Y[fold.val], False))
-        return log_p(fit, fold.val), log_p(fit, fold.test), 0, {"coef": torch.tensor(fit.coef_)}
+        return log_p(fit, fold.val), log_p(fit, fold.test), 0, {"coef": torch.tensor(fit.coef_ if basis is None else fit.coef_ @ basis.T)}
     y = np.eye(Y.max() + 1, dtype=np.float32)[Y] if kind == "classes" else Y
     val, w, offset = least_squares(x, y, fold) if spec == "linear" else ridge(x, y, fold, config.alphas)
     return val[None], (x[fold.test] @ w + offset)[None], 0, {"coef": torch.as_tensor(w), "offset": torch.as_tensor(offset)}
@@ -1496,8 +1690,13 @@ def neural_conv(config, raws, df_word, embeddings):
 
 
 def foundation_model(config, raws, df_word, embeddings):
-    """The setter of that name: which channels there are; the window is window='s, or what preprocess= asks for."""
-    config.data_params.preprocessor_params["ch_names"] = sum((raw.ch_names for raw in raws), [])
+    """The setter of that name: which channels there are, and the window that the pretrained model was trained on (s)."""
+    p, folder = config.data_params.preprocessor_params, folder_of(config.data_params)
+    p["ch_names"] = sum((raw.ch_names for raw in raws), [])
+    if (folder / "experiment_config.ini").is_file():
+        config.data_params.window_width = read_ini(folder).ecog_data_config.sample_length
+    else:
+        config.data_params.window_width = load_encoder(folder)[1]["window"]
     return config
 
 
@@ -1516,6 +1715,13 @@ class Sweep:
         self.windows = Windows(config, data, self.lags)
         rows = data.onsets(target.events)
         config.model_params = {**config.model_params, **self.windows.probe(rows).get("model_params", {})}
+        self.others = {}  # decoders that read something else than preprocess= makes
+        if config.untrained:
+            if not self.windows.encoder:
+                raise ValueError(f"untrained={config.untrained} needs preprocess=foundation_model_preprocessing_fn and a run folder of foundation.py")
+            twins = {f"ridge, untrained {k + 1}": dict(preprocessor_params={**config.preprocessor_params, "untrained": k + 1}) for k in range(config.untrained)}
+            self.others = {name: Windows(replace(config, **change), data, self.lags) for name, change in (
+                twins | {"ridge, raw signal": dict(preprocess="", preprocessor_params={})}).items()}
         if not self.windows.width:
             raise ValueError("window= is not set, and neither config_setter= nor preprocess= set it: give a width in seconds")
         inside = data.inside(rows, self.windows.spans)  # (L, N)
@@ -1541,7 +1747,8 @@ class Sweep:
         code = hashlib.sha256("".join(code_of(resolve(s, k, o)) for s, k, o in (
             (config.model, dict.fromkeys(MODELS), "model"), (config.preprocess or "-", {"-": None, **dict.fromkeys(PREPROCESSORS)}, "preprocess"),
             (config.task, dict.fromkeys([config.task] * (":" not in config.task)), "task"))).encode() + repr((
-                data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}))).encode()
+                data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}),
+                self.windows.encoder.key if self.windows.encoder else contents(config.preprocessor_params))).encode()
             + self.rows.tobytes() + (b"" if lm else target.values.tobytes())).hexdigest()[:6]
         options = f"{run.options_hash()}-{code}"
         run.options_hash = lambda: options  # of results.csv's rows too: other data or another user's file is another experiment
@@ -1554,6 +1761,8 @@ class Sweep:
                   f"at every lag ({', '.join(f'{v} {k}' for k, v in target.notes.items() if v) or 'none'} left out), {len(self.kinds):,} types; embargo leaves "
                   f"{np.mean([len(f.train) for f in self.folds]):.0f} to train, {np.mean([len(f.val) for f in self.folds]):.0f} to validate, "
                   f"{np.mean([len(f.test) for f in self.folds]):.0f} to test per fold")
+        if self.windows.encoder and run.master:
+            run.print(self.windows.encoder.said(config, self))
 
     def path(self, name, lag, k):
         return self.store / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}_{'none' if lag is None else f'{lag:g}'}_{k}.npz"
@@ -1570,7 +1779,8 @@ class Sweep:
         """[(model, lag or None, fold number)] of the whole sweep."""
         c = self.config
         flat = [name for name in c.controls if name != "arbitrary" and (name == "mean" or self.target.kind == "vectors")]
-        swept = [c.model, *[b for b in c.beside if b != c.model]] + ["arbitrary"] * ("arbitrary" in c.controls and self.target.kind == "vectors")
+        swept = [*dict.fromkeys([c.model, *c.beside, *["ridge"] * bool(self.others), *self.others])]
+        swept += ["arbitrary"] * ("arbitrary" in c.controls and self.target.kind == "vectors")
         return [(name, lag, k) for lag in self.lags for k in range(c.n_folds) for name in swept] + [(name, None, k) for k in range(c.n_folds) for name in flat]
 
     def do(self, todo, bar):
@@ -1583,30 +1793,36 @@ class Sweep:
         at_once = max(1, int(self.config.memory * 1e9 / self.windows.bytes(len(self.start))))
         for begin in range(0, len(lags), at_once):
             some = lags[begin:begin + at_once]
-            X = self.windows.at([self.lags.index(lag) for lag in some], self.rows)  # (L, N, ...)
-            on_device = torch.as_tensor(X, device=self.run.device)
-            for name in dict.fromkeys(name for name, lag, _ in todo if lag in some):
-                mine = [(lag, k) for n, lag, k in todo if n == name and lag in some]
-                trained = name not in LINEAR and name != "arbitrary"
-                size = (1 if MODELS.get(name) is None else self.config.stack or (5 if self.run.device.type == "cpu" else len(mine))) if trained else 1
-                for part in (mine[i:i + size] for i in range(0, len(mine), size)):
-                    batch = [Job(lag, some.index(lag), self.folds[k], self.Y[k],
-                                 *input_scale(self.config, X[some.index(lag)], self.folds[k], self.target, self.Y[k])) for lag, k in part]
-                    if trained:
-                        outs = train_stack(self.run, self.config, name, self.target, on_device, batch, self.windows.names, self.folds)
-                    else:
-                        outs = [fit_linear(self.config, "ridge" if name == "arbitrary" else name, self.target.kind, (X[j.l] - j.mean) * j.factor, j,
-                                           self.arbitrary(j.fold) if name == "arbitrary" else None) for j in batch]
-                    for (lag, k), (val, test, epochs, state) in zip(part, outs):
-                        Y = self.arbitrary(self.folds[k]) if name == "arbitrary" else self.Y[k]
-                        if self.config.save_models and name == self.config.model:
-                            (self.run.out / "models").mkdir(exist_ok=True)
-                            save_checkpoint(self.run.out / "models" / f"lag_{lag:g}_fold_{k}.pt", dict(
-                                kind="decoder", model=name, lag=lag, fold=k, epochs=epochs, state={n: v.contiguous() for n, v in state.items()},
-                                model_params=plain(self.config.model_params), electrodes=self.windows.names))
-                        self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
-                        bar.update()
-            del X, on_device
+            names = list(dict.fromkeys(name for name, lag, _ in todo if lag in some))
+            for windows, group in [(self.windows, [n for n in names if n not in self.others]), *((w, [n]) for n, w in self.others.items() if n in names)]:
+                if group:
+                    self.fit(windows.at([self.lags.index(lag) for lag in some], self.rows), some, [j for j in todo if j[0] in group and j[1] in some], bar)
+
+    def fit(self, X, some, todo, bar):
+        """The decoders of the jobs todo on inputs X (L, N, ...) of the lags `some`."""
+        on_device = torch.as_tensor(X, device=self.run.device)
+        for name in dict.fromkeys(name for name, _, _ in todo):
+            mine = [(lag, k) for n, lag, k in todo if n == name]
+            linear = "arbitrary" if name == "arbitrary" else "ridge" if name in self.others else name if name in LINEAR else ""
+            size = 1 if linear or MODELS.get(name) is None or MODELS.get(name) is FineTune else self.config.stack or (
+                5 if self.run.device.type == "cpu" else len(mine))
+            for part in (mine[i:i + size] for i in range(0, len(mine), size)):
+                batch = [Job(lag, some.index(lag), self.folds[k], self.Y[k],
+                             *input_scale(self.config, X[some.index(lag)], self.folds[k], self.target, self.Y[k])) for lag, k in part]
+                if not linear:
+                    outs = train_stack(self.run, self.config, name, self.target, on_device, batch, self.windows.names, self.folds)
+                else:
+                    outs = [fit_linear(self.config, "ridge" if linear == "arbitrary" else linear, self.target.kind, (X[j.l] - j.mean) * j.factor, j,
+                                       self.arbitrary(j.fold) if linear == "arbitrary" else None) for j in batch]
+                for (lag, k), (val, test, epochs, state) in zip(part, outs):
+                    Y = self.arbitrary(self.folds[k]) if name == "arbitrary" else self.Y[k]
+                    if self.config.save_models and name == self.config.model:
+                        (self.run.out / "models").mkdir(exist_ok=True)
+                        save_checkpoint(self.run.out / "models" / f"lag_{lag:g}_fold_{k}.pt", dict(
+                            kind="decoder", model=name, lag=lag, fold=k, epochs=epochs, state={n: v.contiguous() for n, v in state.items()},
+                            model_params=plain(self.config.model_params), electrodes=self.windows.names))
+                    self.record(name, lag, k, *score(self.config, self.target, self.folds[k], Y, self.codes, val, test, self.shifts[k], self.gap), epochs)
+                    bar.update()
 
     def arbitrary(self, fold):
         """Targets of the control: one random vector a word type."""
@@ -1648,9 +1864,25 @@ def summarise(run, sweep):
             else:
                 mean, low, high = over_folds(scores[choice, np.arange(config.n_folds)])
                 run.result(mean, null[choice].mean(), low, high, n, model=name, lag="chosen", fold="mean", metric=metric, **sweep.keys)
+    for name, (mean, low, high) in worth(sweep, chosen).items():
+        run.result(mean, 0.0, low, high, n, model=name, lag="chosen", fold="mean", metric=PRIMARY[sweep.target.kind], **sweep.keys)
     table = pd.DataFrame(rows)
     write_aside(run.out / "lags.csv", table.to_csv(index=False))
     return table, flat, chosen
+
+
+def worth(sweep, chosen):
+    """{what less what: (mean, low, high)} over folds, in pairs: ridge on the pretrained latents less ridge on the untrained ones' (their mean, and each) and
+    on the raw signal, each at the lag that its validation words choose. Empty without untrained=."""
+    metric, found = PRIMARY[sweep.target.kind], {}
+
+    def of(name):
+        return np.array([float(np.load(sweep.path(name, lag, k))[f"score_{metric}"]) for k, lag in enumerate(chosen[name])])
+    twins = [name for name in sweep.others if "untrained" in name]
+    scores = ({f"mean of {len(twins)} untrained": np.mean([of(t) for t in twins], 0)} if len(twins) > 1 else {}) | {t: of(t) for t in sweep.others}
+    for name, other in scores.items():
+        found[f"ridge, pretrained - {name.removeprefix('ridge, ')}"] = over_folds(of("ridge") - other)
+    return found
 
 
 def single_electrodes(run, sweep, chosen):
@@ -1734,6 +1966,9 @@ def report(run, sweep, table, flat, chosen, results):
         run.print(f"{name}: {SAID[metric]} {row.score:.3f} [{row.low:.3f}, {row.high:.3f}] at the lag chosen on validation words "
                   f"({', '.join(f'{lag:g}' for lag in chosen[name])} ms by fold), shifted words {row.chance:.3f}, n = {n:,}; "
                   f"beyond chance (family-wise .05) at {found or 'no lag'}" + " ms" * bool(found))
+    for name, (mean, low, high) in worth(sweep, chosen).items():
+        run.print(f"{name}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] {SAID[metric]}, in pairs over {sweep.config.n_folds} folds" + (
+            "; better" if low > 0 else "; worse" if high < 0 else "; no difference that folds can tell"))
     if metric in flat:
         run.print("controls: " + ", ".join(f"{name} {value:.3f}" for name, value in flat[metric].items()) + f" ({SAID[metric]}); "
                   + ", ".join(f"{name} {value:.3f}" for name, value in flat.get("top1", {}).items()) + " (top-1)" * ("top1" in flat))
@@ -1850,9 +2085,144 @@ def encode_summary(run, sweep):
     run.print(f"encoding.png, electrodes.png, encoding.csv, electrodes.csv, results.csv in {run.out}")
 
 
+# ---- Neuroprobe (arXiv 2509.21671)
+
+LEADERBOARD = {"linear on Laplacian-referenced spectrogram": (.660, .648, .539), "linear on spectrogram": (.630, .626, .528),
+               "linear on raw voltage": (.606, .576, .510), "BrainBERT, pretrained, frozen": (.587, .581, .522),
+               "BrainBERT, untrained, frozen": (.585, .574, .527), "PopulationTransformer": (.545, .566, .526)}  # mean test ROC-AUC by split
+SPLITS = {"within": "Within-Session", "session": "Cross-Session", "subject": "Cross-Subject"}  # folders of its leaderboard
+
+
+def neuroprobe(run, config):
+    """Neuroprobe's binary tasks by the splits that its package fixes, prepared by data/braintreebank: one row per recording, task and fold, and a JSON file
+    per task in the leaderboard's form. Nothing here chooses a window or a split; validation windows choose the penalty or the epoch."""
+    folder = run.dataset(config.dataset)
+    meta = read_set(folder)
+    if "tasks" not in meta:
+        raise ValueError(f"{folder / 'meta.yaml'} names no tasks: direction=neuroprobe reads sets made by data/braintreebank/prepare.py")
+    asked = meta["tasks"] if config.task in ("all", "embedding") else [config.task]
+    if unknown := set(asked) - set(meta["tasks"]):
+        raise ValueError(f"task={unknown.pop()} is none of Neuroprobe's: all, {', '.join(meta['tasks'])}")
+    there = [name for name in meta["recordings"] if (folder / name / "neuroprobe.csv").is_file()]
+    opened = {name: Recording(folder / name) for name in there}
+    tested = [n for n in there if not config.subjects or any(s == n or is_subject(s, opened[n]) for s in config.subjects)]
+
+    def source(name):
+        """What a recording is trained from, and not there as long as it is not prepared."""
+        others = {"within": [name], "session": [m for m in there if m != name and opened[m].subject == opened[name].subject],
+                  "subject": [m for m in there if m == meta["across_people"] and opened[m].subject != opened[name].subject]}
+        return next(iter(others[config.split]), None)
+
+    sources = {n: source(n) for n in tested}
+    if without := [n for n in tested if sources[n] is None]:
+        run.print(f"split={config.split}: nothing to train {', '.join(without)} from, left out"
+                  + (f" ({meta['across_people']} trains, its person is not tested)" if config.split == "subject" else ""))
+        tested = [n for n in tested if n not in without]
+    if not tested:
+        raise ValueError(f"split={config.split} subjects={config.subjects}: {folder} leaves no recording to be tested; it has {', '.join(there)}")
+    own = code_of(resolve(config.model, dict.fromkeys(MODELS), "model"))
+    content = repr(([opened[n].meta.get("sha256") for n in there], contents(config.preprocessor_params), own))
+    options = f"{run.options_hash()}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
+    run.options_hash = lambda: options  # other data, another encoder or another file of the user's is another experiment
+    done = run.rows()
+    done = set(zip(done.recording, done.task)) if len(done) else set()
+    mine = [(n, t) for n, t in run.share([(n, t) for n in tested for t in asked]) if (n, t) not in done]
+    inputs = {}
+
+    def windows(name, onset):
+        """(N, ...) inputs of a recording's windows that begin at onset (s), opened once."""
+        if name not in inputs:
+            montage = Montage([(opened[name], np.flatnonzero(opened[name].good))])
+            if len(inputs) > 1:
+                inputs.clear()  # a recording and what trains it, not all
+            inputs[name] = Windows(config, montage, [500 * config.window])
+        one = inputs[name]
+        rows = one.data.onsets(pd.DataFrame({"start": onset}))
+        one.probe(rows)
+        one.lags = [500 * config.window]  # from the onset on, whatever width the encoder asked for
+        one.set_width(config.window)
+        if not one.data.inside(rows, one.spans).all():
+            raise ValueError(f"{name}: a window of {config.window} s goes beyond the recording of {len(opened[name].signal) / one.data.sfreq:.0f} s: "
+                             "the benchmark's is 1 s; set window=1")
+        return one.at([0], rows)[0], one.names
+
+    bar = run.progress(len(mine), desc="recordings x tasks")
+    for name, task in mine:
+        both = list(dict.fromkeys([sources[name], name]))
+        tables = [table[table.task == task].sort_values("onset", kind="stable") for table in (pd.read_csv(folder / n / "neuroprobe.csv") for n in both)]
+        made = [windows(n, t.onset.to_numpy()) for n, t in zip(both, tables)]
+        if config.split == "subject" and not config.preprocess:  # contacts have no counterpart in another person: the means of regions that both have
+            regions = [opened[n].channels.region[opened[n].good].fillna("").to_numpy() for n in both]
+            shared = sorted(set(regions[0]) & set(regions[1]) - {""})
+            if shared:
+                made = [(np.stack([X.reshape(len(X), len(r), -1)[:, r == g].mean(1) for g in shared], 1), shared) for (X, _), r in zip(made, regions)]
+        if len({m[0].shape[1:] for m in made}) > 1:
+            raise ValueError(f"split={config.split}: the inputs of {both[0]} have shape {made[0][0].shape[1:]}, those of {name} {made[-1][0].shape[1:]}: "
+                             "they share no region or contacts; take preprocess= an encoder that makes the same of all")
+        X, y = np.concatenate([m[0] for m in made]), np.concatenate([t.label for t in tables])
+        first, start = len(X) - len(tables[-1]), tables[-1].onset.to_numpy()
+        target = Target("classes", pd.DataFrame({"label": y.astype(str)}), y, ["0", "1"])
+        folds = []
+        for k, part in enumerate(["across"] if config.split != "within" else sorted(c for c in tables[-1] if c.startswith("within_"))):
+            val, test = (first + np.flatnonzero(tables[-1][part] == p) for p in ("val", "test"))
+            folds.append(Fold(k, np.arange(first) if first else np.flatnonzero(tables[-1][part] == "train"), val, test))
+        for fold in folds:
+            wide = Fold(fold.number, fold.train, fold.val, np.concatenate([fold.test, fold.train]))  # training windows are predicted too: the leaderboard asks
+            job = Job(0.0, 0, wide, y, *input_scale(config, X, fold, target, y))
+            if config.model in LINEAR:
+                val, out = fit_linear(config, config.model, "classes", (X - job.mean) * job.factor, job)[:2]
+            else:
+                val, out = train_stack(run, config, config.model, target, torch.as_tensor(X, device=run.device)[None], [job], made[-1][1], [wide])[0][:2]
+            test, train = out[:, :len(fold.test)], out[:, len(fold.test):]
+            gap = int(np.ceil(config.window / max(np.median(np.diff(start)), 1e-3))) + 1
+            shifts = np.random.default_rng(key_seed(config.seed, "shift", fold.number)).random(config.n_shifts)
+            found, _ = score(config, target, fold, y, None, val, test, shifts, gap)
+            fitted = measure_classes(train.mean(0), y[fold.train], target.names, np.arange(len(fold.train))[None])
+            near = 0 if first else int((~away(start[fold.test], start[fold.train], config.window)).sum())
+            for metric in ("roc_auc", "accuracy"):
+                value, low, high, null, n = found[metric]
+                run.result(value, float(null.mean()), low, high, n, model=config.model, data="BrainTreebank", recording=name, task=task, split=config.split,
+                           fold=fold.number, metric=metric, train_score=float(fitted[metric][0]), p=float(p_value(value, null)), test_near_train=near)
+        bar.update()
+    bar.close()
+    results = run.merge()
+    if run.master:
+        leaderboard(run, config, results, len(tested) * len(asked))
+
+
+def leaderboard(run, config, results, expected):
+    """leaderboard/SPLIT/population_TASK.json of what is done so far, and the closing lines."""
+    place = run.out / "leaderboard" / SPLITS[config.split]
+    place.mkdir(parents=True, exist_ok=True)
+    for task, part in results.groupby("task", sort=False):
+        found = {}
+        for (name, fold), rows in part.groupby(["recording", "fold"]):
+            person, trial = re.fullmatch(r"sub_(\d+)_trial(\d+)", name).groups()
+            folds = found.setdefault(f"btbank{person}_{int(trial)}", {"population": {"one_second_after_onset": {
+                "time_bin_start": 0.0, "time_bin_end": 1.0, "folds": []}}})["population"]["one_second_after_onset"]["folds"]
+            folds.append({f"{which}_{row.metric}": float(row[column]) for which, column in (("train", "train_score"), ("test", "score"))
+                          for _, row in rows.iterrows()} | {"fold_idx": int(fold)})
+        write_aside(place / f"population_{task}.json", json.dumps({
+            "model_name": run.out.name, "description": f"decode.py: {config.model} on {config.preprocess or config.represent}, reference {config.reference}",
+            "author": "", "organization": "", "organization_url": "", "timestamp": 0, "evaluation_results": found}, indent=2))
+    auc = results[results.metric == "roc_auc"]
+    each = auc.groupby(["recording", "task"]).agg(score=("score", "mean"), chance=("chance", "mean"))
+    mean, low, high = over_folds(each.groupby("recording").score.mean())
+    for task, part in each.groupby("task", sort=False):
+        run.print(f"{task}: ROC-AUC {part.score.mean():.3f} over {len(part)} recordings (shifted labels {part.chance.mean():.3f})")
+    interval = f" [{low:.3f}, {high:.3f}] over recordings" if auc.recording.nunique() > 1 else ""
+    run.print(f"{SPLITS[config.split]}, {config.model} on {config.preprocess or config.represent}: mean test ROC-AUC {mean:.3f}{interval}, shifted labels "
+              f"{each.chance.mean():.3f}, {len(each)} of {expected} recordings x tasks, {int(auc.n.sum()):,} test windows"
+              + (f", {int(auc.test_near_train.sum()):,} of them share samples with a training window (the split is the benchmark's)"
+                 if auc.test_near_train.sum() else ""))
+    column = list(SPLITS).index(config.split)
+    run.print("its leaderboard, mean over all rows: " + ", ".join(f"{name} {values[column]:.3f}" for name, values in LEADERBOARD.items()))
+    run.print(f"{place}: one JSON a task in the leaderboard's form, author and organization left for you; results.csv in {run.out}")
+
+
 def main(config):
     run = Run(config)
-    (encode if config.direction == "encode" else decode)(run, config)
+    {"decode": decode, "encode": encode, "neuroprobe": neuroprobe}[config.direction](run, config)
     run.close()
 
 

@@ -615,6 +615,7 @@ class EncoderConfig:
     window: int = 0             # patches of the window: a first token is a linear map of all of them; 0: no such token, and any length
     subjects: int = 1           # each mixes the virtual channels in its own way
     dropout: float = 0.0
+    reach: bool = False         # tokens='electrode': each head looks at what is near, in place and time, and learns how near that is
 
 
 class NeuralEncoder(nn.Module):
@@ -624,7 +625,7 @@ class NeuralEncoder(nn.Module):
     Electrodes are mixed into virtual channels by weights that are functions of place (a Fourier series of xyz in m, period 0.25 m). A channel
     without place (nan in xyz) is absent: montages of different sizes share a batch, padded so. Subjects are numbers; -1, or one beyond
     `subjects`, is a stranger, who gets the mean of all. A transformer's way in three steps, for who drops tokens in between:
-    tokenize → (B, N, width) with place, time and subject in them, think on any subset of them, read → (B, P, n_embd).
+    tokenize → (B, N, width) with place, time and subject in them, think on any subset of them (`spots` likewise, with reach), read → (B, P, n_embd).
     Raises ValueError for an unknown kind, or a signal shorter than a patch."""
 
     PERIOD = 0.25
@@ -659,6 +660,7 @@ class NeuralEncoder(nn.Module):
                         nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if name.endswith("c_proj.weight") else 0.02)
                     elif name.endswith("bias"):
                         nn.init.zeros_(p)
+        self.reach = Reach(c.n_layer, c.n_head) if c.reach and electrodes else None
         self.norm, self.out = (None, None) if c.kind == "linear" else (LayerNorm(c.width, True), nn.Linear(c.width, c.n_embd))
         self.whole = nn.Linear(c.window * (c.patch * c.virtual if c.kind == "linear" else c.width), c.n_embd) if c.window else None
 
@@ -704,10 +706,17 @@ class NeuralEncoder(nn.Module):
         time = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :d]  # (P, width)
         return (tokens + time + self.by_subject(self.subject_token, subject)[:, None, None]).flatten(1, 2), present
 
-    def think(self, tokens, present):
-        """The blocks, every token looking at all that are there: (B, N, width), N any subset."""
-        for block in self.blocks:
-            tokens = block(tokens, mask=present[:, None, None])[0]
+    def spots(self, xyz, P):
+        """Where and when the electrode tokens are: (B or 1, C x P, 4), cm and patches."""
+        xyz = torch.where(xyz.isfinite().all(-1, keepdim=True), 100 * xyz, 0.0).float().view(-1, xyz.size(-2), 1, 3).expand(-1, -1, P, -1)
+        time = torch.arange(P, device=xyz.device, dtype=torch.float32)[:, None].expand(*xyz.shape[:3], 1)
+        return torch.cat([xyz, time], -1).flatten(1, 2)
+
+    def think(self, tokens, present, spots=None):
+        """The blocks, every token looking at all that are there: (B, N, width), N any subset. spots (B or 1, N, 4), of the same subset, with reach."""
+        near = [present[:, None, None]] * len(self.blocks) if self.reach is None else self.reach(spots, spots, present)
+        for block, mask in zip(self.blocks, near):
+            tokens = block(tokens, mask=mask if mask.dtype == torch.bool else mask.to(tokens.dtype))[0]
         return tokens
 
     def read(self, h, present, P):
@@ -731,7 +740,8 @@ class NeuralEncoder(nn.Module):
         c, P = self.config, x.size(2) // self.config.patch
         if c.kind == "transformer":
             tokens, present = self.tokenize(x, xyz, subject)
-            return self.read(self.think(tokens, present), present, P)
+            spots = None if self.reach is None else self.spots(xyz, P)
+            return self.read(self.think(tokens, present, spots), present, P)
         v = self.mix(x, xyz, subject)
         parts = self.patches(v)
         if c.kind == "linear":
@@ -748,6 +758,24 @@ class NeuralEncoder(nn.Module):
         return self.with_whole(self.out(h), h)
 
 
+class Reach(nn.Module):
+    """How much less a head looks at what is farther away: what is added to its scores, -distance² / 2 reach² - |time| / span, both learned, head by head
+    from short to long (8 to 25 mm, 0.7 to 3 patches) at first."""
+
+    def __init__(self, layers, heads):
+        super().__init__()
+        begin = lambda low, high: nn.Parameter(torch.linspace(math.log(low), math.log(high), heads).repeat(layers, 1))
+        self.place, self.time = begin(0.8, 2.5), begin(0.7, 3.0)
+
+    def forward(self, asks, spots, present):
+        """asks (B, N, 4), spots (B, K, 4) in cm and patches, present (B, K) → (B, H, N, K) for each layer."""
+        apart = (asks[..., None, :3] - spots[:, None, :, :3]).square().sum(-1)[:, None]  # (B, 1, N, K)
+        late = (asks[..., None, 3] - spots[:, None, :, 3]).abs()[:, None]
+        for place, time in zip(self.place, self.time):
+            near = -apart * (-2 * place).exp()[:, None, None] / 2 - late * (-time).exp()[:, None, None]
+            yield near.masked_fill(~present[:, None, None], -1e9)
+
+
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
     """Load the tensors of a state dict that fit the module by name and shape. Returns the matched share of the module's weights (numbers, not
     tensors) and the names left out. Raises ValueError under the threshold: a load that matched nothing must not pass for pretraining."""
@@ -759,6 +787,22 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
                          "give the encoder the shape it was trained with, or lower the threshold")
     module.load_state_dict(fit, strict=False)
     return share, sorted(set(own) - set(fit))
+
+
+def load_encoder(spec):
+    """(NeuralEncoder in evaluation mode, recipe) of a run folder or checkpoint of foundation.py. The recipe says how to feed it: data/recording.py's
+    resampled, robust_scale, places and encoder_input take it; window (s), subjects (names: a person's number is the place in the list, -1 for anybody
+    else), recordings (what it was trained on: dataset, name, subject, channels, xyz, centre, scale, and `seen`, the span of time in s)."""
+    path = Path(spec)
+    path = path if path.suffix == ".pt" else path / "best.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"no pretrained encoder at {spec}: make one with python foundation.py, or give its run folder or .pt")
+    state = load_checkpoint(path)
+    if state.get("kind") != "foundation":
+        raise ValueError(f"{path} holds a '{state.get('kind')}', no foundation model: give one that foundation.py wrote")
+    encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
+    encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")})
+    return encoder.eval(), state["recording"]
 
 
 class Expert(nn.Module):

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Run, aside, configure, key_seed, write_aside
-from data.recording import Recording, read_set
+from data.recording import Recording, named_places, places, read_set
 from model import EncoderConfig, GPT, GPTConfig, NeuralEncoder, NeuralGPT, Tokenizer, load_checkpoint, load_lm, load_matching
 
 SETS = ("trial", "object", "subject", "subject_object")
@@ -76,8 +76,8 @@ class Config:
     empty: float = 0.1                             # share of training trials whose EEG is silence, so that "no EEG" is a known prefix
     num_workers: int = 2                           # threads that make batches ahead; any number gives the same ones
     # ---- encoder
-    encoder: Literal["linear", "transformer", "conv", "tsconv", "pretrained"] = "transformer"  # pretrained: shape and weights of a checkpoint
-    checkpoint: str = ""                           # of a pretrained encoder
+    encoder: str = "transformer"                   # linear, transformer, conv, tsconv; pretrained:PATH, shape and weights of a run of foundation.py or ours
+    checkpoint: str = ""                           # PATH, for encoder=pretrained alone
     match: float = 0.5                             # share of its weights that must fit
     tokens: Literal["time", "electrode"] = "time"  # transformer: a token is a patch of all electrodes, or of one
     patch: int = 10                                # samples per neural token
@@ -146,20 +146,15 @@ class Config:
             raise ValueError(f"the window t_start={self.t_start} to t_end={self.t_end} is empty")
         if unknown := set(self.augment) - set(AUGMENT):
             raise ValueError(f"augment.{sorted(unknown)[0]}: there are {', '.join(AUGMENT)}")
-        shares = ("held_out_subjects", "held_out_objects", "held_out_trials", "empty", "dropout", "dpo_smoothing", "dpo_quantile")
-        for key, share in [*((key, getattr(self, key)) for key in shares), *((f"augment.{k}", v) for k, v in self.augment.items())]:
+        for key, share in self.augment.items():
             if not (isinstance(share, (int, float)) and 0 <= share <= 1):
-                raise ValueError(f"option '{key}' is a share from 0 to 1, not {share!r}")
-        for key in ("jitter", "baseline", "num_workers", "eval_trials", "warmup_iters"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"option '{key}' must be at least 0, not {getattr(self, key)}")
-        for key in ("temperature", "dpo_tau"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"option '{key}' must be above 0, not {getattr(self, key)}")
+                raise ValueError(f"option 'augment.{key}' is a share from 0 to 1, not {share!r}")
+        if self.encoder.partition(":")[0] not in ("linear", "transformer", "conv", "tsconv", "pretrained"):
+            raise ValueError(f"option 'encoder' must be linear or transformer or conv or tsconv or pretrained:PATH, not '{self.encoder}'")
         if self.encoder == "transformer" and self.width % max(1, self.width // 32):
             raise ValueError(f"width={self.width} is not divided by its {self.width // 32} heads: take a multiple of 32")
-        if self.encoder == "pretrained" and not self.checkpoint:
-            raise ValueError("encoder=pretrained wants checkpoint= the run folder or .pt of a trained encoder")
+        if self.encoder.startswith("pretrained") and not self.pretrained():
+            raise ValueError("encoder=pretrained wants checkpoint= the run folder or .pt of a trained encoder: encoder=pretrained:out/foundation")
         if self.stage == "dpo" and self.init_from == "scratch":
             raise ValueError("stage=dpo goes on from a supervised run: give init_from=out/telepath")
         if self.expert_layers and self.fusion == "prefix":
@@ -174,6 +169,12 @@ class Config:
             raise ValueError(f"analysis={self.analysis} trains models of its own: leave out stage= and init_from=")
         if self.analysis not in ("none", "window") and not self.held_out_objects:
             raise ValueError(f"analysis={self.analysis} asks about words never trained on: give held_out_objects= more than 0")
+
+    def pretrained(self):
+        """The checkpoint of a pretrained encoder (Path), None where there is none to be."""
+        kind, _, path = self.encoder.partition(":")
+        path = Path(path or self.checkpoint) if kind == "pretrained" and (path or self.checkpoint) else None
+        return path if path is None or path.suffix == ".pt" else path / "best.pt"
 
 
 # ---- data: trials
@@ -197,6 +198,7 @@ class Trials:
             raise ValueError(f"the window {first} to {last} s has no sample at {self.sfreq:g} Hz: widen it")
         read, spare, parts, self.outside = np.concatenate([self.before, self.offsets]), round(config.jitter * self.sfreq), [], 0
         lowest, highest = self.reach = read.min() - spare, read.max() + spare  # samples around `at` that a trial may read
+        self.matched = self.match_channels(load_checkpoint(config.pretrained())) if config.pretrained() else ""
         for r, rec in enumerate(self.recordings):
             if rec.sfreq != self.sfreq:
                 raise ValueError(f"{rec.path} has {rec.sfreq} Hz, {self.recordings[0].path} {self.sfreq}: prepare all with one sfreq=")
@@ -242,6 +244,23 @@ class Trials:
         """Training subjects are numbers from 0 on, held-out ones -1."""
         self.subjects = [s for s in self.subjects if s not in held_out]
         self.subject = self.table["subject"].map({s: i for i, s in enumerate(self.subjects)}).fillna(-1).astype(int).to_numpy()
+
+    def match_channels(self, state):
+        """Give channels that have no place the one that pretraining knows by their name. Says how they were matched; "" for a checkpoint that knows none."""
+        if "recording" not in state:
+            return ""
+        recipe, counts = state["recording"], []
+        for rec in self.recordings:
+            rec.xyz, count = named_places(rec.names, places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"]), recipe)
+            counts.append(count)
+        last = counts[0]
+        if recipe["bands"]:
+            raise ValueError(f"{self.config.encoder}: it was pretrained on {len(recipe['bands'])} bands side by side, and windows here are the signal: give "
+                             "one of bands=[]")
+        return (f"channels of {self.recordings[0].subject}: {last['name']} known by name, {last['position']} by position only, {last['absent']} without a place"
+                + (f"; the same of all {len(counts)} recordings" if all(c == last for c in counts) else "; other recordings differ")
+                + (f"; it was pretrained at {recipe['sfreq']:g} Hz, these are {self.sfreq:g} Hz: its filters see other frequencies"
+                   if recipe["sfreq"] != self.sfreq else ""))
 
     def _check_channels(self, rec):
         if rec.good.any() and (missing := [n for n, p, g in zip(rec.names, rec.xyz, rec.good) if g and not np.isfinite(p).all()]):
@@ -632,12 +651,10 @@ def build(config, trials, run):
         given = dict(n_embd=lm.config.n_embd, subjects=len(trials.subjects), dropout=config.dropout)
         shape = EncoderConfig(kind=kind, width=config.width, n_layer=config.encoder_layers, n_head=max(1, config.width // 32), patch=config.patch,
                               tokens=config.tokens, virtual=config.virtual, window=len(trials.offsets) // config.patch * config.whole, **given)
-        if kind == "pretrained":
-            path = Path(config.checkpoint)
-            path = path if path.suffix == ".pt" else path / "best.pt"
+        if path := config.pretrained():
             pretrained = load_checkpoint(path)
             if "encoder_args" not in pretrained:
-                raise ValueError(f"checkpoint={config.checkpoint} holds no encoder: give a run of telepath.py or foundation.py")
+                raise ValueError(f"{path} holds no encoder: give a run of telepath.py or foundation.py")
             window = len(trials.offsets) // pretrained["encoder_args"]["patch"] * config.whole
             shape = EncoderConfig(**{**pretrained["encoder_args"], **given, "window": window})
     if shape.patch > len(trials.offsets):
@@ -647,10 +664,11 @@ def build(config, trials, run):
     model = NeuralGPT(lm, NeuralEncoder(shape), **fusion)
     if state:
         model.load_state_dict(state["model"])
-    elif config.encoder == "pretrained":
+    elif config.pretrained():
         weights = {k.removeprefix("encoder."): v for k, v in pretrained["model"].items() if k.startswith("encoder.") or "lm_args" not in pretrained}
         share, left = load_matching(model.encoder, weights, config.match, path)
-        run.print(f"{path}: {share:.1%} of the encoder's weights are pretrained; new: {', '.join(left) or 'none'}")
+        run.print(f"{path}: {share:.1%} of the encoder's weights are pretrained; new: {', '.join(left) or 'none'}"
+                  + (f"; {trials.matched}" if trials.matched else ""))
     return model.to(run.device), tokenizer, state
 
 

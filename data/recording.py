@@ -11,6 +11,7 @@ Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of
 round(sfreq * onset) - first_sample, which may lie outside the signal (MNE's first_samp; a film goes on after the amplifier stopped).
 
 `write_recording` (arrays) and `write_raw` (an MNE Raw) write one recording, `write_set` completes the dataset, `read_set` and `Recording` read.
+`resampled`, `robust_scale`, `places` and `encoder_input` make of it what a pretrained NeuralEncoder takes (foundation.py says how).
 """
 import hashlib
 from pathlib import Path
@@ -175,3 +176,73 @@ def _checked_events(table, path):
         table["duration"] = 0.0
     return table[["onset", "duration"] + [c for c in table if c not in ("onset", "duration")]]
 
+
+# ---- what a pretrained encoder takes, by its recipe: sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid
+
+def resampled(signal, sfreq, recipe, channels=None):
+    """A continuous signal (T, C') as the recipe has it, (T', C, F) float32: of `channels` (all), at recipe['sfreq'] by the mean of each block of samples;
+    the F features of a channel are the envelopes of recipe['bands'] (Butterworth-4, zero phase, Hilbert), or the signal itself. Row i is of the time from
+    i / recipe['sfreq'] s after the signal's row 0. Raises ValueError where the signal is slower than that, or a band beyond its Nyquist frequency."""
+    to, bands = recipe["sfreq"], recipe["bands"]
+    if to > sfreq:
+        raise ValueError(f"sfreq={to:g} Hz is more than the {sfreq:g} Hz of the recording: block means only go down")
+    if beyond := [band for band in bands if band[1] >= sfreq / 2]:
+        raise ValueError(f"bands: {beyond[0][1]:g} Hz is not below half of the recording's {sfreq:g} Hz")
+    channels = np.arange(signal.shape[1]) if channels is None else np.asarray(channels)
+    edges = np.round(np.arange(int(len(signal) * to / sfreq + 1e-9) + 1) * sfreq / to).astype(int)  # blocks differ by a sample where the ratio is no integer
+    out = np.empty((len(edges) - 1, len(channels), max(1, len(bands))), np.float32)
+    for first in range(0, len(channels), 16):  # the file is read once for so many channels
+        some = slice(first, first + 16)
+        x = np.asarray(signal[:edges[-1], channels[some]], np.float64)
+        for f, band in enumerate(bands or [None]):
+            out[:, some, f] = np.add.reduceat(envelope(x, sfreq, *band) if band else x, edges[:-1], axis=0) / np.diff(edges)[:, None]
+    return out
+
+
+def envelope(x, sfreq, low, high):
+    """Amplitude of a band (Hz) of x (T, C)."""
+    import scipy.fft
+    import scipy.signal
+    x = scipy.signal.sosfiltfilt(scipy.signal.butter(4, [low, high], "band", fs=sfreq, output="sos"), x, axis=0)
+    return np.abs(scipy.signal.hilbert(x, scipy.fft.next_fast_len(len(x)), axis=0)[:len(x)])
+
+
+def robust_scale(x):
+    """(median, interquartile range / 1.349, which is the SD of a Gaussian) over the first axis of x (T', C, F), each (C, F); 1 where nothing varies."""
+    low, centre, high = np.percentile(x, [25, 50, 75], axis=0)
+    return centre, np.where(high > low, (high - low) / 1.349, 1.0)
+
+
+def places(names, xyz, good, grid=""):
+    """Where the channels are for an encoder, (C, 3) in m: xyz, or with grid='8x8' the cells of G1 .. G64, row by row, 10 mm apart. nan for a bad channel, and
+    one that nobody knows the place of: absent to an encoder."""
+    xyz = np.array(xyz, dtype=float)
+    if grid:
+        rows, columns = map(int, grid.split("x"))
+        number = [int(name[1:]) - 1 if name[:1] == "G" and name[1:].isdigit() else -1 for name in names]
+        xyz = np.array([(n % columns / 100, n // columns / 100, 0.0) if 0 <= n < rows * columns else (np.nan,) * 3 for n in number])
+    return np.where((np.asarray(good) & np.isfinite(xyz).all(1))[:, None], xyz, np.nan)
+
+
+def encoder_input(windows, recipe, centre, scale):
+    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them, (N, C, P * F * patch) float32: in units of `scale` about `centre`, (C, F)
+    from robust_scale over training time, cut at recipe['clamp']; the features of a patch side by side. Samples beyond the last patch are left out."""
+    N, T, C, F = windows.shape
+    patch, clamp = recipe["patch"], recipe["clamp"]
+    x = np.clip((windows - centre) / scale, -clamp, clamp).astype(np.float32)
+    return x[:, :T // patch * patch].reshape(N, -1, patch, C, F).transpose(0, 3, 1, 4, 2).reshape(N, C, -1)
+
+
+def named_places(names, xyz, recipe):
+    """(places (C, 3), {name, position, absent: how many}): xyz, and where it is nan the mean place that channels of the same name had in pretraining. How
+    the channels were matched: a name that pretraining knows, else a position of their own, else absent."""
+    known, out = {}, np.array(xyz, dtype=float)
+    for recording in recipe["recordings"]:
+        for name, place in zip(recording["channels"], recording["xyz"]):
+            if np.isfinite(place).all():
+                known.setdefault(name, []).append(place)
+    for i, name in enumerate(names):
+        if name in known and not np.isfinite(out[i]).all():
+            out[i] = np.mean(known[name], 0)
+    here, named = np.isfinite(out).all(1), np.array([name in known for name in names], bool)
+    return out, {"name": int((named & here).sum()), "position": int((~named & here).sum()), "absent": int((~here).sum())}

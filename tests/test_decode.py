@@ -22,7 +22,7 @@ from configurator import Run, configure, key_seed
 from data.recording import Recording
 from data.tokens import state_of
 from decode import Config
-from model import lm_state, save_checkpoint
+from model import EncoderConfig, NeuralEncoder, lm_state, load_encoder, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -216,6 +216,28 @@ def test_spectrum_laplacian_and_bands(podcast, tmp_path):
     assert D.derived(r, np.array([0]), s.config)[0].shape == (1280, 2)
     envelope = D.derived(r, np.array([8]), Config(bands=[[5, 20]]))[0][:, 0]
     assert np.corrcoef(envelope[200:-200], np.sin(2 * np.pi * t)[200:-200])[0, 1] > 0.99
+
+
+def test_long_recordings_are_read_window_by_window(podcast, tmp_path):
+    s = sweep(podcast, tmp_path, reference="laplacian")
+    (r, picks), good = s.data.parts[0], np.flatnonzero(s.data.parts[0][0].good)
+    whole = r.signal[:, good] @ D.laplacian([r.names[i] for i in good]).T
+    naive = D.lag_windows(whole, np.searchsorted(good, picks), s.rows[0], [s.windows.spans[1][0]], s.windows.edges)[0]
+    by_sums = s.windows.at([1], s.rows)[0]
+    s.config.memory = 1e-6
+    by_windows = s.windows.at([1], s.rows)[0]
+    assert np.allclose(by_sums[:, :len(picks)], naive, atol=1e-5) and np.allclose(by_windows, by_sums, atol=1e-5)
+
+
+def test_a_wide_logistic_regression_is_the_same_in_the_span_of_its_rows():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 200)).astype(np.float32), rng.integers(0, 2, 60)
+    fold = D.Fold(0, np.arange(30), np.arange(30, 45), np.arange(45, 60))
+    val, test, _, state = D.fit_linear(Config(), "logistic", "classes", x, D.Job(0, 0, fold, y, None, None))
+    direct = min((sklearn.linear_model.LogisticRegression(C=c, max_iter=2000, tol=1e-8, class_weight="balanced").fit(x[fold.train], y[fold.train])
+                  for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)), key=lambda f: np.abs(f.coef_ - state["coef"].numpy()).max())
+    assert np.abs(direct.coef_ - state["coef"].numpy()).max() < 1e-3 * np.abs(direct.coef_).max()
+    assert np.allclose(direct.predict_log_proba(x[fold.test]), test[0], atol=2e-2)
 
 
 def test_words_are_the_same_at_every_lag_and_drops_are_told(podcast, tmp_path, capsys):
@@ -588,6 +610,111 @@ def test_a_users_functions_are_checked(podcast, tmp_path, mine, options, words):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         finished(podcast, tmp_path / "run", lags=[300.0], beside=[], model_params={}, **options)
     assert all(w in str(e.value) for w in words), e.value
+
+
+# ---- a pretrained encoder
+
+def make_encoder(folder, podcast, seed=0, bands=()):
+    """A run folder of foundation.py: an encoder with random weights, pretrained on the first half of sub-01, it says."""
+    shape = dict(kind="transformer", tokens="electrode", n_embd=6, width=16, n_layer=1, n_head=2, patch=8 * max(1, len(bands)), degree=2, subjects=1)
+    torch.manual_seed(seed)
+    r = Recording(podcast / "sub-01")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = dict(sfreq=64.0, window=0.5, patch=8, bands=list(bands), clamp=8.0, grid="", subjects=["sub-01"], recordings=[dict(
+        dataset=str(podcast), name="sub-01", subject="sub-01", channels=r.names, xyz=r.xyz.tolist(), seen=[0.0, 55.0])])
+    save_checkpoint(folder / "best.pt", dict(kind="foundation", encoder_args=shape, recording=recipe, model={
+        f"encoder.{k}": v for k, v in NeuralEncoder(EncoderConfig(**shape)).state_dict().items()}))
+    return folder
+
+
+def frozen(podcast, tmp_path, folder, **options):
+    return dict(preprocess="foundation_model_preprocessing_fn", preprocessor_params=dict(model_dir=str(folder)), config_setter="foundation_model",
+                cache=str(tmp_path / "cache"), lags=[300.0], **options)
+
+
+def test_latents_are_the_encoders_and_cached_by_weights_and_window(podcast, tmp_path, monkeypatch):
+    folder = make_encoder(tmp_path / "encoder", podcast)
+    s = sweep(podcast, tmp_path / "a", **frozen(podcast, tmp_path, folder))
+    assert s.config.window == 0.5 and s.windows.width == 64  # from the pretrained model
+    X = s.windows.at([0], s.rows)[0]
+    assert X.shape == (len(s.start), 2 * 4 * 6)  # two people, 4 tokens of 6
+    encoder, recipe = load_encoder(folder)
+    for i, (r, picks) in enumerate(s.data.parts):
+        x = r.signal[:len(r.signal) // 2 * 2, picks].reshape(-1, 2, len(picks)).mean(1)  # 128 to 64 Hz
+        low, mid, high = np.percentile(x[:55 * 64] if i == 0 else x, [25, 50, 75], axis=0)  # a stranger's scale is of all of it
+        begin = round((s.rows[i, 7] + s.windows.spans[0][0]) / 2)
+        window = np.clip((x[begin:begin + 32] - mid) / ((high - low) / 1.349), -8, 8).T[None]
+        with torch.no_grad():
+            latents = encoder(torch.tensor(window, dtype=torch.float32), torch.tensor(r.xyz[picks], dtype=torch.float32), torch.tensor([0 if i == 0 else -1]))
+        assert np.allclose(X[7, 24 * i:24 * i + 24], latents.flatten().numpy(), atol=1e-4)
+    cached = lambda: len(list((tmp_path / "cache").glob("*.npy")))
+    assert cached() == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(NeuralEncoder, "forward", None)  # not asked again
+        assert np.array_equal(sweep(podcast, tmp_path / "b", **frozen(podcast, tmp_path, folder)).windows.at([0], s.rows)[0], X)
+    make_encoder(folder, podcast, seed=1)
+    other = sweep(podcast, tmp_path / "c", **frozen(podcast, tmp_path, folder))
+    assert not np.allclose(other.windows.at([0], s.rows)[0], X) and cached() == 2 and other.store.name != s.store.name
+    wide = sweep(podcast, tmp_path / "d", **{**frozen(podcast, tmp_path, folder), "config_setter": "", "window": 0.25})
+    assert wide.windows.at([0], wide.rows).shape[2] == 2 * 2 * 6 and cached() == 3
+
+
+def test_pretrained_beside_untrained_and_raw_in_pairs(podcast, tmp_path, capsys):
+    folder = make_encoder(tmp_path / "encoder", podcast, bands=[(5, 20), (20, 50)])
+    table = finished(podcast, tmp_path / "run", model="foundation_mlp", model_params={}, untrained=2, beside=["ridge"],
+                     **{**frozen(podcast, tmp_path, folder), "controls": ["mean"]})
+    names = ["foundation_mlp", "ridge", "ridge, untrained 1", "ridge, untrained 2", "ridge, raw signal"]
+    assert set(names) <= set(table.index.get_level_values(0))
+    assert table.loc[("ridge, untrained 1", "auc")].score.item() != table.loc[("ridge, untrained 2", "auc")].score.item()
+    results = pd.read_csv(tmp_path / "run/results.csv")
+    pair = results[results.model == "ridge, pretrained - raw signal"].iloc[-1]
+    per_fold = results[(results.lag == "300.0") & (results.metric == "auc")].pivot_table(index="fold", columns="model", values="score").drop("mean")
+    difference = (per_fold["ridge"] - per_fold["ridge, raw signal"]).mean()
+    assert abs(pair.score - difference) < 1e-6 and pair.low < pair.score < pair.high and pair.chance == 0
+    said = capsys.readouterr().out
+    assert "mean of 2 untrained: " in said and "known by name" in said and "without a place" in said
+
+
+def test_the_encoder_is_tuned_end_to_end(podcast, tmp_path):
+    folder = make_encoder(tmp_path / "encoder", podcast)
+    options = {**frozen(podcast, tmp_path, folder), "preprocess": "foundation_model_input"}
+    table = finished(podcast, tmp_path / "run", model="foundation_finetune", model_params={}, standardize=False, beside=[], n_folds=2, epochs=12,
+                     learning_rate=1e-2, subjects=["1"], **options)
+    assert table.loc[("foundation_finetune", "auc")].score.item() > 0.6
+    with pytest.raises(ValueError, match="give preprocess=foundation_model_input"):
+        finished(podcast, tmp_path / "no", model="foundation_finetune", model_params={}, lags=[300.0])
+
+
+VIDEO = """import torch
+class Grid(torch.nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = torch.nn.Linear(64, width, bias=False)
+    def forward(self, x, forward_features=False):
+        assert forward_features and x.shape[1:] == (1, 32, 8, 8)
+        return self.linear(x.mean(2).flatten(1))
+def make(ini):
+    return Grid(ini.model_config.dim)
+"""
+
+
+def test_the_documents_model_folder(tmp_path):
+    (tmp_path / "video.py").write_text(VIDEO)
+    (tmp_path / "experiment_config.ini").write_text("[ECOG_DATA_CONFIG]\noriginal_fs = 512\nnew_fs = 128\nsample_length = 0.25\n[MODEL_CONFIG]\ndim = 64\n")
+    torch.save({"linear.weight": torch.eye(64)}, tmp_path / "model.pth")
+    params = dict(model_dir=str(tmp_path), foundation_model_batch_size=2, model=f"{tmp_path / 'video.py'}:make")
+    config = D.types.SimpleNamespace(data_params=D.types.SimpleNamespace(preprocessor_params=params, window_width=-1))
+    raw = mne.io.RawArray(np.zeros((3, 10)), mne.create_info(["G2", "LG3", "G64"], 512.0, "ecog"), verbose="error")
+    made = D.foundation_model(config, [raw], None, None)
+    assert made.data_params.window_width == 0.25 and params["ch_names"] == ["G2", "LG3", "G64"]
+    data = np.random.default_rng(0).normal(size=(5, 3, 128)).astype(np.float32)
+    latents = D.foundation_model_preprocessing_fn(data, {"sfreq": 512.0, **params})
+    expected = np.zeros((5, 64), np.float32)
+    expected[:, 1], expected[:, 63] = data[:, 0].mean(1), data[:, 2].mean(1)
+    assert np.allclose(latents, expected, atol=1e-6)
+    for change, words in ((dict(model=""), "constructor"), (dict(sfreq=256.0), "512 Hz"), (dict(ch_names=["A", "B", "C"]), "G1 to G64")):
+        with pytest.raises(ValueError, match=words):
+            D.foundation_model_preprocessing_fn(data, {"sfreq": 512.0, **params, **change})
 
 
 # the file in podcast-benchmark's README, letter for letter

@@ -2,7 +2,7 @@
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import telepath as T
 from data.tokens import character_state, state_of
-from model import GPT, GPTConfig, Tokenizer, lm_state, load_checkpoint, save_checkpoint
+from model import EncoderConfig, GPT, GPTConfig, NeuralEncoder, Tokenizer, lm_state, load_checkpoint, save_checkpoint
 
 FAST = dict(device="cpu", dtype="float32", t_end=0.4, baseline=0.0, jitter=0.0, patch=5, width=16, virtual=8, encoder_layers=1, batch_size=8, warmup_iters=5,
             max_iters=40, eval_interval=20, log_interval=10, save_interval=20, shuffles=40, eval_trials=60, max_new_tokens=3, num_workers=0)
@@ -495,6 +495,34 @@ def test_pretrained_encoder(given, whole, capsys):
     assert "100.0% of the encoder's weights are pretrained" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds no encoder"):
         T.main(a_config(given, out_dir=str(given / "pre2"), encoder="pretrained", checkpoint=str(given / "lm.pt")))
+
+
+def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path, capsys):
+    def nameless(_, made):
+        made["channels"].loc[[3, 7], ["x", "y", "z"]] = np.nan  # nobody says where, but pretraining knows E3 and E7
+    make_eeg(tmp_path / "eeg", channels=63, changes=nameless, words=8, images=4)
+    shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=24, width=16, n_layer=1, n_head=2, patch=5, subjects=7)
+    theirs, place = NeuralEncoder(shape), np.random.default_rng(1).normal(size=(40, 3)) * 0.05
+    recipe = dict(sfreq=25.0, window=0.4, patch=5, bands=[], clamp=8.0, grid="", subjects=["x"], recordings=[dict(
+        dataset="elsewhere", name="x", subject="x", channels=[f"E{i}" for i in range(40)], xyz=place.tolist(), seen=[0.0, 1.0])])
+    checkpoint = dict(kind="foundation", encoder_args=asdict(shape), recording=recipe, model={f"encoder.{k}": v for k, v in theirs.state_dict().items()})
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    config = a_config(given, dataset=str(tmp_path / "eeg"), encoder=f"pretrained:{tmp_path}", max_iters=1, out_dir=str(tmp_path / "run"), whole=False)
+    config.check()
+    T.main(config)
+    said = capsys.readouterr().out
+    assert "40 known by name, 23 by position only, 0 without a place" in said and "25 Hz, these are 50 Hz" in said
+    assert "new: out.bias, out.weight, subject_token" in said  # of another width, for other people
+    trials = T.prepare(config, Here(config))[0]
+    assert np.allclose(trials.xyz[0, [3, 7]], place[[3, 7]], atol=1e-6) and np.isfinite(trials.xyz).all()
+    model = T.build(config, trials, Here(config))[0]
+    assert torch.equal(model.encoder.blocks[0].mlp.c_fc.weight, theirs.blocks[0].mlp.c_fc.weight)
+    share = sum(v.numel() for k, v in model.encoder.state_dict().items() if not k.startswith(("out", "subject"))) / sum(
+        v.numel() for v in model.encoder.state_dict().values())
+    assert f"{share:.1%} of the encoder's weights" in said
+    save_checkpoint(tmp_path / "bands.pt", {**checkpoint, "recording": {**recipe, "bands": [[4, 8], [8, 12]]}})
+    with pytest.raises(ValueError, match="2 bands side by side"):
+        T.Trials(tmp_path / "eeg", replace(config, encoder=f"pretrained:{tmp_path / 'bands.pt'}"))
 
 
 @pytest.mark.parametrize("analysis", list(T.ANALYSES))
