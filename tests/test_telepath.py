@@ -13,6 +13,7 @@ from helpers import byte_tokenizer, make_eeg
 from torch.nn import functional as F
 
 import telepath as T
+from configurator import check
 from data.tokens import character_state, state_of
 from model import EncoderConfig, GPT, GPTConfig, NeuralEncoder, Tokenizer, lm_state, load_checkpoint, save_checkpoint
 
@@ -590,7 +591,7 @@ def test_many_names_fit_beside_gated_attention(given):
     (dict(analysis="window", stage="dpo", init_from="x"), "leave out stage="), (dict(analysis="frozen", held_out_objects=0.0), "never trained on")], ids=str)
 def test_options_that_do_not_go_together(options, words):
     with pytest.raises(ValueError, match=words):
-        T.Config(**options).check()
+        check(T.Config(**options))
 
 
 def broken(tmp_path, changes, **options):
