@@ -5,10 +5,10 @@ SHELL = /bin/bash
 BIN = .venv/bin
 RESUME = $$(test -f $(1)/ckpt.pt && echo init_from=resume)
 
-# what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
+# what runs a script: CMD="sbatch config/slurm/submit.sh" hands it to a cluster, whatever it takes in front
 CMD ?= $(BIN)/python
 
-.PHONY: setup demo app neural-conv test
+.PHONY: setup demo app neural-conv test test-all
 
 setup: .venv/ready
 
@@ -40,4 +40,11 @@ neural-conv: setup
 
 test: setup
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# the slow ends, too
+test-all: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

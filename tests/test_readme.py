@@ -71,7 +71,7 @@ def check(words):
     try:
         configure(module.Config, before(options))
     except FileNotFoundError as e:
-        brought = [w for w in options if re.search(r"\.(ya?ml)$", w)]
+        brought = [w for w in options if re.search(r"\.ya?ml$|=.*/", w)]
         assert brought and not any(w.startswith("config/") for w in brought), e
     return None
 
