@@ -4,10 +4,10 @@ PYTHON ?= python3
 SHELL = /bin/bash
 BIN = .venv/bin
 
-# what runs a script: CMD="sbatch submit.sh" hands it to a cluster, whatever it takes in front
+# what runs a script: CMD="sbatch config/slurm/submit.sh" hands it to a cluster, whatever it takes in front
 CMD ?= $(BIN)/python
 
-.PHONY: setup demo app neural-conv foundation-model test
+.PHONY: setup demo app neural-conv foundation-model test test-all
 
 setup: .venv/ready
 
@@ -37,4 +37,11 @@ foundation-model: setup
 
 test: setup
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# the slow ends, too
+test-all: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

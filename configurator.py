@@ -69,7 +69,7 @@ def check(config):
 
 
 def _set(target, key, value, source):
-    owner, head, rest = target, *key.partition(".")[::2]
+    owner, (head, _, rest) = target, key.partition(".")
     while rest:  # walk the dots
         owner = owner.get(head) if isinstance(owner, dict) else getattr(owner, head, None)
         if not (isinstance(owner, dict) or dataclasses.is_dataclass(owner)):
@@ -268,14 +268,14 @@ class Run:
         self.barrier()
 
     def _started_again(self):
-        """Has this folder's last job been of this very launch, whose launcher starts all ranks again when one dies? Then it goes on from the last
-        checkpoint, whatever init_from says. The lock file holds the launch; one that was refused the folder is refused it again."""
-        launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        """Has this folder's last job been of this very launch? A launcher starts all ranks again when one dies, and SLURM a job that it stopped: then the
+        run goes on from the last checkpoint, whatever init_from says. The lock file holds the launch; one that was refused the folder is so again."""
+        launch = os.environ.get("TORCHELASTIC_RUN_ID", os.environ.get("SLURM_JOB_ID", "none"))
         self._launch = f"launcher {os.getppid()}" if launch == "none" else launch
         self._lock.seek(0)
         before = self._lock.read()
         self._lock.truncate(0)
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and before == self._launch
+        return any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")) and before == self._launch
 
     def _environment(self):
         import torch

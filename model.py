@@ -21,7 +21,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import torch
@@ -211,7 +211,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, chunk, dtype, softmax, grad):
         w = weight.to(dtype)
         total = torch.zeros((), device=x.device)
-        dx = torch.empty_like(x) if grad else None
+        dx: Any = torch.empty_like(x) if grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
         logits = torch.empty(min(chunk, len(x)), len(w), dtype=dtype, device=x.device)  # one chunk's memory for all of them
         for at in range(0, len(x), chunk):
@@ -450,7 +450,7 @@ class GPT(nn.Module):
 
     def generate(self, prompts, max_new_tokens, **options):
         """The new tokens of each prompt, a list of B lists; options as in stream()."""
-        rows = [[] for _ in prompts]
+        rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, **options):
             for row, token in zip(rows, tokens):
                 row += [] if token is None else [token]
@@ -661,7 +661,8 @@ class NeuralEncoder(nn.Module):
                     elif name.endswith("bias"):
                         nn.init.zeros_(p)
         self.reach = Reach(c.n_layer, c.n_head) if c.reach and electrodes else None
-        self.norm, self.out = (None, None) if c.kind == "linear" else (LayerNorm(c.width, True), nn.Linear(c.width, c.n_embd))
+        if c.kind != "linear":
+            self.norm, self.out = LayerNorm(c.width, True), nn.Linear(c.width, c.n_embd)
         self.whole = nn.Linear(c.window * (c.patch * c.virtual if c.kind == "linear" else c.width), c.n_embd) if c.window else None
 
     def code(self, xyz):
@@ -834,7 +835,8 @@ class Cross(nn.Module):
     def forward(self, x, kv):
         """What the text x (B, T, C) adds to itself."""
         q = self.q(self.ln(x)).unflatten(2, (self.n_head, -1)).transpose(1, 2)
-        return self.gate.tanh() * self.c_proj(attend(q, *kv, None, 0.0).transpose(1, 2).flatten(2))
+        k, v = kv
+        return self.gate.tanh() * self.c_proj(attend(q, k, v, None, 0.0).transpose(1, 2).flatten(2))
 
 
 class NeuralGPT(nn.Module):
@@ -888,7 +890,7 @@ class NeuralGPT(nn.Module):
         T, device, lm = idx.size(1), n.device, self.lm
         position = torch.arange(T, device=device) if position is None else position
         if self.fusion == "cross":
-            cross = [lambda x: 0.0] * self.first + [partial(c, kv=c.keys(n)) for c in self.crosses]
+            cross = [lambda x: 0.0] * self.first + [partial(c, kv=c.keys(n)) for c in self.crosses or ()]
             if cache is not None:
                 cache.cross = cross
             return lm.trunk(idx, position=position, mask=mask, cache=cache, cross=cross)[0]
@@ -995,7 +997,10 @@ class Tokenizer:
         if self.known is None:
             name = _character_of_byte()
             spell = lambda token: "".join(name[b] for b in token)
-            merges = [tuple(map(spell, _merge(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]
+            joined = (_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1)
+            merges = [(spell(a), spell(b)) for a, b in joined]
+            before: Any
+            after: Any
             before, after = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]), decoders.ByteLevel()
         else:  # of characters
             spell, merges, before, after = bytes.decode, [], split, decoders.Fuse()
@@ -1137,9 +1142,9 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
     except (OSError, ValueError) as e:
         raise FileNotFoundError(f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable ({type(e).__name__}): run once with "
                                 "network, point TIKTOKEN_CACHE_DIR to a copied cache, or put GPT-2's vocab.json and merges.txt beside it") from None
-    ranks = sorted((rank, token) for token, rank in core._mergeable_ranks.items())
+    tokens = sorted((rank, token) for token, rank in core._mergeable_ranks.items())
     return dict(name="gpt2", pattern=GPT2_PATTERN, special_tokens={"<|endoftext|>": core.eot_token},
-                ranks="".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in ranks))
+                ranks="".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in tokens))
 
 
 def lm_state(model):

@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -165,14 +165,14 @@ def read_layer_pickles(folder):
     for name in names:
         path = os.path.join(folder, f"{name}.pkl")
         layer = read_pickle(path, allowed=("LayerPositions",))
-        at = getattr(layer, "coordinates", None)
+        at: Any = getattr(layer, "coordinates", None)
         if not torch.is_tensor(at) or at.dim() != 2 or at.size(1) != 2 or not at.float().isfinite().all():
             raise ValueError(f"{path} holds no coordinates (units, 2): it is no position file of TopoLM")
         at = at.double().numpy()
         rows[name], moved = place_units(at)
         if moved.any():
             shared.append((name, len(np.unique(at, axis=0)), moved))
-        masks = getattr(layer, "neighborhood_indices", None)
+        masks: Any = getattr(layer, "neighborhood_indices", None)
         if torch.is_tensor(masks) and masks.dim() == 2:
             facts = dict(radius=int(round((masks[0].sum().item() ** 0.5 + 1) / 2)), windows=int(getattr(layer, "neighborhoods_per_batch", 0)))
     if shared and os.environ.get("RANK", "0") == "0":
@@ -261,7 +261,8 @@ STRIP = 4  # rows of the sheet in a strip: small ones compute fewer pairs twice,
 def whole_sheet(side, radius):
     """WholeSheet of all windows of p-norm inf on a side x side sheet."""
     near = closeness(window_cells(side, radius)[0], side)
-    pairs, wide = ~np.eye(len(near), dtype=bool), 2 * radius - 1
+    pairs: np.ndarray = ~np.eye(len(near), dtype=bool)
+    wide = 2 * radius - 1
     mean = near[pairs].mean()
     first = np.arange(-(-side // STRIP) * STRIP)[:, None]
     second = first // STRIP * STRIP + np.arange(STRIP + wide - 1)  # a row of a strip, and each row from the strip's first on that may share a window

@@ -717,6 +717,7 @@ def wandb_records(file):
             whole = b""
 
 
+@pytest.mark.slow  # wandb takes its time to start and to end
 def test_wandb_offline_keeps_its_run(given, tmp_path):
     pytest.importorskip("wandb")
     options = [f"dataset={given}", *RUN, f"out_dir={tmp_path / 'run'}", "wandb_log=True"]

@@ -274,6 +274,7 @@ def test_server_listens_on_this_machine_only(server):
     assert addresses and addresses <= {"0100007F", "00000000000000000000000001000000"}  # 127.0.0.1, ::1
 
 
+@pytest.mark.slow
 def test_in_a_browser(server, tmp_path):
     """Draws in headless Chromium, without an error in its console; the picture is left in tmp_path/app.png to be looked at."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and a Chromium")

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 import configurator
 from configurator import configure
@@ -71,7 +72,7 @@ def check(words):
     try:
         configure(module.Config, before(options))
     except FileNotFoundError as e:
-        brought = [w for w in options if re.search(r"\.(ya?ml)$", w)]
+        brought = [w for w in options if re.search(r"\.ya?ml$|=.*/", w)]
         assert brought and not any(w.startswith("config/") for w in brought), e
     return None
 
@@ -93,6 +94,16 @@ def test_a_wrong_command_is_found():
                   ["python", "-c", "import model; model.nosuch()"], ["torchrun", "--standalone", "data/podcast/prepare.py", "subjekts=3"]):
         with pytest.raises((AssertionError, ValueError, OSError)):
             check(words)
+
+
+def test_citation_names_the_project_and_its_sources():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["title"] == "nanoCortex" and citation["authors"] == [{"name": "The nanoCortex authors"}]
+    assert citation["license"] in (ROOT / "LICENSE").read_text().splitlines()[0]
+    credits = (ROOT / "README.md").read_text().split("## Credits")[1]
+    for source in citation["references"]:
+        first = source["authors"][0]["family-names"].replace("Karpathy", "karpathy")
+        assert re.search(rf"{first}[^;]*{source['year']}" if source["type"] != "software" else first, credits, re.S), source["title"]
 
 
 def test_shell_files_are_shell():

@@ -212,6 +212,13 @@ def called(script, *given_options):
     module.main(configure(module.Config, list(given_options)))
 
 
+def let_go():
+    """End a run that raised in this process: the frames of its error and its signal handlers hold the Run, and that the lock of its folder."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    gc.collect()
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """From full_disk() on, what the shared files write finds no room: really, on Linux's device that is always full."""
@@ -238,7 +245,7 @@ def test_a_disk_that_is_full_costs_no_checkpoint(script, given, whole, tmp_path,
     assert "ckpt.pt" in saved and not any("tmp" in name for name in saved)
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 6
     monkeypatch.undo()
-    gc.collect()  # the frames of the error hold the Run, and that the lock of its folder
+    let_go()
     called(script, *given_options, "init_from=resume")
     assert same(state(tmp_path), state(whole / script.name))  # bit for bit
 
@@ -283,7 +290,7 @@ def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(script, given, tmp
     given_options = options(script, given, tmp_path / "run")
     ends_in_a_sentence(lambda: called(script, *given_options), capsys, ["could not be written (No space left on device): make room"])
     monkeypatch.undo()
-    gc.collect()
+    let_go()
     run(script.name, *given_options, patch=KILLED_IN_A_ROW.replace("LAST", str(stops[1])), status=-signal.SIGKILL)
     run(script.name, *given_options, ranks=2)
     pd.testing.assert_frame_equal(table(tmp_path / "run"), want, rtol=1e-4, atol=1e-5)
