@@ -16,6 +16,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval", "wandb_log", "wandb_project"}  # not in a row's hash
 
+MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}  # what a row says, beside the keys of what it is about
+
 
 # ---- options
 
@@ -377,7 +379,7 @@ class Run:
             for line in part.read_text().splitlines():
                 row = json.loads(line) if line.endswith("}") else {}  # a kill may have torn the last one
                 if row.get("options") == self.options_hash():
-                    rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n", "p", "p_holm")))] = row
+                    rows[str(sorted((k, v) for k, v in row.items() if k not in MEASURED))] = row
         return pd.DataFrame(list(rows.values()))
 
     def merge(self):
