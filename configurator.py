@@ -18,6 +18,8 @@ from data import aside, read_yaml, write_aside  # noqa: F401 (aside is for the s
 HERE = Path(__file__).resolve().parent
 PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval", "wandb_log", "wandb_project"}  # not in a row's hash
 
+MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}  # what a row says, beside the keys of what it is about
+
 
 # ---- options
 
@@ -431,7 +433,7 @@ class Run:
                 except ValueError:  # a kill may have torn it
                     continue
                 if isinstance(row, dict) and row.get("options") == self.options_hash():
-                    rows[str(sorted((k, v) for k, v in row.items() if k not in ("score", "chance", "low", "high", "n", "p", "p_holm")))] = row
+                    rows[str(sorted((k, v) for k, v in row.items() if k not in MEASURED))] = row
         return pd.DataFrame(list(rows.values()))
 
     def merge(self):

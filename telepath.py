@@ -124,7 +124,7 @@ class Config:
     analysis_iters: int = 400                      # optimiser steps of each of its models
     # ---- run
     out_dir: str = ""                              # "": out/telepath, with _dpo or _ANALYSIS
-    init_from: str = "scratch"                     # scratch, resume, or the run folder of an earlier stage
+    init_from: str = "scratch"                     # scratch, resume, or the run folder of an earlier stage on the same split: its model's shape, too
     overwrite: bool = False                        # start over in a folder that holds a run
     seed: int = 1337                               # fixes everything
     device: str = "auto"                           # cuda, mps, cpu
@@ -934,7 +934,8 @@ def subset(ids, config):
 @torch.no_grad()
 def follow_prefix(run, model, text, trials, ids, space, step):
     """Where the neural tokens of probe trials are in token space: rows of trajectory.csv. nearest: the five nearest tokens by cleaned cosine; distance:
-    1 - cosine to the word's own embedding, others: mean to all other names'; pc1, pc2: on the first axes of the token embedding."""
+    1 - cosine to the word's own embedding, others: mean to all other names'; entropy: nats, of the five cosines' softmax at a temperature of 0.1, 1.61 at
+    most; pc1, pc2: on the first axes of the token embedding."""
     model.eval()
     with run.autocast():
         n = model.prefix(*(t.to(run.device) for t in trials.batch(ids))).float().cpu()  # (B, P, C)

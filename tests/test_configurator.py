@@ -118,6 +118,9 @@ def test_results_stand_beside_their_chance(tmp_path):
     assert list(again.rows().lag) == [0, 200]  # skipped by a sweep that starts again
     again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="no upper end")
     assert list(again.merge().score) == [0.7, 0.8]  # the last one counts
+    for p in (0.1, 0.2):
+        again.result(0.7, 0.5, 0.6, 0.8, 100, lag=400, p_corrected=p, shuffled=p)
+    assert again.rows().p_corrected.dropna().tolist() == [0.2]  # measured twice: the last counts
     again.close()
     other = open_run(learning_rate=0.1)
     assert len(other.rows()) == 0  # other options, other rows
