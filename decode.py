@@ -6,6 +6,8 @@
     python decode.py model=ridge represent=spectrum reference=laplacian     # another decoder, another representation
     python decode.py task=content                                           # or pos, sentence_onset, surprisal, volume, my_file.py:function
     python decode.py model=my_file.py:constructor preprocess=my_file.py:function model_params.width=64
+    python decode.py config/decode_foundation.yaml                          # frozen latents of foundation.py's encoder (make foundation-model)
+    python decode.py config/decode_neuroprobe.yaml                          # Neuroprobe's tasks and splits, after data/braintreebank/prepare.py
     python decode.py --config configs/neural_conv_decoder/neural_conv.yml   # a YAML of podcast-benchmark, as it is
     torchrun --standalone --nproc_per_node=4 decode.py config/decode_podcast.yaml
 
@@ -69,7 +71,7 @@ class Config:
     spectrum_segment: float = 0.1          # s of a Hann window, half overlapping
     spectrum_max: float = 200.0            # Hz
     preprocess: str = ""                   # my_file.py:function(windows (N, E, T), preprocessor_params) instead; it may return overrides too
-    preprocessor_params: dict = field(default_factory=dict)  # for it; foundation_model_preprocessing_fn: model_dir, see FOUNDATION below
+    preprocessor_params: dict = field(default_factory=dict)  # for it; foundation_model_preprocessing_fn: model_dir, see Encoder below
     untrained: int = 0                     # twins of the encoder of preprocess= with other random weights, and the windows themselves, into the same ridge
     standardize: bool = True               # z-scores by training words
     select: int = 0                        # electrodes that are kept, those that training words drive most; 0: all

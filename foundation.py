@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 import mne
 import numpy as np
 import pandas as pd
+import scipy.sparse.linalg
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -75,6 +76,8 @@ class Config:
     degree: int = 3                        # of the Fourier code of places
     decoder_width: int = 64
     decoder_layers: int = 2
+    linear_terms: int = 4                  # the decoder adds to a linear guess: the conditional mean under the recording's covariance, kept to so many
+                                           # products of one of electrodes and one of time; 0: it guesses alone
     latent_weight: float = 1.0             # of the second loss: everything, visible or not, from the latents alone
     dropout: float = 0.0                   # in the encoder
     # ---- optimiser
@@ -83,7 +86,7 @@ class Config:
     learning_rate: float = 3e-3            # AdamW's peak
     weight_decay: float = 0.05             # on matrices
     grad_clip: float = 1.0                 # total norm; 0: none
-    max_iters: int = 3000                  # optimiser steps
+    max_iters: int = 2500                  # optimiser steps
     warmup_iters: int = 100                # linear warm-up, then cosine to 0
     # ---- evaluation
     eval_interval: int = 250               # steps between validations
@@ -213,6 +216,45 @@ class Source:
                     scale=torch.from_numpy(self.scale), seen=seen)
 
 
+def centred(x, source, config):
+    """Encoder inputs x (N, C, P * F * patch) less the mean of each channel and feature in training time."""
+    mean = np.repeat(source.mean, config.patch, axis=1)  # (C, F * patch)
+    return x - np.tile(mean, x.shape[2] // mean.shape[1])
+
+
+def gram_of(source, W, config):
+    """Gram matrix (V, V) of a recording's windows in training time, V = C * P * F * patch values each, and how many windows."""
+    begin, end = source.spans["train"]
+    at, G = np.arange(begin, end - W + 1, max(1, (end - begin) // 50_000)), 0.0
+    for i in range(0, len(at), 1024):
+        some = at[i:i + 1024]
+        x = centred(source.cut(some, W, config), source, config).reshape(len(some), -1).astype(np.float64)
+        G = G + x.T @ x
+    return G, len(at)
+
+
+class Field:
+    """Conditional means under a Gaussian with a recording's training covariance, kept to its `terms` largest products of a covariance of electrodes and one
+    of time (Van Loan & Pitsianis 1993): the linear guess that the decoder starts from."""
+
+    def __init__(self, source, gram, windows, terms, device):
+        C = len(source.xyz)
+        V, L = len(gram), len(gram) // C
+        products = (gram / windows).reshape(C, L, C, L).transpose(0, 2, 1, 3).reshape(C * C, L * L)
+        u, s, v = scipy.sparse.linalg.svds(products, min(terms, min(products.shape) - 1), v0=np.ones(min(products.shape)))
+        kept = ((u * s) @ v).reshape(C, C, L, L).transpose(0, 2, 1, 3).reshape(V, V)
+        kept = (kept + kept.T) / 2 + 0.003 * np.trace(kept) / V * np.eye(V)
+        self.covariance = torch.from_numpy(kept.astype(np.float32)).to(device)
+
+    def guess(self, x, visible):
+        """x, visible (N, V) → all values (N, V), from the visible ones."""
+        index, meant = first_true(visible)
+        both = meant[:, :, None] & meant[:, None]
+        A = torch.where(both, self.covariance[index[:, :, None], index[:, None]], 0.0) + torch.diag_embed((~meant).float())
+        weights = torch.linalg.solve(A, torch.where(meant, x.gather(1, index), 0.0)[..., None])[..., 0]
+        return torch.zeros_like(x).scatter_add(1, index, weights * meant) @ self.covariance
+
+
 class Corpus:
     """All recordings of dataset=, and windows of them with masks. subjects: names, in order; recipe: what the checkpoint says."""
 
@@ -234,6 +276,9 @@ class Corpus:
         self.subjects = sorted({(s.dataset, s.person) for s in self.sources})
         for source in self.sources:
             source.subject = self.subjects.index((source.dataset, source.person))
+        small = [len(s.xyz) * self.W * self.F <= config.ridge_limit for s in self.sources]
+        self.grams = [gram_of(s, self.W, config) if ok else None for s, ok in zip(self.sources, small)]
+        self.fields = [Field(s, *g, config.linear_terms, run.device) if config.linear_terms and g else None for s, g in zip(self.sources, self.grams)]
         lengths = np.array([np.diff(s.spans["train"])[0] for s in self.sources], float)
         self.share = lengths / lengths.sum()
         self.synthetic = all(s.synthetic for s in self.sources)
@@ -245,15 +290,23 @@ class Corpus:
         return not wanted or bool({Recording(path).subject, Path(path).name, Path(path).name.removeprefix("sub-").lstrip("0")} & set(wanted))
 
     def together(self, windows, which, kind, rng):
-        """A batch of windows (C, P * F * patch) each, of recordings number `which`: x (B, C, ..), xyz (B, C, 3), subject (B,), visible (B, C, P); the
-        smaller montages padded with channels that are not there."""
+        """A batch of windows (C, P * F * patch) each, of recordings number `which`: x (B, C, ..), xyz (B, C, 3), subject (B,), visible (B, C, P), and what the
+        recordings' fields guess, like x, 0 where there is none; the smaller montages padded with channels that are not there."""
         C = max(len(w) for w in windows)
         x, xyz = np.zeros((len(windows), C, windows[0].shape[1]), np.float32), torch.full((len(windows), C, 3), math.nan)
         for i, (w, r) in enumerate(zip(windows, which)):
             x[i, :len(w)], xyz[i, :len(w)] = w, self.sources[r].xyz
         subject = torch.tensor([self.sources[r].subject for r in which])
         visible = draw_mask(kind, np.array([len(w) for w in windows]), C, self.P, self.config.mask_ratio, rng)
-        return tuple(t.to(self.run.device) for t in (torch.from_numpy(x), xyz, subject, torch.from_numpy(visible)))
+        x, xyz, subject, visible = (t.to(self.run.device) for t in (torch.from_numpy(x), xyz, subject, torch.from_numpy(visible)))
+        guess, which = torch.zeros_like(x), np.array(which)
+        for r in sorted(set(which)):
+            if self.fields[r]:
+                rows, n = torch.from_numpy(np.flatnonzero(which == r)).to(x.device), len(self.sources[r].xyz)
+                mean = torch.from_numpy(-centred(np.zeros_like(windows[0][None, :1]).repeat(n, 1), self.sources[r], self.config)).to(x.device)
+                seen = visible[rows, :n].repeat_interleave(x.size(2) // self.P, 2)
+                guess[rows, :n] = self.fields[r].guess((x[rows, :n] - mean).flatten(1), seen.flatten(1)).unflatten(1, (n, -1)) + mean
+        return x, xyz, subject, visible, guess
 
     def batch(self, step, micro):
         """Training windows, anywhere in training time, and their masks: all drawn from (seed, step, micro)."""
@@ -328,18 +381,21 @@ class Ask(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """encoder (NeuralEncoder) on the visible patches, and two ways back. The decoder asks the visible tokens for each hidden patch by its place and time.
-    `field` reads every patch, hidden or not, out of the latents of its time alone, linearly in them: what the electrodes know must be in there."""
+    """encoder (NeuralEncoder) on the visible patches, and two ways back. The decoder asks the visible tokens for each hidden patch by its place and time,
+    and adds to a linear guess, which it is told. `field` reads every patch, hidden or not, out of the latents of its time alone, linearly in them: what the
+    electrodes know must be in there."""
 
     def __init__(self, shape, patches, width, layers, n_head):
         super().__init__()
         self.encoder = NeuralEncoder(shape)
         M = len(self.encoder.place)
+        self.told = nn.Linear(shape.patch, width)
         self.place = nn.Parameter(torch.randn(M, width) * M ** -0.5)
         self.time = nn.Parameter(torch.randn(patches, width) * 0.5)
         self.into, self.reach = nn.Linear(shape.width, width), Reach(layers, n_head)
         self.blocks = nn.ModuleList(Ask(width, n_head) for _ in range(layers))
         self.norm, self.head = LayerNorm(width, True), nn.Linear(width, shape.patch)
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)  # at first what it makes is the guess
         self.field_place = nn.Parameter(torch.randn(M, 2 * shape.n_embd) * M ** -0.5)
         self.field_in, self.field_out = nn.Linear(shape.n_embd, 2 * shape.n_embd), nn.Linear(2 * shape.n_embd, shape.patch)
 
@@ -350,19 +406,20 @@ class MaskedAutoencoder(nn.Module):
         spots = self.encoder.spots(xyz, visible.size(2)).expand(len(x), -1, -1)
         return self.encoder.think(rows_of(tokens, index), meant, rows_of(spots, index)), index, meant, spots, present
 
-    def forward(self, x, xyz, subject, visible):
+    def forward(self, x, xyz, subject, visible, guess):
         """Losses (2,), of the hidden patches and of all patches from the latents; the hidden patches as predicted (B, N, patch), their index and which
-        are meant. x (B, C, P * patch), xyz (B, C, 3), subject (B,), visible (B, C, P)."""
+        are meant. x and guess (B, C, P * patch), xyz (B, C, 3), subject (B,), visible (B, C, P)."""
         B, C, P = visible.shape
         h, index, meant, spots, present = self.encode(x, xyz, subject, visible)
         truth = torch.where(present[..., None], self.encoder.patches(torch.nan_to_num(x)).flatten(1, 2), 0.0)  # (B, C P, patch)
         code = self.encoder.code(xyz)[0]
         ask, asked = first_true(present & ~visible.flatten(1))
         q = rows_of(((code @ self.place)[:, :, None] + self.time).flatten(1, 2), ask)
-        tokens = self.into(h)
+        tokens, guess = self.into(h), rows_of(self.encoder.patches(guess).flatten(1, 2), ask)
+        q = q + self.told(guess)
         for block, near in zip(self.blocks, self.reach(rows_of(spots, ask), rows_of(spots, index), meant)):
             q = block(q, tokens, near)
-        made = self.head(self.norm(q)).float()
+        made = guess + self.head(self.norm(q)).float()
         loss = ((made - rows_of(truth, ask)).square().mean(-1) * asked).sum() / asked.sum()
         whole = h.new_zeros(B, C * P, h.size(2)).scatter(1, index[..., None].expand_as(h), h * meant[..., None])
         z = self.encoder.read(whole, visible.flatten(1) & present, P)  # (B, P, n_embd)
@@ -379,31 +436,13 @@ def build(config, corpus):
 
 # ---- evaluate
 
-class Ridge:
+def ridge(gram, x, hidden, alpha):
     """Each hidden value from all visible ones of its window: least squares with a penalty over every window of a recording's training time, solved anew for
-    every mask, since one Gram matrix holds what each of them needs. alpha by mask kind, on validation windows."""
-
-    def __init__(self, corpus, r):
-        source, W, config = corpus.sources[r], corpus.W, corpus.config
-        begin, end = source.spans["train"]
-        stride = max(1, (end - begin) // 50_000)
-        self.G, at = 0.0, np.arange(begin, end - W + 1, stride)
-        for i in range(0, len(at), 1024):
-            x = centred(source.cut(at[i:i + 1024], W, config), source, config).reshape(len(at[i:i + 1024]), -1).astype(np.float64)
-            self.G = self.G + x.T @ x
-
-    def predict(self, x, hidden, alpha):
-        """x (V,) with hidden (V,) bool → the hidden values; scale of alpha: the Gram matrix's mean diagonal is that of so many windows."""
-        seen = ~hidden
-        A = self.G[np.ix_(seen, seen)]
-        A[np.diag_indices(len(A))] += alpha
-        return np.linalg.solve(A, x[seen]) @ self.G[np.ix_(seen, hidden)]
-
-
-def centred(x, source, config):
-    """Encoder inputs x (N, C, P * F * patch) less the mean of each channel and feature in training time."""
-    mean = np.repeat(source.mean, config.patch, axis=1)  # (C, F * patch)
-    return x - np.tile(mean, x.shape[2] // mean.shape[1])
+    every mask, since one Gram matrix (V, V) holds what each of them needs. x, hidden (V,) → the hidden values."""
+    seen = ~hidden
+    A = gram[np.ix_(seen, seen)]
+    A[np.diag_indices(len(A))] += alpha
+    return np.linalg.solve(A, x[seen]) @ gram[np.ix_(seen, hidden)]
 
 
 def interpolate(x, visible):
@@ -426,23 +465,25 @@ def neighbours(x, visible, order, k):
     return out
 
 
-def baselines(corpus, r, kind, split, ridge, alpha, k):
+def baselines(corpus, r, kind, split, alpha, k):
     """Squared errors of each window, {method: (N,)}, on the hidden patches of held_out windows, and of the mean."""
     source, config = corpus.sources[r], corpus.config
     order = torch.cdist(source.xyz, source.xyz).argsort(dim=1, stable=True).numpy()
     order = np.stack([np.r_[c, row[row != c]] for c, row in enumerate(order)])  # two electrodes may share a place
     found = []
-    for _, (x, _, _, visible) in corpus.held_out(split, r, kind):
-        for w, v in zip(centred(x.cpu().numpy(), source, config), visible.cpu().numpy()):
+    for _, (x, _, _, visible, guess) in corpus.held_out(split, r, kind):
+        for w, v, g in zip(*(centred(t.cpu().numpy(), source, config) if t.dtype != torch.bool else t.cpu().numpy() for t in (x, visible, guess))):
             C, P = v.shape
             in_time = w.reshape(C, P, corpus.F, config.patch).transpose(0, 2, 1, 3).reshape(C, corpus.F, -1)  # (C, F, T)
             seen = np.repeat(v, config.patch, axis=1)  # (C, T)
             hidden = np.broadcast_to(~seen[:, None], in_time.shape)
             guesses = dict(mean=0 * in_time, interpolation=interpolate(in_time, ~hidden), neighbours=neighbours(in_time, seen, order, k))
             errors = {name: np.square((guess - in_time)[hidden]).sum() for name, guess in guesses.items()}
-            if ridge is not None:
-                flat, lost = w.reshape(-1), np.repeat(~v, corpus.F * config.patch, axis=1).reshape(-1)
-                errors["ridge"] = np.square(ridge.predict(flat, lost, alpha) - flat[lost]).sum()
+            flat, lost = w.reshape(-1), np.repeat(~v, corpus.F * config.patch, axis=1).reshape(-1)
+            if corpus.fields[r] is not None:
+                errors["linear guess"] = np.square(g.reshape(-1) - flat)[lost].sum()
+            if alpha is not None:
+                errors["ridge"] = np.square(ridge(corpus.grams[r][0], flat, lost, alpha) - flat[lost]).sum()
             found.append(errors)
     return {name: np.array([errors[name] for errors in found]) for name in found[0]}
 
@@ -453,9 +494,9 @@ def errors_of(run, model, corpus, r, kind, split):
     mean = torch.from_numpy(np.repeat(source.mean, config.patch, axis=1)).to(run.device)  # (C, F * patch)
     model.eval()
     with torch.no_grad():
-        for at, (x, xyz, subject, visible) in corpus.held_out(split, r, kind):
+        for at, (x, xyz, subject, visible, guess) in corpus.held_out(split, r, kind):
             with run.autocast():
-                losses, made, ask, asked = model(x, xyz, subject, visible)
+                losses, made, ask, asked = model(x, xyz, subject, visible, guess)
             truth = rows_of(model.encoder.patches(x).flatten(1, 2), ask)
             centre = mean[:, None].expand(-1, corpus.P, -1).flatten(0, 1)[ask]  # (B, N, F * patch)
             for values, guess in ((found, made), (total, centre)):
@@ -479,30 +520,30 @@ def validate(run, model, corpus):
 
 def report(run, model, corpus, config):
     """Score the test windows, once: R² of the model and of the baselines on the same masks, differences to each of them; rows of results.csv."""
-    ridges = []
-    for r, source in enumerate(corpus.sources):
-        values = len(source.xyz) * corpus.W * corpus.F
-        ridges.append(Ridge(corpus, r) if values <= config.ridge_limit else None)
-        if ridges[-1] is None:
-            run.print(f"{source.name}: {values:,} values in a window are more than ridge_limit={config.ridge_limit}: no ridge beside it")
+    alphas = {}
+    for source, gram in zip(corpus.sources, corpus.grams):
+        if gram is None:
+            run.print(f"{source.name}: {len(source.xyz) * corpus.W * corpus.F:,} values in a window are more than ridge_limit={config.ridge_limit}: no ridge "
+                      "beside it, and no linear guess")
     rng = np.random.default_rng(key_seed(run.seed, "bootstrap"))
     data = f"{', '.join(config.dataset)}{', synthetic' * corpus.synthetic}"
     for kind in config.masks:
         parts, block, chosen = [], [], []
         for r, source in enumerate(corpus.sources):
-            by_k = {k: baselines(corpus, r, kind, "val", None, 0, k)["neighbours"].sum() for k in (1, 2, 3, 4, 6, 8)}
-            k = min(by_k, key=by_k.get)
-            by_alpha = {a: baselines(corpus, r, kind, "val", ridges[r], a, 1)["ridge"].sum() for a in config.alphas} if ridges[r] else {0: 0}
-            alpha = min(by_alpha, key=by_alpha.get)
-            chosen.append(f"{source.name} alpha {alpha:g}, {k} neighbours")
-            errors = baselines(corpus, r, kind, "test", ridges[r], alpha, k)
+            by_k = {k: baselines(corpus, r, kind, "val", None, k)["neighbours"].sum() for k in (1, 2, 3, 4, 6, 8)}
+            k, alpha = min(by_k, key=by_k.get), None
+            if corpus.grams[r]:
+                by_alpha = {a: baselines(corpus, r, kind, "val", a, 1)["ridge"].sum() for a in config.alphas}
+                alpha = min(by_alpha, key=by_alpha.get)
+            alphas[kind, r] = alpha
+            chosen.append(f"{source.name} alpha {alpha}, {k} neighbours")
+            errors = baselines(corpus, r, kind, "test", alpha, k)
             found, total, _, starts = errors_of(run, model, corpus, r, kind, "test")
             assert np.allclose(total, errors["mean"], rtol=1e-3)  # the same masks
             parts.append(pd.DataFrame({**errors, "encoder": found, "mean": total}))
             block += [(r, b) for b in (starts / config.sfreq // config.block).astype(int)]
         table = pd.concat(parts, ignore_index=True)
-        if any(ridge is None for ridge in ridges):
-            table = table.drop(columns="ridge", errors="ignore")
+        table = table.dropna(axis=1)  # a baseline that some recordings have none of
         sums = table.groupby(pd.MultiIndex.from_tuples(block)).sum()
         draws = rng.integers(0, len(sums), (config.bootstraps, len(sums)))
         r2 = lambda part: 1 - part.drop(columns="mean").div(part["mean"], axis=0)
@@ -517,7 +558,7 @@ def report(run, model, corpus, config):
         if "ridge" in whole:
             low, high = np.quantile(drawn["encoder"] - drawn["ridge"], [0.025, 0.975])
             run.print(f"{kind}: {whole['encoder'] - whole['ridge']:+.4f} [{low:+.4f}, {high:+.4f}] beside ridge")
-    return ridges
+    return alphas
 
 
 # ---- plots
@@ -542,7 +583,7 @@ def plot_curves(path, log, title):
     save_figure(fig, path)
 
 
-def plot_reconstruction(path, run, model, corpus, ridges, title):
+def plot_reconstruction(path, run, model, corpus, alphas, title):
     """The first test window of the first recording under each mask: truth, what is visible, the model, ridge; and hidden electrodes over time."""
     config, source = corpus.config, corpus.sources[0]
     fig, axes = plt.subplots(len(config.masks), 5, figsize=(15, 3.4 * len(config.masks)), layout="constrained", squeeze=False)
@@ -559,11 +600,11 @@ def plot_reconstruction(path, run, model, corpus, ridges, title):
         view = lambda p, C=C: p.reshape(C, -1, corpus.F, config.patch)[:, :, 0].reshape(C, -1)  # the first band
         seen = np.repeat(visible, config.patch, axis=1)
         shown = [("truth", view(patches)), ("visible", np.where(seen, view(patches), np.nan)), ("encoder", view(guess))]
-        if ridges[0] is not None:
+        if alphas[kind, 0] is not None:
             lost = np.repeat(~visible, corpus.F * config.patch, axis=1).reshape(-1)
             flat = centred(x[None], source, config)[0].reshape(-1)
             mean, filled = x.reshape(-1) - flat, flat.copy()
-            filled[lost] = ridges[0].predict(flat, lost, config.alphas[len(config.alphas) // 3])
+            filled[lost] = ridge(corpus.grams[0][0], flat, lost, alphas[kind, 0])
             shown.append(("ridge", view((filled + mean).reshape(C * P, corpus.F, config.patch))))
         limit, span = np.nanquantile(np.abs(shown[0][1]), 0.98), (0, config.window)
         for axis, (name, image) in zip(row, shown):
@@ -674,9 +715,9 @@ def main(config):
     model.load_state_dict(run.load("best.pt")["model"])
     run.print(f"step {best_step} was chosen on validation; encoder and recipe are in {run.out / 'best.pt'}")
     if run.master:
-        ridges = report(run, model, corpus, config)
+        alphas = report(run, model, corpus, config)
         plot_curves(run.out / "loss.png", run.out / "log.jsonl", data)
-        plot_reconstruction(run.out / "reconstruction.png", run, model, corpus, ridges, f"{data}: a test window of {corpus.sources[0].name}")
+        plot_reconstruction(run.out / "reconstruction.png", run, model, corpus, alphas, f"{data}: a test window of {corpus.sources[0].name}")
     run.merge()
     run.close()
 

@@ -11,7 +11,7 @@ Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of
 round(sfreq * onset) - first_sample, which may lie outside the signal (MNE's first_samp; a film goes on after the amplifier stopped).
 
 `write_recording` (arrays) and `write_raw` (an MNE Raw) write one recording, `write_set` completes the dataset, `read_set` and `Recording` read.
-`resampled`, `robust_scale`, `places` and `encoder_input` make of it what a pretrained NeuralEncoder takes (foundation.py says how).
+`resampled`, `robust_scale`, `places`, `named_places` and `encoder_input` make of it what a pretrained NeuralEncoder takes (foundation.py says how).
 """
 import hashlib
 from pathlib import Path
