@@ -358,9 +358,9 @@ class Run:
         """This worker's part of a sweep's jobs: dealt over torchrun ranks, or over the tasks of a SLURM array."""
         return list(jobs)[self.worker::self.workers]
 
-    def options_hash(self):
-        """Short hash of every option that can change a result."""
-        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in PLUMBING}
+    def options_hash(self, without=()):
+        """Short hash of every option that can change a result, less those in `without`."""
+        kept = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in PLUMBING and k not in without}
         return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
     def result(self, score, chance, low, high, n, **keys):

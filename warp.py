@@ -16,8 +16,10 @@ import importlib.util
 import re
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import matplotlib
 matplotlib.use("Agg")
@@ -36,6 +38,10 @@ from data.stimuli import Encoding, read_meta, read_task, write_encoding
 from model import GPT, load_checkpoint, load_lm
 
 
+# options that no single fit depends on: changed, they count the fits that are there anew
+ANALYSIS = ("models", "about", "seeds", "full", "common", "common_share", "reach", "draws", "shuffled", "baselines")
+
+
 @dataclass
 class Config:
     # ---- data
@@ -43,25 +49,26 @@ class Config:
     dataset: str = "synthetic_brain"       # stimuli with responses (data/stimuli.py); to classify: digits, an image folder, an .npz, or sentences
     sentences: str = ""                    # to classify texts: the task of the dataset (area of docstrings, mrpc of glue)
     roi: str = ""                          # only units of this region
-    reliable: float = 0.05                 # only units whose ceiling (R²), from training stimuli, is above this
+    reliable: float = 0.05                 # only units whose ceiling (R²), from training stimuli or, without repeats, as published, is above this
     val_share: float = 0.2                 # of the groups, where the dataset has no split of its own; validation chooses learning rate and step
     test_share: float = 0.25               # of the groups
     samples: int = 0                       # at most so many stimuli to classify, 0: all
     image_size: int = 224                  # pixels, for models that bring no preprocessing of their own
     # ---- the planted brain (dataset=synthetic_brain)
     planted_stimuli: str = "synthetic_brain"  # its stimuli: a folder with stimuli.csv (text, group)
-    planted_warp: float = 0.5              # teacher = lm + this times ||theta0|| in a random direction
+    planted_warp: float = 1.0              # teacher = lm + this times ||theta0|| in a random direction
     planted_k: int = 0                     # > 0: that direction lies in the first k columns of seed 0's own P, as the sweep has it
     planted_units: int = 64                # voxels, mixtures of
-    planted_components: int = 8           # the first principal components of the teacher's features
+    planted_components: int = 8            # the first principal components of the teacher's features
     planted_ceiling: float = 0.8           # R² that the teacher itself reaches against mean responses
     repeats: int = 3                       # presentations of each stimulus
     # ---- candidates
     lm: str = "out/train"                  # the language model called 'lm' below
-    models: list[str] = field(default_factory=lambda: ["teacher", "lm", "lm~0.5", "lm~random"])  # lm, teacher, a run folder, a Hugging Face name,
-    # my_file.py:constructor, mlp:WIDTH (classification); ~0.3: so far towards random weights on the way, ~random: all the way
+    models: list[str] = field(default_factory=lambda: ["teacher", "lm@0.5", "lm", "lm@2", "lm~random"])  # lm, a run folder, a Hugging Face
+    # name, my_file.py:constructor, mlp:WIDTH (classification). lm@0.5: so far from the planted teacher (lm@0) on the straight line through it and lm (lm@1);
+    # ~0.3: so far towards random weights, ~random: all the way
     layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states (0: embedding, i: after block i) or names of modules, side by side
-    pool: Literal["mean", "last", "first", "flatten"] = "last"  # states of a stimulus to one vector: over its tokens or pixels
+    pool: Literal["mean", "last", "first", "flatten"] = "mean"  # states of a stimulus to one vector: over its tokens or pixels
     about: dict = field(default_factory=dict)  # columns of results.csv to set: architecture, training_task, pretraining_data
     # ---- objective
     objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
@@ -76,20 +83,20 @@ class Config:
     exact: bool = True                     # gradients of the whole training set (two passes where it is larger than a batch); False: of batches
     head_every: int = 1                    # steps between solutions of the ridge readout
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 16, 128, 1024])  # d, the scales counted; the full model comes on top
+    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted; the full model comes on top
     full: bool = True                      # all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "srht", "onehot", "dense", "sparse"] = "fastfood"
     layer_groups: str = ""                 # one learned scale each: a,b;c (prefixes of parameter names), 'blocks': one a block; "": none
     seeds: int = 3                         # draws of P (and of the model, where its weights are random)
-    steps: int = 30                        # of Adam, always all of them; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.04])  # chosen per d on validation; a step is about this share of ||theta0||
+    steps: int = 20                        # of Adam, always all of them; the best by validation is kept
+    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # chosen per d on validation; a step is about this share of ||theta0||
     eval_interval: int = 10                # steps between validations
     batch_size: int = 512                  # stimuli per forward pass
     fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever turns out fastest here
     # ---- d_warp and controls
     common: str = "highest"                # absolute: the score to reach, the same for all: a number, or of the candidates' full scores the lowest or highest
-    common_share: float = 0.97             # times this
-    reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own
+    common_share: float = 0.95             # times this
+    reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own; s0 is the score at d = 0, or 0 where dims has none
     draws: int = 1000                      # bootstrap over seeds and test stimuli (groups)
     shuffled: bool = True                  # the first candidate against shuffled responses, too
     baselines: bool = True                 # OLS, himalaya's ridge and PLS at d = 0
@@ -107,11 +114,15 @@ class Config:
             raise ValueError(f"common={self.common} is a score of the full models: with full=False, give a number")
         if not self.dims or min(self.dims) < 0:
             raise ValueError(f"dims={self.dims} must be numbers of dimensions, 0 or more")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates={self.learning_rates} must be numbers above 0")
+        if self.planted_k >= max(self.dims) and self.planted_k:
+            raise ValueError(f"planted_k={self.planted_k}: the teacher lies in that many columns of P, so dims must go beyond")
         if self.common not in ("lowest", "highest") and not re.fullmatch(r"-?\d*\.?\d+", self.common):
             raise ValueError(f"common={self.common} must be lowest, highest or a score")
         if self.task == "encoding" and self.rdm == "crossnobis" and self.objective == "rsa" and self.repeats < 2 and self.dataset == "synthetic_brain":
             raise ValueError("rdm=crossnobis needs repeats of the stimuli: give repeats=2 or more")
-        self.dims = sorted(set(self.dims))
+        self.dims, self.models = sorted(set(self.dims)), list(dict.fromkeys(self.models))
 
 
 # ---- low-dimensional training: projections
@@ -476,7 +487,7 @@ def read_study(run, config):
     estimated, chosen = noise_ceiling(y, stimulus), noise_ceiling(y[train], stimulus[train])
     if estimated is not None and np.isnan(own).any():
         own = np.where(np.isnan(own), estimated, own)
-    good = np.ones(keep.sum(), bool) if chosen is None else chosen > config.reliable  # chosen on training stimuli
+    good = ~((own if chosen is None else chosen) <= config.reliable)  # chosen on training stimuli, or as published; unknown ones stay
     if good.sum() < 1:
         raise ValueError(f"{folder}: none of {len(good)} units has a ceiling above reliable={config.reliable} (R², training stimuli): choose a lower one")
     meta = dict(dataset=config.dataset, roi=config.roi or "/".join(sorted(set(data.units.roi[keep]) - {""})) or "all", species=data.meta["species"],
@@ -715,12 +726,13 @@ class WithHead(nn.Module):
 def build(run, config, spec, study, seed):
     """(module, inputs, about): a candidate as features of the study's stimuli (as logits, to classify), what it reads for each of them, and its
     columns of results.csv. seed draws random weights."""
-    name, _, away = spec.partition("~")
-    away = {"random": 1.0, "": 0.0}.get(away) if away in ("random", "") else float(away) if re.fullmatch(r"\d*\.?\d+", away) else None
-    if away is None or away > 1:
+    name, _, end = spec.partition("~")
+    away = {"": 0.0, "random": 1.0}.get(end, float(end) if re.fullmatch(r"\d*\.?\d+", end) else np.inf)
+    if away > 1:
         raise ValueError(f"models: '{spec}' must end with ~random or ~X, X from 0 to 1, so far towards random weights")
+    on_path = re.fullmatch(r"lm@(\d*\.?\d+)", name.replace("teacher", "lm@0"))  # so far from the planted teacher, lm itself being at 1
     about = dict(architecture=name, training_task="untrained" if away == 1 else "unknown", pretraining_data="none" if away == 1 else "unknown")
-    generator = torch.Generator().manual_seed(key_seed("model", spec, seed))
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "model", spec, seed))
     if name.startswith("mlp:"):
         if study.kind != "vector" or not re.fullmatch(r"mlp:\d+(,\d+)*", name):
             raise ValueError(f"models: '{spec}' must read mlp:WIDTH and goes with vectors (dataset=digits or an .npz)")
@@ -733,13 +745,9 @@ def build(run, config, spec, study, seed):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
         about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
         return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
-    model, encode, found = load_model(config, name, study.kind, study.starts)
+    model, encode, found = load_model(config, config.lm if on_path or name == "lm" else name, study.kind, study.starts)
     about |= {k: v for k, v in found.items() if away < 1 or k == "architecture"}
-    if away:
-        twin = random_twin(model, generator)
-        with torch.no_grad():
-            for p, q in zip(model.parameters(), twin):
-                p.lerp_(q, away)
+    pairs = list(zip(model.parameters(), random_twin(model, generator))) if away else []  # before what is not read is cut off
     reader = Reader(model, config.layers, config.pool, study.kind == "text").to(run.device).eval()
     inputs = tuple(t.to(run.device) for t in encode(study.stimuli))
     with torch.enable_grad():  # parameters above the layers that are read are no part of theta
@@ -747,8 +755,11 @@ def build(run, config, spec, study, seed):
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
-    if name == "teacher":
-        bend(config, reader)
+    if on_path:
+        bend(config, reader, 1 - float(on_path[1]))
+    with torch.no_grad():
+        for p, q in pairs:
+            p.lerp_(q.to(p), away)
     if config.task == "classification":
         with torch.no_grad():
             width = reader(*(t[:1] for t in inputs)).size(1)
@@ -756,18 +767,18 @@ def build(run, config, spec, study, seed):
     return reader, inputs, about | {k: config.about[k] for k in config.about}
 
 
-def bend(config, reader):
-    """Move a student to where the teacher is: planted_warp of its norm in a direction that the sweep's P does not know, or (planted_k) knows in its first
-    columns."""
+def bend(config, reader, share):
+    """Move a student this share of the way to the teacher, which is planted_warp of its norm away in a direction that the sweep's P does not know, or
+    (planted_k) knows in its first columns."""
     if config.planted_k:
-        w = FastfoodWrapper(reader, max(config.dims), groups_of(config, reader), config.projection, seed=0)
+        w = FastfoodWrapper(reader, max(config.dims), groups_of(config, reader), config.projection, (config.seed, 0))
         with torch.no_grad():
             w.z[:config.planted_k] = torch.randn(config.planted_k, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.z)
             direction = torch.cat([t.flatten() for t in w.tensors()]) - w.theta0
     else:
         w = FastfoodWrapper(reader, 1, projection="onehot")
         direction = torch.randn(w.D, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.theta0)
-    w.theta0 += direction * (config.planted_warp * w.theta0.norm() / direction.norm())  # the model's parameters are views of it
+    w.theta0 += direction * (share * config.planted_warp * w.theta0.norm() / direction.norm())  # the model's parameters are views of it
 
 
 def random_twin(model, generator):
@@ -802,25 +813,24 @@ def load_model(config, name, kind, starts=None):
         if encode is None and kind != "image":
             raise ValueError(f"models: {name} must give (module, encode) for {kind} stimuli, encode a function from a list of them to a tensor")
         return model, as_tuple(encode or images_of(config.image_size), kind), dict(architecture=type(model).__name__)
-    spec = config.lm if name in ("lm", "teacher") else name
     if kind == "image":
         from transformers import AutoImageProcessor, AutoModel
-        model = hugging_face(AutoModel, spec)
+        model = hugging_face(AutoModel, name)
         try:
-            processor = AutoImageProcessor.from_pretrained(spec, backend="pil")
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, ImportError):
-            return model, images_of(config.image_size), about_hugging_face(model, spec)
-        return model, lambda files: (torch.cat([processor(opened(f), return_tensors="pt")["pixel_values"] for f in files]),), about_hugging_face(model, spec)
+            return model, images_of(config.image_size), about_hugging_face(model, name)
+        return model, lambda files: (torch.cat([processor(opened(f), return_tensors="pt")["pixel_values"] for f in files]),), about_hugging_face(model, name)
     try:
-        model, tokenizer = load_lm(spec)
+        model, tokenizer = load_lm(name)
     except ValueError as e:
         if "only GPT-2 weights" not in str(e) and "variant" not in str(e):
             raise
         from transformers import AutoModel, AutoTokenizer
-        model, tokenizer = hugging_face(AutoModel, spec), AutoTokenizer.from_pretrained(spec)
-        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, spec)
+        model, tokenizer = hugging_face(AutoModel, name), AutoTokenizer.from_pretrained(name)
+        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, name)
     c, data = model.config, "WebText"
-    if (path := next((p for p in (Path(spec), Path(spec) / "best.pt", Path(spec) / "ckpt.pt") if p.is_file()), None)) is not None:
+    if (path := next((p for p in (Path(name), Path(name) / "best.pt", Path(name) / "ckpt.pt") if p.is_file()), None)) is not None:
         data = (load_checkpoint(path).get("config") or {}).get("dataset", "unknown")
     about = dict(architecture=f"GPT {c.n_layer}x{c.n_embd}", training_task="language modelling", pretraining_data=str(data))
     return model, lambda texts: our_tokens(tokenizer, texts, c.block_size, starts), about
@@ -998,10 +1008,11 @@ class Objective:
             config.head if config.objective == "linear" else config.objective
         self.config, self.study, device = config, study, f0.device
         train, val = study.rows["train"], study.rows["val"]
-        self.y = torch.as_tensor(study.y, dtype=torch.int64 if self.kind == "class" else torch.float32, device=device)
-        if shuffle is not None:  # the responses of other stimuli of the same part
-            for rows in (train, val):
-                self.y[rows] = self.y[rows[shuffle.permutation(len(rows))]]
+        order = np.arange(len(study.y))
+        for rows in (train, val) if shuffle is not None else ():  # the responses of other stimuli of the same part; those of the test stay true
+            order[rows] = rows[shuffle.permutation(len(rows))]
+        self.y = torch.as_tensor(study.y[order], dtype=torch.int64 if self.kind == "class" else torch.float32, device=device)
+        self.target = None if study.brain_rdm is None else torch.as_tensor(study.brain_rdm[order][:, order], dtype=torch.float32, device=device)
         groups = study.group[train]
         self.groups = groups if len(set(groups)) < len(groups) else None
         self.alpha = self.basis = None
@@ -1013,9 +1024,6 @@ class Objective:
                     raise ValueError(f"head_dims={config.head_dims} is more than {min(f0.shape)}, the components of {len(f0)} stimuli x {f0.size(1)} features")
                 self.basis = self.basis @ torch.linalg.svd((f0 - mean) / sd, full_matrices=False)[2][:config.head_dims].t()
             self.mean = mean
-        if self.kind not in ("class", "ridge", "sgd", "mse") and study.brain_rdm is not None and shuffle is not None:
-            raise ValueError("shuffled=True does not go with rdm=crossnobis: give shuffled=False")
-        self.target = torch.as_tensor(study.brain_rdm, dtype=torch.float32, device=device) if study.brain_rdm is not None else None
 
     def shown(self, f):
         """Features as the head sees them, (K, n, p')."""
@@ -1237,8 +1245,8 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
         if exact:
             rows = train
         else:
-            if len(order) < batch:
-                order = np.concatenate([order, generator.permutation(train)]).astype(int)
+            if len(order) < min(batch, len(train)):  # a stimulus is never twice in a batch
+                order = generator.permutation(train)
             rows, order = order[:batch], order[batch:]
         solve = lambda f: None
         if objective.kind == "ridge" and (step % config.head_every == 0 or step % config.eval_interval == 0):
@@ -1288,77 +1296,82 @@ fit_all.best = {}
 
 
 def evidence_file(run, spec, control, seed, projection, d):
-    return run.out / "fits" / run.options_hash() / (re.sub(r"[^\w.~-]+", "_", f"{spec}-{control or 'none'}-{seed}-{projection}-{d}") + ".npz")
+    return run.out / "fits" / run.options_hash(ANALYSIS) / f"{quote(spec, '')}-{control or 'none'}-{seed}-{projection}-{d}.npz"
 
 
 def sweep(run, config, study, spec, seed, control=""):
     """All d of one candidate and seed: rows of the results table and, in fits/, the evidence that d_warp is bootstrapped from."""
-    (run.out / "fits" / run.options_hash()).mkdir(parents=True, exist_ok=True)
-
-    def file(d, projection):
-        return evidence_file(run, spec, control, seed, projection, d)
-
     reader, inputs, about = build(run, config, spec, study, seed)
-    train = study.rows["train"]
-    shuffle = np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if control == "shuffled" else None
-    f0 = features(reader, inputs, train, config.batch_size)
+    f0 = features(reader, inputs, study.rows["train"], config.batch_size)
+    shuffle = (lambda: np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if control else None)
     if config.task == "encoding" and config.objective == "linear_first":
-        reader = with_head(config, study, reader, f0, np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if shuffle is not None else None)
-    objective = Objective(config, study, f0, shuffle)
-    truth, weights, d_max = objective.truth("test"), resample(config, study, objective.kind), max(config.dims)
-    if shuffle is not None:  # scored against what the stimuli really evoked
-        truth = Objective(config, study, f0).truth("test")
+        reader = with_head(config, study, reader, f0, shuffle())
+    objective = Objective(config, study, f0, shuffle())
+    kind, truth, d_max = objective.kind, objective.truth("test"), max(config.dims)
+    weights = resample(config, study, kind)
+    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
+    if kind in ("rsa", "cka", "class") or study.ceiling is None:
+        ceiling = study.pair_ceiling
+    else:
+        ceiling = float(np.median(study.ceiling ** (0.5 if config.metric == "r" else 1)))
 
-    def record(d, projection, val, shown, step, curve, rate):
-        value, drawn = scores(objective.kind, config, shown, truth)[0], scores(objective.kind, config, shown, truth, weights)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        ceiling = study.pair_ceiling if objective.kind in ("rsa", "cka") else 1.0 if study.ceiling is None else float(np.median(
-            np.sqrt(study.ceiling) if config.metric == "r" else study.ceiling)) if objective.kind != "class" else 1.0
-        normalised = value / ceiling if objective.kind in ("rsa", "cka", "class") or study.ceiling is None else \
-            scores(objective.kind, config, shown, truth, None, study.ceiling)[0]
+    def record(d, projection):
+        """The row of a fit, from its file."""
+        with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
+            shown, val, step, rate = f["evidence"], float(f["validation"]), int(f["step"]), float(f["rate"])
+        score = partial(scores, kind, config)
+        value, (low, high) = score(shown, truth)[0], np.quantile(score(shown, truth, weights), [0.025, 0.975])
         rng = np.random.default_rng(key_seed(config.seed, "chance"))
-        if objective.kind == "class":
+        if kind == "class":
             chance = np.bincount(truth).max() / len(truth)
-        elif objective.kind in ("rsa", "cka"):
-            chance = np.mean([scores(objective.kind, config, shown[np.ix_(o, o)], truth)[0] for o in (rng.permutation(len(truth)) for _ in range(20))])
+        elif kind in ("rsa", "cka"):
+            chance = np.mean([score(shown[np.ix_(o, o)], truth)[0] for o in (rng.permutation(len(truth)) for _ in range(20))])
         else:
-            chance = 0.0 if config.metric == "r2" else np.mean([scores(objective.kind, config, rng.permutation(shown), truth)[0] for _ in range(50)])
-        with aside(file(d, projection)) as f:
-            np.savez(f, evidence=shown.astype(np.float32), truth=truth, curve=np.array(curve), d=d)
+            chance = 0.0 if config.metric == "r2" else np.mean([score(rng.permutation(shown), truth)[0] for _ in range(50)])
+        by_unit = study.ceiling if kind not in ("rsa", "cka", "class") else None
         run.result(value, chance, low, high, len(truth), measure="score", model=spec, **about, layer="+".join(config.layers), **study.meta,
-                   objective=config.objective if config.task == "encoding" else "classification", projection=projection, d=wrapper.D if d == "full" else d,
-                   D=wrapper.D, seed=seed, control=control or "none", ceiling=ceiling, normalised=normalised, validation=val, learning_rate=rate, step=step)
+                   objective=config.objective if config.task == "encoding" else "classification", projection=projection, d=D if d == "full" else d,
+                   D=D, seed=seed, control=control or "none", ceiling=ceiling, validation=val, learning_rate=rate, step=step,
+                   normalised=value / ceiling if by_unit is None else score(shown, truth, None, by_unit)[0])
+
+    def keep(d, projection, val, shown, step, curve, rate):
+        file = evidence_file(run, spec, control, seed, projection, d)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with aside(file) as f:
+            np.savez(f, evidence=shown.astype(np.float32), truth=truth, curve=np.array(curve), validation=val, step=step, rate=rate)
+        record(d, projection)
 
     rows = run.rows()
     rows = rows[(rows.model == spec) & (rows.control == (control or "none")) & (rows.seed == seed) & (rows.measure == "score")] if len(rows) else rows
     have = {("full" if p == "identity" else d, p) for d, p in zip(rows.d, rows.projection)} if len(rows) else set()
-    todo = [d for d in config.dims if not ((d, config.projection) in have and file(d, config.projection).exists())]
-    full = config.full and not control and not (("full", "identity") in have and file("full", "identity").exists())
-    if todo and max(todo) > 0 or not full:
-        wrapper = FastfoodWrapper(reader, max(d_max, 1), groups_of(config, reader) if d_max else None, config.projection, seed)
+    todo = []
+    for d, projection in [(d, config.projection) for d in config.dims] + [("full", "identity")] * (config.full and not control):
+        if not evidence_file(run, spec, control, seed, projection, d).exists():
+            todo.append(d)
+        elif (d, projection) not in have:
+            record(d, projection)
+    jobs = [(d, rate) for d in todo if d not in (0, "full") for rate in config.learning_rates]
+    bar = run.progress(len(jobs) + ("full" in todo) * len(config.learning_rates), desc=f"{spec} {control} seed {seed}")
+    if jobs or 0 in todo:
+        wrapper = FastfoodWrapper(reader, max(d_max, 1), groups_of(config, reader) if d_max else None, config.projection, (config.seed, seed))
         if wrong := [d for d in config.dims if 0 < d <= wrapper.m]:
             raise ValueError(f"dims: d={wrong[0]} leaves nothing beside the {wrapper.m} scales of layer_groups={config.layer_groups}: leave it out")
-    else:
-        wrapper = FastfoodWrapper(reader, 1, None, "onehot")
-    bar = run.progress(sum(d > 0 for d in todo) * len(config.learning_rates) + full * len(config.learning_rates), desc=f"{spec} {control} seed {seed}")
     if 0 in todo:  # no warp: the readout alone
-        steps = 0 if objective.kind != "sgd" else config.steps
-        val, shown, step, curve = fit(run, config, wrapper, objective, inputs, [wrapper.d], [0.0], seed, steps)[0]
-        record(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
-    jobs = [(d, rate) for d in todo if d for rate in config.learning_rates]
-    found = {}
-    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed):
-        found.setdefault(d, []).append((*result, rate))
-        if len(found[d]) == len(config.learning_rates):  # the learning rate by validation
-            record(d, config.projection, *max(found.pop(d), key=lambda r: r[0]))
+        val, shown, step, curve = fit(run, config, wrapper, objective, inputs, [wrapper.d], [0.0], seed, config.steps if kind == "sgd" else 0)[0]
+        keep(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
+    found = []
+    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed) if jobs else ():
+        found.append((*result, rate))
+        if len(found) == len(config.learning_rates):  # the learning rate by validation
+            keep(d, config.projection, *max(found, key=lambda r: r[0]))
+            found = []
         bar.update()
-    if full:
-        wrapper = FastfoodWrapper(reader, wrapper.D, None, "identity")
-        found = []
+    if "full" in todo:
+        wrapper = FastfoodWrapper(reader, D, None, "identity")
         for rate in config.learning_rates:
-            found.append((*fit(run, config, wrapper, objective, inputs, [wrapper.D], [rate], seed, config.steps)[0], rate))
+            found.append((*fit(run, config, wrapper, objective, inputs, [D], [rate], seed, config.steps)[0], rate))
             bar.update()
-        record("full", "identity", *max(found, key=lambda r: r[0]))
+        keep("full", "identity", *max(found, key=lambda r: r[0]))
     bar.close()
 
 
@@ -1415,8 +1428,9 @@ def measure_d_warp(dims, point, drawn, full, full_drawn, config, seed_draws):
         f["absolute"] = crossing(dims, mean[m], level)
         f["absolute draws"] = np.array([crossing(dims, boot[m][b], levels[b]) for b in range(B)])
         if m in whole:
-            f["relative"] = crossing(dims, mean[m], mean[m][0] + config.reach * (whole[m] - mean[m][0]))
-            f["relative draws"] = np.array([crossing(dims, y, y[0] + config.reach * (w - y[0])) for y, w in zip(boot[m], whole_boot[m])])
+            f["relative"], *draws = (crossing(dims, y, (start := y[0] if dims[0] == 0 else 0) + config.reach * (w - start))
+                                     for y, w in zip([mean[m], *boot[m]], [whole[m], *whole_boot[m]]))
+            f["relative draws"] = np.array(draws)
         width = max(x[-1] - x[0], 1e-9)
         f["auc"], f["auc draws"] = np.trapezoid(mean[m], x) / width, np.trapezoid(boot[m], x, axis=1) / width
         if len(point[m]) > 1 and len(dims) > 2:
@@ -1433,8 +1447,7 @@ def interval(draws):
 
 def report(run, config, study):
     """d_warp of every candidate from the evidence of all fits: rows, table and figures."""
-    objective = Objective(config, study, torch.zeros(len(study.rows["train"]), 1)) if config.objective in ("rsa", "cka") else None
-    kind = objective.kind if objective else "class" if config.task == "classification" else "ridge"
+    kind = "class" if config.task == "classification" else config.objective if config.objective in ("rsa", "cka") else "ridge"
     weights = resample(config, study, kind)
     B, rng = len(weights), np.random.default_rng(key_seed(config.seed, "seeds"))
     seed_draws = rng.integers(0, config.seeds, (B, config.seeds))
@@ -1628,7 +1641,7 @@ def simulate(run, config):
         starts = torch.cat([t.flatten(1) for t in whole.tensors()], 1).detach()  # (3, D)
         tried = []
         for rate in rates:
-            w = FastfoodWrapper(network(seed), max(dims), [["0"], ["2"], ["4"]], config.projection, seed)
+            w = FastfoodWrapper(network(seed), max(dims), [["0"], ["2"], ["4"]], config.projection, (config.seed, seed))
             w.start(len(FUNCTIONS) * len(dims), dims * len(FUNCTIONS))
             w.theta0 = starts.repeat_interleave(len(dims), 0)
             with torch.no_grad():
