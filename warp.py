@@ -13,6 +13,7 @@ rsa or cka needs no readout at all, linear_first fits it once and warps it along
 Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood); Golub & Pereyra 1973 (variable projection).
 """
 import importlib.util
+import itertools
 import re
 import time
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from sklearn.isotonic import isotonic_regression
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from configurator import Run, aside, configure, key_seed
+from configurator import HERE, Run, aside, configure, key_seed
 from data.stimuli import Encoding, read_meta, read_task, write_encoding
 from model import GPT, load_checkpoint, load_lm
 
@@ -156,17 +157,28 @@ def fwht(x, largest=0):
     return x.view(K, n, C)
 
 
-class Fastfood:
+class Projection:
+    """P (rows, d), columns of norm `norm`, held in a few tensors: forward(z, out) puts P z of z (K, d) into out (K, rows), transpose(read, K, like) gives
+    Pᵀ g (K, d) of g read by read(a, b) → (K, b - a)."""
+
+    def to(self, device):
+        def moved(v):
+            return v.to(device) if torch.is_tensor(v) else [moved(x) for x in v] if isinstance(v, (list, tuple)) else v
+        self.__dict__.update({k: moved(v) for k, v in vars(self).items()})
+        return self
+
+
+class Fastfood(Projection):
     """Rows of P from blocks H G Π H B of n = 2^k >= d rows and columns (Le et al. 2013), divided so that a column of P has norm `norm`. B = ±1; G is
     drawn for each block, normal or, with gaussian=False (SRHT), ±1: the columns are then orthogonal. H B is shared by all blocks, Π by those of
     a chunk: given these, blocks with normal G are still independent and their rows N(0, I), and one of the two transforms is done once and not for
     each block. Blocks lie side by side, (n, C) a chunk, so the small matrix products are wide. Two bytes a row are kept (SRHT: one)."""
 
-    def __init__(self, rows, d, norm, generator, n=0, gaussian=True, device="cpu"):
+    def __init__(self, rows, d, norm, generator, n=0, gaussian=True):
         self.rows, self.d, self.n = rows, d, n or 1 << max(d - 1, 1).bit_length()
         blocks = -(-rows // self.n)
         step = max(1, 2 ** 18 // self.n)  # blocks of a chunk: what fits a cache
-        self.sign = (torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1).to(device)
+        self.sign = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1
         self.chunks = []
         for at in range(0, blocks, step):
             shape = (self.n, min(step, blocks - at))
@@ -175,15 +187,10 @@ class Fastfood:
                 g = (g / g.square().mean(0).sqrt()).half()
             else:
                 g = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-            self.chunks.append((at * self.n, g.to(device), torch.randperm(self.n, generator=generator).to(device)))
+            self.chunks.append((at * self.n, g, torch.randperm(self.n, generator=generator)))
         self.scale = norm / (self.n * rows) ** 0.5  # ‖H G Π H b‖ = n for b = ±1 in one place and mean G² = 1
 
-    def to(self, device):
-        self.sign = self.sign.to(device)
-        self.chunks = [(at, g.to(device), order.to(device)) for at, g, order in self.chunks]
-
     def forward(self, z, out):
-        """P z of z (K, d) into out (K, rows)."""
         z = z[:, :self.n]
         z = F.pad(z * self.sign[:z.size(1)] * self.scale, (0, self.n - z.size(1)))
         z = fwht(z[:, :, None])  # (K, n, 1)
@@ -193,7 +200,6 @@ class Fastfood:
             out[:, at:end] = x[:, :end - at]
 
     def transpose(self, read, K, like):
-        """Pᵀ g (K, d), g read by read(a, b) → (K, b - a)."""
         total, live = like.new_zeros(K, self.n, 1), min(self.n, self.d)
         for at, g, order in self.chunks:
             end = min(at + g.numel(), self.rows)
@@ -204,16 +210,13 @@ class Fastfood:
         return F.pad((fwht(total)[:, :live, 0] * self.sign[:live]) * self.scale, (0, self.d - live))
 
 
-class OneHot:
+class OneHot(Projection):
     """Each row of P is one coordinate of z, as many rows for each as for any other (Uni-LoRA's): Pᵀ P = norm² I exactly, in O(D)."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         self.d = d
-        self.index = (torch.randperm(rows, generator=generator) % d).to(device)
+        self.index = torch.randperm(rows, generator=generator) % d
         self.weight = norm / torch.bincount(self.index, minlength=d).clamp_min(1).sqrt()  # (d,)
-
-    def to(self, device):
-        self.index, self.weight = self.index.to(device), self.weight.to(device)
 
     def forward(self, z, out):
         torch.index_select(z * self.weight, 1, self.index, out=out) if out.is_contiguous() else out.copy_((z * self.weight)[:, self.index])
@@ -222,15 +225,12 @@ class OneHot:
         return like.new_zeros(K, self.d).index_add_(1, self.index, read(0, len(self.index))) * self.weight
 
 
-class Dense:
+class Dense(Projection):
     """P drawn in full, normal, each column of norm `norm`: the one that costs D x d memory."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         p = torch.stack([torch.randn(rows, generator=generator) for _ in range(d)])  # (d, rows), column by column: a smaller d has the first of them
-        self.p = (p * (norm / p.norm(dim=1, keepdim=True))).to(device)
-
-    def to(self, device):
-        self.p = self.p.to(device)
+        self.p = p * (norm / p.norm(dim=1, keepdim=True))
 
     def forward(self, z, out):
         out.copy_(z @ self.p)
@@ -239,17 +239,14 @@ class Dense:
         return read(0, self.p.size(1)) @ self.p.t()
 
 
-class Sparse:
+class Sparse(Projection):
     """Each column has about sqrt(D) entries, all ± the same, at random rows (Li et al. 2018)."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         per = max(1, round(rows ** 0.5))
-        self.at = torch.randint(0, rows, (d, per), generator=generator).to(device)
-        self.value = ((torch.randint(0, 2, (d, per), generator=generator) * 2 - 1) * norm / per ** 0.5).to(device)
+        self.at = torch.randint(0, rows, (d, per), generator=generator)
+        self.value = (torch.randint(0, 2, (d, per), generator=generator) * 2 - 1) * norm / per ** 0.5
         self.rows = rows
-
-    def to(self, device):
-        self.at, self.value = self.at.to(device), self.value.to(device)
 
     def forward(self, z, out):
         out.zero_()
@@ -259,14 +256,11 @@ class Sparse:
         return (read(0, self.rows)[:, self.at] * self.value).sum(2)
 
 
-class Identity:
+class Identity(Projection):
     """P = I: all parameters, trained directly."""
 
     def __init__(self, rows, offset, d):
         self.rows, self.offset, self.d = rows, offset, d
-
-    def to(self, device):
-        pass
 
     def forward(self, z, out):
         out.copy_(z[:, self.offset:self.offset + self.rows])
@@ -364,24 +358,24 @@ class FastfoodWrapper(nn.Module):
             theta0 = torch.cat([t.detach().reshape(-1) for t in tensors])
         self.register_buffer("theta0", theta0, persistent=False)
         self._point()
-        device, generator = theta0.device, torch.Generator().manual_seed(key_seed("P", seed))
-        free, norm, self.segments, at, made = d - self.m, 1.0, [], 0, {"onehot": OneHot, "dense": Dense, "sparse": Sparse}
-        parts = [(size, g) for size, (_, g) in zip(self.sizes, order)]
+        generator, made = torch.Generator().manual_seed(key_seed("P", seed)), {"onehot": OneHot, "dense": Dense, "sparse": Sparse}
+        free, self.segments, at, parts = d - self.m, [], 0, [(size, g) for size, (_, g) in zip(self.sizes, order)]
         if projection != "fastfood_tensor":  # one stretch for each group
             parts = [(sum(size for size, h in parts if h == g), g) for g in sorted({g for _, g in parts})]
         for size, g in parts:
-            share = norm * (size / self.D) ** 0.5  # of a column's norm
+            share = (size / self.D) ** 0.5  # of a column's norm, 1
             if projection in ("fastfood", "srht"):
-                p = Fastfood(size, free, share, generator, n, projection == "fastfood", device)
+                p = Fastfood(size, free, share, generator, n, projection == "fastfood")
             elif projection == "fastfood_tensor":
-                p = Fastfood(size, min(free, 1 << max(size - 1, 1).bit_length()), 1.0, generator, 1 << max(size - 1, 1).bit_length(), True, device)
+                whole = 1 << max(size - 1, 1).bit_length()
+                p = Fastfood(size, min(free, whole), 1.0, generator, whole)
             elif projection in made:
-                p = made[projection](size, free, share, generator, device)
+                p = made[projection](size, free, share, generator)
             elif projection == "identity":
-                p = Identity(size, at, d - self.m)
+                p = Identity(size, at, free)
             else:
                 raise ValueError(f"projection must be fastfood, fastfood_tensor, srht, onehot, dense, sparse or identity, not '{projection}'")
-            self.segments.append((at, at + size, g, p))
+            self.segments.append((at, at + size, g, p.to(theta0.device)))
             at += size
         self.start(copies)
 
@@ -492,12 +486,17 @@ def read_study(run, config):
         raise ValueError(f"{folder}: none of {len(good)} units has a ceiling above reliable={config.reliable} (R², training stimuli): choose a lower one")
     meta = dict(dataset=config.dataset, roi=config.roi or "/".join(sorted(set(data.units.roi[keep]) - {""})) or "all", species=data.meta["species"],
                 modality=data.meta["modality"], synthetic=bool(data.meta["synthetic"]))
-    stimuli = data.stimuli.text.tolist() if data.kind == "text" else [folder / f for f in data.stimuli.file]
+    stimuli = stimuli_of(data)
     starts = [len(t) - len(piece) if t.endswith(piece) else 0 for t, piece in zip(stimuli, data.stimuli["piece"])] if "piece" in data.stimuli else None
     study = Study(data.kind, stimuli, mean[:, good], rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
     if config.objective in ("rsa", "cka"):
         pair_targets(config, study, y[:, good], stimulus)
     return study
+
+
+def stimuli_of(data):
+    """Texts, or paths of images, of an Encoding."""
+    return data.stimuli.text.tolist() if data.kind == "text" else [data.path / f for f in data.stimuli.file]
 
 
 def split_rows(config, group, split):
@@ -575,22 +574,20 @@ def plant(run, config):
 def read_classes(run, config):
     """Stimuli and their classes: scikit-learn's digits as vectors, arrays x_train, y_train, x_test, y_test of an .npz, images (a prepared dataset, or a
     folder with a folder for each class), or sentences."""
-    split, path = None, Path(config.dataset)
+    path, labels, split, synthetic = Path(config.dataset), None, None, False
     if config.dataset == "digits":
         from sklearn.datasets import load_digits
-        x, y = load_digits(return_X_y=True)
-        kind, stimuli, labels, synthetic = "vector", x.astype(np.float32) / 16, list("0123456789"), False
+        stimuli, y = load_digits(return_X_y=True)
+        kind, stimuli = "vector", stimuli / 16
     elif path.suffix == ".npz":
         if not path.is_file():
             raise FileNotFoundError(f"dataset={path}: there is no such file; give an .npz with x_train, y_train, x_test, y_test")
         with np.load(path, allow_pickle=False) as f:
             if lacks := [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in f]:
                 raise ValueError(f"{path} has no array '{lacks[0]}', only {', '.join(f)}")
-            x, y = np.concatenate([f["x_train"], f["x_test"]]), np.concatenate([f["y_train"], f["y_test"]])
-            split = np.array(["train"] * len(f["x_train"]) + ["test"] * len(f["x_test"]))
-        kind, stimuli = "vector", x.reshape(len(x), -1).astype(np.float32) / max(float(x.max()), 1e-9)
-        labels, y = np.unique(y, return_inverse=True)
-        labels, synthetic = [str(name) for name in labels], False
+            stimuli, y = np.concatenate([f["x_train"], f["x_test"]]), np.concatenate([f["y_train"], f["y_test"]])
+            split = np.repeat(["train", "test"], [len(f["y_train"]), len(f["y_test"])])
+        kind, stimuli = "vector", stimuli.reshape(len(y), -1) / max(float(stimuli.max()), 1e-9)
     elif config.sentences:
         folder = run.dataset(config.dataset)
         table, meta = read_task(folder, config.sentences), read_meta(folder)
@@ -598,24 +595,22 @@ def read_classes(run, config):
         if entry["kind"] != "classification":
             raise ValueError(f"sentences={config.sentences} is a {entry['kind']}: take a classification")
         kind, stimuli, y, split, labels, synthetic = "text", table.text.tolist(), table.y.to_numpy(), table.split.to_numpy(), entry["labels"], meta["synthetic"]
-    elif (path if path.is_dir() else Path("data") / path).joinpath("meta.yaml").is_file() or (path / "prepare.py").is_file():
-        data = Encoding(run.dataset(config.dataset))  # of images: a response is 1 for the class
-        kind, synthetic, folder, y = data.kind, bool(data.meta["synthetic"]), data.path, np.asarray(data.responses).argmax(1)[
-            np.argsort(data.presentations.stimulus, kind="stable")]
-        stimuli = data.stimuli.text.tolist() if kind == "text" else [folder / f for f in data.stimuli.file]
-        labels = list(data.units["label"]) if "label" in data.units else [str(i) for i in range(data.responses.shape[1])]
+    elif any((place / name).is_file() for place in (path, HERE / "data" / path) for name in ("meta.yaml", "prepare.py")):
+        data = Encoding(run.dataset(config.dataset))  # a response is 1 for the class
+        y = np.asarray(data.responses).argmax(1)[np.argsort(data.presentations.stimulus, kind="stable")]
+        kind, stimuli, synthetic = data.kind, stimuli_of(data), bool(data.meta["synthetic"])
+        labels = data.units["label" if "label" in data.units else "roi"].tolist()
         split = data.stimuli.split.to_numpy() if (data.stimuli.split != "").all() else None
-    elif path.is_dir() and (classes := sorted(p for p in path.iterdir() if p.is_dir())):
-        kind, synthetic = "image", False
-        stimuli = [f for c in classes for f in sorted(c.iterdir()) if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
-        labels = [c.name for c in classes]
-        y = np.array([labels.index(f.parent.name) for f in stimuli])
+    elif path.is_dir() and (files := sorted(f for f in path.glob("*/*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))):
+        kind, stimuli, y = "image", files, [f.parent.name for f in files]
     else:
         raise FileNotFoundError(f"dataset={config.dataset} is nothing to classify: give digits, an .npz, a folder with a folder of images for each class, or "
                                 "sentences=TASK of a dataset of labelled sentences (docstrings with sentences=area, glue with sentences=mrpc)")
+    if labels is None:
+        labels, y = np.unique(y, return_inverse=True)
     rng = np.random.default_rng(key_seed(config.seed, "classes"))
     kept = np.sort(rng.permutation(len(y))[:config.samples or None])
-    stimuli = stimuli[kept] if kind == "vector" else [stimuli[i] for i in kept]
+    stimuli = stimuli[kept].astype(np.float32) if kind == "vector" else [stimuli[i] for i in kept]
     y, split = y[kept], None if split is None else split[kept]
     if split is None:
         split = np.full(len(y), "train", dtype="<U5")
@@ -628,7 +623,7 @@ def read_classes(run, config):
         raise ValueError(f"dataset={config.dataset} has too few stimuli: {len(y)} of {len(labels)} classes, " +
                          ", ".join(f"{len(r)} in {part}" for part, r in rows.items()))
     meta = dict(dataset=f"{config.dataset} {config.sentences}".strip(), roi="", species="", modality="labels", synthetic=synthetic)
-    return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, labels)
+    return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, [str(name) for name in labels])
 
 
 # ---- models
@@ -732,7 +727,7 @@ def build(run, config, spec, study, seed):
         raise ValueError(f"models: '{spec}' must end with ~random or ~X, X from 0 to 1, so far towards random weights")
     on_path = re.fullmatch(r"lm@(\d*\.?\d+)", name.replace("teacher", "lm@0"))  # so far from the planted teacher, lm itself being at 1
     about = dict(architecture=name, training_task="untrained" if away == 1 else "unknown", pretraining_data="none" if away == 1 else "unknown")
-    generator = torch.Generator().manual_seed(key_seed(config.seed, "model", spec, seed))
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "model", f"{name}~random", seed))  # one end for all on the way
     if name.startswith("mlp:"):
         if study.kind != "vector" or not re.fullmatch(r"mlp:\d+(,\d+)*", name):
             raise ValueError(f"models: '{spec}' must read mlp:WIDTH and goes with vectors (dataset=digits or an .npz)")
@@ -1133,10 +1128,17 @@ def resample(config, study, kind):
     return chosen[:, number]
 
 
-def with_head(config, study, reader, f0, shuffle=None):
-    """linear_first: the reader with a readout fitted once to its features, all of them one model from here on."""
+def readouts(config, x):
+    """Linear regressions of other libraries, for features x (n, p)."""
+    from himalaya.ridge import RidgeCV
     from sklearn.cross_decomposition import PLSRegression
     from sklearn.linear_model import LinearRegression
+    return dict(ols=LinearRegression(), pls=PLSRegression(min(25, *x.shape), scale=False),
+                ridge=RidgeCV(alphas=np.array(config.alphas), cv=5, solver_params=dict(warn=False)))
+
+
+def with_head(config, study, reader, f0, shuffle=None):
+    """linear_first: the reader with a readout fitted once to its features, all of them one model from here on."""
     rows = study.rows["train"]
     y = torch.as_tensor(study.y[rows], dtype=torch.float32, device=f0.device)
     if shuffle is not None:
@@ -1156,10 +1158,9 @@ def with_head(config, study, reader, f0, shuffle=None):
             adam.step()
         w, b = w.detach(), b.detach()
     else:
-        fitted = LinearRegression() if config.head_fit == "ols" else PLSRegression(min(25, *z.shape), scale=False)
-        fitted.fit(z.cpu().numpy(), y.cpu().numpy())
-        w = torch.as_tensor(np.asarray(fitted.coef_).T, dtype=torch.float32, device=z.device)
-        b = torch.as_tensor(fitted.predict(np.zeros((1, z.size(1))))[0], dtype=torch.float32, device=z.device)
+        fitted = readouts(config, z)[config.head_fit].fit(z.cpu().numpy(), y.cpu().numpy())
+        b, *w = torch.as_tensor(fitted.predict(np.eye(z.size(1) + 1, z.size(1), -1)), dtype=torch.float32, device=z.device)  # of zeros, of each feature
+        w = torch.stack(w) - b
     w = w / sd[:, None]
     return WithHead(reader, w, b - mean @ w).to(f0.device).eval()
 
@@ -1377,19 +1378,13 @@ def sweep(run, config, study, spec, seed, control=""):
 
 def baselines(run, config, study, spec):
     """OLS, himalaya's ridge and PLS on the unwarped features of one candidate: what other tools make of d = 0."""
-    from himalaya.ridge import RidgeCV
-    from sklearn.cross_decomposition import PLSRegression
-    from sklearn.linear_model import LinearRegression
     reader, inputs, about = build(run, config, spec, study, 0)
     train, test = study.rows["train"], study.rows["test"]
-    f = features(reader, inputs, np.concatenate([train, test]), config.batch_size).double().cpu().numpy()
-    x = (f - f[:len(train)].mean(0)) / np.maximum(f[:len(train)].std(0, ddof=1), 1e-6)
-    weights, truth = resample(config, study, "ridge"), study.y[test]
-    for name, model in (("ols", LinearRegression()), ("ridge (himalaya)", RidgeCV(alphas=np.array(config.alphas), cv=5, solver_params=dict(warn=False))),
-                        ("pls", PLSRegression(min(25, *x[:len(train)].shape), scale=False))):
-        shown = model.fit(x[:len(train)], study.y[train]).predict(x[len(train):])
-        low, high = np.quantile(scores("ridge", config, shown, truth, weights), [0.025, 0.975])
-        value = scores("ridge", config, shown, truth)[0]
+    f, fitted = (features(reader, inputs, rows, config.batch_size).double().cpu().numpy() for rows in (test, train))
+    mean, sd, weights, truth = fitted.mean(0), np.maximum(fitted.std(0, ddof=1), 1e-6), resample(config, study, "ridge"), study.y[test]
+    for name, model in readouts(config, fitted).items():
+        shown = model.fit((fitted - mean) / sd, study.y[train]).predict((f - mean) / sd)
+        value, (low, high) = scores("ridge", config, shown, truth)[0], np.quantile(scores("ridge", config, shown, truth, weights), [0.025, 0.975])
         run.result(value, 0.0, low, high, len(truth), measure="baseline", model=spec, **about, layer="+".join(config.layers), **study.meta,
                    objective=name, d=0, D=0, seed=0, control="none", projection="none")
         run.print(f"{spec}: {name} on all unwarped features: {config.metric} {value:.3f} [{low:.3f}, {high:.3f}]")
@@ -1448,61 +1443,50 @@ def interval(draws):
 def report(run, config, study):
     """d_warp of every candidate from the evidence of all fits: rows, table and figures."""
     kind = "class" if config.task == "classification" else config.objective if config.objective in ("rsa", "cka") else "ridge"
-    weights = resample(config, study, kind)
+    weights, last = resample(config, study, kind), max(config.dims)
     B, rng = len(weights), np.random.default_rng(key_seed(config.seed, "seeds"))
-    seed_draws = rng.integers(0, config.seeds, (B, config.seeds))
 
     def load(spec, control, d, projection):
-        """(S,) scores and (S, B) draws over the seeds, and their training curves."""
+        """(S,) scores and (S, B) draws over the seeds, and the first one's training curve."""
         point, drawn, curves = [], [], []
         for seed in range(config.seeds):
             with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
                 point.append(scores(kind, config, f["evidence"], f["truth"])[0])
                 drawn.append(scores(kind, config, f["evidence"], f["truth"], weights))
                 curves.append(f["curve"])
-        return np.array(point), np.stack(drawn), curves
+        return np.array(point), np.stack(drawn), curves[0]
 
     point, drawn, full, full_drawn, training = {}, {}, {}, {}, {}
     for spec, control in candidates(config):
-        name = spec + (f" ({control} responses)" if control else "")
-        parts = [load(spec, control, d, config.projection) for d in config.dims]
-        point[name], drawn[name] = np.stack([p for p, _, _ in parts], 1), np.stack([b for _, b, _ in parts], 1)
-        training[name] = {d: c[0] for d, (_, _, c) in zip(config.dims, parts)}
+        name = spec + f" ({control} responses)" * bool(control)
+        points, draws, curves = zip(*(load(spec, control, d, config.projection) for d in config.dims))
+        point[name], drawn[name], training[name] = np.stack(points, 1), np.stack(draws, 1), dict(zip(config.dims, curves))
         if config.full and not control:
-            full[name], full_drawn[name], curves = load(spec, control, "full", "identity")
-            training[name]["full"] = curves[0]
-    found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, seed_draws)
-    last, table = max(config.dims), []
+            full[name], full_drawn[name], training[name]["full"] = load(spec, control, "full", "identity")
+    found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, rng.integers(0, config.seeds, (B, config.seeds)))
+
+    shared = dict(study.meta, objective=config.objective if config.task == "encoding" else "classification", projection=config.projection, d=0, seed=-1,
+                  layer="+".join(config.layers))
+    run.print(f"d_warp: least d for a score of {next(iter(found.values()))['level']:.3f} (absolute), or {config.reach:.0%} of the way from "
+              f"{'d = 0' if config.dims[0] == 0 else 'a score of 0'} to all (relative); 95 % over draws of P and test stimuli")
     for name, f in found.items():
-        cut = lambda d: (min(d, last), "censored" if np.isinf(d) else "reached")  # noqa: E731
-        keys = dict(model=name, **study.meta, objective=config.objective if config.task == "encoding" else "classification", projection=config.projection,
-                    seed=-1, control="shuffled" if "(shuffled" in name else "none", layer="+".join(config.layers))
+        row, words = partial(run.result, model=name, control="shuffled" if "(shuffled" in name else "none", **shared), f"{name}: d_warp"
         for which in ("absolute", "relative"):
             if which in f:
-                (value, state), ends = cut(f[which]), interval(f[f"{which} draws"])
-                run.result(value, last, cut(ends[0])[0], cut(ends[1])[0], B, measure=f"d_warp {which}", state=state, d=0, **keys)
-        run.result(f["auc"], f["mean"][0], *interval(f["auc draws"]), B, measure="area under the curve", d=0, **keys)
-        run.result(f["p"], 0.05, 0, 1, config.seeds * len(config.dims), measure="p of a rising curve", d=0, **keys)
-        words = " ".join(f"{which} {said(f[which], last)} [{said(interval(f[which + ' draws'])[0], last)}, {said(interval(f[which + ' draws'])[1], last)}]"
-                         for which in ("absolute", "relative") if which in f)
-        table.append((name, f"{name}: d_warp {words}; score {f['mean'][0]:.3f} at d = {config.dims[0]}, {f['mean'][-1]:.3f} at {last}" +
-                      (f", {f['full']:.3f} in full" if f["full"] is not None else "") + f"; area {f['auc']:.3f}; rising with d: p = {f['p']:.2g}"))
-    names = [name for name in found if "(shuffled" not in name]
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            logs = [np.log10(1 + np.minimum(found[m]["absolute draws"], last)) for m in (a, b)]
-            delta, value = logs[1] - logs[0], np.diff([np.log10(1 + min(found[m]["absolute"], last)) for m in (a, b)])[0]
-            low, high = np.quantile(delta, [0.025, 0.975])
-            run.result(value, 0.0, low, high, B, measure="difference of log10(1 + d_warp)", model=f"{b} - {a}", d=0, seed=-1, **study.meta)
-            table.append((None, f"    {b} needs {10 ** value:.2g} [{10 ** low:.2g}, {10 ** high:.2g}] times the d of {a} (1 + d_warp, cut at {last}, paired)"))
-    level = next(iter(found.values()))["level"]
-    run.print(f"d_warp: least d for a score of {level:.3f} (absolute), or {config.reach:.0%} of the way from d = {config.dims[0]} to all (relative); "
-              f"95 % over seeds and test stimuli")
-    for _, line in table:
-        run.print(line)
+                value, ends = f[which], interval(f[f"{which} draws"])
+                row(min(value, last), last, *np.minimum(ends, last), B, measure=f"d_warp {which}", state="censored" if np.isinf(value) else "reached")
+                words += f" {which} {said(value, last)} [{said(ends[0], last)}, {said(ends[1], last)}]"
+        row(f["auc"], f["mean"][0], *interval(f["auc draws"]), B, measure="area under the curve")
+        row(f["p"], 0.05, 0, 1, config.seeds * len(config.dims), measure="p of a rising curve")
+        run.print(words + f"; score {f['mean'][0]:.3f} at d = {config.dims[0]}, {f['mean'][-1]:.3f} at {last}" +
+                  (f", {f['full']:.3f} in full" if f["full"] is not None else "") + f"; area {f['auc']:.3f}; rising with d: p = {f['p']:.2g}")
+    for a, b in itertools.combinations([name for name in found if "(shuffled" not in name], 2):
+        value, delta = (np.subtract(*(np.log10(1 + np.minimum(found[m][key], last)) for m in (b, a))) for key in ("absolute", "absolute draws"))
+        low, high = np.quantile(delta, [0.025, 0.975])
+        run.result(value, 0.0, low, high, B, measure="difference of log10(1 + d_warp)", model=f"{b} - {a}", **shared)
+        run.print(f"    {b} needs {10 ** value:.2g} [{10 ** low:.2g}, {10 ** high:.2g}] times the d of {a} (1 + d_warp, cut at {last}, paired)")
     about = f"{study.meta['dataset']}{', synthetic' if study.meta['synthetic'] else ''}; {config.projection}, layer {'+'.join(config.layers)}"
-    linear = "r, median of units" if config.metric == "r" else "R², median of units"
-    unit = "accuracy" if kind == "class" else config.objective if kind in ("rsa", "cka") else linear
+    unit = dict({"class": "accuracy"}, ridge=("r" if config.metric == "r" else "R²") + ", median of units").get(kind, kind)
     plot_curves(run.out / "curves.png", config, found, point, about, unit)
     plot_training(run.out / "training.png", training, about, unit)
 
@@ -1524,61 +1508,38 @@ def save(fig, path, dpi=130):
     plt.close(fig)
 
 
-def dimension_axis(ax, dims):
-    x = np.log10(1 + np.asarray(dims, float))
-    ax.set_xticks(x, [f"{d:,}" for d in dims], fontsize=8)
-    ax.set_xlabel("dimensions of the warp, d")
-
-
 def plot_curves(path, config, found, point, about, unit):
-    """Score over d with its isotonic fit and the score of the full model; d_warp with its interval; d_warp against the linear score."""
-    dims = config.dims
-    x, last = np.log10(1 + np.asarray(dims, float)), np.log10(1 + max(dims))
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained", width_ratios=[1.5, 1, 1])
-    level = next(iter(found.values()))["level"]
-    names = list(found)
-    colours = dict(zip(names, [plt.cm.viridis(v) for v in np.linspace(0.05, 0.88, max(1, sum("(shuffled" not in n for n in names)))])) | {
-        n: "0.6" for n in names if "(shuffled" in n}
-    for name, f in found.items():
-        colour = colours[name]
-        low, high = np.quantile(f["boot"], [0.025, 0.975], axis=0)
+    """Score over d with its isotonic fit and the score of the full model; d_warp with its interval, against the score at the first d."""
+    x, last, level = np.log10(1 + np.array(config.dims)), np.log10(1 + max(config.dims)), next(iter(found.values()))["level"]
+    labels, end = [f"{d:,}" for d in config.dims], last + 0.08 * max(last, 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained", width_ratios=[1.3, 1])
+    for i, (name, f) in enumerate(found.items()):
         if "(shuffled" in name:  # far below: a line of words keeps the scale for the others
-            left.plot([], [], color=colour, lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
+            left.plot([], [], color="0.6", lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
             continue
-        left.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
-        left.plot(x, isotonic_regression(f["mean"]), color=colour, lw=2, label=name)
+        colour, rising = plt.cm.viridis(0.9 * i / max(1, len(config.models) - 1)), isotonic_regression(f["mean"])
+        left.fill_between(x, *np.quantile(f["boot"], [0.025, 0.975], axis=0), color=colour, alpha=0.13, lw=0)
+        left.plot(x, rising, color=colour, lw=2, label=f"{name}, rising: p = {f['p']:.1g}")
         left.plot(np.broadcast_to(x, point[name].shape), point[name], ".", color=colour, ms=4, alpha=0.6)
         if f["full"] is not None:
-            left.plot([last + 0.22], [f["full"]], "D", color=colour, ms=6)
-            left.plot([last, last + 0.22], [isotonic_regression(f["mean"])[-1], f["full"]], ":", color=colour, lw=1)
+            left.plot([last, end], [rising[-1], f["full"]], ":D", color=colour, lw=1, ms=6, markevery=[1])
+        low, here, high = (min(np.log10(1 + v), last) for v in (interval(f["absolute draws"])[0], f["absolute"], interval(f["absolute draws"])[1]))
         if np.isfinite(f["absolute"]):
-            left.plot([np.log10(1 + f["absolute"])], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
+            left.plot([here], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
+        right.plot([f["mean"][0]] * 2, [low, high], color=colour, lw=3, alpha=0.5, solid_capstyle="round")
+        right.plot([f["mean"][0]], [here], "^" if np.isinf(f["absolute"]) else "o", color=colour, ms=9)
+        right.annotate(f"{name}: {said(f['absolute'], max(config.dims))}", (f["mean"][0], here), xytext=(8, 4), textcoords="offset points", fontsize=8)
     left.axhline(level, ls="--", c="0.5", lw=1)
-    left.text(x[0], level, f" {level:.2f}", va="bottom", fontsize=8, color="0.4")
-    dimension_axis(left, dims)
-    left.set_xticks([*x, last + 0.22], [*(f"{d:,}" for d in dims), "all"], fontsize=8)
-    left.set(ylabel=f"test score ({unit})")
-    left.legend(fontsize=8, frameon=False)
-    left.set_title("score over d: isotonic fit, seeds, 95 % band; ▾ d_warp", fontsize=10)
-    for i, (name, f) in enumerate(found.items()):
-        low, high = (np.log10(1 + min(v, 10 ** last - 1)) for v in interval(f["absolute draws"]))
-        here = np.log10(1 + min(f["absolute"], 10 ** last - 1))
-        middle.plot([low, high], [i, i], color=colours[name], lw=3, alpha=0.5, solid_capstyle="round")
-        middle.plot([here], [i], ">" if np.isinf(f["absolute"]) else "o", color=colours[name], ms=8)
-        middle.text(here, i - 0.22, said(f["absolute"], max(dims)), ha="center", fontsize=8, color="0.3")
-        if f["full"] is not None:
-            right.plot([f["mean"][0]], [here], ">" if np.isinf(f["absolute"]) else "o", color=colours[name], ms=9)
-            right.plot([f["mean"][0]] * 2, [low, high], color=colours[name], lw=2, alpha=0.5)
-            right.annotate(name, (f["mean"][0], here), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    middle.set_yticks(range(len(found)), [n.replace(" (", "\n(") for n in found], fontsize=8)
-    middle.set_ylim(len(found) - 0.5, -0.6)
-    dimension_axis(middle, dims)
-    middle.set_title("d_warp, absolute, with 95 % interval", fontsize=10)
-    right.set_yticks(x, [f"{d:,}" for d in dims], fontsize=8)
-    right.set(xlabel=f"score at d = {dims[0]} ({unit})", ylabel="d_warp")
-    right.margins(0.2)
-    right.set_title("d_warp against the linear score" if dims[0] == 0 else "d_warp against the first score", fontsize=10)
-    for ax in (left, middle, right):
+    left.text(end, level, f"{level:.2f}", va="bottom", ha="right", fontsize=8, color="0.4")
+    left.set_xticks([*x, end], [*labels, "all"], fontsize=8)
+    left.set(xlabel="dimensions of the warp, d", ylabel=f"test score ({unit})")
+    left.set_title("score over d: isotonic fit, draws of P, 95 % band; ▾ d_warp", fontsize=10)
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    right.set_yticks(x, labels, fontsize=8)
+    right.set(xlabel=f"score at d = {config.dims[0]} ({unit})", ylabel="d_warp")
+    right.margins(0.22, 0.08)
+    right.set_title("d_warp, absolute, with 95 % interval, against the " + ("linear" if config.dims[0] == 0 else "first") + " score", fontsize=10)
+    for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(about, fontsize=10)
     save(fig, path)
@@ -1612,55 +1573,49 @@ def target(x):
 
 def simulate(run, config):
     """Networks 1-128-128-1 that are three functions, bent into a fourth with growing d; all of them trained side by side."""
-    dims, rates = [d for d in config.dims if d], config.learning_rates
-    grid = torch.linspace(-1, 1, 200, device=run.device)[:, None]
+    dims, names, level = [d for d in config.dims if d], list(FUNCTIONS), config.reach
+    shape, grid = (len(names), len(dims)), torch.linspace(-1, 1, 200, device=run.device)[:, None]
+    y = target(grid)
 
-    def network(seed):
-        torch.manual_seed(key_seed(config.seed, "network", seed))
-        return nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
+    def loss(wrapper, x, wanted):
+        return F.smooth_l1_loss(wrapper(x), wanted(x).expand(wrapper.copies, -1, -1), reduction="none").mean((1, 2))  # of each fit
 
-    def train(wrapper, wanted, steps, rate, *key):
-        """Adam with a falling rate on normal x and the smooth L1 loss; wanted(x): (B, 1) or (K, B, 1)."""
-        adam, bar = torch.optim.Adam(wrapper.parameters(), lr=rate), run.progress(steps, desc=" ".join(map(str, key)))
-        for step in range(steps):
-            for group in adam.param_groups:
-                group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
-            x = torch.randn(config.batch_size, 1, generator=run.generator(*key, step)).to(run.device)
-            loss = F.smooth_l1_loss(wrapper(x), wanted(x).expand(wrapper.copies, -1, -1), reduction="none").mean((1, 2)).sum()
+    def train(wrapper, wanted, rate, *key):
+        """Adam with a falling rate on normal x; wanted(x): (B, 1) or (K, B, 1)."""
+        adam, bar = torch.optim.Adam(wrapper.parameters(), lr=rate), run.progress(config.steps, desc=" ".join(map(str, key)))
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)
+        for step in range(config.steps):
             adam.zero_grad()
-            loss.backward()
+            loss(wrapper, torch.randn(config.batch_size, 1, generator=run.generator(*key, step)).to(run.device), wanted).sum().backward()
             adam.step()
+            falling.step()
             bar.update()
         bar.close()
 
-    scores_of, curves = [], None
+    every = []
     for seed in range(config.seeds):
-        net = network(seed)
-        whole = FastfoodWrapper(net, sum(p.numel() for p in net.parameters()), None, "identity", copies=len(FUNCTIONS))
-        train(whole, lambda x: torch.stack([f(x) for f in FUNCTIONS.values()]), config.steps, 1e-3, "prefit", seed)
-        starts = torch.cat([t.flatten(1) for t in whole.tensors()], 1).detach()  # (3, D)
+        torch.manual_seed(key_seed(config.seed, "network", seed))
+        net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
+        whole = FastfoodWrapper(net, sum(p.numel() for p in net.parameters()), None, "identity", copies=len(names))
+        train(whole, lambda x: torch.stack([f(x) for f in FUNCTIONS.values()]), 1e-3, "prefit", seed)
+        starts = torch.cat([t.flatten(1) for t in whole.tensors()], 1).detach().repeat_interleave(len(dims), 0)  # (3 nd, D)
         tried = []
-        for rate in rates:
-            w = FastfoodWrapper(network(seed), max(dims), [["0"], ["2"], ["4"]], config.projection, (config.seed, seed))
-            w.start(len(FUNCTIONS) * len(dims), dims * len(FUNCTIONS))
-            w.theta0 = starts.repeat_interleave(len(dims), 0)
+        for rate in config.learning_rates:
+            w = FastfoodWrapper(net, max(dims), [["0"], ["2"], ["4"]], config.projection, (config.seed, seed)).start(len(starts), dims * len(names))
+            w.theta0 = starts
             with torch.no_grad():
-                before = w(grid)
-            train(w, target, config.steps, rate, "warp", seed, rate)
-            with torch.no_grad():
-                after, x = w(grid), torch.randn(2000, 1, generator=run.generator("check", seed)).to(run.device)
-                error = F.smooth_l1_loss(w(x), target(x).expand(w.copies, -1, -1), reduction="none").mean((1, 2))  # on fresh x, where it was trained
-            tried.append((error.cpu(), after.cpu()))
-        best = torch.stack([e for e, _ in tried]).argmin(0)
+                before = w(grid).view(*shape, -1)
+            train(w, target, rate, "warp", seed, rate)
+            with torch.no_grad():  # the rate is chosen on fresh x, drawn as in training
+                tried.append((loss(w, torch.randn(2000, 1, generator=run.generator("check", seed)).to(run.device), target), w(grid)))
+        best = torch.stack([error for error, _ in tried]).argmin(0)
         after = torch.stack([tried[b][1][k] for k, b in enumerate(best)])
-        y = target(grid).cpu()
-        r2 = 1 - (after - y).square().mean((1, 2)) / y.var(unbiased=False)
-        scores_of.append(r2.view(len(FUNCTIONS), len(dims)).numpy())
+        every.append((1 - (after - y).square().mean((1, 2)) / y.var(unbiased=False)).view(shape).cpu().numpy())
         if not seed:
-            curves = before.cpu().view(len(FUNCTIONS), len(dims), -1), after.view(len(FUNCTIONS), len(dims), -1)
-    every = np.stack(scores_of)  # (S, 3, nd)
-    level = config.reach
-    for i, name in enumerate(FUNCTIONS):
+            plot_simulation(run.out / "simulation.png", dims, *(t.cpu() for t in (grid, y, before, after.view(*shape, -1))), every[0],
+                            f"network 1-128-128-1, D = {w.D:,}, {config.projection}; synthetic")
+    every = np.stack(every)  # (S, 3, nd)
+    for i, name in enumerate(names):
         for j, d in enumerate(dims):
             run.result(every[:, i, j].mean(), 0.0, every[:, i, j].min(), every[:, i, j].max(), config.seeds, measure="R² on [-1, 1]", model=name, d=d,
                        dataset="sin(3πx/4), synthetic")
@@ -1668,23 +1623,25 @@ def simulate(run, config):
         run.result(np.median(at), max(dims), min(at), max(at), config.seeds, measure="d_warp absolute", model=name, d=0, dataset="sin(3πx/4), synthetic")
         run.print(f"{name}: R² {' '.join(f'{v:.2f}' for v in every[:, i].mean(0))} at d = {dims}; d_warp (R² {level}) "
                   f"{np.median(at):.0f}, from {min(at):.0f} to {max(at):.0f} over {config.seeds} seeds")
-    fig, axes = plt.subplots(len(FUNCTIONS), len(dims), figsize=(2.1 * len(dims), 2.2 * len(FUNCTIONS)), sharex=True, sharey=True, layout="constrained")
-    x = grid[:, 0].cpu()
-    for i, name in enumerate(FUNCTIONS):
-        for j, d in enumerate(dims):
-            ax = axes[i, j]
-            ax.plot(x, target(x), color="tab:blue", lw=2.5, alpha=0.8, label="target")
-            ax.plot(x, curves[0][i, j], color="tab:orange", lw=1.5, label="candidate")
-            ax.plot(x, curves[1][i, j], "--", color="tab:green", lw=1.8, label="warped")
-            ax.text(0.03, 0.93, f"R² {every[0, i, j]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.set(ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-            if i == 0:
-                ax.set_title(f"d = {d}", fontsize=10)
-        axes[i, 0].set_ylabel(f"candidate {name}", fontsize=9)
+
+
+def plot_simulation(path, dims, x, y, before, after, r2, about):
+    """The target, each candidate (a row) and what a warp of d dimensions (a column) makes of it, as the document has it."""
+    fig, axes = plt.subplots(*r2.shape, figsize=(2.1 * len(dims), 2.2 * len(r2)), sharex=True, sharey=True, layout="constrained", squeeze=False)
+    for (i, j), ax in np.ndenumerate(axes):
+        ax.plot(x, y, color="tab:blue", lw=2.5, alpha=0.8, label="target")
+        ax.plot(x, before[i, j], color="tab:orange", lw=1.5, label="candidate")
+        ax.plot(x, after[i, j], "--", color="tab:green", lw=1.8, label="warped")
+        ax.text(0.03, 0.93, f"R² {r2[i, j]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        if i == 0:
+            ax.set_title(f"d = {dims[j]}", fontsize=10)
+        if j == 0:
+            ax.set_ylabel(f"candidate {list(FUNCTIONS)[i]}", fontsize=9)
     axes[-1, -1].legend(fontsize=7, frameon=False, loc="lower right")
-    fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = {w.D:,}, {config.projection}; synthetic", fontsize=11)
-    save(fig, run.out / "simulation.png")
+    fig.suptitle(f"three candidates, one target, growing d: {about}", fontsize=11)
+    save(fig, path)
 
 
 def main(config):
