@@ -16,7 +16,7 @@ import importlib.util
 import itertools
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -111,7 +111,7 @@ class Config:
         for key in ("seeds", "steps", "eval_interval", "batch_size", "draws", "head_every", "repeats"):
             if getattr(self, key) < 1:
                 raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
-        if self.task != "simulation" and self.common in ("lowest", "highest") and not self.full:
+        if self.common in ("lowest", "highest") and not self.full:
             raise ValueError(f"common={self.common} is a score of the full models: with full=False, give a number")
         if not self.dims or min(self.dims) < 0:
             raise ValueError(f"dims={self.dims} must be numbers of dimensions, 0 or more")
@@ -465,6 +465,8 @@ def read_study(run, config):
     """The stimuli and responses that config asks for, split and checked."""
     if config.task == "classification":
         return read_classes(run, config)
+    if config.task == "simulation":
+        return read_functions(config)
     folder = plant(run, config) if config.dataset == "synthetic_brain" else run.dataset(config.dataset)
     data = Encoding(folder)
     keep = np.ones(len(data.units), bool) if not config.roi else (data.units.roi == config.roi).to_numpy()
@@ -626,6 +628,18 @@ def read_classes(run, config):
     return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, [str(name) for name in labels])
 
 
+FUNCTIONS = {"x²": lambda x: x ** 2, "x³": lambda x: x ** 3, "sin(πx/2)": lambda x: np.sin(np.pi * x / 2)}  # candidates of the simulation
+
+
+def read_functions(config):
+    """The simulation: normal x, those of the test sorted, and sin(3πx/4), which candidates are bent into."""
+    x = np.random.default_rng(key_seed(config.seed, "x")).standard_normal((4000, 1)).astype(np.float32)
+    rows = dict(zip(("train", "val", "test"), np.split(np.arange(4000), [2000, 3000])))
+    x[rows["test"]] = np.sort(x[rows["test"]], 0)
+    meta = dict(dataset="sin(3πx/4)", roi="", species="", modality="function", synthetic=True)
+    return Study("vector", x, np.sin(0.75 * np.pi * x), rows, np.arange(4000), None, meta)
+
+
 # ---- models
 
 class Found(Exception):
@@ -740,6 +754,14 @@ def build(run, config, spec, study, seed):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
         about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
         return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
+    if name in FUNCTIONS and config.task == "simulation":  # a network that is this function
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator.initial_seed()))
+            net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
+        x, w = torch.from_numpy(study.stimuli).to(run.device), FastfoodWrapper(net, 16_896, None, "identity")
+        fit(run, config, w, Objective(config, replace(study, y=FUNCTIONS[name](study.stimuli)), x), (x,), [w.D], [0.05], seed, config.steps)
+        net.load_state_dict(w.merge())
+        return net, (x,), about | dict(architecture="MLP 1-128-128-1", training_task="regression", pretraining_data=name)
     model, encode, found = load_model(config, config.lm if on_path or name == "lm" else name, study.kind, study.starts)
     about |= {k: v for k, v in found.items() if away < 1 or k == "architecture"}
     pairs = list(zip(model.parameters(), random_twin(model, generator))) if away else []  # before what is not read is cut off
@@ -999,7 +1021,7 @@ class Objective:
     """What is trained and how it is scored, of features (K, n, p) of a candidate whose unwarped features of the training stimuli are f0 (n, p)."""
 
     def __init__(self, config, study, f0, shuffle=None):
-        self.kind = "class" if config.task == "classification" else "mse" if config.objective == "linear_first" else \
+        self.kind = "class" if config.task == "classification" else "mse" if config.objective == "linear_first" or config.task == "simulation" else \
             config.head if config.objective == "linear" else config.objective
         self.config, self.study, device = config, study, f0.device
         train, val = study.rows["train"], study.rows["val"]
@@ -1331,7 +1353,7 @@ def sweep(run, config, study, spec, seed, control=""):
             chance = 0.0 if config.metric == "r2" else np.mean([score(rng.permutation(shown), truth)[0] for _ in range(50)])
         by_unit = study.ceiling if kind not in ("rsa", "cka", "class") else None
         run.result(value, chance, low, high, len(truth), measure="score", model=spec, **about, layer="+".join(config.layers), **study.meta,
-                   objective=config.objective if config.task == "encoding" else "classification", projection=projection, d=D if d == "full" else d,
+                   objective=config.objective if config.task == "encoding" else config.task, projection=projection, d=D if d == "full" else d,
                    D=D, seed=seed, control=control or "none", ceiling=ceiling, validation=val, learning_rate=rate, step=step,
                    normalised=value / ceiling if by_unit is None else score(shown, truth, None, by_unit)[0])
 
@@ -1465,7 +1487,7 @@ def report(run, config, study):
             full[name], full_drawn[name], training[name]["full"] = load(spec, control, "full", "identity")
     found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, rng.integers(0, config.seeds, (B, config.seeds)))
 
-    shared = dict(study.meta, objective=config.objective if config.task == "encoding" else "classification", projection=config.projection, d=0, seed=-1,
+    shared = dict(study.meta, objective=config.objective if config.task == "encoding" else config.task, projection=config.projection, d=0, seed=-1,
                   layer="+".join(config.layers))
     run.print(f"d_warp: least d for a score of {next(iter(found.values()))['level']:.3f} (absolute), or {config.reach:.0%} of the way from "
               f"{'d = 0' if config.dims[0] == 0 else 'a score of 0'} to all (relative); 95 % over draws of P and test stimuli")
@@ -1489,6 +1511,8 @@ def report(run, config, study):
     unit = dict({"class": "accuracy"}, ridge=("r" if config.metric == "r" else "R²") + ", median of units").get(kind, kind)
     plot_curves(run.out / "curves.png", config, found, point, about, unit)
     plot_training(run.out / "training.png", training, about, unit)
+    if config.task == "simulation":
+        plot_simulation(run, config, study.stimuli[study.rows["test"], 0], study.y[study.rows["test"]])
 
 
 def said(d, last):
@@ -1562,99 +1586,36 @@ def plot_training(path, training, about, unit):
     save(fig, path)
 
 
-# ---- the simulation
+def plot_simulation(run, config, x, target):
+    """The target, each candidate (a row) and what a warp of d dimensions (a column) makes of it, as the document has it; the first draw."""
+    dims = [d for d in config.dims if d]
+    fig, axes = plt.subplots(len(config.models), len(dims), figsize=(2.1 * len(dims), 2.2 * len(config.models)), sharex=True, sharey=True,
+                             layout="constrained", squeeze=False)
 
-FUNCTIONS = {"x²": lambda x: x ** 2, "x³": lambda x: x ** 3, "sin(πx/2)": lambda x: torch.sin(torch.pi * x / 2)}
+    def answers(spec, d):
+        with np.load(evidence_file(run, spec, "", 0, config.projection, d)) as f:
+            return f["evidence"][:, 0]
 
-
-def target(x):
-    return torch.sin(0.75 * torch.pi * x)
-
-
-def simulate(run, config):
-    """Networks 1-128-128-1 that are three functions, bent into a fourth with growing d; all of them trained side by side."""
-    dims, names, level = [d for d in config.dims if d], list(FUNCTIONS), config.reach
-    shape, grid = (len(names), len(dims)), torch.linspace(-1, 1, 200, device=run.device)[:, None]
-    y = target(grid)
-
-    def loss(wrapper, x, wanted):
-        return F.smooth_l1_loss(wrapper(x), wanted(x).expand(wrapper.copies, -1, -1), reduction="none").mean((1, 2))  # of each fit
-
-    def train(wrapper, wanted, rate, *key):
-        """Adam with a falling rate on normal x; wanted(x): (B, 1) or (K, B, 1)."""
-        adam, bar = torch.optim.Adam(wrapper.parameters(), lr=rate), run.progress(config.steps, desc=" ".join(map(str, key)))
-        falling = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)
-        for step in range(config.steps):
-            adam.zero_grad()
-            loss(wrapper, torch.randn(config.batch_size, 1, generator=run.generator(*key, step)).to(run.device), wanted).sum().backward()
-            adam.step()
-            falling.step()
-            bar.update()
-        bar.close()
-
-    every = []
-    for seed in range(config.seeds):
-        torch.manual_seed(key_seed(config.seed, "network", seed))
-        net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
-        whole = FastfoodWrapper(net, sum(p.numel() for p in net.parameters()), None, "identity", copies=len(names))
-        train(whole, lambda x: torch.stack([f(x) for f in FUNCTIONS.values()]), 1e-3, "prefit", seed)
-        starts = torch.cat([t.flatten(1) for t in whole.tensors()], 1).detach().repeat_interleave(len(dims), 0)  # (3 nd, D)
-        tried = []
-        for rate in config.learning_rates:
-            w = FastfoodWrapper(net, max(dims), [["0"], ["2"], ["4"]], config.projection, (config.seed, seed)).start(len(starts), dims * len(names))
-            w.theta0 = starts
-            with torch.no_grad():
-                before = w(grid).view(*shape, -1)
-            train(w, target, rate, "warp", seed, rate)
-            with torch.no_grad():  # the rate is chosen on fresh x, drawn as in training
-                tried.append((loss(w, torch.randn(2000, 1, generator=run.generator("check", seed)).to(run.device), target), w(grid)))
-        best = torch.stack([error for error, _ in tried]).argmin(0)
-        after = torch.stack([tried[b][1][k] for k, b in enumerate(best)])
-        every.append((1 - (after - y).square().mean((1, 2)) / y.var(unbiased=False)).view(shape).cpu().numpy())
-        if not seed:
-            plot_simulation(run.out / "simulation.png", dims, *(t.cpu() for t in (grid, y, before, after.view(*shape, -1))), every[0],
-                            f"network 1-128-128-1, D = {w.D:,}, {config.projection}; synthetic")
-    every = np.stack(every)  # (S, 3, nd)
-    for i, name in enumerate(names):
-        for j, d in enumerate(dims):
-            run.result(every[:, i, j].mean(), 0.0, every[:, i, j].min(), every[:, i, j].max(), config.seeds, measure="R² on [-1, 1]", model=name, d=d,
-                       dataset="sin(3πx/4), synthetic")
-        at = [min(crossing(dims, s[i], level), max(dims)) for s in every]
-        run.result(np.median(at), max(dims), min(at), max(at), config.seeds, measure="d_warp absolute", model=name, d=0, dataset="sin(3πx/4), synthetic")
-        run.print(f"{name}: R² {' '.join(f'{v:.2f}' for v in every[:, i].mean(0))} at d = {dims}; d_warp (R² {level}) "
-                  f"{np.median(at):.0f}, from {min(at):.0f} to {max(at):.0f} over {config.seeds} seeds")
-
-
-def plot_simulation(path, dims, x, y, before, after, r2, about):
-    """The target, each candidate (a row) and what a warp of d dimensions (a column) makes of it, as the document has it."""
-    fig, axes = plt.subplots(*r2.shape, figsize=(2.1 * len(dims), 2.2 * len(r2)), sharex=True, sharey=True, layout="constrained", squeeze=False)
     for (i, j), ax in np.ndenumerate(axes):
-        ax.plot(x, y, color="tab:blue", lw=2.5, alpha=0.8, label="target")
-        ax.plot(x, before[i, j], color="tab:orange", lw=1.5, label="candidate")
-        ax.plot(x, after[i, j], "--", color="tab:green", lw=1.8, label="warped")
-        ax.text(0.03, 0.93, f"R² {r2[i, j]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
+        spec, warped = config.models[i], answers(config.models[i], dims[j])
+        ax.plot(x, target, color="tab:blue", lw=2.5, alpha=0.8, label="target")
+        if 0 in config.dims:
+            ax.plot(x, answers(spec, 0), color="tab:orange", lw=1.5, label="candidate")
+        ax.plot(x, warped, "--", color="tab:green", lw=1.8, label="warped")
+        ax.text(0.03, 0.93, f"R² {scores('mse', config, warped[:, None], target)[0]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.set(ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-        if i == 0:
-            ax.set_title(f"d = {dims[j]}", fontsize=10)
-        if j == 0:
-            ax.set_ylabel(f"candidate {list(FUNCTIONS)[i]}", fontsize=9)
+        ax.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1], title=f"d = {dims[j]}" if i == 0 else "", ylabel=f"candidate {spec}" if j == 0 else "")
     axes[-1, -1].legend(fontsize=7, frameon=False, loc="lower right")
-    fig.suptitle(f"three candidates, one target, growing d: {about}", fontsize=11)
-    save(fig, path)
+    fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = 16,896, {config.projection}; synthetic", fontsize=11)
+    save(fig, run.out / "simulation.png")
 
 
 def main(config):
     run = Run(config)
-    if config.task == "simulation":
-        if run.master:
-            simulate(run, config)
-        run.merge()
-        return run.close()
     study = read_study(run, config)
-    run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli" + (
-        f", {study.y.shape[1]} units" + (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else "")
-        if config.task == "encoding" else f", {len(study.labels)} classes"))
+    run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli, " +
+              (f"{len(study.labels)} classes" if study.labels else f"{study.y.shape[1]} units") +
+              (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else ""))
     jobs = [(spec, seed, control) for seed in range(config.seeds) for spec, control in candidates(config)]
     for spec, seed, control in run.share(jobs):
         sweep(run, config, study, spec, seed, control)
