@@ -490,9 +490,11 @@ def read_study(run, config):
                 modality=data.meta["modality"], synthetic=bool(data.meta["synthetic"]))
     stimuli = stimuli_of(data)
     starts = [len(t) - len(piece) if t.endswith(piece) else 0 for t, piece in zip(stimuli, data.stimuli["piece"])] if "piece" in data.stimuli else None
-    study = Study(data.kind, stimuli, mean[:, good], rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
+    y, mean = y[:, good], mean[:, good]
+    scale = mean[rows["train"]].std(0).mean() or 1.0  # one for all units
+    study = Study(data.kind, stimuli, mean / scale, rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
     if config.objective in ("rsa", "cka"):
-        pair_targets(config, study, y[:, good], stimulus)
+        pair_targets(config, study, y, stimulus)
     return study
 
 
@@ -1123,7 +1125,9 @@ def scores(kind, config, evidence, truth, weights=None, ceiling=None):
                 a, b = (scipy.stats.rankdata(a), scipy.stats.rankdata(b)) if config.compare == "spearman" else (a, b)
                 found.append(np.corrcoef(a, b)[0, 1])
         return np.nan_to_num(np.array(found))
-    p, y, w = evidence.astype(float), truth.astype(float), weights / weights.sum(1, keepdims=True)
+    y, w = truth.astype(float), weights / weights.sum(1, keepdims=True)
+    zero, one = y.mean(0), np.where(y.std(0) > 0, y.std(0), 1)  # scores have no unit: volts are as good as microvolts
+    p, y = (evidence - zero) / one, (y - zero) / one
     my = w @ y
     vy = np.maximum(w @ (y * y) - my ** 2, 1e-12)
     if config.metric == "r2":
@@ -1199,7 +1203,7 @@ def adam_step(state, grads, step, rates):
         p.sub_(rate / (1 - 0.9 ** step) * m / ((v / (1 - 0.999 ** step)).sqrt() + 1e-12))
 
 
-def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=lambda f: None):
+def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=None):
     """(loss (K,), gradients of params) on the stimuli in rows: in one pass, or, where they are more than a batch, features first, then dL/d features
     chunk by chunk through the model: exact for any loss of all features. solve(features) comes before the loss."""
     at = torch.as_tensor(rows, device=inputs[0].device)
@@ -1207,12 +1211,14 @@ def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=
     if len(rows) <= batch_size:
         f = wrapper.call(tensors, *(t[at] for t in inputs))
         f = f if wrapper.copies else f[None]
-        solve(f.detach())
+        if solve:
+            solve(f.detach())
         loss = objective.loss(f, at, head)
         return loss.detach(), torch.autograd.grad(loss.sum(), params, allow_unused=True)
     leaves = [t.detach().requires_grad_() for t in tensors]
     f = features(lambda *x: wrapper.call(leaves, *x), inputs, rows, batch_size, batched=True).requires_grad_()
-    solve(f.detach())
+    if solve:
+        solve(f.detach())
     loss = objective.loss(f, at, head)
     df, *of_head = torch.autograd.grad(loss.sum(), [f, *(head or [])])
     done = 0
@@ -1271,12 +1277,11 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
             if len(order) < min(batch, len(train)):  # a stimulus is never twice in a batch
                 order = generator.permutation(train)
             rows, order = order[:batch], order[batch:]
-        solve = lambda f: None
-        if objective.kind == "ridge" and (step % config.head_every == 0 or step % config.eval_interval == 0):
-            solve = lambda f, step=step: objective.solve(f, train, choose=step % config.eval_interval == 0)
+        solve, choose = None, step % config.eval_interval == 0
+        if objective.kind == "ridge" and (choose or step % config.head_every == 0):
+            solve = partial(objective.solve, rows=train, choose=choose)
             if not exact:
-                solve(forward(train))
-                solve = lambda f: None
+                solve = solve(forward(train))  # on all of them, now
         loss, grads = gradients(wrapper, objective, inputs, rows, params, head, size, solve)
         if not torch.isfinite(loss).all():
             raise ValueError(f"the loss is not finite at step {step} of d={dims[int((~torch.isfinite(loss)).nonzero()[0])]}: "
@@ -1552,7 +1557,9 @@ def plot_curves(path, config, found, point, about, unit):
             left.plot([here], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
         right.plot([f["mean"][0]] * 2, [low, high], color=colour, lw=3, alpha=0.5, solid_capstyle="round")
         right.plot([f["mean"][0]], [here], "^" if np.isinf(f["absolute"]) else "o", color=colour, ms=9)
-        right.annotate(f"{name}: {said(f['absolute'], max(config.dims))}", (f["mean"][0], here), xytext=(8, 4), textcoords="offset points", fontsize=8)
+        above = sorted(found, key=lambda m: found[m]["mean"][0]).index(name) % 2  # neighbours do not write over each other
+        right.annotate(f"{name}: {said(f['absolute'], max(config.dims))}", (f["mean"][0], here), xytext=(8, 4 if above else -12), textcoords="offset points",
+                       fontsize=8)
     left.axhline(level, ls="--", c="0.5", lw=1)
     left.text(end, level, f"{level:.2f}", va="bottom", ha="right", fontsize=8, color="0.4")
     left.set_xticks([*x, end], [*labels, "all"], fontsize=8)
@@ -1604,7 +1611,8 @@ def plot_simulation(run, config, x, target):
         ax.plot(x, warped, "--", color="tab:green", lw=1.8, label="warped")
         ax.text(0.03, 0.93, f"R² {scores('mse', config, warped[:, None], target)[0]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
         ax.spines[["top", "right"]].set_visible(False)
-        ax.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1], title=f"d = {dims[j]}" if i == 0 else "", ylabel=f"candidate {spec}" if j == 0 else "")
+        ax.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        ax.set(title="" if i else f"d = {dims[j]}", ylabel="" if j else f"candidate {spec}")
     axes[-1, -1].legend(fontsize=7, frameon=False, loc="lower right")
     fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = 16,896, {config.projection}; synthetic", fontsize=11)
     save(fig, run.out / "simulation.png")
