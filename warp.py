@@ -756,9 +756,11 @@ def build(run, config, spec, study, seed):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
         about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
         return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
-    if name in FUNCTIONS and config.task == "simulation":  # a network that is this function
+    if config.task == "simulation":  # a network that is this function
+        if name not in FUNCTIONS:
+            raise ValueError(f"models: '{spec}' is no function of the simulation, there are {', '.join(FUNCTIONS)}: start from config/warp_simulation.yaml")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(generator.initial_seed()))
+            torch.manual_seed(generator.initial_seed())
             net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
         x, w = torch.from_numpy(study.stimuli).to(run.device), FastfoodWrapper(net, 16_896, None, "identity")
         fit(run, config, w, Objective(config, replace(study, y=FUNCTIONS[name](study.stimuli)), x), (x,), [w.D], [0.05], seed, config.steps)
@@ -783,7 +785,7 @@ def build(run, config, spec, study, seed):
         with torch.no_grad():
             width = reader(*(t[:1] for t in inputs)).size(1)
         reader = WithHead(reader, 0.02 * torch.randn(width, len(study.labels), generator=generator), torch.zeros(len(study.labels))).to(run.device).eval()
-    return reader, inputs, about | {k: config.about[k] for k in config.about}
+    return reader, inputs, about | config.about
 
 
 def bend(config, reader, share):

@@ -706,7 +706,7 @@ def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
 
 
 def test_the_simulation_bends_functions(tmp_path, warp):
-    warp("config/warp_simulation.yaml", "dims=0,4,60", "seeds=1", "steps=150", "learning_rates=0.1", f"out_dir={tmp_path}", "device=cpu", "draws=50")
+    warp("config/warp_simulation.yaml", "dims=0,4,60", "seeds=1", "steps=120", "learning_rates=0.1", f"out_dir={tmp_path}", "device=cpu", "draws=50")
     r2 = table(tmp_path).query("measure == 'score'").pivot(index="model", columns="d", values="score")
     assert len(r2) == 3 and r2[60].min() > 0.6 > r2[0].max() and (r2[60] > r2[4]).all() and (tmp_path / "simulation.png").exists()
     x = W.read_functions(Config()).stimuli[-1000:]
@@ -744,6 +744,7 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
              (dict(layer_groups="blocks", dims="0,2"), ["d=2", "2 scales"]),
              (dict(full=False), ["common=highest", "full=False"]),
              (dict(planted_k=16), ["planted_k=16", "dims"]),
+             (dict(task="simulation", full=False, common=0.9), ["'lm' is no function", "x²"]),
              (dict(learning_rates="[]"), ["learning_rates"]),
              (dict(dataset=good, objective="rsa", rdm="crossnobis"), ["crossnobis", "twice"])]
     for i, (more, says) in enumerate(cases):
