@@ -407,9 +407,9 @@ class Run:
         """This worker's part of a sweep's jobs: dealt over torchrun ranks, or over the tasks of a SLURM array."""
         return list(jobs)[self.worker::self.workers]
 
-    def options_hash(self):
-        """Short hash of every option that can change a result."""
-        return hash_options(dataclasses.asdict(self.config))
+    def options_hash(self, without=()):
+        """Short hash of every option that can change a result, less those in `without`."""
+        return hash_options({k: v for k, v in dataclasses.asdict(self.config).items() if k not in without})
 
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this worker's part of the results table. Raises ValueError where a score would stand without its chance level, interval or n;

@@ -13,11 +13,14 @@ rsa or cka needs no readout at all, linear_first fits it once and warps it along
 Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood); Golub & Pereyra 1973 (variable projection).
 """
 import importlib.util
+import itertools
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 import matplotlib
 matplotlib.use("Agg")
@@ -31,9 +34,13 @@ from sklearn.isotonic import isotonic_regression
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
-from configurator import Run, aside, configure, key_seed
+from configurator import HERE, Run, aside, configure, key_seed
 from data.stimuli import Encoding, read_meta, read_task, write_encoding
 from model import GPT, load_checkpoint, load_lm
+
+
+# options that no single fit depends on: changed, they count the fits that are there anew
+ANALYSIS = ("models", "about", "seeds", "full", "common", "common_share", "reach", "draws", "shuffled", "baselines")
 
 
 @dataclass
@@ -43,25 +50,26 @@ class Config:
     dataset: str = "synthetic_brain"       # stimuli with responses (data/stimuli.py); to classify: digits, an image folder, an .npz, or sentences
     sentences: str = ""                    # to classify texts: the task of the dataset (area of docstrings, mrpc of glue)
     roi: str = ""                          # only units of this region
-    reliable: float = 0.05                 # only units whose ceiling (R²), from training stimuli, is above this
+    reliable: float = 0.05                 # only units whose ceiling (R²), from training stimuli or, without repeats, as published, is above this
     val_share: float = 0.2                 # of the groups, where the dataset has no split of its own; validation chooses learning rate and step
     test_share: float = 0.25               # of the groups
     samples: int = 0                       # at most so many stimuli to classify, 0: all
     image_size: int = 224                  # pixels, for models that bring no preprocessing of their own
     # ---- the planted brain (dataset=synthetic_brain)
     planted_stimuli: str = "synthetic_brain"  # its stimuli: a folder with stimuli.csv (text, group)
-    planted_warp: float = 0.5              # teacher = lm + this times ||theta0|| in a random direction
+    planted_warp: float = 1.0              # teacher = lm + this times ||theta0|| in a random direction
     planted_k: int = 0                     # > 0: that direction lies in the first k columns of seed 0's own P, as the sweep has it
     planted_units: int = 64                # voxels, mixtures of
-    planted_components: int = 8           # the first principal components of the teacher's features
+    planted_components: int = 8            # the first principal components of the teacher's features
     planted_ceiling: float = 0.8           # R² that the teacher itself reaches against mean responses
     repeats: int = 3                       # presentations of each stimulus
     # ---- candidates
     lm: str = "out/train"                  # the language model called 'lm' below
-    models: list[str] = field(default_factory=lambda: ["teacher", "lm", "lm~0.5", "lm~random"])  # lm, teacher, a run folder, a Hugging Face name,
-    # my_file.py:constructor, mlp:WIDTH (classification); ~0.3: so far towards random weights on the way, ~random: all the way
+    models: list[str] = field(default_factory=lambda: ["teacher", "lm@0.5", "lm", "lm@2", "lm~random"])  # lm, a run folder, a Hugging Face
+    # name, my_file.py:constructor, mlp:WIDTH (classification). lm@0.5: so far from the planted teacher (lm@0) on the straight line through it and lm (lm@1);
+    # ~0.3: so far towards random weights, ~random: all the way
     layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states (0: embedding, i: after block i) or names of modules, side by side
-    pool: Literal["mean", "last", "first", "flatten"] = "last"  # states of a stimulus to one vector: over its tokens or pixels
+    pool: Literal["mean", "last", "first", "flatten"] = "mean"  # states of a stimulus to one vector: over its tokens or pixels
     about: dict = field(default_factory=dict)  # columns of results.csv to set: architecture, training_task, pretraining_data
     # ---- objective
     objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
@@ -76,20 +84,20 @@ class Config:
     exact: bool = True                     # gradients of the whole training set (two passes where it is larger than a batch); False: of batches
     head_every: int = 1                    # steps between solutions of the ridge readout
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 16, 128, 1024])  # d, the scales counted; the full model comes on top
+    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted; the full model comes on top
     full: bool = True                      # all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "srht", "onehot", "dense", "sparse"] = "fastfood"
     layer_groups: str = ""                 # one learned scale each: a,b;c (prefixes of parameter names), 'blocks': one a block; "": none
     seeds: int = 3                         # draws of P (and of the model, where its weights are random)
-    steps: int = 30                        # of Adam, always all of them; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.01, 0.04])  # chosen per d on validation; a step is about this share of ||theta0||
+    steps: int = 20                        # of Adam, always all of them; the best by validation is kept
+    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # chosen per d on validation; a step is about this share of ||theta0||
     eval_interval: int = 10                # steps between validations
     batch_size: int = 512                  # stimuli per forward pass
     fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever turns out fastest here
     # ---- d_warp and controls
     common: str = "highest"                # absolute: the score to reach, the same for all: a number, or of the candidates' full scores the lowest or highest
-    common_share: float = 0.97             # times this
-    reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own
+    common_share: float = 0.95             # times this
+    reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own; s0 is the score at d = 0, or 0 where dims has none
     draws: int = 1000                      # bootstrap over seeds and test stimuli (groups)
     shuffled: bool = True                  # the first candidate against shuffled responses, too
     baselines: bool = True                 # OLS, himalaya's ridge and PLS at d = 0
@@ -106,15 +114,19 @@ class Config:
         for key in ("seeds", "steps", "eval_interval", "batch_size", "draws", "head_every", "repeats"):
             if getattr(self, key) < 1:
                 raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
-        if self.task != "simulation" and self.common in ("lowest", "highest") and not self.full:
+        if self.common in ("lowest", "highest") and not self.full:
             raise ValueError(f"common={self.common} is a score of the full models: with full=False, give a number")
         if not self.dims or min(self.dims) < 0:
             raise ValueError(f"dims={self.dims} must be numbers of dimensions, 0 or more")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise ValueError(f"learning_rates={self.learning_rates} must be numbers above 0")
+        if self.planted_k >= max(self.dims) and self.planted_k:
+            raise ValueError(f"planted_k={self.planted_k}: the teacher lies in that many columns of P, so dims must go beyond")
         if self.common not in ("lowest", "highest") and not re.fullmatch(r"-?\d*\.?\d+", self.common):
             raise ValueError(f"common={self.common} must be lowest, highest or a score")
         if self.task == "encoding" and self.rdm == "crossnobis" and self.objective == "rsa" and self.repeats < 2 and self.dataset == "synthetic_brain":
             raise ValueError("rdm=crossnobis needs repeats of the stimuli: give repeats=2 or more")
-        self.dims = sorted(set(self.dims))
+        self.dims, self.models = sorted(set(self.dims)), list(dict.fromkeys(self.models))
 
 
 # ---- low-dimensional training: projections
@@ -148,17 +160,28 @@ def fwht(x, largest=0):
     return x.view(K, n, C)
 
 
-class Fastfood:
+class Projection:
+    """P (rows, d), columns of norm `norm`, held in a few tensors: forward(z, out) puts P z of z (K, d) into out (K, rows), transpose(read, K, like) gives
+    Pᵀ g (K, d) of g read by read(a, b) → (K, b - a)."""
+
+    def to(self, device):
+        def moved(v):
+            return v.to(device) if torch.is_tensor(v) else [moved(x) for x in v] if isinstance(v, (list, tuple)) else v
+        self.__dict__.update({k: moved(v) for k, v in vars(self).items()})
+        return self
+
+
+class Fastfood(Projection):
     """Rows of P from blocks H G Π H B of n = 2^k >= d rows and columns (Le et al. 2013), divided so that a column of P has norm `norm`. B = ±1; G is
     drawn for each block, normal or, with gaussian=False (SRHT), ±1: the columns are then orthogonal. H B is shared by all blocks, Π by those of
     a chunk: given these, blocks with normal G are still independent and their rows N(0, I), and one of the two transforms is done once and not for
     each block. Blocks lie side by side, (n, C) a chunk, so the small matrix products are wide. Two bytes a row are kept (SRHT: one)."""
 
-    def __init__(self, rows, d, norm, generator, n=0, gaussian=True, device="cpu"):
+    def __init__(self, rows, d, norm, generator, n=0, gaussian=True):
         self.rows, self.d, self.n = rows, d, n or 1 << max(d - 1, 1).bit_length()
         blocks = -(-rows // self.n)
         step = max(1, 2 ** 18 // self.n)  # blocks of a chunk: what fits a cache
-        self.sign = (torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1).to(device)
+        self.sign = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1
         self.chunks = []
         for at in range(0, blocks, step):
             shape = (self.n, min(step, blocks - at))
@@ -167,15 +190,10 @@ class Fastfood:
                 g = (g / g.square().mean(0).sqrt()).half()
             else:
                 g = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-            self.chunks.append((at * self.n, g.to(device), torch.randperm(self.n, generator=generator).to(device)))
+            self.chunks.append((at * self.n, g, torch.randperm(self.n, generator=generator)))
         self.scale = norm / (self.n * rows) ** 0.5  # ‖H G Π H b‖ = n for b = ±1 in one place and mean G² = 1
 
-    def to(self, device):
-        self.sign = self.sign.to(device)
-        self.chunks = [(at, g.to(device), order.to(device)) for at, g, order in self.chunks]
-
     def forward(self, z, out):
-        """P z of z (K, d) into out (K, rows)."""
         z = z[:, :self.n]
         z = F.pad(z * self.sign[:z.size(1)] * self.scale, (0, self.n - z.size(1)))
         z = fwht(z[:, :, None])  # (K, n, 1)
@@ -185,7 +203,6 @@ class Fastfood:
             out[:, at:end] = x[:, :end - at]
 
     def transpose(self, read, K, like):
-        """Pᵀ g (K, d), g read by read(a, b) → (K, b - a)."""
         total, live = like.new_zeros(K, self.n, 1), min(self.n, self.d)
         for at, g, order in self.chunks:
             end = min(at + g.numel(), self.rows)
@@ -196,16 +213,13 @@ class Fastfood:
         return F.pad((fwht(total)[:, :live, 0] * self.sign[:live]) * self.scale, (0, self.d - live))
 
 
-class OneHot:
+class OneHot(Projection):
     """Each row of P is one coordinate of z, as many rows for each as for any other (Uni-LoRA's): Pᵀ P = norm² I exactly, in O(D)."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         self.d = d
-        self.index = (torch.randperm(rows, generator=generator) % d).to(device)
+        self.index = torch.randperm(rows, generator=generator) % d
         self.weight = norm / torch.bincount(self.index, minlength=d).clamp_min(1).sqrt()  # (d,)
-
-    def to(self, device):
-        self.index, self.weight = self.index.to(device), self.weight.to(device)
 
     def forward(self, z, out):
         torch.index_select(z * self.weight, 1, self.index, out=out) if out.is_contiguous() else out.copy_((z * self.weight)[:, self.index])
@@ -214,15 +228,12 @@ class OneHot:
         return like.new_zeros(K, self.d).index_add_(1, self.index, read(0, len(self.index))) * self.weight
 
 
-class Dense:
+class Dense(Projection):
     """P drawn in full, normal, each column of norm `norm`: the one that costs D x d memory."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         p = torch.stack([torch.randn(rows, generator=generator) for _ in range(d)])  # (d, rows), column by column: a smaller d has the first of them
-        self.p = (p * (norm / p.norm(dim=1, keepdim=True))).to(device)
-
-    def to(self, device):
-        self.p = self.p.to(device)
+        self.p = p * (norm / p.norm(dim=1, keepdim=True))
 
     def forward(self, z, out):
         out.copy_(z @ self.p)
@@ -231,17 +242,14 @@ class Dense:
         return read(0, self.p.size(1)) @ self.p.t()
 
 
-class Sparse:
+class Sparse(Projection):
     """Each column has about sqrt(D) entries, all ± the same, at random rows (Li et al. 2018)."""
 
-    def __init__(self, rows, d, norm, generator, device="cpu"):
+    def __init__(self, rows, d, norm, generator):
         per = max(1, round(rows ** 0.5))
-        self.at = torch.randint(0, rows, (d, per), generator=generator).to(device)
-        self.value = ((torch.randint(0, 2, (d, per), generator=generator) * 2 - 1) * norm / per ** 0.5).to(device)
+        self.at = torch.randint(0, rows, (d, per), generator=generator)
+        self.value = (torch.randint(0, 2, (d, per), generator=generator) * 2 - 1) * norm / per ** 0.5
         self.rows = rows
-
-    def to(self, device):
-        self.at, self.value = self.at.to(device), self.value.to(device)
 
     def forward(self, z, out):
         out.zero_()
@@ -251,14 +259,11 @@ class Sparse:
         return (read(0, self.rows)[:, self.at] * self.value).sum(2)
 
 
-class Identity:
+class Identity(Projection):
     """P = I: all parameters, trained directly."""
 
     def __init__(self, rows, offset, d):
         self.rows, self.offset, self.d = rows, offset, d
-
-    def to(self, device):
-        pass
 
     def forward(self, z, out):
         out.copy_(z[:, self.offset:self.offset + self.rows])
@@ -356,24 +361,24 @@ class FastfoodWrapper(nn.Module):
             theta0 = torch.cat([t.detach().reshape(-1) for t in tensors])
         self.register_buffer("theta0", theta0, persistent=False)
         self._point()
-        device, generator = theta0.device, torch.Generator().manual_seed(key_seed("P", seed))
-        free, norm, self.segments, at, made = d - self.m, 1.0, [], 0, {"onehot": OneHot, "dense": Dense, "sparse": Sparse}
-        parts = [(size, g) for size, (_, g) in zip(self.sizes, order)]
+        generator, made = torch.Generator().manual_seed(key_seed("P", seed)), {"onehot": OneHot, "dense": Dense, "sparse": Sparse}
+        free, self.segments, at, parts = d - self.m, [], 0, [(size, g) for size, (_, g) in zip(self.sizes, order)]
         if projection != "fastfood_tensor":  # one stretch for each group
             parts = [(sum(size for size, h in parts if h == g), g) for g in sorted({g for _, g in parts})]
         for size, g in parts:
-            share = norm * (size / self.D) ** 0.5  # of a column's norm
+            share = (size / self.D) ** 0.5  # of a column's norm, 1
             if projection in ("fastfood", "srht"):
-                p = Fastfood(size, free, share, generator, n, projection == "fastfood", device)
+                p = Fastfood(size, free, share, generator, n, projection == "fastfood")
             elif projection == "fastfood_tensor":
-                p = Fastfood(size, min(free, 1 << max(size - 1, 1).bit_length()), 1.0, generator, 1 << max(size - 1, 1).bit_length(), True, device)
+                whole = 1 << max(size - 1, 1).bit_length()
+                p = Fastfood(size, min(free, whole), 1.0, generator, whole)
             elif projection in made:
-                p = made[projection](size, free, share, generator, device)
+                p = made[projection](size, free, share, generator)
             elif projection == "identity":
-                p = Identity(size, at, d - self.m)
+                p = Identity(size, at, free)
             else:
                 raise ValueError(f"projection must be fastfood, fastfood_tensor, srht, onehot, dense, sparse or identity, not '{projection}'")
-            self.segments.append((at, at + size, g, p))
+            self.segments.append((at, at + size, g, p.to(theta0.device)))
             at += size
         self.start(copies)
 
@@ -463,6 +468,8 @@ def read_study(run, config):
     """The stimuli and responses that config asks for, split and checked."""
     if config.task == "classification":
         return read_classes(run, config)
+    if config.task == "simulation":
+        return read_functions(config)
     folder = plant(run, config) if config.dataset == "synthetic_brain" else run.dataset(config.dataset)
     data = Encoding(folder)
     keep = np.ones(len(data.units), bool) if not config.roi else (data.units.roi == config.roi).to_numpy()
@@ -479,17 +486,24 @@ def read_study(run, config):
     estimated, chosen = noise_ceiling(y, stimulus), noise_ceiling(y[train], stimulus[train])
     if estimated is not None and np.isnan(own).any():
         own = np.where(np.isnan(own), estimated, own)
-    good = np.ones(keep.sum(), bool) if chosen is None else chosen > config.reliable  # chosen on training stimuli
+    good = ~((own if chosen is None else chosen) <= config.reliable)  # chosen on training stimuli, or as published; unknown ones stay
     if good.sum() < 1:
         raise ValueError(f"{folder}: none of {len(good)} units has a ceiling above reliable={config.reliable} (R², training stimuli): choose a lower one")
     meta = dict(dataset=config.dataset, roi=config.roi or "/".join(sorted(set(data.units.roi[keep]) - {""})) or "all", species=data.meta["species"],
                 modality=data.meta["modality"], synthetic=bool(data.meta["synthetic"]))
-    stimuli = data.stimuli.text.tolist() if data.kind == "text" else [folder / f for f in data.stimuli.file]
+    stimuli = stimuli_of(data)
     starts = [len(t) - len(piece) if t.endswith(piece) else 0 for t, piece in zip(stimuli, data.stimuli["piece"])] if "piece" in data.stimuli else None
-    study = Study(data.kind, stimuli, mean[:, good], rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
+    y, mean = y[:, good], mean[:, good]
+    scale = mean[rows["train"]].std(0).mean() or 1.0  # one for all units
+    study = Study(data.kind, stimuli, mean / scale, rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
     if config.objective in ("rsa", "cka"):
-        pair_targets(config, study, y[:, good], stimulus)
+        pair_targets(config, study, y, stimulus)
     return study
+
+
+def stimuli_of(data):
+    """Texts, or paths of images, of an Encoding."""
+    return data.stimuli.text.tolist() if data.kind == "text" else [data.path / f for f in data.stimuli.file]
 
 
 def split_rows(config, group, split):
@@ -567,22 +581,20 @@ def plant(run, config):
 def read_classes(run, config):
     """Stimuli and their classes: scikit-learn's digits as vectors, arrays x_train, y_train, x_test, y_test of an .npz, images (a prepared dataset, or a
     folder with a folder for each class), or sentences."""
-    split, path = None, Path(config.dataset)
+    path, labels, split, synthetic = Path(config.dataset), None, None, False
     if config.dataset == "digits":
         from sklearn.datasets import load_digits
-        x, y = load_digits(return_X_y=True)
-        kind, stimuli, labels, synthetic = "vector", x.astype(np.float32) / 16, list("0123456789"), False
+        stimuli, y = load_digits(return_X_y=True)
+        kind, stimuli = "vector", stimuli / 16
     elif path.suffix == ".npz":
         if not path.is_file():
             raise FileNotFoundError(f"dataset={path}: there is no such file; give an .npz with x_train, y_train, x_test, y_test")
         with np.load(path, allow_pickle=False) as f:
             if lacks := [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in f]:
                 raise ValueError(f"{path} has no array '{lacks[0]}', only {', '.join(f)}")
-            x, y = np.concatenate([f["x_train"], f["x_test"]]), np.concatenate([f["y_train"], f["y_test"]])
-            split = np.array(["train"] * len(f["x_train"]) + ["test"] * len(f["x_test"]))
-        kind, stimuli = "vector", x.reshape(len(x), -1).astype(np.float32) / max(float(x.max()), 1e-9)
-        labels, y = np.unique(y, return_inverse=True)
-        labels, synthetic = [str(name) for name in labels], False
+            stimuli, y = np.concatenate([f["x_train"], f["x_test"]]), np.concatenate([f["y_train"], f["y_test"]])
+            split = np.repeat(["train", "test"], [len(f["y_train"]), len(f["y_test"])])
+        kind, stimuli = "vector", stimuli.reshape(len(y), -1) / max(float(stimuli.max()), 1e-9)
     elif config.sentences:
         folder = run.dataset(config.dataset)
         table, meta = read_task(folder, config.sentences), read_meta(folder)
@@ -590,24 +602,22 @@ def read_classes(run, config):
         if entry["kind"] != "classification":
             raise ValueError(f"sentences={config.sentences} is a {entry['kind']}: take a classification")
         kind, stimuli, y, split, labels, synthetic = "text", table.text.tolist(), table.y.to_numpy(), table.split.to_numpy(), entry["labels"], meta["synthetic"]
-    elif (path if path.is_dir() else Path("data") / path).joinpath("meta.yaml").is_file() or (path / "prepare.py").is_file():
-        data = Encoding(run.dataset(config.dataset))  # of images: a response is 1 for the class
-        kind, synthetic, folder, y = data.kind, bool(data.meta["synthetic"]), data.path, np.asarray(data.responses).argmax(1)[
-            np.argsort(data.presentations.stimulus, kind="stable")]
-        stimuli = data.stimuli.text.tolist() if kind == "text" else [folder / f for f in data.stimuli.file]
-        labels = list(data.units["label"]) if "label" in data.units else [str(i) for i in range(data.responses.shape[1])]
+    elif any((place / name).is_file() for place in (path, HERE / "data" / path) for name in ("meta.yaml", "prepare.py")):
+        data = Encoding(run.dataset(config.dataset))  # a response is 1 for the class
+        y = np.asarray(data.responses).argmax(1)[np.argsort(data.presentations.stimulus, kind="stable")]
+        kind, stimuli, synthetic = data.kind, stimuli_of(data), bool(data.meta["synthetic"])
+        labels = data.units["label" if "label" in data.units else "roi"].tolist()
         split = data.stimuli.split.to_numpy() if (data.stimuli.split != "").all() else None
-    elif path.is_dir() and (classes := sorted(p for p in path.iterdir() if p.is_dir())):
-        kind, synthetic = "image", False
-        stimuli = [f for c in classes for f in sorted(c.iterdir()) if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp")]
-        labels = [c.name for c in classes]
-        y = np.array([labels.index(f.parent.name) for f in stimuli])
+    elif path.is_dir() and (files := sorted(f for f in path.glob("*/*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))):
+        kind, stimuli, y = "image", files, [f.parent.name for f in files]
     else:
         raise FileNotFoundError(f"dataset={config.dataset} is nothing to classify: give digits, an .npz, a folder with a folder of images for each class, or "
                                 "sentences=TASK of a dataset of labelled sentences (docstrings with sentences=area, glue with sentences=mrpc)")
+    if labels is None:
+        labels, y = np.unique(y, return_inverse=True)
     rng = np.random.default_rng(key_seed(config.seed, "classes"))
     kept = np.sort(rng.permutation(len(y))[:config.samples or None])
-    stimuli = stimuli[kept] if kind == "vector" else [stimuli[i] for i in kept]
+    stimuli = stimuli[kept].astype(np.float32) if kind == "vector" else [stimuli[i] for i in kept]
     y, split = y[kept], None if split is None else split[kept]
     if split is None:
         split = np.full(len(y), "train", dtype="<U5")
@@ -620,7 +630,19 @@ def read_classes(run, config):
         raise ValueError(f"dataset={config.dataset} has too few stimuli: {len(y)} of {len(labels)} classes, " +
                          ", ".join(f"{len(r)} in {part}" for part, r in rows.items()))
     meta = dict(dataset=f"{config.dataset} {config.sentences}".strip(), roi="", species="", modality="labels", synthetic=synthetic)
-    return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, labels)
+    return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, [str(name) for name in labels])
+
+
+FUNCTIONS = {"x²": lambda x: x ** 2, "x³": lambda x: x ** 3, "sin(πx/2)": lambda x: np.sin(np.pi * x / 2)}  # candidates of the simulation
+
+
+def read_functions(config):
+    """The simulation: normal x, those of the test sorted, and sin(3πx/4), which candidates are bent into."""
+    x = np.random.default_rng(key_seed(config.seed, "x")).standard_normal((4000, 1)).astype(np.float32)
+    rows = dict(zip(("train", "val", "test"), np.split(np.arange(4000), [2000, 3000])))
+    x[rows["test"]] = np.sort(x[rows["test"]], 0)
+    meta = dict(dataset="sin(3πx/4)", roi="", species="", modality="function", synthetic=True)
+    return Study("vector", x, np.sin(0.75 * np.pi * x), rows, np.arange(4000), None, meta)
 
 
 # ---- models
@@ -718,12 +740,13 @@ class WithHead(nn.Module):
 def build(run, config, spec, study, seed):
     """(module, inputs, about): a candidate as features of the study's stimuli (as logits, to classify), what it reads for each of them, and its
     columns of results.csv. seed draws random weights."""
-    name, _, away = spec.partition("~")
-    away = {"random": 1.0, "": 0.0}.get(away) if away in ("random", "") else float(away) if re.fullmatch(r"\d*\.?\d+", away) else None
-    if away is None or away > 1:
+    name, _, end = spec.partition("~")
+    away = {"": 0.0, "random": 1.0}.get(end, float(end) if re.fullmatch(r"\d*\.?\d+", end) else np.inf)
+    if away > 1:
         raise ValueError(f"models: '{spec}' must end with ~random or ~X, X from 0 to 1, so far towards random weights")
+    on_path = re.fullmatch(r"lm@(\d*\.?\d+)", name.replace("teacher", "lm@0"))  # so far from the planted teacher, lm itself being at 1
     about = dict(architecture=name, training_task="untrained" if away == 1 else "unknown", pretraining_data="none" if away == 1 else "unknown")
-    generator = torch.Generator().manual_seed(key_seed("model", spec, seed))
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "model", f"{name}~random", seed))  # one end for all on the way
     if name.startswith("mlp:"):
         if study.kind != "vector" or not re.fullmatch(r"mlp:\d+(,\d+)*", name):
             raise ValueError(f"models: '{spec}' must read mlp:WIDTH and goes with vectors (dataset=digits or an .npz)")
@@ -736,13 +759,19 @@ def build(run, config, spec, study, seed):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
         about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
         return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
-    model, encode, found = load_model(config, name, study.kind, study.starts)
+    if config.task == "simulation":  # a network that is this function
+        if name not in FUNCTIONS:
+            raise ValueError(f"models: '{spec}' is no function of the simulation, there are {', '.join(FUNCTIONS)}: start from config/warp_simulation.yaml")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())
+            net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
+        x, w = torch.from_numpy(study.stimuli).to(run.device), FastfoodWrapper(net, 16_896, None, "identity")
+        fit(run, config, w, Objective(config, replace(study, y=FUNCTIONS[name](study.stimuli)), x), (x,), [w.D], [0.05], seed, config.steps)
+        net.load_state_dict(w.merge())
+        return net, (x,), about | dict(architecture="MLP 1-128-128-1", training_task="regression", pretraining_data=name)
+    model, encode, found = load_model(config, config.lm if on_path or name == "lm" else name, study.kind, study.starts)
     about |= {k: v for k, v in found.items() if away < 1 or k == "architecture"}
-    if away:
-        twin = random_twin(model, generator)
-        with torch.no_grad():
-            for p, q in zip(model.parameters(), twin):
-                p.lerp_(q, away)
+    pairs = list(zip(model.parameters(), random_twin(model, generator))) if away else []  # before what is not read is cut off
     reader = Reader(model, config.layers, config.pool, study.kind == "text").to(run.device).eval()
     inputs = tuple(t.to(run.device) for t in encode(study.stimuli))
     with torch.enable_grad():  # parameters above the layers that are read are no part of theta
@@ -750,27 +779,30 @@ def build(run, config, spec, study, seed):
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
-    if name == "teacher":
-        bend(config, reader)
+    if on_path:
+        bend(config, reader, 1 - float(on_path[1]))
+    with torch.no_grad():
+        for p, q in pairs:
+            p.lerp_(q.to(p), away)
     if config.task == "classification":
         with torch.no_grad():
             width = reader(*(t[:1] for t in inputs)).size(1)
         reader = WithHead(reader, 0.02 * torch.randn(width, len(study.labels), generator=generator), torch.zeros(len(study.labels))).to(run.device).eval()
-    return reader, inputs, about | {k: config.about[k] for k in config.about}
+    return reader, inputs, about | config.about
 
 
-def bend(config, reader):
-    """Move a student to where the teacher is: planted_warp of its norm in a direction that the sweep's P does not know, or (planted_k) knows in its first
-    columns."""
+def bend(config, reader, share):
+    """Move a student this share of the way to the teacher, which is planted_warp of its norm away in a direction that the sweep's P does not know, or
+    (planted_k) knows in its first columns."""
     if config.planted_k:
-        w = FastfoodWrapper(reader, max(config.dims), groups_of(config, reader), config.projection, seed=0)
+        w = FastfoodWrapper(reader, max(config.dims), groups_of(config, reader), config.projection, (config.seed, 0))
         with torch.no_grad():
             w.z[:config.planted_k] = torch.randn(config.planted_k, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.z)
             direction = torch.cat([t.flatten() for t in w.tensors()]) - w.theta0
     else:
         w = FastfoodWrapper(reader, 1, projection="onehot")
         direction = torch.randn(w.D, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.theta0)
-    w.theta0 += direction * (config.planted_warp * w.theta0.norm() / direction.norm())  # the model's parameters are views of it
+    w.theta0 += direction * (share * config.planted_warp * w.theta0.norm() / direction.norm())  # the model's parameters are views of it
 
 
 def random_twin(model, generator):
@@ -805,25 +837,24 @@ def load_model(config, name, kind, starts=None):
         if encode is None and kind != "image":
             raise ValueError(f"models: {name} must give (module, encode) for {kind} stimuli, encode a function from a list of them to a tensor")
         return model, as_tuple(encode or images_of(config.image_size), kind), dict(architecture=type(model).__name__)
-    spec = config.lm if name in ("lm", "teacher") else name
     if kind == "image":
         from transformers import AutoImageProcessor, AutoModel
-        model = hugging_face(AutoModel, spec)
+        model = hugging_face(AutoModel, name)
         try:
-            processor = AutoImageProcessor.from_pretrained(spec, backend="pil")
+            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         except (OSError, ValueError, ImportError):
-            return model, images_of(config.image_size), about_hugging_face(model, spec)
-        return model, lambda files: (torch.cat([processor(opened(f), return_tensors="pt")["pixel_values"] for f in files]),), about_hugging_face(model, spec)
+            return model, images_of(config.image_size), about_hugging_face(model, name)
+        return model, lambda files: (torch.cat([processor(opened(f), return_tensors="pt")["pixel_values"] for f in files]),), about_hugging_face(model, name)
     try:
-        model, tokenizer = load_lm(spec)
+        model, tokenizer = load_lm(name)
     except ValueError as e:
         if "only GPT-2 weights" not in str(e) and "variant" not in str(e):
             raise
         from transformers import AutoModel, AutoTokenizer
-        model, tokenizer = hugging_face(AutoModel, spec), AutoTokenizer.from_pretrained(spec)
-        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, spec)
+        model, tokenizer = hugging_face(AutoModel, name), AutoTokenizer.from_pretrained(name)
+        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, name)
     c, data = model.config, "WebText"
-    if (path := next((p for p in (Path(spec), Path(spec) / "best.pt", Path(spec) / "ckpt.pt") if p.is_file()), None)) is not None:
+    if (path := next((p for p in (Path(name), Path(name) / "best.pt", Path(name) / "ckpt.pt") if p.is_file()), None)) is not None:
         data = (load_checkpoint(path).get("config") or {}).get("dataset", "unknown")
     about = dict(architecture=f"GPT {c.n_layer}x{c.n_embd}", training_task="language modelling", pretraining_data=str(data))
     return model, lambda texts: our_tokens(tokenizer, texts, c.block_size, starts), about
@@ -997,14 +1028,15 @@ class Objective:
     """What is trained and how it is scored, of features (K, n, p) of a candidate whose unwarped features of the training stimuli are f0 (n, p)."""
 
     def __init__(self, config, study, f0, shuffle=None):
-        self.kind = "class" if config.task == "classification" else "mse" if config.objective == "linear_first" else \
+        self.kind = "class" if config.task == "classification" else "mse" if config.objective == "linear_first" or config.task == "simulation" else \
             config.head if config.objective == "linear" else config.objective
         self.config, self.study, device = config, study, f0.device
         train, val = study.rows["train"], study.rows["val"]
-        self.y = torch.as_tensor(study.y, dtype=torch.int64 if self.kind == "class" else torch.float32, device=device)
-        if shuffle is not None:  # the responses of other stimuli of the same part
-            for rows in (train, val):
-                self.y[rows] = self.y[rows[shuffle.permutation(len(rows))]]
+        order = np.arange(len(study.y))
+        for rows in (train, val) if shuffle is not None else ():  # the responses of other stimuli of the same part; those of the test stay true
+            order[rows] = rows[shuffle.permutation(len(rows))]
+        self.y = torch.as_tensor(study.y[order], dtype=torch.int64 if self.kind == "class" else torch.float32, device=device)
+        self.target = None if study.brain_rdm is None else torch.as_tensor(study.brain_rdm[order][:, order], dtype=torch.float32, device=device)
         groups = study.group[train]
         self.groups = groups if len(set(groups)) < len(groups) else None
         self.alpha = self.basis = None
@@ -1016,9 +1048,6 @@ class Objective:
                     raise ValueError(f"head_dims={config.head_dims} is more than {min(f0.shape)}, the components of {len(f0)} stimuli x {f0.size(1)} features")
                 self.basis = self.basis @ torch.linalg.svd((f0 - mean) / sd, full_matrices=False)[2][:config.head_dims].t()
             self.mean = mean
-        if self.kind not in ("class", "ridge", "sgd", "mse") and study.brain_rdm is not None and shuffle is not None:
-            raise ValueError("shuffled=True does not go with rdm=crossnobis: give shuffled=False")
-        self.target = torch.as_tensor(study.brain_rdm, dtype=torch.float32, device=device) if study.brain_rdm is not None else None
 
     def shown(self, f):
         """Features as the head sees them, (K, n, p')."""
@@ -1101,7 +1130,9 @@ def scores(kind, config, evidence, truth, weights=None, ceiling=None):
                 a, b = (scipy.stats.rankdata(a), scipy.stats.rankdata(b)) if config.compare == "spearman" else (a, b)
                 found.append(np.corrcoef(a, b)[0, 1])
         return np.nan_to_num(np.array(found))
-    p, y, w = evidence.astype(float), truth.astype(float), weights / weights.sum(1, keepdims=True)
+    y, w = truth.astype(float), weights / weights.sum(1, keepdims=True)
+    zero, one = y.mean(0), np.where(y.std(0) > 0, y.std(0), 1)  # scores have no unit: volts are as good as microvolts
+    p, y = (evidence - zero) / one, (y - zero) / one
     my = w @ y
     vy = np.maximum(w @ (y * y) - my ** 2, 1e-12)
     if config.metric == "r2":
@@ -1128,10 +1159,17 @@ def resample(config, study, kind):
     return chosen[:, number]
 
 
-def with_head(config, study, reader, f0, shuffle=None):
-    """linear_first: the reader with a readout fitted once to its features, all of them one model from here on."""
+def readouts(config, x):
+    """Linear regressions of other libraries, for features x (n, p)."""
+    from himalaya.ridge import RidgeCV
     from sklearn.cross_decomposition import PLSRegression
     from sklearn.linear_model import LinearRegression
+    return dict(ols=LinearRegression(), pls=PLSRegression(min(25, *x.shape), scale=False),
+                ridge=RidgeCV(alphas=np.array(config.alphas), cv=5, solver_params=dict(warn=False)))
+
+
+def with_head(config, study, reader, f0, shuffle=None):
+    """linear_first: the reader with a readout fitted once to its features, all of them one model from here on."""
     rows = study.rows["train"]
     y = torch.as_tensor(study.y[rows], dtype=torch.float32, device=f0.device)
     if shuffle is not None:
@@ -1151,10 +1189,9 @@ def with_head(config, study, reader, f0, shuffle=None):
             adam.step()
         w, b = w.detach(), b.detach()
     else:
-        fitted = LinearRegression() if config.head_fit == "ols" else PLSRegression(min(25, *z.shape), scale=False)
-        fitted.fit(z.cpu().numpy(), y.cpu().numpy())
-        w = torch.as_tensor(np.asarray(fitted.coef_).T, dtype=torch.float32, device=z.device)
-        b = torch.as_tensor(fitted.predict(np.zeros((1, z.size(1))))[0], dtype=torch.float32, device=z.device)
+        fitted = readouts(config, z)[config.head_fit].fit(z.cpu().numpy(), y.cpu().numpy())
+        b, *w = torch.as_tensor(fitted.predict(np.eye(z.size(1) + 1, z.size(1), -1)), dtype=torch.float32, device=z.device)  # of zeros, of each feature
+        w = torch.stack(w) - b
     w = w / sd[:, None]
     return WithHead(reader, w, b - mean @ w).to(f0.device).eval()
 
@@ -1171,7 +1208,7 @@ def adam_step(state, grads, step, rates):
         p.sub_(rate / (1 - 0.9 ** step) * m / ((v / (1 - 0.999 ** step)).sqrt() + 1e-12))
 
 
-def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=lambda f: None):
+def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=None):
     """(loss (K,), gradients of params) on the stimuli in rows: in one pass, or, where they are more than a batch, features first, then dL/d features
     chunk by chunk through the model: exact for any loss of all features. solve(features) comes before the loss."""
     at = torch.as_tensor(rows, device=inputs[0].device)
@@ -1179,12 +1216,14 @@ def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=
     if len(rows) <= batch_size:
         f = wrapper.call(tensors, *(t[at] for t in inputs))
         f = f if wrapper.copies else f[None]
-        solve(f.detach())
+        if solve:
+            solve(f.detach())
         loss = objective.loss(f, at, head)
         return loss.detach(), torch.autograd.grad(loss.sum(), params, allow_unused=True)
     leaves = [t.detach().requires_grad_() for t in tensors]
     f = features(lambda *x: wrapper.call(leaves, *x), inputs, rows, batch_size, batched=True).requires_grad_()
-    solve(f.detach())
+    if solve:
+        solve(f.detach())
     loss = objective.loss(f, at, head)
     df, *of_head = torch.autograd.grad(loss.sum(), [f, *(head or [])])
     done = 0
@@ -1240,15 +1279,14 @@ def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
         if exact:
             rows = train
         else:
-            if len(order) < batch:
-                order = np.concatenate([order, generator.permutation(train)]).astype(int)
+            if len(order) < min(batch, len(train)):  # a stimulus is never twice in a batch
+                order = generator.permutation(train)
             rows, order = order[:batch], order[batch:]
-        solve = lambda f: None
-        if objective.kind == "ridge" and (step % config.head_every == 0 or step % config.eval_interval == 0):
-            solve = lambda f, step=step: objective.solve(f, train, choose=step % config.eval_interval == 0)
+        solve, choose = None, step % config.eval_interval == 0
+        if objective.kind == "ridge" and (choose or step % config.head_every == 0):
+            solve = partial(objective.solve, rows=train, choose=choose)
             if not exact:
-                solve(forward(train))
-                solve = lambda f: None
+                solve = solve(forward(train))  # on all of them, now
         loss, grads = gradients(wrapper, objective, inputs, rows, params, head, size, solve)
         if not torch.isfinite(loss).all():
             raise ValueError(f"the loss is not finite at step {step} of d={dims[int((~torch.isfinite(loss)).nonzero()[0])]}: "
@@ -1291,95 +1329,94 @@ fit_all.best = {}
 
 
 def evidence_file(run, spec, control, seed, projection, d):
-    return run.out / "fits" / run.options_hash() / (re.sub(r"[^\w.~-]+", "_", f"{spec}-{control or 'none'}-{seed}-{projection}-{d}") + ".npz")
+    return run.out / "fits" / run.options_hash(ANALYSIS) / f"{quote(spec, '')}-{control or 'none'}-{seed}-{projection}-{d}.npz"
 
 
 def sweep(run, config, study, spec, seed, control=""):
     """All d of one candidate and seed: rows of the results table and, in fits/, the evidence that d_warp is bootstrapped from."""
-    (run.out / "fits" / run.options_hash()).mkdir(parents=True, exist_ok=True)
-
-    def file(d, projection):
-        return evidence_file(run, spec, control, seed, projection, d)
-
     reader, inputs, about = build(run, config, spec, study, seed)
-    train = study.rows["train"]
-    shuffle = np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if control == "shuffled" else None
-    f0 = features(reader, inputs, train, config.batch_size)
+    f0 = features(reader, inputs, study.rows["train"], config.batch_size)
+    shuffle = (lambda: np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if control else None)
     if config.task == "encoding" and config.objective == "linear_first":
-        reader = with_head(config, study, reader, f0, np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if shuffle is not None else None)
-    objective = Objective(config, study, f0, shuffle)
-    truth, weights, d_max = objective.truth("test"), resample(config, study, objective.kind), max(config.dims)
-    if shuffle is not None:  # scored against what the stimuli really evoked
-        truth = Objective(config, study, f0).truth("test")
+        reader = with_head(config, study, reader, f0, shuffle())
+    objective = Objective(config, study, f0, shuffle())
+    kind, truth, d_max = objective.kind, objective.truth("test"), max(config.dims)
+    weights = resample(config, study, kind)
+    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
+    if kind in ("rsa", "cka", "class") or study.ceiling is None:
+        ceiling = study.pair_ceiling
+    else:
+        ceiling = float(np.median(study.ceiling ** (0.5 if config.metric == "r" else 1)))
 
-    def record(d, projection, val, shown, step, curve, rate):
-        value, drawn = scores(objective.kind, config, shown, truth)[0], scores(objective.kind, config, shown, truth, weights)
-        low, high = np.quantile(drawn, [0.025, 0.975])
-        ceiling = study.pair_ceiling if objective.kind in ("rsa", "cka") else 1.0 if study.ceiling is None else float(np.median(
-            np.sqrt(study.ceiling) if config.metric == "r" else study.ceiling)) if objective.kind != "class" else 1.0
-        normalised = value / ceiling if objective.kind in ("rsa", "cka", "class") or study.ceiling is None else \
-            scores(objective.kind, config, shown, truth, None, study.ceiling)[0]
+    def record(d, projection):
+        """The row of a fit, from its file."""
+        with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
+            shown, val, step, rate = f["evidence"], float(f["validation"]), int(f["step"]), float(f["rate"])
+        score = partial(scores, kind, config)
+        value, (low, high) = score(shown, truth)[0], np.quantile(score(shown, truth, weights), [0.025, 0.975])
         rng = np.random.default_rng(key_seed(config.seed, "chance"))
-        if objective.kind == "class":
+        if kind == "class":
             chance = np.bincount(truth).max() / len(truth)
-        elif objective.kind in ("rsa", "cka"):
-            chance = np.mean([scores(objective.kind, config, shown[np.ix_(o, o)], truth)[0] for o in (rng.permutation(len(truth)) for _ in range(20))])
+        elif kind in ("rsa", "cka"):
+            chance = np.mean([score(shown[np.ix_(o, o)], truth)[0] for o in (rng.permutation(len(truth)) for _ in range(20))])
         else:
-            chance = 0.0 if config.metric == "r2" else np.mean([scores(objective.kind, config, rng.permutation(shown), truth)[0] for _ in range(50)])
-        with aside(file(d, projection)) as f:
-            np.savez(f, evidence=shown.astype(np.float32), truth=truth, curve=np.array(curve), d=d)
+            chance = 0.0 if config.metric == "r2" else np.mean([score(rng.permutation(shown), truth)[0] for _ in range(50)])
+        by_unit = study.ceiling if kind not in ("rsa", "cka", "class") else None
         run.result(value, chance, low, high, len(truth), measure="score", model=spec, **about, layer="+".join(config.layers), **study.meta,
-                   objective=config.objective if config.task == "encoding" else "classification", projection=projection, d=wrapper.D if d == "full" else d,
-                   D=wrapper.D, seed=seed, control=control or "none", ceiling=ceiling, normalised=normalised, validation=val, learning_rate=rate, step=step)
+                   objective=config.objective if config.task == "encoding" else config.task, projection=projection, d=D if d == "full" else d,
+                   D=D, seed=seed, control=control or "none", ceiling=ceiling, validation=val, learning_rate=rate, step=step,
+                   normalised=value / ceiling if by_unit is None else score(shown, truth, None, by_unit)[0])
+
+    def keep(d, projection, val, shown, step, curve, rate):
+        file = evidence_file(run, spec, control, seed, projection, d)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with aside(file) as f:
+            np.savez(f, evidence=shown.astype(np.float32), truth=truth, curve=np.array(curve), validation=val, step=step, rate=rate)
+        record(d, projection)
 
     rows = run.rows()
     rows = rows[(rows.model == spec) & (rows.control == (control or "none")) & (rows.seed == seed) & (rows.measure == "score")] if len(rows) else rows
     have = {("full" if p == "identity" else d, p) for d, p in zip(rows.d, rows.projection)} if len(rows) else set()
-    todo = [d for d in config.dims if not ((d, config.projection) in have and file(d, config.projection).exists())]
-    full = config.full and not control and not (("full", "identity") in have and file("full", "identity").exists())
-    if todo and max(todo) > 0 or not full:
-        wrapper = FastfoodWrapper(reader, max(d_max, 1), groups_of(config, reader) if d_max else None, config.projection, seed)
+    todo = []
+    for d, projection in [(d, config.projection) for d in config.dims] + [("full", "identity")] * (config.full and not control):
+        if not evidence_file(run, spec, control, seed, projection, d).exists():
+            todo.append(d)
+        elif (d, projection) not in have:
+            record(d, projection)
+    jobs = [(d, rate) for d in todo if d not in (0, "full") for rate in config.learning_rates]
+    bar = run.progress(len(jobs) + ("full" in todo) * len(config.learning_rates), desc=f"{spec} {control} seed {seed}")
+    if jobs or 0 in todo:
+        wrapper = FastfoodWrapper(reader, max(d_max, 1), groups_of(config, reader) if d_max else None, config.projection, (config.seed, seed))
         if wrong := [d for d in config.dims if 0 < d <= wrapper.m]:
             raise ValueError(f"dims: d={wrong[0]} leaves nothing beside the {wrapper.m} scales of layer_groups={config.layer_groups}: leave it out")
-    else:
-        wrapper = FastfoodWrapper(reader, 1, None, "onehot")
-    bar = run.progress(sum(d > 0 for d in todo) * len(config.learning_rates) + full * len(config.learning_rates), desc=f"{spec} {control} seed {seed}")
     if 0 in todo:  # no warp: the readout alone
-        steps = 0 if objective.kind != "sgd" else config.steps
-        val, shown, step, curve = fit(run, config, wrapper, objective, inputs, [wrapper.d], [0.0], seed, steps)[0]
-        record(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
-    jobs = [(d, rate) for d in todo if d for rate in config.learning_rates]
-    found = {}
-    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed):
-        found.setdefault(d, []).append((*result, rate))
-        if len(found[d]) == len(config.learning_rates):  # the learning rate by validation
-            record(d, config.projection, *max(found.pop(d), key=lambda r: r[0]))
+        val, shown, step, curve = fit(run, config, wrapper, objective, inputs, [wrapper.d], [0.0], seed, config.steps if kind == "sgd" else 0)[0]
+        keep(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
+    found = []
+    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed) if jobs else ():
+        found.append((*result, rate))
+        if len(found) == len(config.learning_rates):  # the learning rate by validation
+            keep(d, config.projection, *max(found, key=lambda r: r[0]))
+            found = []
         bar.update()
-    if full:
-        wrapper = FastfoodWrapper(reader, wrapper.D, None, "identity")
-        found = []
+    if "full" in todo:
+        wrapper = FastfoodWrapper(reader, D, None, "identity")
         for rate in config.learning_rates:
-            found.append((*fit(run, config, wrapper, objective, inputs, [wrapper.D], [rate], seed, config.steps)[0], rate))
+            found.append((*fit(run, config, wrapper, objective, inputs, [D], [rate], seed, config.steps)[0], rate))
             bar.update()
-        record("full", "identity", *max(found, key=lambda r: r[0]))
+        keep("full", "identity", *max(found, key=lambda r: r[0]))
     bar.close()
 
 
 def baselines(run, config, study, spec):
     """OLS, himalaya's ridge and PLS on the unwarped features of one candidate: what other tools make of d = 0."""
-    from himalaya.ridge import RidgeCV
-    from sklearn.cross_decomposition import PLSRegression
-    from sklearn.linear_model import LinearRegression
     reader, inputs, about = build(run, config, spec, study, 0)
     train, test = study.rows["train"], study.rows["test"]
-    f = features(reader, inputs, np.concatenate([train, test]), config.batch_size).double().cpu().numpy()
-    x = (f - f[:len(train)].mean(0)) / np.maximum(f[:len(train)].std(0, ddof=1), 1e-6)
-    weights, truth = resample(config, study, "ridge"), study.y[test]
-    for name, model in (("ols", LinearRegression()), ("ridge (himalaya)", RidgeCV(alphas=np.array(config.alphas), cv=5, solver_params=dict(warn=False))),
-                        ("pls", PLSRegression(min(25, *x[:len(train)].shape), scale=False))):
-        shown = model.fit(x[:len(train)], study.y[train]).predict(x[len(train):])
-        low, high = np.quantile(scores("ridge", config, shown, truth, weights), [0.025, 0.975])
-        value = scores("ridge", config, shown, truth)[0]
+    f, fitted = (features(reader, inputs, rows, config.batch_size).double().cpu().numpy() for rows in (test, train))
+    mean, sd, weights, truth = fitted.mean(0), np.maximum(fitted.std(0, ddof=1), 1e-6), resample(config, study, "ridge"), study.y[test]
+    for name, model in readouts(config, fitted).items():
+        shown = model.fit((fitted - mean) / sd, study.y[train]).predict((f - mean) / sd)
+        value, (low, high) = scores("ridge", config, shown, truth)[0], np.quantile(scores("ridge", config, shown, truth, weights), [0.025, 0.975])
         run.result(value, 0.0, low, high, len(truth), measure="baseline", model=spec, **about, layer="+".join(config.layers), **study.meta,
                    objective=name, d=0, D=0, seed=0, control="none", projection="none")
         run.print(f"{spec}: {name} on all unwarped features: {config.metric} {value:.3f} [{low:.3f}, {high:.3f}]")
@@ -1418,8 +1455,9 @@ def measure_d_warp(dims, point, drawn, full, full_drawn, config, seed_draws):
         f["absolute"] = crossing(dims, mean[m], level)
         f["absolute draws"] = np.array([crossing(dims, boot[m][b], levels[b]) for b in range(B)])
         if m in whole:
-            f["relative"] = crossing(dims, mean[m], mean[m][0] + config.reach * (whole[m] - mean[m][0]))
-            f["relative draws"] = np.array([crossing(dims, y, y[0] + config.reach * (w - y[0])) for y, w in zip(boot[m], whole_boot[m])])
+            f["relative"], *draws = (crossing(dims, y, (start := y[0] if dims[0] == 0 else 0) + config.reach * (w - start))
+                                     for y, w in zip([mean[m], *boot[m]], [whole[m], *whole_boot[m]]))
+            f["relative draws"] = np.array(draws)
         width = max(x[-1] - x[0], 1e-9)
         f["auc"], f["auc draws"] = np.trapezoid(mean[m], x) / width, np.trapezoid(boot[m], x, axis=1) / width
         if len(point[m]) > 1 and len(dims) > 2:
@@ -1436,65 +1474,55 @@ def interval(draws):
 
 def report(run, config, study):
     """d_warp of every candidate from the evidence of all fits: rows, table and figures."""
-    objective = Objective(config, study, torch.zeros(len(study.rows["train"]), 1)) if config.objective in ("rsa", "cka") else None
-    kind = objective.kind if objective else "class" if config.task == "classification" else "ridge"
-    weights = resample(config, study, kind)
+    kind = "class" if config.task == "classification" else config.objective if config.objective in ("rsa", "cka") else "ridge"
+    weights, last = resample(config, study, kind), max(config.dims)
     B, rng = len(weights), np.random.default_rng(key_seed(config.seed, "seeds"))
-    seed_draws = rng.integers(0, config.seeds, (B, config.seeds))
 
     def load(spec, control, d, projection):
-        """(S,) scores and (S, B) draws over the seeds, and their training curves."""
+        """(S,) scores and (S, B) draws over the seeds, and the first one's training curve."""
         point, drawn, curves = [], [], []
         for seed in range(config.seeds):
             with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
                 point.append(scores(kind, config, f["evidence"], f["truth"])[0])
                 drawn.append(scores(kind, config, f["evidence"], f["truth"], weights))
                 curves.append(f["curve"])
-        return np.array(point), np.stack(drawn), curves
+        return np.array(point), np.stack(drawn), curves[0]
 
     point, drawn, full, full_drawn, training = {}, {}, {}, {}, {}
     for spec, control in candidates(config):
-        name = spec + (f" ({control} responses)" if control else "")
-        parts = [load(spec, control, d, config.projection) for d in config.dims]
-        point[name], drawn[name] = np.stack([p for p, _, _ in parts], 1), np.stack([b for _, b, _ in parts], 1)
-        training[name] = {d: c[0] for d, (_, _, c) in zip(config.dims, parts)}
+        name = spec + f" ({control} responses)" * bool(control)
+        points, draws, curves = zip(*(load(spec, control, d, config.projection) for d in config.dims))
+        point[name], drawn[name], training[name] = np.stack(points, 1), np.stack(draws, 1), dict(zip(config.dims, curves))
         if config.full and not control:
-            full[name], full_drawn[name], curves = load(spec, control, "full", "identity")
-            training[name]["full"] = curves[0]
-    found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, seed_draws)
-    last, table = max(config.dims), []
+            full[name], full_drawn[name], training[name]["full"] = load(spec, control, "full", "identity")
+    found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, rng.integers(0, config.seeds, (B, config.seeds)))
+
+    shared = dict(study.meta, objective=config.objective if config.task == "encoding" else config.task, projection=config.projection, d=0, seed=-1,
+                  layer="+".join(config.layers))
+    run.print(f"d_warp: least d for a score of {next(iter(found.values()))['level']:.3f} (absolute), or {config.reach:.0%} of the way from "
+              f"{'d = 0' if config.dims[0] == 0 else 'a score of 0'} to all (relative); 95 % over draws of P and test stimuli")
     for name, f in found.items():
-        cut = lambda d: (min(d, last), "censored" if np.isinf(d) else "reached")  # noqa: E731
-        keys = dict(model=name, **study.meta, objective=config.objective if config.task == "encoding" else "classification", projection=config.projection,
-                    seed=-1, control="shuffled" if "(shuffled" in name else "none", layer="+".join(config.layers))
+        row, words = partial(run.result, model=name, control="shuffled" if "(shuffled" in name else "none", **shared), f"{name}: d_warp"
         for which in ("absolute", "relative"):
             if which in f:
-                (value, state), ends = cut(f[which]), interval(f[f"{which} draws"])
-                run.result(value, last, cut(ends[0])[0], cut(ends[1])[0], B, measure=f"d_warp {which}", state=state, d=0, **keys)
-        run.result(f["auc"], f["mean"][0], *interval(f["auc draws"]), B, measure="area under the curve", d=0, **keys)
-        run.result(f["p"], 0.05, 0, 1, config.seeds * len(config.dims), measure="p of a rising curve", d=0, **keys)
-        words = " ".join(f"{which} {said(f[which], last)} [{said(interval(f[which + ' draws'])[0], last)}, {said(interval(f[which + ' draws'])[1], last)}]"
-                         for which in ("absolute", "relative") if which in f)
-        table.append((name, f"{name}: d_warp {words}; score {f['mean'][0]:.3f} at d = {config.dims[0]}, {f['mean'][-1]:.3f} at {last}" +
-                      (f", {f['full']:.3f} in full" if f["full"] is not None else "") + f"; area {f['auc']:.3f}; rising with d: p = {f['p']:.2g}"))
-    names = [name for name in found if "(shuffled" not in name]
-    for i, a in enumerate(names):
-        for b in names[i + 1:]:
-            logs = [np.log10(1 + np.minimum(found[m]["absolute draws"], last)) for m in (a, b)]
-            delta, value = logs[1] - logs[0], np.diff([np.log10(1 + min(found[m]["absolute"], last)) for m in (a, b)])[0]
-            low, high = np.quantile(delta, [0.025, 0.975])
-            run.result(value, 0.0, low, high, B, measure="difference of log10(1 + d_warp)", model=f"{b} - {a}", d=0, seed=-1, **study.meta)
-            table.append((None, f"    {b} needs {10 ** value:.2g} [{10 ** low:.2g}, {10 ** high:.2g}] times the d of {a} (1 + d_warp, cut at {last}, paired)"))
-    level = next(iter(found.values()))["level"]
-    run.print(f"d_warp: least d for a score of {level:.3f} (absolute), or {config.reach:.0%} of the way from d = {config.dims[0]} to all (relative); "
-              f"95 % over seeds and test stimuli")
-    for _, line in table:
-        run.print(line)
+                value, ends = f[which], interval(f[f"{which} draws"])
+                row(min(value, last), last, *np.minimum(ends, last), B, measure=f"d_warp {which}", state="censored" if np.isinf(value) else "reached")
+                words += f" {which} {said(value, last)} [{said(ends[0], last)}, {said(ends[1], last)}]"
+        row(f["auc"], f["mean"][0], *interval(f["auc draws"]), B, measure="area under the curve")
+        row(f["p"], 0.05, 0, 1, config.seeds * len(config.dims), measure="p of a rising curve")
+        run.print(words + f"; score {f['mean'][0]:.3f} at d = {config.dims[0]}, {f['mean'][-1]:.3f} at {last}" +
+                  (f", {f['full']:.3f} in full" if f["full"] is not None else "") + f"; area {f['auc']:.3f}; rising with d: p = {f['p']:.2g}")
+    for a, b in itertools.combinations([name for name in found if "(shuffled" not in name], 2):
+        value, delta = (np.subtract(*(np.log10(1 + np.minimum(found[m][key], last)) for m in (b, a))) for key in ("absolute", "absolute draws"))
+        low, high = np.quantile(delta, [0.025, 0.975])
+        run.result(value, 0.0, low, high, B, measure="difference of log10(1 + d_warp)", model=f"{b} - {a}", **shared)
+        run.print(f"    {b} needs {10 ** value:.2g} [{10 ** low:.2g}, {10 ** high:.2g}] times the d of {a} (1 + d_warp, cut at {last}, paired)")
     about = f"{study.meta['dataset']}{', synthetic' if study.meta['synthetic'] else ''}; {config.projection}, layer {'+'.join(config.layers)}"
-    linear = "r, median of units" if config.metric == "r" else "R², median of units"
-    unit = "accuracy" if kind == "class" else config.objective if kind in ("rsa", "cka") else linear
+    unit = dict({"class": "accuracy"}, ridge=("r" if config.metric == "r" else "R²") + ", median of units").get(kind, kind)
     plot_curves(run.out / "curves.png", config, found, point, about, unit)
     plot_training(run.out / "training.png", training, about, unit)
+    if config.task == "simulation":
+        plot_simulation(run, config, study.stimuli[study.rows["test"], 0], study.y[study.rows["test"]])
 
 
 def said(d, last):
@@ -1514,61 +1542,40 @@ def save(fig, path, dpi=130):
     plt.close(fig)
 
 
-def dimension_axis(ax, dims):
-    x = np.log10(1 + np.asarray(dims, float))
-    ax.set_xticks(x, [f"{d:,}" for d in dims], fontsize=8)
-    ax.set_xlabel("dimensions of the warp, d")
-
-
 def plot_curves(path, config, found, point, about, unit):
-    """Score over d with its isotonic fit and the score of the full model; d_warp with its interval; d_warp against the linear score."""
-    dims = config.dims
-    x, last = np.log10(1 + np.asarray(dims, float)), np.log10(1 + max(dims))
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.8), layout="constrained", width_ratios=[1.5, 1, 1])
-    level = next(iter(found.values()))["level"]
-    names = list(found)
-    colours = dict(zip(names, [plt.cm.viridis(v) for v in np.linspace(0.05, 0.88, max(1, sum("(shuffled" not in n for n in names)))])) | {
-        n: "0.6" for n in names if "(shuffled" in n}
-    for name, f in found.items():
-        colour = colours[name]
-        low, high = np.quantile(f["boot"], [0.025, 0.975], axis=0)
+    """Score over d with its isotonic fit and the score of the full model; d_warp with its interval, against the score at the first d."""
+    x, last, level = np.log10(1 + np.array(config.dims)), np.log10(1 + max(config.dims)), next(iter(found.values()))["level"]
+    labels, end = [f"{d:,}" for d in config.dims], last + 0.08 * max(last, 1)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained", width_ratios=[1.3, 1])
+    for i, (name, f) in enumerate(found.items()):
         if "(shuffled" in name:  # far below: a line of words keeps the scale for the others
-            left.plot([], [], color=colour, lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
+            left.plot([], [], color="0.6", lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
             continue
-        left.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
-        left.plot(x, isotonic_regression(f["mean"]), color=colour, lw=2, label=name)
+        colour, rising = plt.cm.viridis(0.9 * i / max(1, len(config.models) - 1)), isotonic_regression(f["mean"])
+        left.fill_between(x, *np.quantile(f["boot"], [0.025, 0.975], axis=0), color=colour, alpha=0.13, lw=0)
+        left.plot(x, rising, color=colour, lw=2, label=f"{name}, rising: p = {f['p']:.1g}")
         left.plot(np.broadcast_to(x, point[name].shape), point[name], ".", color=colour, ms=4, alpha=0.6)
         if f["full"] is not None:
-            left.plot([last + 0.22], [f["full"]], "D", color=colour, ms=6)
-            left.plot([last, last + 0.22], [isotonic_regression(f["mean"])[-1], f["full"]], ":", color=colour, lw=1)
+            left.plot([last, end], [rising[-1], f["full"]], ":D", color=colour, lw=1, ms=6, markevery=[1])
+        low, here, high = (min(np.log10(1 + v), last) for v in (interval(f["absolute draws"])[0], f["absolute"], interval(f["absolute draws"])[1]))
         if np.isfinite(f["absolute"]):
-            left.plot([np.log10(1 + f["absolute"])], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
+            left.plot([here], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
+        right.plot([f["mean"][0]] * 2, [low, high], color=colour, lw=3, alpha=0.5, solid_capstyle="round")
+        right.plot([f["mean"][0]], [here], "^" if np.isinf(f["absolute"]) else "o", color=colour, ms=9)
+        above = sorted(found, key=lambda m: found[m]["mean"][0]).index(name) % 2  # neighbours do not write over each other
+        right.annotate(f"{name}: {said(f['absolute'], max(config.dims))}", (f["mean"][0], here), xytext=(8, 4 if above else -12), textcoords="offset points",
+                       fontsize=8)
     left.axhline(level, ls="--", c="0.5", lw=1)
-    left.text(x[0], level, f" {level:.2f}", va="bottom", fontsize=8, color="0.4")
-    dimension_axis(left, dims)
-    left.set_xticks([*x, last + 0.22], [*(f"{d:,}" for d in dims), "all"], fontsize=8)
-    left.set(ylabel=f"test score ({unit})")
-    left.legend(fontsize=8, frameon=False)
-    left.set_title("score over d: isotonic fit, seeds, 95 % band; ▾ d_warp", fontsize=10)
-    for i, (name, f) in enumerate(found.items()):
-        low, high = (np.log10(1 + min(v, 10 ** last - 1)) for v in interval(f["absolute draws"]))
-        here = np.log10(1 + min(f["absolute"], 10 ** last - 1))
-        middle.plot([low, high], [i, i], color=colours[name], lw=3, alpha=0.5, solid_capstyle="round")
-        middle.plot([here], [i], ">" if np.isinf(f["absolute"]) else "o", color=colours[name], ms=8)
-        middle.text(here, i - 0.22, said(f["absolute"], max(dims)), ha="center", fontsize=8, color="0.3")
-        if f["full"] is not None:
-            right.plot([f["mean"][0]], [here], ">" if np.isinf(f["absolute"]) else "o", color=colours[name], ms=9)
-            right.plot([f["mean"][0]] * 2, [low, high], color=colours[name], lw=2, alpha=0.5)
-            right.annotate(name, (f["mean"][0], here), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    middle.set_yticks(range(len(found)), [n.replace(" (", "\n(") for n in found], fontsize=8)
-    middle.set_ylim(len(found) - 0.5, -0.6)
-    dimension_axis(middle, dims)
-    middle.set_title("d_warp, absolute, with 95 % interval", fontsize=10)
-    right.set_yticks(x, [f"{d:,}" for d in dims], fontsize=8)
-    right.set(xlabel=f"score at d = {dims[0]} ({unit})", ylabel="d_warp")
-    right.margins(0.2)
-    right.set_title("d_warp against the linear score" if dims[0] == 0 else "d_warp against the first score", fontsize=10)
-    for ax in (left, middle, right):
+    left.text(end, level, f"{level:.2f}", va="bottom", ha="right", fontsize=8, color="0.4")
+    left.set_xticks([*x, end], [*labels, "all"], fontsize=8)
+    left.set(xlabel="dimensions of the warp, d", ylabel=f"test score ({unit})")
+    left.set_title("score over d: isotonic fit, draws of P, 95 % band; ▾ d_warp", fontsize=10)
+    left.legend(fontsize=8, frameon=False, loc="lower right")
+    right.set_yticks(x, labels, fontsize=8)
+    right.set(xlabel=f"score at d = {config.dims[0]} ({unit})", ylabel="d_warp")
+    right.margins(0.22, 0.08)
+    right.set_title("d_warp, absolute, with 95 % interval, against the " + ("linear" if config.dims[0] == 0 else "first") + " score", fontsize=10)
+    for ax in (left, right):
         ax.spines[["top", "right"]].set_visible(False)
     fig.suptitle(about, fontsize=10)
     save(fig, path)
@@ -1591,103 +1598,37 @@ def plot_training(path, training, about, unit):
     save(fig, path)
 
 
-# ---- the simulation
+def plot_simulation(run, config, x, target):
+    """The target, each candidate (a row) and what a warp of d dimensions (a column) makes of it, as the document has it; the first draw."""
+    dims = [d for d in config.dims if d]
+    fig, axes = plt.subplots(len(config.models), len(dims), figsize=(2.1 * len(dims), 2.2 * len(config.models)), sharex=True, sharey=True,
+                             layout="constrained", squeeze=False)
 
-FUNCTIONS = {"x²": lambda x: x ** 2, "x³": lambda x: x ** 3, "sin(πx/2)": lambda x: torch.sin(torch.pi * x / 2)}
+    def answers(spec, d):
+        with np.load(evidence_file(run, spec, "", 0, config.projection, d)) as f:
+            return f["evidence"][:, 0]
 
-
-def target(x):
-    return torch.sin(0.75 * torch.pi * x)
-
-
-def simulate(run, config):
-    """Networks 1-128-128-1 that are three functions, bent into a fourth with growing d; all of them trained side by side."""
-    dims, rates = [d for d in config.dims if d], config.learning_rates
-    grid = torch.linspace(-1, 1, 200, device=run.device)[:, None]
-
-    def network(seed):
-        torch.manual_seed(key_seed(config.seed, "network", seed))
-        return nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
-
-    def train(wrapper, wanted, steps, rate, *key):
-        """Adam with a falling rate on normal x and the smooth L1 loss; wanted(x): (B, 1) or (K, B, 1)."""
-        adam, bar = torch.optim.Adam(wrapper.parameters(), lr=rate), run.progress(steps, desc=" ".join(map(str, key)))
-        for step in range(steps):
-            for group in adam.param_groups:
-                group["lr"] = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
-            x = torch.randn(config.batch_size, 1, generator=run.generator(*key, step)).to(run.device)
-            loss = F.smooth_l1_loss(wrapper(x), wanted(x).expand(wrapper.copies, -1, -1), reduction="none").mean((1, 2)).sum()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            bar.update()
-        bar.close()
-
-    scores_of, curves = [], None
-    for seed in range(config.seeds):
-        net = network(seed)
-        whole = FastfoodWrapper(net, sum(p.numel() for p in net.parameters()), None, "identity", copies=len(FUNCTIONS))
-        train(whole, lambda x: torch.stack([f(x) for f in FUNCTIONS.values()]), config.steps, 1e-3, "prefit", seed)
-        starts = torch.cat([t.flatten(1) for t in whole.tensors()], 1).detach()  # (3, D)
-        tried = []
-        for rate in rates:
-            w = FastfoodWrapper(network(seed), max(dims), [["0"], ["2"], ["4"]], config.projection, seed)
-            w.start(len(FUNCTIONS) * len(dims), dims * len(FUNCTIONS))
-            w.theta0 = starts.repeat_interleave(len(dims), 0)
-            with torch.no_grad():
-                before = w(grid)
-            train(w, target, config.steps, rate, "warp", seed, rate)
-            with torch.no_grad():
-                after, x = w(grid), torch.randn(2000, 1, generator=run.generator("check", seed)).to(run.device)
-                error = F.smooth_l1_loss(w(x), target(x).expand(w.copies, -1, -1), reduction="none").mean((1, 2))  # on fresh x, where it was trained
-            tried.append((error.cpu(), after.cpu()))
-        best = torch.stack([e for e, _ in tried]).argmin(0)
-        after = torch.stack([tried[b][1][k] for k, b in enumerate(best)])
-        y = target(grid).cpu()
-        r2 = 1 - (after - y).square().mean((1, 2)) / y.var(unbiased=False)
-        scores_of.append(r2.view(len(FUNCTIONS), len(dims)).numpy())
-        if not seed:
-            curves = before.cpu().view(len(FUNCTIONS), len(dims), -1), after.view(len(FUNCTIONS), len(dims), -1)
-    every = np.stack(scores_of)  # (S, 3, nd)
-    level = config.reach
-    for i, name in enumerate(FUNCTIONS):
-        for j, d in enumerate(dims):
-            run.result(every[:, i, j].mean(), 0.0, every[:, i, j].min(), every[:, i, j].max(), config.seeds, measure="R² on [-1, 1]", model=name, d=d,
-                       dataset="sin(3πx/4), synthetic")
-        at = [min(crossing(dims, s[i], level), max(dims)) for s in every]
-        run.result(np.median(at), max(dims), min(at), max(at), config.seeds, measure="d_warp absolute", model=name, d=0, dataset="sin(3πx/4), synthetic")
-        run.print(f"{name}: R² {' '.join(f'{v:.2f}' for v in every[:, i].mean(0))} at d = {dims}; d_warp (R² {level}) "
-                  f"{np.median(at):.0f}, from {min(at):.0f} to {max(at):.0f} over {config.seeds} seeds")
-    fig, axes = plt.subplots(len(FUNCTIONS), len(dims), figsize=(2.1 * len(dims), 2.2 * len(FUNCTIONS)), sharex=True, sharey=True, layout="constrained")
-    x = grid[:, 0].cpu()
-    for i, name in enumerate(FUNCTIONS):
-        for j, d in enumerate(dims):
-            ax = axes[i, j]
-            ax.plot(x, target(x), color="tab:blue", lw=2.5, alpha=0.8, label="target")
-            ax.plot(x, curves[0][i, j], color="tab:orange", lw=1.5, label="candidate")
-            ax.plot(x, curves[1][i, j], "--", color="tab:green", lw=1.8, label="warped")
-            ax.text(0.03, 0.93, f"R² {every[0, i, j]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.set(ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-            if i == 0:
-                ax.set_title(f"d = {d}", fontsize=10)
-        axes[i, 0].set_ylabel(f"candidate {name}", fontsize=9)
+    for (i, j), ax in np.ndenumerate(axes):
+        spec, warped = config.models[i], answers(config.models[i], dims[j])
+        ax.plot(x, target, color="tab:blue", lw=2.5, alpha=0.8, label="target")
+        if 0 in config.dims:
+            ax.plot(x, answers(spec, 0), color="tab:orange", lw=1.5, label="candidate")
+        ax.plot(x, warped, "--", color="tab:green", lw=1.8, label="warped")
+        ax.text(0.03, 0.93, f"R² {scores('mse', config, warped[:, None], target)[0]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+        ax.set(title="" if i else f"d = {dims[j]}", ylabel="" if j else f"candidate {spec}")
     axes[-1, -1].legend(fontsize=7, frameon=False, loc="lower right")
-    fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = {w.D:,}, {config.projection}; synthetic", fontsize=11)
+    fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = 16,896, {config.projection}; synthetic", fontsize=11)
     save(fig, run.out / "simulation.png")
 
 
 def main(config):
     run = Run(config)
-    if config.task == "simulation":
-        if run.master:
-            simulate(run, config)
-        run.merge()
-        return run.close()
     study = read_study(run, config)
-    run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli" + (
-        f", {study.y.shape[1]} units" + (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else "")
-        if config.task == "encoding" else f", {len(study.labels)} classes"))
+    run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli, " +
+              (f"{len(study.labels)} classes" if study.labels else f"{study.y.shape[1]} units") +
+              (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else ""))
     jobs = [(spec, seed, control) for seed in range(config.seeds) for spec, control in candidates(config)]
     for spec, seed, control in run.share(jobs):
         sweep(run, config, study, spec, seed, control)

@@ -12,6 +12,7 @@ import torch
 import torch.nn as nn
 import yaml
 from helpers import byte_tokenizer, refused, run
+from test_brain_data import make, tuckute
 from torch.func import functional_call
 
 import warp as W
@@ -290,6 +291,26 @@ def test_cka_is_the_formula_and_debiased():
     assert abs(np.mean(found)) < 0.04  # the biased one is near 0.4 here
 
 
+def test_only_what_is_fitted_is_shuffled():
+    _, study = make_study()
+    study.brain_rdm = W.distances(torch.from_numpy(study.y), "euclidean").numpy()
+    config = Config(objective="rsa", rdm="crossnobis")
+    true, shuffled = (Objective(config, study, torch.zeros(60, 1), rng) for rng in (None, np.random.default_rng(0)))
+    assert np.array_equal(true.truth("test"), shuffled.truth("test")) and not np.array_equal(true.truth("train"), shuffled.truth("train"))
+    assert np.allclose(np.sort(true.truth("train"), None), np.sort(shuffled.truth("train"), None))  # the distances of the same stimuli, elsewhere
+    assert torch.allclose(W.distances(shuffled.y.double(), "euclidean").float()[:60, :60], shuffled.target[:60, :60], atol=1e-4)
+
+
+def test_no_stimulus_is_twice_in_a_batch(monkeypatch):
+    x, study = make_study()
+    config, seen, real = Config(objective="cka", exact=False, batch_size=25, eval_interval=100), [], W.gradients
+    monkeypatch.setattr(W, "gradients", lambda w, o, i, rows, *rest: (seen.append(rows), real(w, o, i, rows, *rest))[1])
+    model = nn.Linear(12, 6)
+    objective = Objective(config, study, W.features(model, (x,), study.rows["train"], 1000))
+    W.fit(Here, config, FastfoodWrapper(model, 9, copies=1), objective, (x,), [9], [0.01], 0, 8)
+    assert len(seen) == 8 and all(len(set(rows)) == 25 for rows in seen) and len(set(np.concatenate(seen))) == 60
+
+
 def test_distances_are_those_of_scipy_and_soft_ranks_nearly_ranks():
     x = np.random.default_rng(0).standard_normal((10, 6))
     square = scipy.spatial.distance.squareform
@@ -322,6 +343,21 @@ def test_the_noise_ceiling_is_the_planted_one():
     assert W.noise_ceiling(y[:300], np.arange(300)) is None
 
 
+def test_units_of_low_ceiling_are_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.standard_normal((90, 3))
+    write_encoding(tmp_path / "published", pd.DataFrame(dict(text=[f"t{i}" for i in range(90)])), y, units=pd.DataFrame(dict(ceiling=[0.4, "", 0.01])),
+                   modality="fMRI", species="human", source="made up", synthetic=True)
+    write_encoding(tmp_path / "repeats", pd.DataFrame(dict(text=[f"t{i}" for i in range(90)])), np.vstack([y + [0.1, 50, 0.1] * rng.standard_normal((90, 3))
+                                                                                                      for _ in range(3)]),
+                   pd.DataFrame(dict(stimulus=np.tile(np.arange(90), 3))), modality="fMRI", species="human", source="made up", synthetic=True)
+    Here.dataset = staticmethod(lambda name: name)
+    for name, kept in (("published", [0, 1]), ("repeats", [0, 2])):
+        study = W.read_study(Here, Config(dataset=tmp_path / name, reliable=0.3))
+        assert study.y.shape == (90, 2) and np.allclose(study.y / study.y.std(), y[:, kept] / y[:, kept].std(), atol=0.6), name
+        assert np.isclose(study.y[study.rows["train"]].std(0).mean(), 1)
+
+
 def test_weighted_scores_are_those_of_the_resampled_set():
     rng = np.random.default_rng(0)
     y, at = rng.standard_normal((30, 3)), rng.integers(0, 30, 30)
@@ -331,6 +367,7 @@ def test_weighted_scores_are_those_of_the_resampled_set():
         config = Config(metric=metric)
         assert np.isclose(W.scores("ridge", config, p, y, weights)[0], W.scores("ridge", config, p[at], y[at])[0])
     assert np.isclose(W.scores("ridge", Config(), p, y)[0], np.median([np.corrcoef(p[:, v], y[:, v])[0, 1] for v in range(3)]))
+    assert np.isclose(W.scores("ridge", config, 1e-6 * p + 3, 1e-6 * y + 3)[0], W.scores("ridge", config, p, y)[0])  # volts
     assert W.scores("ridge", Config(), np.ones((30, 3)), y)[0] == 0  # a constant prediction is no correlation, and no NaN
 
 
@@ -345,12 +382,14 @@ def test_d_warp_of_known_curves():
     point = {"near": np.array([[0.5, 0.7, 0.8, 0.8]] * 3), "far": np.array([[0.3, 0.4, 0.6, 0.8]] * 3), "never": np.array([[0.1, 0.1, 0.1, 0.1]] * 3)}
     drawn = {m: p[:, :, None] + 0.01 * rng.standard_normal((3, 4, B)) for m, p in point.items()}
     full = {m: np.full(3, 0.8) for m in ("near", "far")}
-    found = W.measure_d_warp(dims, point, drawn, full, {m: f[:, None] + np.zeros((3, B)) for m, f in full.items()}, Config(common="highest", common_share=0.9),
-                             rng.integers(0, 3, (B, 3)))
+    rest = full, {m: f[:, None] + np.zeros((3, B)) for m, f in full.items()}, Config(common="highest", common_share=0.9), rng.integers(0, 3, (B, 3))
+    found = W.measure_d_warp(dims, point, drawn, *rest)
     assert found["near"]["absolute"] < found["far"]["absolute"] < np.inf == found["never"]["absolute"]
     assert W.interval(found["near"]["absolute draws"])[1] < W.interval(found["far"]["absolute draws"])[0]
     assert W.interval(found["never"]["absolute draws"])[0] == np.inf and found["far"]["p"] < 0.01 and found["near"]["auc"] > found["far"]["auc"]
     assert np.isclose(found["near"]["relative"], W.crossing(dims, point["near"][0], 0.5 + 0.9 * 0.3))
+    found = W.measure_d_warp(dims[1:], {m: p[:, 1:] for m, p in point.items()}, {m: p[:, 1:] for m, p in drawn.items()}, *rest)
+    assert np.isclose(found["far"]["relative"], W.crossing(dims, point["far"][0], 0.9 * 0.8))  # without d = 0: the share of the full score, as published
 
 
 # ---- the format
@@ -547,6 +586,21 @@ def test_d_warp_rises_with_the_planted_warp():
     assert found[0] == 0 < found[1] < found[2], found
 
 
+def test_candidates_lie_on_the_line_that_they_name(made):
+    config, study = Config(lm=str(made / "lm.pt"), planted_warp=0.5), Study("text", ["ab", "abc"], None, {}, None, None, {})
+
+    def theta(spec, seed=0):
+        return torch.cat([p.detach().flatten() for p in W.build(Here, config, spec, study, seed)[0].parameters() if p.requires_grad])
+
+    lm, teacher, random = theta("lm"), theta("teacher"), theta("lm~random")
+    assert torch.isclose((teacher - lm).norm(), 0.5 * lm.norm(), rtol=1e-3) and torch.equal(theta("lm@0"), teacher) and torch.equal(theta("lm@1"), lm)
+    assert torch.allclose(theta("lm@2") - lm, lm - teacher, atol=1e-5)
+    assert torch.allclose(theta("teacher~0.25"), teacher.lerp(theta("teacher~random"), 0.25), atol=1e-5)
+    assert not torch.equal(theta("lm~random", 1), random)
+    config.seed = 7  # draws all of it anew
+    assert not torch.equal(theta("lm~random"), random) and not torch.equal(theta("teacher"), teacher)
+
+
 SWEEP = dict(steps=3, learning_rates="0.02", dims="0,4,16", seeds=2, fits_per_batch=1, eval_interval=2)
 # dies when its third fit is done
 KILLED = """
@@ -579,7 +633,23 @@ def test_a_stopped_sweep_goes_on_and_two_ranks_are_one(made, tmp_path):
             "normalised", "chance", "low", "high", "n"} <= set(want)
     assert want[["score", "chance", "low", "high", "n"]].notna().all().all() and set(want.control.dropna()) == {"none", "shuffled"}
     assert {p.name for p in (tmp_path / "whole").glob("*.png")} == {"curves.png", "training.png"}
-    assert {"ols", "pls", "ridge (himalaya)"} <= set(want.objective)
+    assert {"ols", "pls", "ridge"} <= set(want.objective)
+
+
+def test_what_no_fit_depends_on_fits_nothing_again(made, tmp_path, warp, monkeypatch):
+    fits, seeds, real, wrap = [], [], W.fit, W.FastfoodWrapper
+    monkeypatch.setattr(W, "fit", lambda *given: (fits.append(given[5]), real(*given))[1])
+    monkeypatch.setattr(W, "FastfoodWrapper", lambda *given, **keys: (seeds.append(given[4:]), wrap(*given, **keys))[1])
+    more = dict(SWEEP, seeds=1, dims="0,16")
+    warp(*options(made, tmp_path, **more))
+    assert len(fits) == 3 and ((1337, 0),) in seeds  # d = 0, 16 and all; P is drawn from the seed
+    warp(*options(made, tmp_path, **more | dict(common="lowest", common_share=0.5, reach=0.5, draws=20), about="{training_task: reading}"))
+    assert len(fits) == 3
+    rows = table(tmp_path)
+    assert (rows.query("measure == 'score'").training_task == "reading").all() and (rows.query("measure == 'd_warp absolute'").n == 20).all() and len(
+        rows.query("measure == 'd_warp absolute'")) == 1  # nothing of the earlier options is left in the table
+    warp(*options(made, tmp_path, **more | dict(seeds=2)))
+    assert len(fits) == 6  # those of the second draw
 
 
 @pytest.mark.parametrize("more", [
@@ -616,16 +686,32 @@ def test_sentences_and_image_folders_are_classified(made, tmp_path, warp):
     (tmp_path / "own.py").write_text(OWN)
     image = dict(dataset=tmp_path / "images", models=f"{tmp_path / 'own.py'}:make", layers="1", pool="mean", image_size=8)
     warp(*options(made, tmp_path / "image", **image, **common))
-    for name in ("text", "image"):
+    make("digits", out_dir=tmp_path / "digits")  # a prepared set of images
+    warp(*options(made, tmp_path / "prepared", **image | dict(dataset=tmp_path / "digits", samples=200), **common | dict(common=0.2)))
+    for name in ("text", "image", "prepared"):
         fits = table(tmp_path / name).query("measure == 'score'")
         assert len(fits) == 2 and fits.score.between(0, 1).all() and (fits.objective == "classification").all()
 
 
+def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
+    path, _ = tuckute(tmp_path, n=60)
+    make("brainscore", root=path, out_dir=tmp_path)
+    warp("config/warp_tuckute.yaml", f"dataset={tmp_path / 'Tuckute2024'}", f"models={made / 'lm.pt'}", "layers=2", "head_dims=4", "dims=0,5,16", "seeds=1",
+         "steps=3", "eval_interval=2", "learning_rates=0.02", "draws=20", "fits_per_batch=1", "device=cpu", f"out_dir={tmp_path / 'out'}")
+    rows = table(tmp_path / "out")
+    fits = rows.query("measure == 'score'")
+    assert set(fits.d) == {0, 5, 16, fits.D.iloc[0]} and (fits.roi == "lang_LH_netw").all() and (fits.species == "human").all() and not fits.synthetic.any()
+    assert fits.score.between(-1, 1).all() and (fits.ceiling == 1).all()  # one repeat, no published ceiling: raw
+    assert set(rows.query("measure == 'baseline'").objective) == {"ols", "pls", "ridge"} and (tmp_path / "out/curves.png").exists()
+
+
 def test_the_simulation_bends_functions(tmp_path, warp):
-    warp("task=simulation", "dims=4,60", "seeds=1", "steps=120", "learning_rates=0.1", "batch_size=64", f"out_dir={tmp_path}", "device=cpu")
-    rows = table(tmp_path)
-    r2 = rows[rows.measure.str.startswith("R²")].pivot(index="model", columns="d", values="score")
-    assert len(r2) == 3 and (r2[60] > r2[4]).all() and r2[60].max() > 0.8 and (tmp_path / "simulation.png").exists()
+    warp("config/warp_simulation.yaml", "dims=0,4,60", "seeds=1", "steps=120", "learning_rates=0.1", f"out_dir={tmp_path}", "device=cpu", "draws=50")
+    r2 = table(tmp_path).query("measure == 'score'").pivot(index="model", columns="d", values="score")
+    assert len(r2) == 3 and r2[60].min() > 0.6 > r2[0].max() and (r2[60] > r2[4]).all() and (tmp_path / "simulation.png").exists()
+    x = W.read_functions(Config()).stimuli[-1000:]
+    with np.load(next((tmp_path / "fits").rglob("x%C2%B2-none-0-fastfood-0.npz"))) as f:  # the candidate is its function
+        assert np.abs(f["evidence"] - x ** 2)[abs(x) < 1].mean() < 0.1
 
 
 def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
@@ -657,6 +743,9 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
              (dict(layer_groups="blockz"), ["blockz", "core.transformer"]),
              (dict(layer_groups="blocks", dims="0,2"), ["d=2", "2 scales"]),
              (dict(full=False), ["common=highest", "full=False"]),
+             (dict(planted_k=16), ["planted_k=16", "dims"]),
+             (dict(task="simulation", full=False, common=0.9), ["'lm' is no function", "x²"]),
+             (dict(learning_rates="[]"), ["learning_rates"]),
              (dict(dataset=good, objective="rsa", rdm="crossnobis"), ["crossnobis", "twice"])]
     for i, (more, says) in enumerate(cases):
         with pytest.raises((ValueError, FileNotFoundError)) as error:
