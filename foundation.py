@@ -1,7 +1,6 @@
 """What can be learned from brain recordings without any label? NeuralEncoder as a masked autoencoder: most patches are hidden, the rest predicts them.
 
     python foundation.py                                              # embedded: minutes on two cores, synthetic podcast
-    python foundation.py dataset=podcast config/foundation_podcast.yaml
     python foundation.py dataset=synthetic_eeg,PATH/TO/FIF/FOLDER     # several sets, montages and people in one batch; whatever MNE reads
     torchrun --standalone --nproc_per_node=4 foundation.py config/foundation_podcast.yaml
     python foundation.py init_from=resume                             # go on after a stop, bit for bit
