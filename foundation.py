@@ -187,7 +187,8 @@ class Source:
         if min(end - begin for begin, end in self.spans.values()) < W:
             raise ValueError(f"window={config.window} s: {rec.path} has {T / config.sfreq:.1f} s, too few for windows of training, validation and test with a "
                              "window between them")
-        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0) > 0).all(1)  # flat, or with nan, and nobody marked it bad: absent
+        # flat, or with nan, and nobody marked it bad: absent
+        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0) > 1e-6 * np.abs(signal[:a]).max(0)).all(1)
         if not varies.any():
             raise ValueError(f"{rec.path}: each of its {len(keep)} channels is flat or holds nan in training time")
         self.signal, self.keep, self.left_out = np.ascontiguousarray(signal[:, varies]), keep[varies], [rec.names[i] for i in keep[~varies]]
