@@ -707,6 +707,41 @@ def loader_wait(turns=3, steps=40):
                f"{1e3 * statistics.median(taken for taken, _ in times) / steps:.0f} ms, {config.num_workers} threads; other is 5 % of it")
 
 
+def mask_step(turns=7, C=64, P=8, patch=16, batch=4, ratio=0.75):
+    """A pretraining step of foundation.py's model at 75 % random masking, 64 electrodes x 8 patches, both of its losses, without a linear guess; against the
+    same encoder given the full length, mask tokens for what is hidden and a linear head on them, the masked-patch loss alone."""
+    import foundation
+    torch.manual_seed(0)
+    shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=16, width=128, n_layer=6, n_head=4, patch=patch, reach=True)
+    ours = foundation.MaskedAutoencoder(shape, P, 64, 2, 4).to(Here.device)
+    full = nn.ModuleDict(dict(encoder=copy.deepcopy(ours.encoder), head=nn.Linear(shape.width, patch))).to(Here.device)
+    full.token = nn.Parameter(torch.zeros(shape.width, device=Here.device))
+    x, xyz = torch.randn(batch, C, P * patch, device=Here.device), foundation.places([f"G{i + 1}" for i in range(C)], np.zeros((C, 3)), True, "8x8")
+    xyz, subject = torch.as_tensor(xyz, device=Here.device).float().expand(batch, -1, -1), torch.zeros(batch, dtype=torch.long, device=Here.device)
+    visible = torch.from_numpy(foundation.draw_mask("random", np.full(batch, C), C, P, ratio, np.random.default_rng(0))).to(Here.device)
+
+    def masked_loss():
+        hidden = ~visible.flatten(1)
+        tokens, present = full.encoder.tokenize(x * visible.repeat_interleave(patch, 2), xyz, subject)
+        h = full.encoder.think(tokens + hidden[..., None] * full.token, present, full.encoder.spots(xyz, P))
+        return (full.head(h) - full.encoder.patches(x).flatten(1, 2))[hidden].square().mean()
+
+    losses = (lambda: ours(x, xyz, subject, visible, torch.zeros_like(x))[0].sum(), masked_loss)
+    optimizers = [torch.optim.AdamW(model.parameters()) for model in (ours, full)]
+
+    def step(k):
+        with Here().autocast():
+            loss = losses[k]()
+        loss.backward()
+        optimizers[k].step()
+        optimizers[k].zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step(0), step(1)
+    times = [[seconds(partial(step, k))[0] for k in (0, 1)] for _ in range(turns)]
+    return row("mask_step", *zip(*times), ">= 2", device(), f"{C} electrodes x {P} patches, {str(Here.dtype)[6:]}")
+
+
 def fastfood(turns=3, bits=24, d=1000):
     """From z to 2^24 parameters and back, P a Fastfood with normal diagonal: blocks of 2^10 by small matrix products, against one transform of the whole
     length by the textbook butterfly that concatenates sums and differences."""
@@ -854,7 +889,7 @@ CLAIMS = {claim.__name__: claim for claim in (
     train_step, train_memory, spatial_share, spatial_every, swap, generate, generate_half, minimal_pairs,
     probe_pass, probe_fit, app_rerun,
     decode_group, lag_windows, word_auc, decode_memory,
-    expert_step, prefix_decode, loader_wait,
+    expert_step, prefix_decode, loader_wait, mask_step,
     fastfood, warp_step, warp_sweep, warp_memory,
 )}
 

@@ -1,7 +1,6 @@
 """What can be learned from brain recordings without any label? NeuralEncoder as a masked autoencoder: most patches are hidden, the rest predicts them.
 
     python foundation.py                                              # embedded: minutes on two cores, synthetic podcast
-    python foundation.py dataset=podcast config/foundation_podcast.yaml
     python foundation.py dataset=synthetic_eeg,PATH/TO/FIF/FOLDER     # several sets, montages and people in one batch; whatever MNE reads
     torchrun --standalone --nproc_per_node=4 foundation.py config/foundation_podcast.yaml
     python foundation.py init_from=resume                             # go on after a stop, bit for bit
@@ -188,7 +187,8 @@ class Source:
         if min(end - begin for begin, end in self.spans.values()) < W:
             raise ValueError(f"window={config.window} s: {rec.path} has {T / config.sfreq:.1f} s, too few for windows of training, validation and test with a "
                              "window between them")
-        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0) > 0).all(1)  # flat, or with nan, and nobody marked it bad: absent
+        # flat, or with nan, and nobody marked it bad: absent
+        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0) > 1e-6 * np.abs(signal[:a]).max(0)).all(1)
         if not varies.any():
             raise ValueError(f"{rec.path}: each of its {len(keep)} channels is flat or holds nan in training time")
         self.signal, self.keep, self.left_out = np.ascontiguousarray(signal[:, varies]), keep[varies], [rec.names[i] for i in keep[~varies]]
