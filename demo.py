@@ -266,7 +266,7 @@ class Answer:
         return (f"> {self.last:,.0f}" if v >= self.last else f"{v:,.0f}" if v >= 9.95 or v == 0 else f"{v:.1f}") if self.log else f"{v:.3f}"
 
     def gap(self):
-        return "× " + interval([10 ** v for v in self.difference], "{:.2g}".format) if self.log else interval(self.difference, "{:+.3f}".format)
+        return "× " + interval([10 ** v for v in self.difference], lambda v: f"{v:,.0f}" if v >= 9.95 else f"{v:.2g}") if self.log else interval(self.difference, "{:+.3f}".format)
 
 
 def interval(values, number):
@@ -436,12 +436,12 @@ def show_warp(job, other, seed):
         points.append(reached)
         gaps.append((-gap.score, -gap.high, -gap.low))  # topographic minus twin
         show = Answer("", "", [triple(r) for r in reached.itertuples()], gaps[-1], 0, "", 0, "", log=True, last=last)
-        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), f"{linear[names[0]]:.3f}", f"{linear[names[1]]:.3f}", f"{zero:.3f}"])
+        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), f"{linear[names[0]]:.3f}", f"{linear[names[1]]:.3f}", minus(f"{zero:.3f}")])
     mean = [tuple(10 ** np.mean([np.log10(1 + p[c].iloc[k]) for p in points]) - 1 for c in ("score", "low", "high")) for k in (0, 1)]
     censored = sum(int((p.state == "censored").sum()) for p in points)
     answers = [Answer("(b) How far must the model be warped?", "d_warp, dimensions, mean of two brains", mean, tuple(np.mean(gaps, 0)),
-                      int(points[0].n.iloc[0]), "draws of seeds and phrases", 0.0, "a brain that needs no warp: 0" + (
-                          f"; {censored} of 4 did not get there within {last:,}" if censored else ""), ("further", "nearer"), log=True, last=last)]
+                      int(table[table.measure == "score"].n.iloc[0]), f"held-out phrases ({job.options['seeds']} seeds)", 0.0,
+                      f"no warp: 0; cut at {last:,}" + f", {censored} of 4 did not get there" * bool(censored), ("further", "nearer"), log=True, last=last)]
     lead = ("All parameters move along d random directions until a linear readout predicts a planted brain nearly as well as the best fully warped model "
             f"does: the least such d is d_warp. A brain is {job.options['planted_warp']:g} of its norm away from the model that it was grown from, so there "
             "are two, one from each, and the answer is the mean over both (in log dimensions): who is at home in which brain falls out of it. Its interval is "
