@@ -266,7 +266,9 @@ class Answer:
         return (f"> {self.last:,.0f}" if v >= self.last else f"{v:,.0f}" if v >= 9.95 or v == 0 else f"{v:.1f}") if self.log else f"{v:.3f}"
 
     def gap(self):
-        return "× " + interval([10 ** v for v in self.difference], lambda v: f"{v:,.0f}" if v >= 9.95 else f"{v:.2g}") if self.log else interval(self.difference, "{:+.3f}".format)
+        if not self.log:
+            return interval(self.difference, "{:+.3f}".format)
+        return "× " + interval([10 ** v for v in self.difference], lambda v: f"{v:,.0f}" if v >= 9.95 else f"{v:.2g}")
 
 
 def interval(values, number):
@@ -436,7 +438,7 @@ def show_warp(job, other, seed):
         points.append(reached)
         gaps.append((-gap.score, -gap.high, -gap.low))  # topographic minus twin
         show = Answer("", "", [triple(r) for r in reached.itertuples()], gaps[-1], 0, "", 0, "", log=True, last=last)
-        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), f"{linear[names[0]]:.3f}", f"{linear[names[1]]:.3f}", minus(f"{zero:.3f}")])
+        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), *(f"{linear[name]:.3f}" for name in names), minus(f"{zero:.3f}")])
     mean = [tuple(10 ** np.mean([np.log10(1 + p[c].iloc[k]) for p in points]) - 1 for c in ("score", "low", "high")) for k in (0, 1)]
     censored = sum(int((p.state == "censored").sum()) for p in points)
     answers = [Answer("(b) How far must the model be warped?", "d_warp, dimensions, mean of two brains", mean, tuple(np.mean(gaps, 0)),
