@@ -266,14 +266,20 @@ class Answer:
         return (f"> {self.last:,.0f}" if v >= self.last else f"{v:,.0f}" if v >= 9.95 or v == 0 else f"{v:.1f}") if self.log else f"{v:.3f}"
 
     def gap(self):
-        return "× " + interval([10 ** v for v in self.difference], "{:.2g}".format) if self.log else interval(self.difference, "{:+.3f}".format)
+        if not self.log:
+            return interval(self.difference, "{:+.3f}".format)
+        return "× " + interval([10 ** v for v in self.difference], lambda v: f"{v:,.0f}" if v >= 9.95 else f"{v:.2g}")
 
 
 def interval(values, number):
     """score [low, high] in words; without an interval, the score alone."""
     score, low, high = values
-    text = f"{number(score)} [{number(low)}, {number(high)}]" if math.isfinite(low + high) else number(score)
-    return text.replace("-", "−")
+    return minus(f"{number(score)} [{number(low)}, {number(high)}]" if math.isfinite(low + high) else number(score))
+
+
+def minus(text):
+    """Numbers as they are printed: a minus for the hyphen, none before zero."""
+    return re.sub(r"[-+](?=0\.?0*(?![\d.]))", "", text).replace("-", "−")
 
 
 @dataclass
@@ -375,23 +381,23 @@ def show_topography(job, seed):
     answers = [
         Answer("Did units get a place at all?", f"Moran's I of {contrasts} contrast maps", [t_interval(sheets.loc[m]) for m in BOTH],
                t_interval(sheets.loc["model"] - sheets.loc["twin"]), sheets.shape[1], "sheets", float(mine.chance.mean()),
-               f"shuffled positions {mine.chance.mean():.3f}; shuffled labels {labels['model']:.3f} and {labels['twin']:.3f}: neighbours that are alike in all "
-               "they do make any map smooth", ("smoother maps", "rougher maps")),
+               minus(f"shuffled positions {mine.chance.mean():.3f}; shuffled labels {labels['model']:.3f} and {labels['twin']:.3f}") +
+               ": neighbours that are alike in all they do make any map smooth", ("smoother maps", "rougher maps")),
         Answer("What does place cost in grammar?", "minimal pairs, accuracy", [t_interval(pairs[m]) for m in BOTH], t_interval(pairs.model - pairs.twin),
                len(pairs), f"paradigms ({n_pairs:,} pairs)", 0.5, "chance 0.500", ("more pairs right", "fewer pairs right"))]
     rows = []
     for contrast in mine.contrast.unique():
-        cells = [contrast]
+        cells = [contrast.replace(">", " > ").replace("+", " + ")]
         for m in BOTH:
             one = mine[(mine.contrast == contrast) & (mine.model == m) & (mine.sheet == "mean")].iloc[-1]
             null = table[(table.measure == "moran beside shuffled labels") & (table.contrast == contrast) & (table.model == m)].iloc[-1]
-            cells += [interval(triple(one), "{:.2f}".format), f"{null.chance:.2f} ({null.low:.2f} to {null.high:.2f})".replace("-", "−")]
+            cells += [interval(triple(one), "{:.2f}".format), minus(f"{null.chance:.2f} ({null.low:.2f} to {null.high:.2f})")]
         rows.append(cells)
     lead = ("What lies on the sheets, unsmoothed. Moran's I says how alike neighbours are; whether a contrast is mapped beyond that, only the null of shuffled "
             "labels can say. Minimal pairs ask which of two sentences, one of them ungrammatical, is the likelier one.")
     made = synthetic(table)
     shown = [Figure(job.out / "map_sentences_nonwords.png", "Welch t of every unit for sentences against lists of non-words, topographic model and twin.",
-                    f"Null: Moran's I of shuffled positions {mine.chance.mean():.2f}, of shuffled labels {labels['model']:.2f}.", made, job),
+                    minus(f"Null: Moran's I of shuffled positions {mine.chance.mean():.2f}, of shuffled labels {labels['model']:.2f}."), made, job),
              Figure(job.out / "summary.png", "Moran's I by contrast; how alike two units are over their distance; what the language mask prefers; what "
                     "silencing it costs.", "Nulls: shuffled positions and labels, random units, chance 0.5, all drawn.", made, job)]
     return Section("Topography", lead, answers, shown,
@@ -409,7 +415,7 @@ def show_probe(job, twin, seed):
     answers = [Answer("(a) What can be probed?", f"accuracy of {probe} probes, mean of {len(gap)} tasks", [t_interval(t.score) for t in real], t_interval(gap),
                       len(gap), f"tasks ({int(real[0].n.median()):,} sentences each)", float(real[0].chance.mean()),
                       f"majority {real[0].chance.mean():.3f}; random weights {fresh.mean():.3f}", ("more can be probed", "less can be probed"))]
-    rows = [[task.split("/")[-1].replace("_", " "), *(interval(triple(t.loc[task]), "{:.3f}".format) for t in real), f"{gap[task]:+.3f}".replace("-", "−"),
+    rows = [[task.split("/")[-1].replace("_", " "), *(interval(triple(t.loc[task]), "{:.3f}".format) for t in real), minus(f"{gap[task]:+.3f}"),
              f"{fresh[task]:.3f}", *(f"{bag[task]:.3f}" for bag in bags), f"{real[0].chance[task]:.3f}"] for task in gap.index]
     lead = ("What a linear probe reads off the hidden states of sentences whose words it was not fitted on. The layer is chosen on validation folds; both "
             "models have the same folds. The difference is paired over tasks, so its interval is about tasks like these.")
@@ -432,12 +438,12 @@ def show_warp(job, other, seed):
         points.append(reached)
         gaps.append((-gap.score, -gap.high, -gap.low))  # topographic minus twin
         show = Answer("", "", [triple(r) for r in reached.itertuples()], gaps[-1], 0, "", 0, "", log=True, last=last)
-        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), f"{linear[names[0]]:.3f}", f"{linear[names[1]]:.3f}", f"{zero:.3f}"])
+        rows.append([f"grown from the {grown} model", show.of(0), show.of(1), show.gap(), *(f"{linear[name]:.3f}" for name in names), minus(f"{zero:.3f}")])
     mean = [tuple(10 ** np.mean([np.log10(1 + p[c].iloc[k]) for p in points]) - 1 for c in ("score", "low", "high")) for k in (0, 1)]
     censored = sum(int((p.state == "censored").sum()) for p in points)
     answers = [Answer("(b) How far must the model be warped?", "d_warp, dimensions, mean of two brains", mean, tuple(np.mean(gaps, 0)),
-                      int(points[0].n.iloc[0]), "draws of seeds and phrases", 0.0, "a brain that needs no warp: 0" + (
-                          f"; {censored} of 4 did not get there within {last:,}" if censored else ""), ("further", "nearer"), log=True, last=last)]
+                      int(table[table.measure == "score"].n.iloc[0]), f"held-out phrases ({job.options['seeds']} seeds)", 0.0,
+                      f"no warp: 0; cut at {last:,}" + f", {censored} of 4 did not get there" * bool(censored), ("further", "nearer"), log=True, last=last)]
     lead = ("All parameters move along d random directions until a linear readout predicts a planted brain nearly as well as the best fully warped model "
             f"does: the least such d is d_warp. A brain is {job.options['planted_warp']:g} of its norm away from the model that it was grown from, so there "
             "are two, one from each, and the answer is the mean over both (in log dimensions): who is at home in which brain falls out of it. Its interval is "
@@ -561,7 +567,7 @@ STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #fff; color: #1c1e21; font: 17px/1.6 Charter, "Bitstream Charter", "Iowan Old Style", Georgia, "DejaVu Serif", serif; }
 main { max-width: 66rem; margin: 0 auto; padding: 4rem 2rem 6rem; }
-h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .6rem; font-weight: 600; letter-spacing: -.01em; max-width: 44rem; }
+h1 { font-size: 2.1rem; line-height: 1.2; margin: 0 0 .6rem; font-weight: 600; letter-spacing: -.01em; }
 h2 { font-size: 1.4rem; margin: 4.5rem 0 .5rem; padding-top: 1.4rem; border-top: 1px solid #dcdfe3; font-weight: 600; }
 p, ul { max-width: 44rem; }
 nav a { margin-right: 1.1em; } a { color: #0b6e99; text-decoration: none; } a:hover { text-decoration: underline; }
@@ -694,7 +700,7 @@ def report(run, config, stages):
              "<p>Two small GPT-2s read the same text. In one, every unit has a place on a cortical sheet, and neighbours are trained to respond alike; its "
              "twin has no such loss. Both then went through the same experiments. <b>There is one seed of each:</b> a difference below is one of these two "
              "models, and says nothing yet about topography in general. Brains and sentences marked synthetic were made up with a known truth and are no "
-             f"evidence about people. With {len(answers)} intervals of 95 %, one may well miss zero by chance.</p>"]
+             f"evidence about people. With {len(answers)} intervals of 95 %, one that misses zero is no surprise.</p>"]
     if answers:
         overview = draw_overview(answers)
         with aside(run.out / "overview.png") as f:
@@ -724,7 +730,8 @@ def report(run, config, stages):
 def main(config):
     stages = read_stages(config.stages)
     run = Run(config)
-    signal.signal(signal.SIGHUP, run._on_signal)  # a closed terminal, too, ends the scripts in order
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal, too, ends the scripts in order
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     status = 0 if config.report_only else run_stages(run, stages)
     for a in report(run, config, stages):
         run.print(f"{a.question} {a.what}: {a.of(0)}, twin {a.of(1)}; {a.gap()} over {a.n:,} {a.over}: {a.verdict()}")

@@ -260,6 +260,7 @@ def test_verdicts_follow_from_the_interval():
     assert answer(0.1, 0.2).verdict().startswith("more with topography, in this one pair")
     assert answer(-0.2, -0.1).verdict().startswith("less with topography")
     assert answer(-0.2, -0.1, log=True).gap() == "× 0.71 [0.63, 0.79]" and answer(0.1, 0.2, log=True, last=64).number(64) == "> 64"
+    assert demo.minus("-0.000 [-0.010, +0.020]") == "0.000 [−0.010, +0.020]" and demo.minus("+0.0003 -0.00 to -10") == "+0.0003 0.00 to −10"
     assert demo.t_interval([1, 2, 3]) == pytest.approx((2, 2 - 2.484, 2 + 2.484), abs=1e-3)
     score, low, high = demo.by_cluster([1, 1, 0, 0] * 5, [0, 0, 1, 1] * 5, 0)  # two objects, all or nothing
     assert (score, low, high) == (0.5, 0.0, 1.0)
