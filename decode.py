@@ -647,6 +647,7 @@ def finish_target(kind, events, values, keep):
 
 @dataclass
 class Fold:
+    """One split of the words, rows of the common table: fitted on train, chosen on val, scored once on test."""
     number: int
     train: np.ndarray
     val: np.ndarray
