@@ -46,6 +46,7 @@ import yaml
 from torch.nn import functional as F
 
 from configurator import Run, aside, configure, key_seed, write_aside
+from data import read_table
 from data.recording import Recording, encoder_input, named_places, places, read_set, resampled, robust_scale
 from model import NeuralEncoder, load_encoder, load_lm, save_checkpoint
 
@@ -263,7 +264,7 @@ class Podcast(Montage):
         if "words" not in self.meta:
             raise ValueError(f"{self.folder / 'meta.yaml'} names no words: decode.py reads sets made by data/podcast/prepare.py or its like")
         self.source = config.dataset + ", synthetic" * bool(self.meta["synthetic"] and "synthetic" not in config.dataset)
-        self.words = pd.read_csv(self.folder / self.meta["words"], keep_default_na=False, na_values={"start": [""], "end": [""]})
+        self.words = read_table(self.folder / self.meta["words"], na_values={"start": [""], "end": [""]})
         if config.word not in self.words:
             raise ValueError(f"word={config.word} is no column of {self.folder / self.meta['words']}: it has {', '.join(self.words)}")
         people = {name: Recording(self.folder / name) for name in self.meta["recordings"]}
@@ -275,7 +276,7 @@ class Podcast(Montage):
         if config.electrodes:
             if not Path(config.electrodes).is_file():
                 raise FileNotFoundError(f"electrodes={config.electrodes} does not exist: give a CSV with columns subject and elec")
-            table = pd.read_csv(config.electrodes, dtype=str, keep_default_na=False)
+            table = read_table(config.electrodes, dtype=str)
             if missing := {"subject", "elec"} - set(table):
                 raise ValueError(f"{config.electrodes} has no column '{sorted(missing)[0]}', only {', '.join(table)}")
         parts = []
@@ -699,7 +700,7 @@ def word_vectors(run, config, data, name):
     if name in ("lm", "static"):
         return lm_vectors(run, config, words, static=name == "static")
     if name in data.meta.get("features", {}):
-        layers, tokens = data.meta["features"][name], pd.read_csv(data.folder / data.meta["tokens"][name], keep_default_na=False)
+        layers, tokens = data.meta["features"][name], read_table(data.folder / data.meta["tokens"][name])
         key = next(iter(layers)) if len(layers) == 1 and not next(iter(layers)).startswith("layer-") else f"layer-{config.layer}"
         if key not in layers:
             raise ValueError(f"embedding={name} has no {key} in {data.folder}, only {', '.join(layers)}: set layer=, or prepare it with layers={config.layer}")
@@ -785,7 +786,7 @@ def make_target(run, config, data):
         onset = words.start == first
         return finish_target("classes", words, np.where(onset, "onset", "inside"), onset | (words.start - first >= params.get("margin", 0.5)))
     if config.task == "surprisal":
-        tables = (pd.read_csv(data.folder / f, keep_default_na=False, na_values={"true_prob": [""]}) for f in data.meta.get("tokens", {}).values())
+        tables = (read_table(data.folder / f, na_values={"true_prob": [""]}) for f in data.meta.get("tokens", {}).values())
         tokens = next((t for t in tables if "true_prob" in t), None)
         if tokens is None:
             raise ValueError(f"task=surprisal needs the probability of every token (true_prob), which {data.folder} has not: prepare it with features=gpt2-xl")
@@ -839,6 +840,7 @@ def finish_target(kind, events, values, keep):
 
 @dataclass
 class Fold:
+    """One split of the words, rows of the common table: fitted on train, chosen on val, scored once on test."""
     number: int
     train: np.ndarray
     val: np.ndarray

@@ -218,11 +218,12 @@ def main(config):
     how = config.scheme if config.scheme != "swap" else f"swap, {config.method}"
     who = config.lm or f"an untrained GPT (seed {config.seed})"
     where = "synthetic text" if read_meta(folder).get("synthetic") else "text"
-    positions.save_positions(str(path), np.stack(rows), scheme=config.scheme, method=config.method if config.scheme == "swap" else "", seed=config.seed,
-                             radius=config.radius, norm=str(config.norm), tap=config.tap, lm=config.lm, init_data=config.init_data)
-    plot_sheets(run.out / f"{name}.png", f"{name} ({how}, radius {config.radius}): responses of {who}, {config.n_layer} layers x {config.n_embd} "
-                f"units, to {config.samples:,} tokens of unseen {where} ({folder})\ncolour: first three principal components of the units' "
-                "correlations; number: spatial loss", layers, sheet, config.scheme)
+    if run.master:
+        positions.save_positions(str(path), np.stack(rows), scheme=config.scheme, method=config.method if config.scheme == "swap" else "", seed=config.seed,
+                                 radius=config.radius, norm=str(config.norm), tap=config.tap, lm=config.lm, init_data=config.init_data)
+        plot_sheets(run.out / f"{name}.png", f"{name} ({how}, radius {config.radius}): responses of {who}, {config.n_layer} layers x {config.n_embd} "
+                    f"units, to {config.samples:,} tokens of unseen {where} ({folder})\ncolour: first three principal components of the units' "
+                    "correlations; number: spatial loss", layers, sheet, config.scheme)
     run.merge()
     run.print(f"saved {path} ({path.stat().st_size / 1024:.0f} KB) and {run.out / name}.png; train with it: python train.py positions={name}")
     run.close()

@@ -314,6 +314,7 @@ def pick(sites, columns, empty):
 
 
 def layers_tab(rows, baselines, title, metric):
+    """Curves over layers, baselines dashed, and layers × quantiles where several were probed."""
     rows = full_size(rows)
     best, rows = rows[(rows.layer == "best") & rows.baseline.isin(["", "random_init"])], rows[rows.layer != "best"]
     relative = st.toggle("depth as a share of the model's layers", key="relative", bind="query-params")
@@ -343,6 +344,7 @@ def read_site(run, path):
 
 
 def decision_tab(run, path, note):
+    """ROC, and the scores of both classes under a threshold that the user moves."""
     table, threshold = read_site(run, path)
     y, score = table.y.to_numpy(), table.score.to_numpy(float)
     if not set(np.unique(y)) <= {0, 1} or len(np.unique(y)) < 2:
@@ -394,6 +396,7 @@ def whole_numbers(table):
 
 
 def examples_tab(run, path):
+    """Every text with its out-of-fold score."""
     table, threshold = read_site(run, path)
     if set(table.y.unique()) <= {0, 1}:
         table["said"] = (table.score >= (threshold if np.isfinite(threshold) else 0.5)).astype(int)
@@ -419,6 +422,7 @@ def hover(table):
 
 
 def projection_tab(run, path, dataset, note):
+    """Texts in the plane of a layer's first two components."""
     arrays, texts_of = read_arrays(path, mtime(path)), run / "texts" / f"{dataset}.csv"
     table = pd.DataFrame({"x": arrays["xy"][:, 0], "y": arrays["xy"][:, 1], "index": arrays["index"]}).join(read_texts(texts_of, mtime(texts_of)), on="index")
     table = table.sample(min(len(table), 5000), random_state=0).fillna({"label": "", "text": ""})  # a browser shows no more
@@ -452,6 +456,7 @@ def sizes_tab(rows, title, metric):
 
 
 def table_tab(rows):
+    """The numbers, to look at and as CSV."""
     shown = rows.drop(columns=[c for c in ("options", "pooling") if c in rows])
     st.dataframe(shown, hide_index=True, width="stretch", height=560, lazy=True if len(shown) > 5000 else None)
     st.download_button("Download this selection as CSV", lambda: shown.to_csv(index=False), "probe.csv", "text/csv", on_click="ignore")
@@ -1332,6 +1337,7 @@ class MultiStepOpt(nn.Module):
 
 
 class SingleLayer(MultiStepOpt):
+    """A linear layer."""
     def __init__(self, input_size, output_size=1):
         super().__init__()
         self.name = "SingleLayer"
@@ -1342,6 +1348,7 @@ class SingleLayer(MultiStepOpt):
 
 
 class DoubleLayer(MultiStepOpt):
+    """One hidden layer of ReLUs."""
     def __init__(self, input_size, output_size=1, hidden=100):
         super().__init__()
         self.name = "DoubleLayer"
@@ -1352,6 +1359,7 @@ class DoubleLayer(MultiStepOpt):
 
 
 class GatedLayer(MultiStepOpt):
+    """One hidden layer of gated linear units."""
     def __init__(self, input_size, output_size=1, hidden=100):
         super().__init__()
         self.name = "GatedLayer"

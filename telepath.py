@@ -1048,6 +1048,7 @@ def spread(rows):
 
 
 def plot_curves(path, log, title):
+    """Training and validation over steps, from the log."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, keys in zip(axes, (("train_loss", "val_rank_loss"), ("val_top1", "val_chance"))):
@@ -1112,6 +1113,7 @@ def plot_way(path, trajectory, space, title):
 
 
 def plot_query_key(path, table, title):
+    """Likeness of neural queries and the key of the word, by layer and head."""
     kinds = ["context", "embedding"]
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     limit = max(4, table.z.abs().max())
@@ -1129,6 +1131,7 @@ def plot_query_key(path, table, title):
 
 
 def plot_lens(path, table, title):
+    """Place of the true word among all, read off each layer."""
     fig, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     layers = sorted(set(table.layer))
     for layer in layers:

@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 import positions
 from configurator import Run, configure, key_seed
+from data import read_table
 from data.stimuli import read_pairs
 from data.tokens import Tokens
 from model import GPT, NotOurGPT, from_hub, load_lm
@@ -86,7 +87,7 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
         raise FileNotFoundError(f"no stimuli at {path}: give stimuli= a CSV, a folder of CSVs, or 'localizer' for the embedded set")
     parts = []
     for file in files:
-        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        table = read_table(file, dtype=str)
         stims = [c for c in table.columns if re.fullmatch(r"stim\d+", c)]
         if len(stims) > 3:
             words = table[stims[1:-1]].apply(lambda row: " ".join(w for w in row if w).lower(), axis=1)

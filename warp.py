@@ -35,6 +35,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from configurator import HERE, Run, aside, configure, key_seed
+from data import read_table
 from data.stimuli import Encoding, read_meta, read_task, write_encoding
 from model import GPT, load_checkpoint, load_lm
 
@@ -558,7 +559,9 @@ def plant(run, config):
     """The planted brain as a dataset in out_dir/brain: units are random mixtures of the teacher's first components, with noise."""
     folder = run.out / ("brain" if run.workers == run.world else f"brain-{run.worker}")
     if run.master or run.workers > run.world:
-        texts = pd.read_csv(run.dataset(config.planted_stimuli) / "stimuli.csv", dtype=str, keep_default_na=False)
+        texts = read_table(run.dataset(config.planted_stimuli) / "stimuli.csv", dtype=str)
+        if not {"text", "group"} <= set(texts):
+            raise ValueError(f"planted_stimuli={config.planted_stimuli}: stimuli.csv must have the columns text and group")
         study = Study("text", texts.text.tolist(), None, {}, None, None, {})
         reader, inputs, _ = build(run, config, "teacher", study, 0)
         f = features(reader, inputs, range(len(texts)), config.batch_size).double().cpu().numpy()
@@ -1638,7 +1641,7 @@ def main(config):
         run.print(f"{have} of {expected} fits are done; the figures come with the last of them: run the same command again")
         return run.close()
     if run.master:
-        if config.baselines and config.task == "encoding" and not (table.measure == "baseline").any():
+        if config.baselines and config.task == "encoding" and (table.measure == "baseline").sum() < 3 * len(config.models):
             for spec in config.models:
                 baselines(run, config, study, spec)
         report(run, config, study)

@@ -67,6 +67,17 @@ def load_meta(folder, what, format, keys=()):
     return meta
 
 
+def read_table(path, **options):
+    """pandas.read_csv(path, **options). Raises ValueError for what is no table, FileNotFoundError where there is none."""
+    import pandas as pd
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing{remedy(Path(path).parent)}")
+    try:
+        return pd.read_csv(path, **{"keep_default_na": False, **options})
+    except ValueError as e:  # pandas's errors and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is not a CSV table ({' '.join(str(e).split())}){remedy(Path(path).parent)}") from None
+
+
 def remedy(folder, option=""):
     """How to make a dataset, for the end of a sentence: its prepare.py, in the folder or above it (a variant or a part of it), where there is one."""
     folder = Path(folder)

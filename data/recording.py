@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import aside, load_meta, remedy, write_aside, write_yaml
+from data import aside, load_meta, read_table, remedy, write_aside, write_yaml
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
@@ -133,12 +133,7 @@ def complete(folder):
 
 
 def _table(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{remedy(path.parent)}")
-    try:  # a word may be spelled 'null' or 'NA': only an empty cell is missing
-        return pd.read_csv(path, keep_default_na=False, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})
-    except (ValueError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a CSV table ({' '.join(str(e).split())}){remedy(path.parent)}") from None
+    return read_table(path, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})  # 'null' or 'NA' may be a word: only an empty cell is missing
 
 
 def _checked_channels(table, path):

@@ -85,8 +85,8 @@ def start(script, *options, ranks=1, restarts=0, patch="", env=None):
         command = ["-c", f"import runpy, sys; sys.argv[0] = {command[0]!r}; sys.path.insert(0, {str(ROOT)!r})\n{patch}\n"
                          f"runpy.run_path({command[0]!r}, run_name='__main__')"]
     if ranks > 1:
-        command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", "--monitor-interval=0.1",
-                   f"--master_port={20000 + os.getpid() % 20000}", *(["--no-python", sys.executable] if patch else []), *command]
+        where = ["--standalone", f"--max-restarts={restarts}"] if restarts else [f"--master_port={20000 + os.getpid() % 20000}"]
+        command = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", *where, *(["--no-python", sys.executable] if patch else []), *command]
     return subprocess.Popen([sys.executable, *command, *map(str, options)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})})
 

@@ -30,6 +30,7 @@ HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 class Published(NamedTuple):
+    """One published set: its files and what they call things."""
     file: str               # the assembly, and the sha1 that Brain-Score's registry has for it
     sha1: str
     modality: str

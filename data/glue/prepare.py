@@ -23,6 +23,7 @@ HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
 
 
 class Glue(NamedTuple):
+    """Where one task of GLUE stands in its files."""
     folder: str         # in the official archives
     columns: list       # one or two texts, in the TSV files
     parquet: list       # and on the hub

@@ -458,6 +458,7 @@ def polarity_item(g):
 
 @dataclass
 class Paradigm:
+    """Minimal pairs of one kind: one sentence and the same with a wrong word."""
     make: Callable          # Grammar → tree, word, wrong word
     field: str
     term: str
@@ -657,6 +658,7 @@ def draw_grammaticality(g):
 
 @dataclass
 class Task:
+    """Labelled sentences of one kind."""
     draw: Callable        # Grammar → group of samples
     labels: list
     description: str
