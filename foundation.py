@@ -117,6 +117,8 @@ class Config:
             raise ValueError("dataset= names no recordings: give names under data/, or folders")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio}: between 0 and 1, of all patches, is hidden")
+        if self.linear_terms < 0 or self.eval_windows < 0:
+            raise ValueError(f"linear_terms={self.linear_terms} eval_windows={self.eval_windows}: neither can be below 0")
         if not self.masks or set(self.masks) - set(MASKS):
             raise ValueError(f"masks={self.masks}: there are {', '.join(MASKS)}")
         if self.sfreq <= 0 or round(self.window * self.sfreq) < self.patch or round(self.window * self.sfreq) % self.patch:
@@ -188,7 +190,7 @@ class Source:
             raise ValueError(f"window={config.window} s: {rec.path} has {T / config.sfreq:.1f} s, too few for windows of training, validation and test with a "
                              "window between them")
         # flat, or with nan, and nobody marked it bad: absent
-        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0) > 1e-6 * np.abs(signal[:a]).max(0)).all(1)
+        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0, dtype=float) > 1e-6 * np.abs(signal[:a]).max(0)).all(1)
         if not varies.any():
             raise ValueError(f"{rec.path}: each of its {len(keep)} channels is flat or holds nan in training time")
         self.signal, self.keep, self.left_out = np.ascontiguousarray(signal[:, varies]), keep[varies], [rec.names[i] for i in keep[~varies]]
@@ -241,8 +243,10 @@ class Field:
         C = len(source.xyz)
         V, L = len(gram), len(gram) // C
         products = (gram / windows).reshape(C, L, C, L).transpose(0, 2, 1, 3).reshape(C * C, L * L)
-        u, s, v = scipy.sparse.linalg.svds(products, min(terms, min(products.shape) - 1), v0=np.ones(min(products.shape)))
-        kept = ((u * s) @ v).reshape(C, C, L, L).transpose(0, 2, 1, 3).reshape(V, V)
+        if terms < min(products.shape):
+            u, s, v = scipy.sparse.linalg.svds(products, terms, v0=np.ones(min(products.shape)))
+            products = (u * s) @ v
+        kept = products.reshape(C, C, L, L).transpose(0, 2, 1, 3).reshape(V, V)
         kept = (kept + kept.T) / 2 + 0.003 * np.trace(kept) / V * np.eye(V)
         self.covariance = torch.from_numpy(kept.astype(np.float32)).to(device)
 
@@ -330,7 +334,8 @@ class Corpus:
 
 def draw_mask(kind, channels, C, P, ratio, rng):
     """Which patches are visible, (B, C, P) bool, where window b has its first channels[b] of C electrodes: 1 - ratio of its patches ('random'), of its
-    electrodes, all the time ('tube'), or of its time, all but a run of patches ('span'); at least one of them visible and one hidden."""
+    electrodes, all the time ('tube'), or of its time, all but a run of patches ('span'); one of them visible and one
+    hidden at least, where there are two."""
     B = len(channels)
     visible = np.zeros((B, C, P), bool)
     for b, n in enumerate(channels):

@@ -747,7 +747,7 @@ class Reach(nn.Module):
         late = (asks[..., None, 3] - spots[:, None, :, 3]).abs()[:, None]
         for place, time in zip(self.place, self.time):
             near = -apart * (-2 * place).exp()[:, None, None] / 2 - late * (-time).exp()[:, None, None]
-            yield near.masked_fill(~present[:, None, None], -1e9)
+            yield near.masked_fill(~present[:, None, None], -1e4)  # float16 has it, too
 
 
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
