@@ -2190,7 +2190,7 @@ def neuroprobe(run, config):
         bar.update()
     bar.close()
     results = run.merge()
-    if run.master:
+    if run.master and len(results):
         leaderboard(run, config, results, len(tested) * len(asked))
 
 
@@ -2221,7 +2221,7 @@ def leaderboard(run, config, results, expected):
                  if auc.test_near_train.sum() else ""))
     column = list(SPLITS).index(config.split)
     run.print("its leaderboard, mean over all rows: " + ", ".join(f"{name} {values[column]:.3f}" for name, values in LEADERBOARD.items()))
-    run.print(f"{place}: one JSON a task in the leaderboard's form, author and organization left for you; results.csv in {run.out}")
+    run.print(f"{place}: one JSON a task in the leaderboard's form, author, organization and time left for you; results.csv in {run.out}")
 
 
 def main(config):
