@@ -44,7 +44,7 @@ from configurator import HERE, Run, aside, configure, hash_options, write_aside
 
 @dataclass
 class Config:
-    stages: str = "config/demo.yaml"       # what is run, in order: name, budget (s), run: commands side by side
+    stages: list[dict] = field(default_factory=list)  # what is run, in order: name, budget (s), run: commands side by side; none: those of config/demo.yaml
     report_only: bool = False              # run nothing, write the page from the results that are there
     out_dir: str = "out/demo"              # report.html, overview.png, results.csv (the answers), stages.jsonl (how long each took)
     seed: int = 1337                       # of the page's own bootstrap; the scripts have theirs in their settings
@@ -102,14 +102,10 @@ class Job:
                                 env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"})
 
 
-def read_stages(path):
-    """[(name, budget in s, [Job])] of a YAML file. Raises ValueError or FileNotFoundError with one sentence."""
-    path = next((p for p in (Path(path), HERE / path) if p.is_file()), None) or Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of stages {path}: give stages=, as config/demo.yaml is")
-    stages = yaml.safe_load(path.read_text())
-    if not isinstance(stages, list) or not all(isinstance(s, dict) and {"name", "budget", "run"} <= set(s) for s in stages):
-        raise ValueError(f"{path} must be a list of stages, each with name, budget and run")
+def read_stages(stages):
+    """[(name, budget in s, [Job])] of a list of stages. Raises ValueError or FileNotFoundError with one sentence."""
+    if wrong := [s for s in stages if not {"name", "budget", "run"} <= set(s) or not isinstance(s["run"], list)]:
+        raise ValueError(f"option 'stages': each has a name, a budget and a list of commands to run, not {wrong[0]}")
     return [(s["name"], float(s["budget"]), [job_of(command) for command in s["run"]]) for s in stages]
 
 
@@ -728,6 +724,7 @@ def report(run, config, stages):
 
 
 def main(config):
+    config.stages = config.stages or configure(Config, [str(HERE / "config/demo.yaml")]).stages
     stages = read_stages(config.stages)
     run = Run(config)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal, too, ends the scripts in order

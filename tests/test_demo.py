@@ -70,7 +70,7 @@ def steps(tmp_path):
     def write(first="", second=""):
         stages = [dict(name="one", budget=60, run=[f"{tmp_path}/step.py out_dir={tmp_path}/a {first}"]),
                   dict(name="two", budget=0.001, run=[f"{tmp_path}/step.py lm={tmp_path}/a out_dir={tmp_path}/b {second}"])]
-        (tmp_path / "stages.yaml").write_text(yaml.safe_dump(stages))
+        (tmp_path / "stages.yaml").write_text(yaml.safe_dump(dict(stages=stages)))
     write()
     return tmp_path, write
 
@@ -78,13 +78,13 @@ def steps(tmp_path):
 def go(folder, capfd, status=0):
     """The demo in this process, its stages in theirs; what it printed."""
     with pytest.raises(SystemExit) as e:
-        demo.main(demo.Config(stages=f"{folder}/stages.yaml", out_dir=f"{folder}/demo"))
+        demo.main(configure(demo.Config, [f"{folder}/stages.yaml", f"out_dir={folder}/demo"]))
     assert e.value.code == status
     return capfd.readouterr().out
 
 
 def jobs_of(folder):
-    return [job for _, _, some in demo.read_stages(folder / "stages.yaml") for job in some]
+    return [job for _, _, some in demo.read_stages(yaml.safe_load((folder / "stages.yaml").read_text())["stages"]) for job in some]
 
 
 def starts(folder):
@@ -142,7 +142,7 @@ def test_an_interrupted_demo_goes_on(steps, capfd):
     """Stopped by a signal, it lets the scripts save, and goes on with what they had begun."""
     folder, write = steps
     write(first="waits=60")
-    process, end = start("demo", f"stages={folder}/stages.yaml", f"out_dir={folder}/demo"), time.time() + 60
+    process, end = start("demo", f"{folder}/stages.yaml", f"out_dir={folder}/demo"), time.time() + 60
     while not (folder / "a/count.txt").exists():
         assert process.poll() is None and time.time() < end, process.communicate()
         time.sleep(0.05)
@@ -155,14 +155,13 @@ def test_an_interrupted_demo_goes_on(steps, capfd):
     assert [len(s) for s in starts(folder)] == [2, 1] and starts(folder)[0][-1].endswith("init_from=resume")
 
 
-def test_bad_stages(tmp_path):
-    (tmp_path / "list.yaml").write_text("a: 1")
-    (tmp_path / "no.yaml").write_text(yaml.safe_dump([dict(name="a", budget=1, run=["nosuch.py x=1"])]))
-    (tmp_path / "typo.yaml").write_text(yaml.safe_dump([dict(name="a", budget=1, run=["train.py max_itters=1"])]))
-    for name, says in (("list", ["list.yaml", "budget"]), ("no", ["no script nosuch.py"]), ("typo", ["max_itters", "max_iters"]), ("none", ["none.yaml"])):
+def test_bad_stages():
+    for stage, says in ((dict(a=1), ["'stages'", "budget"]), (dict(name="a", budget=1, run=["nosuch.py x=1"]), ["no script nosuch.py"]),
+                        (dict(name="a", budget=1, run=["train.py max_itters=1"]), ["max_itters", "max_iters"])):
         with pytest.raises((ValueError, FileNotFoundError)) as e:
-            demo.read_stages(f"{tmp_path / name}.yaml")
+            demo.read_stages([stage])
         assert all(words in str(e.value) for words in says) and "\n" not in str(e.value)
+    assert [name for name, _, _ in demo.read_stages(yaml.safe_load((ROOT / "config/demo.yaml").read_text())["stages"])][:2] == ["text", "train"]
 
 
 # ---- the page, from tiny runs of the scripts themselves
@@ -195,8 +194,8 @@ def tiny(tmp_path_factory):
                     ("decode", "model=ridge beside=[] embedding=lm layer=1"), ("telepath", "max_iters=4"))
                   for lm, end in ((folder / "train", ""), (twin, "_alpha0")))]
     stages = [dict(name=f"stage <{i}>", budget=9, run=[command]) for i, command in enumerate(commands)]
-    (folder / "stages.yaml").write_text(yaml.safe_dump(stages))
-    stages = demo.read_stages(folder / "stages.yaml")
+    (folder / "stages.yaml").write_text(yaml.safe_dump(dict(stages=stages)))
+    stages = demo.read_stages(yaml.safe_load((folder / "stages.yaml").read_text())["stages"])
     jobs = [job for _, _, some in stages for job in some]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(Figure, "savefig", lambda self, to, **_: to.write(DOT) if hasattr(to, "write") else Path(to).write_bytes(DOT))  # half of the time
@@ -207,9 +206,9 @@ def tiny(tmp_path_factory):
     return folder, stages
 
 
-def page(folder, status=0, **options):
+def page(folder, status=0):
     with pytest.raises(SystemExit) as e:
-        demo.main(demo.Config(stages=f"{folder}/stages.yaml", out_dir=f"{folder}/demo", report_only=True, **options))
+        demo.main(configure(demo.Config, [f"{folder}/stages.yaml", f"out_dir={folder}/demo", "report_only=True"]))
     assert e.value.code == status
     return (folder / "demo/report.html").read_text()
 
