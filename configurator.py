@@ -184,7 +184,7 @@ class Run:
     def __init__(self, config):
         import torch
         import torch.distributed as dist
-        self.config, self.start, self.stopped, self._asks = config, time.time(), 0, False
+        self.config, self.start, self.stopped, self._asks, self.content = config, time.time(), 0, False, ""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
         if "SLURM_ARRAY_TASK_COUNT" in os.environ:  # an array of independent jobs: a worker each
@@ -408,8 +408,9 @@ class Run:
         return list(jobs)[self.worker::self.workers]
 
     def options_hash(self, without=()):
-        """Short hash of every option that can change a result, less those in `without`."""
-        return hash_options({k: v for k, v in dataclasses.asdict(self.config).items() if k not in without})
+        """Short hash of every option that can change a result, less those in `without`; behind it `content`, where the script sets that: a hash of what the
+        options only name (weights, data), since others under the same name are another experiment."""
+        return hash_options({k: v for k, v in dataclasses.asdict(self.config).items() if k not in without}) + f"-{self.content}" * bool(self.content)
 
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this worker's part of the results table. Raises ValueError where a score would stand without its chance level, interval or n;

@@ -1754,9 +1754,8 @@ class Sweep:
                 data.names, data.meta.get("options"), [r.meta.get("sha256") for r, _ in data.parts], contents({"lm": config.lm} if lm else {}),
                 self.windows.encoder.key if self.windows.encoder else contents(config.preprocessor_params))).encode()
             + self.rows.tobytes() + (b"" if lm else target.values.tobytes())).hexdigest()[:6]
-        options = f"{run.options_hash()}-{code}"
-        run.options_hash = lambda: options  # of results.csv's rows too: other data or another user's file is another experiment
-        self.store = run.out / "jobs" / options
+        run.content = code  # of results.csv's rows too: other data or another user's file is another experiment
+        self.store = run.out / "jobs" / run.options_hash()
         self.store.mkdir(parents=True, exist_ok=True)
         self.keys = dict(data=data.source, target=config.task if config.task != "embedding" else
                          config.embedding[0] + (f" layer {config.layer}" if config.embedding[0] == "lm" or any(
@@ -2126,8 +2125,7 @@ def neuroprobe(run, config):
         raise ValueError(f"split={config.split} subjects={config.subjects}: {folder} leaves no recording to be tested; it has {', '.join(there)}")
     own = code_of(resolve(config.model, dict.fromkeys(MODELS), "model"))
     content = repr(([opened[n].meta.get("sha256") for n in there], contents(config.preprocessor_params), own))
-    options = f"{run.options_hash()}-{hashlib.sha256(content.encode()).hexdigest()[:6]}"
-    run.options_hash = lambda: options  # other data, another encoder or another file of the user's is another experiment
+    run.content = hashlib.sha256(content.encode()).hexdigest()[:6]  # other data, another encoder or another file of the user's is another experiment
     done = run.rows()
     done = set(zip(done.recording, done.task)) if len(done) else set()
     mine = [(n, t) for n, t in run.share([(n, t) for n in tested for t in asked]) if (n, t) not in done]

@@ -12,6 +12,7 @@ group of layers) is trained. A linear readout is fitted to the brain in closed f
 rsa or cka needs no readout at all, linear_first fits it once and warps it along with the model.
 Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood); Golub & Pereyra 1973 (variable projection).
 """
+import hashlib
 import importlib.util
 import itertools
 import re
@@ -1626,9 +1627,16 @@ def plot_simulation(run, config, x, target):
     save(fig, run.out / "simulation.png")
 
 
+def files_of(lm):
+    """(name, size, time of change) of a language model's files: trained again, it is another one."""
+    found = sorted(p for p in ([Path(lm)] if Path(lm).is_file() else Path(lm).glob("*")) if p.suffix in (".pt", ".safetensors"))
+    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+
+
 def main(config):
     run = Run(config)
     study = read_study(run, config)
+    run.content = hashlib.sha256(study.y.tobytes() + repr(files_of(config.lm)).encode()).hexdigest()[:6]  # other responses or weights: other fits
     run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli, " +
               (f"{len(study.labels)} classes" if study.labels else f"{study.y.shape[1]} units") +
               (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else ""))
