@@ -198,7 +198,9 @@ class Run:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             long = datetime.timedelta(hours=24)  # the ranks of a sweep end hours apart; the launcher sees one that dies
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=long)
+            store, *_ = next(dist.rendezvous("env://", timeout=long))  # after a restart it may still hold the addresses of ranks that died
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world, timeout=long)
             self._flags = dist.new_group(backend="gloo")  # numbers travel beside the GPU, which need not stop for them
         self.seed = config.seed
         torch.manual_seed(key_seed(self.seed))

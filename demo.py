@@ -301,7 +301,7 @@ def t_interval(x):
     """(mean, low, high): 95 % of the t distribution over the entries of x."""
     x = np.asarray(x, float)
     if len(x) < 2:
-        return x.mean(), math.nan, math.nan
+        return x.mean(), -math.inf, math.inf  # one says nothing about others
     half = scipy.stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
     return x.mean(), x.mean() - half, x.mean() + half
 
@@ -309,7 +309,7 @@ def t_interval(x):
 def by_cluster(values, clusters, seed):
     """(mean, low, high) of trials: 95 % bootstrap over what they share (objects)."""
     if len(set(clusters)) < 2:
-        return float(np.mean(values)), math.nan, math.nan
+        return float(np.mean(values)), -math.inf, math.inf
     parts = pd.DataFrame({"v": np.asarray(values, float), "c": np.asarray(clusters)}).groupby("c").v.agg(["sum", "size"]).to_numpy(float)
     drawn = parts[np.random.default_rng(seed).integers(len(parts), size=(2000, len(parts)))].sum(1)
     return (float(np.mean(values)), *np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))

@@ -867,7 +867,7 @@ class NeuralGPT(nn.Module):
             self.bon, self.eon = (nn.Parameter(wte.mean(0) + torch.randn_like(wte[0]) * wte.std(0)) for _ in range(2))
         # neural tokens begin where the language model's tokens are: around their mean, with their spread
         with torch.no_grad():
-            for last in (encoder.embed if encoder.out is None else encoder.out, encoder.whole):
+            for last in (encoder.embed if encoder.config.kind == "linear" else encoder.out, encoder.whole):
                 if last is not None:
                     last.weight.mul_(wte.std() / (last.weight.std() * last.weight.size(1) ** 0.5))
                     last.bias.copy_(wte.mean(0))

@@ -92,6 +92,8 @@ def test_every_config_file_is_valid():
     """Every config/*.yaml fits the script of its launch line, and so does every file that the line gives beside it."""
     import importlib
     for path in sorted((configurator.HERE / "config").glob("*.yaml")):
+        if path.name == "demo.yaml":  # stages, no options: tests/test_demo.py
+            continue
         launch = path.read_text().splitlines()[0]
         script = next(word for word in launch.split() if word.endswith(".py") and "/" not in word)
         given = [word for word in launch.split() if word.endswith(".yaml")]

@@ -265,7 +265,7 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path, options, events, what, word
 
 @pytest.mark.parametrize("options, words", [
     (["root=/nonexistent"], "root=/nonexistent is no BIDS folder"), ([], "root= is missing"), (["sfreq=50"], "h_freq=40 is above half of sfreq=50"),
-    (["l_freq=50"], "l_freq=50 is not below"), (["montage=mine"], "montage='mine' is none of MNE's: .*colin27_1005"), (["l_freq=-1"], "0 for none"),
+    (["l_freq=50"], "l_freq=50 is not below"), (["montage=mine"], "montage='mine' is none of MNE's: .*colin27_1005"), (["l_freq=-1"], "at least 0"),
     (["bads=keep"], "option 'bads' must be interpolate or mark or drop")])
 def test_bad_options_are_refused(options, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):

@@ -213,11 +213,10 @@ torch.optim.AdamW.step = step
 """
 
 
-@pytest.mark.slow  # on CPUs gloo does not always find its peers again at the first restart
 @pytest.mark.parametrize("script", TRAINING[:1], ids=lambda s: s.name)
 def test_two_ranks_of_which_one_dies_are_one(script, given, whole, tmp_path):
     """The launcher starts them again, and they go on from the last checkpoint, not from the first step."""
-    run(script.name, *options(script, given, tmp_path / "run"), ranks=2, restarts=3, patch=A_RANK_DIES)
+    run(script.name, *options(script, given, tmp_path / "run"), ranks=2, restarts=1, patch=A_RANK_DIES)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["init_from"] == "resume"
     assert agree(state(tmp_path / "run"), state(whole(script)))
 
