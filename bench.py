@@ -277,6 +277,8 @@ def spatial_share(turns=20, windows=5, target="<= 0.05", name="spatial_share"):
 
     def spatial():
         units, near = model.sheets(model.draw_windows(generator))
+        for x in taps:
+            x.grad = None  # to be written, not added to
         sum(loss_of(x, u, near) for x, u in zip(taps, units.flatten(0, 1))).backward()
 
     warm, _ = seconds(step)

@@ -212,9 +212,29 @@ def window_correlations(x, units):
     z = normalise(x)  # (T, C)
     K, n = units.shape
     if K * n * n < z.size(1) ** 2:  # few windows: gather their units
-        z = z.t().index_select(0, units.flatten()).view(K, n, -1)  # (K, n, T)
-        return z @ z.transpose(1, 2)
+        return WindowCorrelations.apply(z, units)
     return (z.t() @ z)[units[:, :, None], units[:, None, :]]  # many: one Gram matrix of the layer, then its blocks
+
+
+class WindowCorrelations(torch.autograd.Function):
+    """z (T, C), units (K, n) → z.T @ z within each window, (K, n, n). Backward takes one product instead of two, and adds window by window, whose units are
+    distinct: rows are copied, where a scattered sum would go element by element."""
+
+    @staticmethod
+    def forward(ctx, z, units):
+        gathered = z.t().index_select(0, units.flatten()).view(*units.shape, -1)  # (K, n, T)
+        ctx.save_for_backward(gathered, units)
+        ctx.width = z.size(1)
+        return gathered @ gathered.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gathered, units = ctx.saved_tensors
+        grad = (grad + grad.transpose(1, 2)) @ gathered  # (K, n, T)
+        out = grad.new_zeros(ctx.width, grad.size(2))
+        for rows, one in zip(units, grad):
+            out[rows] = out[rows] + one
+        return out.t().contiguous(), None
 
 
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
