@@ -126,6 +126,7 @@ def job_of(command):
 
 
 def clock(seconds):
+    """Seconds as m:ss."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
@@ -280,6 +281,8 @@ def minus(text):
 
 @dataclass
 class Figure:
+    """One picture of the page and what must stand below it."""
+
     path: Path
     sentence: str         # what it shows
     null: str             # its chance level or null
@@ -289,6 +292,8 @@ class Figure:
 
 @dataclass
 class Section:
+    """One experiment of the page: words, answers, figures, tables."""
+
     title: str
     lead: str
     answers: list
@@ -321,10 +326,12 @@ def unpaired(a, b):
 
 
 def triple(row):
+    """(score, low, high) of a row of results."""
     return float(row.score), float(row.low), float(row.high)
 
 
 def read(job):
+    """The results table of a job."""
     return pd.read_csv(job.out / "results.csv", dtype={"options": str}, low_memory=False)
 
 
@@ -343,6 +350,7 @@ def figures(job):
 
 
 def show_train(job, twin, seed):
+    """The section on training, from both models' results."""
     a, b = (read(j) for j in (job, twin))
     a, b = (t[t.metric == "val_loss"].iloc[-1] for t in (a, b))
     answers = [Answer("What does place cost in language?", "validation loss, nats per token", [triple(a), triple(b)], unpaired(triple(a), triple(b)),
@@ -362,6 +370,7 @@ def show_train(job, twin, seed):
 
 
 def show_sample(job, twin, seed):
+    """The section on what both models write."""
     return Section("Writing", "What each makes of the same beginning, with the same random numbers. Nobody scored this.", [], [],
                    texts=[(who, (j.out / "samples.txt").read_text(), j) for j, who in ((job, "topographic"), (twin, "twin"))])
 
@@ -402,6 +411,7 @@ def show_topography(job, seed):
 
 
 def show_probe(job, twin, seed):
+    """The section on probing, paired over tasks."""
     tables, probe = [read(j) for j in (job, twin)], job.options["probe"][0]
     best = [t[(t.layer == "best") & (t.probe == probe)] for t in tables]
     real = [t[t.baseline.isna()].set_index("dataset") for t in best]
@@ -453,6 +463,7 @@ def show_warp(job, other, seed):
 
 
 def show_decode(job, twin, seed):
+    """The section on decoding into each model's own embeddings, paired over folds."""
     tables, lag = [read(j) for j in (job, twin)], 300.0
     meta = HERE / "data" / job.options["dataset"] / "meta.yaml"
     if meta.exists():  # where its words were planted: chosen before any score
@@ -487,6 +498,7 @@ SAID = {"trial": "other pictures of known words", "object": "words never trained
 
 
 def show_telepath(job, twin, seed):
+    """The section on EEG to words through each model, in pairs over what was shown."""
     tables, samples, rows, found = [read(j) for j in (job, twin)], [], [], {}
     for j in (job, twin):
         s = pd.read_csv(j.out / "samples.csv", keep_default_na=False, dtype=str)

@@ -434,6 +434,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 def build(config, corpus):
+    """The autoencoder that the options and the recordings ask for."""
     shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=config.n_embd, width=config.width, n_layer=config.n_layer, n_head=config.n_head,
                           patch=config.patch * corpus.F, degree=config.degree, subjects=len(corpus.subjects), dropout=config.dropout, reach=True)
     return MaskedAutoencoder(shape, corpus.P, config.decoder_width, config.decoder_layers, config.n_head)
@@ -575,6 +576,7 @@ def save_figure(fig, path):
 
 
 def plot_curves(path, log, title):
+    """loss.png: both training losses, and R² of hidden validation patches by mask."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, prefix in zip(axes, ("train_", "val_r2_")):

@@ -1541,6 +1541,7 @@ def candidates(config):
 # ---- plots
 
 def save(fig, path, dpi=130):
+    """Write a figure aside, then in place, and close it."""
     with aside(path) as f:
         fig.savefig(f, dpi=dpi, format="png")
     plt.close(fig)

@@ -125,7 +125,7 @@ def agree(a, b):
     (state_a, log_a), (state_b, log_b) = a, b
     assert (state_a["step"], state_a.get("cursor")) == (state_b["step"], state_b.get("cursor"))
     for i, (x, y) in enumerate(zip(log_a, log_b, strict=True)):
-        assert x.keys() == y.keys() and all(np.isclose(x[k], y[k], rtol=1e-5 if i < 2 else 0.02) for k in x), (x, y)
+        assert x.keys() == y.keys() and all(np.isclose(x[k], y[k], rtol=1e-5 if i < 2 else 0.06) for k in x), (x, y)
     for k in state_a["model"]:
         assert (state_a["model"][k] - state_b["model"][k]).abs().max() < 0.02, k
     return True
