@@ -376,6 +376,7 @@ def show_sample(job, twin, seed):
 
 
 def show_topography(job, seed):
+    """The section on the sheets: one job read both models."""
     table = read(job)
     mine = table[(table.measure == "moran") & (table.blur == 0)]
     sheets = mine[mine.sheet != "mean"].groupby(["model", "sheet"]).score.mean().unstack("sheet")
@@ -433,6 +434,7 @@ def show_probe(job, twin, seed):
 
 
 def show_warp(job, other, seed):
+    """The section on d_warp: both models against a brain grown from each."""
     jobs, names, points, gaps, rows = [job, other], job.options["models"], [], [], []
     last = max(job.options["dims"])
     for j, grown in zip(jobs, BOTH.values()):
@@ -601,6 +603,7 @@ pre { font: .85rem/1.5 Charter, Georgia, "DejaVu Serif", serif; white-space: pre
 
 
 def cell(text):
+    """Text as HTML."""
     return html.escape(str(text))
 
 
@@ -614,6 +617,7 @@ def html_table(caption, header, rows):
 
 
 def html_answers(answers):
+    """The table of answers."""
     rows, before = [], None
     for a in answers:
         rows.append(f'<tr><td class="q">{cell(a.question) if a.question != before else ""}</td><td>{cell(a.what)}<small>{cell(a.beside)}</small></td>'
@@ -633,10 +637,12 @@ def stack(text):
 
 
 def picture(data, words):
+    """A PNG within the page."""
     return f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{html.escape(words, quote=True)}">'
 
 
 def html_figure(f):
+    """A picture with what must stand below it."""
     mark = '<span class="tag synthetic">synthetic</span>' if f.synthetic else '<span class="tag real">real text</span>'
     return (f"<figure>{picture(f.path.read_bytes(), f.sentence)}<figcaption>{mark}{cell(f.sentence)} {cell(f.null)} "
             f"<code>python {cell(f.job.command)}</code></figcaption></figure>")

@@ -107,5 +107,5 @@ def test_citation_names_the_project_and_its_sources():
 
 
 def test_shell_files_are_shell():
-    for path in sorted((ROOT / "config/slurm").glob("*")):
-        subprocess.run(["bash", "-n", path], check=True)
+    files = sorted((ROOT / "config/slurm").glob("*"))
+    assert files and all(subprocess.run(["bash", "-n", path]).returncode == 0 for path in files)
