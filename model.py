@@ -205,7 +205,7 @@ class Block(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of x @ weight.T against targets, a chunk of tokens at a time; the gradient is made in the same pass, so neither
     logits nor probabilities outlive their chunk. x (N, C), weight (V, C), targets (N,) int64 with -1 for "do not count"; softmax: nats_of, or
-    nats_of compiled."""
+    nats_of compiled. Fresh memory costs a CPU more than the sums in it: one chunk's logits serve all, and the weight's gradient is added up by slabs."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, chunk, dtype, softmax, grad):
@@ -213,14 +213,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         dx: Any = torch.empty_like(x) if grad else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if grad else None
-        logits = torch.empty(min(chunk, len(x)), len(w), dtype=dtype, device=x.device)  # one chunk's memory for all of them
+        logits = torch.empty(min(chunk, len(x)), len(w), dtype=dtype, device=x.device)
+        slab = 1024 if x.device.type == "cpu" else len(w)  # words
         for at in range(0, len(x), chunk):
-            rows = x[at:at + chunk].to(dtype)
+            rows, right = x[at:at + chunk].to(dtype), targets[at:at + chunk]
             p = torch.mm(rows, w.t(), out=logits[:len(rows)])  # (chunk, V), logits first
-            total += softmax(p, targets[at:at + chunk, None], grad)
+            nats = softmax(p, right, grad)
+            total += nats.sum()
             if grad:
+                p[torch.arange(len(p), device=p.device), right.clamp_min(0)] = torch.expm1(-nats).to(dtype)  # p - 1, exact where nearly 0
                 dx[at:at + chunk] = p @ w
-                dw += p.t() @ rows
+                for part, q in zip(dw.split(slab), p.split(slab, 1)):
+                    part += q.t() @ rows
         count = (targets >= 0).sum().clamp_min(1)
         ctx.save_for_backward(dx, dw, count)
         return total / count
@@ -229,21 +233,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dw, count = ctx.saved_tensors
         scale = grad / count
-        return dx * scale.to(dx.dtype), dw * scale, None, None, None, None, None
+        return dx * scale.to(dx.dtype), dw.mul_(scale), None, None, None, None, None
 
 
 def nats_of(logits, targets, grad):
-    """Summed cross-entropy of logits (n, V) against targets (n, 1), -1 not counted; with `grad` its gradient takes the logits' place. The mean's
-    division comes later, in backward, where float16's loss scale keeps small probabilities from underflow."""
+    """Cross-entropies (n,) of logits (n, V) against targets (n,), 0 for -1, which is not counted; with `grad` the probabilities take the logits'
+    place, 0 in rows not counted. The mean's division comes later, in backward, where float16's loss scale keeps small ones from underflow."""
+    targets = targets[:, None]
     counted = targets >= 0
     top = logits.amax(1, keepdim=True).float()
-    powers = (logits.float() - top).exp()
-    norm = powers.sum(1, keepdim=True)
-    nats = norm.log() + top - logits.gather(1, targets.clamp_min(0)).float()
+    total = (logits.float() - top).exp().sum(1, keepdim=True).log() + top  # ln of the sum of all exp(logits)
+    nats = ((total - logits.gather(1, targets.clamp_min(0)).float()) * counted)[:, 0]
     if grad:
-        right = torch.arange(logits.size(1), device=logits.device) == targets
-        logits.copy_((powers / norm - right.float()) * counted)
-    return (nats * counted).sum()
+        logits.copy_((logits.float() - torch.where(counted, total, math.inf)).exp())
+    return nats
 
 
 def cross_entropy(x, weight, targets, chunk=1024, softmax=nats_of):
