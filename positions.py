@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 # ---- the sheet
@@ -197,6 +198,30 @@ def place_units(coordinates):
 
 # ---- spatial loss
 
+def onednn(weight):
+    """May products without a gradient go straight to oneDNN? Float32 takes it half the time of MKL, torch's choice, on AMD's CPUs."""
+    there = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    return there and (weight.dtype is torch.float32 or weight.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def linear(x, weight, bias=None, packed=None):
+    """x (..., I) @ weight (O, I).T + bias without a gradient; packed: the weight in oneDNN's own layout, where there is one."""
+    if packed is not None or onednn(weight) and x.dtype is weight.dtype:
+        return torch.ops.mkldnn._linear_pointwise(x, weight if packed is None else packed, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+@torch.library.custom_op("nanocortex::inner", mutates_args=())
+def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """linear(a (m, k), b (n, k)) as an operator of our own: the compiler has no place for oneDNN's."""
+    return linear(a, b)
+
+
+@inner.register_fake
+def _(a, b):
+    return a.new_empty(len(a), len(b))
+
+
 def normalise(x):
     """Columns of x (T, C) centred and of unit length in float32, so that z.T @ z are Pearson correlations; a constant column becomes zeros."""
     x = x.float()
@@ -298,31 +323,25 @@ def whole_sheet(side, radius):
 
 class StripCorrelations(torch.autograd.Function):
     """Correlations of z (T, C) between the units of each strip of the sheet and those that share a window with it, (strips, strip, strip + reach):
-    z.T @ z without the pairs that are far apart, and most pairs once."""
+    z.T @ z without the pairs that are far apart, and most pairs once. Its products are float32, its gradient's of the type `half`."""
 
     @staticmethod
-    def forward(ctx, z, unit_at_cell, strip, reach):
-        z = z[:, unit_at_cell]  # in the order of the cells
-        r = z.new_zeros(-(-z.size(1) // strip), strip, strip + reach)
-        for at, block in zip(range(0, z.size(1), strip), r):
-            a, b = z[:, at:at + strip], z[:, at:at + strip + reach]
-            block[:a.size(1), :b.size(1)] = a.t() @ b
-        ctx.save_for_backward(z, unit_at_cell)
-        ctx.sizes = strip, reach
-        return r
+    def forward(ctx, z, unit_at_cell, strip, reach, half):
+        z = z.t()[unit_at_cell]  # (C, T), in the order of the cells
+        ctx.save_for_backward(z.to(half), unit_at_cell)
+        ctx.strip, ctx.wide = strip, strip + reach
+        blocks = [inner(z[at:at + strip], z[at:at + ctx.wide]) for at in range(0, len(z), strip)]
+        return torch.stack([F.pad(block, (0, ctx.wide - block.size(1), 0, strip - len(block))) for block in blocks])
 
     @staticmethod
     def backward(ctx, grad):
-        (z, unit_at_cell), (strip, reach) = ctx.saved_tensors, ctx.sizes
-        dz = torch.zeros_like(z)
-        for at, block in zip(range(0, z.size(1), strip), grad):
-            a, b = slice(at, at + strip), slice(at, at + strip + reach)
-            block = block[:z[:, a].size(1), :z[:, b].size(1)]
-            dz[:, a].addmm_(z[:, b], block.t())
-            dz[:, b].addmm_(z[:, a], block)
-        out = torch.empty_like(dz)
-        out[:, unit_at_cell] = dz
-        return out, None, None, None
+        (z, unit_at_cell), strip, wide = ctx.saved_tensors, ctx.strip, ctx.wide
+        C, starts = len(z), range(0, len(z), strip)
+        once = torch.cat([F.pad(block[:C - at, :C - at], (at, max(0, C - at - wide))) for at, block in zip(starts, grad.to(z.dtype))])
+        both = once + once.t()  # (C, C), the gradient of all correlations of a unit in its row
+        bands = [(slice(at, at + strip), slice(max(0, at + strip - wide), at + wide)) for at in starts]
+        dz = torch.cat([both[rows, near] @ z[near] for rows, near in bands])  # (C, T)
+        return dz[unit_at_cell.argsort()].t().to(grad.dtype).contiguous(), None, None, None, None
 
 
 def whole_sheet_loss(x, unit_at_cell, sheet, accum="mean"):
@@ -330,10 +349,12 @@ def whole_sheet_loss(x, unit_at_cell, sheet, accum="mean"):
     x (..., C), unit_at_cell (C,), sheet: a WholeSheet."""
     with torch.autocast(x.device.type, enabled=False):
         (P, side, _), wide = sheet.times.shape, sheet.box.size(1) - sheet.box.size(0) + 1
-        r = StripCorrelations.apply(normalise(x.flatten(0, -2)), unit_at_cell, STRIP * side, (wide - 1) * side)
+        half = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
+        r = StripCorrelations.apply(normalise(x.flatten(0, -2)), unit_at_cell, STRIP * side, (wide - 1) * side, half)
         r = r.view(-1, STRIP, side, STRIP + wide - 1, side).transpose(2, 3).reshape(P, side, side)
         sums = torch.stack([r * sheet.times, r.square() * sheet.times, r * sheet.near])  # (3, P, side, side)
-        s1, s2, cross = sheet.both @ ((sheet.box @ sums) * sheet.box).sum(-1)  # (W, W) each, a window each
+        pairs = (sheet.box[:, :, None] * sheet.box[:, None]).flatten(1)  # (W, side * side): both columns of a pair are in the window's
+        s1, s2, cross = (sheet.both @ sums.flatten(2)) @ pairs.t()  # (W, W) each, a window each
         var = (s2 - s1.square() / (wide ** 2 * (wide ** 2 - 1))).clamp_min(1e-9)
         loss = 0.5 * (1 - cross * (var * sheet.scale).rsqrt())
         return loss.max() if accum == "maximum" else loss.mean()

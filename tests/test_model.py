@@ -108,8 +108,23 @@ def test_chunked_cross_entropy_is_cross_entropy(chunk):
     assert torch.allclose(got_loss, full, atol=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(got, expected))
     assert cross_entropy(x, w, torch.full_like(y, -1)).item() == 0  # nothing counted
+    got_loss = cross_entropy(x, w, y, chunk)
+    got_loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        got_loss.backward()  # the weight's gradient was given away, not copied
     with torch.autocast("cpu", torch.bfloat16):
         assert abs(cross_entropy(x, w, y, chunk).item() - full.item()) < 0.05
+
+
+def test_the_head_in_half_precision():
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 16), torch.randn(2500, 16)  # several slabs of words
+    y = (x @ w.t()).argmax(1)  # nearly sure of the word: what is left is a small difference
+    x, w = x.bfloat16().requires_grad_(), w.bfloat16().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(cross_entropy(x, w, y, 128), (x, w))
+    expected = torch.autograd.grad(F.cross_entropy((x @ w.bfloat16().t()).float(), y), (x, w))  # of the same rounded logits
+    assert all((a.float() - b.float()).norm() < 0.01 * b.float().norm() for a, b in zip(got, expected))
 
 
 @pytest.mark.parametrize("tap", ["sublayer", "residual"])
@@ -169,6 +184,18 @@ def naive(model, prompt, n, size=32):
     return made
 
 
+@torch.no_grad()
+def test_linear_is_linear_without_a_gradient():
+    for bias in (True, False):
+        ours, x = M.Linear(48, 40, bias=bias), torch.randn(2, 3, 48)
+        assert torch.allclose(ours(x), torch.nn.functional.linear(x, ours.weight, ours.bias), atol=1e-5)
+        copies = torch.stack([ours.weight, 2 * ours.weight])
+        many = torch.vmap(lambda w: torch.func.functional_call(ours, {"weight": w}, (x,)))(copies)
+        assert torch.allclose(many[1], torch.nn.functional.linear(x, copies[1], ours.bias), atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x).dtype is torch.bfloat16
+
+
 def test_cached_generation_is_uncached_generation():
     model = small()
     prompts = [[1, 2, 3], [5], list(range(31)), list(range(40)), list(range(32))]
@@ -183,6 +210,21 @@ def test_cached_generation_is_uncached_generation():
     assert half.generate([[1, 2]], 1, temperature=0) == [[int(half(torch.tensor([[1, 2]])).logits[0, -1].argmax())]]
     own = model.generate(prompts, 45, temperature=0, stop=[[row[5]] for row in expected])
     assert own == [row[:row.index(row[5])] for row in expected]  # a stop of its own for each row
+    assert model.generate(prompts, 5, temperature=0) == [row[:5] for row in expected]  # too few for packed weights
+
+
+def test_packed_weights_go_with_the_text():
+    model = small()
+    linears = [module for module in model.modules() if isinstance(module, M.Linear)]
+    stream = model.stream([[1, 2]], 40, temperature=0)
+    before = next(stream)
+    assert all(module.packed is not None for module in linears) == M.positions.onednn(model.transformer.wte.weight)
+    stream.close()
+    assert all(module.packed is None for module in linears)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.neg_()
+        linears[0].weight.neg_()
+    assert model.generate([[1, 2]], 40, temperature=0)[0] == naive(model, [1, 2], 40) and next(model.stream([[1, 2]], 40, temperature=0)) != before
 
 
 def test_sampling():

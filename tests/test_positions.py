@@ -134,6 +134,16 @@ def test_every_window_at_once_is_every_window(side, radius, accum):
     assert torch.allclose(a, b, atol=1e-5 * a.abs().max())
 
 
+def test_every_window_in_half_precision():
+    x = torch.as_tensor(smooth_responses(9, tokens=200, noise=1), dtype=torch.float32).bfloat16()
+    unit_at_cell, sheet = torch.as_tensor(positions.random_positions(1, 81, 3)[0]), positions.whole_sheet(9, 4)
+    half, full = x.clone().requires_grad_(), x.float().requires_grad_()
+    a, b = spatial_loss(half, unit_at_cell, sheet), spatial_loss(full, unit_at_cell, sheet)
+    a.backward(), b.backward()
+    assert abs(a - b) < 1e-6 and half.grad.dtype is torch.bfloat16  # the loss is float32, its gradient as fine as the activations
+    assert (half.grad.float() - full.grad).norm() < 0.01 * full.grad.norm()
+
+
 def test_spatial_loss_is_float32_under_autocast():
     x = torch.randn(200, 36)
     units, near = window_of(x)
