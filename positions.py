@@ -323,12 +323,12 @@ def whole_sheet(side, radius):
 
 class StripCorrelations(torch.autograd.Function):
     """Correlations of z (T, C) between the units of each strip of the sheet and those that share a window with it, (strips, strip, strip + reach):
-    z.T @ z without the pairs that are far apart, and most pairs once. Its products are float32, its gradient's of the type `half`."""
+    z.T @ z without the pairs that are far apart, and most pairs once. Its products are float32, its gradient's of the type `dtype`."""
 
     @staticmethod
-    def forward(ctx, z, unit_at_cell, strip, reach, half):
+    def forward(ctx, z, unit_at_cell, strip, reach, dtype):
         z = z.t()[unit_at_cell]  # (C, T), in the order of the cells
-        ctx.save_for_backward(z.to(half), unit_at_cell)
+        ctx.save_for_backward(z.to(dtype), unit_at_cell)
         ctx.strip, ctx.wide = strip, strip + reach
         blocks = [inner(z[at:at + strip], z[at:at + ctx.wide]) for at in range(0, len(z), strip)]
         return torch.stack([F.pad(block, (0, ctx.wide - block.size(1), 0, strip - len(block))) for block in blocks])
@@ -349,8 +349,8 @@ def whole_sheet_loss(x, unit_at_cell, sheet, accum="mean"):
     x (..., C), unit_at_cell (C,), sheet: a WholeSheet."""
     with torch.autocast(x.device.type, enabled=False):
         (P, side, _), wide = sheet.times.shape, sheet.box.size(1) - sheet.box.size(0) + 1
-        half = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
-        r = StripCorrelations.apply(normalise(x.flatten(0, -2)), unit_at_cell, STRIP * side, (wide - 1) * side, half)
+        dtype = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32
+        r = StripCorrelations.apply(normalise(x.flatten(0, -2)), unit_at_cell, STRIP * side, (wide - 1) * side, dtype)
         r = r.view(-1, STRIP, side, STRIP + wide - 1, side).transpose(2, 3).reshape(P, side, side)
         sums = torch.stack([r * sheet.times, r.square() * sheet.times, r * sheet.near])  # (3, P, side, side)
         pairs = (sheet.box[:, :, None] * sheet.box[:, None]).flatten(1)  # (W, side * side): both columns of a pair are in the window's

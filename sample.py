@@ -38,7 +38,7 @@ class Config:
 def main(config):
     run = Run(config)
     model, tokenizer = load_lm(config.lm)
-    model.to(run.device).eval()
+    model.to(run.device, run.dtype).eval()
     text = Path(config.file).read_text() if config.file else config.prompt
     prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins after end-of-text
     if not prompt:
@@ -46,7 +46,7 @@ def main(config):
     stop = [tokenizer.eot] if config.stop and tokenizer.eot is not None else []
     rows, shown = [[] for _ in range(config.num_samples)], 0
     print(text, end="", flush=True)
-    with run.autocast():
+    with model.packed(config.num_samples):
         for tokens in model.stream([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                                    top_p=config.top_p, stop=stop, seed=config.seed):
             for row, token in zip(rows, tokens):

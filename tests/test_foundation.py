@@ -54,6 +54,17 @@ def test_latents_do_not_know_the_order_of_electrodes():
         assert not torch.allclose(model(x, xyz, subject), model(x[:, order], xyz, subject), atol=1e-3)
 
 
+@pytest.mark.parametrize("reach", [True, False])
+def test_one_token_alone(reach):
+    torch.manual_seed(0)
+    encoder = NeuralEncoder(EncoderConfig(kind="transformer", tokens="electrode", reach=reach, n_embd=16, width=16, n_head=2, patch=10))
+    x, subject = torch.randn(2, 1, 10), torch.zeros(2, dtype=torch.long)
+    xyz = torch.tensor([[[math.nan] * 3], [[0.01] * 3]])  # the first recording has no electrode of known place
+    n = encoder(x, xyz, subject)
+    n[1].sum().backward()
+    assert torch.isfinite(n).all() and all(torch.isfinite(p.grad).all() for p in encoder.parameters() if p.grad is not None)
+
+
 def test_reach_looks_at_what_is_near():
     model, (x, _, subject) = encoder(), montage(2)
     far = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0]])

@@ -1,4 +1,5 @@
 """The model against naive oracles: Hugging Face logits, full cross-entropy, uncached generation; checkpoints that are refused."""
+import copy
 import math
 import pickle
 import socket
@@ -116,6 +117,15 @@ def test_chunked_cross_entropy_is_cross_entropy(chunk):
         assert abs(cross_entropy(x, w, y, chunk).item() - full.item()) < 0.05
 
 
+def test_the_head_far_from_zero():
+    x, w, y = torch.randn(100, 16), torch.randn(300, 16), ids(100, high=300)
+    x[:, 0], w[:, 0] = 1, 1000  # the same for every word: no difference but to rounding
+    got, expected = (torch.autograd.grad(loss, a)[0] for a, loss in
+                     ((a, f(a)) for a, f in ((x.clone().requires_grad_(), lambda a: cross_entropy(a, w, y)),
+                                             (x.double().requires_grad_(), lambda a: F.cross_entropy(a @ w.double().t(), y)))))
+    assert (got - expected).norm() < 1e-3 * expected.norm()
+
+
 def test_the_head_in_half_precision():
     torch.manual_seed(0)
     x, w = torch.randn(300, 16), torch.randn(2500, 16)  # several slabs of words
@@ -184,16 +194,17 @@ def naive(model, prompt, n, size=32):
     return made
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_linear_is_linear_without_a_gradient():
-    for bias in (True, False):
-        ours, x = M.Linear(48, 40, bias=bias), torch.randn(2, 3, 48)
-        assert torch.allclose(ours(x), torch.nn.functional.linear(x, ours.weight, ours.bias), atol=1e-5)
-        copies = torch.stack([ours.weight, 2 * ours.weight])
-        many = torch.vmap(lambda w: torch.func.functional_call(ours, {"weight": w}, (x,)))(copies)
-        assert torch.allclose(many[1], torch.nn.functional.linear(x, copies[1], ours.bias), atol=1e-5)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ours(x).dtype is torch.bfloat16
+def test_linear_is_linear_without_a_gradient(bias):
+    ours, x = M.Linear(48, 40, bias=bias), torch.randn(2, 3, 48)
+    assert torch.allclose(ours(x), F.linear(x, ours.weight, ours.bias), atol=1e-5)
+    copies = torch.stack([ours.weight, 2 * ours.weight])
+    many = torch.vmap(lambda w: torch.func.functional_call(ours, {"weight": w}, (x,)))(copies)
+    assert torch.allclose(many[1], F.linear(x, copies[1], ours.bias), atol=1e-5)
+    assert torch.allclose(torch.func.jvp(ours, (x,), (x,))[1], x @ ours.weight.t(), atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype is torch.bfloat16
 
 
 def test_cached_generation_is_uncached_generation():
@@ -213,18 +224,26 @@ def test_cached_generation_is_uncached_generation():
     assert model.generate(prompts, 5, temperature=0) == [row[:5] for row in expected]  # too few for packed weights
 
 
-def test_packed_weights_go_with_the_text():
+def test_packed_weights_are_the_weights():
     model = small()
     linears = [module for module in model.modules() if isinstance(module, M.Linear)]
-    stream = model.stream([[1, 2]], 40, temperature=0)
-    before = next(stream)
-    assert all(module.packed is not None for module in linears) == M.positions.onednn(model.transformer.wte.weight)
-    stream.close()
-    assert all(module.packed is None for module in linears)
+    with model.packed(1):
+        assert all((module.packed is not None) == M.positions.onednn(model.transformer.wte.weight) for module in linears)
+    assert all(module.packed is None for module in linears) and model.packed_head is None
+    before = model.generate([[1, 2]], 40, temperature=0)
     with torch.no_grad():
-        model.transformer.ln_f.weight.neg_()
+        model.transformer.wte.weight.neg_()
         linears[0].weight.neg_()
-    assert model.generate([[1, 2]], 40, temperature=0)[0] == naive(model, [1, 2], 40) and next(model.stream([[1, 2]], 40, temperature=0)) != before
+    assert model.generate([[1, 2]], 40, temperature=0)[0] == naive(model, [1, 2], 40) != before[0]
+    torch.testing.assert_close(copy.deepcopy(model)(ids(1, 8)).logits, model(ids(1, 8)).logits)
+
+
+def test_without_onednn(monkeypatch):
+    """As on a build of torch that has it not."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setitem(torch.ops.__dict__, "mkldnn", None)
+    model = small()
+    assert model.generate([[1, 2]], 40, temperature=0)[0] == naive(model, [1, 2], 40)
 
 
 def test_sampling():
