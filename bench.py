@@ -235,10 +235,13 @@ def train_step(turns=24):
     return row("train_step", times[0][2:], times[1][2:], ">= 4", device(), f"loss after {len(losses[0])} steps {losses[0][-1]:.3f} and {losses[1][-1]:.3f}")
 
 
+# Bytes, in a process of its own on Linux. A child's ru_maxrss begins at its parent's: here, at what other claims took.
+PEAK = "(1024 * int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]))"
+
+
 def peak_memory(claim):
     """Peak resident memory (bytes) of a process of its own that runs `claim`, an expression over this module, or on a GPU the allocator's peak."""
-    code = f"import resource, torch, bench; {claim}; print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else " \
-           "1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = f"import torch, bench; {claim}; print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else {PEAK})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -580,15 +583,15 @@ def word_auc(turns=5, words=1000, classes=440, shifts=1000):
     return within("word_auc", measured, 1.0, "s", cpu(), f"{words} words, {classes} classes, {shifts} shifts")
 
 
-DECODING = """
-import resource, sys
+DECODING = f"""
+import sys
 import decode
 config = decode.configure(decode.Config, sys.argv[1:])
 run = decode.Run(config)
 sweep = decode.Sweep(run, config)
 bar = run.progress(len(sweep.lags))
 sweep.do([(config.model, lag, 0) for lag in sweep.lags], bar)
-print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9} GB of {len(sweep.start)} words")
+print("peak", {PEAK} / 1e9, "GB of", len(sweep.start), "words")
 """
 
 
@@ -845,7 +848,7 @@ def warp_sweep(turns=3, seeds=5, dims=(1, 3, 10, 23, 56, 133, 316, 749, 1000), s
 
 
 WARPING = """
-import resource, sys, torch
+import sys, torch
 sys.path.insert(0, {root!r})
 import warp
 from model import GPT, GPTConfig
@@ -864,7 +867,7 @@ if {train}:
 else:
     with torch.no_grad():
         reader(*inputs)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, sum(p.numel() for p in model.parameters()) * 4)
+print({peak}, sum(p.numel() for p in model.parameters()) * 4)
 """
 
 
@@ -876,7 +879,7 @@ def warp_memory(turns=2, d=1000, n_layer=12, n_embd=768, vocab=50304):
     for _ in range(turns):
         peaks = []
         for train in (True, False):
-            code = WARPING.format(root=str(Path(__file__).resolve().parent), shape=shape, layers=n_layer, vocab=vocab, train=train, d=d)
+            code = WARPING.format(root=str(Path(__file__).resolve().parent), shape=shape, layers=n_layer, vocab=vocab, train=train, d=d, peak=PEAK)
             out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
             peaks.append(int(out[0]))
             weights = int(out[1])
