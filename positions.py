@@ -211,17 +211,6 @@ def linear(x, weight, bias=None, packed=None):
     return F.linear(x, weight, bias)
 
 
-@torch.library.custom_op("nanocortex::inner", mutates_args=())
-def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """linear(a (m, k), b (n, k)) as an operator of our own: the compiler has no place for oneDNN's."""
-    return linear(a, b)
-
-
-@inner.register_fake
-def _(a, b):
-    return a.new_empty(len(a), len(b))
-
-
 def normalise(x):
     """Columns of x (T, C) centred and of unit length in float32, so that z.T @ z are Pearson correlations; a constant column becomes zeros."""
     x = x.float()
@@ -321,6 +310,22 @@ def whole_sheet(side, radius):
                         (times, times * closer, box, box[:, i] * box[:, k] * real, np.square(near - mean)[pairs].sum())))
 
 
+@torch.library.custom_op("nanocortex::strip_products", mutates_args=())
+def strip_products(z: torch.Tensor, strip: int, wide: int) -> torch.Tensor:
+    """Products of z (C, T), float32, without a gradient: each strip of so many rows with the `wide` rows from its first on, (strips, strip, wide), zeros
+    beyond the last. An operator of our own: the compiler has no place for oneDNN's."""
+    r = z.new_zeros(-(-len(z) // strip), strip, wide)
+    for at, block in zip(range(0, len(z), strip), r):
+        a, b = z[at:at + strip], z[at:at + wide]
+        block[:len(a), :len(b)] = linear(a, b)
+    return r
+
+
+@strip_products.register_fake
+def _(z, strip, wide):
+    return z.new_empty(-(-len(z) // strip), strip, wide)
+
+
 class StripCorrelations(torch.autograd.Function):
     """Correlations of z (T, C) between the units of each strip of the sheet and those that share a window with it, (strips, strip, strip + reach):
     z.T @ z without the pairs that are far apart, and most pairs once. Its products are float32, its gradient's of the type `dtype`."""
@@ -330,8 +335,7 @@ class StripCorrelations(torch.autograd.Function):
         z = z.t()[unit_at_cell]  # (C, T), in the order of the cells
         ctx.save_for_backward(z.to(dtype), unit_at_cell)
         ctx.strip, ctx.wide = strip, strip + reach
-        blocks = [inner(z[at:at + strip], z[at:at + ctx.wide]) for at in range(0, len(z), strip)]
-        return torch.stack([F.pad(block, (0, ctx.wide - block.size(1), 0, strip - len(block))) for block in blocks])
+        return strip_products(z, strip, ctx.wide)
 
     @staticmethod
     def backward(ctx, grad):
