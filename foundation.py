@@ -570,6 +570,7 @@ def report(run, model, corpus, config):
 # ---- plots
 
 def save_figure(fig, path):
+    """Write the figure aside, rename, close it."""
     with aside(path) as file:
         fig.savefig(file, dpi=130, format="png")
     plt.close(fig)

@@ -104,6 +104,7 @@ def cached(function):
 
 
 def mtime(path):
+    """When the file was written (ns), 0 where there is none: a key for the app's caches."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
@@ -224,10 +225,12 @@ def at_threshold(y, score, threshold):
 
 
 def faint(color, alpha=0.15):
+    """A colour '#rrggbb' as plotly's rgba, for bands behind lines."""
     return f"rgba({int(color[1:3], 16)},{int(color[3:5], 16)},{int(color[5:7], 16)},{alpha})"
 
 
 def canvas(title, x, y, height=420, **layout):
+    """An empty figure with its title and axes."""
     return go.Figure(layout=dict(title=title, xaxis_title=x, yaxis_title=y, height=height, **layout))
 
 
@@ -297,6 +300,7 @@ def size_figure(rows, x, title, label, metric):
 
 
 def show(figure, key):
+    """Draw a figure as wide as the page."""
     st.plotly_chart(figure, key=key, width="stretch")
 
 
@@ -1168,6 +1172,7 @@ def moments(X, Y):
 
 
 def add(parts):
+    """The moments of several folds as those of all their rows."""
     return {k: sum(p[k] for p in parts) for k in parts[0]}
 
 
@@ -1187,6 +1192,7 @@ def unscaled(coef, intercept, mu, sd):
 
 
 def solve(A, B):
+    """A⁻¹ B for positive definite A (G, H, H), B (G, H, C)."""
     return torch.cholesky_solve(B, torch.linalg.cholesky(A))
 
 
@@ -1823,6 +1829,7 @@ def write_rows(run, found, sites, asked, keys, null=None):
 
 
 def slug(*names):
+    """One file name out of several names."""
     return "__".join(str(n).replace("/", "-") for n in names)
 
 

@@ -224,6 +224,16 @@ def test_cached_generation_is_uncached_generation():
     assert model.generate(prompts, 5, temperature=0) == [row[:5] for row in expected]  # too few for packed weights
 
 
+def test_one_row_of_attention_is_float32_under_autocast():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 1, 16).bfloat16(), torch.randn(2, 3, 50, 16).bfloat16(), torch.randn(2, 3, 50, 16).bfloat16()
+    outside = M.attend(q, k, v, None, 0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(M.attend(q, k, v, None, 0.0), outside)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert torch.equal(outside, exact.to(torch.bfloat16))  # rounded once, at the end
+
+
 def test_packed_weights_are_the_weights():
     model = small()
     linears = [module for module in model.modules() if isinstance(module, M.Linear)]
