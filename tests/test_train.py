@@ -158,8 +158,8 @@ def test_dry_run_says_what_it_takes_and_leaves_nothing(dataset, tmp_path, capsys
 def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch):
     real = train.make_optimizers
 
-    def poisoned(model, config, device):
-        optimizers = real(model, config, device)
+    def poisoned(model, *args):
+        optimizers = real(model, *args)
         step = optimizers[0].step
 
         def bad(*args, **kwargs):
@@ -236,3 +236,60 @@ def test_run_is_made_for_scripts(tmp_path):
         Run(Config(out_dir=str(tmp_path), device="cpu"))
     Run(Config(out_dir=str(tmp_path), device="cpu", overwrite=True)).close()
     assert not (tmp_path / "ckpt.pt").exists() and (tmp_path / "notes.txt").exists()
+
+
+def exact_newton_schulz(grad, ns_coefficients, ns_steps, eps):
+    """torch's orthogonalisation in float64 instead of bfloat16."""
+    a, b, c = ns_coefficients
+    x = grad.double()
+    tall = x.size(0) > x.size(1)
+    x = x.T if tall else x
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(ns_steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).to(grad.dtype)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (96, 24), (24, 96)])
+def test_muon_makes_the_updates_of_torchs_muon_in_full_precision(shape, monkeypatch):
+    monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", exact_newton_schulz)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    optimizers = train.Muon([ours], 0.02, 0.95, 0.1), torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
+    for _ in range(10):
+        grad = torch.randn(shape, generator=generator)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - start).abs().max() > 0.01
+    assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+class SixteenBit(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers every operation that takes or gives a 16-bit float."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+            if torch.is_tensor(value) and value.dtype in (torch.bfloat16, torch.float16):
+                self.seen.add(str(function))
+        return out
+
+
+def test_a_float32_step_touches_no_16_bit_tensor():
+    """A CPU without bfloat16 emulates it, a hundred times as slow: one hidden cast and the main job does not end."""
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, sheet=True, radius=2, windows=2, alpha=0.1))
+    optimizers = make_optimizers(model, Config(), torch.device("cpu"), torch.float32)
+    idx = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+    with SixteenBit() as mode:
+        model(idx[:, :-1], idx[:, 1:], model.draw_windows(torch.Generator().manual_seed(0))).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len(optimizers) == 2 and not mode.seen
