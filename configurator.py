@@ -1,375 +1,591 @@
 """What every script starts with, and nothing about any experiment.
 
     config = configure(Config)      # dataclass defaults < YAML files < key=value, checked by type
-    run = Run(config)               # device, precision, ranks, seeds, out folder, log, checkpoints, results
+    run = Run(config)               # device, precision, ranks, seeds, out folder, log, results
 
-Everything random is keyed, `run.generator(step, micro, "dropout")`, so a run that stops at any step needs nothing but the step to
-go on, on any number of ranks. An error that a file of this repository raises on purpose ends in one sentence and exit status 2.
+Everything random is keyed, `run.generator(step, micro, "dropout")`: a run that stops at any step
+needs nothing but the step to go on, on any number of ranks. Bad input raises InputError, which ends
+the script with one sentence and exit status 2.
 """
-import ctypes, dataclasses, datetime, difflib, errno, fcntl, hashlib, inspect, io, json, linecache, math, os, platform, re, signal, subprocess, sys, time
-import tokenize, types, typing
+
+import ast
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import errno
+import fcntl
+import hashlib
+import importlib.machinery
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+import typing
 from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
 
-from data import aside, read_yaml, write_aside  # noqa: F401 (aside is for the scripts)
+if typing.TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+from data import InputError, aside, read_yaml, write_aside  # noqa: F401 (the scripts import them)
 
 HERE = Path(__file__).resolve().parent
-PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval", "wandb_log", "wandb_project"}  # not in a row's hash
-
-MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}  # what a row says, beside the keys of what it is about
+# options that cannot change a result: they are no part of what a row of results is known by
+PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval"}
+PLUMBING |= {"wandb_log", "wandb_project"}
+# what a row of results says, beside the keys of what it is about
+MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}
+LARGEST = 10**12  # no option but a seed is meant to be larger
 
 
 # ---- options
 
+
 def configure(Config, argv=None):
-    """Fill the dataclass `Config` from its defaults, then YAML files, then key=value (also --key=value); dots reach into dicts and nested
-    dataclasses. Values are parsed by the field's type. Raises ValueError or FileNotFoundError with one sentence; --help prints and exits."""
-    sys.excepthook = _one_sentence
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
+    """An instance of the dataclass `Config`: its defaults, then YAML files, then key=value.
+
+    YAML files may be any number, and a bare name is looked up in config/. key=value may be written
+    --key=value; dots reach into options that are dictionaries. --help prints every option and
+    exits. A Config may set RENAMED = {"old": "new"}, and POSITIVE, SHARES, SIGNED (see `check`).
+    Raises InputError for an unknown key, a wrong type, a missing file.
+    """
+    sys.excepthook = _print_one_sentence
+    if argv is None:
+        argv = sys.argv[1:]
+    if "-h" in argv or "--help" in argv:
         print(_manual(Config))
         raise SystemExit(0)
     config = Config()
-    for arg in (a for a in argv if "=" not in a):
-        path = next((p for p in (Path(arg), HERE / "config" / arg) if p.is_file()), None)
-        if path is None:
-            raise FileNotFoundError(f"no config file '{arg}' here or in {HERE / 'config'}: give a .yaml file or key=value (see --help)")
-        try:
-            options = read_yaml(path.read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ValueError(f"{path} is not a YAML file: {' '.join(str(e).split())}") from None
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} holds no 'key: value' lines: write one option a line")
-        for key, value in options.items():
-            _set(config, str(key), value, path)
-    for arg in (a for a in argv if "=" in a):
-        key, value = arg.split("=", 1)
-        _set(config, key.removeprefix("--"), value, "command line")
+    for argument in argv:
+        if "=" not in argument:
+            _read_config_file(config, argument)
+    for argument in argv:
+        if "=" in argument:
+            key, value = argument.split("=", 1)
+            _set_option(config, key.removeprefix("--"), value, "command line")
     check(config)
     return config
 
 
-def check(config):
-    """What no type can say: the range of every number, and the Config's own check(), where it has one. A number is 0 or more, unless the Config names it
-    in POSITIVE (above 0; a list: not empty), SHARES (0 to 1) or SIGNED (any; so is one whose default is negative). Raises ValueError with one sentence."""
-    positive, shares, signed = (getattr(config, kind, "").split() for kind in ("POSITIVE", "SHARES", "SIGNED"))
-    for field in dataclasses.fields(config):
-        key, value = field.name, getattr(config, field.name)
-        if key in positive and value == []:
-            raise ValueError(f"option '{key}' must name at least one")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        usual = field.default if isinstance(field.default, (int, float)) else 0
-        wrong = "finite" if value == math.inf != usual else "between 0 and 1" if key in shares and not 0 <= value <= 1 else \
-            ("at least 1" if isinstance(value, int) else "above 0") if key in positive and value <= 0 else \
-            "at least 0" if value < 0 <= usual and key not in signed else ""
-        if wrong:
-            raise ValueError(f"option '{key}' must be {wrong}, not {value}")
-    getattr(config, "check", lambda: None)()
+def _read_config_file(config, name):
+    """Set the options of a YAML file."""
+    path = Path(name) if Path(name).is_file() else HERE / "config" / name
+    if not path.is_file():
+        raise InputError(
+            f"no config file '{name}' here or in {HERE / 'config'}: "
+            "give a .yaml file or key=value (see --help)"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = read_yaml(text) or {}
+        as_typed = yaml.load(text, yaml.BaseLoader)  # every scalar a string: 01 stays 01
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds no 'key: value' lines: write one option a line")
+    kinds = typing.get_type_hints(type(config))
+    for key, value in values.items():
+        if kinds.get(key) in (str, list[str]) and value is not None:
+            value = as_typed[key]
+        _set_option(config, str(key), value, path)
 
 
-def _set(target, key, value, source):
-    owner, (head, _, rest) = target, key.partition(".")
-    while rest:  # walk the dots
-        owner = owner.get(head) if isinstance(owner, dict) else getattr(owner, head, None)
-        if not (isinstance(owner, dict) or dataclasses.is_dataclass(owner)):
-            raise ValueError(f"{source}: option '{key}' reaches into '{head}', which is no group of options")
-        head, _, rest = rest.partition(".")
-    if isinstance(owner, dict):
-        owner[head] = read_yaml(value) if isinstance(value, str) else value
-        return
-    kinds = typing.get_type_hints(type(owner))
-    if head not in kinds:
-        near = difflib.get_close_matches(head, kinds, 1)
-        raise ValueError(f"{source}: unknown option '{key}'" + (f"; did you mean '{near[0]}'?" if near else "; see --help"))
-    if dataclasses.is_dataclass(kinds[head]) and isinstance(value, dict):
-        for k, v in value.items():
-            _set(target, f"{key}.{k}", v, source)
+def _set_option(config, key, value, source):
+    """Set one option from `value`, a string or what YAML made of it; `source` is for the error."""
+    name, dot, inner = key.partition(".")
+    kinds = typing.get_type_hints(type(config))
+    if name not in kinds:
+        renamed = getattr(config, "RENAMED", {})
+        if name in renamed:
+            raise InputError(f"{source}: option '{name}' is now called '{renamed[name]}'")
+        raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
+    kind = kinds[name]
+    if dot and not isinstance(getattr(config, name), dict):
+        raise InputError(
+            f"{source}: option '{name}' is no group of options, so there is no '{key}'"
+        )
+    if dot:
+        getattr(config, name)[inner] = read_yaml(value) if isinstance(value, str) else value
         return
     try:
-        setattr(owner, head, _parse(value, kinds[head]))
+        parsed = _parse(value, kind)
     except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
-        kind = kinds[head]
-        wanted = " or ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is typing.Literal else \
-            str(kind) if typing.get_args(kind) else kind.__name__
-        raise ValueError(f"{source}: option '{key}' must be {wanted}, not '{value}'") from None
+        wanted = inspect.formatannotation(kind).removeprefix("typing.")
+        raise InputError(f"{source}: option '{key}' must be {wanted}, not '{value}'") from None
+    if isinstance(parsed, int) and abs(parsed) > LARGEST and name != "seed":
+        raise InputError(f"{source}: option '{key}' must be below {LARGEST:.0e}, not '{value}'")
+    setattr(config, name, parsed)
+
+
+def _nearest(key, allowed):
+    """The end of a sentence about an unknown key."""
+    near = difflib.get_close_matches(key, allowed, 1)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(allowed))}"
 
 
 def _parse(value, kind):
-    """`value`, a string or what YAML made of it, as `kind`; ValueError, TypeError or KeyError where it is not one."""
-    origin, args = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        for arg in sorted(args, key=lambda a: a is not types.NoneType):
-            try:
-                return _parse(value, arg)
-            except (ValueError, TypeError, KeyError):
-                continue
-        raise ValueError(value)
-    if origin is types.NoneType:
-        return {"none": None, "null": None, "": None}[str(value).lower()]
+    """`value`, a string or what YAML made of it, as the type `kind`; raises if it is not one."""
+    origin = typing.get_origin(kind) or kind
+    choices = typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):  # int | None
+        if str(value).lower() in ("none", "null", ""):
+            return None
+        return _parse(value, choices[0])
     if origin is typing.Literal:
-        return {str(a): a for a in args}[str(value)]
+        return {str(choice).lower(): choice for choice in choices}[str(value).lower()]
     if origin is str:
         if isinstance(value, (list, dict)):
             raise TypeError(value)
         return "" if value is None else str(value)
+    if origin is list:
+        return _parse_list(value, choices[0])
     if isinstance(value, str):
-        value = read_yaml(f"[{value}]" if origin in (list, tuple) and not value.startswith("[") else value)
-    if origin in (list, tuple):
-        return origin(_parse(v, args[0]) if args else v for v in (value if isinstance(value, list) else [value]))
+        value = read_yaml(value)
     if origin is bool:
-        return {"True": True, "1": True, "False": False, "0": False}[str(value)]
+        return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
     if origin in (int, float):
-        number = float("not a number" if isinstance(value, bool) else value)
-        if number != number or origin is int and number != int(number):
-            raise ValueError(value)
-        return number if origin is float else value if isinstance(value, int) else int(number)
+        return _parse_number(value, origin)
     if not isinstance(value, origin):
         raise TypeError(value)
     return value
 
 
+def _parse_list(value, kind):
+    """A list, given as `[a, b]` or `a,b`. Strings stay as typed: 01 and null are names, too."""
+    if isinstance(value, str):
+        text = value if value.startswith("[") else f"[{value}]"
+        value = yaml.load(text, yaml.BaseLoader) if kind is str else read_yaml(text)
+    if not isinstance(value, list):
+        value = [value]
+    return [_parse(item, kind) for item in value]
+
+
+def _parse_number(value, kind):
+    number = float("not a number" if isinstance(value, bool) else value)
+    if math.isnan(number) or (kind is int and number != int(number)):
+        raise ValueError(value)
+    return value if isinstance(value, kind) else kind(number)
+
+
+def check(config):
+    """The range of every number, then the Config's own check(), where it has one.
+
+    A number is at least 0, unless the Config names it in the strings POSITIVE (above 0; a list: not
+    empty), SHARES (0 to 1) or SIGNED (any number; so is one whose default is negative).
+    Raises InputError.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        wanted = ""
+        if value == [] and field.name in getattr(config, "POSITIVE", "").split():
+            wanted = "a list of at least one"
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            wanted = _wanted_range(config, field, value)
+        if wanted:
+            raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
+    if hasattr(config, "check"):
+        config.check()
+
+
+def _wanted_range(config, field, value):
+    """In what range the number should have been, or '' where it is all right."""
+    default = field.default if isinstance(field.default, (int, float)) else 0
+    if value == math.inf != default:
+        return "finite"
+    if field.name in getattr(config, "SHARES", "").split():
+        return "" if 0 <= value <= 1 else "between 0 and 1"
+    if field.name in getattr(config, "POSITIVE", "").split():
+        return "" if value > 0 else "above 0"
+    if field.name in getattr(config, "SIGNED", "").split() or default < 0:
+        return ""
+    return "" if value >= 0 else "at least 0"
+
+
+def check_keys(given, allowed, option):
+    """Refuse a key of the dictionary option `option` that nothing reads. Raises InputError."""
+    for key in given:
+        if key not in allowed:
+            raise InputError(f"option '{option}' has no key '{key}'{_nearest(key, allowed)}")
+
+
+def load_function(spec, option):
+    """What `my_file.py:name`, the value of `option`, names. Raises InputError if it is missing."""
+    file, _, name = spec.partition(":")
+    try:
+        source = Path(file).read_text(encoding="utf-8")
+        loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
+        module = types.ModuleType(loader.name)
+        loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # a user's file may raise anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"option '{option}': '{spec}' cannot be loaded ({reason}); give my_file.py:name"
+        ) from None
+    _user_code.append(_hash(source))
+    return function
+
+
+_user_code: list[
+    str
+] = []  # hashes of the users' files in this process: their rows are known by them
+
+
 def _manual(Config):
-    """--help: the script's own docstring, then every option with its default and the comment beside it."""
+    """--help: the script's docstring, then every option with its default and its comment."""
     lines = [inspect.getdoc(sys.modules[Config.__module__]) or "", "", "options (key=value):"]
-    defaults, source = dataclasses.asdict(Config()), inspect.getsource(Config)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    for number, line in enumerate(source.splitlines(), 1):
+    defaults = dataclasses.asdict(Config())
+    for line in inspect.getsource(Config).splitlines():
         field = re.match(r"    (\w+)\s*:", line)
+        comment = line.rpartition("# ")[2] if "# " in line else ""
         if field and field[1] in defaults:
-            lines.append(f"  {field[1]}={defaults[field[1]]}".ljust(34) + comments.get(number, ""))
-        elif number in comments and line.startswith("    #"):
-            lines.append(f" {comments[number]}")
+            lines.append(f"  {field[1]}={defaults[field[1]]}".ljust(34) + comment)
+        elif line.startswith("    #"):
+            lines.append(f" {comment}")
     return "\n".join(lines)
 
 
-def _one_sentence(kind, error, trace):
-    """The excepthook: a ValueError or OSError that this repository raises on purpose is for the user; anything else is a bug, with its traceback."""
-    frame = trace
-    while frame is not None and frame.tb_next:
-        frame = frame.tb_next
-    file = frame.tb_frame.f_code.co_filename if frame else ""
-    if issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        print(f"error: {error.filename or 'a file'} could not be written ({error.strerror}): make room, then start again; what was finished is kept",
-              file=sys.stderr, flush=True)
-        raise SystemExit(2)
-    ours = HERE in Path(file).resolve().parents and "site-packages" not in file
-    if issubclass(kind, (ValueError, OSError)) and ours and linecache.getline(file, frame.tb_lineno).strip().startswith("raise "):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-    sys.__excepthook__(kind, error, trace)
+# Scripts not yet rewritten raise ValueError and OSError for bad input; their sentences count too.
+NOT_REWRITTEN = {
+    "bench.py",
+    "decode.py",
+    "demo.py",
+    "finetune.py",
+    "foundation.py",
+    "init_pos.py",
+    "model.py",
+    "positions.py",
+    "probe.py",
+    "sample.py",
+    "telepath.py",
+    "topography.py",
+    "train.py",
+    "warp.py",
+}
+
+
+def _print_one_sentence(kind, error, trace):
+    """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
+    full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if issubclass(kind, InputError) or _comes_from_an_old_script(kind, trace):
+        sentence = " ".join(str(error).split())
+    elif issubclass(kind, OSError) and error.errno in full_disk:
+        sentence = f"{error.filename or 'a file'} could not be written ({error.strerror}): "
+        sentence += "make room, then start again; what was finished is kept"
+    else:
+        sys.__excepthook__(kind, error, trace)
+        return
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _comes_from_an_old_script(kind, trace):
+    if not issubclass(kind, (ValueError, OSError)) or trace is None:
+        return False
+    while trace.tb_next:
+        trace = trace.tb_next
+    file = Path(trace.tb_frame.f_code.co_filename)
+    return file.name in NOT_REWRITTEN or "data" in file.parts
+
+
+# ---- keys and hashes
 
 
 def key_seed(*key):
-    """A 63-bit seed out of any key, the same on every machine: counter-based randomness for torch and numpy alike."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+    """A 63-bit seed out of any key, the same on every machine."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def hash_options(options):
     """Short hash of those of a dict of options that can change a result."""
-    kept = {k: v for k, v in options.items() if k not in PLUMBING}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    kept = {key: value for key, value in options.items() if key not in PLUMBING}
+    return _hash(json.dumps(kept, sort_keys=True, default=str))
+
+
+def hash_code(Config):
+    """Short hash of the script that holds `Config`, and of its parent X.py if it is X_part.py.
+
+    Layout and comments do not count: an edited decoder is another experiment, a comment is not.
+    """
+    script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
+    parent = script.with_name(script.stem.split("_")[0] + ".py")
+    texts = list(_user_code)
+    for path in {script, parent}:
+        if path.is_file():
+            texts.append(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
+    return _hash("".join(sorted(texts)))[:6]
 
 
 def keep_memory():
-    """Let glibc keep up to 2 GB of freed memory: it hands pieces back to the system again and again, and fresh pages cost a CPU more than the sums in them."""
+    """Let glibc keep up to 2 GB of freed memory: fresh pages cost a CPU more than its sums."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another libc
         return
-    mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    mallopt(-3, 2 ** 25)      # M_MMAP_THRESHOLD, its largest: what is bigger still comes and goes
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its largest
 
 
 # ---- the run
 
-class Run:
-    """Device, precision, ranks, seeds, out folder, log, checkpoints and results of one run; the same object on one rank and on many.
 
-    Attributes: rank, world, master, device (torch.device), dtype, out (Path), config, stopped (a signal asked us to stop).
-    Raises FileExistsError for an out folder that holds a checkpoint (unless init_from=resume or overwrite=True) or another live job."""
+class Run:
+    """Device, precision, ranks, seeds, out folder, log, checkpoints and results of one run.
+
+    Attributes: rank, world, master, device (torch.device), dtype, scaler, out (Path), config, seed;
+    stopped: the number of the signal that asked us to stop, or 0; content: set by a script to a
+    hash of what its options only name (weights, data), so that rows of other content do not count.
+    Raises InputError for an out folder that cannot be used.
+    """
 
     def __init__(self, config):
+        global torch, dist  # imported when a run starts: prepare scripts need no torch (4 s)
         import torch
         import torch.distributed as dist
-        self.config, self.start, self.stopped, self._asks, self.content = config, time.time(), 0, False, ""
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+        self.config = config
+        self.seed = config.seed
+        self.content = ""
+        self.start = time.time()
+        self.stopped = 0
+        self._stops_at_steps = False
+        self._reuse_said = False
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
-        if "SLURM_ARRAY_TASK_COUNT" in os.environ:  # an array of independent jobs: a worker each
-            self.worker = int(os.environ["SLURM_ARRAY_TASK_ID"]) - int(os.environ["SLURM_ARRAY_TASK_MIN"])
-            self.workers = int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-        else:
-            self.worker, self.workers = self.rank, self.world
-        self.device = torch.device(self._device(torch))
-        self.dtype = self._dtype(torch)
+        self.device = choose_device(getattr(config, "device", "auto"))
+        self.dtype = choose_dtype(getattr(config, "dtype", "auto"), self.device)
         if self.device.type == "cpu":
             keep_memory()
         if self.world > 1:
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            long = datetime.timedelta(hours=24)  # the ranks of a sweep end hours apart; the launcher sees one that dies
-            store, *_ = next(dist.rendezvous("env://", timeout=long))  # after a restart it may still hold the addresses of ranks that died
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", store=store, rank=self.rank, world_size=self.world, timeout=long)
-            self._flags = dist.new_group(backend="gloo")  # numbers travel beside the GPU, which need not stop for them
-        self.seed = config.seed
+            self._join_ranks()
         torch.manual_seed(key_seed(self.seed))
         if getattr(config, "deterministic", False):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
         elif self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        half = self.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
         self.out = Path(config.out_dir)
         self._open_folder()
-        self.wandb = self._open_wandb() if self.master and getattr(config, "wandb_log", False) else None
-
-    def _device(self, torch):
-        wanted = getattr(self.config, "device", "auto")
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        try:
-            name = torch.device(best if wanted == "auto" else wanted)
-        except RuntimeError:
-            raise ValueError(f"option 'device' must be auto, cpu, cuda, cuda:N or mps, not '{wanted}'") from None
-        if name.type == "cuda" and not torch.cuda.is_available() or name.type == "mps" and best != "mps":
-            raise ValueError(f"option 'device': this machine has no {name.type} device; use device={best}")
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if str(name) == "cuda" else name
-
-    def _dtype(self, torch):
-        wanted = getattr(self.config, "dtype", "auto")
-        if wanted == "auto":
-            bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else \
-                self.device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-            wanted = "bfloat16" if bf16 else "float16" if self.device.type == "cuda" else "float32"
-        if wanted not in ("float32", "bfloat16", "float16") or (wanted == "float16" and self.device.type == "cpu"):
-            raise ValueError(f"option 'dtype' must be auto, float32, bfloat16 or, on a GPU, float16, not '{wanted}'")
-        return getattr(torch, wanted)
+        self.wandb = None
+        if self.master and getattr(config, "wandb_log", False):
+            self.wandb = self._open_wandb()
 
     def autocast(self):
         """Context of the run's precision; leaves float32 alone."""
-        import torch
-        return nullcontext() if self.dtype is torch.float32 else torch.autocast(self.device.type, self.dtype)
+        if self.dtype is torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def generator(self, *key):
+        """A torch.Generator (CPU) keyed by (seed, *key): what it draws depends on nothing else."""
+        return torch.Generator().manual_seed(key_seed(self.seed, *key))
 
     # -- the out folder
 
     def _open_folder(self):
-        config, init = self.config, getattr(self.config, "init_from", None)
-        ckpt = self.out / "ckpt.pt"
-        again = False
+        config = self.config
+        init_from = getattr(config, "init_from", None)
+        restarted = False
         if self.master:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / (f".lock-{self.worker}" if self.workers > self.world else ".lock"), "a+")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise FileExistsError(f"{self.out} is in use by another job: wait for it, or give another out_dir=") from None
-            again = self._started_again() and ckpt.exists()
-            if init and init != "resume" and not again:
-                if ckpt.exists() and not getattr(config, "overwrite", False):
-                    raise FileExistsError(f"{ckpt} is there already: continue it with init_from=resume, or start over with overwrite=True, "
-                                          "or give another out_dir=")
-                old = [*self.out.glob("*.pt"), *self.out.glob("results*")] if ckpt.exists() else []
-                for path in [*old, self.out / "log.jsonl"]:  # what a run logged that never came to a checkpoint happens again
-                    path.unlink(missing_ok=True)
-        if self.reduce(int(again), "max") and init:
+            self._lock_folder()
+            ckpt = self.out / "ckpt.pt"
+            restarted = self._is_restart() and ckpt.exists()
+            if init_from and init_from != "resume" and not restarted:
+                self._clear_folder(ckpt)
+        if self.reduce(int(restarted), "max") and init_from:
             config.init_from = "resume"
         if self.master:
             self._lock.write(self._launch)
             self._lock.flush()
-            write_aside(self.out / "config.yaml", self._environment() + yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+            self.save_config()
         self.barrier()
 
-    def _started_again(self):
-        """Has this folder's last job been of this very launch? A launcher starts all ranks again when one dies, and SLURM a job that it stopped: then the
-        run goes on from the last checkpoint, whatever init_from says. The lock file holds the launch; one that was refused the folder is so again."""
-        launch = os.environ.get("TORCHELASTIC_RUN_ID", os.environ.get("SLURM_JOB_ID", "none"))
-        self._launch = f"launcher {os.getppid()}" if launch == "none" else launch
+    def _lock_folder(self):
+        """Make the folder and hold its lock until the process ends. Raises InputError."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.out / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
+        except OSError as error:
+            raise InputError(
+                f"out_dir={self.out} cannot be made or written ({error.strerror}): "
+                "give another out_dir="
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"{self.out} is in use by another job: wait for it, or give another out_dir="
+            ) from None
+
+    def _is_restart(self):
+        """Was this folder's last job of this very launch? The lock file holds the launch."""
+        self._launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if self._launch == "none":
+            self._launch = f"launcher {os.getppid()}"
         self._lock.seek(0)
-        before = self._lock.read()
+        last_launch = self._lock.read()
         self._lock.truncate(0)
-        return any(int(os.environ.get(key, 0)) for key in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")) and before == self._launch
+        # torchrun starts the ranks again when one dies; SLURM puts a stopped job back in the queue
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return restarts > 0 and last_launch == self._launch
+
+    def _clear_folder(self, ckpt):
+        """A training run that starts over removes what the last one left, once it is told so."""
+        if ckpt.exists():
+            if not getattr(self.config, "overwrite", False):
+                raise InputError(
+                    f"{ckpt} is there already: continue it with init_from=resume, or start over "
+                    "with overwrite=True, or give another out_dir="
+                )
+            for path in [*self.out.glob("*.pt"), *self.out.glob("results*")]:
+                path.unlink()
+        (self.out / "log.jsonl").unlink(missing_ok=True)
+
+    def save_config(self):
+        """Write the resolved options and the environment to config.yaml (rank 0)."""
+        if self.master:
+            options = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
+            write_aside(self.out / "config.yaml", self._environment() + options)
 
     def _environment(self):
-        import torch
-        git = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True)
-        facts = {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "code": git.stdout.strip() or "not a git checkout",
-                 "python": platform.python_version(), "torch": torch.__version__, "ranks": self.world, "dtype": str(self.dtype),
-                 "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device} {platform.machine()}"}
+        git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+        try:
+            code = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        except OSError:  # no git here
+            code = ""
+        device = f"{self.device} {platform.machine()}"
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        facts = {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "code": code or "not a git checkout",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "ranks": self.world,
+            "dtype": self.dtype,
+            "device": device,
+        }
         return "".join(f"# {key}: {value}\n" for key, value in facts.items())
 
     def dataset(self, name):
-        """Folder (Path) of a prepared dataset: a name under data/, or a path. An embedded one is made on first use, by rank 0, with a notice;
-        one that must be downloaded never is. Raises FileNotFoundError with the command that makes it."""
+        """Folder (Path) of a prepared dataset: a name under data/, or a path.
+
+        An embedded one is made on first use, by rank 0, with a notice; one that must be downloaded
+        never is. Raises InputError with the command that makes it.
+        """
         folder = Path(name) if Path(name).is_dir() else HERE / "data" / name
-        prepare = next((p / "prepare.py" for p in (folder, folder.parent) if (p / "prepare.py").exists()), None)
-        if self.master and not (folder / "meta.yaml").exists() and prepare:
-            if re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
-                print(f"{name}: made on first use from what is installed here (python {os.path.relpath(prepare)})", flush=True)
-                with open(prepare.parent / ".lock", "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
-                    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-                    subprocess.run([sys.executable, str(prepare)], env=alone)
+        prepare = folder / "prepare.py"
+        if not prepare.exists():  # a variant of a set, made into a folder inside it
+            prepare = folder.parent / "prepare.py"
+        if self.master and prepare.exists() and not (folder / "meta.yaml").exists():
+            self._make_if_embedded(name, prepare)
         self.barrier()
-        if not (folder / "meta.yaml").exists() and not any(folder.glob("*train*.bin")):  # token files of others have none: data/tokens.py
-            here = sorted(str(p.parent.relative_to(HERE / "data")) for p in (HERE / "data").glob("*/prepare.py"))
-            raise FileNotFoundError(f"dataset '{name}' is not there ({folder / 'meta.yaml'} is missing): " + (
-                f"run python {os.path.relpath(prepare)}" if prepare else f"give dataset= one of {', '.join(here)}, or a prepared folder"))
-        return folder
+        # token files of other projects have no meta.yaml: data/tokens.py reads them
+        if (folder / "meta.yaml").exists() or any(folder.glob("*train*.bin")):
+            return folder
+        names = sorted(path.parent.name for path in HERE.glob("data/*/prepare.py"))
+        hint = f"give a prepared folder, or one of {', '.join(names)}"
+        if prepare.exists():
+            hint = f"run python {os.path.relpath(prepare)}"
+        raise InputError(f"dataset '{name}': {folder / 'meta.yaml'} is missing: {hint}")
+
+    def _make_if_embedded(self, name, prepare):
+        if not re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
+            return
+        print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
+        environment = dict(os.environ)
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.pop(key, None)
+        with open(prepare.parent / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
+            subprocess.run([sys.executable, str(prepare)], env=environment)
 
     def save(self, name, state):
-        """Checkpoint `state` (plain types and tensors) to out_dir/name, aside and renamed; rank 0 writes."""
+        """Write a checkpoint, a dict of plain types and tensors, to out_dir/name (rank 0)."""
         from model import save_checkpoint
+
         if self.master:
             save_checkpoint(self.out / name, state)
 
     def load(self, name):
-        """Checkpoint out_dir/name as a dict on the CPU; raises with one sentence where it is missing, torn, foreign or newer."""
+        """Checkpoint out_dir/name as a dict on the CPU. Raises InputError."""
         from model import load_checkpoint
+
         return load_checkpoint(self.out / name)
 
-    # -- ranks, signals, randomness
+    # -- ranks and signals
+
+    def _join_ranks(self):
+        """Join torchrun's process group: nccl or gloo, and gloo beside it for single numbers."""
+        backend = "gloo"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            backend = "nccl"
+        # the ranks of a sweep may end hours apart; the launcher sees one that dies
+        timeout = datetime.timedelta(hours=24)
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # after a restart the store still holds the addresses of ranks that died
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+        store = dist.PrefixStore(f"attempt {attempt}", store)
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout
+        )
+        self._numbers = dist.new_group(backend="gloo")
 
     def _on_signal(self, number, frame):
-        if self.stopped or not self._asks:  # asked twice, or the script never looks: at once
+        if self.stopped or not self._stops_at_steps:  # asked twice, or the script never looks
             raise SystemExit(128 + number)
         self.stopped = number
 
     def stopping(self):
-        """At a step boundary: has any rank been asked to stop? Every rank gets the same answer (the signal's number, 0 for none). A script that
-        never calls this ends at once when asked to."""
-        self._asks = True
+        """Has any rank been asked to stop? Call it at every step boundary.
+
+        Returns the signal's number, the same on every rank, or 0. A script that never calls this
+        ends at once when it is asked to.
+        """
+        self._stops_at_steps = True
         self.stopped = int(self.reduce(self.stopped, "max"))
         return self.stopped
 
     def reduce(self, value, op="sum"):
-        """A number, or a tensor, summed ('sum') or maximised ('max') over the ranks."""
+        """A number or a tensor, summed (op='sum') or maximised (op='max') over the ranks."""
         if self.world == 1:
             return value
-        import torch
-        import torch.distributed as dist
         op = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
         if torch.is_tensor(value):
             tensor = value.to(self.device).clone()
             dist.all_reduce(tensor, op)
             return tensor
         number = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(number, op, group=self._flags)
+        dist.all_reduce(number, op, group=self._numbers)
         return number.item()
 
     def barrier(self):
         """Wait for every rank."""
         if self.world > 1:
-            import torch.distributed as dist
             dist.barrier()
-
-    def generator(self, *key):
-        """A torch.Generator (CPU) keyed by (seed, *key): what it draws depends on nothing else."""
-        import torch
-        return torch.Generator().manual_seed(key_seed(self.seed, *key))
 
     # -- words and numbers
 
@@ -377,82 +593,143 @@ class Run:
         """Print once, on rank 0, above a progress bar."""
         if self.master:
             from tqdm import tqdm
-            tqdm.write(" ".join(map(str, words)))
+
+            tqdm.write(" ".join(str(word) for word in words))
             sys.stdout.flush()
 
     def progress(self, total, initial=0, desc=None):
-        """A progress bar with rate and ETA (rank 0 only): call .update() once a step."""
+        """A progress bar with rate and ETA on rank 0: call .update() once a step."""
         from tqdm import tqdm
-        return tqdm(total=total, initial=initial, desc=desc, disable=not self.master, dynamic_ncols=True,
-                    mininterval=0.5 if sys.stderr.isatty() else 15, smoothing=0.05)
+
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=desc,
+            disable=not self.master,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+            smoothing=0.05,
+        )
 
     def log(self, step, **numbers):
-        """One line on the console, in log.jsonl and, with wandb_log=True, on wandb. Rank 0 writes."""
+        """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
         if not self.master:
             return
-        self.print(f"step {step:>6} | " + " | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
-        with open(self.out / "log.jsonl", "a") as f:
-            f.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 2), **numbers}) + "\n")
+        words = []
+        for key, value in numbers.items():
+            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+        self.print(f"step {step:>6} | " + " | ".join(words))
+        line = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
         if self.wandb:
             self.wandb.log(numbers, step=step)
 
     def rewind(self, step):
-        """Drop the log's lines after `step`: what was logged between the checkpoint and the stop happens again."""
+        """Drop the log's lines after `step`: what followed the checkpoint happens again."""
         path = self.out / "log.jsonl"
-        if self.master and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_aside(path, "".join(line + "\n" for line in lines))
+        if not self.master or not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            if line.endswith("}") and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        write_aside(path, "".join(kept))
 
     def _open_wandb(self):
         import wandb
+
         id_file = self.out / "wandb_id.txt"
         if getattr(self.config, "init_from", "") != "resume" or not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
         try:
-            return wandb.init(project=self.config.wandb_project, name=self.out.name, id=id_file.read_text(), resume="allow", dir=str(self.out),
-                              config=dataclasses.asdict(self.config))
-        except wandb.Error as e:
-            raise ValueError(f"wandb did not start ({' '.join(str(e).split())[:120]}): log in with wandb login, set WANDB_MODE=offline, or leave out "
-                             "wandb_log") from None
+            return wandb.init(
+                project=self.config.wandb_project,
+                name=self.out.name,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(self.out),
+                config=dataclasses.asdict(self.config),
+            )
+        except wandb.Error as error:
+            raise InputError(
+                f"wandb did not start ({' '.join(str(error).split())[:120]}): log in with "
+                "wandb login, set WANDB_MODE=offline, or leave out wandb_log"
+            ) from None
 
     # -- results of a sweep
 
     def share(self, jobs):
-        """This worker's part of a sweep's jobs: dealt over torchrun ranks, or over the tasks of a SLURM array."""
-        return list(jobs)[self.worker::self.workers]
+        """This rank's part of a sweep's jobs."""
+        return list(jobs)[self.rank :: self.world]
 
     def options_hash(self, without=()):
-        """Short hash of every option that can change a result, less those in `without`; behind it `content`, where the script sets that: a hash of what the
-        options only name (weights, data), since others under the same name are another experiment."""
-        return hash_options({k: v for k, v in dataclasses.asdict(self.config).items() if k not in without}) + f"-{self.content}" * bool(self.content)
+        """What a row is known by: hashes of the options less `without`, the code, the content."""
+        options = dataclasses.asdict(self.config)
+        for key in without:
+            options.pop(key, None)
+        parts = [hash_options(options), hash_code(type(self.config))]
+        if self.content:
+            parts.append(self.content)
+        return "-".join(parts)
 
     def result(self, score, chance, low, high, n, **keys):
-        """Append a row to this worker's part of the results table. Raises ValueError where a score would stand without its chance level, interval or n;
-        an end of the interval may be infinite, and a score that does not exist (nan) has none."""
-        if score == score and not (n >= 1 and chance == chance and low <= high):  # nan is a score that does not exist: it has no interval
-            raise ValueError(f"the score {score} of {keys} stands without a chance level ({chance}), an interval ({low} to {high}) or n ({n})")
-        row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n, "options": self.options_hash()}
-        with open(self.out / f"results.part-{self.worker}.jsonl", "ab+") as f:
-            f.seek(max(0, f.tell() - 1))
-            torn = f.read(1) not in (b"", b"\n")  # a kill in the middle of a row
-            f.write(("\n" * torn + json.dumps({k: v.item() if hasattr(v, "item") else v for k, v in row.items()}) + "\n").encode())
+        """Append a row to this rank's part of the results.
+
+        chance: the level of no knowledge; low, high: a 95 % interval, whose ends may be infinite;
+        n: how many things were scored. A score of nan does not exist and needs none of them.
+        Raises ValueError where a score would stand without one of them.
+        """
+        complete = n >= 1 and not math.isnan(chance) and low <= high
+        if not math.isnan(score) and not complete:
+            raise ValueError(
+                f"the score {score} of {keys} stands without a chance level ({chance}), "
+                f"an interval ({low} to {high}) or n ({n})"
+            )
+        row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n}
+        row["options"] = self.options_hash()
+        for key, value in row.items():
+            if hasattr(value, "item"):  # NumPy's and torch's numbers
+                row[key] = value.item()
+        line = json.dumps(row) + "\n"
+        with open(self.out / f"results.part-{self.rank}.jsonl", "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            if file.read(1) not in (b"", b"\n"):  # a kill in the middle of a row
+                line = "\n" + line
+            file.write(line.encode())
+        self._reuse_said = True  # from now on rows are this run's own
 
     def rows(self):
-        """DataFrame of the rows written so far with these options, by any worker, the last of its keys: what a sweep started again may skip."""
+        """DataFrame of the rows written so far with these options, code and content, by any rank.
+
+        Of rows with the same keys the last one counts. A sweep that starts again skips them.
+        """
         import pandas as pd
+
+        known = self.options_hash()
         rows = {}
+        others = 0
         for part in sorted(self.out.glob("results.part-*.jsonl")):
             for line in part.read_text(errors="replace").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:  # a kill may have torn it
+                except ValueError:  # torn by a kill
                     continue
-                if isinstance(row, dict) and row.get("options") == self.options_hash():
-                    rows[str(sorted((k, v) for k, v in row.items() if k not in MEASURED))] = row
+                if not isinstance(row, dict) or row.get("options") != known:
+                    others += 1
+                    continue
+                keys = [(key, value) for key, value in row.items() if key not in MEASURED]
+                rows[str(sorted(keys))] = row
+        if not self._reuse_said and (rows or others):
+            self._reuse_said = True
+            text = f"{self.out}: {len(rows)} rows of an earlier run are reused"
+            if others:
+                text += f"; {others} of other options, code or data are not"
+            self.print(text)
         return pd.DataFrame(list(rows.values()))
 
     def merge(self):
-        """Wait for the ranks and write results.csv, tidy, one row per measurement, from all parts (they stay). Returns it as a DataFrame."""
+        """Wait for the ranks, write results.csv from all parts, and return it as a DataFrame."""
         self.barrier()
         table = self.rows()
         if self.master and len(table):
@@ -461,17 +738,59 @@ class Run:
         return table
 
     def close(self):
-        """End the run; after a signal, with the status that a shell expects of it (128 + its number)."""
+        """End the run; after a signal, with the exit status a shell expects (128 + its number)."""
         if self.wandb:
             import wandb
-            if figures := sorted(self.out.glob("*.png")):
-                self.wandb.log({figure.stem: wandb.Image(str(figure)) for figure in figures})
+
+            figures = {}
+            for path in sorted(self.out.glob("*.png")):
+                figures[path.stem] = wandb.Image(str(path))
+            if figures:
+                self.wandb.log(figures)
             self.wandb.finish()
         if self.world > 1:
-            import torch.distributed as dist
             dist.destroy_process_group()
         if self.master:
             self._lock.close()
         if self.stopped:
             raise SystemExit(128 + self.stopped)
 
+
+def choose_device(wanted="auto"):
+    """The torch.device: cuda (this rank's), mps or cpu. Raises InputError if it is not there."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if wanted == "auto":
+        wanted = available[-1]
+    if (
+        not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted)
+        or wanted.partition(":")[0] not in available
+    ):
+        raise InputError(
+            f"option 'device' must be auto or {' or '.join(available)} on this machine, "
+            f"not '{wanted}'"
+        )
+    if wanted == "cuda":
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return torch.device(wanted)
+
+
+def choose_dtype(wanted, device):
+    """torch.dtype of the run: auto is bfloat16 where the hardware has it. Raises InputError."""
+    allowed = ["float32", "bfloat16"]
+    best = "float32"
+    if device.type == "cuda":
+        allowed.append("float16")
+        best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    elif device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        best = "bfloat16"
+    if wanted == "auto":
+        wanted = best
+    if wanted not in allowed:
+        raise InputError(
+            f"option 'dtype' must be auto or {' or '.join(allowed)} on {device}, not '{wanted}'"
+        )
+    return getattr(torch, wanted)

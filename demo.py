@@ -703,7 +703,7 @@ def report(run, config, stages):
     """Write report.html, overview.png and results.csv from finished jobs. Returns the answers."""
     sections, missing = collect(stages, config.seed)
     answers = sorted((a for s in sections for a in s.answers), key=lambda a: QUESTIONS.index(a.question))
-    (run.out / f"results.part-{run.worker}.jsonl").unlink(missing_ok=True)  # the page is a function of the scripts' results, and so is its table
+    (run.out / f"results.part-{run.rank}.jsonl").unlink(missing_ok=True)  # the page is a function of the scripts' results, and so is its table
     for a in answers:
         for k, name in enumerate(BOTH.values()):
             run.result(a.models[k][0], a.null, *a.models[k][1:], a.n, question=a.question, measure=a.what, model=name, paired=False)

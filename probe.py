@@ -1880,7 +1880,7 @@ class Finished:
     """Units of the sweep that are written whole, by any worker, with these options."""
 
     def __init__(self, run):
-        self.run, self.path = run, run.out / f"units.part-{run.worker}.txt"
+        self.run, self.path = run, run.out / f"units.part-{run.rank}.txt"
         lines = [line for part in run.out.glob("units.part-*.txt") for line in part.read_text().splitlines()]
         self.units = {line.split(" ", 1)[1] for line in lines if line.startswith(run.options_hash() + " ")}
 

@@ -558,8 +558,8 @@ def pair_targets(config, study, y, stimulus):
 
 def plant(run, config):
     """The planted brain as a dataset in out_dir/brain: units are random mixtures of the teacher's first components, with noise."""
-    folder = run.out / ("brain" if run.workers == run.world else f"brain-{run.worker}")
-    if run.master or run.workers > run.world:
+    folder = run.out / "brain"
+    if run.master:
         texts = read_table(run.dataset(config.planted_stimuli) / "stimuli.csv", dtype=str)
         if not {"text", "group"} <= set(texts):
             raise ValueError(f"planted_stimuli={config.planted_stimuli}: stimuli.csv must have the columns text and group")

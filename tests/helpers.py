@@ -103,7 +103,7 @@ def sentence_of(error, capsys):
     """What the user gets of an exception raised in this process, which must be one sentence and exit status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as status:
-        configurator._one_sentence(type(error), error, error.__traceback__)
+        configurator._print_one_sentence(type(error), error, error.__traceback__)
     said = capsys.readouterr().err
     assert status.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
     return said

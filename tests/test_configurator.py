@@ -1,4 +1,7 @@
-"""Options by precedence and type, and what a run promises: results never without a chance level, keyed randomness, one job a folder."""
+"""Options by precedence and type; what a Run promises: scores with their chance level, one job a
+folder, keyed randomness, rows known by options, code and content."""
+
+import importlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -7,48 +10,84 @@ import pytest
 import yaml
 
 import configurator
-from configurator import Run, configure, key_seed
-
-
-@dataclass
-class Inner:
-    depth: int = 2
+from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 
 
 @dataclass
 class Config:
-    out_dir: str = "out/x"      # where
+    out_dir: str = "out/x"  # where
     # ---- numbers
-    seed: int = 1               # fixes all
-    device: str = "cpu"         # here
+    seed: int = 1  # fixes all
+    device: str = "cpu"  # here
     learning_rate: float = 1e-3
     lags: list[int] = field(default_factory=lambda: [0])
+    bands: list[list[float]] = field(default_factory=list)
+    subjects: list[str] = field(default_factory=list)
     top_k: int | None = 5
     on: bool = False
     kind: Literal["a", "b"] = "a"
+    compile: Literal["auto", True, False] = "auto"
     more: dict = field(default_factory=dict)
-    inner: Inner = field(default_factory=Inner)
+    text: str = ""
+
+    RENAMED = {"nearby": "kind"}
+
+
+def open_run(folder, **options):
+    return Run(Config(out_dir=str(folder), **options))
 
 
 def test_precedence_and_types(tmp_path):
-    a, b = tmp_path / "a.yaml", tmp_path / "b.yaml"
-    a.write_text("learning_rate: 6e-4\nlags: [1, 2]\nseed: 3\nmore: {x: 1}\ninner: {depth: 4}\n")
+    a = tmp_path / "a.yaml"
+    b = tmp_path / "b.yaml"
+    a.write_text("learning_rate: 6e-4\nlags: [1, 2]\nseed: 3\nmore: {x: 1, rate: 1e-3}\n")
     b.write_text("seed: 4\n")
-    c = configure(Config, ["seed=5", str(a), "--lags=-100,0,100", str(b), "top_k=none", "on=true", "kind=b", "more.y=[1,2]", "inner.depth=1e1"])
-    assert (c.seed, c.learning_rate, c.lags, c.top_k, c.on, c.kind) == (5, 6e-4, [-100, 0, 100], None, True, "b")
-    assert c.more == {"x": 1, "y": [1, 2]} and c.inner.depth == 10
+    words = ["seed=5", str(a), "--lags=-100,0,100", str(b), "top_k=none", "on=true", "kind=b"]
+    c = configure(Config, [*words, "more.y=[1,2]", "bands=[[4,8],[70,150]]", "compile=false"])
+    assert (c.seed, c.learning_rate, c.lags, c.top_k) == (5, 6e-4, [-100, 0, 100], None)
+    assert (c.on, c.kind, c.compile) == (True, "b", False)
+    assert c.more == {"x": 1, "rate": 1e-3, "y": [1, 2]}
+    assert c.bands == [[4, 8], [70, 150]]
     assert configure(Config, []).seed == 1
-    assert configure(Config, ["seed=983_040", "top_k=7"]).top_k == 7
+    c = configure(Config, ["seed=983_040", "top_k=1e1"])
+    assert (c.seed, c.top_k) == (983_040, 10)
 
 
-@pytest.mark.parametrize("arg, words", [
-    ("sede=1", ["unknown option 'sede'", "'seed'"]), ("seed=1.5", ["'seed'", "int", "1.5"]), ("seed=x", ["'seed'", "int"]), ("on=maybe", ["'on'", "bool"]),
-    ("kind=c", ["'kind'", "a or b"]), ("learning_rate=fast", ["float"]), ("lags=a", ["list[int]"]), ("seed.x=1", ["'seed'", "no group"]),
-    ("more=3", ["'more'", "dict"]), ("inner.wide=1", ["inner.wide"]), ("seed=true", ["'seed'"]), ("seed=inf", ["'seed'"]), ("nowhere.yaml", ["nowhere.yaml"])])
-def test_bad_options_are_one_sentence(arg, words):
-    with pytest.raises((ValueError, FileNotFoundError)) as e:
-        configure(Config, [arg])
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words)
+def test_strings_stay_as_they_are_typed(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("subjects: [01, null, 1e5]\ntext: 007\n")
+    for given in ([str(path)], ["subjects=01,null,1e5", "text=007"], ["subjects=[01, null, 1e5]"]):
+        assert configure(Config, given).subjects == ["01", "null", "1e5"]
+    assert configure(Config, [str(path)]).text == "007"
+    path.write_text("text:\n")
+    assert configure(Config, [str(path)]).text == ""
+
+
+@pytest.mark.parametrize(
+    "argument, words",
+    [
+        ("sede=1", ["unknown option 'sede'", "'seed'"]),
+        ("nearby=1", ["'nearby' is now called 'kind'"]),
+        ("seed=1.5", ["'seed'", "int", "1.5"]),
+        ("seed=x", ["'seed'", "int"]),
+        ("seed=true", ["'seed'"]),
+        ("seed=inf", ["'seed'"]),
+        ("top_k=1e99", ["'top_k'", "below"]),
+        ("on=maybe", ["'on'", "bool"]),
+        ("kind=c", ["'kind'", "'a', 'b'"]),
+        ("learning_rate=fast", ["float"]),
+        ("lags=a", ["list[int]"]),
+        ("seed.x=1", ["'seed'", "no group"]),
+        ("more=3", ["'more'", "dict"]),
+        ("nowhere.yaml", ["nowhere.yaml"]),
+    ],
+)
+def test_bad_options_are_one_sentence(argument, words):
+    with pytest.raises(InputError) as error:
+        configure(Config, [argument])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_numbers_have_a_range():
@@ -60,123 +99,219 @@ def test_numbers_have_a_range():
         start: float = 0.0
         lag: float = -1.0
         norm: float = float("inf")
-        kinds: list[float] = field(default_factory=list)
-        POSITIVE = "epochs rate"
+        kinds: list[float] = field(default_factory=lambda: [1.0])
+
+        POSITIVE = "epochs rate kinds"
         SHARES = "share"
         SIGNED = "start"
 
     configure(Numbers, ["epochs=1", "share=1", "start=-3", "lag=-4", "norm=inf"])
-    for arg, words in (("epochs=0", "at least 1, not 0"), ("rate=0", "above 0"), ("share=1.1", "between 0 and 1"), ("norm=-1", "at least 0, not -1.0"),
-                       ("rate=inf", "finite"), ("rate=nan", "must be float"), ("kinds=1,nan", "'kinds' must be")):
-        with pytest.raises(ValueError, match=words):
-            configure(Numbers, [arg])
+    for argument, words in (
+        ("epochs=0", "above 0, not 0"),
+        ("rate=0", "above 0"),
+        ("share=1.1", "between 0 and 1"),
+        ("norm=-1", "at least 0, not -1.0"),
+        ("rate=inf", "finite"),
+        ("rate=nan", "must be float"),
+        ("kinds=", "at least one"),
+        ("kinds=1,nan", "'kinds' must be"),
+    ):
+        with pytest.raises(InputError, match=words):
+            configure(Numbers, [argument])
 
 
-def test_bad_yaml(tmp_path):
-    for text, words in (("seed: [1", "not a YAML file"), ("- 1\n", "key: value"), ("seed: high\n", "must be int"),
-                        ("!!python/object/apply:os.getcwd []", "YAML")):
-        path = tmp_path / "x.yaml"
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            configure(Config, [str(path)])
+def test_keys_of_dictionary_options_are_checked():
+    check_keys({"hidden": 8}, ["hidden", "layers"], "model_params")
+    with pytest.raises(
+        InputError, match="'model_params' has no key 'hiden'; did you mean 'hidden'"
+    ):
+        check_keys({"hiden": 8}, ["hidden", "layers"], "model_params")
+
+
+def test_functions_of_a_users_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def build():\n    return 7\n")
+    assert load_function(f"{path}:build", "model")() == 7
+    (tmp_path / "broken.py").write_text("def build(:\n")
+    (tmp_path / "notes.txt").write_text("not Python at all\n")
+    for spec, words in (
+        (f"{path}:bild", "bild"),
+        (f"{path}", "my_file.py:name"),
+        (f"{tmp_path}/none.py:build", "none.py"),
+        (f"{tmp_path}/broken.py:build", "SyntaxError"),
+        (f"{tmp_path}/notes.txt:build", "SyntaxError"),
+    ):
+        with pytest.raises(InputError, match=words):
+            load_function(spec, "model")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("seed: [1", "not a YAML file"),
+        ("- 1\n", "key: value"),
+        ("seed: high\n", "must be int"),
+        ("!!python/object/apply:os.getcwd []", "YAML"),
+        ("more: &a {x: 1}\ntext: *a\n", "alias"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, words):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        configure(Config, [str(path)])
 
 
 def test_help_is_the_manual(capsys):
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit) as status:
         configure(Config, ["--help"])
     text = capsys.readouterr().out
-    assert e.value.code == 0 and "---- numbers" in text and "seed=1" in text and "fixes all" in text
+    assert status.value.code == 0
+    for words in ("---- numbers", "seed=1", "fixes all"):
+        assert words in text
+
+
+def test_bad_input_and_a_full_disk_end_in_one_sentence(capsys):
+    for error in (InputError("a.csv: no column\nword"), OSError(28, "No space left", "b.pt")):
+        with pytest.raises(SystemExit) as status:
+            configurator._print_one_sentence(type(error), error, None)
+        text = capsys.readouterr().err
+        assert status.value.code == 2
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+    configurator._print_one_sentence(ValueError, ValueError("a bug"), None)
+    assert "ValueError: a bug" in capsys.readouterr().err
 
 
 def test_every_config_file_is_valid():
-    """Every config/*.yaml fits the script of its launch line, and so does every file that the line gives beside it."""
-    import importlib
-    for path in sorted((configurator.HERE / "config").glob("*.yaml")):
+    """Every config/*.yaml fits the script of its launch line, with the files beside it."""
+    for path in sorted(configurator.HERE.glob("config/*.yaml")):
         if path.name == "demo.yaml":  # stages, no options: tests/test_demo.py
             continue
-        launch = path.read_text().splitlines()[0]
-        script = next(word for word in launch.split() if word.endswith(".py") and "/" not in word)
-        given = [word for word in launch.split() if word.endswith(".yaml")]
-        assert f"config/{path.name}" in given, launch
-        configure(importlib.import_module(script[:-3]).Config, [str(configurator.HERE / f) for f in given])
+        words = path.read_text().splitlines()[0].split()
+        script = next(word for word in words if word.endswith(".py") and "/" not in word)
+        files = [word for word in words if word.endswith(".yaml")]
+        assert f"config/{path.name}" in files, words
+        module = importlib.import_module(script.removesuffix(".py"))
+        configure(module.Config, [str(configurator.HERE / file) for file in files])
 
 
-def test_results_stand_beside_their_chance(tmp_path):
-    def open_run(**options):
-        return Run(configure(Config, [f"out_dir={tmp_path}", *(f"{k}={v}" for k, v in options.items())]))
-    run = open_run()
-    with pytest.raises(TypeError):
-        run.result(0.5)
-    for missing in ((0.7, np.nan, 0.6, 0.8, 100), (0.7, 0.5, np.nan, np.nan, 100), (0.7, 0.5, 0.8, 0.6, 100), (0.7, 0.5, 0.6, 0.8, 0)):
-        with pytest.raises(ValueError, match="stands without"):
-            run.result(*missing, lag=0)
+@pytest.mark.parametrize(
+    "score, chance, low, high, n",
+    [
+        (0.7, np.nan, 0.6, 0.8, 100),
+        (0.7, 0.5, np.nan, np.nan, 100),
+        (0.7, 0.5, 0.8, 0.6, 100),
+        (0.7, 0.5, 0.6, 0.8, 0),
+    ],
+)
+def test_a_score_needs_chance_interval_and_n(tmp_path, score, chance, low, high, n):
+    run = open_run(tmp_path)
+    with pytest.raises(ValueError, match="stands without"):
+        run.result(score, chance, low, high, n, lag=0)
+    run.result(np.nan, np.nan, np.nan, np.nan, 0, lag=0)  # a score that does not exist
+    run.close()
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
+    run = open_run(tmp_path)
     run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
-    with open(tmp_path / "results.part-0.jsonl", "a") as f:
-        f.write('{"lag": 100, "sco')  # torn by a kill
-    run.result(0.6, 0.5, np.float64(0.5), float("inf"), np.int64(100), note="no upper end", lag=200)  # keys in any order, and new ones
+    with open(tmp_path / "results.part-0.jsonl", "a") as file:
+        file.write('{"lag": 100, "sco')  # torn by a kill
+    run.result(0.6, 0.5, np.float64(0.5), float("inf"), np.int64(100), note="new key", lag=200)
     assert list(run.merge().lag) == [0, 200]
     run.close()
-    again = open_run()
-    assert list(again.rows().lag) == [0, 200]  # skipped by a sweep that starts again
-    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="no upper end")
+    capsys.readouterr()
+    again = open_run(tmp_path)
+    assert list(again.rows().lag) == [0, 200]
+    assert "2 rows of an earlier run are reused" in capsys.readouterr().out
+    again.result(0.8, 0.5, 0.6, 0.9, 100, lag=200, note="new key")
     assert list(again.merge().score) == [0.7, 0.8]  # the last one counts
     for p in (0.1, 0.2):
         again.result(0.7, 0.5, 0.6, 0.8, 100, lag=400, p_corrected=p, shuffled=p)
-    assert again.rows().p_corrected.dropna().tolist() == [0.2]  # measured twice: the last counts
+    assert again.rows().p_corrected.dropna().tolist() == [0.2]  # measured twice
     again.close()
-    other = open_run(learning_rate=0.1)
-    assert len(other.rows()) == 0  # other options, other rows
+    other = open_run(tmp_path, learning_rate=0.1)
+    assert len(other.rows()) == 0
+    other.content = "other weights"
+    assert len(other.rows()) == 0
     other.close()
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert saved["learning_rate"] == 0.1 and configure(Config, [str(tmp_path / "config.yaml")]).learning_rate == 0.1
+    assert saved["learning_rate"] == 0.1
+    assert configure(Config, [str(tmp_path / "config.yaml")]).learning_rate == 0.1
 
 
-def test_array_workers_share_all_jobs(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "1")
-    dealt = []
-    for task in (1, 2, 3):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
-        run = Run(Config(out_dir=str(tmp_path)))
-        for job in run.share(range(10)):
-            dealt.append(job)
-            run.result(job / 10, 0.5, 0, 1, 5, job=job)
-        table = run.merge()
+SCRIPT = """
+from dataclasses import dataclass
+from configurator import Run
+@dataclass
+class Config:
+    out_dir: str = ""
+    seed: int = 0
+    device: str = "cpu"
+def decoder():
+    return 1
+"""
+
+
+def test_rows_of_an_edited_script_are_not_reused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    script = tmp_path / "user_script.py"
+    counts = []
+    for source in (SCRIPT, "# a comment" + SCRIPT, SCRIPT.replace("return 1", "return 2")):
+        script.write_text(source)
+        module = importlib.reload(importlib.import_module("user_script"))
+        run = Run(module.Config(out_dir=str(tmp_path / "out")))
+        counts.append(len(run.rows()))
+        run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
         run.close()
-    assert sorted(dealt) == list(range(10)) and sorted(table.job) == list(range(10))
+    assert counts == [0, 1, 0]
 
 
 def test_one_job_a_folder(tmp_path):
-    run = Run(Config(out_dir=str(tmp_path)))
-    with pytest.raises(FileExistsError, match="in use"):
-        Run(Config(out_dir=str(tmp_path)))
+    run = open_run(tmp_path)
+    with pytest.raises(InputError, match="in use"):
+        open_run(tmp_path)
     run.close()
-    Run(Config(out_dir=str(tmp_path))).close()
+    open_run(tmp_path).close()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out_dir=.*cannot be made"):
+        open_run(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("option, value", [("device", "tpu"), ("device", "cuda:99x")])
+def test_a_device_that_is_not_there(tmp_path, option, value):
+    with pytest.raises(InputError, match=option):
+        open_run(tmp_path, **{option: value})
 
 
 def test_log_rewinds_to_the_checkpoint(tmp_path):
-    run = Run(Config(out_dir=str(tmp_path)))
+    run = open_run(tmp_path)
     for step in (1, 2, 3):
         run.log(step, loss=1.0)
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 4, "lo')  # torn by a kill
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
     run.rewind(2)
-    assert [line[:9] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == ['{"step": ' for _ in range(2)]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [line[:10] for line in lines] == ['{"step": 1', '{"step": 2']
     run.close()
 
 
 def test_keys_decide_what_is_drawn(tmp_path):
-    run = Run(Config(out_dir=str(tmp_path)))
+    run = open_run(tmp_path)
     draws = [np.random.default_rng(key_seed(1, step, "data")).random() for step in range(100)]
-    assert len(set(draws)) == 100 and abs(np.mean(draws) - 0.5) < 0.15
-    assert run.generator(1, 2).initial_seed() == run.generator(1, 2).initial_seed() != run.generator(2, 1).initial_seed()
+    assert len(set(draws)) == 100
+    assert abs(np.mean(draws) - 0.5) < 0.15
+    seed = run.generator(1, 2).initial_seed()
+    assert seed == run.generator(1, 2).initial_seed()
+    assert seed != run.generator(2, 1).initial_seed()
     run.close()
 
 
 def test_datasets_are_found_or_named(tmp_path):
-    run = Run(Config(out_dir=str(tmp_path)))
-    with pytest.raises(FileNotFoundError, match=r"python data/shakespeare/prepare.py"):
+    run = open_run(tmp_path)
+    with pytest.raises(InputError, match=r"python data/shakespeare/prepare.py"):
         run.dataset("shakespeare/none")
-    with pytest.raises(FileNotFoundError, match="pydocs"):
+    with pytest.raises(InputError, match="pydocs"):
         run.dataset("nosuchset")
     run.close()

@@ -246,7 +246,7 @@ def test_labels_of_one_class_foreign_tokenizers_other_resumes_and_other_texts(gi
     with pytest.raises(ValueError, match="257 tokens and a model of 200"):
         fine_tune(given, tmp_path / "a", lm=str(tmp_path / "small.pt"))
     fine_tune(given, tmp_path / "b", max_iters=1)
-    with pytest.raises(FileExistsError, match="init_from=resume"):
+    with pytest.raises((OSError, ValueError), match="init_from=resume"):
         fine_tune(given, tmp_path / "b", max_iters=1)
     with pytest.raises(ValueError, match="mode=full, the options say head"):
         fine_tune(given, tmp_path / "b", max_iters=1, mode="head", init_from="resume")

@@ -201,7 +201,7 @@ def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/train.bin").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match="not made here"):
+    with pytest.raises((OSError, ValueError), match="not made here"):
         shards(tmp_path / "mine", folders["text"])
     assert (tmp_path / "mine/train.bin").read_bytes() == b"mine"
 

@@ -58,7 +58,7 @@ def test_pretrained_that_we_cannot_be(tmp_path):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=10, activation_function="relu")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="variant"):
         GPT.from_pretrained(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no model"):
+    with pytest.raises((OSError, ValueError), match="no model"):
         GPT.from_pretrained(str(tmp_path / "none"))
 
 
@@ -72,7 +72,7 @@ def test_pretrained_without_network_or_weights(tmp_path, monkeypatch):
     M.hub_answers.cache_clear()
     start = time.time()
     for load in (M.load_lm, partial(M.from_hub, transformers.AutoModel), topography.load_any, probe.LMModel):
-        with pytest.raises(FileNotFoundError, match="no model 'gpt2-nowhere'.*not to be had from the Hugging Face hub"):
+        with pytest.raises((OSError, ValueError), match="no model 'gpt2-nowhere'.*not to be had from the Hugging Face hub"):
             load("gpt2-nowhere")
     assert time.time() - start < 10
     for config in (dict(n_layer=1, n_head=1, n_embd=8, vocab_size=9), None):

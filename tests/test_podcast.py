@@ -283,12 +283,12 @@ def test_a_subject_without_the_file(tree, tmp_path):
     with pytest.raises(ValueError, match="no sub-07, only sub-01, sub-02"):
         prepare(tree, tmp_path / "a", subjects=[7])
     (tree / FIF.format(n=2)).symlink_to("nowhere")
-    with pytest.raises(FileNotFoundError, match="git-annex link without content"):
+    with pytest.raises((OSError, ValueError), match="git-annex link without content"):
         prepare(tree, tmp_path / "a", subjects=[2])
     assert prepare(tree, tmp_path / "a")["recordings"] == ["sub-01"]  # nobody named: those who have it
-    with pytest.raises(FileNotFoundError, match="nobody of sub-01, sub-02 has a file for signal=raw"):
+    with pytest.raises((OSError, ValueError), match="nobody of sub-01, sub-02 has a file for signal=raw"):
         prepare(tree, tmp_path / "b", signal="raw")
-    with pytest.raises(FileNotFoundError, match="holds no copy of ds005574"):
+    with pytest.raises((OSError, ValueError), match="holds no copy of ds005574"):
         prepare(tmp_path / "nothing", tmp_path / "b")
 
 
@@ -301,7 +301,7 @@ def test_no_electrode_left(tree, tmp_path):
     bad = pd.read_csv(tree / "sub-01/ieeg/sub-01_task-podcast_channels.tsv", sep="\t").set_index("status")["name"]["bad"]
     with pytest.raises(ValueError, match="all of them bad .bads=mark"):
         prepare(tree, tmp_path / "a", subjects=[1], electrodes=f"{bad}$")
-    with pytest.raises(FileNotFoundError, match="columns subject and elec"):
+    with pytest.raises((OSError, ValueError), match="columns subject and elec"):
         prepare(tree, tmp_path / "a", subjects=[1], electrodes=str(tmp_path / "none.csv"))
     (tmp_path / "sig.csv").write_text("subject,channel\n1,QQ1\n")
     with pytest.raises(ValueError, match="no column 'elec', only subject, channel"):
@@ -349,7 +349,7 @@ def test_damaged_tables(tree, tmp_path, name, content, words):
 def test_missing_layers_features_and_parts_of_speech(tree, tmp_path):
     with pytest.raises(ValueError, match="no layer 7, only 0, 24"):
         prepare(tree, tmp_path / "a", layers=[7])
-    with pytest.raises(FileNotFoundError, match="leave 'glove' out of features="):
+    with pytest.raises((OSError, ValueError), match="leave 'glove' out of features="):
         prepare(tree, tmp_path / "a", features=["glove"])
     (tmp_path / "pos.csv").write_text("word,start,pos\nelsewhere,3.1,noun\n")
     with pytest.raises(ValueError, match="of another recording"):
@@ -460,7 +460,7 @@ def test_what_is_fetched_is_what_a_local_copy_gives(tree, bucket, made, tmp_path
     fetched(bucket, tmp_path / "a", subjects=[2])
     fetched(bucket, tmp_path / "a", subjects=[2], overwrite=True)
     assert len(bucket.asked) == asked  # all of it is here
-    with pytest.raises(FileNotFoundError, match="has no derivatives/ecogprep/sub-09"):
+    with pytest.raises((OSError, ValueError), match="has no derivatives/ecogprep/sub-09"):
         fetched(bucket, tmp_path / "a", subjects=[9])
     assert read_set(tmp_path / "a")["recordings"] == ["sub-02"]
 

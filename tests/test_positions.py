@@ -88,7 +88,7 @@ def test_positions_files(tmp_path):
     assert (positions.load_positions(path, 2, 64) == rows).all() and [p.name for p in (tmp_path / "new").iterdir()] == ["a.npz"]
     with pytest.raises(ValueError, match="a.npz is for 2 layers x 64 units, the model has 4 layers x 81 units: make one with python init_pos.py"):
         positions.load_positions(path, 4, 81)
-    with pytest.raises(FileNotFoundError, match="no positions file .*b.npz: make one"):
+    with pytest.raises((OSError, ValueError), match="no positions file .*b.npz: make one"):
         positions.load_positions(str(tmp_path / "b.npz"), 2, 64)
     rows[1, 0] = rows[1, 1]
     positions.save_positions(path, rows)

@@ -274,7 +274,7 @@ def result(self, *args, **keys):
     real(self, *args, **keys)
     rows.append(1)
     if len(rows) == LAST:
-        part = self.out / f"results.part-{self.worker}.jsonl"
+        part = self.out / f"results.part-{self.rank}.jsonl"
         os.truncate(part, part.stat().st_size - 9)
         os.kill(os.getpid(), signal.SIGKILL)
 configurator.Run.result = result

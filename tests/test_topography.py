@@ -147,7 +147,7 @@ def test_stimuli_in_the_known_layouts(tmp_path):
         (tmp_path / "bad.csv").write_text(text)
         with pytest.raises(ValueError, match=words):
             T.read_stimuli(tmp_path / "bad.csv")
-    with pytest.raises(FileNotFoundError, match="no stimuli"):
+    with pytest.raises((OSError, ValueError), match="no stimuli"):
         T.read_stimuli(tmp_path / "none.csv")
     with pytest.raises(ValueError, match="condition 'q'.*there are x"):
         T.find_contrasts(Config(contrasts=["q>x"]), ["x"] * 5)
