@@ -72,7 +72,7 @@ def check(words):
     try:
         configure(module.Config, before(options))
     except ValueError as e:
-        assert "no config file" in str(e), e
+        assert re.search("no config file|is no folder|is not there|does not exist|missing", str(e)), e
         brought = [w for w in options if re.search(r"\.ya?ml$|=.*/", w)]
         assert brought and not any(w.startswith("config/") for w in brought), e
     return None
