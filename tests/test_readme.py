@@ -71,7 +71,7 @@ def check(words):
         return None  # bench.py: names of claims, flags
     try:
         configure(module.Config, before(options))
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         assert re.search("no config file|is no folder|is not there|does not exist|missing", str(e)), e
         brought = [w for w in options if re.search(r"\.ya?ml$|=.*/", w)]
         assert brought and not any(w.startswith("config/") for w in brought), e
