@@ -1,0 +1,1076 @@
+"""Everything that others wrote, in and out: models, checkpoints, tokenizers, positions.
+
+- load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
+  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_lm writes such a folder.
+- HiddenStates: any causal or masked language model of transformers, or ours, as a batch of texts
+  goes through it: hidden states layer by layer, or logits.
+- load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
+
+    python -c "import convert; convert.export_lm('out/train', 'out/hf')"
+"""
+
+import base64
+import copy
+import inspect
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import positions
+from data import InputError, check_content, read_pickle, write_aside
+from data.tokens import GPT2_PATTERN, gpt2_encoding, state_of
+from model import GPT, GPTConfig, Tokenizer, lm_from, load_checkpoint
+
+CHARACTERS = r"[\s\S]"  # the pattern of a tokenizer of characters
+END = "<|endoftext|>"
+
+
+class NotOurGPT(InputError):
+    """A model of transformers for which our GPT has no place; HiddenStates takes it as it is."""
+
+
+def load_lm(spec, **options):
+    """(GPT, Tokenizer) of a language model, with the logits and token ids that it has at home.
+
+    spec: a run folder or checkpoint of ours, nanoGPT's or TopoLM's, a Hugging Face GPT-2 name or
+    folder. options set fields of GPTConfig that the weights leave open (alpha, dropout, windows).
+    """
+    path = find_checkpoint(spec)
+    if path is None:
+        model = gpt_from_hub(spec, **options)
+        return model, tokenizer_from_hub(spec)
+    state = read_checkpoint(path)
+    return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
+
+
+def find_checkpoint(spec):
+    """The .pt file that a spec means, or None where it is something for transformers."""
+    path = Path(spec)
+    if path.is_dir():
+        if (path / "config.json").exists() or any(path.glob("*.gguf")):
+            return None
+        numbered = sorted(path.glob("ckpt-*.pt"), key=lambda file: (len(file.name), file.name))
+        for file in (path / "best.pt", path / "ckpt.pt", *numbered[-1:]):  # TopoLM's are numbered
+            if file.exists() or file.is_symlink():
+                return file
+    elif path.suffix == ".pt" and (path.exists() or path.is_symlink()):
+        return path
+    elif path.suffix != ".pt" and path.parts and path.parts[0] not in ("out", "/", ".", ".."):
+        return None
+    elif path.suffix == ".gguf":
+        return None
+    raise InputError(
+        f"lm: there is no language model at {spec}: train one with python train.py, or give "
+        "a run folder, a checkpoint or a Hugging Face name"
+    )
+
+
+def read_checkpoint(path):
+    """A checkpoint of ours, or a foreign one as ours."""
+    check_content(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torn, or in torch's old form: load_checkpoint says which
+        state = None
+    if isinstance(state, dict) and "format" not in state:
+        if isinstance(state.get("model"), dict) and isinstance(state.get("model_args"), dict):
+            return adopt_checkpoint(state, path)
+    return load_checkpoint(path)
+
+
+def say(text):
+    """Print to stderr, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+# ---- hidden states of any language model
+
+
+class _Deepest(Exception):
+    """The deepest layer asked for has been heard: the rest of the model need not run."""
+
+
+class HiddenStates:
+    """A causal or masked language model that is listened to.
+
+    lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
+    file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
+    anything that takes input_ids and returns hidden_states. dtype: precision of the pass.
+    padding_side: "left" is kept where the model's states allow it, else "right" is taken.
+    bos: begin each text with the tokenizer's first token. head: logits are wanted, too.
+
+    Layers are numbered as transformers does: 0 is what enters the first block (the embeddings),
+    n_layer what leaves the last one, after the final norm. The states of a text do not depend on
+    the texts beside it. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
+    (of a text in tokens, special ones counted), params, padding_side.
+    """
+
+    def __init__(
+        self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
+    ):
+        self.device, self.dtype, self.head = torch.device(device), dtype, head
+        if isinstance(lm, dict):
+            model, self.tokenizer = lm["model"], lm["tokenizer"]
+            name = lm.get("name") or getattr(getattr(model, "config", None), "name_or_path", "")
+            self.name = str(name or type(model).__name__)
+        else:
+            self.name = str(lm)
+            try:
+                model, self.tokenizer = load_lm(lm)
+            except NotOurGPT:
+                model, self.tokenizer = load_from_transformers(self.name, dtype, head)
+        self._listen(model, padding_side)
+        self.max_length = longest_text(self.base, self.tokenizer)
+        self.bos = bos
+        self.first = self._first_token() if bos else None
+
+    # -- texts
+
+    def encode(self, texts):
+        """Token ids of each text, special tokens included, cut to max_length; how many were cut."""
+        rows = []
+        n_cut = 0
+        for text in texts:
+            row = self._row(text)
+            if not row:
+                raise InputError(f"text {len(rows)} is empty ({text!r} has no token): leave it out")
+            if len(row) > self.max_length:
+                row = self._row(text, cut=True)
+                n_cut += 1
+            rows.append(row)
+        return rows, n_cut
+
+    def _row(self, text, cut=False):
+        room = self.max_length - (self.first is not None)
+        if not is_of_transformers(self.tokenizer):
+            row = list(self.tokenizer.encode(text))
+            row = row[:room] if cut else row
+        elif cut:
+            row = self.tokenizer(text, truncation=True, max_length=room)["input_ids"]
+        else:
+            row = self.tokenizer(text, verbose=False)["input_ids"]
+        if self.first is not None and row:
+            row = [self.first, *row]
+        return row
+
+    def _first_token(self):
+        """The token to write before each text; None where the tokenizer itself writes one."""
+        names = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
+        found = [getattr(self.tokenizer, name, None) for name in names]
+        found = [token for token in found if token is not None]
+        if not found:
+            raise InputError(
+                f"bos=True: the tokenizer of {self.name} has no token that begins a text: "
+                "leave bos out"
+            )
+        if is_of_transformers(self.tokenizer):
+            row = self.tokenizer("a", verbose=False)["input_ids"]
+            plain = self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+            if row[: len(plain)] != plain:
+                return None
+        return found[0]
+
+    def offsets(self, text):
+        """Characters (start, end) of the text that each token of encode([text]) covers.
+
+        Spaces at either end of a token are left out; special tokens cover nothing (start == end).
+        """
+        row = self._row(text)
+        cut = len(row) > self.max_length
+        room = self.max_length - (self.first is not None)
+        if is_of_transformers(self.tokenizer):
+            if not self.tokenizer.is_fast:
+                raise InputError(
+                    f"{self.name}: its tokenizer does not say which characters are whose"
+                )
+            options = {"truncation": True, "max_length": room} if cut else {"verbose": False}
+            spans = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
+        else:
+            spans = byte_spans(self.tokenizer, text)[:room]
+        if self.first is not None:
+            spans = [(0, 0), *spans]
+        trimmed = []
+        for start, end in spans:
+            while start < end and text[start].isspace():
+                start += 1
+            while start < end and text[end - 1].isspace():
+                end -= 1
+            trimmed.append((start, end))
+        return trimmed
+
+    def pad(self, rows):
+        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
+        width = max(len(row) for row in rows)
+        fill = getattr(self.tokenizer, "pad_token_id", None)
+        if fill is None:
+            fill = getattr(self.tokenizer, "eos_token_id", None)
+        ids = torch.full((len(rows), width), fill or 0)
+        real = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = (
+                slice(len(row)) if self.padding_side == "right" else slice(width - len(row), None)
+            )
+            ids[i, place] = torch.tensor(row)
+            real[i, place] = True
+        return ids.to(self.device), real.to(self.device)
+
+    # -- the pass
+
+    def run(self, ids, real, layers, take):
+        """One pass over ids (B, T): take(layer, state (B, T, width)) is called for each of `layers`.
+
+        It is called while the model runs, so nothing is held; the pass ends at the deepest one.
+        """
+        wanted = set(layers)
+        deepest = max(wanted)
+
+        def hear(layer, state):
+            if layer in wanted:
+                take(layer, state)
+            if layer == deepest:
+                raise _Deepest
+
+        if self.blocks is None:
+            states = self._own_states(ids, real)
+            for layer in sorted(wanted):
+                take(layer, states[layer])
+            return
+        handles = self._hooks(hear)
+        try:
+            hear(self.n_layer, self._forward(ids, real))
+        except _Deepest:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, hear):
+        """Hooks that call hear(layer, state) before the first block and after each."""
+
+        def before(module, args, kwargs):
+            hear(0, args[0] if args else kwargs.get("hidden_states"))
+
+        def after(layer):
+            def hook(module, args, output):
+                hear(layer, output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+        for layer, block in enumerate(self.blocks[:-1], start=1):
+            handles.append(block.register_forward_hook(after(layer)))
+        if isinstance(self.model, GPT):  # its head need not run
+            norm = self.model.transformer.ln_f
+            handles.append(norm.register_forward_hook(after(self.n_layer)))
+        return handles
+
+    def states(self, ids, real, layers=None):
+        """{layer: state (B, T, width)} of ids (B, T); all layers where none are named."""
+        states = {}
+        self.run(ids, real, self.layers(layers or ()), states.__setitem__)
+        return states
+
+    def logits(self, ids, real):
+        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place."""
+        with self._autocast():
+            if isinstance(self.model, GPT):
+                return self.model(ids).logits
+            assert self.head, "HiddenStates(..., head=True) reads logits"
+            return self.model(input_ids=ids, **self._options(real)).logits
+
+    def layers(self, asked):
+        """Sorted layer numbers, negative ones counted from the last; all where none is asked."""
+        asked = list(asked) or range(self.n_layer + 1)
+        for layer in asked:
+            if not -self.n_layer - 1 <= layer <= self.n_layer:
+                raise InputError(
+                    f"{self.name} has no layer {layer}: there are 0 (embeddings) to "
+                    f"{self.n_layer}, -1 is the last"
+                )
+        return sorted({layer % (self.n_layer + 1) for layer in asked})
+
+    def random_twin(self, seed):
+        """The same architecture and tokenizer, new random weights: what the shape alone gives."""
+        twin = copy.copy(self)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(self.model, GPT):
+                model = GPT(self.model.config, seed=seed)
+            elif hasattr(self.model, "config"):
+                model = type(self.model)(self.model.config)
+            else:
+                model = copy.deepcopy(self.model)
+                for module in model.modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        twin._listen(model, self.padding_side)
+        return twin
+
+    def _autocast(self):
+        half = self.dtype is not torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+
+    def _options(self, real):
+        """What else the model must be told so that no token sees a pad."""
+        options = {}
+        if "use_cache" in self.accepts:
+            options["use_cache"] = False
+        right = self.padding_side == "right"
+        if real.all() or (right and self.causal):  # nobody looks at what comes after
+            return options
+        options["attention_mask"] = real.long()
+        if not right and "position_ids" in self.accepts:
+            options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+        return options
+
+    def _forward(self, ids, real):
+        """The last hidden state of the model without its head (our GPT's is heard by a hook)."""
+        with self._autocast():
+            if isinstance(self.model, GPT):
+                return self.model(ids).logits
+            output = self.base(input_ids=ids, **self._options(real))
+        return getattr(output, "last_hidden_state", None)
+
+    def _own_states(self, ids, real):
+        """All hidden states as the model itself returns them: a tuple of n_layer + 1."""
+        with self._autocast():
+            if isinstance(self.model, GPT):
+                layers = range(self.model.config.n_layer + 1)
+                return tuple(self.model(ids, hidden=layers).hidden.values())
+            output = self.base(input_ids=ids, output_hidden_states=True, **self._options(real))
+        return output["hidden_states"] if isinstance(output, dict) else output.hidden_states
+
+    # -- what kind of model it is, by what it does
+
+    @torch.no_grad()
+    def _listen(self, model, padding_side):
+        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):
+            raise InputError(
+                f"{self.name} has an encoder and a decoder ({type(model).__name__}): "
+                "give a causal or a masked language model"
+            )
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.base = model if isinstance(model, GPT) else getattr(model, "base_model", model)
+        self.accepts = set(inspect.signature(self.base.forward).parameters)
+        self.params = sum(p.numel() for p in self.base.parameters())
+        self.padding_side, self.causal, self.blocks = "right", False, None
+
+        ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        states = self._own_states(ids, real)
+        self.n_layer = len(states) - 1
+        self.width = states[-1].size(-1)
+        # does a later token change an earlier state?
+        self.causal = all(close(state[0, :2], state[1, :2], 1e-5) for state in states)
+        self.blocks = self._find_blocks(ids, real, states)
+        if not self._ignores_pads():
+            raise InputError(
+                f"{self.name}: its states of a text change with the texts beside it "
+                "(it reads the padding): it cannot be read in batches"
+            )
+        if padding_side == "left" and not isinstance(model, GPT):
+            self.padding_side = "left"
+            if not self.causal or not self._ignores_pads():
+                self.padding_side = "right"
+
+    def _find_blocks(self, ids, real, states):
+        """The blocks at which hooks hear what the model itself says; None where there are none."""
+        for module in self.base.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.n_layer:
+                self.blocks = module
+                heard = {}
+                self.run(ids, real, range(self.n_layer + 1), heard.__setitem__)
+                if all(close(heard.get(i), state, 1e-5) for i, state in enumerate(states)):
+                    return module
+        return None
+
+    def _ignores_pads(self):
+        """Are the states of a short text beside a longer one those that it has alone?"""
+        together, real = self.pad([[1, 2, 3], [3, 2, 1, 3, 2]])
+        alone, all_real = self.pad([[1, 2, 3]])
+        batch = self._own_states(together, real)
+        single = self._own_states(alone, all_real)
+        tolerance = 1e-3 if self.dtype is torch.float32 else 0.1
+        return all(close(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
+
+
+def close(a, b, tolerance):
+    """Do two states agree but for rounding, measured by their size?"""
+    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+        return False
+    scale = b.float().square().mean().sqrt().clamp_min(1e-6)
+    return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
+
+
+def is_of_transformers(tokenizer):
+    return hasattr(tokenizer, "convert_ids_to_tokens")
+
+
+def byte_spans(tokenizer, text):
+    """Characters (start, end) that each token of our Tokenizer covers."""
+    length_of = {}
+    for line in tokenizer.state["ranks"].splitlines():
+        token, rank = line.split()
+        length_of[int(rank)] = len(base64.b64decode(token))
+    character_of = []  # of each byte
+    for i, character in enumerate(text):
+        character_of += [i] * len(character.encode())
+    spans = []
+    at = 0
+    for token in tokenizer.encode(text):
+        end = at + length_of[token]
+        spans.append((character_of[at], character_of[end - 1] + 1))
+        at = end
+    return spans
+
+
+def longest_text(model, tokenizer):
+    """How many tokens the model can read, special ones counted; 10 ** 9 where nothing limits it."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limits = [10**9]
+    for name in ("block_size", "max_position_embeddings", "n_positions", "max_seq_len"):
+        limits.append(getattr(config, name, None))
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            taken = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's kind
+            limits.append(module.num_embeddings - taken)
+    return min(int(limit) for limit in limits if limit)
+
+
+def load_from_transformers(name, dtype, head):
+    """(model, tokenizer) of a causal or masked language model of transformers."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = from_hub(AutoConfig, name)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{name} has an encoder and a decoder ({config.model_type}): "
+            "give a causal or a masked language model"
+        )
+    Auto = auto_class(config, name) if head else AutoModel
+    dtype = dtype if dtype is torch.float32 else "auto"  # half precision: as the file has it
+    return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
+
+
+def auto_class(config, name):
+    """AutoModelForCausalLM or AutoModelForMaskedLM, whichever the model was saved as."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    kind = config.model_type
+    saved_as = (config.architectures or [""])[0]
+    if kind in causal and (kind not in masked or saved_as == causal[kind]):
+        return AutoModelForCausalLM
+    if kind in masked:
+        return AutoModelForMaskedLM
+    raise InputError(f"{name} is a {kind} model, which gives no next or masked token")
+
+
+# ---- Hugging Face
+
+
+@cache
+def hub_answers():
+    """Is the Hugging Face hub within reach? Asked once: transformers would try for each file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+        return True
+    except Exception:  # no network, no name, no certificate, offline mode
+        return False
+
+
+def from_hub(Auto, name, **options):
+    """Auto.from_pretrained(name, ...) of transformers for a name, a folder or a GGUF file.
+
+    Raises InputError where there is no such model, and for torn and foreign files, over which
+    transformers stumbles in nearly any way.
+    """
+    path = Path(name)
+    folder = path.parent if path.suffix == ".gguf" else path
+    if folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            check_content(file)
+        if path.suffix == ".gguf":
+            options["gguf_file"] = path.name
+        elif not (path / "config.json").exists():
+            options["gguf_file"] = only_gguf(path)
+    elif not hub_answers():
+        options["local_files_only"] = True
+    try:
+        return Auto.from_pretrained(str(folder), **options)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if folder.is_dir():
+        raise InputError(
+            f"{name} holds nothing that transformers can read as {Auto.__name__} ({reason}): "
+            "give a whole folder of a model, a run folder or a checkpoint"
+        )
+    raise InputError(
+        f"no model '{name}': it is no folder or file here, and not to be had from the "
+        f"Hugging Face hub ({reason})"
+    )
+
+
+def only_gguf(folder):
+    """The name of the one GGUF file in a folder without config.json."""
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(
+            f"{folder} holds no config.json and {len(files)} GGUF files: give a whole folder of a "
+            "model, or one .gguf file"
+        )
+    return files[0]
+
+
+def load_weights(Auto, name, **options):
+    """The model, all of whose weights the files must hold: transformers draws missing ones."""
+    model, info = from_hub(Auto, name, output_loading_info=True, **options)
+    missing = sorted(
+        key for key in info["missing_keys"] if "pooler" not in key
+    )  # no state needs it
+    if missing:
+        raise InputError(
+            f"{name} lacks weights of {type(model).__name__} ({missing[0]}"
+            f"{', ...' if len(missing) > 1 else ''}): the model was saved without its head, or torn"
+        )
+    return model
+
+
+def exported_facts(name):
+    """nanocortex.json of a folder that export_lm wrote; {} where there is none."""
+    path = Path(name) / "nanocortex.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{path} is torn or not ours: export the model again, or take the file away"
+        ) from None
+
+
+def is_transposed(name):
+    """Does Hugging Face keep this weight of GPT-2 as (in, out)?"""
+    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+
+
+def gpt_from_hub(name, **options):
+    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
+
+    A folder that export_lm wrote gives the sheets and their positions back, too.
+    """
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    c = from_hub(AutoConfig, name)
+    if c.model_type != "gpt2":
+        raise NotOurGPT(f"'{name}' is a {c.model_type} model: only GPT-2 weights load into our GPT")
+    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}.get(
+        c.activation_function
+    )
+    plain = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
+    plain = plain and c.tie_word_embeddings and c.layer_norm_epsilon == 1e-5
+    if gelu is None or not plain or c.n_inner not in (None, 4 * c.n_embd):
+        raise NotOurGPT(
+            f"'{name}' is a GPT-2 variant whose config ({c.activation_function}, layer norm "
+            f"{c.layer_norm_epsilon}) our GPT has not"
+        )
+    theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
+    weights = theirs.state_dict()
+    exported = exported_facts(name)
+    known = {field.name for field in fields(GPTConfig)}
+    args = {key: value for key, value in exported.get("model_args", {}).items() if key in known}
+    args["norm"] = float(args.get("norm", "inf"))
+    biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
+    args["bias"] = biased or args.get("bias", True)
+    args |= {"block_size": c.n_positions, "vocab_size": c.vocab_size, "gelu": gelu}
+    args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
+    model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell")).eval()
+    state = {}
+    for key in model.state_dict():
+        if key in weights:
+            state[key] = weights[key].t() if is_transposed(key) else weights[key]
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
+        raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
+    return model.train()
+
+
+@torch.no_grad()
+def same_logits(ours, theirs):
+    """Do our GPT and theirs of transformers give the same logits for some tokens?"""
+    length = min(16, ours.config.block_size)
+    ids = torch.arange(2 * length).view(2, length) * 7 % ours.config.vocab_size
+    return close(ours(ids).logits, theirs(ids).logits, 1e-3)
+
+
+def export_lm(spec, folder):
+    """Any language model that load_lm takes as a Hugging Face folder: weights, tokenizer, card.
+
+    AutoModelForCausalLM and AutoTokenizer open it.
+    """
+    model, tokenizer = load_lm(spec)
+    facts = []
+    for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
+        path = Path(spec) / name
+        if path.is_file():
+            lines = [f"    {line}" for line in path.read_text().splitlines() if line[:1] != "#"]
+            facts.append("\n".join([f"`{name}` of its run:\n", *lines]))
+    export_gpt(model, folder, tokenizer, "\n\n".join(facts))
+
+
+def export_gpt(model, folder, tokenizer=None, facts=""):
+    """Write our GPT as a Hugging Face GPT-2 folder (safetensors) with equal logits.
+
+    nanocortex.json beside the weights holds what that format has no place for: our options, the
+    units' positions, the tokenizer's state. facts: a paragraph of the model card. Raises
+    InputError for a model that is more than a GPT-2.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    end = tokenizer.eot if tokenizer else None
+    config = GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_embd=c.n_embd,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
+        resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        attn_pdrop=c.dropout,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(weights_for_hub(model, theirs.state_dict()), strict=False)
+    theirs.tie_weights()
+    was_training = model.training
+    if not same_logits(model.eval().cpu(), theirs):
+        raise InputError(
+            "this GPT has no Hugging Face GPT-2 form: the same weights give other logits there"
+        )
+    model.train(was_training)
+    theirs.save_pretrained(folder)
+    extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
+    if c.sheet:
+        extra["unit_at_cell"] = model.unit_at_cell.tolist()
+    if tokenizer:
+        extra["tokenizer"] = tokenizer.state
+        export_tokenizer(tokenizer, folder)
+    write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
+    write_aside(Path(folder, "README.md"), model_card(c, model.n_params(), tokenizer, facts))
+
+
+def weights_for_hub(model, theirs):
+    """The state dict of a Hugging Face GPT-2 whose empty one is `theirs`, from our GPT's."""
+    ours = model.state_dict()
+    form = "has no Hugging Face GPT-2 form"
+    for key in ours:
+        if key not in theirs and key != "unit_at_cell":
+            raise InputError(f"a GPT with {key} {form}")
+    state = {}
+    for key, value in theirs.items():
+        if key in ours:
+            state[key] = ours[key].t() if is_transposed(key) else ours[key]
+        elif key.endswith(".bias") and not model.config.bias:
+            state[key] = torch.zeros_like(value)  # no bias here is a bias of zero there
+        elif key != "lm_head.weight":  # tied to the token embedding
+            raise InputError(f"a GPT without {key} {form}")
+        if key in state and state[key].shape != value.shape:
+            shape = tuple(state[key].shape)
+            raise InputError(f"a GPT whose {key} is {shape}, not {tuple(value.shape)}, {form}")
+    return state
+
+
+def model_card(config, n_params, tokenizer=None, facts=""):
+    """README.md of an exported model."""
+    tags = "gpt2, topography" if config.sheet else "gpt2"
+    vocabulary = f"vocabulary of {config.vocab_size:,}"
+    code = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
+    if tokenizer:
+        vocabulary += f" ({tokenizer.state['name']})"
+        code += '\n    tokenizer = AutoTokenizer.from_pretrained("this folder")'
+    paragraphs = [
+        f"A GPT-2 of {config.n_layer} layers x {config.n_embd} units and {config.n_head} heads, "
+        f"{n_params:,} parameters without positions, context of\n{config.block_size} tokens, "
+        f"{vocabulary}, written by nanoCortex."
+    ]
+    if config.sheet:
+        paragraphs.append(
+            f"Each of its {2 * config.n_layer} sublayers has a square sheet of {config.n_embd} "
+            f"cells on which its units have a place; training added\n{config.alpha:g} times the "
+            "spatial loss of every sheet to the next-token loss. The places are in\n"
+            "`nanocortex.json`: `unit_at_cell`, a permutation per sheet, attention and MLP in turn."
+        )
+    if facts:
+        paragraphs.append(facts)
+    paragraphs.append(
+        f"    from transformers import AutoModelForCausalLM, AutoTokenizer\n    {code}"
+    )
+    paragraphs.append(
+        "It says what its training text makes likely, true or not, and has been tested for nothing "
+        "but what is written here."
+    )
+    head = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tags}]\n---\n"
+    return head + "\n\n".join(paragraphs) + "\n"
+
+
+# ---- tokenizers
+
+
+def tokenizer_from_hub(name):
+    """Our Tokenizer of a Hugging Face GPT-2, with the ids that its own tokenizer gives.
+
+    Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = from_hub(AutoTokenizer, name)
+    if not getattr(theirs, "is_fast", False):
+        raise NotOurGPT(f"the tokenizer of '{name}' is none that tokenizer.json describes")
+    form = json.loads(theirs.backend_tokenizer.to_str())
+    state = exported_facts(name).get("tokenizer") or byte_level_state(form, name)
+    ours = json.loads(fast_tokenizer(state).to_str())
+    cuts = [ours["pre_tokenizer"]]
+    if state["pattern"] == GPT2_PATTERN:
+        cuts.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
+    cut = form["pre_tokenizer"]
+    if cut and cut["type"] == "ByteLevel":
+        cut.pop("trim_offsets")  # which changes no id
+    differs = ""
+    if form["normalizer"] is not None:
+        differs = f"it changes texts before it cuts them ({form['normalizer']['type']})"
+    elif cut not in cuts:
+        differs = "it cuts texts in another way"
+    elif form["model"]["merges"] != ours["model"]["merges"] or form["model"]["dropout"]:
+        differs = "it merges in another order"
+    elif vocabulary(form) != vocabulary(ours):
+        differs = "it has other tokens"
+    if differs:
+        raise NotOurGPT(f"the tokenizer of '{name}' is not GPT-2's byte-level BPE: {differs}")
+    return Tokenizer(state)
+
+
+def vocabulary(form):
+    """{token: id} of a tokenizer.json."""
+    added = {token["content"]: token["id"] for token in form["added_tokens"]}
+    return {**form["model"]["vocab"], **added}
+
+
+def byte_level_state(form, name):
+    """The state of our Tokenizer from the tokenizer.json of a byte-level BPE."""
+    byte_of = {character: byte for byte, character in character_of_byte().items()}
+    special = {token["content"]: token["id"] for token in form["added_tokens"]}
+    plain = all(token["special"] for token in form["added_tokens"])
+    tokens = form["model"].get("vocab", {})
+    ranks = []
+    if form["model"]["type"] == "BPE" and set(byte_of) <= set(tokens) and plain:
+        for token, rank in tokens.items():
+            if token in special:
+                continue
+            plain = plain and set(token) <= set(byte_of)
+            ranks.append((rank, bytes(byte_of.get(character, 0) for character in token)))
+    if not ranks or not plain:
+        raise NotOurGPT(
+            f"the tokenizer of '{name}' is not GPT-2's byte-level BPE: it has other tokens"
+        )
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in sorted(ranks)]
+    return {
+        "name": Path(name).name,
+        "pattern": GPT2_PATTERN,
+        "special_tokens": special,
+        "ranks": "".join(lines),
+    }
+
+
+def export_tokenizer(tokenizer, folder):
+    """Write our Tokenizer for AutoTokenizer: the same ids for the same text.
+
+    But '<|endoftext|>' in a text is plain text for ours, and the token there.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    special = {} if tokenizer.eot is None else {"bos_token": END, "eos_token": END}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(tokenizer.state),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    fast.save_pretrained(folder)
+
+
+def fast_tokenizer(state):
+    """The tokenizers.Tokenizer with the ids of a tokenizer state."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
+
+    ranks = {}
+    for line in state["ranks"].splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
+    if state["pattern"] == CHARACTERS and any(bytes([byte]) not in ranks for byte in range(256)):
+        vocab = {token.decode(): rank for token, rank in ranks.items()}
+        fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, []))
+        fast.pre_tokenizer = split
+        fast.decoder = decoders.Fuse()
+    else:
+        characters = character_of_byte()
+        spelling = {token: "".join(characters[byte] for byte in token) for token in ranks}
+        vocab = {spelling[token]: rank for token, rank in ranks.items()}
+        merges = []
+        for token in sorted(ranks, key=ranks.get):
+            if len(token) > 1:
+                left, right = last_merge(token, ranks)
+                merges.append((spelling[left], spelling[right]))
+        fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        fast.decoder = decoders.ByteLevel()
+    return fast
+
+
+def character_of_byte():
+    """{byte: character that GPT-2's files write it as}: printable ones as they are, then 256 ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in characters:
+            characters[byte] = chr(256 + len(characters) - len(printable))
+    return characters
+
+
+def last_merge(token, ranks):
+    """The two parts that byte-pair encoding joins last to make a token (bytes)."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        at = int(np.argmin(joined))
+        if joined[at] >= ranks[token]:
+            raise InputError(
+                f"the token {token!r} is not made by merging two others: this tokenizer has no "
+                "Hugging Face BPE form"
+            )
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+# ---- checkpoints of nanoGPT and TopoLM
+
+
+def adopt_checkpoint(state, path):
+    """A checkpoint of nanoGPT (ckpt.pt) or TopoLM (ckpt-N.pt) as the state of one of ours.
+
+    Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
+    not in its checkpoint: they are taken from position files beside it or in a folder there.
+    """
+    weights = adopted_weights(state["model"], path)
+    args = state["model_args"]
+    if "n_head" not in args:
+        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
+    vocab_size, n_embd = weights["transformer.wte.weight"].shape
+    blocks = {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}
+    ours = {
+        "block_size": len(weights["transformer.wpe.weight"]),
+        "vocab_size": vocab_size,
+        "n_layer": len(blocks),
+        "n_head": args["n_head"],
+        "n_embd": n_embd,
+        "bias": "transformer.ln_f.bias" in weights,
+        "gelu": "exact",
+        "dropout": float(args.get("dropout", 0.0)),
+        "head_loss": "transformer.h.0.attn.c_proj.weight" not in weights,
+        "attn_proj": "transformer.h.0.attn.attn_proj.weight" in weights,
+    }
+    maker = "nanoGPT"
+    if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & args.keys():
+        maker = adopt_sheets(ours, weights, args, Path(path))
+    say(f"{path}: a checkpoint of {maker}")
+    dataset = str((state.get("config") or {}).get("dataset", ""))
+    tokenizer = foreign_tokenizer(Path(path), vocab_size, dataset)
+    return {"kind": "lm", "model_args": ours, "model": weights, "tokenizer": tokenizer}
+
+
+def adopted_weights(state, path):
+    """Weights under our names: no prefixes of compiling and of ranks, no masks, no tied head."""
+    weights = {}
+    for key, value in state.items():
+        while key.startswith(("module.", "_orig_mod.")):
+            key = key.partition(".")[2]
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            weights[key] = value
+    head = weights.pop("lm_head.weight", None)
+    embedding = weights.get("transformer.wte.weight")
+    if embedding is None or "transformer.wpe.weight" not in weights:
+        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
+    if head is not None and not torch.equal(head, embedding):
+        raise InputError(
+            f"{path} has a head of its own, where our GPT's is tied to the token embedding"
+        )
+    return weights
+
+
+def adopt_sheets(ours, weights, args, path):
+    """Add TopoLM's positions to the arguments and weights; returns what to say of them."""
+    folders = [path.parent, *sorted(item for item in path.parent.iterdir() if item.is_dir())]
+    folders = [folder for folder in folders if (folder / "layer.0.attn.pkl").is_file()]
+    if not folders:
+        return "TopoLM, of whose units no positions (layer.0.attn.pkl ...) lie beside it"
+    layouts, facts = read_layer_pickles(folders[0])
+    names = positions.layer_names(ours["n_layer"])
+    if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != ours["n_embd"]:
+        raise InputError(
+            f"{folders[0]} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
+            f"sheets, {path} has {ours['n_embd']} in {len(names)}"
+        )
+    weights["unit_at_cell"] = torch.stack([torch.from_numpy(layouts[name]) for name in names])
+    # one that does not say with_resid is of sublayer outputs, as the published ones are
+    tap = "residual" if args.get("with_resid") else "sublayer"
+    ours |= {"sheet": True, "tap": tap, "accum": args.get("accum", "mean"), **facts}
+    for key in ("alpha", "activation_decay"):
+        ours[key] = float(args.get(key, 0.0))
+    return f"TopoLM with the positions of {folders[0]}"
+
+
+def foreign_tokenizer(path, vocab_size, dataset=""):
+    """State of the tokenizer of a nanoGPT checkpoint: its characters, or GPT-2's BPE.
+
+    Characters are in meta.pkl, beside it or in nanoGPT's data/DATASET.
+    """
+    folder = path.parent
+    for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
+        if meta.is_file():
+            return character_state(meta, path, vocab_size)
+    if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
+        raise InputError(
+            f"{path} has {vocab_size} tokens and no meta.pkl says which: copy nanoGPT's "
+            f"data/{dataset or 'DATASET'}/meta.pkl beside it"
+        )
+    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        return tokenizer_from_hub(str(folder)).state
+    try:
+        return state_of(gpt2_encoding())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable "
+            f"({type(error).__name__}): run once with network, point TIKTOKEN_CACHE_DIR to a "
+            "copied cache, or put GPT-2's vocab.json and merges.txt beside it"
+        ) from None
+
+
+def character_state(meta, path, vocab_size):
+    """The state of the tokenizer of characters in nanoGPT's meta.pkl."""
+    content = read_pickle(meta)
+    ids = content.get("stoi") if isinstance(content, dict) else None
+    if not ids or not isinstance(ids, dict) or max(ids.values()) >= vocab_size:
+        raise InputError(f"{meta} is not the vocabulary of {path}, which has {vocab_size} tokens")
+    lines = []
+    for character, number in sorted(ids.items(), key=lambda item: item[1]):
+        lines.append(f"{base64.b64encode(character.encode()).decode()} {number}\n")
+    return {
+        "name": "characters",
+        "pattern": CHARACTERS,
+        "special_tokens": {},
+        "ranks": "".join(lines),
+    }
+
+
+# ---- positions of TopoLM
+
+
+def load_positions(path, n_layer, n_units):
+    """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
+    if not Path(path).is_dir():
+        return positions.load_positions(path, n_layer, n_units)
+    layouts = read_layer_pickles(path)[0]
+    names = positions.layer_names(n_layer)
+    width = len(next(iter(layouts.values())))
+    if sorted(layouts) != sorted(names) or width != n_units:
+        raise InputError(
+            f"{path} is for {len(layouts) // 2} layers x {width} units, the model has {n_layer} "
+            f"layers x {n_units} units: make one with python init_pos.py n_layer={n_layer} "
+            f"n_embd={n_units}"
+        )
+    return np.stack([layouts[name] for name in names])
+
+
+def read_layer_pickles(folder):
+    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
+
+    facts: radius and windows that they were made for. A file gives each unit's coordinates (C, 2),
+    row and column. The published swap-optimised ones put several units on one cell and leave
+    others empty: that is said, and place_units deals them out.
+    """
+    files = sorted(Path(folder).glob("layer.*.pkl"), key=lambda file: (len(file.name), file.name))
+    if not files:
+        raise InputError(
+            f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
+            "one .npz of init_pos.py"
+        )
+    layouts, facts, shared = {}, {}, []
+    for file in files:
+        layer = read_pickle(file, allowed=("LayerPositions",))
+        coordinates = getattr(layer, "coordinates", None)
+        if not is_coordinates(coordinates):
+            raise InputError(
+                f"{file} holds no coordinates (units, 2): it is no position file of TopoLM"
+            )
+        coordinates = coordinates.double().numpy()
+        layouts[file.stem], moved = place_units(coordinates)
+        if moved.any():
+            n_cells = len(np.unique(coordinates, axis=0))
+            shared.append(
+                f"in {file.stem} {len(moved)} units share {n_cells} cells. One unit a cell now: "
+                f"{np.count_nonzero(moved)} of them moved, by {moved[moved > 0].mean():.1f} cells "
+                f"on average, {moved.max():.1f} at most."
+            )
+        masks = getattr(layer, "neighborhood_indices", None)
+        if torch.is_tensor(masks) and masks.dim() == 2:
+            side_of_window = masks[0].sum().item() ** 0.5
+            facts["radius"] = round((side_of_window + 1) / 2)
+            facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
+    if shared:
+        say(
+            f"{folder}: {len(shared)} of {len(files)} position files are no permutations; {shared[0]}"
+        )
+    return layouts, facts
+
+
+def is_coordinates(value):
+    if not torch.is_tensor(value) or value.dim() != 2 or value.size(1) != 2:
+        return False
+    return bool(value.float().isfinite().all())
+
+
+def place_units(coordinates):
+    """unit_at_cell (C,) with one unit a cell and the least total displacement, and each unit's (C,).
+
+    coordinates (C, 2), row and column, on the square sheet; ones that fill it are taken as they are.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    side = positions.sheet_side(len(coordinates))
+    cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
+    distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)
+    cell = distance.argmin(axis=1)
+    if len(set(cell)) < len(cell) or distance.min(axis=1).any():
+        cell = linear_sum_assignment(distance)[1]
+    return np.argsort(cell), distance[np.arange(len(cell)), cell]
