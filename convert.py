@@ -17,6 +17,7 @@ import os
 import sys
 from dataclasses import asdict, fields
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,8 @@ from torch import nn
 
 import positions
 from data import InputError, check_content, read_pickle, write_aside
-from data.tokens import GPT2_PATTERN, gpt2_encoding, state_of
+from data.tokens import CHARACTERS, ENDOFTEXT, GPT2_PATTERN, gpt2_encoding, state_of
 from model import GPT, GPTConfig, Tokenizer, lm_from, load_checkpoint
-
-CHARACTERS = r"[\s\S]"  # the pattern of a tokenizer of characters
-END = "<|endoftext|>"
 
 
 class NotOurGPT(InputError):
@@ -45,7 +43,7 @@ def load_lm(spec, **options):
     path = find_checkpoint(spec)
     if path is None:
         model = gpt_from_hub(spec, **options)
-        return model, tokenizer_from_hub(spec)
+        return model, Tokenizer(tokenizer_state_from_hub(spec))
     state = read_checkpoint(path)
     return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
 
@@ -53,36 +51,37 @@ def load_lm(spec, **options):
 def find_checkpoint(spec):
     """The .pt file that a spec means, or None where it is something for transformers."""
     path = Path(spec)
-    if path.is_dir():
-        if (path / "config.json").exists() or any(path.glob("*.gguf")):
-            return None
-        numbered = sorted(path.glob("ckpt-*.pt"), key=lambda file: (len(file.name), file.name))
-        for file in (path / "best.pt", path / "ckpt.pt", *numbered[-1:]):  # TopoLM's are numbered
-            if file.exists() or file.is_symlink():
-                return file
-    elif path.suffix == ".pt" and (path.exists() or path.is_symlink()):
-        return path
-    elif path.suffix != ".pt" and path.parts and path.parts[0] not in ("out", "/", ".", ".."):
+    if path.suffix == ".pt":
+        candidates = [path]
+    elif path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+        numbered = sorted(path.glob("ckpt-*.pt"), key=in_order)  # TopoLM's; the last one
+        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]
+    elif path.exists() or path.parts[:1] not in [("out",), ("/",), ("..",)]:
         return None
-    elif path.suffix == ".gguf":
-        return None
+    else:
+        candidates = []
+    for file in candidates:
+        if os.path.lexists(file):
+            return check_content(file)
     raise InputError(
         f"lm: there is no language model at {spec}: train one with python train.py, or give "
         "a run folder, a checkpoint or a Hugging Face name"
     )
 
 
+def in_order(path):
+    """Sorting key of numbered files: 9 before 10."""
+    return len(path.name), path.name
+
+
 def read_checkpoint(path):
     """A checkpoint of ours, or a foreign one as ours."""
-    check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # torn, or in torch's old form: load_checkpoint says which
-        state = None
-    if isinstance(state, dict) and "format" not in state:
-        if isinstance(state.get("model"), dict) and isinstance(state.get("model_args"), dict):
-            return adopt_checkpoint(state, path)
-    return load_checkpoint(path)
+        foreign = "format" not in state and {"model", "model_args"} <= state.keys()
+    except Exception:  # torn, or no dict: load_checkpoint says which
+        foreign = False
+    return adopt_checkpoint(state, path) if foreign else load_checkpoint(path)
 
 
 def say(text):
@@ -116,7 +115,7 @@ class HiddenStates:
     def __init__(
         self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
     ):
-        self.device, self.dtype, self.head = torch.device(device), dtype, head
+        self.device, self.dtype = torch.device(device), dtype
         if isinstance(lm, dict):
             model, self.tokenizer = lm["model"], lm["tokenizer"]
             name = lm.get("name") or getattr(getattr(model, "config", None), "name_or_path", "")
@@ -127,6 +126,7 @@ class HiddenStates:
                 model, self.tokenizer = load_lm(lm)
             except NotOurGPT:
                 model, self.tokenizer = load_from_transformers(self.name, dtype, head)
+        self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
         self._listen(model, padding_side)
         self.max_length = longest_text(self.base, self.tokenizer)
         self.bos = bos
@@ -141,68 +141,65 @@ class HiddenStates:
         for text in texts:
             row = self._row(text)
             if not row:
-                raise InputError(f"text {len(rows)} is empty ({text!r} has no token): leave it out")
+                raise InputError(
+                    f"text {len(rows)} of {len(texts)} is empty ({text!r} has no token): leave it out"
+                )
             if len(row) > self.max_length:
-                row = self._row(text, cut=True)
+                row = self._row(text, truncation=True)
                 n_cut += 1
             rows.append(row)
         return rows, n_cut
 
-    def _row(self, text, cut=False):
+    def _row(self, text, truncation=False):
         room = self.max_length - (self.first is not None)
-        if not is_of_transformers(self.tokenizer):
-            row = list(self.tokenizer.encode(text))
-            row = row[:room] if cut else row
-        elif cut:
-            row = self.tokenizer(text, truncation=True, max_length=room)["input_ids"]
+        if self.foreign_tokenizer:
+            max_length = room if truncation else None
+            encoding = self.tokenizer(
+                text, truncation=truncation, max_length=max_length, verbose=False
+            )
+            row = encoding["input_ids"]
         else:
-            row = self.tokenizer(text, verbose=False)["input_ids"]
-        if self.first is not None and row:
+            row = list(self.tokenizer.encode(text))
+            row = row[:room] if truncation else row
+        if self.first is not None and row[:1] != [self.first]:
             row = [self.first, *row]
         return row
 
     def _first_token(self):
         """The token to write before each text; None where the tokenizer itself writes one."""
-        names = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
-        found = [getattr(self.tokenizer, name, None) for name in names]
-        found = [token for token in found if token is not None]
-        if not found:
-            raise InputError(
-                f"bos=True: the tokenizer of {self.name} has no token that begins a text: "
-                "leave bos out"
-            )
-        if is_of_transformers(self.tokenizer):
-            row = self.tokenizer("a", verbose=False)["input_ids"]
-            plain = self.tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+        if self.foreign_tokenizer:
+            row = self.tokenizer("a")["input_ids"]
+            plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
             if row[: len(plain)] != plain:
                 return None
-        return found[0]
+        for name in ("eot", "bos_token_id", "cls_token_id", "eos_token_id"):
+            token = getattr(self.tokenizer, name, None)
+            if token is not None:
+                return token
+        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave bos out")
 
     def offsets(self, text):
         """Characters (start, end) of the text that each token of encode([text]) covers.
 
         Spaces at either end of a token are left out; special tokens cover nothing (start == end).
         """
-        row = self._row(text)
-        cut = len(row) > self.max_length
         room = self.max_length - (self.first is not None)
-        if is_of_transformers(self.tokenizer):
-            if not self.tokenizer.is_fast:
-                raise InputError(
-                    f"{self.name}: its tokenizer does not say which characters are whose"
-                )
-            options = {"truncation": True, "max_length": room} if cut else {"verbose": False}
-            spans = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
-        else:
+        if not self.foreign_tokenizer:
             spans = byte_spans(self.tokenizer, text)[:room]
-        if self.first is not None:
+        elif self.tokenizer.is_fast:
+            encoding = self.tokenizer(
+                text, truncation=True, max_length=room, return_offsets_mapping=True
+            )
+            spans = encoding["offset_mapping"]
+        else:
+            raise InputError(f"the tokenizer of {self.name} does not say where its tokens begin")
+        if len(self._row(text, truncation=True)) > len(spans):
             spans = [(0, 0), *spans]
         trimmed = []
         for start, end in spans:
-            while start < end and text[start].isspace():
-                start += 1
-            while start < end and text[end - 1].isspace():
-                end -= 1
+            part = text[start:end]
+            end -= len(part) - len(part.rstrip())
+            start = min(end, start + len(part) - len(part.lstrip()))
             trimmed.append((start, end))
         return trimmed
 
@@ -210,16 +207,12 @@ class HiddenStates:
         """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
         width = max(len(row) for row in rows)
         fill = getattr(self.tokenizer, "pad_token_id", None)
-        if fill is None:
-            fill = getattr(self.tokenizer, "eos_token_id", None)
         ids = torch.full((len(rows), width), fill or 0)
         real = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
-            place = (
-                slice(len(row)) if self.padding_side == "right" else slice(width - len(row), None)
-            )
-            ids[i, place] = torch.tensor(row)
-            real[i, place] = True
+            begin = width - len(row) if self.padding_side == "left" else 0
+            ids[i, begin : begin + len(row)] = torch.tensor(row)
+            real[i, begin : begin + len(row)] = True
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -245,7 +238,8 @@ class HiddenStates:
             return
         handles = self._hooks(hear)
         try:
-            hear(self.n_layer, self._forward(ids, real))
+            output = self._call(self.base, ids, real)
+            hear(self.n_layer, getattr(output, "last_hidden_state", None))
         except _Deepest:
             pass
         finally:
@@ -267,7 +261,7 @@ class HiddenStates:
         handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
         for layer, block in enumerate(self.blocks[:-1], start=1):
             handles.append(block.register_forward_hook(after(layer)))
-        if isinstance(self.model, GPT):  # its head need not run
+        if self.ours:  # the head need not run
             norm = self.model.transformer.ln_f
             handles.append(norm.register_forward_hook(after(self.n_layer)))
         return handles
@@ -279,12 +273,11 @@ class HiddenStates:
         return states
 
     def logits(self, ids, real):
-        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place."""
-        with self._autocast():
-            if isinstance(self.model, GPT):
-                return self.model(ids).logits
-            assert self.head, "HiddenStates(..., head=True) reads logits"
-            return self.model(input_ids=ids, **self._options(real)).logits
+        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place.
+
+        A model of transformers has them with head=True.
+        """
+        return self._call(self.model, ids, real).logits
 
     def layers(self, asked):
         """Sorted layer numbers, negative ones counted from the last; all where none is asked."""
@@ -297,12 +290,18 @@ class HiddenStates:
                 )
         return sorted({layer % (self.n_layer + 1) for layer in asked})
 
+    def token_embeddings(self):
+        """The weights (vocab, width) of the token embedding."""
+        if self.ours:
+            return self.model.transformer.wte.weight
+        return self.model.get_input_embeddings().weight
+
     def random_twin(self, seed):
         """The same architecture and tokenizer, new random weights: what the shape alone gives."""
         twin = copy.copy(self)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if isinstance(self.model, GPT):
+            if self.ours:
                 model = GPT(self.model.config, seed=seed)
             elif hasattr(self.model, "config"):
                 model = type(self.model)(self.model.config)
@@ -314,57 +313,39 @@ class HiddenStates:
         twin._listen(model, self.padding_side)
         return twin
 
-    def _autocast(self):
-        half = self.dtype is not torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=half)
-
-    def _options(self, real):
-        """What else the model must be told so that no token sees a pad."""
-        options = {}
-        if "use_cache" in self.accepts:
-            options["use_cache"] = False
-        right = self.padding_side == "right"
-        if real.all() or (right and self.causal):  # nobody looks at what comes after
-            return options
-        options["attention_mask"] = real.long()
-        if not right and "position_ids" in self.accepts:
-            options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
-        return options
-
-    def _forward(self, ids, real):
-        """The last hidden state of the model without its head (our GPT's is heard by a hook)."""
-        with self._autocast():
-            if isinstance(self.model, GPT):
-                return self.model(ids).logits
-            output = self.base(input_ids=ids, **self._options(real))
-        return getattr(output, "last_hidden_state", None)
+    def _call(self, model, ids, real, **options):
+        """The model's output, told of the pads where it would see them."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.ours:
+                return model(ids, **options)
+            if "use_cache" in self.accepts:
+                options["use_cache"] = False
+            left = self.padding_side == "left"
+            if not real.all() and (left or not self.causal):  # causal: nobody looks to the right
+                options["attention_mask"] = real.long()
+                if left and "position_ids" in self.accepts:
+                    options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+            return model(input_ids=ids, **options)
 
     def _own_states(self, ids, real):
-        """All hidden states as the model itself returns them: a tuple of n_layer + 1."""
-        with self._autocast():
-            if isinstance(self.model, GPT):
-                layers = range(self.model.config.n_layer + 1)
-                return tuple(self.model(ids, hidden=layers).hidden.values())
-            output = self.base(input_ids=ids, output_hidden_states=True, **self._options(real))
-        return output["hidden_states"] if isinstance(output, dict) else output.hidden_states
+        """All hidden states as the model itself returns them: n_layer + 1 of them."""
+        if self.ours:
+            layers = range(self.model.config.n_layer + 1)
+            return list(self._call(self.model, ids, real, hidden=layers).hidden.values())
+        return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
 
     @torch.no_grad()
     def _listen(self, model, padding_side):
         """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
-        config = getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            raise InputError(
-                f"{self.name} has an encoder and a decoder ({type(model).__name__}): "
-                "give a causal or a masked language model"
-            )
+        refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.base = model if isinstance(model, GPT) else getattr(model, "base_model", model)
+        self.ours = isinstance(model, GPT)
+        self.base = model if self.ours else getattr(model, "base_model", model)
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
-        self.padding_side, self.causal, self.blocks = "right", False, None
-
+        self.padding_side, self.causal = "right", False
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._own_states(ids, real)
@@ -375,12 +356,12 @@ class HiddenStates:
         self.blocks = self._find_blocks(ids, real, states)
         if not self._ignores_pads():
             raise InputError(
-                f"{self.name}: its states of a text change with the texts beside it "
-                "(it reads the padding): it cannot be read in batches"
+                f"{self.name}: the states of a text change with the texts beside it (it reads the "
+                "padding): take another model"
             )
-        if padding_side == "left" and not isinstance(model, GPT):
+        if padding_side == "left" and self.causal and not self.ours:
             self.padding_side = "left"
-            if not self.causal or not self._ignores_pads():
+            if not self._ignores_pads():
                 self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
@@ -400,7 +381,7 @@ class HiddenStates:
         alone, all_real = self.pad([[1, 2, 3]])
         batch = self._own_states(together, real)
         single = self._own_states(alone, all_real)
-        tolerance = 1e-3 if self.dtype is torch.float32 else 0.1
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         return all(close(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
 
 
@@ -412,23 +393,16 @@ def close(a, b, tolerance):
     return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
 
 
-def is_of_transformers(tokenizer):
-    return hasattr(tokenizer, "convert_ids_to_tokens")
-
-
 def byte_spans(tokenizer, text):
     """Characters (start, end) that each token of our Tokenizer covers."""
-    length_of = {}
-    for line in tokenizer.state["ranks"].splitlines():
-        token, rank = line.split()
-        length_of[int(rank)] = len(base64.b64decode(token))
+    token_of = {rank: token for token, rank in read_ranks(tokenizer.state).items()}
     character_of = []  # of each byte
     for i, character in enumerate(text):
         character_of += [i] * len(character.encode())
     spans = []
     at = 0
-    for token in tokenizer.encode(text):
-        end = at + length_of[token]
+    for number in tokenizer.encode(text):
+        end = at + len(token_of[number])
         spans.append((character_of[at], character_of[end - 1] + 1))
         at = end
     return spans
@@ -439,15 +413,22 @@ def longest_text(model, tokenizer):
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    limits = [10**9]
+    limits = [10**9, getattr(tokenizer, "model_max_length", None)]
     for name in ("block_size", "max_position_embeddings", "n_positions", "max_seq_len"):
         limits.append(getattr(config, name, None))
-    limits.append(getattr(tokenizer, "model_max_length", None))
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            taken = 0 if module.padding_idx is None else module.padding_idx + 1  # RoBERTa's kind
-            limits.append(module.num_embeddings - taken)
+            padding = module.padding_idx  # RoBERTa's kind counts from there
+            limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
     return min(int(limit) for limit in limits if limit)
+
+
+def refuse_encoder_and_decoder(config, name):
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{name} has an encoder and a decoder ({config.model_type}): "
+            "give a causal or a masked language model"
+        )
 
 
 def load_from_transformers(name, dtype, head):
@@ -455,13 +436,9 @@ def load_from_transformers(name, dtype, head):
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
     config = from_hub(AutoConfig, name)
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"{name} has an encoder and a decoder ({config.model_type}): "
-            "give a causal or a masked language model"
-        )
+    refuse_encoder_and_decoder(config, name)
     Auto = auto_class(config, name) if head else AutoModel
-    dtype = dtype if dtype is torch.float32 else "auto"  # half precision: as the file has it
+    dtype = dtype if dtype == torch.float32 else "auto"  # half precision: as the file has it
     return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
 
 
@@ -502,15 +479,15 @@ def from_hub(Auto, name, **options):
     Raises InputError where there is no such model, and for torn and foreign files, over which
     transformers stumbles in nearly any way.
     """
-    path = Path(name)
-    folder = path.parent if path.suffix == ".gguf" else path
+    folder = Path(name)
+    if folder.suffix == ".gguf":
+        folder = folder.parent
     if folder.is_dir():
-        for file in sorted(folder.iterdir()):
+        for file in folder.iterdir():
             check_content(file)
-        if path.suffix == ".gguf":
-            options["gguf_file"] = path.name
-        elif not (path / "config.json").exists():
-            options["gguf_file"] = only_gguf(path)
+        ggufs = [Path(name)] if folder != Path(name) else sorted(folder.glob("*.gguf"))
+        if len(ggufs) == 1 and not (folder / "config.json").exists():
+            options["gguf_file"] = ggufs[0].name
     elif not hub_answers():
         options["local_files_only"] = True
     try:
@@ -528,29 +505,80 @@ def from_hub(Auto, name, **options):
     )
 
 
-def only_gguf(folder):
-    """The name of the one GGUF file in a folder without config.json."""
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    if len(files) != 1:
-        raise InputError(
-            f"{folder} holds no config.json and {len(files)} GGUF files: give a whole folder of a "
-            "model, or one .gguf file"
-        )
-    return files[0]
-
-
 def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
-    model, info = from_hub(Auto, name, output_loading_info=True, **options)
-    missing = sorted(
-        key for key in info["missing_keys"] if "pooler" not in key
-    )  # no state needs it
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the weights that it has no use for
+    try:
+        model, report = from_hub(Auto, name, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
     if missing:
         raise InputError(
-            f"{name} lacks weights of {type(model).__name__} ({missing[0]}"
-            f"{', ...' if len(missing) > 1 else ''}): the model was saved without its head, or torn"
+            f"{name} lacks weights of {type(model).__name__}, {missing[0]} for one: it was saved "
+            "without its head, or is torn"
         )
     return model
+
+
+def gpt_from_hub(name, **options):
+    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
+
+    A folder that export_lm wrote gives the sheets and their positions back, too.
+    """
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    args = gpt_args(from_hub(AutoConfig, name), name)
+    theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
+    weights = theirs.state_dict()
+    exported = exported_facts(name)
+    for key, value in exported.get("model_args", {}).items():
+        if key in {field.name for field in fields(GPTConfig)}:
+            args.setdefault(key, value)
+    args["norm"] = float(args.get("norm", "inf"))
+    biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
+    args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
+    model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
+    state = {}
+    for key in model.state_dict():
+        if key in weights:
+            state[key] = weights[key].t() if is_transposed(key) else weights[key]
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
+        raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
+    return model
+
+
+def gpt_args(config, name):
+    """Fields of GPTConfig from the config of a Hugging Face GPT-2."""
+    if config.model_type != "gpt2":
+        raise NotOurGPT(
+            f"'{name}' is a {config.model_type} model: only GPT-2 weights load into our GPT"
+        )
+    gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+    plain = {
+        "activation_function": (*gelus,),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in plain.items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT has no {key}={value}")
+    return {
+        "block_size": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "gelu": gelus[config.activation_function],
+    }
 
 
 def exported_facts(name):
@@ -571,53 +599,15 @@ def is_transposed(name):
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def gpt_from_hub(name, **options):
-    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
-
-    A folder that export_lm wrote gives the sheets and their positions back, too.
-    """
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    c = from_hub(AutoConfig, name)
-    if c.model_type != "gpt2":
-        raise NotOurGPT(f"'{name}' is a {c.model_type} model: only GPT-2 weights load into our GPT")
-    gelu = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}.get(
-        c.activation_function
-    )
-    plain = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
-    plain = plain and c.tie_word_embeddings and c.layer_norm_epsilon == 1e-5
-    if gelu is None or not plain or c.n_inner not in (None, 4 * c.n_embd):
-        raise NotOurGPT(
-            f"'{name}' is a GPT-2 variant whose config ({c.activation_function}, layer norm "
-            f"{c.layer_norm_epsilon}) our GPT has not"
-        )
-    theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
-    weights = theirs.state_dict()
-    exported = exported_facts(name)
-    known = {field.name for field in fields(GPTConfig)}
-    args = {key: value for key, value in exported.get("model_args", {}).items() if key in known}
-    args["norm"] = float(args.get("norm", "inf"))
-    biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
-    args["bias"] = biased or args.get("bias", True)
-    args |= {"block_size": c.n_positions, "vocab_size": c.vocab_size, "gelu": gelu}
-    args |= {"n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd}
-    model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell")).eval()
-    state = {}
-    for key in model.state_dict():
-        if key in weights:
-            state[key] = weights[key].t() if is_transposed(key) else weights[key]
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
-        raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
-    return model.train()
-
-
 @torch.no_grad()
-def same_logits(ours, theirs):
+def same_logits(model, theirs):
     """Do our GPT and theirs of transformers give the same logits for some tokens?"""
-    length = min(16, ours.config.block_size)
-    ids = torch.arange(2 * length).view(2, length) * 7 % ours.config.vocab_size
-    return close(ours(ids).logits, theirs(ids).logits, 1e-3)
+    length = min(16, model.config.block_size)
+    ids = torch.arange(2 * length).view(2, length) * 7 % model.config.vocab_size
+    training = model.training
+    logits = model.eval()(ids).logits
+    model.train(training)
+    return close(logits, theirs(ids).logits, 1e-3)
 
 
 def export_lm(spec, folder):
@@ -626,48 +616,38 @@ def export_lm(spec, folder):
     AutoModelForCausalLM and AutoTokenizer open it.
     """
     model, tokenizer = load_lm(spec)
-    facts = []
+    facts = ""
     for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
         path = Path(spec) / name
         if path.is_file():
-            lines = [f"    {line}" for line in path.read_text().splitlines() if line[:1] != "#"]
-            facts.append("\n".join([f"`{name}` of its run:\n", *lines]))
-    export_gpt(model, folder, tokenizer, "\n\n".join(facts))
+            lines = [f"    {line}\n" for line in path.read_text().splitlines() if line[:1] != "#"]
+            facts += f"`{name}` of its run:\n\n{''.join(lines)}\n"
+    export_gpt(model, folder, tokenizer, facts)
 
 
 def export_gpt(model, folder, tokenizer=None, facts=""):
-    """Write our GPT as a Hugging Face GPT-2 folder (safetensors) with equal logits.
+    """Write our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
 
     nanocortex.json beside the weights holds what that format has no place for: our options, the
-    units' positions, the tokenizer's state. facts: a paragraph of the model card. Raises
+    units' positions, the tokenizer's state. facts: paragraphs of the model card. Raises
     InputError for a model that is more than a GPT-2.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
     end = tokenizer.eot if tokenizer else None
-    config = GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_embd=c.n_embd,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
-        resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout,
-        attn_pdrop=c.dropout,
-        bos_token_id=end,
-        eos_token_id=end,
-    )
+    gelu = "gelu_new" if c.gelu == "tanh" else "gelu"
+    config = GPT2Config(n_positions=c.block_size, activation_function=gelu)
+    config.update({"bos_token_id": end, "eos_token_id": end})
+    for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
+        setattr(config, key, getattr(c, key))
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, key, c.dropout)
     theirs = GPT2LMHeadModel(config).eval()
     theirs.load_state_dict(weights_for_hub(model, theirs.state_dict()), strict=False)
     theirs.tie_weights()
-    was_training = model.training
-    if not same_logits(model.eval().cpu(), theirs):
-        raise InputError(
-            "this GPT has no Hugging Face GPT-2 form: the same weights give other logits there"
-        )
-    model.train(was_training)
+    if not same_logits(model, theirs):
+        raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
     theirs.save_pretrained(folder)
     extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
@@ -676,129 +656,138 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
         extra["tokenizer"] = tokenizer.state
         export_tokenizer(tokenizer, folder)
     write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
-    write_aside(Path(folder, "README.md"), model_card(c, model.n_params(), tokenizer, facts))
+    write_aside(Path(folder, "README.md"), model_card(model, tokenizer, facts))
 
 
 def weights_for_hub(model, theirs):
-    """The state dict of a Hugging Face GPT-2 whose empty one is `theirs`, from our GPT's."""
-    ours = model.state_dict()
-    form = "has no Hugging Face GPT-2 form"
-    for key in ours:
-        if key not in theirs and key != "unit_at_cell":
-            raise InputError(f"a GPT with {key} {form}")
+    """Our GPT's weights under the names and in the shapes of `theirs`, GPT-2's state dict there."""
     state = {}
+    for key, value in model.state_dict().items():
+        if key != "unit_at_cell":
+            state[key] = value.t() if is_transposed(key) else value
     for key, value in theirs.items():
-        if key in ours:
-            state[key] = ours[key].t() if is_transposed(key) else ours[key]
-        elif key.endswith(".bias") and not model.config.bias:
-            state[key] = torch.zeros_like(value)  # no bias here is a bias of zero there
-        elif key != "lm_head.weight":  # tied to the token embedding
-            raise InputError(f"a GPT without {key} {form}")
-        if key in state and state[key].shape != value.shape:
-            shape = tuple(state[key].shape)
-            raise InputError(f"a GPT whose {key} is {shape}, not {tuple(value.shape)}, {form}")
+        if key.endswith(".bias") and not model.config.bias:
+            state.setdefault(key, torch.zeros_like(value))  # no bias here is a bias of zero there
+    state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
+    for key in [*theirs, *state]:
+        value = state.get(key)
+        if value is None or key not in theirs or value.shape != theirs[key].shape:
+            raise InputError(
+                f"a GPT with another {key} than GPT-2's has no Hugging Face GPT-2 form: write it "
+                "out as a checkpoint"
+            )
     return state
 
 
-def model_card(config, n_params, tokenizer=None, facts=""):
+def model_card(model, tokenizer=None, facts=""):
     """README.md of an exported model."""
-    tags = "gpt2, topography" if config.sheet else "gpt2"
-    vocabulary = f"vocabulary of {config.vocab_size:,}"
-    code = 'model = AutoModelForCausalLM.from_pretrained("this folder")'
-    if tokenizer:
-        vocabulary += f" ({tokenizer.state['name']})"
-        code += '\n    tokenizer = AutoTokenizer.from_pretrained("this folder")'
-    paragraphs = [
-        f"A GPT-2 of {config.n_layer} layers x {config.n_embd} units and {config.n_head} heads, "
-        f"{n_params:,} parameters without positions, context of\n{config.block_size} tokens, "
-        f"{vocabulary}, written by nanoCortex."
-    ]
-    if config.sheet:
-        paragraphs.append(
-            f"Each of its {2 * config.n_layer} sublayers has a square sheet of {config.n_embd} "
-            f"cells on which its units have a place; training added\n{config.alpha:g} times the "
-            "spatial loss of every sheet to the next-token loss. The places are in\n"
-            "`nanocortex.json`: `unit_at_cell`, a permutation per sheet, attention and MLP in turn."
-        )
-    if facts:
-        paragraphs.append(facts)
-    paragraphs.append(
-        f"    from transformers import AutoModelForCausalLM, AutoTokenizer\n    {code}"
-    )
-    paragraphs.append(
-        "It says what its training text makes likely, true or not, and has been tested for nothing "
-        "but what is written here."
-    )
-    head = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [{tags}]\n---\n"
-    return head + "\n\n".join(paragraphs) + "\n"
+    c = model.config
+    sheet = ""
+    if c.sheet:
+        sheet = f"""
+Each of its {2 * c.n_layer} sublayers has a square sheet of {c.n_embd} cells on which its units have
+a place; training added {c.alpha:g} times the spatial loss of every sheet to the next-token loss.
+The places are in `nanocortex.json`: `unit_at_cell`, a permutation per sheet, attention and MLP in
+turn.
+"""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2{", topography" if c.sheet else ""}]
+---
+A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_params():,}
+parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,}
+({tokenizer.state["name"] if tokenizer else "no tokenizer"}), written by nanoCortex.
+{sheet}
+{facts}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("this folder")
+    tokenizer = AutoTokenizer.from_pretrained("this folder")
+
+It says what its training text makes likely, true or not, and has been tested for nothing but what
+is written here.
+"""
 
 
 # ---- tokenizers
 
 
-def tokenizer_from_hub(name):
-    """Our Tokenizer of a Hugging Face GPT-2, with the ids that its own tokenizer gives.
+def tokenizer_state_from_hub(name):
+    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives.
 
     Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
     """
     from transformers import AutoTokenizer
 
     theirs = from_hub(AutoTokenizer, name)
-    if not getattr(theirs, "is_fast", False):
-        raise NotOurGPT(f"the tokenizer of '{name}' is none that tokenizer.json describes")
-    form = json.loads(theirs.backend_tokenizer.to_str())
-    state = exported_facts(name).get("tokenizer") or byte_level_state(form, name)
-    ours = json.loads(fast_tokenizer(state).to_str())
-    cuts = [ours["pre_tokenizer"]]
-    if state["pattern"] == GPT2_PATTERN:
-        cuts.append({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True})
-    cut = form["pre_tokenizer"]
-    if cut and cut["type"] == "ByteLevel":
-        cut.pop("trim_offsets")  # which changes no id
-    differs = ""
-    if form["normalizer"] is not None:
-        differs = f"it changes texts before it cuts them ({form['normalizer']['type']})"
-    elif cut not in cuts:
-        differs = "it cuts texts in another way"
-    elif form["model"]["merges"] != ours["model"]["merges"] or form["model"]["dropout"]:
-        differs = "it merges in another order"
-    elif vocabulary(form) != vocabulary(ours):
-        differs = "it has other tokens"
+    differs = "kind"
+    if getattr(theirs, "is_fast", False):
+        form = tokenizer_form(theirs.backend_tokenizer)
+        state = exported_facts(name).get("tokenizer") or byte_level_state(form, Path(name).name)
+        differs = first_difference(form, state)
     if differs:
-        raise NotOurGPT(f"the tokenizer of '{name}' is not GPT-2's byte-level BPE: {differs}")
-    return Tokenizer(state)
+        raise NotOurGPT(
+            f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter (its {differs} "
+            "differs): our GPT would get other ids"
+        )
+    return state
 
 
-def vocabulary(form):
-    """{token: id} of a tokenizer.json."""
-    added = {token["content"]: token["id"] for token in form["added_tokens"]}
-    return {**form["model"]["vocab"], **added}
+def tokenizer_form(fast):
+    """What decides the ids of a tokenizers.Tokenizer, as plain values."""
+    form = json.loads(fast.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
+    model = form["model"]
+    special = {token["content"]: token["id"] for token in form["added_tokens"] if token["special"]}
+    words = {token["content"]: token["id"] for token in form["added_tokens"]}
+    return {
+        "kind": (model["type"], model.get("dropout")),
+        "normalizer": form["normalizer"],
+        "pre-tokenizer": form["pre_tokenizer"],
+        "order of merges": model.get("merges"),
+        "vocabulary": {**dict(model["vocab"]), **words},
+        "special": special,
+        "words": words.keys() - special.keys(),  # found in texts before anything is merged
+    }
 
 
 def byte_level_state(form, name):
-    """The state of our Tokenizer from the tokenizer.json of a byte-level BPE."""
+    """The state of a byte-level BPE from its form; of another tokenizer, a state that differs."""
     byte_of = {character: byte for byte, character in character_of_byte().items()}
-    special = {token["content"]: token["id"] for token in form["added_tokens"]}
-    plain = all(token["special"] for token in form["added_tokens"])
-    tokens = form["model"].get("vocab", {})
-    ranks = []
-    if form["model"]["type"] == "BPE" and set(byte_of) <= set(tokens) and plain:
-        for token, rank in tokens.items():
-            if token in special:
-                continue
-            plain = plain and set(token) <= set(byte_of)
-            ranks.append((rank, bytes(byte_of.get(character, 0) for character in token)))
-    if not ranks or not plain:
-        raise NotOurGPT(
-            f"the tokenizer of '{name}' is not GPT-2's byte-level BPE: it has other tokens"
-        )
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in sorted(ranks)]
+    lines = []
+    for token, rank in sorted(form["vocabulary"].items(), key=itemgetter(1)):
+        if token not in form["special"] and set(token) <= set(byte_of):
+            token = bytes(byte_of[character] for character in token)
+            lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
     return {
-        "name": Path(name).name,
+        "name": name,
         "pattern": GPT2_PATTERN,
-        "special_tokens": special,
+        "special_tokens": form["special"],
         "ranks": "".join(lines),
     }
+
+
+def first_difference(form, state):
+    """What differs first between a tokenizer and ours of that state; '' where the ids are equal."""
+    try:
+        ours = tokenizer_form(fast_tokenizer(state))
+    except InputError:  # tokens that no merges make
+        return "order of merges"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if state["pattern"] == GPT2_PATTERN and form["pre-tokenizer"] == {**level, "use_regex": True}:
+        form["pre-tokenizer"] = ours["pre-tokenizer"]  # GPT-2's own spelling of it
+    for part in ("kind", "normalizer", "pre-tokenizer", "order of merges", "vocabulary", "words"):
+        if form[part] != ours[part]:
+            return part
+    return ""
+
+
+def read_ranks(state):
+    """{token (bytes): id} of a tokenizer state, without its special tokens."""
+    ranks = {}
+    for line in state["ranks"].splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token)] = int(rank)
+    return ranks
 
 
 def export_tokenizer(tokenizer, folder):
@@ -808,13 +797,12 @@ def export_tokenizer(tokenizer, folder):
     """
     from transformers import PreTrainedTokenizerFast
 
-    special = {} if tokenizer.eot is None else {"bos_token": END, "eos_token": END}
-    fast = PreTrainedTokenizerFast(
+    special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
+    PreTrainedTokenizerFast(
         tokenizer_object=fast_tokenizer(tokenizer.state),
         clean_up_tokenization_spaces=False,
         **special,
-    )
-    fast.save_pretrained(folder)
+    ).save_pretrained(folder)
 
 
 def fast_tokenizer(state):
@@ -822,54 +810,53 @@ def fast_tokenizer(state):
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
 
-    ranks = {}
-    for line in state["ranks"].splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
+    ranks = read_ranks(state)
     split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
-    if state["pattern"] == CHARACTERS and any(bytes([byte]) not in ranks for byte in range(256)):
+    if (
+        state["pattern"] == CHARACTERS
+        and len(ranks.keys() & {bytes([b]) for b in range(256)}) < 256
+    ):
         vocab = {token.decode(): rank for token, rank in ranks.items()}
         fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, []))
         fast.pre_tokenizer = split
         fast.decoder = decoders.Fuse()
-    else:
-        characters = character_of_byte()
-        spelling = {token: "".join(characters[byte] for byte in token) for token in ranks}
-        vocab = {spelling[token]: rank for token, rank in ranks.items()}
-        merges = []
-        for token in sorted(ranks, key=ranks.get):
-            if len(token) > 1:
-                left, right = last_merge(token, ranks)
-                merges.append((spelling[left], spelling[right]))
-        fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-        fast.decoder = decoders.ByteLevel()
+        return fast
+    characters = character_of_byte()
+    spelling = {token: "".join(characters[byte] for byte in token) for token in ranks}
+    vocab = {spelling[token]: rank for token, rank in ranks.items()}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            left, right = last_merge(token, ranks)
+            merges.append((spelling[left], spelling[right]))
+    fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    fast.decoder = decoders.ByteLevel()
     return fast
 
 
 def character_of_byte():
     """{byte: character that GPT-2's files write it as}: printable ones as they are, then 256 ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in characters:
-            characters[byte] = chr(256 + len(characters) - len(printable))
-    return characters
+    others = sorted(set(range(256)) - set(printable))
+    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def last_merge(token, ranks):
     """The two parts that byte-pair encoding joins last to make a token (bytes)."""
-    parts = [bytes([byte]) for byte in token]
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        at = int(np.argmin(joined))
+        at = joined.index(min(joined))
         if joined[at] >= ranks[token]:
-            raise InputError(
-                f"the token {token!r} is not made by merging two others: this tokenizer has no "
-                "Hugging Face BPE form"
-            )
+            break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    if len(parts) > 2 or not set(parts) <= ranks.keys():
+        raise InputError(
+            f"the token {token!r} is not made by merging two others: this tokenizer has no "
+            "Hugging Face BPE form"
+        )
     return parts
 
 
@@ -965,7 +952,7 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
             f"data/{dataset or 'DATASET'}/meta.pkl beside it"
         )
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
-        return tokenizer_from_hub(str(folder)).state
+        return tokenizer_state_from_hub(str(folder))
     try:
         return state_of(gpt2_encoding())
     except (OSError, ValueError) as error:
