@@ -321,7 +321,7 @@ class HiddenStates:
             if "use_cache" in self.accepts:
                 options["use_cache"] = False
             left = self.padding_side == "left"
-            if not real.all() and (left or not self.causal):  # causal: nobody looks to the right
+            if not self.causal or (left and not real.all()):  # causal: nobody looks to the right
                 options["attention_mask"] = real.long()
                 if left and "position_ids" in self.accepts:
                     options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
@@ -345,10 +345,12 @@ class HiddenStates:
         self.base = model if self.ours else getattr(model, "base_model", model)
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
-        self.padding_side, self.causal = "right", False
+        self.padding_side, self.causal = "right", True
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._own_states(ids, real)
+        if any(state.shape[:-1] != ids.shape for state in states):
+            raise InputError(f"{self.name}: some of its layers have no state for each token")
         self.n_layer = len(states) - 1
         self.width = states[-1].size(-1)
         # does a later token change an earlier state?
@@ -414,13 +416,15 @@ def longest_text(model, tokenizer):
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limits = [10**9, getattr(tokenizer, "model_max_length", None)]
-    for name in ("block_size", "max_position_embeddings", "n_positions", "max_seq_len"):
+    for name in ("max_position_embeddings", "max_seq_len"):
         limits.append(getattr(config, name, None))
+    if isinstance(model, GPT):
+        limits.append(config.block_size)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             padding = module.padding_idx  # RoBERTa's kind counts from there
             limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
-    return min(int(limit) for limit in limits if limit)
+    return min(int(limit) for limit in limits if limit and limit > 0)
 
 
 def refuse_encoder_and_decoder(config, name):
