@@ -51,15 +51,14 @@ def load_lm(spec, **options):
 def find_checkpoint(spec):
     """The .pt file that a spec means, or None where it is something for transformers."""
     path = Path(spec)
-    if path.suffix == ".pt":
-        candidates = [path]
-    elif path.is_dir() and not (path / "config.json").exists() and not any(path.glob("*.gguf")):
+    candidates = [path]
+    if path.suffix != ".pt":
+        if (path / "config.json").exists() or any(path.glob("*.gguf")) or path.is_file():
+            return None
+        if not path.exists() and path.parts[:1] not in [("out",), ("/",), ("..",)]:
+            return None
         numbered = sorted(path.glob("ckpt-*.pt"), key=in_order)  # TopoLM's; the last one
         candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]
-    elif path.exists() or path.parts[:1] not in [("out",), ("/",), ("..",)]:
-        return None
-    else:
-        candidates = []
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
@@ -78,10 +77,12 @@ def read_checkpoint(path):
     """A checkpoint of ours, or a foreign one as ours."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        foreign = "format" not in state and {"model", "model_args"} <= state.keys()
-    except Exception:  # torn, or no dict: load_checkpoint says which
+        foreign = "format" not in state and isinstance(state["model_args"], dict)
+    except Exception:  # torn, or something else: load_checkpoint says what
         foreign = False
-    return adopt_checkpoint(state, path) if foreign else load_checkpoint(path)
+    if foreign:
+        return adopt_checkpoint(state, path)
+    return load_checkpoint(path)
 
 
 def say(text):
@@ -130,7 +131,10 @@ class HiddenStates:
         self._listen(model, padding_side)
         self.max_length = longest_text(self.base, self.tokenizer)
         self.bos = bos
-        self.first = self._first_token() if bos else None
+        self.first = None
+        if bos:
+            self.first = self._first_token()
+        self.room = self.max_length - (self.first is not None)
 
     # -- texts
 
@@ -151,16 +155,14 @@ class HiddenStates:
         return rows, n_cut
 
     def _row(self, text, truncation=False):
-        room = self.max_length - (self.first is not None)
-        if self.foreign_tokenizer:
-            max_length = room if truncation else None
-            encoding = self.tokenizer(
-                text, truncation=truncation, max_length=max_length, verbose=False
-            )
-            row = encoding["input_ids"]
-        else:
+        if not self.foreign_tokenizer:
             row = list(self.tokenizer.encode(text))
-            row = row[:room] if truncation else row
+        elif truncation:
+            row = self.tokenizer(text, truncation=True, max_length=self.room)["input_ids"]
+        else:
+            row = self.tokenizer(text, verbose=False)["input_ids"]
+        if truncation:
+            row = row[: self.room]
         if self.first is not None and row[:1] != [self.first]:
             row = [self.first, *row]
         return row
@@ -183,13 +185,11 @@ class HiddenStates:
 
         Spaces at either end of a token are left out; special tokens cover nothing (start == end).
         """
-        room = self.max_length - (self.first is not None)
         if not self.foreign_tokenizer:
-            spans = byte_spans(self.tokenizer, text)[:room]
+            spans = byte_spans(self.tokenizer, text)[: self.room]
         elif self.tokenizer.is_fast:
-            encoding = self.tokenizer(
-                text, truncation=True, max_length=room, return_offsets_mapping=True
-            )
+            options = {"truncation": True, "max_length": self.room}
+            encoding = self.tokenizer(text, return_offsets_mapping=True, **options)
             spans = encoding["offset_mapping"]
         else:
             raise InputError(f"the tokenizer of {self.name} does not say where its tokens begin")
@@ -210,9 +210,11 @@ class HiddenStates:
         ids = torch.full((len(rows), width), fill or 0)
         real = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
-            begin = width - len(row) if self.padding_side == "left" else 0
-            ids[i, begin : begin + len(row)] = torch.tensor(row)
-            real[i, begin : begin + len(row)] = True
+            place = slice(0, len(row))
+            if self.padding_side == "left":
+                place = slice(width - len(row), width)
+            ids[i, place] = torch.tensor(row)
+            real[i, place] = True
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -250,11 +252,13 @@ class HiddenStates:
         """Hooks that call hear(layer, state) before the first block and after each."""
 
         def before(module, args, kwargs):
-            hear(0, args[0] if args else kwargs.get("hidden_states"))
+            hear(0, (*args, kwargs.get("hidden_states"))[0])
 
         def after(layer):
             def hook(module, args, output):
-                hear(layer, output[0] if isinstance(output, tuple) else output)
+                if isinstance(output, tuple):
+                    output = output[0]
+                hear(layer, output)
 
             return hook
 
@@ -342,7 +346,7 @@ class HiddenStates:
         refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.ours = isinstance(model, GPT)
-        self.base = model if self.ours else getattr(model, "base_model", model)
+        self.base = getattr(model, "base_model", model)  # without its head
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
         self.padding_side, self.causal = "right", True
@@ -422,8 +426,9 @@ def longest_text(model, tokenizer):
         limits.append(config.block_size)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            padding = module.padding_idx  # RoBERTa's kind counts from there
-            limits.append(module.num_embeddings - (0 if padding is None else padding + 1))
+            limits.append(module.num_embeddings)
+            if module.padding_idx is not None:  # RoBERTa's kind counts from there
+                limits.append(module.num_embeddings - module.padding_idx - 1)
     return min(int(limit) for limit in limits if limit and limit > 0)
 
 
@@ -441,8 +446,11 @@ def load_from_transformers(name, dtype, head):
 
     config = from_hub(AutoConfig, name)
     refuse_encoder_and_decoder(config, name)
-    Auto = auto_class(config, name) if head else AutoModel
-    dtype = dtype if dtype == torch.float32 else "auto"  # half precision: as the file has it
+    Auto = AutoModel
+    if head:
+        Auto = auto_class(config, name)
+    if dtype != torch.float32:
+        dtype = "auto"  # as the file has it; the pass is in autocast
     return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
 
 
@@ -484,29 +492,23 @@ def from_hub(Auto, name, **options):
     transformers stumbles in nearly any way.
     """
     folder = Path(name)
+    ggufs = sorted(folder.glob("*.gguf"))
     if folder.suffix == ".gguf":
-        folder = folder.parent
+        folder, ggufs = folder.parent, [folder]
     if folder.is_dir():
         for file in folder.iterdir():
             check_content(file)
-        ggufs = [Path(name)] if folder != Path(name) else sorted(folder.glob("*.gguf"))
         if len(ggufs) == 1 and not (folder / "config.json").exists():
             options["gguf_file"] = ggufs[0].name
-    elif not hub_answers():
-        options["local_files_only"] = True
+        trouble = f"{name} holds nothing that transformers can read as {Auto.__name__}"
+    else:
+        options["local_files_only"] = not hub_answers()
+        trouble = f"no model '{name}' here, and none to be had from the Hugging Face hub"
     try:
         return Auto.from_pretrained(str(folder), **options)
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if folder.is_dir():
-        raise InputError(
-            f"{name} holds nothing that transformers can read as {Auto.__name__} ({reason}): "
-            "give a whole folder of a model, a run folder or a checkpoint"
-        )
-    raise InputError(
-        f"no model '{name}': it is no folder or file here, and not to be had from the "
-        f"Hugging Face hub ({reason})"
-    )
+        raise InputError(f"{trouble} ({reason}): give a model's name or whole folder") from None
 
 
 def load_weights(Auto, name, **options):
@@ -539,17 +541,14 @@ def gpt_from_hub(name, **options):
     theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = theirs.state_dict()
     exported = exported_facts(name)
-    for key, value in exported.get("model_args", {}).items():
-        if key in {field.name for field in fields(GPTConfig)}:
-            args.setdefault(key, value)
-    args["norm"] = float(args.get("norm", "inf"))
+    for field in fields(GPTConfig):
+        if field.name in exported.get("model_args", {}):
+            args.setdefault(field.name, exported["model_args"][field.name])
+    args["norm"] = float(args.get("norm", "inf"))  # JSON has no infinity
     biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
     args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
     model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
-    state = {}
-    for key in model.state_dict():
-        if key in weights:
-            state[key] = weights[key].t() if is_transposed(key) else weights[key]
+    state = {key: turned(key, weights[key]) for key in model.state_dict() if key in weights}
     missing = model.load_state_dict(state, strict=False).missing_keys
     if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
         raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
@@ -598,9 +597,11 @@ def exported_facts(name):
         ) from None
 
 
-def is_transposed(name):
-    """Does Hugging Face keep this weight of GPT-2 as (in, out)?"""
-    return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+def turned(name, weight):
+    """A weight of GPT-2 from our form to Hugging Face's, which has some as (in, out), or back."""
+    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return weight.t()
+    return weight
 
 
 @torch.no_grad()
@@ -639,10 +640,9 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    end = tokenizer.eot if tokenizer else None
-    gelu = "gelu_new" if c.gelu == "tanh" else "gelu"
+    gelu = {"tanh": "gelu_new", "exact": "gelu"}[c.gelu]
     config = GPT2Config(n_positions=c.block_size, activation_function=gelu)
-    config.update({"bos_token_id": end, "eos_token_id": end})
+    config.bos_token_id = config.eos_token_id = getattr(tokenizer, "eot", None)
     for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
         setattr(config, key, getattr(c, key))
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
@@ -668,7 +668,7 @@ def weights_for_hub(model, theirs):
     state = {}
     for key, value in model.state_dict().items():
         if key != "unit_at_cell":
-            state[key] = value.t() if is_transposed(key) else value
+            state[key] = turned(key, value)
     for key, value in theirs.items():
         if key.endswith(".bias") and not model.config.bias:
             state.setdefault(key, torch.zeros_like(value))  # no bias here is a bias of zero there
@@ -1010,7 +1010,7 @@ def read_layer_pickles(folder):
     row and column. The published swap-optimised ones put several units on one cell and leave
     others empty: that is said, and place_units deals them out.
     """
-    files = sorted(Path(folder).glob("layer.*.pkl"), key=lambda file: (len(file.name), file.name))
+    files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
     if not files:
         raise InputError(
             f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
