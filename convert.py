@@ -9,7 +9,6 @@
     python -c "import convert; convert.export_lm('out/train', 'out/hf')"
 """
 
-import base64
 import copy
 import inspect
 import json
@@ -17,7 +16,6 @@ import os
 import sys
 from dataclasses import asdict, fields
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +24,21 @@ from torch import nn
 
 import positions
 from data import InputError, check_content, read_pickle, write_aside
-from data.tokens import CHARACTERS, ENDOFTEXT, GPT2_PATTERN, gpt2_encoding, state_of
-from model import GPT, GPTConfig, Tokenizer, lm_from, load_checkpoint
+from data.tokens import (
+    BYTE_OF,
+    CHARACTERS,
+    ENDOFTEXT,
+    GPT2_PATTERN,
+    Tokenizer,
+    bytes_of,
+    gpt2_encoding,
+    make_state,
+    nanogpt_characters,
+    rank_file,
+    ranks_of,
+    state_of,
+)
+from model import GPT, GPTConfig, lm_from, load_checkpoint
 
 
 class NotOurGPT(InputError):
@@ -145,9 +156,8 @@ class HiddenStates:
         for text in texts:
             row = self._row(text)
             if not row:
-                raise InputError(
-                    f"text {len(rows)} of {len(texts)} is empty ({text!r} has no token): leave it out"
-                )
+                place = f"text {len(rows)} of {len(texts)}"
+                raise InputError(f"{place} is empty ({text!r} has no token): leave it out")
             if len(row) > self.max_length:
                 row = self._row(text, truncation=True)
                 n_cut += 1
@@ -220,7 +230,7 @@ class HiddenStates:
     # -- the pass
 
     def run(self, ids, real, layers, take):
-        """One pass over ids (B, T): take(layer, state (B, T, width)) is called for each of `layers`.
+        """One pass over ids (B, T) that calls take(layer, state (B, T, width)) for each of layers.
 
         It is called while the model runs, so nothing is held; the pass ends at the deepest one.
         """
@@ -401,7 +411,7 @@ def close(a, b, tolerance):
 
 def byte_spans(tokenizer, text):
     """Characters (start, end) that each token of our Tokenizer covers."""
-    token_of = {rank: token for token, rank in read_ranks(tokenizer.state).items()}
+    token_of = {rank: token for token, rank in ranks_of(tokenizer.state).items()}
     character_of = []  # of each byte
     for i, character in enumerate(text):
         character_of += [i] * len(character.encode())
@@ -756,18 +766,11 @@ def tokenizer_form(fast):
 
 def byte_level_state(form, name):
     """The state of a byte-level BPE from its form; of another tokenizer, a state that differs."""
-    byte_of = {character: byte for byte, character in character_of_byte().items()}
-    lines = []
-    for token, rank in sorted(form["vocabulary"].items(), key=itemgetter(1)):
-        if token not in form["special"] and set(token) <= set(byte_of):
-            token = bytes(byte_of[character] for character in token)
-            lines.append(f"{base64.b64encode(token).decode()} {rank}\n")
-    return {
-        "name": name,
-        "pattern": GPT2_PATTERN,
-        "special_tokens": form["special"],
-        "ranks": "".join(lines),
-    }
+    ranks = {}
+    for token, rank in form["vocabulary"].items():
+        if token not in form["special"] and BYTE_OF.keys() >= set(token):
+            ranks[bytes_of(token)] = rank
+    return make_state(name, GPT2_PATTERN, rank_file(ranks), form["special"])
 
 
 def first_difference(form, state):
@@ -783,15 +786,6 @@ def first_difference(form, state):
         if form[part] != ours[part]:
             return part
     return ""
-
-
-def read_ranks(state):
-    """{token (bytes): id} of a tokenizer state, without its special tokens."""
-    ranks = {}
-    for line in state["ranks"].splitlines():
-        token, rank = line.split()
-        ranks[base64.b64decode(token)] = int(rank)
-    return ranks
 
 
 def export_tokenizer(tokenizer, folder):
@@ -814,37 +808,29 @@ def fast_tokenizer(state):
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
 
-    ranks = read_ranks(state)
+    ranks = ranks_of(state)
     split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
-    if (
-        state["pattern"] == CHARACTERS
-        and len(ranks.keys() & {bytes([b]) for b in range(256)}) < 256
-    ):
+    if state["pattern"] == CHARACTERS and any(bytes([b]) not in ranks for b in range(256)):
         vocab = {token.decode(): rank for token, rank in ranks.items()}
         fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, []))
         fast.pre_tokenizer = split
         fast.decoder = decoders.Fuse()
         return fast
-    characters = character_of_byte()
-    spelling = {token: "".join(characters[byte] for byte in token) for token in ranks}
-    vocab = {spelling[token]: rank for token, rank in ranks.items()}
+    character_of = {byte: character for character, byte in BYTE_OF.items()}
+    spelling = {}
+    for token in ranks:
+        spelling[token] = "".join(character_of[byte] for byte in token)
     merges = []
     for token in sorted(ranks, key=ranks.get):
         if len(token) > 1:
             left, right = last_merge(token, ranks)
             merges.append((spelling[left], spelling[right]))
+    vocab = {spelling[token]: rank for token, rank in ranks.items()}
     fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     fast.decoder = decoders.ByteLevel()
     return fast
-
-
-def character_of_byte():
-    """{byte: character that GPT-2's files write it as}: printable ones as they are, then 256 ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = sorted(set(range(256)) - set(printable))
-    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def last_merge(token, ranks):
@@ -856,7 +842,7 @@ def last_merge(token, ranks):
         if joined[at] >= ranks[token]:
             break
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    if len(parts) > 2 or not set(parts) <= ranks.keys():
+    if len(parts) > 2:
         raise InputError(
             f"the token {token!r} is not made by merging two others: this tokenizer has no "
             "Hugging Face BPE form"
@@ -949,39 +935,27 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
     folder = path.parent
     for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
         if meta.is_file():
-            return character_state(meta, path, vocab_size)
+            tokenizer = nanogpt_characters(meta)
+            if len(ranks_of(tokenizer)) > vocab_size:
+                raise InputError(f"{meta} is not the vocabulary of {path}: it has more tokens")
+            return tokenizer
     if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
         raise InputError(
             f"{path} has {vocab_size} tokens and no meta.pkl says which: copy nanoGPT's "
             f"data/{dataset or 'DATASET'}/meta.pkl beside it"
         )
-    if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+    if (folder / "tokenizer.json").is_file():
         return tokenizer_state_from_hub(str(folder))
+    for name in ("vocab.bpe", "merges.txt"):
+        if (folder / name).is_file():
+            return state_of(gpt2_encoding(folder / name))
     try:
         return state_of(gpt2_encoding())
-    except (OSError, ValueError) as error:
+    except InputError:
         raise InputError(
-            f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable "
-            f"({type(error).__name__}): run once with network, point TIKTOKEN_CACHE_DIR to a "
-            "copied cache, or put GPT-2's vocab.json and merges.txt beside it"
+            f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable: put "
+            "its vocab.bpe (merges.txt) beside the checkpoint, or run once with network"
         ) from None
-
-
-def character_state(meta, path, vocab_size):
-    """The state of the tokenizer of characters in nanoGPT's meta.pkl."""
-    content = read_pickle(meta)
-    ids = content.get("stoi") if isinstance(content, dict) else None
-    if not ids or not isinstance(ids, dict) or max(ids.values()) >= vocab_size:
-        raise InputError(f"{meta} is not the vocabulary of {path}, which has {vocab_size} tokens")
-    lines = []
-    for character, number in sorted(ids.items(), key=lambda item: item[1]):
-        lines.append(f"{base64.b64encode(character.encode()).decode()} {number}\n")
-    return {
-        "name": "characters",
-        "pattern": CHARACTERS,
-        "special_tokens": {},
-        "ranks": "".join(lines),
-    }
 
 
 # ---- positions of TopoLM
@@ -1016,7 +990,8 @@ def read_layer_pickles(folder):
             f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
             "one .npz of init_pos.py"
         )
-    layouts, facts, shared = {}, {}, []
+    layouts, facts = {}, {}
+    shared = []
     for file in files:
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = getattr(layer, "coordinates", None)
@@ -1039,9 +1014,8 @@ def read_layer_pickles(folder):
             facts["radius"] = round((side_of_window + 1) / 2)
             facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
     if shared:
-        say(
-            f"{folder}: {len(shared)} of {len(files)} position files are no permutations; {shared[0]}"
-        )
+        count = f"{len(shared)} of {len(files)} position files are no permutations"
+        say(f"{folder}: {count}; {shared[0]}")
     return layouts, facts
 
 
@@ -1052,9 +1026,9 @@ def is_coordinates(value):
 
 
 def place_units(coordinates):
-    """unit_at_cell (C,) with one unit a cell and the least total displacement, and each unit's (C,).
+    """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
 
-    coordinates (C, 2), row and column, on the square sheet; ones that fill it are taken as they are.
+    coordinates (C, 2) are rows and columns of the square sheet; those that fill it stay.
     """
     from scipy.optimize import linear_sum_assignment
 
