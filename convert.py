@@ -507,7 +507,8 @@ def from_hub(Auto, name, **options):
         folder, ggufs = folder.parent, [folder]
     if folder.is_dir():
         for file in folder.iterdir():
-            check_content(file)
+            if file.suffix in (".json", ".txt", ".model"):  # weights may lie there in other forms
+                check_content(file)
         if len(ggufs) == 1 and not (folder / "config.json").exists():
             options["gguf_file"] = ggufs[0].name
         trouble = f"{name} holds nothing that transformers can read as {Auto.__name__}"
@@ -517,6 +518,8 @@ def from_hub(Auto, name, **options):
     try:
         return Auto.from_pretrained(str(folder), **options)
     except Exception as error:
+        for file in folder.glob("*"):
+            check_content(file)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputError(f"{trouble} ({reason}): give a model's name or whole folder") from None
 
@@ -751,16 +754,21 @@ def tokenizer_form(fast):
     """What decides the ids of a tokenizers.Tokenizer, as plain values."""
     form = json.loads(fast.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
     model = form["model"]
-    special = {token["content"]: token["id"] for token in form["added_tokens"] if token["special"]}
-    words = {token["content"]: token["id"] for token in form["added_tokens"]}
+    vocabulary, special, words = dict(model["vocab"]), {}, []
+    for token in form["added_tokens"]:
+        vocabulary[token["content"]] = token["id"]
+        if token["special"]:
+            special[token["content"]] = token["id"]
+        else:  # found in texts before anything is merged
+            words.append(token["content"])
     return {
         "kind": (model["type"], model.get("dropout")),
         "normalizer": form["normalizer"],
         "pre-tokenizer": form["pre_tokenizer"],
         "order of merges": model.get("merges"),
-        "vocabulary": {**dict(model["vocab"]), **words},
+        "vocabulary": vocabulary,
         "special": special,
-        "words": words.keys() - special.keys(),  # found in texts before anything is merged
+        "words": words,
     }
 
 
@@ -907,15 +915,16 @@ def adopted_weights(state, path):
 
 def adopt_sheets(ours, weights, args, path):
     """Add TopoLM's positions to the arguments and weights; returns what to say of them."""
-    folders = [path.parent, *sorted(item for item in path.parent.iterdir() if item.is_dir())]
-    folders = [folder for folder in folders if (folder / "layer.0.attn.pkl").is_file()]
-    if not folders:
-        return "TopoLM, of whose units no positions (layer.0.attn.pkl ...) lie beside it"
-    layouts, facts = read_layer_pickles(folders[0])
+    first = "layer.0.attn.pkl"
+    files = [*path.parent.glob(first), *sorted(path.parent.glob(f"*/{first}"))]
+    if not files:
+        return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
+    folder = files[0].parent
+    layouts, facts = read_layer_pickles(folder)
     names = positions.layer_names(ours["n_layer"])
     if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != ours["n_embd"]:
         raise InputError(
-            f"{folders[0]} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
+            f"{folder} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
             f"sheets, {path} has {ours['n_embd']} in {len(names)}"
         )
     weights["unit_at_cell"] = torch.stack([torch.from_numpy(layouts[name]) for name in names])
@@ -924,7 +933,7 @@ def adopt_sheets(ours, weights, args, path):
     ours |= {"sheet": True, "tap": tap, "accum": args.get("accum", "mean"), **facts}
     for key in ("alpha", "activation_decay"):
         ours[key] = float(args.get(key, 0.0))
-    return f"TopoLM with the positions of {folders[0]}"
+    return f"TopoLM with the positions of {folder}"
 
 
 def foreign_tokenizer(path, vocab_size, dataset=""):
