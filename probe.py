@@ -567,7 +567,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from model import GPT, NotOurGPT, from_hub, load_lm
+from convert import HiddenStates
 
 
 # ---- data
@@ -740,10 +740,6 @@ def control_labels(dataset, seed):
 
 # ---- model
 
-class Deep(Exception):
-    """The deepest layer asked for has been read: the rest of the model need not run."""
-
-
 def length_batches(rows, tokens):
     """Batches of indices of the rows (token lists), of nearly equal length, at most `tokens` tokens each with their padding."""
     batch = []
@@ -756,172 +752,26 @@ def length_batches(rows, tokens):
         yield batch
 
 
-class LMModel:
-    """A language model that is only listened to. name: what load_lm takes (run folder, checkpoint, GPT-2), any other Hugging Face causal or masked model, or
-    {'model': ..., 'tokenizer': ...}; such a model may be our GPT, one of transformers, or anything that returns hidden_states.
+class LMModel(HiddenStates):
+    """A language model that is only listened to: convert.HiddenStates, called with texts.
     Calling it with a list of texts gives {'hidden_states': (n_layer + 1) × (B, T, H), 'attention_mask' (B, T), 'input_ids' (B, T)}: state 0 is the
     embeddings, the last one is after the final norm, as transformers counts."""
 
-    def __init__(self, name, device="cpu", dtype=torch.float32, padding_side="right", bos=False):
-        self.name, self.device, self.dtype, self.padding_side, self.bos = name, torch.device(device), dtype, padding_side, bos
-        if isinstance(name, dict):
-            model, self.tokenizer = name["model"], name["tokenizer"]
-            self.name = str(name.get("name") or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
-        else:
-            model, self.tokenizer = self._load(name)
-        self._listen(model)
-
-    @staticmethod
-    def _load(name):
-        try:
-            return load_lm(name)
-        except NotOurGPT:
-            from transformers import AutoModel, AutoTokenizer
-            return from_hub(AutoModel, name), from_hub(AutoTokenizer, name)
-
-    def _listen(self, model):
-        """Find the blocks to listen at, whether the model looks ahead, and its sizes."""
-        self.model = (model if isinstance(model, GPT) else getattr(model, "base_model", model)).to(self.device).eval().requires_grad_(False)
-        self.accepts, self.blocks, self.causal = set(inspect.signature(self.model.forward).parameters), None, False
-        config = getattr(model, "config", None)
-        self.max_length = min([n for n in (getattr(config, "block_size", None), getattr(config, "max_position_embeddings", None),
-                                           getattr(self.tokenizer, "model_max_length", None)) if n], default=10 ** 9)
-        self.params = sum(p.numel() for p in self.model.parameters())
-        tiny, real = torch.tensor([[1, 2, 3, 1]], device=self.device), torch.ones(1, 4, dtype=torch.bool, device=self.device)
-        if isinstance(model, GPT):
-            self.blocks, self.causal, self.n_layer = self.model.transformer.h, True, model.config.n_layer
-        else:
-            whole = self.run(tiny, real, keep=True)["hidden_states"]
-            self.n_layer = len(whole) - 1
-            part = self.run(tiny[:, :2], real[:, :2], keep=True)["hidden_states"]
-            self.causal = all(torch.allclose(a[:, :2], b, atol=1e-4) for a, b in zip(whole, part))  # does a later token change an earlier state?
-            for blocks in (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layer):
-                self.blocks = blocks
-                try:  # hooks must hear what the model itself would say
-                    heard = self.run(tiny, real, keep=True)["hidden_states"]
-                    if len(heard) == len(whole) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(heard, whole)):
-                        break
-                except (TypeError, AttributeError, KeyError, IndexError):
-                    pass
-                self.blocks = None
-        if not self.causal:
-            self.padding_side = "right"  # models that look both ways number their positions in ways of their own
-        self.width = int(self.run(tiny, real, keep=True)["hidden_states"][-1].size(-1))
-
     def random_twin(self, seed):
-        """The same architecture and tokenizer with new random weights: what the shape alone gives."""
-        twin = copy.copy(self)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key_seed(seed, "random twin"))
-            if isinstance(self.model, GPT):
-                model = GPT(self.model.config, seed=key_seed(seed, "random twin"))
-            elif hasattr(self.model, "config"):
-                model = type(self.model)(self.model.config)
-            else:
-                model = copy.deepcopy(self.model).requires_grad_(True)
-                for module in model.modules():
-                    getattr(module, "reset_parameters", lambda: None)()
-        twin._listen(model)
-        return twin
-
-    def layers(self, asked):
-        """Indices of hidden states, negative ones counted from the last; ValueError for one that is not there."""
-        asked = list(asked) if len(asked) else range(self.n_layer + 1)
-        if wrong := [i for i in asked if not -self.n_layer - 1 <= i <= self.n_layer]:
-            raise ValueError(f"{self.name} has no layer {wrong[0]}: there are 0 (embeddings) to {self.n_layer}, -1 is the last")
-        return sorted({i % (self.n_layer + 1) for i in asked})
-
-    def encode(self, texts):
-        """Token ids of each text, cut to what the model can read, and how many were cut. ValueError for a text without a token."""
-        if hasattr(self.tokenizer, "convert_ids_to_tokens"):  # of transformers: with the tokens that it adds, [CLS] and the like
-            rows = self.tokenizer(list(texts), verbose=False)["input_ids"]
-            long = [i for i, row in enumerate(rows) if len(row) > self.max_length - self.bos]
-            for i in long:
-                rows[i] = self.tokenizer(texts[i], truncation=True, max_length=self.max_length - self.bos)["input_ids"]
-        else:
-            rows = [list(self.tokenizer.encode(text)) for text in texts]
-            long = [i for i, row in enumerate(rows) if len(row) > self.max_length - self.bos]
-            for i in long:
-                rows[i] = rows[i][:self.max_length - self.bos]
-        if empty := [i for i, row in enumerate(rows) if not row]:
-            raise ValueError(f"text {empty[0]} of {len(texts)} is empty ({texts[empty[0]]!r} has no token): leave it out")
-        if self.bos:
-            first = next((t for t in (getattr(self.tokenizer, a, None) for a in ("eot", "bos_token_id", "eos_token_id")) if t is not None), None)
-            if first is None:
-                raise ValueError(f"bos=True: the tokenizer of {self.name} has no end-of-text token")
-            rows = [[first, *row] for row in rows]
-        return rows, len(long)
-
-    def pad(self, rows):
-        """ids (B, T) and real (B, T) bool of token lists, padded on padding_side."""
-        width, left = max(map(len, rows)), self.padding_side == "left"
-        fill = next((t for t in (getattr(self.tokenizer, a, None) for a in ("pad_token_id", "eos_token_id")) if t is not None), 0)
-        gaps = [[fill] * (width - len(row)) for row in rows]
-        ids = torch.tensor([gap + list(row) if left else list(row) + gap for row, gap in zip(rows, gaps)], device=self.device)
-        real = torch.tensor([[False] * len(gap) + [True] * len(row) if left else [True] * len(row) + [False] * len(gap) for row, gap in zip(rows, gaps)],
-                            device=self.device)
-        return ids, real
+        return super().random_twin(key_seed(seed, "random twin"))
 
     @torch.no_grad()
     def run(self, ids, real, layers=(), take=None, keep=False):
         """One pass over ids (B, T). take(i, x) is called with each state of `layers` (B, T, H) while the model runs, and nothing is held; it ends
         at the deepest one. keep: the dictionary of all of them instead."""
+        if not keep:
+            return super().run(ids, real, layers, take)
         states = {}
-        if keep:
-            take, layers = states.__setitem__, range(10 ** 9)
-        handles, wanted, count = [], layers, None
-        if self.blocks is not None:
-            count, deepest = self.n_layer, max(layers) if not keep else self.n_layer
-
-            def after(i, x):
-                if i in wanted:
-                    take(i, x[0] if isinstance(x, tuple) else x)
-                if i == deepest:
-                    raise Deep
-
-            def before(module, args, kwargs):
-                after(0, args[0] if args else kwargs["hidden_states"])
-            handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-            handles += [block.register_forward_hook(lambda m, a, x, i=i: after(i, x)) for i, block in enumerate(self.blocks[:-1], 1)]
-        try:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
-                out = self._forward(ids, real)
-            if count is None:  # nothing to listen at: the model's own states
-                for i, x in enumerate(out):
-                    if i in wanted:
-                        take(i, x)
-            elif count in wanted:
-                take(count, out)
-        except Deep:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        if keep:
-            pooled = real.clone()
-            if self.bos:
-                pooled[torch.arange(len(real)), real.int().argmax(1)] = False
-            return {"hidden_states": tuple(states[i] for i in sorted(states)), "attention_mask": pooled.long(), "input_ids": ids}
-
-    def _forward(self, ids, real):
-        """The last hidden state, or all of them where there are no hooks."""
-        left = self.padding_side == "left" and not real.all()
-        position = (real.cumsum(1) - 1).clamp_min(0) if left else None
-        if isinstance(self.model, GPT):  # pads on the right are never looked at
-            mask = None
-            if left:
-                causal = torch.ones(ids.size(1), ids.size(1), dtype=torch.bool, device=ids.device).tril()
-                mask = ((causal & real[:, None]) | torch.eye(ids.size(1), dtype=torch.bool, device=ids.device))[:, None]
-            return self.model.trunk(ids, position=position, mask=mask)[0]
-        options = dict(use_cache=False) if "use_cache" in self.accepts else {}
-        if left or not (self.causal or real.all()):
-            options["attention_mask"] = real.long()
-        if left and "position_ids" in self.accepts:
-            options["position_ids"] = position
-        if self.blocks is None:
-            out = self.model(input_ids=ids, output_hidden_states=True, **options)
-            return out["hidden_states"] if isinstance(out, dict) else out.hidden_states
-        return self.model(input_ids=ids, **options).last_hidden_state
+        super().run(ids, real, range(self.n_layer + 1), states.__setitem__)
+        pooled = real.clone()
+        if self.bos:
+            pooled[torch.arange(len(real)), real.int().argmax(1)] = False
+        return {"hidden_states": tuple(states[i] for i in sorted(states)), "attention_mask": pooled.long(), "input_ids": ids}
 
     def __call__(self, texts):
         return self.run(*self.pad(self.encode([texts] if isinstance(texts, str) else texts)[0]), keep=True)

@@ -33,7 +33,8 @@ from configurator import Run, configure, key_seed
 from data import read_table
 from data.stimuli import read_pairs
 from data.tokens import Tokens
-from model import GPT, NotOurGPT, from_hub, load_lm
+from convert import HiddenStates, load_lm
+from model import GPT
 
 
 @dataclass
@@ -170,7 +171,7 @@ def responses(run, model, tokenizer, texts, batch_tokens):
 def sentence_logprobs(run, model, tokenizer, texts, batch_tokens=2048, size=None):
     """Log-probability (nats) of each whole sentence behind the end-of-text token; no pad token is scored. Batched by length. (N,) float64.
     model: our GPT, or a Hugging Face causal LM."""
-    size = size or (model.config.block_size if isinstance(model, GPT) else model.config.max_position_embeddings)
+    size = size or (model.config.block_size if isinstance(model, GPT) else tokenizer.size)
     rows = [begin(tokenizer, text, size) for text in texts]
     scores = np.zeros(len(rows))
     for batch in length_batches(rows, batch_tokens):
@@ -184,11 +185,10 @@ def sentence_logprobs(run, model, tokenizer, texts, batch_tokens=2048, size=None
 
 
 class OtherTokenizer:
-    """A Hugging Face tokenizer with the three names used here."""
+    """A Hugging Face tokenizer with the names used here."""
 
-    def __init__(self, name):
-        from transformers import AutoTokenizer
-        self.core = from_hub(AutoTokenizer, name)
+    def __init__(self, lm):
+        self.core, self.size = lm.tokenizer, lm.max_length
         self.eot = self.core.bos_token_id if self.core.bos_token_id is not None else self.core.eos_token_id
 
     def encode(self, text):
@@ -197,11 +197,10 @@ class OtherTokenizer:
 
 def load_any(spec):
     """(model, tokenizer): our GPT where the spec is one or a Hugging Face GPT-2, else any Hugging Face causal LM."""
-    try:
-        return load_lm(spec)
-    except NotOurGPT:
-        from transformers import AutoModelForCausalLM
-        return from_hub(AutoModelForCausalLM, spec), OtherTokenizer(spec)
+    lm = HiddenStates(spec, head=True)
+    if not lm.causal:
+        raise ValueError(f"{spec} looks at what comes after a token: sentences are scored by a causal language model")
+    return (lm.model, lm.tokenizer) if isinstance(lm.model, GPT) else (lm.model, OtherTokenizer(lm))
 
 
 class silenced:

@@ -1,0 +1,1050 @@
+"""Everything that others wrote, in and out: models, checkpoints, tokenizers, positions.
+
+- load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
+  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_lm writes such a folder.
+- HiddenStates: any causal or masked language model of transformers, or ours, as a batch of texts
+  goes through it: hidden states layer by layer, or logits.
+- load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
+
+    python -c "import convert; convert.export_lm('out/train', 'out/hf')"
+"""
+
+import copy
+import inspect
+import json
+import os
+import sys
+from dataclasses import asdict, fields
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import positions
+from data import InputError, check_content, read_pickle, write_aside
+from data.tokens import (
+    BYTE_OF,
+    CHARACTERS,
+    ENDOFTEXT,
+    GPT2_PATTERN,
+    Tokenizer,
+    bytes_of,
+    gpt2_encoding,
+    make_state,
+    nanogpt_characters,
+    rank_file,
+    ranks_of,
+    state_of,
+)
+from model import GPT, GPTConfig, lm_from, load_checkpoint
+
+
+class NotOurGPT(InputError):
+    """A model of transformers for which our GPT has no place; HiddenStates takes it as it is."""
+
+
+def load_lm(spec, **options):
+    """(GPT, Tokenizer) of a language model, with the logits and token ids that it has at home.
+
+    spec: a run folder or checkpoint of ours, nanoGPT's or TopoLM's, a Hugging Face GPT-2 name or
+    folder. options set fields of GPTConfig that the weights leave open (alpha, dropout, windows).
+    """
+    path = find_checkpoint(spec)
+    if path is None:
+        model = gpt_from_hub(spec, **options)
+        return model, Tokenizer(tokenizer_state_from_hub(spec))
+    state = read_checkpoint(path)
+    return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
+
+
+def find_checkpoint(spec):
+    """The .pt file that a spec means, or None where it is something for transformers."""
+    path = Path(spec)
+    candidates = [path]
+    if path.suffix != ".pt":
+        if (path / "config.json").exists() or any(path.glob("*.gguf")) or path.is_file():
+            return None
+        if not path.exists() and path.parts[:1] not in [("out",), ("/",), ("..",)]:
+            return None
+        numbered = sorted(path.glob("ckpt-*.pt"), key=in_order)  # TopoLM's; the last one
+        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]
+    for file in candidates:
+        if os.path.lexists(file):
+            return check_content(file)
+    raise InputError(
+        f"lm: there is no language model at {spec}: train one with python train.py, or give "
+        "a run folder, a checkpoint or a Hugging Face name"
+    )
+
+
+def in_order(path):
+    """Sorting key of numbered files: 9 before 10."""
+    return len(path.name), path.name
+
+
+def read_checkpoint(path):
+    """A checkpoint of ours, or a foreign one as ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        foreign = "format" not in state and isinstance(state["model_args"], dict)
+    except Exception:  # torn, or something else: load_checkpoint says what
+        foreign = False
+    if foreign:
+        return adopt_checkpoint(state, path)
+    return load_checkpoint(path)
+
+
+def say(text):
+    """Print to stderr, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+# ---- hidden states of any language model
+
+
+class _Deepest(Exception):
+    """The deepest layer asked for has been heard: the rest of the model need not run."""
+
+
+class HiddenStates:
+    """A causal or masked language model that is listened to.
+
+    lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
+    file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
+    anything that takes input_ids and returns hidden_states. dtype: precision of the pass.
+    padding_side: "left" is kept where the model's states allow it, else "right" is taken.
+    bos: begin each text with the tokenizer's first token. head: logits are wanted, too.
+
+    Layers are numbered as transformers does: 0 is what enters the first block (the embeddings),
+    n_layer what leaves the last one, after the final norm. The states of a text do not depend on
+    the texts beside it. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
+    (of a text in tokens, special ones counted), params, padding_side.
+    """
+
+    def __init__(
+        self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
+    ):
+        self.device, self.dtype = torch.device(device), dtype
+        if isinstance(lm, dict):
+            model, self.tokenizer = lm["model"], lm["tokenizer"]
+            name = lm.get("name") or getattr(getattr(model, "config", None), "name_or_path", "")
+            self.name = str(name or type(model).__name__)
+        else:
+            self.name = str(lm)
+            try:
+                model, self.tokenizer = load_lm(lm)
+            except NotOurGPT:
+                model, self.tokenizer = load_from_transformers(self.name, dtype, head)
+        self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
+        self._listen(model, padding_side)
+        self.max_length = longest_text(self.base, self.tokenizer)
+        self.bos = bos
+        self.first = None
+        if bos:
+            self.first = self._first_token()
+        self.room = self.max_length - (self.first is not None)
+
+    # -- texts
+
+    def encode(self, texts):
+        """Token ids of each text, special tokens included, cut to max_length; how many were cut."""
+        rows = []
+        n_cut = 0
+        for text in texts:
+            row = self._row(text)
+            if not row:
+                place = f"text {len(rows)} of {len(texts)}"
+                raise InputError(f"{place} is empty ({text!r} has no token): leave it out")
+            if len(row) > self.max_length:
+                row = self._row(text, truncation=True)
+                n_cut += 1
+            rows.append(row)
+        return rows, n_cut
+
+    def _row(self, text, truncation=False):
+        if not self.foreign_tokenizer:
+            row = list(self.tokenizer.encode(text))
+        elif truncation:
+            row = self.tokenizer(text, truncation=True, max_length=self.room)["input_ids"]
+        else:
+            row = self.tokenizer(text, verbose=False)["input_ids"]
+        if truncation:
+            row = row[: self.room]
+        if self.first is not None and row[:1] != [self.first]:
+            row = [self.first, *row]
+        return row
+
+    def _first_token(self):
+        """The token to write before each text; None where the tokenizer itself writes one."""
+        if self.foreign_tokenizer:
+            row = self.tokenizer("a")["input_ids"]
+            plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            if row[: len(plain)] != plain:
+                return None
+        for name in ("eot", "bos_token_id", "cls_token_id", "eos_token_id"):
+            token = getattr(self.tokenizer, name, None)
+            if token is not None:
+                return token
+        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave bos out")
+
+    def offsets(self, text):
+        """Characters (start, end) of the text that each token of encode([text]) covers.
+
+        Spaces at either end of a token are left out; special tokens cover nothing (start == end).
+        """
+        if not self.foreign_tokenizer:
+            spans = byte_spans(self.tokenizer, text)[: self.room]
+        elif self.tokenizer.is_fast:
+            options = {"truncation": True, "max_length": self.room}
+            encoding = self.tokenizer(text, return_offsets_mapping=True, **options)
+            spans = encoding["offset_mapping"]
+        else:
+            raise InputError(f"the tokenizer of {self.name} does not say where its tokens begin")
+        if len(self._row(text, truncation=True)) > len(spans):
+            spans = [(0, 0), *spans]
+        trimmed = []
+        for start, end in spans:
+            part = text[start:end]
+            end -= len(part) - len(part.rstrip())
+            start = min(end, start + len(part) - len(part.lstrip()))
+            trimmed.append((start, end))
+        return trimmed
+
+    def pad(self, rows):
+        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
+        width = max(len(row) for row in rows)
+        fill = getattr(self.tokenizer, "pad_token_id", None)
+        ids = torch.full((len(rows), width), fill or 0)
+        real = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = slice(0, len(row))
+            if self.padding_side == "left":
+                place = slice(width - len(row), width)
+            ids[i, place] = torch.tensor(row)
+            real[i, place] = True
+        return ids.to(self.device), real.to(self.device)
+
+    # -- the pass
+
+    def run(self, ids, real, layers, take):
+        """One pass over ids (B, T) that calls take(layer, state (B, T, width)) for each of layers.
+
+        It is called while the model runs, so nothing is held; the pass ends at the deepest one.
+        """
+        wanted = set(layers)
+        deepest = max(wanted)
+
+        def hear(layer, state):
+            if layer in wanted:
+                take(layer, state)
+            if layer == deepest:
+                raise _Deepest
+
+        if self.blocks is None:
+            states = self._own_states(ids, real)
+            for layer in sorted(wanted):
+                take(layer, states[layer])
+            return
+        handles = self._hooks(hear)
+        try:
+            output = self._call(self.base, ids, real)
+            hear(self.n_layer, getattr(output, "last_hidden_state", None))
+        except _Deepest:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, hear):
+        """Hooks that call hear(layer, state) before the first block and after each."""
+
+        def before(module, args, kwargs):
+            hear(0, (*args, kwargs.get("hidden_states"))[0])
+
+        def after(layer):
+            def hook(module, args, output):
+                if isinstance(output, tuple):
+                    output = output[0]
+                hear(layer, output)
+
+            return hook
+
+        handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+        for layer, block in enumerate(self.blocks[:-1], start=1):
+            handles.append(block.register_forward_hook(after(layer)))
+        if self.ours:  # the head need not run
+            norm = self.model.transformer.ln_f
+            handles.append(norm.register_forward_hook(after(self.n_layer)))
+        return handles
+
+    def states(self, ids, real, layers=None):
+        """{layer: state (B, T, width)} of ids (B, T); all layers where none are named."""
+        states = {}
+        self.run(ids, real, self.layers(layers or ()), states.__setitem__)
+        return states
+
+    def logits(self, ids, real):
+        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place.
+
+        A model of transformers has them with head=True.
+        """
+        return self._call(self.model, ids, real).logits
+
+    def layers(self, asked):
+        """Sorted layer numbers, negative ones counted from the last; all where none is asked."""
+        asked = list(asked) or range(self.n_layer + 1)
+        for layer in asked:
+            if not -self.n_layer - 1 <= layer <= self.n_layer:
+                raise InputError(
+                    f"{self.name} has no layer {layer}: there are 0 (embeddings) to "
+                    f"{self.n_layer}, -1 is the last"
+                )
+        return sorted({layer % (self.n_layer + 1) for layer in asked})
+
+    def token_embeddings(self):
+        """The weights (vocab, width) of the token embedding."""
+        if self.ours:
+            return self.model.transformer.wte.weight
+        return self.model.get_input_embeddings().weight
+
+    def random_twin(self, seed):
+        """The same architecture and tokenizer, new random weights: what the shape alone gives."""
+        twin = copy.copy(self)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.ours:
+                model = GPT(self.model.config, seed=seed)
+            elif hasattr(self.model, "config"):
+                model = type(self.model)(self.model.config)
+            else:
+                model = copy.deepcopy(self.model)
+                for module in model.modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
+        twin._listen(model, self.padding_side)
+        return twin
+
+    def _call(self, model, ids, real, **options):
+        """The model's output, told of the pads where it would see them."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            if self.ours:
+                return model(ids, **options)
+            if "use_cache" in self.accepts:
+                options["use_cache"] = False
+            left = self.padding_side == "left"
+            if not self.causal or (left and not real.all()):  # causal: nobody looks to the right
+                options["attention_mask"] = real.long()
+                if left and "position_ids" in self.accepts:
+                    options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+            return model(input_ids=ids, **options)
+
+    def _own_states(self, ids, real):
+        """All hidden states as the model itself returns them: n_layer + 1 of them."""
+        if self.ours:
+            layers = range(self.model.config.n_layer + 1)
+            return list(self._call(self.model, ids, real, hidden=layers).hidden.values())
+        return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
+
+    # -- what kind of model it is, by what it does
+
+    @torch.no_grad()
+    def _listen(self, model, padding_side):
+        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
+        refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.ours = isinstance(model, GPT)
+        self.base = getattr(model, "base_model", model)  # without its head
+        self.accepts = set(inspect.signature(self.base.forward).parameters)
+        self.params = sum(p.numel() for p in self.base.parameters())
+        self.padding_side, self.causal = "right", True
+        ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
+        real = torch.ones_like(ids, dtype=torch.bool)
+        states = self._own_states(ids, real)
+        if any(state.shape[:-1] != ids.shape for state in states):
+            raise InputError(f"{self.name}: some of its layers have no state for each token")
+        self.n_layer = len(states) - 1
+        self.width = states[-1].size(-1)
+        # does a later token change an earlier state?
+        self.causal = all(close(state[0, :2], state[1, :2], 1e-5) for state in states)
+        self.blocks = self._find_blocks(ids, real, states)
+        if not self._ignores_pads():
+            raise InputError(
+                f"{self.name}: the states of a text change with the texts beside it (it reads the "
+                "padding): take another model"
+            )
+        if padding_side == "left" and self.causal and not self.ours:
+            self.padding_side = "left"
+            if not self._ignores_pads():
+                self.padding_side = "right"
+
+    def _find_blocks(self, ids, real, states):
+        """The blocks at which hooks hear what the model itself says; None where there are none."""
+        for module in self.base.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == self.n_layer:
+                self.blocks = module
+                heard = {}
+                self.run(ids, real, range(self.n_layer + 1), heard.__setitem__)
+                if all(close(heard.get(i), state, 1e-5) for i, state in enumerate(states)):
+                    return module
+        return None
+
+    def _ignores_pads(self):
+        """Are the states of a short text beside a longer one those that it has alone?"""
+        together, real = self.pad([[1, 2, 3], [3, 2, 1, 3, 2]])
+        alone, all_real = self.pad([[1, 2, 3]])
+        batch = self._own_states(together, real)
+        single = self._own_states(alone, all_real)
+        tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
+        return all(close(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
+
+
+def close(a, b, tolerance):
+    """Do two states agree but for rounding, measured by their size?"""
+    if not isinstance(a, torch.Tensor) or a.shape != b.shape:
+        return False
+    scale = b.float().square().mean().sqrt().clamp_min(1e-6)
+    return bool((a.float() - b.float()).abs().max() <= tolerance * scale)
+
+
+def byte_spans(tokenizer, text):
+    """Characters (start, end) that each token of our Tokenizer covers."""
+    token_of = {rank: token for token, rank in ranks_of(tokenizer.state).items()}
+    character_of = []  # of each byte
+    for i, character in enumerate(text):
+        character_of += [i] * len(character.encode())
+    spans = []
+    at = 0
+    for number in tokenizer.encode(text):
+        end = at + len(token_of[number])
+        spans.append((character_of[at], character_of[end - 1] + 1))
+        at = end
+    return spans
+
+
+def longest_text(model, tokenizer):
+    """How many tokens the model can read, special ones counted; 10 ** 9 where nothing limits it."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    limits = [10**9, getattr(tokenizer, "model_max_length", None)]
+    for name in ("max_position_embeddings", "max_seq_len"):
+        limits.append(getattr(config, name, None))
+    if isinstance(model, GPT):
+        limits.append(config.block_size)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            limits.append(module.num_embeddings)
+            if module.padding_idx is not None:  # RoBERTa's kind counts from there
+                limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(int(limit) for limit in limits if limit and limit > 0)
+
+
+def refuse_encoder_and_decoder(config, name):
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{name} has an encoder and a decoder ({config.model_type}): "
+            "give a causal or a masked language model"
+        )
+
+
+def load_from_transformers(name, dtype, head):
+    """(model, tokenizer) of a causal or masked language model of transformers."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    config = from_hub(AutoConfig, name)
+    refuse_encoder_and_decoder(config, name)
+    Auto = AutoModel
+    if head:
+        Auto = auto_class(config, name)
+    if dtype != torch.float32:
+        dtype = "auto"  # as the file has it; the pass is in autocast
+    return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
+
+
+def auto_class(config, name):
+    """AutoModelForCausalLM or AutoModelForMaskedLM, whichever the model was saved as."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers.models.auto import modeling_auto
+
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    kind = config.model_type
+    saved_as = (config.architectures or [""])[0]
+    if kind in causal and (kind not in masked or saved_as == causal[kind]):
+        return AutoModelForCausalLM
+    if kind in masked:
+        return AutoModelForMaskedLM
+    raise InputError(f"{name} is a {kind} model, which gives no next or masked token")
+
+
+# ---- Hugging Face
+
+
+@cache
+def hub_answers():
+    """Is the Hugging Face hub within reach? Asked once: transformers would try for each file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+        return True
+    except Exception:  # no network, no name, no certificate, offline mode
+        return False
+
+
+def from_hub(Auto, name, **options):
+    """Auto.from_pretrained(name, ...) of transformers for a name, a folder or a GGUF file.
+
+    Raises InputError where there is no such model, and for torn and foreign files, over which
+    transformers stumbles in nearly any way.
+    """
+    folder = Path(name)
+    ggufs = sorted(folder.glob("*.gguf"))
+    if folder.suffix == ".gguf":
+        folder, ggufs = folder.parent, [folder]
+    if folder.is_dir():
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".txt", ".model"):  # weights may lie there in other forms
+                check_content(file)
+        if len(ggufs) == 1 and not (folder / "config.json").exists():
+            options["gguf_file"] = ggufs[0].name
+        trouble = f"{name} holds nothing that transformers can read as {Auto.__name__}"
+    else:
+        options["local_files_only"] = not hub_answers()
+        trouble = f"no model '{name}' here, and none to be had from the Hugging Face hub"
+    try:
+        return Auto.from_pretrained(str(folder), **options)
+    except Exception as error:
+        for file in folder.glob("*"):
+            check_content(file)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise InputError(f"{trouble} ({reason}): give a model's name or whole folder") from None
+
+
+def load_weights(Auto, name, **options):
+    """The model, all of whose weights the files must hold: transformers draws missing ones."""
+    from transformers import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # no table of the weights that it has no use for
+    try:
+        model, report = from_hub(Auto, name, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
+    if missing:
+        raise InputError(
+            f"{name} lacks weights of {type(model).__name__}, {missing[0]} for one: it was saved "
+            "without its head, or is torn"
+        )
+    return model
+
+
+def gpt_from_hub(name, **options):
+    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
+
+    A folder that export_lm wrote gives the sheets and their positions back, too.
+    """
+    from transformers import AutoConfig, GPT2LMHeadModel
+
+    args = gpt_args(from_hub(AutoConfig, name), name)
+    theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
+    weights = theirs.state_dict()
+    exported = exported_facts(name)
+    for field in fields(GPTConfig):
+        if field.name in exported.get("model_args", {}):
+            args.setdefault(field.name, exported["model_args"][field.name])
+    args["norm"] = float(args.get("norm", "inf"))  # JSON has no infinity
+    biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
+    args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
+    model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
+    state = {key: turned(key, weights[key]) for key in model.state_dict() if key in weights}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
+        raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
+    return model
+
+
+def gpt_args(config, name):
+    """Fields of GPTConfig from the config of a Hugging Face GPT-2."""
+    if config.model_type != "gpt2":
+        raise NotOurGPT(
+            f"'{name}' is a {config.model_type} model: only GPT-2 weights load into our GPT"
+        )
+    gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+    plain = {
+        "activation_function": (*gelus,),
+        "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * config.n_embd),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, allowed in plain.items():
+        value = getattr(config, key)
+        if value not in allowed:
+            raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT has no {key}={value}")
+    return {
+        "block_size": config.n_positions,
+        "vocab_size": config.vocab_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "gelu": gelus[config.activation_function],
+    }
+
+
+def exported_facts(name):
+    """nanocortex.json of a folder that export_lm wrote; {} where there is none."""
+    path = Path(name) / "nanocortex.json"
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise InputError(
+            f"{path} is torn or not ours: export the model again, or take the file away"
+        ) from None
+
+
+def turned(name, weight):
+    """A weight of GPT-2 from our form to Hugging Face's, which has some as (in, out), or back."""
+    if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+        return weight.t()
+    return weight
+
+
+@torch.no_grad()
+def same_logits(model, theirs):
+    """Do our GPT and theirs of transformers give the same logits for some tokens?"""
+    length = min(16, model.config.block_size)
+    ids = torch.arange(2 * length).view(2, length) * 7 % model.config.vocab_size
+    training = model.training
+    logits = model.eval()(ids).logits
+    model.train(training)
+    return close(logits, theirs(ids).logits, 1e-3)
+
+
+def export_lm(spec, folder):
+    """Any language model that load_lm takes as a Hugging Face folder: weights, tokenizer, card.
+
+    AutoModelForCausalLM and AutoTokenizer open it.
+    """
+    model, tokenizer = load_lm(spec)
+    facts = ""
+    for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
+        path = Path(spec) / name
+        if path.is_file():
+            lines = [f"    {line}\n" for line in path.read_text().splitlines() if line[:1] != "#"]
+            facts += f"`{name}` of its run:\n\n{''.join(lines)}\n"
+    export_gpt(model, folder, tokenizer, facts)
+
+
+def export_gpt(model, folder, tokenizer=None, facts=""):
+    """Write our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
+
+    nanocortex.json beside the weights holds what that format has no place for: our options, the
+    units' positions, the tokenizer's state. facts: paragraphs of the model card. Raises
+    InputError for a model that is more than a GPT-2.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    gelu = {"tanh": "gelu_new", "exact": "gelu"}[c.gelu]
+    config = GPT2Config(n_positions=c.block_size, activation_function=gelu)
+    config.bos_token_id = config.eos_token_id = getattr(tokenizer, "eot", None)
+    for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
+        setattr(config, key, getattr(c, key))
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, key, c.dropout)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.load_state_dict(weights_for_hub(model, theirs.state_dict()), strict=False)
+    theirs.tie_weights()
+    if not same_logits(model, theirs):
+        raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
+    theirs.save_pretrained(folder)
+    extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
+    if c.sheet:
+        extra["unit_at_cell"] = model.unit_at_cell.tolist()
+    if tokenizer:
+        extra["tokenizer"] = tokenizer.state
+        export_tokenizer(tokenizer, folder)
+    write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
+    write_aside(Path(folder, "README.md"), model_card(model, tokenizer, facts))
+
+
+def weights_for_hub(model, theirs):
+    """Our GPT's weights under the names and in the shapes of `theirs`, GPT-2's state dict there."""
+    state = {}
+    for key, value in model.state_dict().items():
+        if key != "unit_at_cell":
+            state[key] = turned(key, value)
+    for key, value in theirs.items():
+        if key.endswith(".bias") and not model.config.bias:
+            state.setdefault(key, torch.zeros_like(value))  # no bias here is a bias of zero there
+    state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
+    for key in [*theirs, *state]:
+        value = state.get(key)
+        if value is None or key not in theirs or value.shape != theirs[key].shape:
+            raise InputError(
+                f"a GPT with another {key} than GPT-2's has no Hugging Face GPT-2 form: write it "
+                "out as a checkpoint"
+            )
+    return state
+
+
+def model_card(model, tokenizer=None, facts=""):
+    """README.md of an exported model."""
+    c = model.config
+    sheet = ""
+    if c.sheet:
+        sheet = f"""
+Each of its {2 * c.n_layer} sublayers has a square sheet of {c.n_embd} cells on which its units have
+a place; training added {c.alpha:g} times the spatial loss of every sheet to the next-token loss.
+The places are in `nanocortex.json`: `unit_at_cell`, a permutation per sheet, attention and MLP in
+turn.
+"""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gpt2{", topography" if c.sheet else ""}]
+---
+A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_params():,}
+parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,}
+({tokenizer.state["name"] if tokenizer else "no tokenizer"}), written by nanoCortex.
+{sheet}
+{facts}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("this folder")
+    tokenizer = AutoTokenizer.from_pretrained("this folder")
+
+It says what its training text makes likely, true or not, and has been tested for nothing but what
+is written here.
+"""
+
+
+# ---- tokenizers
+
+
+def tokenizer_state_from_hub(name):
+    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives.
+
+    Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = from_hub(AutoTokenizer, name)
+    differs = "kind"
+    if getattr(theirs, "is_fast", False):
+        form = tokenizer_form(theirs.backend_tokenizer)
+        state = exported_facts(name).get("tokenizer") or byte_level_state(form, Path(name).name)
+        differs = first_difference(form, state)
+    if differs:
+        raise NotOurGPT(
+            f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter (its {differs} "
+            "differs): our GPT would get other ids"
+        )
+    return state
+
+
+def tokenizer_form(fast):
+    """What decides the ids of a tokenizers.Tokenizer, as plain values."""
+    form = json.loads(fast.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
+    model = form["model"]
+    vocabulary, special, words = dict(model["vocab"]), {}, []
+    for token in form["added_tokens"]:
+        vocabulary[token["content"]] = token["id"]
+        if token["special"]:
+            special[token["content"]] = token["id"]
+        else:  # found in texts before anything is merged
+            words.append(token["content"])
+    return {
+        "kind": (model["type"], model.get("dropout")),
+        "normalizer": form["normalizer"],
+        "pre-tokenizer": form["pre_tokenizer"],
+        "order of merges": model.get("merges"),
+        "vocabulary": vocabulary,
+        "special": special,
+        "words": words,
+    }
+
+
+def byte_level_state(form, name):
+    """The state of a byte-level BPE from its form; of another tokenizer, a state that differs."""
+    ranks = {}
+    for token, rank in form["vocabulary"].items():
+        if token not in form["special"] and BYTE_OF.keys() >= set(token):
+            ranks[bytes_of(token)] = rank
+    return make_state(name, GPT2_PATTERN, rank_file(ranks), form["special"])
+
+
+def first_difference(form, state):
+    """What differs first between a tokenizer and ours of that state; '' where the ids are equal."""
+    try:
+        ours = tokenizer_form(fast_tokenizer(state))
+    except InputError:  # tokens that no merges make
+        return "order of merges"
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if state["pattern"] == GPT2_PATTERN and form["pre-tokenizer"] == {**level, "use_regex": True}:
+        form["pre-tokenizer"] = ours["pre-tokenizer"]  # GPT-2's own spelling of it
+    for part in ("kind", "normalizer", "pre-tokenizer", "order of merges", "vocabulary", "words"):
+        if form[part] != ours[part]:
+            return part
+    return ""
+
+
+def export_tokenizer(tokenizer, folder):
+    """Write our Tokenizer for AutoTokenizer: the same ids for the same text.
+
+    But '<|endoftext|>' in a text is plain text for ours, and the token there.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(tokenizer.state),
+        clean_up_tokenization_spaces=False,
+        **special,
+    ).save_pretrained(folder)
+
+
+def fast_tokenizer(state):
+    """The tokenizers.Tokenizer with the ids of a tokenizer state."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as FastTokenizer
+
+    ranks = ranks_of(state)
+    split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
+    if state["pattern"] == CHARACTERS and any(bytes([b]) not in ranks for b in range(256)):
+        vocab = {token.decode(): rank for token, rank in ranks.items()}
+        fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, []))
+        fast.pre_tokenizer = split
+        fast.decoder = decoders.Fuse()
+        return fast
+    character_of = {byte: character for character, byte in BYTE_OF.items()}
+    spelling = {}
+    for token in ranks:
+        spelling[token] = "".join(character_of[byte] for byte in token)
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            left, right = last_merge(token, ranks)
+            merges.append((spelling[left], spelling[right]))
+    vocab = {spelling[token]: rank for token, rank in ranks.items()}
+    fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    fast.decoder = decoders.ByteLevel()
+    return fast
+
+
+def last_merge(token, ranks):
+    """The two parts that byte-pair encoding joins last to make a token (bytes)."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        at = joined.index(min(joined))
+        if joined[at] >= ranks[token]:
+            break
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    if len(parts) > 2:
+        raise InputError(
+            f"the token {token!r} is not made by merging two others: this tokenizer has no "
+            "Hugging Face BPE form"
+        )
+    return parts
+
+
+# ---- checkpoints of nanoGPT and TopoLM
+
+
+def adopt_checkpoint(state, path):
+    """A checkpoint of nanoGPT (ckpt.pt) or TopoLM (ckpt-N.pt) as the state of one of ours.
+
+    Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
+    not in its checkpoint: they are taken from position files beside it or in a folder there.
+    """
+    weights = adopted_weights(state["model"], path)
+    args = state["model_args"]
+    if "n_head" not in args:
+        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
+    vocab_size, n_embd = weights["transformer.wte.weight"].shape
+    blocks = {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}
+    ours = {
+        "block_size": len(weights["transformer.wpe.weight"]),
+        "vocab_size": vocab_size,
+        "n_layer": len(blocks),
+        "n_head": args["n_head"],
+        "n_embd": n_embd,
+        "bias": "transformer.ln_f.bias" in weights,
+        "gelu": "exact",
+        "dropout": float(args.get("dropout", 0.0)),
+        "head_loss": "transformer.h.0.attn.c_proj.weight" not in weights,
+        "attn_proj": "transformer.h.0.attn.attn_proj.weight" in weights,
+    }
+    maker = "nanoGPT"
+    if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & args.keys():
+        maker = adopt_sheets(ours, weights, args, Path(path))
+    say(f"{path}: a checkpoint of {maker}")
+    dataset = str((state.get("config") or {}).get("dataset", ""))
+    tokenizer = foreign_tokenizer(Path(path), vocab_size, dataset)
+    return {"kind": "lm", "model_args": ours, "model": weights, "tokenizer": tokenizer}
+
+
+def adopted_weights(state, path):
+    """Weights under our names: no prefixes of compiling and of ranks, no masks, no tied head."""
+    weights = {}
+    for key, value in state.items():
+        while key.startswith(("module.", "_orig_mod.")):
+            key = key.partition(".")[2]
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):
+            weights[key] = value
+    head = weights.pop("lm_head.weight", None)
+    embedding = weights.get("transformer.wte.weight")
+    if embedding is None or "transformer.wpe.weight" not in weights:
+        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
+    if head is not None and not torch.equal(head, embedding):
+        raise InputError(
+            f"{path} has a head of its own, where our GPT's is tied to the token embedding"
+        )
+    return weights
+
+
+def adopt_sheets(ours, weights, args, path):
+    """Add TopoLM's positions to the arguments and weights; returns what to say of them."""
+    first = "layer.0.attn.pkl"
+    files = [*path.parent.glob(first), *sorted(path.parent.glob(f"*/{first}"))]
+    if not files:
+        return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
+    folder = files[0].parent
+    layouts, facts = read_layer_pickles(folder)
+    names = positions.layer_names(ours["n_layer"])
+    if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != ours["n_embd"]:
+        raise InputError(
+            f"{folder} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
+            f"sheets, {path} has {ours['n_embd']} in {len(names)}"
+        )
+    weights["unit_at_cell"] = torch.stack([torch.from_numpy(layouts[name]) for name in names])
+    # one that does not say with_resid is of sublayer outputs, as the published ones are
+    tap = "residual" if args.get("with_resid") else "sublayer"
+    ours |= {"sheet": True, "tap": tap, "accum": args.get("accum", "mean"), **facts}
+    for key in ("alpha", "activation_decay"):
+        ours[key] = float(args.get(key, 0.0))
+    return f"TopoLM with the positions of {folder}"
+
+
+def foreign_tokenizer(path, vocab_size, dataset=""):
+    """State of the tokenizer of a nanoGPT checkpoint: its characters, or GPT-2's BPE.
+
+    Characters are in meta.pkl, beside it or in nanoGPT's data/DATASET.
+    """
+    folder = path.parent
+    for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
+        if meta.is_file():
+            tokenizer = nanogpt_characters(meta)
+            if len(ranks_of(tokenizer)) > vocab_size:
+                raise InputError(f"{meta} is not the vocabulary of {path}: it has more tokens")
+            return tokenizer
+    if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
+        raise InputError(
+            f"{path} has {vocab_size} tokens and no meta.pkl says which: copy nanoGPT's "
+            f"data/{dataset or 'DATASET'}/meta.pkl beside it"
+        )
+    if (folder / "tokenizer.json").is_file():
+        return tokenizer_state_from_hub(str(folder))
+    for name in ("vocab.bpe", "merges.txt"):
+        if (folder / name).is_file():
+            return state_of(gpt2_encoding(folder / name))
+    try:
+        return state_of(gpt2_encoding())
+    except InputError:
+        raise InputError(
+            f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable: put "
+            "its vocab.bpe (merges.txt) beside the checkpoint, or run once with network"
+        ) from None
+
+
+# ---- positions of TopoLM
+
+
+def load_positions(path, n_layer, n_units):
+    """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
+    if not Path(path).is_dir():
+        return positions.load_positions(path, n_layer, n_units)
+    layouts = read_layer_pickles(path)[0]
+    names = positions.layer_names(n_layer)
+    width = len(next(iter(layouts.values())))
+    if sorted(layouts) != sorted(names) or width != n_units:
+        raise InputError(
+            f"{path} is for {len(layouts) // 2} layers x {width} units, the model has {n_layer} "
+            f"layers x {n_units} units: make one with python init_pos.py n_layer={n_layer} "
+            f"n_embd={n_units}"
+        )
+    return np.stack([layouts[name] for name in names])
+
+
+def read_layer_pickles(folder):
+    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
+
+    facts: radius and windows that they were made for. A file gives each unit's coordinates (C, 2),
+    row and column. The published swap-optimised ones put several units on one cell and leave
+    others empty: that is said, and place_units deals them out.
+    """
+    files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
+    if not files:
+        raise InputError(
+            f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
+            "one .npz of init_pos.py"
+        )
+    layouts, facts = {}, {}
+    shared = []
+    for file in files:
+        layer = read_pickle(file, allowed=("LayerPositions",))
+        coordinates = getattr(layer, "coordinates", None)
+        if not is_coordinates(coordinates):
+            raise InputError(
+                f"{file} holds no coordinates (units, 2): it is no position file of TopoLM"
+            )
+        coordinates = coordinates.double().numpy()
+        layouts[file.stem], moved = place_units(coordinates)
+        if moved.any():
+            n_cells = len(np.unique(coordinates, axis=0))
+            shared.append(
+                f"in {file.stem} {len(moved)} units share {n_cells} cells. One unit a cell now: "
+                f"{np.count_nonzero(moved)} of them moved, by {moved[moved > 0].mean():.1f} cells "
+                f"on average, {moved.max():.1f} at most."
+            )
+        masks = getattr(layer, "neighborhood_indices", None)
+        if torch.is_tensor(masks) and masks.dim() == 2:
+            side_of_window = masks[0].sum().item() ** 0.5
+            facts["radius"] = round((side_of_window + 1) / 2)
+            facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
+    if shared:
+        count = f"{len(shared)} of {len(files)} position files are no permutations"
+        say(f"{folder}: {count}; {shared[0]}")
+    return layouts, facts
+
+
+def is_coordinates(value):
+    if not torch.is_tensor(value) or value.dim() != 2 or value.size(1) != 2:
+        return False
+    return bool(value.float().isfinite().all())
+
+
+def place_units(coordinates):
+    """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
+
+    coordinates (C, 2) are rows and columns of the square sheet; those that fill it stay.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    side = positions.sheet_side(len(coordinates))
+    cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
+    distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)
+    cell = distance.argmin(axis=1)
+    if len(set(cell)) < len(cell) or distance.min(axis=1).any():
+        cell = linear_sum_assignment(distance)[1]
+    return np.argsort(cell), distance[np.arange(len(cell)), cell]
