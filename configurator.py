@@ -138,10 +138,13 @@ def _parse(value, kind):
     """`value`, a string or what YAML made of it, as the type `kind`; raises if it is not one."""
     origin = typing.get_origin(kind) or kind
     choices = typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):  # int | None
-        if str(value).lower() in ("none", "null", ""):
+    if origin in (typing.Union, types.UnionType):  # int | None, int | Literal["sheet"]
+        if str(value).lower() in ("none", "null", "") and types.NoneType in choices:
             return None
-        return _parse(value, choices[0])
+        try:
+            return _parse(value, choices[0])
+        except (ValueError, TypeError):
+            return _parse(value, choices[1])
     if origin is typing.Literal:
         return {str(choice).lower(): choice for choice in choices}[str(value).lower()]
     if origin is str:
@@ -263,14 +266,11 @@ NOT_REWRITTEN = {
     "demo.py",
     "finetune.py",
     "foundation.py",
-    "init_pos.py",
     "model.py",
     "positions.py",
     "probe.py",
-    "sample.py",
     "telepath.py",
     "topography.py",
-    "train.py",
     "warp.py",
 }
 

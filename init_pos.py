@@ -1,231 +1,307 @@
 """Where should the units of a language model sit on its cortical sheets before training?
 
-    python init_pos.py                                       # seeded random permutations, as in the paper
-    python init_pos.py scheme=swap                           # pre-optimised: units that respond alike move together
-    python init_pos.py scheme=swap lm=out/train              # on the responses of a trained model instead of an untrained one
-    python init_pos.py config/init_pos.yaml                  # the published preset, 12 layers x 784 units
+    python init_pos.py                           # seeded random permutations, as in the paper
+    python init_pos.py scheme=swap               # units that respond alike move together
+    python init_pos.py scheme=swap lm=out/train  # by the responses of a trained model
+    python init_pos.py config/init_pos.yaml      # the published preset, 12 layers x 784 units
 
-Writes gpt2-positions/NAME.npz, which python train.py positions=NAME reads, and in out_dir a picture of every sheet and results.csv: a row per
-layer with the spatial loss on text that the swaps have not seen (score; chance: that of another random permutation; low, high: 2.5 % and 97.5 % of
-the windows; n: windows).
+Writes gpt2-positions/NAME.npz, which python train.py positions=NAME reads, and in out_dir a picture
+of every sheet and results.csv, a row per layer: the spatial loss on text that the swaps have not
+seen (score), that of another random permutation (chance), 2.5 % and 97.5 % of the windows (low,
+high), and their number (n).
 
-Margalit et al. 2024 (TDANN) for pre-optimisation by swaps; Rathi et al. 2025 (TopoLM) for random permutations.
+Margalit et al. 2024 (TDANN) for swaps; Rathi et al. 2025 (TopoLM) for random permutations.
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import positions
 from configurator import Run, configure, key_seed
+from convert import load_lm
+from data import InputError
 from data.tokens import Tokens, encoding, read_meta, tokenizer_state, write_dataset
-from model import GPT, GPTConfig, load_lm
+from model import GPT, GPTConfig
 
 
 @dataclass
 class Config:
     # ---- layout
-    scheme: Literal["random", "identity", "swap"] = "random"  # seeded permutations, unit i at cell i, or pre-optimised by swaps
-    method: Literal["sheet", "window"] = "sheet"   # swap: best pairs of the whole sheet at once, or random trials window by window (published)
-    swap_windows: int = 50                         # window: how many windows, each once while there are enough
-    swap_trials: int = 50                          # window: trial swaps in each
-    swap_rounds: int = 200                         # sheet: rounds of swaps at most; it ends by itself when none helps
-    radius: int = 4                                # a window is the cells closer than this to its centre
-    norm: float = float("inf")                     # in this p-norm: 1, 2, inf
+    scheme: Literal["random", "identity", "swap"] = "random"  # identity: unit i at cell i
+    method: Literal["sheet", "window"] = "sheet"  # swap: best pairs, or random trials (published)
+    swap_windows: int = 50  # window: how many windows, each once while there are enough
+    swap_trials: int = 50  # window: trial swaps in each
+    swap_rounds: int = 200  # sheet: rounds of swaps at most; it ends when none helps
+    radius: int = 4  # a window is the cells closer than this to its centre
+    norm: float = float("inf")  # in this p-norm: 1, 2, inf
     # ---- model whose responses are compared
-    lm: str = ""                                   # a run folder, checkpoint or Hugging Face GPT-2, whose shape counts then; "": an untrained GPT
-    n_layer: int = 4                               # blocks; each has two sheets, attention and mlp
-    n_head: int = 4                                # attention heads
-    n_embd: int = 256                              # units per sheet, a square
-    block_size: int = 128                          # tokens of context
-    bias: bool = False                             # biases in linear layers and LayerNorms
-    tap: Literal["sublayer", "residual"] = "sublayer"  # what lies on the sheet: sublayer outputs, or the residual stream after them
+    lm: str = ""  # run folder, checkpoint, Hugging Face GPT-2 (its shape counts); "": untrained
+    n_layer: int = 4  # blocks; each has two sheets, attention and mlp
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # units per sheet, a square
+    block_size: int = 128  # tokens of context
+    bias: bool = False  # biases in linear layers and LayerNorms
+    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream
     # ---- text
-    init_data: str = "init-data"                   # dataset the model reads; the default folder is cut from `dataset` when it is missing
-    dataset: str = "pydocs"                        # where that text comes from: its training part only
-    samples: int = 16384                           # tokens to correlate over, and as many others to score on
-    batch_size: int = 8                            # sequences at a time
+    init_data: str = "init-data"  # dataset that the model reads; the default is cut from `dataset`
+    dataset: str = "pydocs"  # whose training part is cut
+    samples: int = 16384  # tokens to correlate over, and as many others to score on
+    batch_size: int = 8  # sequences at a time
     # ---- files and run
-    name: str = ""                                 # of the positions file; "": SCHEME-{n_layer}x{n_embd}
-    positions_dir: str = "gpt2-positions"          # its folder
-    out_dir: str = "out/init_pos"                  # picture, results
-    overwrite: bool = False                        # replace a positions file of that name
-    seed: int = 1337                               # of the permutations, trials and the untrained model
-    device: str = "auto"                           # cuda, mps, cpu
-    dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
+    name: str = ""  # of the positions file; "": SCHEME-{n_layer}x{n_embd}
+    positions_dir: str = "gpt2-positions"  # its folder
+    out_dir: str = "out/init_pos"  # picture, results
+    overwrite: bool = False  # replace a positions file of that name
+    seed: int = 1337  # of the permutations, trials and the untrained model
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
 
-    POSITIVE = "swap_windows swap_trials swap_rounds norm n_layer n_head n_embd block_size batch_size"
+    POSITIVE = (
+        "swap_windows swap_trials swap_rounds norm n_layer n_head n_embd block_size batch_size"
+    )
 
     def check(self):
         if self.samples < 2:
-            raise ValueError(f"option 'samples' must be at least 2 for a correlation, not {self.samples}")
+            raise InputError(f"option 'samples' must be at least 2, not {self.samples}")
 
 
 # ---- data
 
+
 def init_text(run, config):
-    """Folder of the text that the model reads; the default one is made on first use, from the training part of `dataset`."""
-    if config.init_data != "init-data" or Path("init-data/meta.yaml").exists():
-        folder = run.dataset(config.init_data)
-        if config.init_data == "init-data" and (cut_from := read_meta(folder).get("cut_from", config.dataset)) != config.dataset:
-            raise ValueError(f"init-data was cut from {cut_from}, not from dataset={config.dataset}: remove the folder init-data to cut it again, "
-                             f"or give dataset={cut_from}")
-        return folder
+    """Folder of the text that the model reads; the default one is made on first use."""
+    is_default = config.init_data == "init-data"
+    if is_default and not Path("init-data/meta.yaml").exists():
+        cut_init_text(run, config)
+    folder = run.dataset(config.init_data)
+    source = read_meta(folder).get("cut_from", config.dataset)
+    if is_default and source != config.dataset:
+        raise InputError(
+            f"init-data was cut from {source}, not from dataset={config.dataset}: remove the "
+            f"folder init-data to cut it again, or give dataset={source}"
+        )
+    return folder
+
+
+def cut_init_text(run, config):
+    """Make init-data from all over the training part of config.dataset."""
     source = run.dataset(config.dataset)
     tokens = Tokens(source, "train")
-    pieces = min(64, max(2, len(tokens) // 1024))  # from all over the text, every other one to score on
-    starts = np.linspace(0, len(tokens) * (pieces - 1) // pieces, pieces).astype(int)
-    windows = tokens.windows(starts, min(1024, len(tokens) // pieces))  # (pieces, length)
-    run.print(f"init-data: made on first use, {windows.size:,} tokens from the training part of {config.dataset}")
-    meta = read_meta(source)
-    write_dataset("init-data", {"train": windows[::2], "val": windows[1::2]}, tokenizer_state(source),
-                  cut_from=config.dataset, source=f"training part of {config.dataset}", synthetic=bool(meta.get("synthetic", False)))
-    return Path("init-data")
+    n_pieces = min(64, max(2, len(tokens) // 1024))
+    starts = np.linspace(0, len(tokens) * (n_pieces - 1) // n_pieces, n_pieces).astype(int)
+    pieces = tokens.windows(starts, min(1024, len(tokens) // n_pieces))  # (n_pieces, length)
+    run.print(f"init-data: made on first use, {pieces.size:,} training tokens of {config.dataset}")
+    write_dataset(
+        "init-data",
+        {"train": pieces[::2], "val": pieces[1::2]},  # every other piece to score on
+        tokenizer_state(source),
+        cut_from=config.dataset,
+        source=f"training part of {config.dataset}",
+        synthetic=bool(read_meta(source).get("synthetic", False)),
+    )
 
 
 def text_windows(folder, split, samples, length, tokenizer=None):
-    """Windows (B, T) int64 that hold at least `samples` tokens of a split, evenly spread, T <= length; re-encoded where a tokenizer is given."""
+    """Windows (B, T) int64, T <= length, that hold at least `samples` tokens, evenly spread.
+
+    tokenizer: of another model, whose ids the text gets.
+    """
     tokens = Tokens(folder, split)
     ids = tokens.windows([0], len(tokens))[0]
     if tokenizer is not None:
-        ids = np.array(tokenizer.encode(encoding(tokenizer_state(folder)).decode(ids.tolist())), np.int64)
+        text = encoding(tokenizer_state(folder)).decode(ids.tolist())
+        ids = np.array(tokenizer.encode(text), np.int64)
     if len(ids) < samples:
-        raise ValueError(f"samples={samples} tokens are more than {tokens.path} holds ({len(ids):,}): take samples={len(ids)} or less, "
-                         "or a longer text with init_data=")
+        raise InputError(
+            f"samples={samples} tokens are more than {tokens.path} holds ({len(ids):,}): "
+            f"take samples={len(ids)} or less, or a longer text with init_data="
+        )
     length = min(length, samples)
-    rows = -(-samples // length)
-    starts = np.linspace(0, len(ids) - length, rows).astype(int)
-    return torch.as_tensor(np.stack([ids[s:s + length] for s in starts]))
+    n_rows = -(-samples // length)
+    starts = np.linspace(0, len(ids) - length, n_rows).astype(int)
+    return torch.from_numpy(np.stack([ids[start : start + length] for start in starts]))
 
 
-# ---- responses
+# ---- responses and layouts
+
+
+@dataclass
+class Layer:
+    name: str
+    r: np.ndarray  # (C, C), correlations of its units over unseen text
+    random: np.ndarray  # (C,), a random unit_at_cell to compare with
+    unit_at_cell: np.ndarray  # (C,), where they are put
+
 
 @torch.no_grad()
 def response_correlations(run, model, idx, config):
-    """{layer name: (C, C)}: correlations between the units of every sheet over config.samples of the tokens idx (B, T)."""
+    """{layer: (C, C)}: correlations between the units of a sheet over the tokens idx (B, T)."""
     names = positions.layer_names(model.config.n_layer)
-    found = {name: [] for name in names}
+    responses = {name: [] for name in names}
     bar = run.progress(len(idx), desc="reading text")
     for batch in idx.split(config.batch_size):
         with run.autocast():
             hidden = model(batch.to(run.device), hidden=names).hidden
         for name in names:
-            found[name].append(hidden[name].flatten(0, 1).float().cpu())
+            responses[name].append(hidden[name].flatten(0, 1).float().cpu())
         bar.update(len(batch))
     bar.close()
-    return {name: positions.correlations(torch.cat(found.pop(name))[:config.samples]) for name in names}
+    correlations = {}
+    for name in names:
+        x = torch.cat(responses.pop(name))
+        correlations[name] = positions.correlations(x[: config.samples])
+    return correlations
 
 
 def lay_out(r, sheet, layer, start, config):
-    """unit_at_cell (C,) of one layer under the scheme, from the correlations r (C, C) of its units and the layout that swaps start from."""
+    """unit_at_cell (C,) of a layer, from its correlations r (C, C) and where swaps may start."""
     if config.scheme == "random":
         return positions.random_positions(config.n_layer, config.n_embd, config.seed)[layer]
     if config.scheme == "identity":
         return np.arange(len(r))
+    seed = (config.seed, layer)
     if config.method == "window":
-        return positions.swap_window(r, sheet, start, config.swap_windows, config.swap_trials, seed=(config.seed, layer))[0]
-    starts = (positions.spectral_layout(r, seed=(config.seed, layer)), start)  # a model trained with a sheet may have the better one
-    start = min(starts, key=lambda u: sheet.losses(r[u][:, u]).mean())
+        n_windows, n_trials = config.swap_windows, config.swap_trials
+        return positions.swap_window(r, sheet, start, n_windows, n_trials, seed=seed)[0]
+    spectral = positions.spectral_layout(r, seed=seed)
+    if losses_of(sheet, r, spectral).mean() <= losses_of(sheet, r, start).mean():
+        start = spectral  # a model trained on a sheet may have a better layout of its own
     return positions.swap_sheet(r, sheet, start, rounds=config.swap_rounds)[0]
+
+
+def losses_of(sheet, r, unit_at_cell):
+    """Spatial loss (windows,) of a layout, from the correlations r (C, C) of its units."""
+    return sheet.losses(r[unit_at_cell][:, unit_at_cell])
+
+
+def report_layer(run, config, sheet, seen, layer):
+    """A line and a row of results.csv: the spatial losses of a Layer, beside random ones."""
+    losses = losses_of(sheet, layer.r, layer.unit_at_cell)
+    chance = losses_of(sheet, layer.r, layer.random).mean()
+    before = losses_of(sheet, seen, layer.random).mean()
+    after = losses_of(sheet, seen, layer.unit_at_cell).mean()
+    run.print(
+        f"{layer.name:<14} spatial loss: random {before:.4f}, {config.scheme} {after:.4f}; "
+        f"on unseen text: random {chance:.4f}, {config.scheme} {losses.mean():.4f}"
+    )
+    low, high = np.percentile(losses, [2.5, 97.5])
+    numbers = np.round([losses.mean(), chance, low, high], 6)
+    run.result(*numbers, len(losses), layer=layer.name, positions=config.name)
 
 
 # ---- plots
 
+
 def colours(r):
-    """RGB (C, 3) of units by their correlations r (C, C): the first three principal components, each spread evenly over 0 to 1."""
+    """RGB (C, 3) of units: the first three components of r (C, C), each spread evenly over 0..1."""
     vectors = np.linalg.eigh(r.astype(np.float64))[1][:, ::-1][:, :3]
     vectors = vectors * np.where(vectors.sum(0) < 0, -1, 1)  # an eigenvector's sign is arbitrary
     return vectors.argsort(0).argsort(0) / (len(r) - 1)
 
 
 def plot_sheets(path, title, layers, sheet, scheme):
-    """A PNG with three panels per layer: the sheet with random positions, the sheet as laid out, and correlation against distance for both.
-
-    layers: a list of (name, r, random, row, loss before, loss after)."""
-    C = sheet.side ** 2
-    at = np.stack(np.divmod(np.arange(C), sheet.side), 1)
-    steps = np.linalg.norm(at[:, None] - at, axis=-1).round().astype(int).ravel()  # distance of two cells, whole steps
+    """Three panels per layer: the random and the chosen layout, and correlation by distance."""
+    at = np.stack(np.divmod(np.arange(sheet.side**2), sheet.side), 1)
+    steps = np.linalg.norm(at[:, None] - at, axis=-1).round().astype(int).ravel()
     near = (steps > 0) & (steps < sheet.side)  # farther ones are corner against corner
-    count = np.bincount(steps[near])[1:]
-    fig, axes = plt.subplots(len(layers) // 2, 6, figsize=(13, 2.1 * len(layers) // 2 + 1.1), squeeze=False, layout="constrained")
-    for i, (name, r, random, row, before, after) in enumerate(layers):
-        maps, (ax_before, ax_after, ax_curve) = colours(r), axes[i // 2, 3 * (i % 2):][:3]
-        for ax, layout, loss, word, colour in ((ax_before, random, before, "random", "0.6"), (ax_after, row, after, scheme, "C3")):
-            ax.imshow(maps[layout].reshape(sheet.side, sheet.side, 3))
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{name if ax is ax_before else ''} {word}: {loss:.3f}", fontsize=8)
-            curve = np.bincount(steps[near], r[layout][:, layout].ravel()[near])[1:] / count
-            ax_curve.plot(np.arange(1, len(curve) + 1), curve, color=colour, label=word, lw=1.5)
-        ax_curve.axhline(0, color="0.85", lw=0.8, zorder=0)
-        ax_curve.tick_params(labelsize=7)
-        if i < 2:
-            ax_curve.set_title("correlation by distance", fontsize=8)
-            ax_curve.legend(fontsize=7, frameon=False)
-        if i >= len(layers) - 2:
-            ax_curve.set_xlabel("distance (cells)", fontsize=8)
-    fig.suptitle(title, fontsize=9)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    n_pairs = np.bincount(steps[near])[1:]  # at each distance, in whole cells
+    figure = Figure(figsize=(13, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
+    panels = figure.subplots(len(layers) // 2, 6, squeeze=False).reshape(-1, 3)
+    for layer, (left, middle, right) in zip(layers, panels):
+        colour_of = colours(layer.r)
+        for axis, unit_at_cell, label, line_colour in (
+            (left, layer.random, "random", "0.6"),
+            (middle, layer.unit_at_cell, scheme, "C3"),
+        ):
+            loss = losses_of(sheet, layer.r, unit_at_cell).mean()
+            axis.imshow(colour_of[unit_at_cell].reshape(sheet.side, sheet.side, 3))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{label}: {loss:.3f}", fontsize=8)
+            r = layer.r[unit_at_cell][:, unit_at_cell].ravel()[near]
+            curve = np.bincount(steps[near], r)[1:] / n_pairs
+            right.plot(np.arange(1, len(curve) + 1), curve, color=line_colour, label=label)
+        left.set_ylabel(layer.name, fontsize=8)
+        right.axhline(0, color="0.85", lw=0.8, zorder=0)
+        right.tick_params(labelsize=7)
+    for axis in panels[:2, 2]:
+        axis.set_title("correlation by distance", fontsize=8)
+        axis.legend(fontsize=7, frameon=False)
+    for axis in panels[-2:, 2]:
+        axis.set_xlabel("distance (cells)", fontsize=8)
+    figure.suptitle(f"{title}\ncolour: first three components of the correlations; number: loss")
+    figure.savefig(path, dpi=110)
 
 
 # ---- the run
 
-def main(config):
-    run = Run(config)
+
+def load_model(run, config, folder):
+    """The model whose responses are compared, and its tokenizer where that is not the text's."""
     if config.lm:
         model, tokenizer = load_lm(config.lm, tap=config.tap)
-        config.n_layer, config.n_embd = model.config.n_layer, model.config.n_embd
-    name = config.name or f"{config.scheme}-{config.n_layer}x{config.n_embd}"
-    path = Path(config.positions_dir) / f"{name}.npz"
-    if path.exists() and not config.overwrite:
-        raise FileExistsError(f"{path} is there already: give another name=, or replace it with overwrite=True")
-    sheet = positions.Sheet(config.n_embd, config.radius, config.norm)
+        config.n_layer = model.config.n_layer
+        config.n_embd = model.config.n_embd
+    else:
+        keys = "block_size n_layer n_head n_embd bias tap".split()
+        shape = {key: getattr(config, key) for key in keys}
+        shape["vocab_size"] = read_meta(folder)["vocab_size"]
+        model = GPT(GPTConfig(**shape), seed=config.seed)
+        tokenizer = None
+    return model.to(run.device).eval(), tokenizer
 
+
+def save(config, path, layers):
+    """The positions file, with how it was made."""
+    keys = "scheme seed radius tap lm init_data".split()
+    facts = {key: getattr(config, key) for key in keys}
+    facts["method"] = config.method if config.scheme == "swap" else ""
+    facts["norm"] = str(config.norm)
+    layouts = np.stack([layer.unit_at_cell for layer in layers])
+    positions.save_positions(str(path), layouts, **facts)
+
+
+def main(config):
+    run = Run(config)
     folder = init_text(run, config)
-    if not config.lm:
-        tokenizer = None  # an untrained model takes the text's own
-        model = GPT(GPTConfig(block_size=config.block_size, vocab_size=read_meta(folder)["vocab_size"], n_layer=config.n_layer, n_head=config.n_head,
-                              n_embd=config.n_embd, bias=config.bias, tap=config.tap), seed=config.seed)
-    model.to(run.device).eval()
+    model, tokenizer = load_model(run, config, folder)
+    config.name = config.name or f"{config.scheme}-{config.n_layer}x{config.n_embd}"
+    path = Path(config.positions_dir) / f"{config.name}.npz"
+    if path.exists() and not config.overwrite:
+        raise InputError(
+            f"{path} is there already: give another name=, or replace it with overwrite=True"
+        )
+    sheet = positions.Sheet(config.n_embd, config.radius, config.norm)
     length = min(config.block_size, model.config.block_size)
-    seen, unseen = (response_correlations(run, model, text_windows(folder, split, config.samples, length, tokenizer), config)
-                    for split in ("train", "val"))
-
-    rows, layers = [], []
+    correlations = {}
+    for split in ("train", "val"):  # the swaps see the first, the losses are of the second
+        idx = text_windows(folder, split, config.samples, length, tokenizer)
+        correlations[split] = response_correlations(run, model, idx, config)
     starts = positions.random_positions(config.n_layer, config.n_embd, config.seed)
-    if hasattr(model, "unit_at_cell"):  # trained on a sheet: swaps start from its own layout
+    if hasattr(model, "unit_at_cell"):
         starts = model.unit_at_cell.cpu().numpy()
-        run.print(f"{config.lm} has positions of its own, from which swaps start; 'random' below are permutations that it was not trained with")
-    chances = positions.random_positions(config.n_layer, config.n_embd, key_seed(config.seed, "chance"))
-    bar = run.progress(len(seen), desc="sheets")
-    for i, (layer, start, random) in enumerate(zip(seen, starts, chances)):
-        row = lay_out(seen[layer], sheet, i, start, config)
-        before, after, chance, scores = (sheet.losses(r[u][:, u]) for r in (seen[layer], unseen[layer]) for u in (random, row))  # (windows,) each
-        run.print(f"{layer:<14} spatial loss: random {before.mean():.4f}, {config.scheme} {after.mean():.4f}; "
-                  f"on unseen text: random {chance.mean():.4f}, {config.scheme} {scores.mean():.4f}")
-        low, high = np.percentile(scores, [2.5, 97.5])
-        run.result(round(scores.mean(), 6), round(chance.mean(), 6), round(low, 6), round(high, 6), len(scores), layer=layer, positions=name)
-        rows.append(row)
-        layers.append((layer, unseen[layer], random, row, chance.mean(), scores.mean()))
-        bar.update()
-    bar.close()
-
-    how = config.scheme if config.scheme != "swap" else f"swap, {config.method}"
-    who = config.lm or f"an untrained GPT (seed {config.seed})"
-    where = "synthetic text" if read_meta(folder).get("synthetic") else "text"
+        run.print(f"swaps start from the positions that {config.lm} was trained with")
+    chance_seed = key_seed(config.seed, "chance")
+    randoms = positions.random_positions(config.n_layer, config.n_embd, chance_seed)
+    layers = []
+    for i, (name, seen) in enumerate(correlations["train"].items()):
+        unit_at_cell = lay_out(seen, sheet, i, starts[i], config)
+        layer = Layer(name, correlations["val"][name], randoms[i], unit_at_cell)
+        report_layer(run, config, sheet, seen, layer)
+        layers.append(layer)
+    picture = run.out / f"{config.name}.png"
     if run.master:
-        positions.save_positions(str(path), np.stack(rows), scheme=config.scheme, method=config.method if config.scheme == "swap" else "", seed=config.seed,
-                                 radius=config.radius, norm=str(config.norm), tap=config.tap, lm=config.lm, init_data=config.init_data)
-        plot_sheets(run.out / f"{name}.png", f"{name} ({how}, radius {config.radius}): responses of {who}, {config.n_layer} layers x {config.n_embd} "
-                    f"units, to {config.samples:,} tokens of unseen {where} ({folder})\ncolour: first three principal components of the units' "
-                    "correlations; number: spatial loss", layers, sheet, config.scheme)
+        save(config, path, layers)
+        who = config.lm or "an untrained GPT"
+        text = "synthetic text" if read_meta(folder).get("synthetic") else "text"
+        title = f"{config.name}: responses of {who} to unseen {text} ({folder})"
+        plot_sheets(picture, title, layers, sheet, config.scheme)
     run.merge()
-    run.print(f"saved {path} ({path.stat().st_size / 1024:.0f} KB) and {run.out / name}.png; train with it: python train.py positions={name}")
+    run.print(f"saved {path} and {picture}; train with it: python train.py positions={config.name}")
     run.close()
 
 

@@ -1,64 +1,83 @@
-"""Let a language model write: a run folder or checkpoint of ours, or a Hugging Face GPT-2.
+"""Let a language model write.
 
-    python sample.py                                   # the model that `python train.py` left behind
-    python sample.py lm=gpt2 prompt="The cortex" temperature=0.7 top_p=0.9
-    python sample.py file=question.txt num_samples=4   # the prompt from a file, four continuations in one batch
+python sample.py                                   # the model that python train.py left behind
+python sample.py lm=gpt2 prompt="The cortex" temperature=0.7 top_p=0.9
+python sample.py file=question.txt num_samples=4   # the prompt from a file, four continuations
 """
+
 from dataclasses import dataclass
 from pathlib import Path
 
-from configurator import Run, configure, write_aside
-from model import load_lm
+from configurator import Run, configure
+from convert import load_lm
+from data import InputError, write_aside
 
 
 @dataclass
 class Config:
-    lm: str = "out/train"          # run folder, checkpoint, Hugging Face name or folder
-    prompt: str = ""               # text to go on from; empty: the start of a document
-    file: str = ""                 # read the prompt from this file
-    num_samples: int = 1           # continuations, made in one batch; the first is shown as it comes
-    max_new_tokens: int = 200      # each
-    temperature: float = 0.8       # 0: greedy
-    top_k: int | None = 200        # only the k likeliest tokens; none: all
-    top_p: float | None = None     # only the likeliest tokens that share this probability
-    stop: bool = True              # end at end-of-text
-    out_dir: str = "out/sample"    # samples.txt
-    seed: int = 1337               # fixes the samples
-    device: str = "auto"           # cuda, mps, cpu
-    dtype: str = "auto"            # bfloat16, float16, float32
+    lm: str = "out/train"  # run folder, checkpoint, Hugging Face name or folder
+    prompt: str = ""  # text to go on from; empty: the start of a document
+    file: str = ""  # read the prompt from this file
+    num_samples: int = 1  # continuations, made in one batch; the first is shown as it comes
+    max_new_tokens: int = 200  # each
+    temperature: float = 0.8  # 0: greedy
+    top_k: int | None = 200  # only the k likeliest tokens; none: all
+    top_p: float | None = None  # only the likeliest tokens that share this probability
+    stop: bool = True  # end at end-of-text
+    out_dir: str = "out/sample"  # samples.txt
+    seed: int = 1337  # fixes the samples
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "auto"  # bfloat16, float16, float32
 
     POSITIVE = "num_samples max_new_tokens top_k top_p"
     SHARES = "top_p"
 
-    def check(self):
-        if self.file and not Path(self.file).is_file():
-            raise FileNotFoundError(f"no prompt file {self.file}: give file= a text file, or prompt=")
+
+def read_prompt(config):
+    """The text of `file`, or `prompt`."""
+    if not config.file:
+        return config.prompt
+    try:
+        return Path(config.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"file={config.file} cannot be read as UTF-8 text ({error})") from None
+
+
+def show(text, n_shown):
+    """Print what is new in a growing text. Returns how many characters are printed."""
+    if text.endswith("\ufffd"):  # a character may take several tokens
+        return n_shown
+    print(text[n_shown:], end="", flush=True)
+    return len(text)
 
 
 def main(config):
     run = Run(config)
     model, tokenizer = load_lm(config.lm)
     model.to(run.device, run.dtype).eval()
-    text = Path(config.file).read_text() if config.file else config.prompt
-    prompt = ([] if tokenizer.eot is None else [tokenizer.eot]) + tokenizer.encode(text)  # a document begins after end-of-text
+    text = read_prompt(config)
+    prompt = tokenizer.encode(text)
+    stop = []
+    if tokenizer.eot is not None:
+        prompt = [tokenizer.eot, *prompt]  # a document begins after end-of-text
+        stop = [tokenizer.eot] if config.stop else []
     if not prompt:
-        raise ValueError(f"lm={config.lm} has no end-of-text token to begin with: give prompt=")
-    stop = [tokenizer.eot] if config.stop and tokenizer.eot is not None else []
-    rows, shown = [[] for _ in range(config.num_samples)], 0
+        raise InputError(f"lm={config.lm} has no end-of-text token to begin with: give prompt=")
+    options = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    prompts = [prompt] * config.num_samples
+    samples = [[] for _ in prompts]
     print(text, end="", flush=True)
-    with model.packed(config.num_samples):
-        for tokens in model.stream([prompt] * config.num_samples, config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                                   top_p=config.top_p, stop=stop, seed=config.seed):
-            for row, token in zip(rows, tokens):
-                row += [] if token is None else [token]
-            so_far = tokenizer.decode(rows[0])
-            if not so_far.endswith("\ufffd"):  # a character may take several tokens
-                print(so_far[shown:], end="", flush=True)
-                shown = len(so_far)
-            if run.stopping():
-                break
-    texts = [text + tokenizer.decode(row) for row in rows]
-    print(tokenizer.decode(rows[0])[shown:])
+    n_shown = 0
+    stream = model.stream(prompts, config.max_new_tokens, stop=stop, seed=config.seed, **options)
+    for tokens in stream:
+        for sample, token in zip(samples, tokens):
+            if token is not None:  # this one goes on
+                sample.append(token)
+        n_shown = show(tokenizer.decode(samples[0]), n_shown)
+        if run.stopping():
+            break
+    print(tokenizer.decode(samples[0])[n_shown:])
+    texts = [text + tokenizer.decode(sample) for sample in samples]
     for other in texts[1:]:
         print("-" * 40, other, sep="\n")
     write_aside(run.out / "samples.txt", "\n---------------\n".join(texts) + "\n")

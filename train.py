@@ -1,281 +1,353 @@
-"""Train a GPT-2 whose units have a place on a cortical sheet: next-word loss + alpha * spatial loss of every layer.
+"""Train a GPT-2 whose units have a place on a cortical sheet.
 
-    python train.py                                                  # embedded: minutes on two cores, real text
-    python train.py alpha=0 out_dir=out/train_alpha0                 # its twin without topography, on exactly the same data
+The loss is the next-token loss plus alpha times the spatial loss of every layer.
+
+    python train.py                                    # embedded: real text, minutes on two cores
+    python train.py minutes=8                          # as many steps as eight minutes hold here
+    python train.py alpha=0 out_dir=out/train_alpha0   # its twin without topography, same data
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.yaml
-    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2xl.yaml   # sharded over the GPUs, activations recomputed
-    python train.py init_from=resume                                 # go on after a stop, bit for bit
+    python train.py init_from=resume                   # go on after a stop, bit for bit
 
 Rathi et al. 2025 (TopoLM); Margalit et al. 2024 (TDANN).
 """
+
 import json
 import math
+import os
+import platform
 import tempfile
 import time
-import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import positions
-from configurator import Run, configure, key_seed
+from configurator import Run, configure, hash_options, key_seed
+from convert import load_lm, load_positions
+from data import InputError, write_aside
 from data.tokens import Tokens, tokenizer_state
-from model import GPT, GPTConfig, lm_from, lm_state, load_lm
+from model import GPT, GPTConfig, lm_from, lm_state
 
 
 @dataclass
 class Config:
     # ---- data
-    dataset: str = "pydocs"                        # name under data/, or a folder of token files: ours, nanoGPT's, llm.c's
-    batch_size: int = 16                           # sequences per micro-batch
-    block_size: int = 128                          # tokens of context
-    tokens_per_step: int = 0                       # tokens per optimiser step over all ranks, 0: one micro-batch per rank; accumulation is derived
+    dataset: str = "pydocs"  # name under data/, or a folder of token files (nanoGPT's, llm.c's too)
+    batch_size: int = 16  # sequences per micro-batch
+    block_size: int = 128  # tokens of context
+    tokens_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
     # ---- model
-    n_layer: int = 4                               # blocks
-    n_head: int = 4                                # attention heads
-    n_embd: int = 256                              # units per layer; a square, to fill a sheet (16 x 16)
-    vocab_size: int = 0                            # 0: the dataset's, rounded up to a multiple of 64
-    dropout: float = 0.0                           # probability
-    bias: bool = False                             # biases in linear layers and LayerNorms
-    gelu: Literal["exact", "tanh"] = "exact"       # tanh as in the released GPT-2
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 256  # units per layer; a square, to fill a sheet (16 x 16)
+    vocab_size: int = 0  # 0: the dataset's, rounded up to a multiple of 64
+    dropout: float = 0.0  # probability
+    bias: bool = False  # biases in linear layers and LayerNorms
+    gelu: Literal["exact", "tanh"] = "exact"  # tanh as in the released GPT-2
     # ---- sheet
-    positions: str = "random"                      # random (seeded permutation), none, NAME of gpt2-positions/NAME.npz, a file, TopoLM's folder
-    alpha: float = 0.1                             # weight of each layer's spatial loss; 0 still measures it on validation data
-    radius: int = 4                                # windows: cells closer than this to the centre
-    norm: float = float("inf")                     # in this p-norm: 1, 2, inf
-    windows: int = 5                               # windows drawn per layer and micro-batch; 0: every window of the sheet
-    spatial: Literal["activations", "weights"] = "activations"  # correlations of responses, or the rival: smoothness of weights (TopoLoss)
-    factor: float = 3.0                            # weights: the sheet is shrunk so much per axis and enlarged again
-    spatial_kind: Literal["relative", "absolute"] = "relative"  # activations: 1/2 (1 - corr(r, D)), or mean |r - D|
-    accum: Literal["mean", "maximum"] = "mean"     # over the windows
-    tap: Literal["sublayer", "residual"] = "sublayer"  # what lies on the sheet: sublayer outputs, or the residual stream after them
-    activation_decay: float = 0.0                  # weight of the mean squared norm of each sheet's activations
-    head_loss: bool = False                        # attention sheet as a mosaic of heads, without the attention's output projection
-    attn_proj: bool = False                        # one more Linear after attention, the sheet behind it
+    positions: str = "random"  # or none, NAME of gpt2-positions/NAME.npz, a file, TopoLM's folder
+    alpha: float = 0.1  # weight of each layer's spatial loss; 0: measured in validation only
+    radius: int = 4  # windows: cells closer than this to the centre
+    norm: float = float("inf")  # in this p-norm: 1, 2, inf
+    windows: int | Literal["sheet"] = 5  # per layer and micro-batch; sheet: one, the whole sheet
+    spatial: Literal["activations", "weights"] = "activations"  # weights: the rival, TopoLoss
+    factor: float = 3.0  # weights: the sheet is shrunk by this per axis and enlarged again
+    spatial_kind: Literal["relative", "absolute"] = "relative"  # (1 - corr(r, D)) / 2, or |r - D|
+    accum: Literal["mean", "maximum"] = "mean"  # over the windows
+    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream
+    activation_decay: float = 0.0  # weight of the mean squared norm of each sheet's activations
+    head_loss: bool = False  # attention sheet as a mosaic of heads, no output projection
+    attn_proj: bool = False  # one more Linear after attention, the sheet behind it
     # ---- optimiser
-    optimizer: Literal["adamw", "muon"] = "muon"   # muon: on the blocks' matrices, AdamW for the rest
-    learning_rate: float = 3e-3                    # AdamW's peak
-    muon_lr: float = 0.02                          # Muon's peak (its update has the RMS of AdamW's times 0.2 sqrt(max(rows, columns)))
-    weight_decay: float = 0.1                      # on matrices and embeddings
-    beta1: float = 0.9                             # AdamW
-    beta2: float = 0.95                            # AdamW
-    momentum: float = 0.95                         # Muon
-    grad_clip: float = 1.0                         # total norm; 0: none
-    schedule: Literal["cosine", "wsd"] = "wsd"     # cosine, or warm-up, stable, linear decay
-    max_iters: int = 1000                          # optimiser steps
-    warmup_iters: int = 20                         # linear warm-up
-    decay_iters: int = 0                           # cosine: step at which min_lr is reached; wsd: length of the decay; 0: max_iters; 60 % of them
-    min_lr: float = 0.0                            # end of the decay, as a share of the peak
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices only
+    learning_rate: float = 3e-3  # AdamW's peak
+    muon_lr: float = 0.02  # Muon's peak
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    momentum: float = 0.95  # Muon
+    grad_clip: float = 1.0  # total norm; 0: none
+    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm-up, stable, linear decay
+    max_iters: int = 1000  # optimiser steps
+    minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
+    warmup_iters: int = 20  # linear warm-up
+    decay_iters: int = 0  # cosine: its last step, 0: max_iters; wsd: length of the decay, 0: 60 %
+    min_lr: float = 0.0  # end of the decay, as a share of the peak
     # ---- evaluation
-    eval_interval: int = 250                       # steps between validations
-    eval_batches: int = 48                         # micro-batches of the one fixed validation set; 0: all of it
-    eval_only: bool = False                        # validate and stop
-    baseline_tokens: int = 50_000_000              # count n-gram baselines on so many training tokens; 0: no baselines
-    dry_run: bool = False                          # say parameters, memory, disk and time, and stop
+    eval_interval: int = 250  # steps between validations
+    eval_batches: int = 48  # micro-batches of the one fixed validation set; 0: all of it
+    eval_only: bool = False  # validate and stop
+    baseline_tokens: int = 50_000_000  # n-gram baselines count so many training tokens; 0: none
+    dry_run: bool = False  # say parameters, memory, disk and time, and stop
     # ---- run
-    out_dir: str = "out/train"                     # checkpoints, log, pictures
-    init_from: str = "scratch"                     # scratch, resume, a checkpoint or run folder (nanoGPT's, TopoLM's too), a Hugging Face GPT-2
-    overwrite: bool = False                        # start over in a folder that holds a run
-    seed: int = 1337                               # fixes everything
-    device: str = "auto"                           # cuda, mps, cpu
-    dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
-    compile: bool = True                           # compile the blocks (needs a C++ compiler on CPUs)
-    recompute: bool = False                        # activation checkpointing: blocks are computed again in backward, for less memory and a third more time
-    fsdp: bool = False                             # shard weights, gradients and optimiser state over the ranks (fully_shard) instead of copying them (DDP)
-    deterministic: bool = False                    # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50                         # steps between lines
-    save_interval: int = 250                       # steps between checkpoints
-    keep_interval: int = 0                         # steps between checkpoints that are kept; 0: none
-    wandb_log: bool = False                        # log to Weights & Biases; WANDB_MODE=offline logs to out_dir/wandb without network
-    wandb_project: str = "nanocortex"              # its project
+    out_dir: str = "out/train"  # checkpoints, log, pictures
+    init_from: str = "scratch"  # resume, a checkpoint or run folder, a Hugging Face GPT-2
+    overwrite: bool = False  # start over in a folder that holds a run
+    seed: int = 1337  # fixes everything
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU where it has paid
+    recompute: bool = False  # activation checkpointing: less memory, a third more time
+    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
+    log_interval: int = 50  # steps between lines
+    save_interval: int = 250  # steps between checkpoints
+    keep_interval: int = 0  # steps between checkpoints that are kept; 0: none
+    wandb_log: bool = False  # Weights & Biases; WANDB_MODE=offline logs to out_dir/wandb
+    wandb_project: str = "nanocortex"  # its project
 
-    POSITIVE = "batch_size block_size n_layer n_head n_embd norm factor eval_interval log_interval save_interval"
+    POSITIVE = (
+        "batch_size block_size n_layer n_head n_embd windows norm factor "
+        "eval_interval log_interval save_interval"
+    )
     SHARES = "dropout momentum min_lr"
 
     def check(self):
         for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 0 and below 1, not {getattr(self, key)}")
+            value = getattr(self, key)
+            if not 0 <= value < 1:
+                raise InputError(f"option '{key}' must be at least 0 and below 1, not {value}")
+        if self.alpha and self.positions == "none":
+            raise InputError("alpha > 0 needs positions: set alpha=0 or positions=random")
 
 
 # ---- data
 
-class Loader:
-    """Micro-batches of random windows without replacement, read ahead by a thread.
 
-    Window k of the run (counted over all ranks) is the same whatever the number of ranks and whatever alpha: epoch k // n reads the n windows of
-    the stream in an order, and from an offset, keyed by (seed, epoch). `cursor` counts the windows of the steps that were handed out whole."""
+class Data:
+    """The tokens of config.dataset, which is made on first use where it is embedded."""
 
-    def __init__(self, run, tokens, config, accum, cursor):
-        self.run, self.tokens, self.T, self.B, self.accum, self.cursor = run, tokens, config.block_size, config.batch_size, accum, cursor
-        self.n = (len(tokens) - 1) // self.T
-        if self.n < 2:
-            raise ValueError(f"{tokens.path} holds {len(tokens):,} tokens, less than two windows of block_size={self.T}: take a smaller block_size")
-        self.n -= 1  # the offset's room
-        self.thread, self.ahead, self.epoch = ThreadPoolExecutor(1), deque(), None
-        self.plan = self._plan(cursor)
-
-    def _plan(self, cursor):
-        while True:
-            for micro in range(self.run.rank, self.accum, self.run.world):
-                yield cursor + micro * self.B
-            cursor += self.accum * self.B
-
-    def _start(self, k):
-        epoch, i = divmod(k, self.n)
-        if self.epoch != epoch:
-            rng = np.random.default_rng(key_seed(self.run.seed, "epoch", epoch))
-            self.epoch, self.order, self.offset = epoch, rng.permutation(self.n), int(rng.integers(self.T))
-        return self.order[i] * self.T + self.offset
-
-    def _read(self, at):
-        starts = np.array([self._start(at + i) for i in range(self.B)])
-        batch = torch.from_numpy(self.tokens.windows(starts, self.T + 1))  # (B, T + 1)
-        return batch.pin_memory() if self.run.device.type == "cuda" else batch
-
-    def next(self):
-        """idx, targets (B, T) int64 on the device."""
-        while len(self.ahead) < 4:
-            self.ahead.append(self.thread.submit(self._read, next(self.plan)))
-        batch = self.ahead.popleft().result().to(self.run.device, non_blocking=True)
-        return batch[:, :-1], batch[:, 1:]
+    def __init__(self, run, config):
+        folder = run.dataset(config.dataset)
+        self.train = Tokens(folder, "train")
+        self.val = Tokens(folder, "val")
+        self.val_starts = validation_starts(self.val, config)
+        self.tokenizer = tokenizer_state(folder)
 
 
 def validation_starts(tokens, config):
-    """Starts of the fixed validation windows, evenly spread and without overlap; a whole number of micro-batches."""
-    n = (len(tokens) - 1) // config.block_size
-    batches = n // config.batch_size
-    if batches < 1:
-        raise ValueError(f"{tokens.path} holds {len(tokens):,} tokens, less than one batch of {config.batch_size} x {config.block_size}: "
-                         "take a smaller batch_size or block_size")
-    count = config.batch_size * (min(config.eval_batches, batches) if config.eval_batches else batches)
-    return (np.arange(count) * n // count) * config.block_size
+    """Starts of the validation windows: evenly spread, no overlap, whole micro-batches."""
+    n_windows = (len(tokens) - 1) // config.block_size
+    n_batches = n_windows // config.batch_size
+    if n_batches < 1:
+        raise InputError(
+            f"{tokens.path} holds {len(tokens):,} tokens, less than batch_size x block_size = "
+            f"{config.batch_size} x {config.block_size}: take a smaller batch_size or block_size"
+        )
+    if config.eval_batches:
+        n_batches = min(n_batches, config.eval_batches)
+    count = n_batches * config.batch_size
+    return (np.arange(count) * n_windows // count) * config.block_size
 
 
-def ngram_losses(train, val, starts, T, vocab_size):
-    """Cross-entropy (nats per token) of unigram, bigram and trigram models of the training tokens, interpolated by Witten and Bell's rule
-    (Chen & Goodman 1998), on the very tokens that the model is validated on."""
+class Loader:
+    """Micro-batches of random windows without replacement, read ahead by a thread.
+
+    Window k of the run, counted over all ranks, is the same for any number of ranks and any alpha:
+    epoch k // n_windows reads the stream's windows in an order, and from an offset, keyed by
+    (seed, epoch). `cursor` counts the windows of the steps that are done.
+    """
+
+    def __init__(self, run, tokens, config, n_micro, cursor=0):
+        self.run, self.tokens, self.config = run, tokens, config
+        self.n_micro = n_micro  # micro-batches of a step, over all ranks
+        self.cursor = cursor
+        self.n_windows = (len(tokens) - 1) // config.block_size - 1  # one less: the offset's room
+        if self.n_windows < 1:
+            raise InputError(
+                f"{tokens.path} holds {len(tokens):,} tokens, less than two windows of "
+                f"block_size={config.block_size}: take a smaller block_size"
+            )
+        self.epoch = None
+        self.thread = ThreadPoolExecutor(1)
+        self.read_ahead = deque()
+        self.first_windows = self.plan(cursor)
+
+    def plan(self, cursor):
+        """The number of the first window of each micro-batch of this rank."""
+        while True:
+            for micro in range(self.run.rank, self.n_micro, self.run.world):
+                yield cursor + micro * self.config.batch_size
+            cursor += self.n_micro * self.config.batch_size
+
+    def start_of(self, window):
+        """Where a window starts in the stream."""
+        epoch, i = divmod(window, self.n_windows)
+        if epoch != self.epoch:
+            rng = np.random.default_rng(key_seed(self.run.seed, "epoch", epoch))
+            self.epoch = epoch
+            self.order = rng.permutation(self.n_windows)
+            self.offset = int(rng.integers(self.config.block_size))
+        return self.order[i] * self.config.block_size + self.offset
+
+    def read(self, first):
+        """Windows (B, T + 1) from number `first` on."""
+        windows = range(first, first + self.config.batch_size)
+        starts = [self.start_of(window) for window in windows]
+        batch = torch.from_numpy(self.tokens.windows(starts, self.config.block_size + 1))
+        if self.run.device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch
+
+    def next(self):
+        """idx, targets (B, T) int64 on the device."""
+        while len(self.read_ahead) < 2:
+            self.read_ahead.append(self.thread.submit(self.read, next(self.first_windows)))
+        batch = self.read_ahead.popleft().result().to(self.run.device, non_blocking=True)
+        return batch[:, :-1], batch[:, 1:]
+
+
+def ngram_losses(train, val, starts, length, vocab_size):
+    """Cross-entropy (nats per token) of unigram, bigram and trigram models of the training tokens.
+
+    Interpolated by Witten and Bell's rule (Chen & Goodman 1998), on the very tokens that the model
+    is validated on.
+    """
     train = np.asarray(train, np.int64)
-    at = (starts[:, None] + np.arange(1, T + 1)).ravel()
-    at = at[at >= 2]
-    w, v, u = (np.asarray(val[at - back], np.int64) for back in (0, 1, 2))
-    counts = np.bincount(train, minlength=vocab_size)
-    kinds = np.count_nonzero(counts)
-    p = (counts[w] + kinds / vocab_size) / (len(train) + kinds)
-    losses = [-np.log(p).mean()]
-    pairs = train[:-1] * vocab_size + train[1:]
-    for key, context, asked, about in ((pairs, train[:-1], v * vocab_size + w, v),
-                                       (pairs[:-1] * vocab_size + train[2:], pairs[:-1], (u * vocab_size + v) * vocab_size + w, u * vocab_size + v)):
-        keys, times = np.unique(key, return_counts=True)
-        contexts, seen = np.unique(context, return_counts=True)
-        types = np.bincount(np.searchsorted(contexts, keys // vocab_size), minlength=len(contexts))  # kinds of word after each context
-
-        def look(table, values, asked):
-            i = np.searchsorted(table, asked).clip(max=len(table) - 1)
-            return np.where(table[i] == asked, values[i], 0)
-
-        c, n, t = look(keys, times, asked), look(contexts, seen, about), look(contexts, types, about)
+    places = (starts[:, None] + np.arange(1, length + 1)).ravel()
+    places = places[places >= 2]
+    p = np.full(len(places), 1 / vocab_size)
+    losses = {}
+    for order, name in enumerate(("unigram", "bigram", "trigram")):
+        # a context is one number: its `order` tokens in base vocab_size
+        contexts = np.zeros(len(train) - order, np.int64)
+        asked = np.zeros(len(places), np.int64)
+        for back in range(order, 0, -1):
+            contexts = contexts * vocab_size + train[order - back : len(train) - back]
+            asked = asked * vocab_size + np.asarray(val[places - back], np.int64)
+        grams, gram_counts = np.unique(contexts * vocab_size + train[order:], return_counts=True)
+        seen, context_counts = np.unique(contexts, return_counts=True)
+        kinds = np.bincount(np.searchsorted(seen, grams // vocab_size), minlength=len(seen))
+        c = look_up(grams, gram_counts, asked * vocab_size + np.asarray(val[places], np.int64))
+        n = look_up(seen, context_counts, asked)
+        t = look_up(seen, kinds, asked)  # kinds of word that follow the context
         p = np.where(n > 0, (c + t * p) / np.maximum(n + t, 1), p)
-        losses.append(-np.log(p).mean())
-    return dict(zip(("unigram", "bigram", "trigram"), map(float, losses)))
+        losses[name] = float(-np.log(p).mean())
+    return losses
+
+
+def look_up(keys, values, asked):
+    """The value of each key asked for, 0 where it is not among the sorted `keys`."""
+    i = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
+    return np.where(keys[i] == asked, values[i], 0)
+
+
+def baseline_losses(run, config, data):
+    """The n-gram losses to beat, on rank 0."""
+    if not (config.baseline_tokens and run.master):
+        return {}
+    counted = data.train.tokens[: config.baseline_tokens]
+    vocab_size = data.train.vocab_size
+    losses = ngram_losses(counted, data.val.tokens, data.val_starts, config.block_size, vocab_size)
+    words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+    run.print(f"validation loss to beat, nats per token: {words}")
+    return losses
 
 
 # ---- model
 
-def build(config, run, folder, vocab_size):
-    """The GPT to train and, on resume, the checkpoint it came from."""
-    sheet = dict(sheet=config.positions != "none", radius=config.radius, norm=config.norm, windows=config.windows, alpha=config.alpha,
-                 spatial=config.spatial, factor=config.factor, spatial_kind=config.spatial_kind, accum=config.accum, tap=config.tap,
-                 activation_decay=config.activation_decay, dropout=config.dropout)
-    shape = dict(block_size=config.block_size, vocab_size=config.vocab_size or math.ceil(vocab_size / 64) * 64, n_layer=config.n_layer,
-                 n_head=config.n_head, n_embd=config.n_embd, bias=config.bias, gelu=config.gelu, head_loss=config.head_loss, attn_proj=config.attn_proj)
-    if config.alpha and not sheet["sheet"]:
-        raise ValueError("alpha > 0 wants positions: set alpha=0 or positions=random")
-    state = layout = None
-    path = config.positions if config.positions.endswith(".npz") or Path(config.positions).is_dir() else f"gpt2-positions/{config.positions}.npz"
-    given = config.positions not in ("random", "none")
+
+def model_options(config, data):
+    """Fields of GPTConfig as two dicts: what the weights depend on, and what may change."""
+    shape_keys = "block_size n_layer n_head n_embd bias gelu head_loss attn_proj".split()
+    shape = {key: getattr(config, key) for key in shape_keys}
+    shape["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
+    sheet = {"sheet": config.positions != "none"}
+    for key in (f.name for f in fields(GPTConfig)):
+        if key not in shape and key != "sheet":
+            sheet[key] = getattr(config, key)
+    return shape, sheet
+
+
+def build(run, config, data):
+    """The GPT to train and, on resume, the checkpoint it comes from."""
+    shape, sheet = model_options(config, data)
+    state = None
     if config.init_from == "scratch":
-        if given:
-            layout = positions.load_positions(path, config.n_layer, config.n_embd)
-        elif sheet["sheet"]:
-            run.print(f"positions: the seeded random permutation (seed {config.seed}); python init_pos.py makes others")
+        layout = load_layout(config, config.n_layer, config.n_embd)
         model = GPT(GPTConfig(**shape, **sheet), layout, config.seed)
     elif config.init_from == "resume":
         state = run.load("ckpt.pt")
-        if "optimizers" not in state:
-            raise ValueError(f"{run.out / 'ckpt.pt'} is a checkpoint of another code, which has no state to resume: give init_from={run.out / 'ckpt.pt'} "
-                             "and another out_dir")
-        for key, value in shape.items():
-            if state["model_args"][key] != value:
-                raise ValueError(f"{run.out / 'ckpt.pt'} has {key}={state['model_args'][key]}, the options say {value}: resume with the options of "
-                                 f"{run.out / 'config.yaml'}")
+        check_resumable(run, state, shape)
         model = lm_from(state, run.out / "ckpt.pt", **sheet)
     else:
-        model, tokenizer = load_lm(config.init_from, **sheet)
-        if tokenizer.state["ranks"] != tokenizer_state(folder)["ranks"]:
-            raise ValueError(f"init_from={config.init_from} was trained with the tokenizer '{tokenizer.state['name']}', dataset={config.dataset} "
-                             "with another: prepare the text with the model's tokenizer")
-        if config.block_size > model.config.block_size:
-            raise ValueError(f"block_size={config.block_size} is longer than the {model.config.block_size} of init_from={config.init_from}")
-        if given:
-            model.unit_at_cell.copy_(torch.from_numpy(positions.load_positions(path, model.config.n_layer, model.config.n_embd)))
-        run.print(f"{config.init_from}: {model.config.n_layer} layers x {model.config.n_embd} units; shape options are taken from it")
-    if vocab_size > model.config.vocab_size:
-        raise ValueError(f"dataset={config.dataset} has {vocab_size} token ids, the model {model.config.vocab_size}: set vocab_size=0")
+        model = start_from(run, config, data, sheet)
+    if data.train.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"dataset={config.dataset} has {data.train.vocab_size} token ids, the model "
+            f"{model.config.vocab_size}: set vocab_size=0"
+        )
     return model.to(run.device), state
 
 
+def load_layout(config, n_layer, n_units):
+    """unit_at_cell of a positions file; None where config.positions names no file."""
+    path = config.positions
+    if path in ("random", "none"):
+        return None
+    if not path.endswith(".npz") and not Path(path).is_dir():
+        path = f"gpt2-positions/{path}.npz"
+    return load_positions(path, n_layer, n_units)
+
+
+def check_resumable(run, state, shape):
+    """Raise InputError where a checkpoint has no optimiser's state, or another shape."""
+    path = run.out / "ckpt.pt"
+    if "optimizers" not in state:
+        raise InputError(
+            f"{path} is a checkpoint of another code, which has no state to resume: "
+            f"give init_from={path} and another out_dir"
+        )
+    for key, value in shape.items():
+        saved = state["model_args"].get(key, getattr(GPTConfig, key))
+        if saved != value:
+            raise InputError(
+                f"{path} has {key}={saved}, the options say {value}: "
+                f"resume with the options of {run.out / 'config.yaml'}"
+            )
+
+
+def start_from(run, config, data, sheet):
+    """The GPT of another checkpoint or of Hugging Face, with the sheet that the options ask for."""
+    spec = f"init_from={config.init_from}"
+    model, tokenizer = load_lm(config.init_from, **sheet)
+    if tokenizer.state["ranks"] != data.tokenizer["ranks"]:
+        raise InputError(
+            f"{spec} was trained with the tokenizer '{tokenizer.state['name']}', "
+            f"dataset={config.dataset} with another: prepare the text with the model's tokenizer"
+        )
+    longest = model.config.block_size
+    if config.block_size > longest:
+        raise InputError(f"block_size={config.block_size} is longer than the {longest} of {spec}")
+    layout = load_layout(config, model.config.n_layer, model.config.n_embd)
+    if layout is not None:
+        model.unit_at_cell.copy_(torch.from_numpy(layout))
+    return model
+
+
 def recompute_blocks(model):
-    """Activation checkpointing (Chen et al. 2016): only each block's input is kept for backward, the rest is computed again; same gradients."""
-    def wrap(forward):
-        return lambda *args, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+    """Activation checkpointing (Chen et al. 2016): only each block's input is kept for backward."""
     for block in model.transformer.h:
-        block.forward = wrap(block.forward)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(model):
-    """Shard a model over all ranks, each block by itself (FSDP2): a block's weights are gathered when it is their turn; numbers as with DDP."""
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # the losses it gives out may be views; nothing is written into them
-    for block in model.transformer.h:
-        fully_shard(block)
-    return fully_shard(model)
-
-
-def gathered(value, keep=True):
-    """A state with its shards put together on the CPU, a tensor at a time, as an unsharded run has it; every rank must ask, who has keep=False gets None
-    for the tensors that were sharded."""
-    if isinstance(value, dict):
-        return {k: gathered(v, keep) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(gathered(v, keep) for v in value)
-    if isinstance(value, DTensor):
-        whole = value.full_tensor()
-        return whole.cpu() if keep else None
-    return value
-
-
-def scattered(state, optimizer):
-    """An optimiser's saved state with the moments of sharded parameters sharded likewise."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = {i: {key: distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None)
-                   if torch.is_tensor(value) and value.shape == params[i].shape and isinstance(params[i], DTensor) else value for key, value in entry.items()}
-               for i, entry in state["state"].items()}
-    return {**state, "state": moments}
+# ---- optimiser
 
 
 def orthogonalise(matrix):
-    """The matrix U V^T nearest to `matrix` = U S V^T, roughly: five Newton-Schulz steps leave singular values between about 0.7 and 1.2.
+    """The matrix U V^T nearest to `matrix` = U S V^T, roughly.
 
-    Coefficients of Jordan et al. 2024 (Muon). Computed in the matrix's own precision."""
+    Five Newton-Schulz steps leave singular values between about 0.7 and 1.2. Coefficients of
+    Jordan et al. 2024 (Muon). Computed in the matrix's own precision.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.size(0) > matrix.size(1)
     x = matrix.T if tall else matrix
@@ -287,12 +359,15 @@ def orthogonalise(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update of each matrix is orthogonalised (Jordan et al. 2024); the updates of torch.optim.Muon.
+    """Nesterov momentum whose update of each matrix is orthogonalised (Jordan et al. 2024).
 
-    torch's own orthogonalises in bfloat16 always, which a CPU without bfloat16 emulates, a hundred times as slow; this one takes the run's `dtype`."""
+    The updates are those of torch.optim.Muon, which orthogonalises in bfloat16 whatever the
+    weights: a CPU without bfloat16 emulates that, a hundred times as slow. This one computes in
+    the run's `dtype`.
+    """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype if dtype is torch.bfloat16 else torch.float32
 
     @torch.no_grad()
@@ -313,13 +388,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, device, dtype=torch.float32):
-    """A list: AdamW alone, or Muon for the blocks' matrices and AdamW for the rest. Each group remembers its peak as 'peak'."""
-    named = list(model.named_parameters())
-    muon = [p for name, p in named if config.optimizer == "muon" and p.dim() == 2 and ".h." in name]
-    rest = [p for name, p in named if not any(p is q for q in muon)]
-    groups = [dict(params=[p for p in rest if p.dim() >= 2], weight_decay=config.weight_decay),
-              dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0)]
-    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=device.type != "mps")]
+    """A list: AdamW alone, or AdamW and, for the blocks' matrices, Muon.
+
+    Each group remembers its peak learning rate as 'peak'.
+    """
+    muon, matrices, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            vectors.append(p)
+        elif config.optimizer == "muon" and p.dim() == 2 and ".h." in name:
+            muon.append(p)
+        else:
+            matrices.append(p)
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
+    betas = (config.beta1, config.beta2)
+    fused = device.type != "mps"
+    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)]
     if muon:
         optimizers.append(Muon(muon, config.muon_lr, config.momentum, config.weight_decay, dtype))
     for optimizer in optimizers:
@@ -335,276 +420,533 @@ def lr_share(step, config):
     if config.schedule == "cosine":
         end = config.decay_iters or config.max_iters
         done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-        return config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-    length = config.decay_iters or round(0.6 * config.max_iters)
-    return max(config.min_lr, min(1.0, config.min_lr + (1 - config.min_lr) * (config.max_iters - step) / max(1, length)))
+        share = 0.5 * (1 + math.cos(math.pi * done))
+    else:
+        length = config.decay_iters or round(0.6 * config.max_iters)
+        share = min(1.0, max(0.0, (config.max_iters - step) / max(1, length)))
+    return config.min_lr + (1 - config.min_lr) * share
 
 
 # ---- evaluate
 
+
 @torch.no_grad()
-def evaluate(model, run, tokens, starts, config):
-    """Losses over the fixed validation windows, dealt over the ranks in whole micro-batches: dict of task, spatial (mean over sheets), total,
-    and the 95 % interval of the task loss over micro-batches."""
+def evaluate(run, config, data, model, n_batches=0):
+    """Losses on the fixed validation windows, dealt over the ranks in whole micro-batches.
+
+    Returns a dict: task, spatial (mean over sheets), total, low and high (the 95 % interval of the
+    task loss over micro-batches), n (tokens). n_batches: so many of them only, evenly spread.
+    """
+    batches = data.val_starts.reshape(-1, config.batch_size)
+    if n_batches:
+        batches = batches[:: math.ceil(len(batches) / n_batches)]
+    losses = torch.zeros(len(batches), 2)
     model.eval()
-    batches = starts.reshape(-1, config.batch_size)
-    table = torch.zeros(len(batches), 2, dtype=torch.float64)
-    for turn in range(run.rank, math.ceil(len(batches) / run.world) * run.world, run.world):
-        i = turn % len(batches)  # sharded models want every rank in every pass: who has no batch left repeats one
-        batch = torch.from_numpy(tokens.windows(batches[i], config.block_size + 1)).to(run.device)
+    for i in range(run.rank, len(batches), run.world):
+        batch = torch.from_numpy(data.val.windows(batches[i], config.block_size + 1))
+        batch = batch.to(run.device)
         windows = model.draw_windows(run.generator("val", i)) if model.config.sheet else None
         with run.autocast():
             out = model(batch[:, :-1], batch[:, 1:], windows)
-        if turn < len(batches):
-            table[i] = torch.tensor([out.task.item(), out.spatial.item() if windows is not None else 0.0])
-    table = run.reduce(table.to(run.device) if run.device.type != "mps" else table).cpu()
+        losses[i, 0] = out.task
+        if windows is not None:
+            losses[i, 1] = out.spatial
     model.train()
-    task, spatial = table.mean(0).tolist()
-    half = 1.96 * table[:, 0].std().item() / math.sqrt(len(table)) if len(table) > 1 else math.inf  # one says nothing about the others
-    sheets = 2 * model.config.n_layer
-    return dict(task=task, spatial=spatial / sheets, total=task + config.alpha * spatial, low=task - half, high=task + half)
+    losses = run.reduce(losses).cpu().double()
+    task, spatial = losses.mean(0).tolist()
+    half = math.inf  # one batch says nothing about the others
+    if len(losses) > 1:
+        half = 1.96 * losses[:, 0].std().item() / math.sqrt(len(losses))
+    return {
+        "task": task,
+        "spatial": spatial / (2 * model.config.n_layer),
+        "total": task + config.alpha * spatial,
+        "low": task - half,
+        "high": task + half,
+        "n": batches.size * config.block_size,
+    }
 
 
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-        "RTX 4090": 165e12, "RTX 3090": 71e12, "A6000": 155e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12}  # dense 16-bit FLOP/s, data sheets
+# dense, 16 bits, from the data sheets
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
-def peak_flops(device):
-    """The device's dense 16-bit peak in FLOP/s, None where it is not in the table (CPUs)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for key, flops in PEAK.items() if key in name), None)
+def utilisation(run, config, model, tokens_per_s):
+    """{'mfu': share of the GPUs' peak}, {} where the peak is not known."""
+    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+    for key, peak in PEAK_TFLOPS.items():
+        if key in name:
+            flops = tokens_per_s * model.flops_per_token(config.block_size)
+            return {"mfu": flops / (1e12 * peak * run.world)}
+    return {}
 
 
 # ---- plots
 
+
 def plot_losses(run, baselines):
-    """loss.png: task loss of training and validation with the n-gram baselines, and the spatial loss, from log.jsonl."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """loss.png: task loss with the n-gram baselines, and the spatial loss, from log.jsonl."""
     lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for axis, key, title in ((left, "task", "next-token loss (nats)"), (right, "spatial", "spatial loss, mean over sheets")):
-        for split, style in (("train", dict(lw=1, alpha=0.7)), ("val", dict(lw=2, marker="o", ms=3))):
-            points = [(line["step"], line[f"{split}_{key}"]) for line in lines if f"{split}_{key}" in line]
-            if points:
-                axis.plot(*zip(*points), label=split, **style)
-        axis.set(xlabel="step", title=title)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_title("next-token loss (nats)")
+    right.set_title("spatial loss, mean over sheets")
+    for axis, loss in ((left, "task"), (right, "spatial")):
+        axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    for name, loss in baselines.items():
-        left.axhline(loss, ls=":", c="gray")
-        left.annotate(f"{name} {loss:.2f}", (0.99, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="gray")
-    left.legend(loc="upper center")
-    fig.suptitle(f"{run.out}: {run.config.dataset}, alpha={run.config.alpha}")
-    fig.savefig(run.out / "loss.png", dpi=120)
-    plt.close(fig)
+        for split, style in (("train", "-"), ("val", "o-")):
+            logged = [line for line in lines if f"{split}_{loss}" in line]
+            steps = [line["step"] for line in logged]
+            losses = [line[f"{split}_{loss}"] for line in logged]
+            axis.plot(steps, losses, style, markersize=3, label=split)
+    for (name, loss), style in zip(baselines.items(), (":", "-.", "--")):
+        left.axhline(loss, ls=style, color="gray", label=f"{name} {loss:.2f}")
+    left.legend()
+    figure.suptitle(f"{run.out}: {run.config.dataset}, alpha={run.config.alpha}")
+    figure.savefig(run.out / "loss.png", dpi=120)
 
 
 @torch.no_grad()
-def plot_sheets(model, before, run, tokens, starts, config):
-    """sheets.png: on each sheet, how strongly every unit follows the first principal component of its layer's responses to validation text,
-    before and after training, with Moran's I (unsmoothed; near 0 where place means nothing). Returns Moran's I after training, mean over sheets."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def component_maps(run, model, idx):
+    """{layer: map (side, side)}: each unit's loading on the first component of its layer.
+
+    That is the first principal component of the units' responses to the tokens idx (B, T).
+    """
     names = positions.layer_names(model.config.n_layer)
-    idx = torch.from_numpy(tokens.windows(starts[:8], config.block_size)).to(run.device)
     side = positions.sheet_side(model.config.n_embd)
-    fig, axes = plt.subplots(2, len(names), figsize=(1.7 * len(names), 4.2), squeeze=False, constrained_layout=True)
-    scores = {}
-    for row, (label, net) in zip(axes, (("before training", before), ("after training", model))):
-        net.eval()
-        with run.autocast():
-            responses = net(idx, hidden=names).hidden
-        for axis, name, units in zip(row, names, net.unit_at_cell.cpu()):
-            z = positions.normalise(responses[name].flatten(0, 1)).cpu()  # (tokens, C)
-            first = torch.linalg.eigh((z.t() @ z).double())[1][:, -1].numpy()  # loading of every unit on the first component
-            sheet = first[units.numpy()].reshape(side, side)
-            scores[label, name] = float(positions.moran(sheet))
+    model.eval()
+    with run.autocast():
+        responses = model(idx, hidden=names).hidden
+    maps = {}
+    for name, unit_at_cell in zip(names, model.unit_at_cell.cpu()):
+        z = positions.normalise(responses[name].flatten(0, 1)).cpu()  # (tokens, C)
+        _, components = torch.linalg.eigh((z.T @ z).double())
+        maps[name] = components[:, -1][unit_at_cell].reshape(side, side).numpy()
+    return maps
+
+
+def plot_sheets(run, config, data, model):
+    """sheets.png: component_maps before and after training, on validation text, with Moran's I.
+
+    Unsmoothed: Moran's I is near 0 where place means nothing. Says its mean over the sheets.
+    """
+    idx = torch.from_numpy(data.val.windows(data.val_starts[:8], config.block_size)).to(run.device)
+    before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
+    n_sheets = 2 * model.config.n_layer
+    figure = Figure(figsize=(1.7 * n_sheets, 4.2), layout="constrained")
+    axes = figure.subplots(2, n_sheets, squeeze=False)
+    means = []
+    for row, net, label in zip(axes, (before, model), ("before training", "after training")):
+        scores = []
+        for axis, (name, sheet) in zip(row, component_maps(run, net, idx).items()):
+            scores.append(float(positions.moran(sheet)))
             limit = np.abs(sheet).max()
             axis.imshow(sheet, cmap="RdBu_r", vmin=-limit, vmax=limit)
-            axis.set(xticks=[], yticks=[], title=f"{name}\nMoran's I {scores[label, name]:.2f}")
-            axis.title.set_fontsize(8)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}\nMoran's I {scores[-1]:.2f}", fontsize=8)
         row[0].set_ylabel(label)
-    fig.suptitle(f"{run.out}: unit loadings on each layer's first principal component, real text ({config.dataset}), alpha={config.alpha}", fontsize=10)
-    fig.savefig(run.out / "sheets.png", dpi=120)
-    plt.close(fig)
-    model.train()
-    return [float(np.nanmean([v for (when, _), v in scores.items() if when == label])) for label in ("before training", "after training")]
+        means.append(np.nanmean(scores))
+    title = "loadings on the first principal component of each sheet's responses"
+    figure.suptitle(f"{run.out}: {title}, text of {config.dataset}, alpha={config.alpha}")
+    figure.savefig(run.out / "sheets.png", dpi=120)
+    run.print(
+        f"Moran's I of the first component on the sheet, mean over {n_sheets} sheets: "
+        f"{means[0]:.3f} before, {means[1]:.3f} after training"
+    )
+
+
+def report(run, config, data, training, scores, baselines):
+    """The figures, and the row of results.csv: validation loss beside the trigram model's."""
+    if not config.eval_only:
+        plot_losses(run, baselines)
+        if training.model.config.sheet:
+            plot_sheets(run, config, data, training.model)
+    null = "trigram" if baselines else "uniform"
+    chance = baselines.get("trigram", math.log(data.train.vocab_size))
+    task, low, high, n = scores["task"], scores["low"], scores["high"], scores["n"]
+    keys = {"metric": "val_loss", "step": training.step, "null": null}
+    run.result(task, chance, low, high, n, **keys, spatial=scores["spatial"])
+    run.print(
+        f"validation loss {task:.3f} [{low:.3f}, {high:.3f}] nats per token beside {chance:.3f} "
+        f"of the {null} model, n = {n:,} tokens"
+    )
+
+
+# ---- time
+#
+# What a step takes here is measured on the first steps. It settles max_iters where `minutes` is
+# given, and is kept in the cache folder: eager and compiled, it says whether compiling pays.
+
+UNSETTLED = 10**9  # max_iters until `minutes` has settled it
+WARM_UP = 2  # steps that are not measured: they compile, and fetch memory
+EVAL_SHARE = 0.4  # time of validating a micro-batch over that of training on it
+CLOSING = 8.0  # seconds of the last checkpoint and the figures
+
+
+def settle_options(run, config, model, state):
+    """Decide `compile` and, with `minutes`, max_iters as far as it is known.
+
+    A resumed run keeps what it began with, unless it is told otherwise.
+    """
+    saved = state["config"] if state else {}
+    if config.compile == "auto" and state:
+        config.compile = saved["compile"]
+    elif config.compile == "auto":
+        config.compile = run.device.type == "cuda" or compiling_pays(run, config, model)
+    minutes = saved.get("minutes", 0)
+    other_steps = config.max_iters not in (Config.max_iters, saved.get("max_iters"))
+    if minutes and config.minutes in (0, minutes) and not other_steps:
+        config.minutes = minutes
+        config.max_iters = saved["max_iters"]
+    elif config.minutes:
+        config.max_iters = UNSETTLED
+    run.save_config()
+
+
+def measure(run, config, training):
+    """Has the run been measured now? Sets training.step_seconds, alike on every rank."""
+    enough = min(20.0, 3.0 * (config.minutes or 4.0))  # seconds of steps
+    measured = training.durations[WARM_UP:]
+    total = run.reduce(sum(measured), "max")
+    if total < enough:
+        return False
+    training.step_seconds = total / len(measured)
+    return True
+
+
+def plan(run, config, data, training):
+    """Say how long the run will take. With `minutes`, settle max_iters."""
+    seconds = training.step_seconds
+    n_batches = len(data.val_starts) // config.batch_size
+    validation = EVAL_SHARE * seconds * n_batches / training.loader.n_micro
+    per_step = seconds + validation / config.eval_interval
+    closing = validation + CLOSING
+    if config.max_iters == UNSETTLED:
+        elapsed = run.reduce(time.time() - run.start, "max")
+        n_steps = (60 * config.minutes - elapsed - closing) / per_step
+        config.max_iters = training.step + max(1, int(n_steps))
+        run.save_config()
+        run.print(f"minutes={config.minutes:g} hold {config.max_iters:,} steps here (max_iters)")
+    left = (config.max_iters - training.step) * per_step + closing
+    run.print(
+        f"a step takes {seconds:.3g} s here: {config.max_iters:,} steps and their validations "
+        f"will be done in about {left / 60:.1f} minutes"
+    )
+
+
+def timings_file(run, config, model):
+    """Where the step times of this machine, precision and shape are kept."""
+    machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    step = [config.batch_size, config.block_size, config.tokens_per_step, config.optimizer]
+    key = [*machine, torch.__version__, str(run.dtype), run.world, *step, asdict(model.config)]
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "nanocortex" / f"steps-{hash_options({'key': key})}.json"
+
+
+def read_timings(file):
+    """Seconds: of an eager step, of a compiled one, and of compiling, as far as they are known."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def record_timing(run, config, training):
+    """Keep a CPU's step time and, of a compiled run, what compiling took."""
+    if not run.master or run.device.type != "cpu":
+        return
+    file = timings_file(run, config, training.model)
+    timings = read_timings(file)
+    timings["compiled" if config.compile else "eager"] = training.step_seconds
+    if config.compile:
+        stepping = training.step_seconds * len(training.durations)
+        timings["compiling"] = time.time() - training.began - stepping
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(file, json.dumps(timings))
+    except OSError:
+        pass  # a home that cannot be written: nothing is known next time
+
+
+def compiling_pays(run, config, model):
+    """Do earlier runs on this CPU, eager and compiled, say that compiling pays within this one?"""
+    timings = read_timings(timings_file(run, config, model))
+    pays = False
+    if len(timings) == 3:
+        eager, compiled, compiling = timings["eager"], timings["compiled"], timings["compiling"]
+        n_steps = 60 * config.minutes / eager if config.minutes else config.max_iters
+        pays = compiling < n_steps * (eager - compiled)
+    return bool(run.reduce(int(pays and run.master), "max"))
+
+
+def dry_run(run, config, data):
+    """Say what the run needs: parameters, memory, disk and, from one layer of the model, time.
+
+    Memory and disk are of weights, gradients and optimiser state in float32, without activations.
+    """
+    shape, sheet = model_options(config, data)
+    whole = GPTConfig(**shape, **sheet)
+    if config.init_from not in ("scratch", "resume"):
+        whole = start_from(run, config, data, sheet).config
+    layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
+    block = list(layer.transformer.h.parameters())
+    params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
+    moments = 2 * params
+    if config.optimizer == "muon":  # which keeps one moment, AdamW two
+        moments -= whole.n_layer * count(p for p in block if p.dim() == 2)
+    n_micro = micro_batches_per_step(run, config)
+    tokens = n_micro * config.batch_size * config.block_size
+    seconds = estimate_step(run, config, data, layer, tokens) * params / count(layer.parameters())
+    n_steps = int(60 * config.minutes / seconds) if config.minutes else config.max_iters
+    n_files = 2 + (n_steps // config.keep_interval if config.keep_interval else 0)
+    epochs = f"{tokens * n_steps / len(data.train):.2f} epochs of {config.dataset}"
+    run.print(f"parameters         {params:,}")
+    run.print(f"tokens per step    {tokens:,} in {n_micro} micro-batches over {run.world} ranks")
+    run.print(f"tokens in all      {tokens * n_steps:,} = {epochs}")
+    run.print(f"memory per rank    {(2 * params + moments) / 2**28:.2f} GiB and the activations")
+    run.print(f"disk               {n_files * (params + moments) / 2**28:.2f} GiB of checkpoints")
+    run.print(f"time per step      about {seconds:.3g} s here, not compiled")
+    run.print(f"time in all        about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps")
+    run.close()
+
+
+def count(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def estimate_step(run, config, data, model, tokens):
+    """Seconds of a step of `model` on so many tokens, from steps on a part of a micro-batch."""
+    n_rows = max(1, min(config.batch_size, 1024 // config.block_size))
+    part = replace(config, batch_size=n_rows, compile=False)
+    training = set_up(run, part, data, model, None)
+    seconds = []
+    for n_micro in (1, 1, 2):  # the first warms up
+        training.loader = Loader(run, data.train, part, n_micro * run.world)
+        start = time.time()
+        train_step(run, part, training)[1].item()  # a number waits for the GPU
+        seconds.append(time.time() - start)
+    _, one, two = seconds
+    passing = max(two - one, one / 10) / (n_rows * config.block_size)
+    return tokens / run.world * passing + max(0.0, 2 * one - two)
 
 
 # ---- the run
 
-def main(config):
-    if config.dry_run:
-        config.out_dir, config.wandb_log = tempfile.mkdtemp(), False  # leaves nothing in out_dir
-    run = Run(config)
-    folder = run.dataset(config.dataset)
-    train, val = Tokens(folder, "train"), Tokens(folder, "val")
-    model, state = build(config, run, folder, train.vocab_size)
-    micro_tokens = config.batch_size * config.block_size
-    accum = config.tokens_per_step / micro_tokens if config.tokens_per_step else run.world  # micro-batches per step over all ranks
-    if accum != int(accum) or accum < 1 or int(accum) % run.world:
-        raise ValueError(f"tokens_per_step={config.tokens_per_step} must be a multiple of batch_size x block_size x ranks = "
-                         f"{config.batch_size} x {config.block_size} x {run.world} = {micro_tokens * run.world}")
-    accum = int(accum)
-    sharded = config.fsdp and run.world > 1
-    if sharded and (config.spatial == "weights" or run.dtype is torch.float16):
-        raise ValueError("fsdp=True goes with neither spatial=weights, which wants whole weights, nor float16: set fsdp=False, or dtype=bfloat16")
+
+@dataclass
+class Training:
+    """What a checkpoint holds and training changes."""
+
+    model: GPT
+    net: torch.nn.Module  # the model or, over several ranks, DistributedDataParallel around it
+    optimizers: list
+    loader: Loader
+    step: int = 0
+    best: float = math.inf  # validation loss of best.pt
+    resumed: int = -1  # step of the checkpoint that it goes on from
+    # of this process:
+    durations: list = field(default_factory=list)  # of its steps, in seconds
+    step_seconds: float = 0.0  # what a step takes, once it is known
+    began: float = field(default_factory=time.time)
+
+
+def micro_batches_per_step(run, config):
+    """Micro-batches of a step over all ranks, as many on each."""
+    tokens = config.batch_size * config.block_size * run.world
+    if config.tokens_per_step % tokens:
+        product = f"{config.batch_size} x {config.block_size} x {run.world} = {tokens}"
+        raise InputError(
+            f"tokens_per_step={config.tokens_per_step} must be a multiple of "
+            f"batch_size x block_size x ranks = {product}"
+        )
+    return max(1, config.tokens_per_step // tokens) * run.world
+
+
+def set_up(run, config, data, model, state):
+    """The Training of a fresh model, or that of the checkpoint `state`."""
     if config.recompute:
         recompute_blocks(model)
     if config.compile:
         model.compile_blocks()
-    if sharded:
-        shard(model)
+    net = model
+    if run.world > 1:
+        devices = [run.device] if run.device.type == "cuda" else None
+        net = DistributedDataParallel(
+            model, devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     optimizers = make_optimizers(model, config, run.device, run.dtype)
-    step, best = 0, float("inf")
-    cursor = 0
+    n_micro = micro_batches_per_step(run, config)
+    training = Training(model, net, optimizers, Loader(run, data.train, config, n_micro))
     if state:
-        step, best, cursor = state["step"], state["best"], state["cursor"]
+        training.loader = Loader(run, data.train, config, n_micro, state["cursor"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(scattered(saved, optimizer))
+            optimizer.load_state_dict(saved)
         run.scaler.load_state_dict(state["scaler"])
-        run.rewind(step)
-    resumed = step if state else None
-    loader = Loader(run, train, config, accum, cursor)
-    starts = validation_starts(val, config)
-    ddp = model if run.world == 1 or sharded else \
-        DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
-    params = sum(p.numel() for p in model.parameters())
-    run.print(f"{params / 1e6:.2f} M parameters | {accum * micro_tokens:,} tokens per step ({accum} micro-batches of {config.batch_size} x "
-              f"{config.block_size} over {run.world} rank{'s' * (run.world > 1)}) | {run.device} {str(run.dtype)[6:]} | {len(train):,} training tokens, "
-              f"validation on {len(starts) * config.block_size:,}")
-    tokenizer = tokenizer_state(folder)
+        run.rewind(state["step"])
+        training.step = training.resumed = state["step"]
+        training.best = state["best"]
+    return training
 
-    def train_step(step):
-        """One optimiser step; task and spatial loss (2,) of this rank's micro-batches and the gradient's norm, left on the device."""
-        losses = torch.zeros(2, device=run.device)
-        micros = range(run.rank, accum, run.world)
-        for micro in micros:
-            idx, targets = loader.next()
-            windows = model.draw_windows(run.generator(step, micro, "windows")) if config.alpha else None
-            if config.dropout:
-                torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-            if sharded:
-                model.set_requires_gradient_sync(micro == micros[-1])
-            elif run.world > 1:
-                ddp.require_backward_grad_sync = micro == micros[-1]
-            with run.autocast():
-                out = ddp(idx, targets, windows)
-            run.scaler.scale(out.loss / len(micros)).backward()
-            losses += torch.stack([out.task, out.spatial if windows is not None else out.task * 0]).detach() / len(micros)
-        for optimizer in optimizers:
-            run.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or float("inf"))
-        norm = norm.full_tensor() if sharded else norm
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * lr_share(step, config)
-            run.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
-        run.scaler.update()
-        loader.cursor += accum * config.batch_size
-        return losses, norm
 
-    def save(name):
-        state = {**lm_state(model), "optimizers": [optimizer.state_dict() for optimizer in optimizers], "scaler": run.scaler.state_dict(),
-                 "step": step, "best": best, "cursor": loader.cursor, "config": asdict(config), "tokenizer": tokenizer}
-        run.save(name, gathered(state, run.master) if sharded else state)
+def describe(run, config, data, training):
+    """Say what is trained on what."""
+    shape = f"{training.loader.n_micro} x {config.batch_size} x {config.block_size}"
+    run.print(
+        f"{count(training.model.parameters()) / 1e6:.2f} M parameters | {shape} tokens per step, "
+        f"ranks: {run.world} | {run.device}, {run.dtype}, compiled: {config.compile} | "
+        f"{len(data.train):,} training tokens"
+    )
 
+
+def validate(run, config, data, training, finished):
+    """Validate, log, and save best.pt where it is the best so far. Returns evaluate's scores.
+
+    A few batches are enough at step 0, when nothing is learned yet.
+    """
+    n_batches = 4 if training.step == 0 and not finished else 0
+    scores = evaluate(run, config, data, training.model, n_batches)
+    run.log(training.step, **{f"val_{key}": scores[key] for key in ("task", "spatial", "total")})
+    moved = training.step not in (0, training.resumed)
+    if moved and scores["task"] < training.best:
+        training.best = scores["task"]
+        save(run, config, data, training, "best.pt")
+    return scores
+
+
+def save(run, config, data, training, name):
+    """Write a checkpoint into the out folder."""
+    state = lm_state(training.model)
+    state["optimizers"] = [optimizer.state_dict() for optimizer in training.optimizers]
+    state["scaler"] = run.scaler.state_dict()
+    state["step"] = training.step
+    state["best"] = training.best
+    state["cursor"] = training.loader.cursor
+    state["config"] = asdict(config)
+    state["tokenizer"] = data.tokenizer
+    run.save(name, state)
+
+
+def save_due(run, config, data, training):
+    """Write the checkpoints that are due at this step."""
+    step = training.step
+    if step in (0, training.resumed):
+        return
+    if run.stopped or step == config.max_iters or due(step, config.save_interval):
+        save(run, config, data, training, "ckpt.pt")
+    if due(step, config.keep_interval):
+        save(run, config, data, training, f"ckpt-{step:07d}.pt")
+
+
+def due(step, *intervals):
+    return any(interval and step % interval == 0 for interval in intervals)
+
+
+def log_step(run, config, training, losses, norm):
+    """At intervals: stop at what is not finite, and log the step."""
+    step = training.step
+    intervals = (config.eval_interval, config.save_interval, config.keep_interval)
+    logged = step == 1 or due(step, config.log_interval)
+    if not (logged or run.stopped or step == config.max_iters or due(step, *intervals)):
+        return
+    task, spatial = (run.reduce(losses) / run.world).tolist()
+    finite = norm.isfinite() or run.scaler.is_enabled()  # the scaler meets overflows by itself
+    if not (finite and math.isfinite(task + spatial)):
+        raise InputError(
+            f"the loss is not finite at step {step}: stopped; {run.out / 'ckpt.pt'} holds the last "
+            "good state; try a smaller learning_rate, or dtype=float32"
+        )
+    if not logged:
+        return
+    numbers = {"train_task": task}
+    if config.alpha:
+        numbers["train_spatial"] = spatial / (2 * training.model.config.n_layer)
+    numbers["train_total"] = task + config.alpha * spatial
+    numbers["grad_norm"] = norm.item()
+    numbers["lr"] = lr_share(step - 1, config) * config.learning_rate
+    recent = training.durations[-config.log_interval :]
+    if recent:
+        tokens = training.loader.n_micro * config.batch_size * config.block_size
+        speed = tokens * len(recent) / sum(recent)
+        numbers["tokens_per_s"] = round(speed)
+        numbers.update(utilisation(run, config, training.model, speed))
+    run.log(step, **numbers)
+
+
+def train_step(run, config, training):
+    """One optimiser step over this rank's micro-batches.
+
+    Returns their mean task and spatial loss (2,) and the gradient's norm, left on the device.
+    """
+    model, loader, step = training.model, training.loader, training.step
+    losses = torch.zeros(2, device=run.device)
+    micros = range(run.rank, loader.n_micro, run.world)
+    for micro in micros:
+        idx, targets = loader.next()
+        windows = None
+        if config.alpha:
+            windows = model.draw_windows(run.generator(step, micro, "windows"))
+        if config.dropout:
+            torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
+        if run.world > 1:  # gradients travel once a step
+            training.net.require_backward_grad_sync = micro == micros[-1]
+        with run.autocast():
+            out = training.net(idx, targets, windows)
+        run.scaler.scale(out.loss / len(micros)).backward()
+        losses[0] += out.task.detach() / len(micros)
+        if config.alpha:
+            losses[1] += out.spatial.detach() / len(micros)
+    for optimizer in training.optimizers:
+        run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * lr_share(step, config)
+        run.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    run.scaler.update()
+    loader.cursor += loader.n_micro * config.batch_size
+    training.step += 1
+    return losses, norm
+
+
+def main(config):
+    if config.dry_run:  # leaves nothing in out_dir
+        config = replace(config, out_dir=tempfile.mkdtemp(), wandb_log=False)
+    run = Run(config)
+    data = Data(run, config)
     if config.dry_run:
-        return dry_run(run, model, train_step, config, accum, params, len(train))
-    baselines = {}
-    if config.baseline_tokens and run.master:
-        baselines = ngram_losses(train.tokens[:config.baseline_tokens], val.tokens, starts, config.block_size, train.vocab_size)
-        run.print("validation loss to beat, nats per token: " + ", ".join(f"{k} {v:.3f}" for k, v in baselines.items()))
-    first_bad = torch.full((), 2 ** 62, device=run.device)  # first step whose gradient was not finite
-    peak, clock, clock_step = peak_flops(run.device), time.time(), step
-    sheets = 2 * model.config.n_layer
-    bar = run.progress(config.max_iters, step, "train")
+        return dry_run(run, config, data)
+    model, state = build(run, config, data)
+    settle_options(run, config, model, state)
+    training = set_up(run, config, data, model, state)
+    describe(run, config, data, training)
+    baselines = baseline_losses(run, config, data)
+    n_steps = None if config.max_iters == UNSETTLED else config.max_iters
+    bar = run.progress(n_steps, training.step, "train")
     run.stopping()  # from here on a signal waits for the end of a step
     while True:
-        ends = config.eval_only or step >= config.max_iters
-        if ends or step % config.eval_interval == 0 and step != resumed:
-            scores = evaluate(model, run, val, starts, config)
-            run.log(step, **{f"val_{k}": scores[k] for k in ("task", "spatial", "total")})
-            if config.eval_only:
-                break
-            if scores["task"] < best and step != resumed:
-                best = scores["task"]
-                if step:
-                    save("best.pt")
-            clock, clock_step = time.time(), step
-        if step != resumed and step and (step % config.save_interval == 0 or step == config.max_iters or run.stopped):
-            save("ckpt.pt")
-        if step and config.keep_interval and step % config.keep_interval == 0:
-            save(f"ckpt-{step:07d}.pt")
-        if ends or run.stopped:
+        finished = config.eval_only or training.step >= config.max_iters
+        moved = training.step != training.resumed
+        if finished or (moved and due(training.step, config.eval_interval)):
+            scores = validate(run, config, data, training, finished)
+        save_due(run, config, data, training)
+        if finished or run.stopped:
             break
-        losses, norm = train_step(step)
-        if not run.scaler.is_enabled():  # float16's scaler meets overflows by itself
-            first_bad = torch.where(norm.isfinite(), first_bad, first_bad.clamp_max(step + 1))
-        step += 1
+        start = time.time()
+        losses, norm = train_step(run, config, training)
         bar.update()
         run.stopping()
-        if step % config.log_interval == 0 or run.stopped or step in (1, config.max_iters) or any(
-                interval and step % interval == 0 for interval in (config.eval_interval, config.save_interval, config.keep_interval)):
-            task, spatial = (run.reduce(losses) / run.world).tolist()
-            bad = -run.reduce(-first_bad.item(), "max")
-            if bad <= step or not math.isfinite(task + spatial):
-                raise ValueError(f"the loss is not finite at step {min(bad, step):.0f}: stopped; {run.out / 'ckpt.pt'} holds the last good state; "
-                                 "try a smaller learning_rate, or dtype=float32")
-            if step % config.log_interval == 0 or step == 1:
-                speed = (step - clock_step) * accum * micro_tokens / (time.time() - clock)
-                clock, clock_step = time.time(), step
-                numbers = dict(train_task=task, train_spatial=spatial / sheets, train_total=task + config.alpha * spatial) if config.alpha else \
-                    dict(train_task=task, train_total=task)
-                mfu = dict(mfu=speed * model.flops_per_token(config.block_size) / (peak * run.world)) if peak else {}
-                run.log(step, **numbers, grad_norm=norm.item(), lr=lr_share(step - 1, config) * config.learning_rate, tokens_per_s=round(speed), **mfu)
+        log_step(run, config, training, losses, norm)
+        training.durations.append(time.time() - start)
+        if not training.step_seconds and measure(run, config, training):
+            record_timing(run, config, training)
+            plan(run, config, data, training)
+            bar.total = config.max_iters
     bar.close()
-    whole = gathered(lm_state(model), run.master) if sharded and not run.stopped else None
-    if run.master and not run.stopped and not config.eval_only:
-        plot_losses(run, baselines)
-        if model.config.sheet:
-            before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
-            then, now = plot_sheets(lm_from(whole).to(run.device) if whole else model, before, run, val, starts, config)
-            run.print(f"Moran's I of the first component on the sheet, mean over {sheets} sheets: {then:.3f} before, {now:.3f} after training")
-    if run.master and not run.stopped:
-        chance = baselines.get("trigram", math.log(train.vocab_size))
-        run.result(scores["task"], chance, scores["low"], scores["high"], len(starts) * config.block_size, metric="val_loss", step=step,
-                   null="trigram" if baselines else "uniform", spatial=scores["spatial"])
-        run.print(f"validation loss {scores['task']:.3f} [{scores['low']:.3f}, {scores['high']:.3f}] nats per token beside {chance:.3f} of the "
-                  f"{'trigram model' if baselines else 'uniform guess'}, n = {len(starts) * config.block_size:,} tokens")
     if not run.stopped:
+        if run.master:
+            report(run, config, data, training, scores, baselines)
         run.merge()
-    run.close()
-
-
-def dry_run(run, model, train_step, config, accum, params, n_tokens):
-    """Say what the run would need. Time is measured on three micro-steps here; memory is weights, gradients and optimiser state in float32, without
-    activations."""
-    train_step(0)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.time()
-    for step in range(1, 4):
-        train_step(step)
-    if run.device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = (time.time() - start) / 3
-    tokens = accum * config.batch_size * config.block_size
-    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ".h." in name)
-    moments = 2 * params - (matrices if config.optimizer == "muon" else 0)  # Muon keeps one moment, AdamW two
-    kept = config.max_iters // config.keep_interval if config.keep_interval else 0
-    stored, ranks = 4 * (params + moments), run.world if config.fsdp else 1
-    for line in (f"parameters         {params:,} ({model.n_params():,} without positions)",
-                 f"tokens per step    {tokens:,} = {accum} micro-batches x {config.batch_size} x {config.block_size} over {run.world} ranks",
-                 f"tokens in all      {tokens * config.max_iters:,} = {tokens * config.max_iters / n_tokens:.2f} epochs of {config.dataset}",
-                 f"memory per rank    {4 * (2 * params + moments) / ranks / 2 ** 30:.2f} GiB weights, gradients and optimiser state, and the activations" + (
-                     f"; peak measured {torch.cuda.max_memory_allocated() / 2 ** 30:.2f} GiB" if run.device.type == "cuda" else ""),
-                 f"disk               {stored * (2 + kept) / 2 ** 30:.2f} GiB: ckpt.pt, best.pt and {kept} kept checkpoints",
-                 f"time               {seconds * config.max_iters / 3600:.2f} h here: {seconds:.3f} s per step measured, {config.max_iters:,} steps"):
-        run.print(line)
     run.close()
 
 

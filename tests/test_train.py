@@ -1,23 +1,62 @@
-"""train.py's own parts: what data a run sees, schedules, baselines, optimisers, and every bad input in one sentence."""
+"""train.py, init_pos.py, sample.py: what data a run sees, what it learns, how it stops and goes on,
+how long it takes, and every bad input in one sentence."""
+
+import csv
 import json
 import math
+import re
 import shutil
+import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import make_dataset, refused
+from helpers import ROOT, make_dataset, refused, run
 
-import positions
-import train
 import configurator
-from configurator import Run
+import init_pos
+import positions
+import sample
+import train
+from configurator import configure
+from data import InputError
 from data.tokens import Tokens
+from model import GPT, GPTConfig
 from train import Config, Loader, lr_share, make_optimizers, ngram_losses, validation_starts
 
-TINY = dict(batch_size=2, block_size=16, n_layer=2, n_head=2, n_embd=16, radius=2, windows=2, max_iters=4, eval_interval=2, eval_batches=3, log_interval=1,
-            save_interval=2, warmup_iters=1, compile=False, device="cpu", dtype="float32", baseline_tokens=0)
+TINY = {
+    "batch_size": 2,
+    "block_size": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "radius": 2,
+    "windows": 2,
+    "max_iters": 4,
+    "eval_interval": 2,
+    "eval_batches": 3,
+    "log_interval": 1,
+    "save_interval": 2,
+    "warmup_iters": 1,
+    "compile": False,
+    "device": "cpu",
+    "dtype": "float32",
+    "baseline_tokens": 0,
+}
+# 12 steps of 4 micro-batches, with everything that is drawn at random
+LONGER = {
+    **TINY,
+    "alpha": 1.0,
+    "dropout": 0.1,
+    "tokens_per_step": 128,
+    "max_iters": 12,
+    "eval_interval": 4,
+    "save_interval": 3,
+    "warmup_iters": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +64,68 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("tiny"))
 
 
-class Rank:
-    """What Loader needs of a Run."""
-    device, seed = torch.device("cpu"), 7
+@pytest.fixture(autouse=True)
+def own_cache_and_one_thread(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.set_num_threads(1)  # as in a process of the tests
 
-    def __init__(self, rank=0, world=1):
-        self.rank, self.world = rank, world
+
+def trained(dataset, out, **options):
+    """Train in this process; the run's folder."""
+    config = Config(**{**TINY, "dataset": str(dataset), "out_dir": str(out), **options})
+    configurator.check(config)
+    train.main(config)
+    return out
+
+
+def command_line(dataset, out, options):
+    words = [f"{key}={value}" for key, value in options.items()]
+    return [*words, f"dataset={dataset}", f"out_dir={out}"]
+
+
+def logged(folder, key):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def checkpoint(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)
+
+
+def flat(value, prefix=""):
+    """{path: tensor or plain value} of nested dicts and lists."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    leaves = {}
+    for key, inner in items:
+        leaves.update(flat(inner, f"{prefix}/{key}"))
+    return leaves
+
+
+def assert_same_run(folder, whole):
+    """Checkpoints, less their options, and logs, less their clocks, are the same bit for bit."""
+    a, b = checkpoint(folder), checkpoint(whole)
+    a.pop("config")
+    b.pop("config")
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for path in a:
+        same = torch.equal(a[path], b[path]) if torch.is_tensor(a[path]) else a[path] == b[path]
+        assert same, path
+    for key in ("step", "train_total", "val_total", "grad_norm"):
+        assert logged(folder, key) == logged(whole, key)
+
+
+# ---- data
+
+
+def rank(number=0, world=1):
+    """What Loader needs of a Run."""
+    return SimpleNamespace(device=torch.device("cpu"), seed=7, rank=number, world=world)
 
 
 def read(loader, n):
@@ -39,203 +134,81 @@ def read(loader, n):
 
 def test_data_is_without_replacement_and_the_same_for_any_ranks(dataset):
     tokens, config = Tokens(dataset, "train"), Config(**TINY)
-    one = Loader(Rank(), tokens, config, 4, 0)
-    seen = read(one, 4 * 160)  # more than an epoch
-    starts = [one._start(k) for k in range(one.n)]
-    assert len(set(starts)) == one.n and min(np.diff(sorted(starts))) == config.block_size  # each window once, none overlaps
-    two = [Loader(Rank(r, 2), tokens, config, 4, 0) for r in (0, 1)]
-    dealt = [loader.next()[0] for _ in range(40) for loader in two]
-    assert all(torch.equal(a, b) for a, b in zip(seen, dealt))
-    later = read(Loader(Rank(), tokens, config, 4, 8 * config.batch_size), 4)  # a cursor at micro-batch 8
-    assert all(torch.equal(a, b) for a, b in zip(seen[8:], later))
-    idx, targets = Loader(Rank(), tokens, config, 1, 0).next()
+    one = Loader(rank(), tokens, config, 4)
+    batches = read(one, 4 * 160)  # more than an epoch
+    starts = [one.start_of(window) for window in range(one.n_windows)]
+    assert len(set(starts)) == one.n_windows  # each window once
+    assert min(np.diff(sorted(starts))) == config.block_size  # and none overlaps
+    assert [one.start_of(one.n_windows + i) for i in range(20)] != starts[:20]  # the next epoch
+    two = [Loader(rank(number, 2), tokens, config, 4) for number in (0, 1)]
+    for i in range(40):
+        assert torch.equal(batches[2 * i], two[0].next()[0])
+        assert torch.equal(batches[2 * i + 1], two[1].next()[0])
+    later = read(Loader(rank(), tokens, config, 4, cursor=8 * config.batch_size), 4)
+    assert all(torch.equal(a, b) for a, b in zip(batches[8:], later))
+    idx, targets = Loader(rank(), tokens, config, 1).next()
     assert torch.equal(idx[:, 1:], targets[:, :-1])
-    other = Loader(Rank(), tokens, config, 4, one.n)  # the next epoch has another order and offset
-    assert [other._start(one.n + k) for k in range(20)] != starts[:20]
 
 
 def test_validation_windows_are_fixed_and_apart(dataset):
     tokens = Tokens(dataset, "val")
     starts = validation_starts(tokens, Config(**TINY))
     assert len(starts) == 6 and min(np.diff(starts)) >= 16 and starts[-1] + 17 <= len(tokens)
-    everything = validation_starts(tokens, Config(**{**TINY, "eval_batches": 0}))
-    assert len(everything) == (len(tokens) - 1) // 16 // 2 * 2
-    assert len(validation_starts(tokens, Config(**{**TINY, "eval_batches": 10 ** 6}))) == len(everything)
+    for eval_batches in (0, 10**6):
+        everything = validation_starts(tokens, Config(**{**TINY, "eval_batches": eval_batches}))
+        assert len(everything) == (len(tokens) - 1) // 16 // 2 * 2
 
 
 def test_ngram_baselines_equal_a_naive_count():
     rng = np.random.default_rng(0)
-    V, train_ids, val = 5, rng.integers(0, 4, 300), rng.integers(0, 5, 60)
+    vocab_size, train_ids, val_ids = 5, rng.integers(0, 4, 300), rng.integers(0, 5, 60)
     starts = np.arange(0, 48, 8)
 
-    def p(w, context):  # Witten-Bell, by the definition
+    def probability(word, context):  # Witten-Bell, by the definition
         k = len(context)
-        lower = 1 / V if k == 0 else None
-        follow = [train_ids[i] for i in range(k, len(train_ids)) if tuple(train_ids[i - k:i]) == context]
-        if k:
-            lower = p(w, context[1:])
-        if not follow:
+        lower = probability(word, context[1:]) if k else 1 / vocab_size
+        followers = []
+        for i in range(k, len(train_ids)):
+            if tuple(train_ids[i - k : i]) == context:
+                followers.append(train_ids[i])
+        if not followers:
             return lower
-        return (follow.count(w) + len(set(follow)) * lower) / (len(follow) + len(set(follow)))
-    targets = [s + i for s in starts for i in range(1, 9) if s + i >= 2]
-    naive = [-np.mean([math.log(p(val[t], tuple(val[t - k:t]))) for t in targets]) for k in range(3)]
-    got = ngram_losses(train_ids, val, starts, 8, V)
-    assert np.allclose(list(got.values()), naive, atol=1e-9) and list(got) == ["unigram", "bigram", "trigram"]
+        kinds = len(set(followers))
+        return (followers.count(word) + kinds * lower) / (len(followers) + kinds)
+
+    targets = (starts[:, None] + np.arange(1, 9)).ravel()
+    targets = targets[targets >= 2]
+    losses = ngram_losses(train_ids, val_ids, starts, 8, vocab_size)
+    assert list(losses) == ["unigram", "bigram", "trigram"]
+    for k, loss in enumerate(losses.values()):
+        naive = [probability(val_ids[t], tuple(val_ids[t - k : t])) for t in targets]
+        assert abs(loss + np.log(naive).mean()) < 1e-9
+
+
+# ---- optimiser
 
 
 def test_schedules():
-    cosine = Config(**{**TINY, "schedule": "cosine", "max_iters": 100, "warmup_iters": 10, "min_lr": 0.1})
+    options = {**TINY, "max_iters": 100, "warmup_iters": 10}
+    cosine = Config(**{**options, "schedule": "cosine", "min_lr": 0.1})
     assert lr_share(0, cosine) < lr_share(9, cosine) < lr_share(10, cosine) == 1
     assert abs(lr_share(55, cosine) - 0.55) < 1e-9 and abs(lr_share(100, cosine) - 0.1) < 1e-9
-    wsd = Config(**{**TINY, "schedule": "wsd", "max_iters": 100, "warmup_iters": 10, "decay_iters": 20, "min_lr": 0.0})
-    assert lr_share(10, wsd) == lr_share(80, wsd) == 1 and abs(lr_share(90, wsd) - 0.5) < 1e-9 and lr_share(100, wsd) == 0
+    wsd = Config(**{**options, "schedule": "wsd", "decay_iters": 20})
+    assert lr_share(10, wsd) == lr_share(80, wsd) == 1 and lr_share(100, wsd) == 0
+    assert abs(lr_share(90, wsd) - 0.5) < 1e-9
 
 
 def test_muon_takes_the_blocks_matrices_and_nothing_else():
-    from model import GPT, GPTConfig
     model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=16))
     adamw, muon = make_optimizers(model, Config(optimizer="muon"), torch.device("cpu"))
-    named = {id(p): name for name, p in model.named_parameters()}
-    in_muon = {named[id(p)] for g in muon.param_groups for p in g["params"]}
-    assert in_muon == {n for n, p in model.named_parameters() if ".h." in n and p.dim() == 2}
-    in_adamw = [named[id(p)] for g in adamw.param_groups for p in g["params"]]
-    assert sorted([*in_muon, *in_adamw]) == sorted(named.values())
-    assert all(p.dim() < 2 for g in adamw.param_groups if g["weight_decay"] == 0 for p in g["params"])
-
-
-def logged(folder, key):
-    return [line[key] for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if key in line]
-
-
-def test_a_run_learns_and_its_twin_sees_the_same_data(dataset, tmp_path, monkeypatch):
-    """Whole runs in this process: alpha > 0 lowers the spatial loss, alpha = 0 starts from the same weights and reads the same windows."""
-    seen = {}
-
-    def spying(self, at, real=Loader._read):
-        seen.setdefault(str(self.run.out), []).append(at)
-        return real(self, at)
-    monkeypatch.setattr(Loader, "_read", spying)
-    options = {**TINY, "dataset": str(dataset), "max_iters": 60, "eval_interval": 20, "save_interval": 60, "tokens_per_step": 128, "learning_rate": 0.01,
-               "baseline_tokens": 10_000, "keep_interval": 40}
-    for alpha, name in ((1.0, "topo"), (0.0, "twin")):
-        train.main(Config(**{**options, "alpha": alpha, "out_dir": str(tmp_path / name)}))
-    topo, twin = tmp_path / "topo", tmp_path / "twin"
-    first, second = (seen[str(f)][:240] for f in (topo, twin))
-    assert first == second == list(range(0, 480, 2))
-    val = logged(topo, "val_task")
-    assert val[0] > math.log(257) - 0.5 and val[-1] < val[0] - 1
-    assert logged(topo, "val_task")[0] == logged(twin, "val_task")[0] and logged(topo, "val_spatial")[0] == logged(twin, "val_spatial")[0]
-    assert logged(topo, "val_spatial")[-1] < logged(twin, "val_spatial")[-1] - 0.1
-    files = {f.name for f in topo.iterdir()}
-    assert {"config.yaml", "log.jsonl", "ckpt.pt", "best.pt", "ckpt-0000040.pt", "results.csv", "loss.png", "sheets.png"} <= files
-    header, row = (topo / "results.csv").read_text().splitlines()
-    row = dict(zip(header.split(","), row.split(",")))
-    assert float(row["low"]) < float(row["score"]) < float(row["high"]) and row["null"] == "trigram" and float(row["chance"]) > 0
-
-
-def test_a_layout_from_a_file_is_the_models(dataset, tmp_path):
-    layout = positions.identity_positions(2, 16)
-    positions.save_positions(str(tmp_path / "id.npz"), layout)
-    train.main(Config(**{**TINY, "dataset": str(dataset), "positions": str(tmp_path / "id.npz"), "max_iters": 1, "out_dir": str(tmp_path / "run")}))
-    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
-    assert torch.equal(state["model"]["unit_at_cell"], torch.tensor(layout))
-
-
-def test_init_from_another_checkpoint(dataset, tmp_path):
-    options = {**TINY, "dataset": str(dataset), "max_iters": 1}
-    train.main(Config(**options, out_dir=str(tmp_path / "a")))
-    train.main(Config(**{**options, "n_layer": 1, "learning_rate": 0.0, "muon_lr": 0.0}, init_from=str(tmp_path / "a"), out_dir=str(tmp_path / "b")))
-    a, b = (torch.load(tmp_path / f / "ckpt.pt", weights_only=True)["model"] for f in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_dry_run_says_what_it_takes_and_leaves_nothing(dataset, tmp_path, capsys):
-    train.main(Config(**{**TINY, "dataset": str(dataset), "dry_run": True}, out_dir=str(tmp_path / "none")))
-    text = capsys.readouterr().out
-    assert all(word in text for word in ("parameters", "tokens per step", "memory", "disk", "time")) and not (tmp_path / "none").exists()
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch):
-    real = train.make_optimizers
-
-    def poisoned(model, *args):
-        optimizers = real(model, *args)
-        step = optimizers[0].step
-
-        def bad(*args, **kwargs):
-            poisoned.steps += 1
-            if poisoned.steps == 6:
-                model.transformer.wte.weight.data.fill_(float("nan"))
-            return step(*args, **kwargs)
-        optimizers[0].step = bad
-        return optimizers
-    poisoned.steps = 0
-    monkeypatch.setattr(train, "make_optimizers", poisoned)
-    with pytest.raises(ValueError, match="not finite at step 7.*ckpt.pt"):
-        train.main(Config(**{**TINY, "dataset": str(dataset), "max_iters": 20, "log_interval": 10, "save_interval": 4, "eval_interval": 10},
-                          out_dir=str(tmp_path)))
-    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
-
-
-def damaged(dataset, tmp_path, how):
-    folder = shutil.copytree(dataset, tmp_path / how)
-    if how == "empty":
-        (folder / "train.bin").write_bytes(b"")
-    elif how == "truncated":
-        (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-10])
-    elif how == "outside":
-        ids = np.fromfile(folder / "train.bin", np.uint16)
-        ids[:] = 999
-        ids.tofile(folder / "train.bin")
-    return folder
-
-
-@pytest.mark.parametrize("options, words", [
-    ({"dataset": "nosuch"}, ["nosuch", "prepare"]), ({"dataset": "empty"}, ["train.bin", "empty"]), ({"dataset": "truncated"}, ["val.bin"]),
-    ({"dataset": "outside"}, ["999", "vocabulary"]), ({"n_embd": 18}, ["n_embd=18", "square", "positions=none"]), ({"n_head": 3}, ["n_head=3"]),
-    ({"radius": 4}, ["radius=4"]), ({"tokens_per_step": 100}, ["tokens_per_step=100", "multiple"]), ({"positions": "nofile"}, ["nofile", "init_pos.py"]),
-    ({"block_size": 30_000}, ["block_size"]), ({"positions": "none"}, ["alpha"]), ({"batch_size": 0}, ["batch_size"]), ({"vocab_size": 64}, ["vocab_size"]),
-    ({"init_from": "resume"}, ["ckpt.pt", "python train.py"]), ({"init_from": "out/nosuchrun"}, ["nosuchrun"]), ({"device": "tpu"}, ["device"]),
-    ({"dtype": "float16"}, ["dtype"]), ({"head_loss": True}, ["head_loss"])])
-def test_bad_input_is_one_sentence(dataset, tmp_path, options, words):
-    name = options.get("dataset", "")
-    if name in ("empty", "truncated", "outside"):
-        options = {"dataset": str(damaged(dataset, tmp_path, name))}
-    with pytest.raises((ValueError, OSError)) as e:
-        config = Config(**{**TINY, "dataset": str(dataset), "out_dir": str(tmp_path / "run"), **options})
-        configurator.check(config)
-        train.main(config)
-    assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), e.value
-
-
-def test_checkpoints_that_do_not_fit(dataset, tmp_path):
-    config = {**TINY, "dataset": str(dataset), "max_iters": 1, "out_dir": str(tmp_path / "run")}
-    train.main(Config(**config))
-    with pytest.raises(ValueError, match="n_layer=2.*say 3"):
-        train.main(Config(**{**config, "n_layer": 3, "init_from": "resume"}))
-    meta = yaml.safe_load((dataset / "meta.yaml").read_text())
-    other = shutil.copytree(dataset, tmp_path / "other")
-    ranks = (other / meta["tokenizer"]["file"]).read_text().splitlines()
-    (other / meta["tokenizer"]["file"]).write_text("\n".join([ranks[1].split()[0] + " 0", ranks[0].split()[0] + " 1", *ranks[2:]]) + "\n")
-    with pytest.raises(ValueError, match="tokenizer"):
-        train.main(Config(**{**config, "dataset": str(other), "init_from": str(tmp_path / "run"), "out_dir": str(tmp_path / "b")}))
-
-
-def test_the_sentence_reaches_the_user(dataset, tmp_path):
-    """The whole way once: process, stderr, exit status 2."""
-    assert refused("train", f"dataset={dataset}", f"out_dir={tmp_path / 'x'}", "n_embd=18", "n_head=2", "device=cpu", says=["n_embd=18", "square"])
-    assert refused("train", "learning_rat=1", says=["learning_rat", "'learning_rate'"])
-
-
-def test_run_is_made_for_scripts(tmp_path):
-    """Run refuses a used folder, and overwrite clears it."""
-    (tmp_path / "ckpt.pt").write_bytes(b"x")
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises((OSError, ValueError), match="init_from=resume"):
-        Run(Config(out_dir=str(tmp_path), device="cpu"))
-    Run(Config(out_dir=str(tmp_path), device="cpu", overwrite=True)).close()
-    assert not (tmp_path / "ckpt.pt").exists() and (tmp_path / "notes.txt").exists()
+    names = {id(p): name for name, p in model.named_parameters()}
+    in_muon = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    matrices = {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    assert in_muon == matrices
+    decayed, others = adamw.param_groups
+    in_adamw = [names[id(p)] for p in [*decayed["params"], *others["params"]]]
+    assert sorted([*in_muon, *in_adamw]) == sorted(names.values())
+    assert others["weight_decay"] == 0 and all(p.dim() < 2 for p in others["params"])
 
 
 def exact_newton_schulz(grad, ns_coefficients, ns_steps, eps):
@@ -256,13 +229,15 @@ def test_muon_makes_the_updates_of_torchs_muon_in_full_precision(shape, monkeypa
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", exact_newton_schulz)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
-    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = train.Muon([ours], 0.02, 0.95, 0.1), torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
+    ours = torch.nn.Parameter(start.clone())
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = train.Muon([ours], 0.02, 0.95, 0.1)
+    oracle = torch.optim.Muon([theirs], lr=0.02, momentum=0.95, weight_decay=0.1)
     for _ in range(10):
         grad = torch.randn(shape, generator=generator)
         ours.grad, theirs.grad = grad.clone(), grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
+        optimizer.step()
+        oracle.step()
     assert (ours - start).abs().max() > 0.01
     assert torch.allclose(ours, theirs, atol=1e-4)
 
@@ -282,14 +257,527 @@ class SixteenBit(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_a_float32_step_touches_no_16_bit_tensor():
-    """A CPU without bfloat16 emulates it, a hundred times as slow: one hidden cast and the main job does not end."""
-    from model import GPT, GPTConfig
-    model = GPT(GPTConfig(block_size=16, vocab_size=64, n_layer=2, n_head=2, n_embd=16, sheet=True, radius=2, windows=2, alpha=0.1))
-    optimizers = make_optimizers(model, Config(), torch.device("cpu"), torch.float32)
-    idx = torch.randint(64, (2, 17), generator=torch.Generator().manual_seed(0))
+def test_a_float32_run_touches_no_16_bit_tensor(dataset, tmp_path):
+    """A CPU without bfloat16 emulates it, a hundred times as slow: the main job would not end."""
     with SixteenBit() as mode:
-        model(idx[:, :-1], idx[:, 1:], model.draw_windows(torch.Generator().manual_seed(0))).loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert len(optimizers) == 2 and not mode.seen
+        trained(dataset, tmp_path / "run", max_iters=1, optimizer="muon")
+    assert not mode.seen
+
+
+# ---- whole runs
+
+
+def test_a_run_learns_and_its_twin_sees_the_same_data(dataset, tmp_path, monkeypatch):
+    windows_read = {}
+    real_read = Loader.read
+
+    def spying_read(self, first):
+        windows_read.setdefault(self.run.out.name, []).append(first)
+        return real_read(self, first)
+
+    monkeypatch.setattr(Loader, "read", spying_read)
+    options = {
+        "max_iters": 60,
+        "eval_interval": 20,
+        "save_interval": 60,
+        "keep_interval": 40,
+        "tokens_per_step": 128,
+        "learning_rate": 0.01,
+        "baseline_tokens": 10_000,
+    }
+    topo = trained(dataset, tmp_path / "topo", alpha=1.0, **options)
+    twin = trained(dataset, tmp_path / "twin", alpha=0.0, **options)
+    assert windows_read["topo"][:240] == windows_read["twin"][:240] == list(range(0, 480, 2))
+    losses, spatial = logged(topo, "val_task"), logged(topo, "val_spatial")
+    assert losses[0] > math.log(257) - 0.5 and losses[-1] < losses[0] - 1
+    assert losses[0] == logged(twin, "val_task")[0]  # the same weights
+    assert spatial[0] == logged(twin, "val_spatial")[0]
+    assert spatial[-1] < logged(twin, "val_spatial")[-1] - 0.1
+    files = {path.name for path in topo.iterdir()}
+    assert files >= {"config.yaml", "log.jsonl", "ckpt.pt", "best.pt", "ckpt-0000040.pt"}
+    assert (topo / "loss.png").stat().st_size > 10_000
+    assert (topo / "sheets.png").stat().st_size > 10_000
+    (row,) = csv.DictReader((topo / "results.csv").open())
+    assert float(row["low"]) < float(row["score"]) < float(row["high"])
+    assert row["metric"] == "val_loss" and row["null"] == "trigram" and float(row["chance"]) > 0
+    assert row["n"] == "96" and row["step"] == "60"
+
+
+def test_the_rival_and_the_other_sheets_train(dataset, tmp_path):
+    """spatial=weights, the residual tap, maximum and absolute, heads as a mosaic."""
+    rival = trained(dataset, tmp_path / "a", spatial="weights", alpha=1.0, tap="residual")
+    other = trained(
+        dataset,
+        tmp_path / "b",
+        accum="maximum",
+        spatial_kind="absolute",
+        activation_decay=0.01,
+        n_head=4,
+        head_loss=True,
+        attn_proj=True,
+        recompute=True,
+    )
+    for folder in (rival, other):
+        assert np.isfinite(logged(folder, "train_total")).all() and (folder / "sheets.png").exists()
+    assert checkpoint(other)["model_args"]["activation_decay"] == 0.01
+    assert torch.equal(
+        checkpoint(other)["model"]["unit_at_cell"][0], torch.tensor(positions.head_mosaic(4, 16))
+    )
+
+
+def test_options_of_the_windows():
+    assert configure(Config, ["windows=sheet"]).windows == "sheet"
+    assert configure(Config, ["windows=3"]).windows == 3
+    for value in ("0", "all"):
+        with pytest.raises(InputError, match="windows"):
+            configure(Config, [f"windows={value}"])
+
+
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less():
+    shape = GPTConfig(
+        block_size=32,
+        vocab_size=64,
+        n_layer=3,
+        n_head=2,
+        n_embd=16,
+        sheet=True,
+        radius=2,
+        windows=2,
+        alpha=1.0,
+        dropout=0.1,
+    )
+    idx = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+    kept, grads = [], []
+    for again in (False, True):
+        model = GPT(shape)
+        if again:
+            train.recompute_blocks(model)
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        torch.manual_seed(0)
+        windows = model.draw_windows(torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(idx[:, :-1], idx[:, 1:], windows).loss
+        loss.backward()
+        kept.append(sum(sizes.values()))
+        grads.append([p.grad for p in model.parameters()])
+        assert model.eval().generate([[1, 2]], 3, temperature=0)  # as ever
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and kept[1] < 0.7 * kept[0]
+
+
+def test_positions_and_weights_from_files(dataset, tmp_path):
+    layout = positions.identity_positions(2, 16)
+    positions.save_positions(str(tmp_path / "id.npz"), layout)
+    a = trained(dataset, tmp_path / "a", positions=str(tmp_path / "id.npz"), max_iters=1)
+    assert torch.equal(checkpoint(a)["model"]["unit_at_cell"], torch.tensor(layout))
+    # another run begins with the weights of this one, whatever its shape options
+    frozen = {"learning_rate": 0.0, "muon_lr": 0.0, "max_iters": 1, "n_layer": 1}
+    b = trained(dataset, tmp_path / "b", init_from=str(a), **frozen)
+    old, new = flat(checkpoint(a, "best.pt")["model"]), flat(checkpoint(b)["model"])
+    assert all(torch.equal(old[key], new[key]) for key in old)
+
+
+def test_validation_alone(dataset, tmp_path):
+    a = trained(dataset, tmp_path / "a")
+    b = trained(dataset, tmp_path / "b", init_from=str(a), eval_only=True)
+    assert logged(b, "val_task")[-1] == logged(a, "val_task")[-1]
+    assert not (b / "ckpt.pt").exists() and (b / "results.csv").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch):
+    real_step = train.train_step
+
+    def poisoned_step(run, config, training):
+        if training.step == 6:
+            training.model.transformer.wte.weight.data.fill_(float("nan"))
+        return real_step(run, config, training)
+
+    monkeypatch.setattr(train, "train_step", poisoned_step)
+    with pytest.raises(InputError, match="not finite at step 8.*ckpt.pt"):
+        trained(dataset, tmp_path, max_iters=20, log_interval=10, save_interval=4, eval_interval=10)
+    state = checkpoint(tmp_path)
+    assert state["step"] == 4 and all(p.isfinite().all() for p in state["model"].values())
+
+
+# ---- stopping and going on
+
+# the third checkpoint is half written when the process is killed
+KILLED_WHILE_SAVING = """
+import os, signal, torch
+saves, real = [], torch.save
+def save(state, f):
+    real(state, f)
+    saves.append(1)
+    if len(saves) == 3:
+        f.truncate(f.tell() // 2)
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+"""
+
+# the second rank dies in step 8 of the first launch
+A_RANK_DIES = """
+import os, signal, torch
+steps, real = [], torch.optim.AdamW.step
+def step(self, *args, **kwargs):
+    steps.append(1)
+    first_launch = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if os.environ["RANK"] == "1" and first_launch and len(steps) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, *args, **kwargs)
+torch.optim.AdamW.step = step
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run that was never stopped."""
+    torch.set_num_threads(1)
+    return trained(dataset, tmp_path_factory.mktemp("whole") / "run", **LONGER)
+
+
+def test_killed_while_saving_and_resumed(dataset, whole, tmp_path):
+    options = command_line(dataset, tmp_path / "run", LONGER)
+    run("train", *options, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
+    assert list((tmp_path / "run").glob("ckpt.pt.tmp*"))
+    with pytest.raises(InputError, match="ckpt.pt is there already.*init_from=resume"):
+        trained(dataset, tmp_path / "run", **LONGER)
+    trained(dataset, tmp_path / "run", **LONGER, init_from="resume")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_stopped_by_a_signal_and_resumed(dataset, whole, tmp_path, monkeypatch):
+    real_step = train.train_step
+
+    def stopped_step(run, config, training):
+        if training.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return real_step(run, config, training)
+
+    monkeypatch.setattr(train, "train_step", stopped_step)
+    with pytest.raises(SystemExit) as status:
+        trained(dataset, tmp_path / "run", **LONGER)
+    assert status.value.code == 128 + signal.SIGTERM and checkpoint(tmp_path / "run")["step"] == 5
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    trained(dataset, tmp_path / "run", **LONGER, init_from="resume")
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_two_ranks_of_which_one_dies_are_one(dataset, whole, tmp_path):
+    """The launcher starts them again, and they go on from the last checkpoint."""
+    folder = tmp_path / "run"
+    options = command_line(dataset, folder, LONGER)
+    run("train", *options, ranks=2, restarts=1, patch=A_RANK_DIES)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["init_from"] == "resume"
+    assert checkpoint(folder)["cursor"] == checkpoint(whole)["cursor"]
+    assert logged(folder, "step") == logged(whole, "step")
+    for key in ("train_task", "train_spatial", "val_task", "val_spatial"):
+        # equal to rounding at first, which adaptive optimisers magnify step by step
+        assert np.allclose(logged(folder, key)[:1], logged(whole, key)[:1], rtol=1e-5)
+        assert np.allclose(logged(folder, key), logged(whole, key), rtol=0.06)
+
+
+def test_checkpoints_that_do_not_fit(dataset, tmp_path):
+    trained(dataset, tmp_path / "run", max_iters=1)
+    with pytest.raises(InputError, match="n_layer=2.*say 3"):
+        trained(dataset, tmp_path / "run", max_iters=1, n_layer=3, init_from="resume")
+    other = shutil.copytree(dataset, tmp_path / "other")
+    file = other / yaml.safe_load((dataset / "meta.yaml").read_text())["tokenizer"]["file"]
+    first, second, *ranks = file.read_text().splitlines()
+    swapped = [f"{second.split()[0]} 0", f"{first.split()[0]} 1", *ranks]
+    file.write_text("\n".join(swapped) + "\n")
+    with pytest.raises(InputError, match="tokenizer"):
+        trained(other, tmp_path / "b", init_from=str(tmp_path / "run"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_run_on_a_gpu_resumes_bit_for_bit(dataset, tmp_path, dtype):
+    options = {**LONGER, "device": "cuda", "dtype": dtype, "deterministic": True}
+    one = trained(dataset, tmp_path / "one", **options, keep_interval=6)
+    (tmp_path / "two").mkdir()
+    shutil.copy(one / "ckpt-0000006.pt", tmp_path / "two/ckpt.pt")
+    two = trained(dataset, tmp_path / "two", **options, init_from="resume")
+    torch.use_deterministic_algorithms(False)
+    a, b = flat(checkpoint(one)["model"]), flat(checkpoint(two)["model"])
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert checkpoint(one)["scaler"] == checkpoint(two)["scaler"]
+
+
+# ---- time
+
+
+class Clock:
+    """Time that passes in training, and in validation at a third of its pace."""
+
+    def __init__(self, monkeypatch, step_seconds):
+        self.now = 1000.0
+        real_step, real_evaluate = train.train_step, train.evaluate
+
+        def slow_step(*args):
+            self.now += step_seconds
+            return real_step(*args)
+
+        def slow_evaluate(run, config, data, model, n_batches=0):
+            self.now += step_seconds / 3 * (n_batches or config.eval_batches)
+            return real_evaluate(run, config, data, model, n_batches)
+
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(train, "train_step", slow_step)
+        monkeypatch.setattr(train, "evaluate", slow_evaluate)
+
+
+def test_minutes_settle_the_steps_and_a_resumed_run_is_exact(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    clock = Clock(monkeypatch, 4.8)
+    options = {
+        "minutes": 8.0,
+        "max_iters": Config.max_iters,
+        "n_layer": 1,
+        "optimizer": "adamw",
+        "warmup_iters": 20,
+        "eval_interval": 250,
+        "eval_batches": 48,
+        "log_interval": 1000,
+        "keep_interval": 40,
+    }
+    whole = trained(dataset, tmp_path / "whole", **options)
+    n_steps = checkpoint(whole)["step"]
+    assert 7 * 60 < clock.now - 1000 < 9 * 60
+    text = capsys.readouterr().out
+    assert f"minutes=8 hold {n_steps:,} steps" in text and "a step takes 4.8 s here" in text
+    assert yaml.safe_load((whole / "config.yaml").read_text())["max_iters"] == n_steps
+    assert checkpoint(whole)["config"]["max_iters"] == n_steps
+    last_lr = checkpoint(whole)["optimizers"][0]["param_groups"][0]["lr"]
+    assert 0 < last_lr < 0.03 * Config.learning_rate  # the schedule ends with the run
+    # going on from step 40, told nothing or told again
+    for name, told in (("nothing", 0.0), ("again", 8.0)):
+        (tmp_path / name).mkdir()
+        shutil.copy(whole / "ckpt-0000040.pt", tmp_path / name / "ckpt.pt")
+        more = {**options, "minutes": told, "init_from": "resume"}
+        trained(dataset, tmp_path / name, **more)
+        a, b = flat(checkpoint(tmp_path / name)["model"]), flat(checkpoint(whole)["model"])
+        assert all(torch.equal(a[key], b[key]) for key in b)
+
+
+def test_a_run_says_how_long_it_will_take(dataset, tmp_path, monkeypatch, capsys):
+    Clock(monkeypatch, 1.2)
+    trained(dataset, tmp_path, max_iters=100, eval_interval=50, save_interval=100)
+    text = capsys.readouterr().out
+    minutes = re.search(r"a step takes 1.2 s here: 100 steps .* in about (\S+) minutes", text)[1]
+    assert 1.8 < float(minutes) < 2.2  # 88 steps are left when it is known
+
+
+def test_a_cpu_compiles_where_earlier_runs_say_that_it_pays(tmp_path, monkeypatch):
+    model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=1, n_head=2, n_embd=16))
+    cpu = SimpleNamespace(
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        world=1,
+        master=True,
+        reduce=lambda value, op: value,
+        save_config=lambda: None,
+    )
+
+    def chosen(state=None, **options):
+        config = Config(compile="auto", **options)
+        train.settle_options(cpu, config, model, state)
+        return config.compile
+
+    def record(compiled, seconds, began):
+        training = SimpleNamespace(
+            model=model, step_seconds=seconds, durations=[seconds] * 10, began=time.time() - began
+        )
+        train.record_timing(cpu, Config(compile=compiled), training)
+
+    assert chosen() is False  # nothing is known
+    record(False, 1.0, 10.0)
+    assert chosen() is False
+    record(True, 0.5, 5.0 + 60.0)  # ten steps, and a minute of compiling
+    assert chosen(max_iters=1000) is True and chosen(max_iters=100) is False
+    assert chosen(minutes=3.0) is True and chosen(minutes=1.0) is False
+    assert chosen(max_iters=1000, batch_size=1) is False  # another shape
+    for compiled in (True, False):  # a resumed run stays what it is
+        assert chosen(state={"config": {"compile": compiled}}) is compiled
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    (tmp_path / "a file").write_text("")
+    record(False, 1.0, 10.0)  # a home that cannot be written does not matter
+    assert chosen(max_iters=1000) is False
+
+
+def test_dry_run_reads_a_part_of_one_step_and_leaves_nothing(
+    dataset, tmp_path, monkeypatch, capsys
+):
+    rows_read = []
+    real_read = Loader.read
+
+    def spying_read(self, first):
+        rows_read.append(self.config.batch_size)
+        return real_read(self, first)
+
+    monkeypatch.setattr(Loader, "read", spying_read)
+    out = tmp_path / "none"
+    trained(dataset, out, dry_run=True, compile="auto", tokens_per_step=819_200, n_layer=30)
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("parameters", "819,200", "memory", "disk", "time"))
+    assert f"{30 * 12 * 16 * 16 + 30 * 32 + 16 + (320 + 16) * 16:,}" in text
+    assert not out.exists() and sum(rows_read) < 20
+
+
+# ---- bad input
+
+
+def damaged(dataset, tmp_path, how):
+    folder = shutil.copytree(dataset, tmp_path / how)
+    if how == "empty":
+        (folder / "train.bin").write_bytes(b"")
+    elif how == "truncated":
+        (folder / "val.bin").write_bytes((folder / "val.bin").read_bytes()[:-10])
+    else:
+        ids = np.fromfile(folder / "train.bin", np.uint16)
+        np.full_like(ids, 999).tofile(folder / "train.bin")
+    return folder
+
+
+BAD = [
+    ({"dataset": "nosuch"}, ["nosuch", "prepare"]),
+    ({"dataset": "empty"}, ["train.bin", "empty"]),
+    ({"dataset": "truncated"}, ["val.bin"]),
+    ({"dataset": "outside"}, ["999", "vocabulary"]),
+    ({"n_embd": 18}, ["n_embd=18", "square", "positions=none"]),
+    ({"n_head": 3}, ["n_head=3"]),
+    ({"tokens_per_step": 100}, ["tokens_per_step=100", "multiple"]),
+    ({"positions": "nofile"}, ["nofile", "init_pos.py"]),
+    ({"block_size": 30_000}, ["block_size"]),
+    ({"positions": "none"}, ["alpha"]),
+    ({"batch_size": 0}, ["batch_size"]),
+    ({"beta2": 1.0}, ["beta2"]),
+    ({"vocab_size": 64}, ["vocab_size"]),
+    ({"init_from": "resume"}, ["ckpt.pt", "python train.py"]),
+    ({"init_from": "out/nosuchrun"}, ["nosuchrun"]),
+    ({"device": "tpu"}, ["device"]),
+    ({"dtype": "float16"}, ["dtype"]),
+    ({"head_loss": True}, ["head_loss"]),
+]
+
+
+@pytest.mark.parametrize("options, words", BAD)
+def test_bad_input_is_one_sentence(dataset, tmp_path, options, words):
+    options = dict(options)
+    folder = options.pop("dataset", dataset)
+    if folder in ("empty", "truncated", "outside"):
+        folder = damaged(dataset, tmp_path, folder)
+    with pytest.raises((ValueError, OSError)) as error:
+        trained(folder, tmp_path / "run", **options)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_the_sentence_reaches_the_user(dataset, tmp_path):
+    """The whole way once: process, stderr, exit status 2."""
+    options = command_line(dataset, tmp_path, {**TINY, "tokens_per_step": 100})
+    refused("train", *options, says=["tokens_per_step=100", "multiple"])
+
+
+# ---- the published configs
+
+
+def test_the_published_runs_are_as_published():
+    gpt2 = configure(Config, ["train_gpt2.yaml"])
+    assert (gpt2.n_layer, gpt2.n_head, gpt2.n_embd, gpt2.alpha) == (12, 16, 784, 2.5)
+    assert gpt2.tokens_per_step == 983_040 and gpt2.optimizer == "adamw"
+    assert configure(Config, ["train_gpt2.yaml", "train_gpt2_notopo.yaml"]).alpha == 0
+    assert configure(Config, ["train_gpt2.yaml", "train_gpt2_resid.yaml"]).tap == "residual"
+    for path in sorted(ROOT.glob("config/train*.yaml")):
+        config = configure(Config, [str(path)])
+        step = config.batch_size * config.block_size
+        assert config.n_embd % config.n_head == 0 and config.tokens_per_step % step == 0
+    preset = configure(init_pos.Config, ["init_pos.yaml"])
+    assert (preset.scheme, preset.method, preset.radius) == ("swap", "window", 10)
+    assert (preset.swap_windows, preset.swap_trials, preset.n_embd) == (50, 50, 784)
+
+
+# ---- init_pos.py, sample.py
+
+
+def laid_out(text_folder, tmp_path, **options):
+    tiny = {"n_layer": 1, "n_head": 2, "n_embd": 64, "radius": 3, "block_size": 32, "samples": 512}
+    folders = {"positions_dir": str(tmp_path), "out_dir": str(tmp_path / "out")}
+    text = {"init_data": str(text_folder), "device": "cpu", "dtype": "float32"}
+    config = init_pos.Config(**{**tiny, **text, **folders, **options})
+    configurator.check(config)
+    init_pos.main(config)
+
+
+@pytest.mark.parametrize("method", ["sheet", "window"])
+def test_swaps_lower_the_loss_on_text_that_they_have_not_seen(dataset, tmp_path, method):
+    laid_out(dataset, tmp_path, scheme="swap", name="a", method=method)
+    layout = positions.load_positions(str(tmp_path / "a.npz"), 1, 64)
+    assert (np.sort(layout, 1) == np.arange(64)).all()
+    assert (tmp_path / "out/a.png").stat().st_size > 10_000
+    rows = list(csv.DictReader((tmp_path / "out/results.csv").open()))
+    assert [row["layer"] for row in rows] == ["layer.0.attn", "layer.0.mlp"]
+    for row in rows:
+        assert row["n"] == "16" and float(row["low"]) <= float(row["score"]) <= float(row["high"])
+        assert float(row["score"]) < float(row["chance"])
+
+
+def test_other_layouts_and_a_trained_model(dataset, whole, tmp_path):
+    laid_out(dataset, tmp_path, scheme="random", seed=3)
+    random = positions.load_positions(str(tmp_path / "random-1x64.npz"), 1, 64)
+    assert np.array_equal(random, positions.random_positions(1, 64, 3))
+    laid_out(dataset, tmp_path, scheme="identity")
+    identity = positions.load_positions(str(tmp_path / "identity-1x64.npz"), 1, 64)
+    assert (identity == np.arange(64)).all()
+    laid_out(dataset, tmp_path, scheme="swap", lm=str(whole), radius=2)
+    positions.load_positions(str(tmp_path / "swap-2x16.npz"), 2, 16)
+
+
+def test_init_data_is_cut_on_first_use(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"init_data": "init-data", "samples": 300, "scheme": "identity"}
+    laid_out(dataset, tmp_path, dataset=str(dataset), **options)
+    meta = yaml.safe_load((tmp_path / "init-data/meta.yaml").read_text())
+    assert meta["cut_from"] == str(dataset) and meta["synthetic"]
+    with pytest.raises(InputError, match="init-data was cut from"):
+        laid_out(dataset, tmp_path, dataset="pydocs", **options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"scheme": "identity", "name": "taken"}, "taken.npz is there already.*overwrite=True"),
+        ({"samples": 100_000}, "samples=100000 tokens are more than.*init_data="),
+        ({"samples": 1}, "samples"),
+        ({"n_embd": 18}, "n_embd=18.*square"),
+        ({"radius": 9}, "radius=9"),
+    ],
+)
+def test_layouts_that_cannot_be_made(dataset, tmp_path, options, words):
+    (tmp_path / "taken.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=words):
+        laid_out(dataset, tmp_path, **options)
+
+
+def test_sample_writes_the_same_text_twice(whole, tmp_path, capsys):
+    texts = []
+    for name in ("a", "b"):
+        options = {"num_samples": 2, "max_new_tokens": 8, "device": "cpu", "dtype": "float32"}
+        sample.main(sample.Config(lm=str(whole), prompt="ab", out_dir=str(tmp_path), **options))
+        texts.append((tmp_path / "samples.txt").read_text())
+        assert capsys.readouterr().out.count("ab") == 2, name
+    assert texts[0] == texts[1] and texts[0].count("ab") == 2
+
+
+def test_prompts_from_files(whole, tmp_path):
+    options = {"lm": str(whole), "max_new_tokens": 2, "device": "cpu", "out_dir": str(tmp_path)}
+    (tmp_path / "prompt.txt").write_text("cd")
+    sample.main(sample.Config(file=str(tmp_path / "prompt.txt"), **options))
+    assert (tmp_path / "samples.txt").read_text().startswith("cd")
+    with pytest.raises(InputError, match="nosuch.txt"):
+        sample.main(sample.Config(file="nosuch.txt", **options))
