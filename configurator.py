@@ -266,8 +266,6 @@ NOT_REWRITTEN = {
     "demo.py",
     "finetune.py",
     "foundation.py",
-    "model.py",
-    "positions.py",
     "probe.py",
     "telepath.py",
     "topography.py",

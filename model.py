@@ -612,11 +612,11 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, **options):
         """As convert.load_lm, without the tokenizer."""
-        return _moved("convert", "from_pretrained")(name, **options)
+        return _moved("convert", "gpt_from_hub")(name, **options)
 
     def save_pretrained(self, folder, tokenizer=None, facts=""):
         """As convert.export_lm, of a model in memory."""
-        _moved("convert", "save_pretrained")(self, folder, tokenizer, facts)
+        _moved("convert", "export_gpt")(self, folder, tokenizer, facts)
 
     def packed(self, rows):
         """Nothing is packed any more."""
@@ -1476,10 +1476,7 @@ def lm_from(state, path="checkpoint", **options):
 def _moved(module, name):
     import importlib
 
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return getattr(importlib.import_module("_old_foreign"), name)
+    return getattr(importlib.import_module(module), name)
 
 
 def __getattr__(name):

@@ -477,11 +477,9 @@ def disjoint_pairs(gains):
 
 
 def _moved(name):
-    try:
-        import convert as home
-    except ImportError:
-        import _old_foreign as home
-    return getattr(home, name)
+    import convert
+
+    return getattr(convert, name)
 
 
 def __getattr__(name):
