@@ -1,233 +1,449 @@
 """Text for language models as flat files of token ids, with the tokenizer that made them.
 
 A dataset is a folder:
-    train.bin, val.bin      token ids one after the other, raw uint16 (uint32 where the vocabulary is larger than 65,536)
-    tokenizer.tiktoken      tiktoken's rank file: base64 of the token's bytes, a space, its rank, one token per line
-    meta.yaml               format, vocab_size, dtype, tokenizer, splits (file, tokens, sha256) and whatever the maker adds;
-                            written last, so a folder that has it is complete
-A large split is `shards` instead of one file (file, tokens, sha256, and offset, the bytes of a header), read as one stream in their order.
+    train.bin, val.bin      token ids one after the other, raw uint16 (uint32 where the vocabulary
+                            is larger than 65,536)
+    tokenizer.tiktoken      tiktoken's rank file: a token a line, base64 of its bytes and its rank
+    meta.yaml               format, vocab_size, dtype, tokenizer, splits (file, tokens, sha256) and
+                            what the maker adds; written last: a folder that has it is complete
+A large split has `shards` instead (a list of file, tokens, sha256), read in order as one stream;
+their `offset` is the length of a header in bytes.
 
-Two foreign folders are read as they are, without meta.yaml: nanoGPT's (train.bin, val.bin and, for characters, meta.pkl), and shards with the
-header of llm.c and modded-nanogpt (*train*.bin, *val*.bin: 256 int32, the first three 20240520, 1, the number of tokens; then uint16).
+Folders made elsewhere are read as they are: nanoGPT's (train.bin, val.bin and, for characters,
+meta.pkl), and shards with the header of llm.c and modded-nanogpt (*train*.bin, *val*.bin: 256
+int32, the first three 20240520, 1, the number of tokens; then uint16).
 
-`write_dataset` writes one, `write_shards` makes one of any amount of documents, in parallel and resumable, `Tokens` reads a split, `encoding` builds
-the tokenizer. A tokenizer travels (in checkpoints too) as a `state`, a dict of plain types: {name, pattern, special_tokens: {text: id},
-ranks: the text of the rank file}. A character-level tokenizer is the same thing with the pattern `[\\s\\S]` and one rank per character.
+`write_dataset` writes a dataset, `write_shards` makes one of any amount of documents, in parallel
+and resumable, `Tokens` reads a split, `Tokenizer` turns text into ids and back. A tokenizer
+travels, in checkpoints too, as its state, a dict of plain types: name, pattern, special_tokens
+({text: id}) and ranks (the text of the rank file). A tokenizer of characters is the same thing
+with the pattern `[\\s\\S]` and a rank for each character.
 """
-import base64, contextlib, fcntl, gzip, hashlib, json, multiprocessing, os, pickle, shutil
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+
+import base64
+import fcntl
+import gzip
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import zlib
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from data import aside, load_meta, remedy, write_aside, write_yaml
+from data import (
+    InputError,
+    aside,
+    check_content,
+    load_meta,
+    read_pickle,
+    remedy,
+    write_aside,
+    write_yaml,
+)
 
 FORMAT = "tokens-1"
 ENDOFTEXT = "<|endoftext|>"
-CHARACTERS = r"[\s\S]"  # the pattern of a character-level tokenizer
+CHARACTERS = r"[\s\S]"  # the pattern of a tokenizer of characters
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # SHA-256 of vocab.bpe, which others call merges.txt
-GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of the same tokens as a rank file, r50k_base.tiktoken
-HEADER, HEADER_BYTES = 20240520, 1024  # magic number and length of the header of llm.c's token files
+# SHA-256 of GPT-2's BPE as vocab.bpe (merges.txt), and as the rank file r50k_base.tiktoken
+GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+HEADER = 20240520  # magic number of llm.c's token files
+LLAMA3_HEADER = 20240801
+HEADER_BYTES = 1024
+
+# How GPT-2's files spell bytes: printable ones as themselves, the others as U+0100 and up
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = sorted(set(range(256)) - set(PRINTABLE))
+BYTE_OF = {chr(byte): byte for byte in PRINTABLE}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 
 
 # ---- tokenizers
 
-def encoding(state):
-    """The tiktoken.Encoding of a tokenizer state. Raises ValueError when the state is not one."""
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    state: what it was made from; core: the tiktoken.Encoding; n_vocab: ids, special ones included;
+    special: {text: id}; eot: the id of <|endoftext|>, or None; known: the characters of a tokenizer
+    that lacks some of the 256 bytes (one of characters, say), else None.
+    """
+
+    def __init__(self, state):
+        self.state = state
+        self.core = encoding(state)
+        self.n_vocab = self.core.n_vocab
+        self.special = dict(state["special_tokens"])
+        self.eot = self.special.get(ENDOFTEXT)
+        self.known = None
+        ranks = ranks_of(state)
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            self.known = {token.decode(errors="ignore") for token in ranks}
+
+    def encode(self, text):
+        """List of token ids. Raises InputError for a character without a token.
+
+        '<|endoftext|>' in the text is plain text; half of a surrogate pair counts as U+FFFD.
+        """
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text):
+        """The same as a uint32 array, which takes a tenth of the memory."""
+        text = replace_lone_surrogates(text)
+        if self.known is not None and not self.known.issuperset(text):
+            character = min(set(text) - self.known)
+            raise InputError(
+                f"the tokenizer '{self.state['name']}' has no character {character!r}: "
+                "leave it out of the text, or use a byte-level tokenizer"
+            )
+        return self.core.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        """The text of token ids. Ids without a token and torn characters become U+FFFD."""
+        return b"".join(self._bytes_of(int(i)) for i in ids).decode(errors="replace")
+
+    def _bytes_of(self, i):
+        try:
+            return self.core.decode_single_token_bytes(i)
+        except KeyError:
+            return "\ufffd".encode()
+
+
+def replace_lone_surrogates(text):
+    """The text with U+FFFD for each half of a surrogate pair, which has no UTF-8 form."""
     try:
-        lines = (line.split() for line in state["ranks"].splitlines() if line)
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        return tiktoken.Encoding(state["name"], pat_str=state["pattern"], mergeable_ranks=ranks, special_tokens=dict(state["special_tokens"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"not a tokenizer state (name, pattern, special_tokens, ranks in tiktoken's format): {e!r}") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
-def state_of(enc):
-    """The inverse of `encoding`: a tiktoken.Encoding as a dict of plain types."""
-    ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
-    return {"name": enc.name, "pattern": enc._pat_str, "special_tokens": dict(enc._special_tokens),
-            "ranks": "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks)}
+def encoding(state):
+    """The tiktoken.Encoding of a tokenizer state. Raises InputError when the state is not one."""
+    try:
+        return tiktoken.Encoding(
+            state["name"],
+            pat_str=state["pattern"],
+            mergeable_ranks=ranks_of(state),
+            special_tokens=dict(state["special_tokens"]),
+        )
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        keys = "name, pattern, special_tokens, ranks"
+        raise InputError(f"not a tokenizer state ({keys}): {error!r}") from None
+
+
+def state_of(core):
+    """The state of a tiktoken.Encoding."""
+    ranks = rank_file(core._mergeable_ranks)
+    return make_state(core.name, core._pat_str, ranks, dict(core._special_tokens))
+
+
+def make_state(name, pattern, ranks, special_tokens):
+    return {"name": name, "pattern": pattern, "special_tokens": special_tokens, "ranks": ranks}
+
+
+def ranks_of(state):
+    """{bytes of a token: its rank}."""
+    ranks = {}
+    for line in state["ranks"].splitlines():
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+    return ranks
+
+
+def rank_file(ranks):
+    """The text of tiktoken's rank file for {bytes of a token: its rank}."""
+    lines = []
+    for token in sorted(ranks, key=ranks.get):
+        lines.append(f"{base64.b64encode(token).decode()} {ranks[token]}\n")
+    return "".join(lines)
+
+
+# ---- tokenizers of characters
 
 
 def character_state(text, name="characters"):
-    """The state of a character-level tokenizer for `text`: its characters in code point order, then <|endoftext|>."""
+    """Tokenizer state of the characters of `text` in code point order, then <|endoftext|>."""
     characters = sorted(set(text))
-    return {"name": name, "pattern": CHARACTERS, "special_tokens": {ENDOFTEXT: len(characters)},
-            "ranks": "".join(f"{base64.b64encode(c.encode()).decode()} {i}\n" for i, c in enumerate(characters))}
+    ranks = {character.encode(): i for i, character in enumerate(characters)}
+    return make_state(name, CHARACTERS, rank_file(ranks), {ENDOFTEXT: len(characters)})
+
+
+def nanogpt_characters(path):
+    """Tokenizer state of the characters in nanoGPT's meta.pkl. Raises InputError."""
+    pickled = read_pickle(path)
+    ids = pickled.get("stoi") if isinstance(pickled, dict) else None
+    if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
+        raise InputError(f"{path} is not nanoGPT's meta.pkl: make the dataset again")
+    for character in ids:
+        if not isinstance(character, str) or len(character) != 1:
+            raise InputError(f"{path} is not a vocabulary of characters: it has {character!r}")
+    ranks = {character.encode(): i for character, i in ids.items()}
+    return make_state("characters", CHARACTERS, rank_file(ranks), {})
+
+
+# ---- byte-level BPE
 
 
 def gpt2_encoding(bpe=""):
-    """GPT-2's byte-level BPE (50,257 tokens): from the file `bpe` where one is given (vocab.bpe, merges.txt, or the rank file r50k_base.tiktoken;
-    its checksum is verified), else from tiktoken's cache, else from the network. Raises FileNotFoundError when none has it, ValueError for another file."""
+    """GPT-2's byte-level BPE (50,257 tokens) as a tiktoken.Encoding.
+
+    From the file `bpe` where one is given (vocab.bpe, merges.txt, or r50k_base.tiktoken; its
+    checksum is verified), else from tiktoken's cache, else from the network. Raises InputError.
+    """
     if bpe:
-        path = Path(bpe)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no {path}: bpe= wants GPT-2's vocab.bpe (merges.txt) or its rank file (r50k_base.tiktoken)")
-        raw = path.read_bytes()
-        text = raw.replace(b"\r\n", b"\n").rstrip(b"\n") + b"\n"
-        digests = {hashlib.sha256(form).hexdigest() for form in (raw, text)}
-        if not digests & {GPT2_MERGES, GPT2_RANKS}:
-            raise ValueError(f"{path} is not GPT-2's BPE: its SHA-256 {hashlib.sha256(raw).hexdigest()[:12]}... is neither that of vocab.bpe nor that of "
-                             "r50k_base.tiktoken; fetch it again")
-        ranks = text.decode("ascii") if GPT2_RANKS in digests else ranks_of_merges(text.decode())
-        return encoding({"name": "gpt2", "pattern": GPT2_PATTERN, "special_tokens": {ENDOFTEXT: ranks.count("\n")}, "ranks": ranks})
+        return encoding(_gpt2_state(Path(bpe)))
     try:
         return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as e:  # requests' errors are OSErrors; a download with a wrong checksum is a ValueError
-        raise FileNotFoundError("GPT-2's BPE is neither in tiktoken's cache nor reachable: run once with network, point TIKTOKEN_CACHE_DIR to a "
-                                f"cache copied from another machine, or give its vocab.bpe with bpe=FILE ({type(e).__name__})") from None
+    except (OSError, ValueError) as error:  # no network; a download with a wrong checksum
+        raise InputError(
+            f"GPT-2's BPE is not in tiktoken's cache, nor reachable ({type(error).__name__}): run "
+            "once with network, point TIKTOKEN_CACHE_DIR to a cache copied from another machine, "
+            "or give its vocab.bpe with bpe=FILE"
+        ) from None
+
+
+def _gpt2_state(path):
+    raw = check_content(path).read_bytes()
+    text = raw.replace(b"\r\n", b"\n").rstrip(b"\n") + b"\n"  # as before it met other editors
+    digests = {hashlib.sha256(raw).hexdigest(), hashlib.sha256(text).hexdigest()}
+    if GPT2_RANKS in digests:
+        ranks = text.decode()
+    elif GPT2_MERGES in digests:
+        ranks = ranks_of_merges(text.decode())
+    else:
+        raise InputError(
+            f"{path} is not GPT-2's BPE: its SHA-256 {hashlib.sha256(raw).hexdigest()[:12]}... is "
+            "neither that of vocab.bpe (merges.txt) nor that of r50k_base.tiktoken; fetch it again"
+        )
+    return make_state("gpt2", GPT2_PATTERN, ranks, {ENDOFTEXT: ranks.count("\n")})
 
 
 def ranks_of_merges(text):
-    """The text of a rank file from the merges of a byte-level BPE in GPT-2's own form (vocab.bpe, merges.txt): the 256 bytes in GPT-2's order,
-    then one token a line, in which printable bytes stand for themselves and the others for the characters 256, 257, ..."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    lines = [line for line in text.split("\n") if line and not line.startswith("#version")]
-    tokens = [bytes([b]) for b in printable + others] + [bytes(byte_of[c] for c in line.replace(" ", "")) for line in lines]
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    """The text of a rank file from that of vocab.bpe (merges.txt): 256 bytes, then the merges."""
+    tokens = [bytes([byte]) for byte in BYTE_OF.values()]
+    for line in text.split("\n"):
+        if line and not line.startswith("#version"):
+            tokens.append(bytes_of(line.replace(" ", "")))
+    return rank_file({token: rank for rank, token in enumerate(tokens)})
 
 
-def encode(enc, text):
-    """Token ids of plain `text`: special tokens spelled out in it get no meaning. Raises ValueError at a character that a
-    character-level tokenizer does not have (tiktoken itself would panic)."""
-    if enc._pat_str == CHARACTERS and (foreign := sorted(c for c in set(text) if c.encode() not in enc._mergeable_ranks)):
-        raise ValueError(f"the tokenizer '{enc.name}' has no character {foreign[0]!r}: leave it out, or use a byte-level tokenizer")
-    return enc.encode_ordinary(text)
+def bytes_of(spelled):
+    """The bytes of a token as GPT-2's files spell it. Raises KeyError for any other character."""
+    return bytes(BYTE_OF[character] for character in spelled)
 
 
-def tokenizer_state(folder):
-    """The state of a dataset's tokenizer. Raises FileNotFoundError or ValueError, in a sentence, when the dataset is missing or damaged."""
-    meta = read_meta(folder)
-    if meta["tokenizer"]["file"] is False:
-        return _foreign_tokenizer(Path(folder))
-    path = Path(folder) / meta["tokenizer"]["file"]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{remedy(folder)}")
-    return {key: meta["tokenizer"][key] for key in ("name", "pattern", "special_tokens")} | {"ranks": path.read_text(encoding="ascii")}
+def learn_bpe(texts, vocab_size, name):
+    """State of a byte-level BPE learned from a list of texts; its last token is <|endoftext|>.
+
+    The same texts in the same order give the same tokens. Raises InputError for too little text.
+    """
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size - 1, show_progress=False, length=len(texts))
+    vocabulary = bpe.get_vocab()
+    if len(vocabulary) < vocab_size - 1:
+        raise InputError(
+            f"the text yields {len(vocabulary) + 1} tokens and not vocab_size={vocab_size}: "
+            "give a smaller vocab_size or more text"
+        )
+    ranks = rank_file({bytes_of(spelled): rank for spelled, rank in vocabulary.items()})
+    return make_state(name, GPT2_PATTERN, ranks, {ENDOFTEXT: len(vocabulary)})
 
 
 # ---- writing
 
+
+class TokenFile:
+    """A token file being written through `aside`: its number of tokens and checksum so far."""
+
+    def __init__(self, file, name, vocab_size):
+        self.file = file
+        self.name = name
+        self.dtype = np.dtype(dtype_of(vocab_size)).newbyteorder("<")
+        self.tokens = 0
+        self.digest = hashlib.sha256()
+
+    def write(self, ids):
+        block = np.asarray(ids).astype(self.dtype).tobytes()
+        self.file.write(block)
+        self.digest.update(block)
+        self.tokens += len(ids)
+
+    def entry(self):
+        """What meta.yaml says of it."""
+        return {"file": self.name, "tokens": self.tokens, "sha256": self.digest.hexdigest()}
+
+
+def dtype_of(vocab_size):
+    return "uint16" if vocab_size <= 65536 else "uint32"
+
+
 def write_dataset(folder, splits, tokenizer, **meta):
-    """Write a dataset, streaming, and return its meta. An older meta.yaml goes first and the new one comes last.
-    splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}, written in this order; tokenizer: a state;
-    meta: more keys for meta.yaml, plain types. Raises ValueError for an id outside the vocabulary or a split without tokens."""
+    """Write a dataset, streaming, and return its meta.
+
+    splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}, written in this order;
+    tokenizer: a state; meta: more keys for meta.yaml, plain types. An older meta.yaml goes first.
+    Raises InputError for an id outside the vocabulary or a split without tokens.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
     vocab_size = encoding(tokenizer).n_vocab
-    dtype = _dtype(vocab_size)
-    written = {}
+    entries = {}
     for split, arrays in splits.items():
-        path, tokens, digest = folder / f"{split}.bin", 0, hashlib.sha256()
+        path = folder / f"{split}.bin"
         with aside(path) as file:
+            writer = TokenFile(file, path.name, vocab_size)
             for ids in arrays:
                 ids = np.asarray(ids)
-                if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-                    raise ValueError(f"{path}: token ids {ids.min()}..{ids.max()} do not fit the tokenizer's {vocab_size} tokens")
-                block = ids.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-                file.write(block)
-                digest.update(block)
-                tokens += ids.size
-            if not tokens:
-                raise ValueError(f"{path}: the {split} split got no tokens; give it more text or a larger share")
-        written[split] = {"file": path.name, "tokens": tokens, "sha256": digest.hexdigest()}
-    return write_meta(folder, written, tokenizer, **meta)
+                if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+                    raise InputError(
+                        f"{path}: token ids {ids.min()}..{ids.max()} do not fit the tokenizer's "
+                        f"{vocab_size} tokens"
+                    )
+                writer.write(ids)
+            if not writer.tokens:
+                raise InputError(
+                    f"{path}: the {split} split got no tokens; give it more text or a larger share"
+                )
+        entries[split] = writer.entry()
+    return write_meta(folder, entries, tokenizer, **meta)
 
 
 def write_meta(folder, splits, tokenizer, **meta):
-    """Complete a dataset whose token files are there: tokenizer.tiktoken, then meta.yaml, which it returns. splits: as meta.yaml has them."""
-    folder, vocab_size = Path(folder), encoding(tokenizer).n_vocab
+    """Complete a dataset whose token files are there (splits: as meta.yaml has them).
+
+    Writes tokenizer.tiktoken, then meta.yaml, whose content it returns.
+    """
+    folder = Path(folder)
+    vocab_size = encoding(tokenizer).n_vocab
     write_aside(folder / "tokenizer.tiktoken", tokenizer["ranks"])
-    meta = {"format": FORMAT, "vocab_size": vocab_size, "dtype": _dtype(vocab_size),
-            "tokenizer": {key: tokenizer[key] for key in ("name", "pattern", "special_tokens")} | {"file": "tokenizer.tiktoken"},
-            "splits": splits} | meta
+    described = {key: tokenizer[key] for key in ("name", "pattern", "special_tokens")}
+    meta = {
+        "format": FORMAT,
+        "vocab_size": vocab_size,
+        "dtype": dtype_of(vocab_size),
+        "tokenizer": {**described, "file": "tokenizer.tiktoken"},
+        "splits": splits,
+        **meta,
+    }
     write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
-def _dtype(vocab_size):
-    return "uint16" if vocab_size <= 65536 else "uint32"
-
-
 # ---- reading
 
+
 def read_meta(folder):
-    """meta.yaml of a dataset as a dict. Raises FileNotFoundError when there is no (finished) dataset, ValueError when it is not one of ours."""
+    """meta.yaml of a dataset as a dict, or what it would say of a folder made elsewhere.
+
+    Raises InputError when there is no finished dataset, or one of another format.
+    """
     folder = Path(folder)
-    path = folder / "meta.yaml"
-    if not path.is_file() and (foreign := _foreign(folder)):
-        return foreign
-    meta = load_meta(folder, "token dataset", FORMAT)
-    keys = ["vocab_size", "dtype", "tokenizer.name", "tokenizer.pattern", "tokenizer.special_tokens", "tokenizer.file", "splits"]
-    for split, entry in (meta.get("splits") or {}).items():
-        keys += [f"splits.{split}.{key}" for key in ("shards" if isinstance(entry, dict) and "shards" in entry else "file", "tokens")]
-    for key in keys:
-        value = meta
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None:
-            raise ValueError(f"{path} lacks the key '{key}'{remedy(folder)}")
-    return meta
+    if not (folder / "meta.yaml").is_file():
+        meta = _foreign_meta(folder)
+        if meta:
+            return meta
+    keys = ("vocab_size", "dtype", "tokenizer", "splits")
+    return load_meta(folder, "token dataset", FORMAT, keys)
+
+
+def tokenizer_state(folder):
+    """The state of a dataset's tokenizer. Raises InputError when it is missing."""
+    folder = Path(folder)
+    state = dict(read_meta(folder)["tokenizer"])
+    file = state.pop("file")
+    if file is False:
+        return _foreign_tokenizer(folder)
+    ranks = check_content(folder / file).read_text(encoding="ascii")
+    return {**state, "ranks": ranks}
 
 
 class Tokens:
-    """One split of a dataset.
+    """One split of a dataset. Raises InputError where a file is missing or of another length.
 
-    path: of the .bin file (of the folder, where the split is in shards); meta: of the dataset; vocab_size; tokens: (N,) np.memmap, read-only, or a
-    Stream of several. Raises FileNotFoundError when dataset, split or file is missing, ValueError when a file is empty or not as long as meta.yaml says."""
+    path: of the .bin file (of the folder, where the split is in shards); meta: of the dataset;
+    vocab_size; tokens: (N,) np.memmap, read-only, or a Stream of several.
+    """
 
     def __init__(self, folder, split):
-        self.folder, self.meta = Path(folder), read_meta(folder)
+        self.folder = Path(folder)
+        self.meta = read_meta(folder)
         self.vocab_size = self.meta["vocab_size"]
         if split not in self.meta["splits"]:
-            raise FileNotFoundError(f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}")
-        entry, dtype = self.meta["splits"][split], np.dtype(self.meta["dtype"]).newbyteorder("<")
-        self.files, parts = [], []
-        for shard in entry.get("shards", [entry]):
-            path, offset = self.folder / shard["file"], shard.get("offset", 0)
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing{remedy(folder)}")
-            size, expected = path.stat().st_size, offset + shard["tokens"] * dtype.itemsize
-            if size == 0:
-                raise ValueError(f"{path} is empty{remedy(folder)}")
-            if size != expected:
-                raise ValueError(f"{path} is {size:,} bytes long where meta.yaml says {expected:,}{remedy(folder)}")
-            self.files.append(path)
-            parts.append(np.memmap(path, dtype, mode="r", offset=offset))
-        self.path = self.files[0] if len(parts) == 1 else self.folder
-        self.tokens = parts[0] if len(parts) == 1 else Stream(parts)
+            raise InputError(
+                f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}"
+            )
+        entry = self.meta["splits"][split]
+        parts = [self._open(shard) for shard in entry.get("shards", [entry])]
+        if len(parts) == 1:
+            self.path = Path(parts[0].filename)
+            self.tokens = parts[0]
+        else:
+            self.path = self.folder
+            self.tokens = Stream(parts)
+
+    def _open(self, shard):
+        path = check_content(self.folder / shard["file"])
+        dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
+        offset = shard.get("offset", 0)
+        size = path.stat().st_size
+        expected = offset + shard["tokens"] * dtype.itemsize
+        if size == 0:
+            raise InputError(f"{path} is empty{remedy(self.folder)}")
+        if size != expected:
+            where = f"{path} is {size:,} bytes long where {expected:,} are expected"
+            raise InputError(where + remedy(self.folder))
+        return np.memmap(path, dtype, mode="r", offset=offset)
 
     def __len__(self):
         return len(self.tokens)
 
     def windows(self, starts, length):
-        """int64 (len(starts), length): `length` tokens from each of `starts`, ids checked against vocab_size.
-        Raises ValueError for a window that leaves the split or an id that is no token."""
+        """int64 (len(starts), length): `length` tokens from each of `starts`.
+
+        Raises InputError for a window that leaves the split or an id that is no token.
+        """
         starts = np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(self) - length:
-            raise ValueError(f"{self.path}: windows of {length} tokens from {starts.min()} to {starts.max()} leave its {len(self)} tokens")
+            raise InputError(
+                f"{self.path}: windows of {length} tokens from {starts.min()} to {starts.max()} "
+                f"leave its {len(self)} tokens"
+            )
         ids = np.empty((len(starts), length), dtype=np.int64)
         for row, start in zip(ids, starts):
-            row[:] = self.tokens[start:start + length]
+            row[:] = self.tokens[start : start + length]
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
-            raise ValueError(f"{self.path}: token id {ids[row, column]} at offset {starts[row] + column} is outside the vocabulary of "
-                             f"{self.vocab_size}{remedy(self.folder, ' overwrite=True')}")
+            raise InputError(
+                f"{self.path}: token id {ids[row, column]} at offset {starts[row] + column} is "
+                f"outside the vocabulary of {self.vocab_size}"
+                + remedy(self.folder, " overwrite=True")
+            )
         return ids
 
 
 class Stream:
-    """Several arrays read as one: len, slices, and arrays of indices (which a plain memmap takes as well)."""
+    """Several arrays read as one: len, slices, and arrays of indices, as a memmap takes them."""
 
     def __init__(self, parts):
-        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+        self.begins = self.ends - [len(part) for part in parts]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -236,26 +452,28 @@ class Stream:
         return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype, copy=False)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                return self[np.arange(start, stop, step)]
-            pieces = []
-            for k in range(np.searchsorted(self.ends, start, "right"), len(self.parts)):
-                begin = self.ends[k] - len(self.parts[k])
-                if begin >= stop:
-                    break
-                pieces.append(self.parts[k][max(start - begin, 0):stop - begin])
-            return pieces[0] if len(pieces) == 1 else np.concatenate([self.parts[0][:0], *pieces])
-        index = np.asarray(index)
+        if not isinstance(index, slice):
+            return self._pick(np.asarray(index))
+        start, stop, step = index.indices(len(self))
+        if step != 1:
+            return self._pick(np.arange(start, stop, step))
+        pieces = [self.parts[0][:0]]
+        for part, begin, end in zip(self.parts, self.begins, self.ends):
+            if begin < stop and start < end:
+                pieces.append(part[max(start - begin, 0) : max(stop - begin, 0)])
+        return np.concatenate(pieces)
+
+    def _pick(self, index):
         if index.size and not -len(self) <= index.min() <= index.max() < len(self):
-            raise IndexError(f"index {index.min()}..{index.max()} in a stream of {len(self)} tokens")
+            span = f"{index.min()}..{index.max()}"
+            raise IndexError(f"index {span} in a stream of {len(self)} tokens")
         index = index % len(self)
         which = np.searchsorted(self.ends, index, "right")
-        out = np.empty(index.shape, self.parts[0].dtype)
+        picked = np.empty(index.shape, self.parts[0].dtype)
         for k in np.unique(which):
-            out[which == k] = self.parts[k][index[which == k] - (self.ends[k] - len(self.parts[k]))]
-        return out[()]
+            inside = which == k
+            picked[inside] = self.parts[k][index[inside] - self.begins[k]]
+        return picked[()]
 
 
 def complete(folder):
@@ -264,388 +482,528 @@ def complete(folder):
         for split in read_meta(folder)["splits"]:
             Tokens(folder, split)
         tokenizer_state(folder)
-    except (ValueError, OSError):
+    except (InputError, OSError):
         return False
     return True
 
 
-def _foreign(folder):
-    """meta.yaml's content for a nanoGPT folder or one of shards with a header; None for any other, an unfinished one of ours say.
-    Raises ValueError for a token file that is damaged or of another tokenizer."""
+def already_made(folder, options):
+    """Whether a complete dataset of these options is there, which it says.
+
+    Raises InputError for one that was made with other options.
+    """
+    if not complete(folder):
+        return False
+    made_with = read_meta(folder).get("options")
+    if made_with != options:
+        raise InputError(
+            f"{folder} was made with other options ({made_with}): "
+            "give overwrite=True to make it again, or another out_dir="
+        )
+    print(f"{folder} is there already (overwrite=True makes it again)")
+    return True
+
+
+# ---- folders made elsewhere
+
+
+def _foreign_meta(folder):
+    """What meta.yaml would say of a folder of nanoGPT's or llm.c's token files; None for others."""
     if (folder / "unfinished").is_dir() or (folder / "tokenizer.tiktoken").exists():
-        return None
+        return None  # an unfinished one of ours
     for prepare in (folder / "prepare.py", folder.parent / "prepare.py"):
         if prepare.is_file() and "\nEMBEDDED = " in prepare.read_text(errors="replace"):
             return None
-    splits = headed_shards(folder)
+    splits = find_token_files(folder)
     if not {"train", "val"} <= splits.keys():
         return None
-    characters = _meta_pkl(folder)
-    return {"format": FORMAT, "vocab_size": len(characters) if characters else 50257, "dtype": "uint16", "source": f"{folder.name}, made elsewhere",
-            "tokenizer": {"name": "characters" if characters else "gpt2", "pattern": CHARACTERS if characters else GPT2_PATTERN,
-                          "special_tokens": {}, "file": False}, "splits": splits}
+    vocab_size = 50257
+    if (folder / "meta.pkl").is_file():
+        vocab_size = len(ranks_of(nanogpt_characters(folder / "meta.pkl")))
+    return {
+        "format": FORMAT,
+        "vocab_size": vocab_size,
+        "dtype": "uint16",
+        "source": f"{folder.name}, made elsewhere",
+        "tokenizer": {"file": False},
+        "splits": splits,
+    }
 
 
-def headed_shards(folder):
-    """Splits, as meta.yaml has them, of the token files in a folder: train.bin and val.bin, with or without a header, or *train*.bin and *val*.bin, which
-    must have one. Raises ValueError for one that is not as long as its header says, or of another version."""
+def find_token_files(folder):
+    """Splits, as meta.yaml has them, of token files that no meta.yaml describes.
+
+    train.bin and val.bin, with or without llm.c's header, or *train*.bin and *val*.bin with it.
+    """
     splits = {}
     for split in ("train", "val"):
-        whole = folder / f"{split}.bin"
-        shards = []
-        for path in [whole] if whole.is_file() else sorted(folder.glob(f"*{split}*.bin")):
-            size, head = path.stat().st_size, np.fromfile(path, "<i4", 256)
-            if len(head) == 256 and head[0] in (HEADER, 20240801) and head[1] in (1, 7):
-                if head[0] != HEADER:
-                    raise ValueError(f"{path} holds tokens of Llama 3: shards of GPT-2's tokens (header {HEADER}, version 1) are read")
-                if size != HEADER_BYTES + 2 * int(head[2]):
-                    raise ValueError(f"{path} is {size:,} bytes long where its header says {HEADER_BYTES + 2 * int(head[2]):,}: fetch it again")
-                shards.append({"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES})
-            elif path == whole:
-                if size % 2:
-                    raise ValueError(f"{path} is {size:,} bytes long, no whole number of uint16 tokens: fetch or make it again")
-                shards.append({"file": path.name, "tokens": size // 2})
+        bare = folder / f"{split}.bin"
+        paths = [bare] if bare.is_file() else sorted(folder.glob(f"*{split}*.bin"))
+        shards = [shard for shard in map(_read_header, paths) if shard]
+        if bare.is_file() and not shards:
+            shards = [{"file": bare.name, "tokens": bare.stat().st_size // 2}]
         if shards:
-            splits[split] = {"tokens": sum(shard["tokens"] for shard in shards), "shards": shards}
+            n_tokens = sum(shard["tokens"] for shard in shards)
+            splits[split] = {"tokens": n_tokens, "shards": shards}
     return splits
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts; a pickle that asks for anything else, code say, is refused."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}")
-
-
-def _meta_pkl(folder):
-    """{character: id} of nanoGPT's meta.pkl, {} where there is none. Raises ValueError for one that is not of characters, or holds code."""
-    path = folder / "meta.pkl"
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, "rb") as file:
-            stoi = dict(_PlainUnpickler(file).load()["stoi"])
-    except Exception as e:  # a torn pickle raises nearly anything
-        raise ValueError(f"{path} is not nanoGPT's meta.pkl ({type(e).__name__}: {e}): make the dataset again") from None
-    if not all(isinstance(c, str) and len(c) == 1 and isinstance(i, int) for c, i in stoi.items()) or sorted(stoi.values()) != list(range(len(stoi))):
-        raise ValueError(f"{path} is not a vocabulary of characters: nanoGPT folders of characters and of GPT-2's BPE are read")
-    return stoi
+def _read_header(path):
+    """meta.yaml's entry of a token file with llm.c's header; None for any other file."""
+    head = np.fromfile(path, "<i4", 256)
+    if len(head) == 256 and head[0] == HEADER and head[1] == 1:
+        return {"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES}
+    if len(head) == 256 and head[0] == LLAMA3_HEADER and head[1] == 7:
+        raise InputError(f"{path} holds tokens of Llama 3: shards of GPT-2's tokens are read")
+    return None
 
 
 def _foreign_tokenizer(folder):
-    characters = _meta_pkl(folder)
-    if characters:
-        ranks = "".join(f"{base64.b64encode(c.encode()).decode()} {i}\n" for c, i in sorted(characters.items(), key=lambda item: item[1]))
-        return {"name": "characters", "pattern": CHARACTERS, "special_tokens": {}, "ranks": ranks}
-    names = ("vocab.bpe", "merges.txt", "r50k_base.tiktoken", "gpt2.tiktoken")  # a copy beside the tokens serves where there is no network
+    if (folder / "meta.pkl").is_file():
+        return nanogpt_characters(folder / "meta.pkl")
+    for name in ("vocab.bpe", "merges.txt", "r50k_base.tiktoken", "gpt2.tiktoken"):
+        if (folder / name).is_file():
+            return state_of(gpt2_encoding(folder / name))
     try:
-        return state_of(gpt2_encoding(next((folder / name for name in names if (folder / name).is_file()), "")))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder} holds GPT-2's tokens, whose BPE is neither in tiktoken's cache nor reachable: put its vocab.bpe into the folder, "
-                                "or run once with network") from None
+        return state_of(gpt2_encoding())
+    except InputError:
+        raise InputError(
+            f"{folder} holds GPT-2's tokens, whose BPE is neither in tiktoken's cache nor "
+            "reachable: put its vocab.bpe into the folder, or run once with network"
+        ) from None
 
 
-# ---- any amount of documents into shards
+# ---- documents
 
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text", ".text": "text", ".md": "text"}
-BYTES_PER_TOKEN = 4.5  # of English in GPT-2's BPE
+ENDINGS = {
+    "parquet": (".parquet",),
+    "jsonl": (".jsonl", ".ndjson"),
+    "text": (".txt", ".text", ".md"),
+}
 
 
 def kind_of(path):
-    """'parquet', 'jsonl' or 'text', which is also everything else; .gz does not count."""
-    suffix = Path(str(path).removesuffix(".gz")).suffix.lower()
-    return KINDS.get(suffix, "text")
+    """'parquet', 'jsonl' or 'text' by the ending of the name, .gz left away; '' for any other."""
+    name = str(path).lower().removesuffix(".gz")
+    for kind, endings in ENDINGS.items():
+        if name.endswith(endings):
+            return kind
+    return ""
 
 
 def find_documents(root, pattern=""):
-    """Files of documents (sorted Paths): root itself, or those under it that match the glob `pattern`; without one its parquet files, else its
-    JSONL files, else its text files (.txt, .text, .md). Raises FileNotFoundError where there are none."""
+    """Files of documents, sorted: root itself, or those under it that match the glob `pattern`.
+
+    Without a pattern: a folder's parquet files, else its JSONL files, else its text files. Hidden
+    files and folders do not count. Raises InputError where there are none.
+    """
     root = Path(root)
     if root.is_file():
         return [root]
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist: root= wants a text, JSONL or parquet file, or a folder of them")
-    files = sorted(p for p in root.rglob(pattern or "*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+        raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
+    files = []
+    for path in sorted(root.rglob(pattern or "*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.is_file() and not hidden:
+            files.append(path)
     if not pattern:
-        known = [p for p in files if Path(str(p).removesuffix(".gz")).suffix.lower() in KINDS]
-        files = next((found for kind in ("parquet", "jsonl", "text") if (found := [p for p in known if kind_of(p) == kind])), [])
+        kinds = {kind_of(path) for path in files}
+        best = next((kind for kind in ENDINGS if kind in kinds), "none")
+        files = [path for path in files if kind_of(path) == best]
     if not files:
-        raise FileNotFoundError(f"{root} holds no {pattern or '.parquet, .jsonl, .txt or .md'} files: give another root=, or the kind of yours with files=")
+        raise InputError(
+            f"root={root} holds no {pattern or '.parquet, .jsonl, .txt or .md'} files: "
+            "give another root=, or the kind of yours with files="
+        )
     return files
 
 
-def _parquet(path, column):
+def documents(path, start=0, stop=None, column="text"):
+    """The texts of one file in order, None where a row or line has null. Raises InputError.
+
+    Of a parquet file its row groups start to stop; of a JSONL file the lines that begin in its
+    bytes start to stop; any other file is one text.
+    """
+    if kind_of(path) == "parquet":
+        yield from _parquet_texts(path, start, stop, column)
+        return
+    open_file = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with open_file(check_content(path), "rb") as file:
+            if kind_of(path) == "jsonl":
+                yield from _json_texts(path, file, start, stop, column)
+            else:
+                yield _whole_text(path, file.read())
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise InputError(f"{path} is not a whole gzip file: fetch it again") from None
+
+
+def _whole_text(path, raw):
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problem = f"is not UTF-8 text (byte {error.start}, line {line})"
+        raise InputError(f"{path} {problem}: convert it, or leave it out") from None
+
+
+def _json_texts(path, file, start, stop, column):
+    if start:  # the line that began before belongs to the piece before
+        file.seek(start - 1)
+        file.readline()
+    while stop is None or file.tell() < stop:
+        where = f"{path}: the line at byte {file.tell()}"
+        line = file.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            problem = f"is not JSON in UTF-8: write one object a line, its text in '{column}'"
+            raise InputError(f"{where} {problem}") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{where} is no object with a text in '{column}'")
+        text = record.get(column, 0)
+        if not isinstance(text, str | None):
+            problem = f"has no text in '{column}' (keys: {', '.join(record)}): give column="
+            raise InputError(f"{where} {problem}")
+        yield text
+
+
+def _parquet_texts(path, start, stop, column):
+    file = _open_parquet(path, column)
+    groups = range(file.num_row_groups)[start:stop]
+    for batch in file.iter_batches(1000, row_groups=list(groups), columns=[column]):
+        yield from batch.column(0).to_pylist()
+
+
+def _open_parquet(path, column):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{path} wants pyarrow to be read: pip install pyarrow") from None
+        raise InputError(f"{path} wants pyarrow to be read: pip install pyarrow") from None
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (OSError, ValueError) as e:  # pyarrow's errors are either
-        raise ValueError(f"{path} is not a whole parquet file ({' '.join(str(e).split())[:100]}): fetch it again") from None
-    if column not in file.schema_arrow.names:
-        raise ValueError(f"{path} has no column '{column}', only {', '.join(file.schema_arrow.names)}: give column=")
+        file = pyarrow.parquet.ParquetFile(check_content(path))
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"{path} is not a whole parquet file ({reason}): fetch it again") from None
+    schema = file.schema_arrow
+    if column not in schema.names:
+        names = ", ".join(schema.names)
+        raise InputError(f"{path} has no column '{column}', only {names}: give column=")
+    if "string" not in str(schema.field(column).type):
+        raise InputError(f"{path}: the column '{column}' is no text: give column=")
     return file
 
 
-def documents(path, start=0, stop=None, column="text"):
-    """The texts of one file, in order: rows of a parquet file (of its row groups start to stop), lines of a JSONL file (those that begin in its bytes
-    start to stop), or a text file as a whole. Raises ValueError, in a sentence, for what is not such a file."""
-    kind = kind_of(path)
-    if kind == "parquet":
-        file = _parquet(path, column)
-        groups = list(range(start, file.num_row_groups if stop is None else stop))
-        for batch in file.iter_batches(1000, row_groups=groups, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text)
-        return
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        try:
-            if kind == "text":
-                yield file.read().decode("utf-8-sig")
-                return
-            if start:  # the line that began before belongs to the piece before
-                file.seek(start - 1)
-                file.readline()
-            while stop is None or file.tell() < stop:
-                at, line = file.tell(), file.readline()
-                if not line:
-                    return
-                if line.strip():
-                    record = json.loads(line)
-                    text = record.get(column) if isinstance(record, dict) else None
-                    if not isinstance(text, str):
-                        keys = ", ".join(map(str, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
-                        raise ValueError(f"{path}: the line at byte {at} has no text in '{column}', only {keys}: give column=")
-                    yield text
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): convert it, or leave it out") from None
-        except (gzip.BadGzipFile, EOFError):
-            raise ValueError(f"{path} is not a whole gzip file: fetch it again") from None
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}: the line at byte {at} is not JSON: one object a line, text in '{column}'") from None
+def _group_bytes(path, column):
+    """Bytes of the texts in each row group of a parquet file."""
+    file = _open_parquet(path, column)
+    at = file.schema_arrow.names.index(column)
+    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+    return [group.column(at).total_uncompressed_size for group in groups]
 
 
-def cut(files, shard_bytes, column="text"):
-    """Pieces of about shard_bytes of text, each for one pair of shards: [[(path, start, stop), ...], ...] as documents() takes them."""
-    pieces = []
-    for path in files:
-        kind, size = kind_of(path), Path(path).stat().st_size
-        if kind == "parquet":
-            file, start, held = _parquet(path, column), 0, 0
-            at = file.schema_arrow.names.index(column)
-            for group in range(file.num_row_groups):
-                held += file.metadata.row_group(group).column(at).total_uncompressed_size
-                if held >= shard_bytes or group == file.num_row_groups - 1:
-                    pieces.append([(path, start, group + 1)])
-                    start, held = group + 1, 0
-        elif kind == "jsonl" and not str(path).endswith(".gz"):
-            pieces += [[(path, start, min(size, start + shard_bytes))] for start in range(0, size, shard_bytes)]
-        else:
-            pieces.append([(path, 0, None)])
-    return pieces
+# ---- any amount of documents into shards
 
 
-def group_files(files, shard_bytes):
-    """Sources for write_shards from local files: each parquet or JSONL file by itself, text files together up to shard_bytes."""
+@dataclass
+class Source:
+    """Files that are fetched and tokenised together."""
+
+    files: list  # paths, or names on the hub
+    bytes: int  # about how much text they hold
+
+
+@dataclass
+class Plan:
+    """How documents become shards. Sources, tokenizer and this decide what the shards hold."""
+
+    column: str = "text"  # of JSONL and parquet files
+    val_fraction: float = 0.0005  # of the documents, by a hash of their text: never on both sides
+    tail: bool = False  # the end of each document for validation instead, for few long ones
+    shard_bytes: int = 450_000_000  # text per shard
+
+
+def group_files(files, plan):
+    """Sources of local files: text files together up to shard_bytes, any other by itself."""
     sources = []
+    room = 0
     for path in files:
         size = path.stat().st_size
-        if kind_of(path) == "text" and sources and sources[-1]["text"] and sources[-1]["bytes"] + size <= shard_bytes:
-            sources[-1]["files"].append(str(path))
-            sources[-1]["bytes"] += size
+        if kind_of(path) == "parquet":
+            size = sum(_group_bytes(path, plan.column))
+        elif str(path).endswith(".gz"):
+            size *= 3
+        is_text = kind_of(path) in ("text", "")
+        if is_text and size <= room:
+            sources[-1].files.append(str(path))
+            sources[-1].bytes += size
+            room -= size
         else:
-            sources.append({"files": [str(path)], "bytes": size, "text": kind_of(path) == "text"})
+            sources.append(Source([str(path)], size))
+            room = plan.shard_bytes - size if is_text else 0
     return sources
 
 
-def write_shards(folder, sources, tokenizer, *, column="text", val_fraction=0.0005, tail=False, shard_bytes=450_000_000, workers=0, tokens=0, fetch=None,
-                 keep=True, overwrite=False, **meta):
-    """Make a dataset of any amount of documents, end-of-text after each, and return its meta: a train and a val shard of every piece of text.
+def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrite=False, **meta):
+    """Make a dataset of documents, end-of-text after each, and return its meta.
 
-    Parallel over pieces; a kill at any moment costs the pieces at work, and the same call goes on. The result does not depend on the workers.
-    sources: [{files: [name, ...], bytes}, ...] in order, fetch(name) giving the local path of one (None: names are paths), removed again unless `keep`.
-    val_fraction: share of documents for validation, by a hash of their text, so that a repeated document is on one side only; tail: the end of
-    each document instead, for few long ones. tokens: how many to expect, 0: estimated from the first documents.
-    Raises OSError where the disk has not the room, ValueError for damaged sources, and for a folder begun with others."""
-    from tqdm import tqdm
-    folder, work = Path(folder), Path(folder) / "unfinished"
+    A train and a val shard of every piece of text, parallel over pieces. A kill at any moment costs
+    the pieces at work, and the same call goes on; the result depends on neither kills nor workers.
+    tokenizer: a state; hub: a Hub that fetches the sources' files; workers: processes, 0: one per
+    core. Raises InputError where the disk lacks the room, for damaged sources, and for a folder
+    that was begun from others.
+    """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FileExistsError(f"{folder} is being made by another job: wait for it, or give another out_dir=") from None
-        if not overwrite and not work.is_dir() and any(folder.glob("*.bin")) and not (folder / "meta.yaml").is_file():
-            raise FileExistsError(f"{folder} holds token files that were not made here: give another out_dir=, or overwrite=True to replace them")
-        plan = hashlib.sha256(json.dumps([sources, column, val_fraction, tail, shard_bytes, tokenizer]).encode()).hexdigest()
-        if overwrite or not work.is_dir():
-            (folder / "meta.yaml").unlink(missing_ok=True)
-            shutil.rmtree(work, ignore_errors=True)
-            for old in (*folder.glob("train*.bin*"), *folder.glob("val*.bin*")):
-                old.unlink()
-            work.mkdir()
-            (work / "plan").write_text(plan)
-        elif not (work / "plan").is_file() or (work / "plan").read_text() != plan:
-            raise ValueError(f"{folder} was begun from other files or with other options: give those to go on, or overwrite=True to start again")
-        for torn in folder.glob("*.tmp-*"):  # what a kill left
-            torn.unlink()
-        enc, total = encoding(tokenizer), sum(source["bytes"] for source in sources)
-        itemsize = np.dtype(_dtype(enc.n_vocab)).itemsize
-        tokens = tokens or _expect(sources, enc, column, fetch)
-        there = sum(path.stat().st_size for path in folder.glob("*.bin"))
-        passing = 0 if not fetch else total if keep else min(total, 3 * max(source["bytes"] for source in sources))  # files on their way
-        need, free = max(0, tokens * itemsize - there) + passing, shutil.disk_usage(folder).free
-        print(f"{folder}: {total / 1e9:.3g} GB in {sum(len(source['files']) for source in sources):,} files, about {tokens / 1e6:,.1f} M tokens; they take "
-              f"{tokens * itemsize / 1e9:.3g} GB of disk, of which {there / 1e9:.3g} GB are there" + (
-                  f", and files on their way {passing / 1e9:.3g} GB" if passing else "") + f"; {free / 1e9:.0f} GB are free", flush=True)
-        if need > free:
-            raise OSError(f"{folder} wants about {need / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB free: make room, or give another out_dir=")
-        workers = workers or os.cpu_count()
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _set_tokenizer, (tokenizer,)) if workers > 1 else None
-        _set_tokenizer(tokenizer)
-        bar = tqdm(total=total, unit="B", unit_scale=True, desc="tokens", dynamic_ncols=True, smoothing=0.1)
-        waiting = deque()
-
-        def finish(number, jobs, files):
-            for job in jobs:
-                if hasattr(job, "result"):
-                    job.result()
-                bar.update(sources[number]["bytes"] / len(jobs))
-            _write_json(work / f"source-{number:05d}.json", len(jobs))
-            for path in files if not keep else ():
-                Path(path).unlink(missing_ok=True)
-
-        try:
-            for number, source in enumerate(sources):
-                if (work / f"source-{number:05d}.json").is_file():
-                    bar.update(source["bytes"])
-                    continue
-                files = [fetch(name) if fetch else name for name in source["files"]]
-                pieces = cut(files, shard_bytes, column)
-                if source.get("text"):
-                    pieces = [[part for piece in pieces for part in piece]]
-                jobs = []
-                for i, piece in enumerate(pieces):
-                    name, job = f"{number:05d}-{i:05d}", None
-                    if not (work / f"{name}.json").is_file():
-                        args = (folder, name, piece, column, val_fraction, tail)
-                        job = pool.submit(_tokenise, *args) if pool else _tokenise(*args)
-                    jobs.append(job)
-                waiting.append((number, jobs, files))
-                while len(waiting) > 1 and sum(hasattr(job, "done") and not job.done() for _, jobs, _ in waiting for job in jobs) > 2 * workers:
-                    finish(*waiting.popleft())
-            while waiting:
-                finish(*waiting.popleft())
-        except BrokenProcessPool:
-            raise ValueError(f"{folder}: a worker was killed, for want of memory perhaps: run it again, which goes on, with a smaller workers=") from None
-        except ValueError as e:  # from another process it comes with that one's traceback
-            raise ValueError(str(e)) from None
-        finally:
-            bar.close()
-            if pool:
-                pool.shutdown(cancel_futures=True)
-        splits, counts = {}, {"documents": 0, "characters": 0}
-        for path in sorted(work.glob("[0-9]*-*.json")):
-            record = json.loads(path.read_text())
-            for split, shard in record["splits"].items():
-                entry = splits.setdefault(split, {"tokens": 0, "shards": []})
-                entry["tokens"] += shard["tokens"]
-                entry["shards"].append(shard)
-            counts = {key: n + record[key] for key, n in counts.items()}
-        for split in ("train", "val"):
-            if split not in splits:
-                raise ValueError(f"{folder}: the {split} split got no tokens of {counts['documents']} documents; give it more text, or another val_fraction=")
-        meta = write_meta(folder, {split: splits[split] for split in ("train", "val")}, tokenizer, **counts, **meta)
+            raise InputError(f"{folder} is being made by another job: wait for it") from None
+        content = [[asdict(source) for source in sources], asdict(plan), tokenizer]
+        work = _begin(folder, hashlib.sha256(json.dumps(content).encode()).hexdigest(), overwrite)
+        _check_disk(folder, sources, tokenizer, hub)
+        _tokenise_all(folder, sources, tokenizer, plan, hub, workers or os.cpu_count())
+        splits, counts = _collect(work)
+        for split, entry in splits.items():
+            if not entry["tokens"]:
+                raise InputError(
+                    f"{folder}: the {split} split got no tokens of {counts['documents']} documents;"
+                    " give it more text, or another val_fraction="
+                )
+        meta = write_meta(folder, splits, tokenizer, **counts, **meta)
         shutil.rmtree(work)
-        return meta
+    for what, n in counts.items():
+        print(f"{folder}: {n:,} {what.replace('_', ' ')}")
+    for split, entry in splits.items():
+        print(f"{folder}: {split} {entry['tokens']:,} tokens in {len(entry['shards'])} shards")
+    return meta
 
 
-def _expect(sources, enc, column, fetch):
-    """About how many tokens the sources hold, from the first megabyte of text."""
-    if fetch:
-        return round(sum(source["bytes"] for source in sources) / BYTES_PER_TOKEN)
-    seen = made = 0
-    for text in (text for source in sources for path in source["files"] for text in documents(path, column=column)):
-        text = text[:1_000_000 - seen]
-        seen, made = seen + len(text.encode()), made + len(encode(enc, text)) + 1
-        if seen >= 1_000_000:
-            break
-    size = 0
-    for path in (path for source in sources for path in source["files"]):
-        if kind_of(path) == "parquet":
-            file = _parquet(path, column).metadata
-            at = next(i for i in range(file.num_columns) if file.schema.column(i).path.split(".")[0] == column)
-            size += sum(file.row_group(group).column(at).total_uncompressed_size for group in range(file.num_row_groups))
-        else:
-            size += Path(path).stat().st_size * (3 if str(path).endswith(".gz") else 1)
-    return round(size * made / max(1, seen))
+def _begin(folder, plan_hash, overwrite):
+    """The folder of the records of finished pieces: new, or as an earlier call left it."""
+    work = folder / "unfinished"
+    begun = work / "plan"
+    ours = work.is_dir() or (folder / "meta.yaml").is_file()
+    if not overwrite and not ours and any(folder.glob("*.bin")):
+        raise InputError(
+            f"{folder} holds token files that were not made here: "
+            "give another out_dir=, or overwrite=True to replace them"
+        )
+    if overwrite or not begun.is_file():
+        (folder / "meta.yaml").unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
+        for old in (*folder.glob("train*.bin*"), *folder.glob("val*.bin*")):
+            old.unlink()
+        work.mkdir()
+        write_aside(begun, plan_hash)
+    elif begun.read_text() != plan_hash:
+        raise InputError(
+            f"{folder} was begun from other files or with other options: "
+            "give those to go on, or overwrite=True to start again"
+        )
+    for torn in folder.glob("*.tmp-*"):  # what a kill left
+        torn.unlink()
+    return work
 
 
-def _set_tokenizer(state):
-    global _encoder
-    _encoder = encoding(state)
+def _check_disk(folder, sources, tokenizer, hub):
+    """Say how much disk the shards take. Raises InputError where there is not enough."""
+    tokenizer = Tokenizer(tokenizer)
+    n_bytes = sum(source.bytes for source in sources)
+    n_tokens = n_bytes / (4.5 if tokenizer.known is None else 1)  # of English in GPT-2's BPE
+    there = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    need = max(0, n_tokens * np.dtype(dtype_of(tokenizer.n_vocab)).itemsize - there)
+    if hub:
+        need += hub.bytes_on_disk()
+    free = shutil.disk_usage(folder).free
+    print(
+        f"{folder}: {n_bytes / 1e9:.3g} GB of text, about {n_tokens / 1e6:,.1f} M tokens, want "
+        f"{need / 1e9:.3g} GB of disk; {free / 1e9:.0f} GB are free",
+        flush=True,
+    )
+    if need > free:
+        raise InputError(
+            f"{folder} wants {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: "
+            "make room, or give another out_dir="
+        )
 
 
-def _tokenise(folder, name, piece, column, val_fraction, tail):
-    """One piece of text into its shards; the record of them is written last, so a piece that has one is done."""
-    record = {"documents": 0, "characters": 0, "splits": {}}
-    eot, dtype = _encoder._special_tokens.get(ENDOFTEXT), np.dtype(_dtype(_encoder.n_vocab)).newbyteorder("<")
-    with contextlib.ExitStack() as stack:
-        files = {}
+def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
+    """Every piece of every source that is not done yet, while later sources are fetched."""
+    from tqdm import tqdm
+
+    if workers > 1:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(1)
+    bar = tqdm(total=sum(source.bytes for source in sources), unit="B", unit_scale=True)
+    room = threading.BoundedSemaphore(2 * workers)  # pieces at work or next in line
+    at_work = deque()  # (record of a source, its files, its jobs)
+    try:
+        for number, source in enumerate(sources):
+            record = folder / "unfinished" / f"source-{number:05d}"
+            bar.update(source.bytes)
+            if record.is_file():
+                continue
+            files = [hub.fetch(name) for name in source.files] if hub else source.files
+            jobs = []
+            for i, piece in enumerate(cut(files, plan)):
+                name = f"{number:05d}-{i:05d}"
+                if not (folder / "unfinished" / f"{name}.json").is_file():
+                    room.acquire()
+                    jobs.append(pool.submit(_tokenise, folder, name, piece, plan, tokenizer))
+                    jobs[-1].add_done_callback(lambda _: room.release())
+            at_work.append((record, files, jobs))
+            while at_work and all(job.done() for job in at_work[0][2]):
+                _finish(*at_work.popleft(), hub)
+        while at_work:
+            _finish(*at_work.popleft(), hub)
+    except BrokenProcessPool:
+        raise InputError(
+            f"{folder}: a worker was killed, for want of memory perhaps: run it again, which goes "
+            "on, with a smaller workers="
+        ) from None
+    finally:
+        bar.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _finish(record, files, jobs, hub):
+    """Wait for the pieces of a source; then its files are not needed any more."""
+    for job in jobs:
+        job.result()
+    write_aside(record, "done")
+    if hub and not hub.keep:
+        for path in files:
+            Path(path).unlink(missing_ok=True)
+
+
+def cut(files, plan):
+    """Pieces of about shard_bytes of text: [[(path, start, stop), ...], ...] for documents()."""
+    path = files[0]
+    if kind_of(path) == "jsonl" and not str(path).endswith(".gz"):
+        size = Path(path).stat().st_size
+        starts = range(0, size, plan.shard_bytes)
+        return [[(path, start, min(size, start + plan.shard_bytes))] for start in starts]
+    if kind_of(path) != "parquet":
+        return [[(path, 0, None) for path in files]]
+    sizes = _group_bytes(path, plan.column)
+    pieces = []
+    start = 0
+    for group in range(len(sizes)):
+        if sum(sizes[start : group + 1]) >= plan.shard_bytes or group == len(sizes) - 1:
+            pieces.append([(path, start, group + 1)])
+            start = group + 1
+    return pieces
+
+
+def _tokenise(folder, name, piece, plan, tokenizer):
+    """A piece of text into its shards. Its record is written last: a piece that has one is done."""
+    tokenizer = Tokenizer(tokenizer)
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    counts = Counter()
+    shards = {}
+    with ExitStack() as stack:
+        for split in ("train", "val"):
+            path = folder / f"{split}_{name}.bin"
+            file = stack.enter_context(aside(path))
+            shards[split] = TokenFile(file, path.name, tokenizer.n_vocab)
         for path, start, stop in piece:
-            for text in documents(path, start, stop, column):
-                record["documents"] += 1
-                record["characters"] += len(text)
-                if tail:  # at the end of a line, where there is one
-                    at = int(len(text) * (1 - val_fraction))
-                    at = text.rfind("\n", 0, at) + 1 or at
-                    sides = (("train", text[:at]), ("val", text[at:]))
-                else:
-                    place = int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big") / 2 ** 64
-                    sides = (("val" if place < val_fraction else "train", text),)
-                for split, part in sides:
-                    if not part:
-                        continue
-                    if split not in files:
-                        shard = {"file": f"{split}_{name}.bin", "tokens": 0}
-                        files[split] = (shard, stack.enter_context(aside(folder / shard["file"])), hashlib.sha256())
-                    shard, file, digest = files[split]
-                    ids = np.array(encode(_encoder, part) + ([] if eot is None else [eot]), dtype)
-                    shard["tokens"] += len(ids)
-                    file.write(ids.tobytes())
-                    digest.update(ids.tobytes())
-    record["splits"] = {split: shard | {"sha256": digest.hexdigest()} for split, (shard, _, digest) in files.items() if shard["tokens"]}
-    for split, (shard, _, _) in files.items():
-        if split not in record["splits"]:
-            (folder / shard["file"]).unlink()
-    _write_json(folder / "unfinished" / f"{name}.json", record)
+            for document in documents(path, start, stop, plan.column):
+                if not document:
+                    counts["documents_left_out_as_null_or_empty"] += 1
+                    continue
+                text = replace_lone_surrogates(document)
+                counts["documents"] += 1
+                counts["characters"] += len(text)
+                counts["documents_with_half_a_character_replaced"] += text != document
+                for split, part in _sides(text, plan):
+                    if part:
+                        shards[split].write(tokenizer.encode_array(part))
+                        shards[split].write(end)
+    for shard in shards.values():
+        if not shard.tokens:
+            (folder / shard.name).unlink()
+    splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
+    record = {"counts": counts, "splits": splits}
+    write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
 
 
-def _write_json(path, value):
-    write_aside(path, json.dumps(value))
+def _sides(text, plan):
+    """[(split, its part of the document), ...]."""
+    if plan.tail:
+        at = int(len(text) * (1 - plan.val_fraction))
+        at = text.rfind("\n", 0, at) + 1 or at  # at the end of a line, where there is one
+        return [("train", text[:at]), ("val", text[at:])]
+    digest = hashlib.sha256(text.encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return [("val" if place < plan.val_fraction else "train", text)]
+
+
+def _collect(work):
+    """(splits as meta.yaml has them, counts) from the records of all pieces."""
+    splits = {"train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
+    counts = Counter()
+    for path in sorted(work.glob("*.json")):
+        record = json.loads(path.read_text())
+        counts.update(record["counts"])
+        for split, shard in record["splits"].items():
+            splits[split]["tokens"] += shard["tokens"]
+            splits[split]["shards"].append(shard)
+    return splits, {what: n for what, n in counts.items() if n}
 
 
 class Hub:
-    """Files of a dataset on the Hugging Face hub: listed once, at one revision, then fetched one by one, resumed and verified by its client.
+    """Files of a dataset on the Hugging Face hub, listed once, at one revision.
 
-    files: [(name, bytes), ...] of those that `wanted(name)`; revision: the commit they are of. Raises FileNotFoundError without network or client."""
+    Fetched one by one, resumed and verified by the hub's client. files: [(name, bytes), ...] of
+    those that match one of `patterns`; revision: the commit they are of; keep: whether they stay
+    once they are tokenised. Raises InputError without network.
+    """
 
-    def __init__(self, repo, wanted, folder, revision=None):
-        self.repo, self.folder = repo, Path(folder)
-        info = self._ask(lambda hub: hub.HfApi().dataset_info(repo, revision=revision, files_metadata=True))
+    def __init__(self, repo, patterns, folder, keep=False):
+        self.repo = repo
+        self.folder = Path(folder)
+        self.keep = keep
+        info = self._ask("dataset_info", files_metadata=True)
         self.revision = info.sha
-        self.files = [(f.rfilename, f.size or 0) for f in sorted(info.siblings, key=lambda f: f.rfilename) if wanted(f.rfilename)]
+        self.files = []
+        for file in info.siblings:
+            if any(fnmatch(file.rfilename, pattern) for pattern in patterns):
+                self.files.append((file.rfilename, file.size or 0))
+        self.files.sort()
         if not self.files:
-            raise FileNotFoundError(f"{repo} on the Hugging Face hub has no such files any more: give a local copy with root=PATH")
+            raise InputError(f"{repo} on the hub has no {', '.join(patterns)}: give root=PATH")
+
+    def sources(self, tokens, n_files=0):
+        """Sources of the first n_files (0: all); tokens: how many all files hold together."""
+        text_bytes = round(4.5 * tokens / len(self.files))
+        return [Source([name], text_bytes) for name, _ in self.files[: n_files or None]]
+
+    def bytes_on_disk(self):
+        """What the files take: all of them, or the few on their way."""
+        sizes = [size for _, size in self.files]
+        return sum(sizes) if self.keep else 3 * max(sizes)
 
     def fetch(self, name):
         """Local path of a file."""
-        return self._ask(lambda hub: hub.hf_hub_download(self.repo, name, repo_type="dataset", revision=self.revision, local_dir=self.folder))
+        options = {"filename": name, "revision": self.revision, "local_dir": self.folder}
+        return self._ask("hf_hub_download", repo_type="dataset", **options)
 
-    def _ask(self, what):
+    def _ask(self, method, **options):
+        from huggingface_hub import HfApi
+
         try:
-            import huggingface_hub
-            return what(huggingface_hub)
-        except Exception as e:  # the hub's client has many: no network, no such proxy, no disk
-            raise FileNotFoundError(f"{self.repo} could not be had from the Hugging Face hub ({type(e).__name__}): go where there is network and run this "
-                                    "again, which goes on, or give a local copy with root=PATH") from None
+            return getattr(HfApi(), method)(self.repo, **options)
+        except Exception as error:  # the client has many: no network, no such proxy, no disk
+            raise InputError(
+                f"{self.repo} could not be had from the Hugging Face hub "
+                f"({type(error).__name__}): go where there is network and run this again, which "
+                "goes on, or give a local copy with root=PATH"
+            ) from None
