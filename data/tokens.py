@@ -28,7 +28,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -772,10 +771,9 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
         splits, counts = _collect(work)
         for split, entry in splits.items():
             if not entry["tokens"]:
-                raise InputError(
-                    f"{folder}: the {split} split got no tokens of {counts['documents']} documents;"
-                    " give it more text, or another val_fraction="
-                )
+                n = counts.get("documents", 0)
+                problem = f"the {split} split got no tokens of {n} documents"
+                raise InputError(f"{folder}: {problem}: give more text, or another val_fraction=")
         meta = write_meta(folder, splits, tokenizer, **counts, **meta)
         shutil.rmtree(work)
     for what, n in counts.items():
@@ -843,27 +841,26 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
     else:
         pool = ThreadPoolExecutor(1)
     bar = tqdm(total=sum(source.bytes for source in sources), unit="B", unit_scale=True)
-    room = threading.BoundedSemaphore(2 * workers)  # pieces at work or next in line
-    at_work = deque()  # (record of a source, its files, its jobs)
+    work = folder / "unfinished"
+    at_work = deque()  # jobs of each source, and what finishes it
     try:
         for number, source in enumerate(sources):
-            record = folder / "unfinished" / f"source-{number:05d}"
-            bar.update(source.bytes)
+            record = work / f"source-{number:05d}"
             if record.is_file():
+                bar.update(source.bytes)
                 continue
             files = [hub.fetch(name) for name in source.files] if hub else source.files
             jobs = []
             for i, piece in enumerate(cut(files, plan)):
                 name = f"{number:05d}-{i:05d}"
-                if not (folder / "unfinished" / f"{name}.json").is_file():
-                    room.acquire()
+                if not (work / f"{name}.json").is_file():
                     jobs.append(pool.submit(_tokenise, folder, name, piece, plan, tokenizer))
-                    jobs[-1].add_done_callback(lambda _: room.release())
-            at_work.append((record, files, jobs))
-            while at_work and all(job.done() for job in at_work[0][2]):
-                _finish(*at_work.popleft(), hub)
+            used_up = [] if hub is None or hub.keep else files
+            at_work.append((jobs, record, used_up))
+            while sum(len(jobs) for jobs, _, _ in at_work) > 2 * workers:
+                _finish(*at_work.popleft(), bar)
         while at_work:
-            _finish(*at_work.popleft(), hub)
+            _finish(*at_work.popleft(), bar)
     except BrokenProcessPool:
         raise InputError(
             f"{folder}: a worker was killed, for want of memory perhaps: run it again, which goes "
@@ -874,14 +871,13 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _finish(record, files, jobs, hub):
-    """Wait for the pieces of a source; then its files are not needed any more."""
+def _finish(jobs, record, used_up, bar):
+    """Wait for the pieces of a source, write its record, remove its files."""
     for job in jobs:
-        job.result()
+        bar.update(job.result())
     write_aside(record, "done")
-    if hub and not hub.keep:
-        for path in files:
-            Path(path).unlink(missing_ok=True)
+    for path in used_up:
+        Path(path).unlink(missing_ok=True)
 
 
 def cut(files, plan):
@@ -904,7 +900,10 @@ def cut(files, plan):
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):
-    """A piece of text into its shards. Its record is written last: a piece that has one is done."""
+    """A piece of text into its shards; how many characters it has.
+
+    Its record is written last: a piece that has one is done.
+    """
     tokenizer = Tokenizer(tokenizer)
     end = [] if tokenizer.eot is None else [tokenizer.eot]
     counts = Counter()
@@ -933,6 +932,7 @@ def _tokenise(folder, name, piece, plan, tokenizer):
     splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
     record = {"counts": counts, "splits": splits}
     write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
+    return counts["characters"]
 
 
 def _sides(text, plan):
