@@ -652,23 +652,22 @@ def _json_texts(path, file, start, stop, column):
         file.seek(start - 1)
         file.readline()
     while stop is None or file.tell() < stop:
-        where = f"{path}: the line at byte {file.tell()}"
+        at = file.tell()
         line = file.readline()
         if not line:
             return
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            text = json.loads(line)[column]
+        except (KeyError, TypeError):
+            text = 0
         except (ValueError, RecursionError):
             problem = f"is not JSON in UTF-8: write one object a line, its text in '{column}'"
-            raise InputError(f"{where} {problem}") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{where} is no object with a text in '{column}'")
-        text = record.get(column, 0)
+            raise InputError(f"{path}: the line at byte {at} {problem}") from None
         if not isinstance(text, str | None):
-            problem = f"has no text in '{column}' (keys: {', '.join(record)}): give column="
-            raise InputError(f"{where} {problem}")
+            problem = f"has no text in '{column}' ({line[:60].decode(errors='replace').strip()})"
+            raise InputError(f"{path}: the line at byte {at} {problem}: give column=")
         yield text
 
 
@@ -680,21 +679,16 @@ def _parquet_texts(path, start, stop, column):
 
 
 def _open_parquet(path, column):
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path} wants pyarrow to be read: pip install pyarrow") from None
+    import pyarrow.parquet
+
     try:
         file = pyarrow.parquet.ParquetFile(check_content(path))
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:100]
         raise InputError(f"{path} is not a whole parquet file ({reason}): fetch it again") from None
-    schema = file.schema_arrow
-    if column not in schema.names:
-        names = ", ".join(schema.names)
-        raise InputError(f"{path} has no column '{column}', only {names}: give column=")
-    if "string" not in str(schema.field(column).type):
-        raise InputError(f"{path}: the column '{column}' is no text: give column=")
+    columns = {field.name: str(field.type) for field in file.schema_arrow}
+    if "string" not in columns.get(column, ""):
+        raise InputError(f"{path} has no text in a column '{column}', only {columns}: give column=")
     return file
 
 
@@ -820,15 +814,11 @@ def _check_disk(folder, sources, tokenizer, hub):
     if hub:
         need += hub.bytes_on_disk()
     free = shutil.disk_usage(folder).free
-    print(
-        f"{folder}: {n_bytes / 1e9:.3g} GB of text, about {n_tokens / 1e6:,.1f} M tokens, want "
-        f"{need / 1e9:.3g} GB of disk; {free / 1e9:.0f} GB are free",
-        flush=True,
-    )
+    wants = f"{folder}: {n_bytes / 1e9:.3g} GB of text want about {need / 1e9:.3g} GB of disk"
+    print(f"{wants}, {free / 1e9:.0f} GB are free", flush=True)
     if need > free:
         raise InputError(
-            f"{folder} wants {need / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free: "
-            "make room, or give another out_dir="
+            f"{wants}, which has {free / 1e9:.3g} GB free: make room, or give out_dir="
         )
 
 

@@ -169,9 +169,9 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, tokenizer, capsys):
         ("torn.parquet", b"PAR1....", "torn.parquet is not a whole parquet file"),
         ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 is not JSON"),
         ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 is not JSON in UTF-8"),
-        ("key.jsonl", b'{"body": "a"}\n', r"no text in 'text' \(keys: body\): give column="),
+        ("key.jsonl", b'{"body": "a"}\n', r"no text in 'text' \({\"body\": \"a\"}\): give column="),
         ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
-        ("list.jsonl", b"[1]\n", "is no object with a text in 'text'"),
+        ("list.jsonl", b"[1]\n", "has no text in 'text'"),
         ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
         ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:40], "not a whole gzip file"),
         ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
@@ -191,17 +191,17 @@ def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
     with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 is not JSON"):
         make_shards(tmp_path / "out", tmp_path / "bad.jsonl", workers=2)
     write_parquet(tmp_path / "a.parquet", ["a"] * 20, column="body")
-    with pytest.raises(InputError, match="no column 'text', only id, body: give column="):
+    with pytest.raises(InputError, match="no text in a column 'text', only {.*'body': 'string'}"):
         make_shards(tmp_path / "out", tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", [1] * 20)
-    with pytest.raises(InputError, match="the column 'text' is no text"):
+    with pytest.raises(InputError, match="no text in a column 'text'"):
         make_shards(tmp_path / "out", tmp_path / "b.parquet")
 
 
 def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
     _, folders = corpus
     monkeypatch.setattr(T.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="its disk has 0.0 GB free: make room"):
+    with pytest.raises(InputError, match="which has 1e-08 GB free: make room"):
         make_shards(tmp_path / "full", folders["text"])
     monkeypatch.undo()
     (tmp_path / "mine").mkdir()
