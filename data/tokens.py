@@ -29,12 +29,13 @@ import multiprocessing
 import os
 import shutil
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -111,11 +112,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids. Ids without a token and torn characters become U+FFFD."""
-        return b"".join(self._bytes_of(int(i)) for i in ids).decode(errors="replace")
+        return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
 
     def _bytes_of(self, i):
         try:
-            return self.core.decode_single_token_bytes(i)
+            return self.core.decode_single_token_bytes(int(i))
         except KeyError:
             return "\ufffd".encode()
 
@@ -330,13 +331,13 @@ def write_meta(folder, splits, tokenizer, **meta):
     """
     folder = Path(folder)
     vocab_size = encoding(tokenizer).n_vocab
-    write_aside(folder / "tokenizer.tiktoken", tokenizer["ranks"])
-    described = {key: tokenizer[key] for key in ("name", "pattern", "special_tokens")}
+    described = {**tokenizer, "file": "tokenizer.tiktoken"}
+    write_aside(folder / "tokenizer.tiktoken", described.pop("ranks"))
     meta = {
         "format": FORMAT,
         "vocab_size": vocab_size,
         "dtype": dtype_of(vocab_size),
-        "tokenizer": {**described, "file": "tokenizer.tiktoken"},
+        "tokenizer": described,
         "splits": splits,
         **meta,
     }
@@ -441,8 +442,9 @@ class Stream:
 
     def __init__(self, parts):
         self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.begins = self.ends - [len(part) for part in parts]
+        lengths = [len(part) for part in parts]
+        self.ends = np.cumsum(lengths)
+        self.begins = self.ends - lengths
 
     def __len__(self):
         return int(self.ends[-1])
@@ -602,14 +604,14 @@ def find_documents(root, pattern=""):
     if not root.is_dir():
         raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
     files = []
+    of_kind = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        hidden = "/." in f"/{path.relative_to(root)}"
         if path.is_file() and not hidden:
             files.append(path)
+            of_kind[kind_of(path)].append(path)
     if not pattern:
-        kinds = {kind_of(path) for path in files}
-        best = next((kind for kind in ENDINGS if kind in kinds), "none")
-        files = [path for path in files if kind_of(path) == best]
+        files = of_kind["parquet"] or of_kind["jsonl"] or of_kind["text"]
     if not files:
         raise InputError(
             f"root={root} holds no {pattern or '.parquet, .jsonl, .txt or .md'} files: "
@@ -696,8 +698,10 @@ def _group_bytes(path, column):
     """Bytes of the texts in each row group of a parquet file."""
     file = _open_parquet(path, column)
     at = file.schema_arrow.names.index(column)
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    return [group.column(at).total_uncompressed_size for group in groups]
+    sizes = []
+    for i in range(file.num_row_groups):
+        sizes.append(file.metadata.row_group(i).column(at).total_uncompressed_size)
+    return sizes
 
 
 # ---- any amount of documents into shards
@@ -758,8 +762,8 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder} is being made by another job: wait for it") from None
-        content = [[asdict(source) for source in sources], asdict(plan), tokenizer]
-        work = _begin(folder, hashlib.sha256(json.dumps(content).encode()).hexdigest(), overwrite)
+        plan_hash = hashlib.sha256(repr([sources, plan, tokenizer]).encode()).hexdigest()
+        work = _begin(folder, plan_hash, overwrite)
         _check_disk(folder, sources, tokenizer, hub)
         _tokenise_all(folder, sources, tokenizer, plan, hub, workers or os.cpu_count())
         splits, counts = _collect(work)
@@ -946,15 +950,15 @@ def _collect(work):
         for split, shard in record["splits"].items():
             splits[split]["tokens"] += shard["tokens"]
             splits[split]["shards"].append(shard)
-    return splits, {what: n for what, n in counts.items() if n}
+    return splits, dict(+counts)  # those above 0
 
 
 class Hub:
     """Files of a dataset on the Hugging Face hub, listed once, at one revision.
 
-    Fetched one by one, resumed and verified by the hub's client. files: [(name, bytes), ...] of
-    those that match one of `patterns`; revision: the commit they are of; keep: whether they stay
-    once they are tokenised. Raises InputError without network.
+    Fetched one by one, resumed and verified by the hub's client. files: {name: bytes} of those that
+    match one of `patterns`; revision: the commit they are of; keep: whether they stay once they are
+    tokenised. Raises InputError without network.
     """
 
     def __init__(self, repo, patterns, folder, keep=False):
@@ -963,22 +967,22 @@ class Hub:
         self.keep = keep
         info = self._ask("dataset_info", files_metadata=True)
         self.revision = info.sha
-        self.files = []
-        for file in info.siblings:
+        self.files = {}
+        for file in sorted(info.siblings, key=attrgetter("rfilename")):
             if any(fnmatch(file.rfilename, pattern) for pattern in patterns):
-                self.files.append((file.rfilename, file.size or 0))
-        self.files.sort()
+                self.files[file.rfilename] = file.size or 0
         if not self.files:
             raise InputError(f"{repo} on the hub has no {', '.join(patterns)}: give root=PATH")
 
     def sources(self, tokens, n_files=0):
         """Sources of the first n_files (0: all); tokens: how many all files hold together."""
         text_bytes = round(4.5 * tokens / len(self.files))
-        return [Source([name], text_bytes) for name, _ in self.files[: n_files or None]]
+        names = list(self.files)[: n_files or None]
+        return [Source([name], text_bytes) for name in names]
 
     def bytes_on_disk(self):
         """What the files take: all of them, or the few on their way."""
-        sizes = [size for _, size in self.files]
+        sizes = self.files.values()
         return sum(sizes) if self.keep else 3 * max(sizes)
 
     def fetch(self, name):
