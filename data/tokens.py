@@ -635,12 +635,13 @@ def documents(path, start=0, stop=None, column="text"):
             if kind_of(path) == "jsonl":
                 yield from _json_texts(path, file, start, stop, column)
             else:
-                yield _whole_text(path, file.read())
+                yield decode_text(path, file.read())
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise InputError(f"{path} is not a whole gzip file: fetch it again") from None
 
 
-def _whole_text(path, raw):
+def decode_text(path, raw):
+    """The text of a file's bytes, without a byte order mark. Raises InputError."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -850,8 +851,8 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
                 if not (work / f"{name}.json").is_file():
                     jobs.append(pool.submit(_tokenise, folder, name, piece, plan, tokenizer))
             used_up = [] if hub is None or hub.keep else files
-            at_work.append((jobs, record, used_up))
-            while sum(len(jobs) for jobs, _, _ in at_work) > 2 * workers:
+            at_work.append((jobs, record, used_up, source.bytes))
+            while sum(len(jobs) for jobs, *_ in at_work) > 2 * workers:
                 _finish(*at_work.popleft(), bar)
         while at_work:
             _finish(*at_work.popleft(), bar)
@@ -865,10 +866,11 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _finish(jobs, record, used_up, bar):
+def _finish(jobs, record, used_up, n_bytes, bar):
     """Wait for the pieces of a source, write its record, remove its files."""
     for job in jobs:
-        bar.update(job.result())
+        job.result()
+        bar.update(n_bytes / len(jobs))
     write_aside(record, "done")
     for path in used_up:
         Path(path).unlink(missing_ok=True)
@@ -894,10 +896,7 @@ def cut(files, plan):
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):
-    """A piece of text into its shards; how many characters it has.
-
-    Its record is written last: a piece that has one is done.
-    """
+    """A piece of text into its shards. Its record is written last: a piece that has one is done."""
     tokenizer = Tokenizer(tokenizer)
     end = [] if tokenizer.eot is None else [tokenizer.eot]
     counts = Counter()
@@ -926,7 +925,6 @@ def _tokenise(folder, name, piece, plan, tokenizer):
     splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
     record = {"counts": counts, "splits": splits}
     write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
-    return counts["characters"]
 
 
 def _sides(text, plan):
