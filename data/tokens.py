@@ -237,7 +237,7 @@ def ranks_of_merges(text):
     for line in text.split("\n"):
         if line and not line.startswith("#version"):
             tokens.append(bytes_of(line.replace(" ", "")))
-    return rank_file({token: rank for rank, token in enumerate(tokens)})
+    return rank_file(dict(zip(tokens, range(len(tokens)))))
 
 
 def bytes_of(spelled):
@@ -389,7 +389,7 @@ class Tokens:
                 f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}"
             )
         entry = self.meta["splits"][split]
-        parts = [self._open(shard) for shard in entry.get("shards", [entry])]
+        parts = list(map(self._open, entry.get("shards", [entry])))
         if len(parts) == 1:
             self.path = Path(parts[0].filename)
             self.tokens = parts[0]
@@ -442,7 +442,7 @@ class Stream:
 
     def __init__(self, parts):
         self.parts = parts
-        lengths = [len(part) for part in parts]
+        lengths = list(map(len, parts))
         self.ends = np.cumsum(lengths)
         self.begins = self.ends - lengths
 
@@ -540,7 +540,7 @@ def find_token_files(folder):
     for split in ("train", "val"):
         bare = folder / f"{split}.bin"
         paths = [bare] if bare.is_file() else sorted(folder.glob(f"*{split}*.bin"))
-        shards = [shard for shard in map(_read_header, paths) if shard]
+        shards = list(filter(None, map(_read_header, paths)))
         if bare.is_file() and not shards:
             shards = [{"file": bare.name, "tokens": bare.stat().st_size // 2}]
         if shards:
