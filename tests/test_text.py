@@ -460,7 +460,9 @@ def test_docstrings_come_in_source_order(tmp_path):
         '"""Module."""\nadd_newdoc("a", """\nAttached text.\n""")\n'
         'def f():\n    "First."\n    class G:\n        "Within."\nclass H:\n    "Last."\n'
     )
-    found = [" ".join(piece for _, piece, _ in pieces) for pieces in pydocs.docstrings(path)]
+    found = []
+    for pieces in pydocs.docstrings(path):
+        found += [piece for _, piece, _ in pieces]
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
 
 
