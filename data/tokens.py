@@ -29,14 +29,6 @@ import multiprocessing
 import os
 import shutil
 import zlib
-<<<<<<< HEAD
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
-=======
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -44,7 +36,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from operator import attrgetter
->>>>>>> tokens
 from pathlib import Path
 
 import numpy as np
@@ -121,19 +112,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids. Ids without a token and torn characters become U+FFFD."""
-<<<<<<< HEAD
-        return b"".join(self._bytes_of(int(i)) for i in ids).decode(errors="replace")
-
-    def _bytes_of(self, i):
-        try:
-            return self.core.decode_single_token_bytes(i)
-=======
         return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
 
     def _bytes_of(self, i):
         try:
             return self.core.decode_single_token_bytes(int(i))
->>>>>>> tokens
         except KeyError:
             return "\ufffd".encode()
 
@@ -254,11 +237,7 @@ def ranks_of_merges(text):
     for line in text.split("\n"):
         if line and not line.startswith("#version"):
             tokens.append(bytes_of(line.replace(" ", "")))
-<<<<<<< HEAD
-    return rank_file({token: rank for rank, token in enumerate(tokens)})
-=======
     return rank_file(dict(zip(tokens, range(len(tokens)))))
->>>>>>> tokens
 
 
 def bytes_of(spelled):
@@ -352,22 +331,13 @@ def write_meta(folder, splits, tokenizer, **meta):
     """
     folder = Path(folder)
     vocab_size = encoding(tokenizer).n_vocab
-<<<<<<< HEAD
-    write_aside(folder / "tokenizer.tiktoken", tokenizer["ranks"])
-    described = {key: tokenizer[key] for key in ("name", "pattern", "special_tokens")}
-=======
     described = {**tokenizer, "file": "tokenizer.tiktoken"}
     write_aside(folder / "tokenizer.tiktoken", described.pop("ranks"))
->>>>>>> tokens
     meta = {
         "format": FORMAT,
         "vocab_size": vocab_size,
         "dtype": dtype_of(vocab_size),
-<<<<<<< HEAD
-        "tokenizer": {**described, "file": "tokenizer.tiktoken"},
-=======
         "tokenizer": described,
->>>>>>> tokens
         "splits": splits,
         **meta,
     }
@@ -419,11 +389,7 @@ class Tokens:
                 f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}"
             )
         entry = self.meta["splits"][split]
-<<<<<<< HEAD
-        parts = [self._open(shard) for shard in entry.get("shards", [entry])]
-=======
         parts = list(map(self._open, entry.get("shards", [entry])))
->>>>>>> tokens
         if len(parts) == 1:
             self.path = Path(parts[0].filename)
             self.tokens = parts[0]
@@ -476,14 +442,9 @@ class Stream:
 
     def __init__(self, parts):
         self.parts = parts
-<<<<<<< HEAD
-        self.ends = np.cumsum([len(part) for part in parts])
-        self.begins = self.ends - [len(part) for part in parts]
-=======
         lengths = list(map(len, parts))
         self.ends = np.cumsum(lengths)
         self.begins = self.ends - lengths
->>>>>>> tokens
 
     def __len__(self):
         return int(self.ends[-1])
@@ -579,11 +540,7 @@ def find_token_files(folder):
     for split in ("train", "val"):
         bare = folder / f"{split}.bin"
         paths = [bare] if bare.is_file() else sorted(folder.glob(f"*{split}*.bin"))
-<<<<<<< HEAD
-        shards = [shard for shard in map(_read_header, paths) if shard]
-=======
         shards = list(filter(None, map(_read_header, paths)))
->>>>>>> tokens
         if bare.is_file() and not shards:
             shards = [{"file": bare.name, "tokens": bare.stat().st_size // 2}]
         if shards:
@@ -647,16 +604,6 @@ def find_documents(root, pattern=""):
     if not root.is_dir():
         raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
     files = []
-<<<<<<< HEAD
-    for path in sorted(root.rglob(pattern or "*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if path.is_file() and not hidden:
-            files.append(path)
-    if not pattern:
-        kinds = {kind_of(path) for path in files}
-        best = next((kind for kind in ENDINGS if kind in kinds), "none")
-        files = [path for path in files if kind_of(path) == best]
-=======
     of_kind = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
         hidden = "/." in f"/{path.relative_to(root)}"
@@ -665,7 +612,6 @@ def find_documents(root, pattern=""):
             of_kind[kind_of(path)].append(path)
     if not pattern:
         files = of_kind["parquet"] or of_kind["jsonl"] or of_kind["text"]
->>>>>>> tokens
     if not files:
         raise InputError(
             f"root={root} holds no {pattern or '.parquet, .jsonl, .txt or .md'} files: "
@@ -689,21 +635,13 @@ def documents(path, start=0, stop=None, column="text"):
             if kind_of(path) == "jsonl":
                 yield from _json_texts(path, file, start, stop, column)
             else:
-<<<<<<< HEAD
-                yield _whole_text(path, file.read())
-=======
                 yield decode_text(path, file.read())
->>>>>>> tokens
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise InputError(f"{path} is not a whole gzip file: fetch it again") from None
 
 
-<<<<<<< HEAD
-def _whole_text(path, raw):
-=======
 def decode_text(path, raw):
     """The text of a file's bytes, without a byte order mark. Raises InputError."""
->>>>>>> tokens
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -761,15 +699,10 @@ def _group_bytes(path, column):
     """Bytes of the texts in each row group of a parquet file."""
     file = _open_parquet(path, column)
     at = file.schema_arrow.names.index(column)
-<<<<<<< HEAD
-    groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
-    return [group.column(at).total_uncompressed_size for group in groups]
-=======
     sizes = []
     for i in range(file.num_row_groups):
         sizes.append(file.metadata.row_group(i).column(at).total_uncompressed_size)
     return sizes
->>>>>>> tokens
 
 
 # ---- any amount of documents into shards
@@ -830,13 +763,8 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{folder} is being made by another job: wait for it") from None
-<<<<<<< HEAD
-        content = [[asdict(source) for source in sources], asdict(plan), tokenizer]
-        work = _begin(folder, hashlib.sha256(json.dumps(content).encode()).hexdigest(), overwrite)
-=======
         plan_hash = hashlib.sha256(repr([sources, plan, tokenizer]).encode()).hexdigest()
         work = _begin(folder, plan_hash, overwrite)
->>>>>>> tokens
         _check_disk(folder, sources, tokenizer, hub)
         _tokenise_all(folder, sources, tokenizer, plan, hub, workers or os.cpu_count())
         splits, counts = _collect(work)
@@ -923,13 +851,8 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
                 if not (work / f"{name}.json").is_file():
                     jobs.append(pool.submit(_tokenise, folder, name, piece, plan, tokenizer))
             used_up = [] if hub is None or hub.keep else files
-<<<<<<< HEAD
-            at_work.append((jobs, record, used_up))
-            while sum(len(jobs) for jobs, _, _ in at_work) > 2 * workers:
-=======
             at_work.append((jobs, record, used_up, source.bytes))
             while sum(len(jobs) for jobs, *_ in at_work) > 2 * workers:
->>>>>>> tokens
                 _finish(*at_work.popleft(), bar)
         while at_work:
             _finish(*at_work.popleft(), bar)
@@ -943,18 +866,11 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
         pool.shutdown(cancel_futures=True)
 
 
-<<<<<<< HEAD
-def _finish(jobs, record, used_up, bar):
-    """Wait for the pieces of a source, write its record, remove its files."""
-    for job in jobs:
-        bar.update(job.result())
-=======
 def _finish(jobs, record, used_up, n_bytes, bar):
     """Wait for the pieces of a source, write its record, remove its files."""
     for job in jobs:
         job.result()
         bar.update(n_bytes / len(jobs))
->>>>>>> tokens
     write_aside(record, "done")
     for path in used_up:
         Path(path).unlink(missing_ok=True)
@@ -980,14 +896,7 @@ def cut(files, plan):
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):
-<<<<<<< HEAD
-    """A piece of text into its shards; how many characters it has.
-
-    Its record is written last: a piece that has one is done.
-    """
-=======
     """A piece of text into its shards. Its record is written last: a piece that has one is done."""
->>>>>>> tokens
     tokenizer = Tokenizer(tokenizer)
     end = [] if tokenizer.eot is None else [tokenizer.eot]
     counts = Counter()
@@ -1016,10 +925,6 @@ def _tokenise(folder, name, piece, plan, tokenizer):
     splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
     record = {"counts": counts, "splits": splits}
     write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
-<<<<<<< HEAD
-    return counts["characters"]
-=======
->>>>>>> tokens
 
 
 def _sides(text, plan):
@@ -1043,25 +948,15 @@ def _collect(work):
         for split, shard in record["splits"].items():
             splits[split]["tokens"] += shard["tokens"]
             splits[split]["shards"].append(shard)
-<<<<<<< HEAD
-    return splits, {what: n for what, n in counts.items() if n}
-=======
     return splits, dict(+counts)  # those above 0
->>>>>>> tokens
 
 
 class Hub:
     """Files of a dataset on the Hugging Face hub, listed once, at one revision.
 
-<<<<<<< HEAD
-    Fetched one by one, resumed and verified by the hub's client. files: [(name, bytes), ...] of
-    those that match one of `patterns`; revision: the commit they are of; keep: whether they stay
-    once they are tokenised. Raises InputError without network.
-=======
     Fetched one by one, resumed and verified by the hub's client. files: {name: bytes} of those that
     match one of `patterns`; revision: the commit they are of; keep: whether they stay once they are
     tokenised. Raises InputError without network.
->>>>>>> tokens
     """
 
     def __init__(self, repo, patterns, folder, keep=False):
@@ -1070,38 +965,22 @@ class Hub:
         self.keep = keep
         info = self._ask("dataset_info", files_metadata=True)
         self.revision = info.sha
-<<<<<<< HEAD
-        self.files = []
-        for file in info.siblings:
-            if any(fnmatch(file.rfilename, pattern) for pattern in patterns):
-                self.files.append((file.rfilename, file.size or 0))
-        self.files.sort()
-=======
         self.files = {}
         for file in sorted(info.siblings, key=attrgetter("rfilename")):
             if any(fnmatch(file.rfilename, pattern) for pattern in patterns):
                 self.files[file.rfilename] = file.size or 0
->>>>>>> tokens
         if not self.files:
             raise InputError(f"{repo} on the hub has no {', '.join(patterns)}: give root=PATH")
 
     def sources(self, tokens, n_files=0):
         """Sources of the first n_files (0: all); tokens: how many all files hold together."""
         text_bytes = round(4.5 * tokens / len(self.files))
-<<<<<<< HEAD
-        return [Source([name], text_bytes) for name, _ in self.files[: n_files or None]]
-
-    def bytes_on_disk(self):
-        """What the files take: all of them, or the few on their way."""
-        sizes = [size for _, size in self.files]
-=======
         names = list(self.files)[: n_files or None]
         return [Source([name], text_bytes) for name in names]
 
     def bytes_on_disk(self):
         """What the files take: all of them, or the few on their way."""
         sizes = self.files.values()
->>>>>>> tokens
         return sum(sizes) if self.keep else 3 * max(sizes)
 
     def fetch(self, name):

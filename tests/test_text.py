@@ -445,15 +445,9 @@ def test_nothing_is_said_twice_nor_on_both_sides(modules):
     found, _ = pydocs.read(modules, 1)
     train, val = pydocs.split(pydocs.clean(found), 0.2)
     assert len(train) > len(val) > 5
-<<<<<<< HEAD
-    assert not {name for name, _ in train} & {name for name, _ in val}
-    said = set()
-    for name, text in train + val:
-=======
     assert not train.keys() & val.keys()
     said = set()
     for name, text in (train | val).items():
->>>>>>> tokens
         assert text.startswith(name + "\n") and "print" not in text and "placeholder" not in text
         for _, piece, words in pydocs.units(text):
             assert len(words) < pydocs.SHORT or words not in said, piece
@@ -466,13 +460,9 @@ def test_docstrings_come_in_source_order(tmp_path):
         '"""Module."""\nadd_newdoc("a", """\nAttached text.\n""")\n'
         'def f():\n    "First."\n    class G:\n        "Within."\nclass H:\n    "Last."\n'
     )
-<<<<<<< HEAD
-    found = [" ".join(piece for _, piece, _ in pieces) for pieces in pydocs.docstrings(path)]
-=======
     found = []
     for pieces in pydocs.docstrings(path):
         found += [piece for _, piece, _ in pieces]
->>>>>>> tokens
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
 
 

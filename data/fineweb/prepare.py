@@ -56,11 +56,7 @@ def fetch_prebuilt(folder, n_shards, state, **meta):
     names = ["finewebedu_val_000000.bin"]
     names += [f"finewebedu_train_{i:06d}.bin" for i in range(1, n_shards + 1)]
     hub = T.Hub(PREBUILT, names, folder)
-<<<<<<< HEAD
-    for name, size in hub.files:
-=======
     for name, size in hub.files.items():
->>>>>>> tokens
         print(f"{folder}: {name}, {size / 1e6:.0f} MB", flush=True)
         hub.fetch(name)
     source = f"{PREBUILT} {hub.revision}"

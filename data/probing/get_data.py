@@ -85,11 +85,7 @@ class Table:
 
 def write_table(folder, table, max_texts, seed):
     """Write one data-json file; its entry in sources.yaml."""
-<<<<<<< HEAD
-    frame = table.frame.assign(text=[" ".join(str(text).split()) for text in table.frame.text])
-=======
     frame = table.frame.assign(text=table.frame.text.astype(str).str.split().str.join(" "))
->>>>>>> tokens
     empty = frame.text == ""
     frame = draw(frame[~empty], max_texts, seed)
     data = {"sentences": numbered(frame.text), "labels": numbered(label_values(table, frame.label))}
@@ -142,21 +138,11 @@ def draw(frame, n, seed):
     Groups stay together.
     """
     groups = frame.group if "group" in frame else range(len(frame))
-<<<<<<< HEAD
-    groups = [str(group) for group in groups]
-    order = sorted(set(groups))
-    random.Random(seed).shuffle(order)
-    place = {group: i for i, group in enumerate(order)}
-    frame = frame.assign(place=[place[group] for group in groups]).sort_values(
-        "place", kind="stable"
-    )
-=======
     groups = list(map(str, groups))
     order = sorted(set(groups))
     random.Random(seed).shuffle(order)
     place = dict(zip(order, range(len(order))))
     frame = frame.assign(place=list(map(place.get, groups))).sort_values("place", kind="stable")
->>>>>>> tokens
     rows_until = frame.groupby("place").size().cumsum()  # the end of each group included
     kept = frame.place.map(rows_until) <= (n or len(frame))
     return frame[kept].drop(columns="place").reset_index(drop=True)
@@ -200,11 +186,7 @@ def read_rows(raw, name, columns, header=True, **dialect):
     except UnicodeDecodeError as error:
         raise InputError(f"{name} is not UTF-8 text (byte {error.start})") from None
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, **dialect}
-<<<<<<< HEAD
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), **dialect) if row]
-=======
     rows = list(filter(None, csv.reader(io.StringIO(text, newline=""), **dialect)))
->>>>>>> tokens
     head = rows.pop(0) if header and rows else columns
     rows = [row for row in rows if len(row) == len(head)]
     return pick_columns(pd.DataFrame(rows, columns=head), name, columns)
@@ -334,16 +316,6 @@ obj_number odd_man_out coordination_inversion
 def senteval(root):
     """Conneau et al. 2018: split, label and text by tabs, ten files."""
     for task in SENTEVAL:
-<<<<<<< HEAD
-        folders = (root, root / "data/probing", root / "probing")
-        paths = [folder / f"{task}.txt" for folder in folders if (folder / f"{task}.txt").is_file()]
-        if not paths:
-            raise missing(root, f"{task}.txt (nor data/probing/{task}.txt)")
-        frame = read_rows(paths[0].read_bytes(), paths[0], ["split", "label", "text"], header=False)
-        frame["split"] = frame.split.map({"tr": "train", "va": "val", "te": "test"})
-        if frame.split.isna().any():
-            raise InputError(f"{paths[0]}: a line begins with none of tr, va, te")
-=======
         path = root / f"{task}.txt"
         for folder in (root / "probing", root / "data/probing"):
             if (folder / f"{task}.txt").is_file():
@@ -354,7 +326,6 @@ def senteval(root):
         frame["split"] = frame.split.map({"tr": "train", "va": "val", "te": "test"})
         if frame.split.isna().any():
             raise InputError(f"{path}: a line begins with none of tr, va, te")
->>>>>>> tokens
         labels = sorted(frame.label.unique())
         kind = "Nominal"
         if all(label.isdigit() for label in labels):

@@ -218,21 +218,13 @@ def units(text):
 
 
 def clean(texts, min_chars=200):
-<<<<<<< HEAD
-    """{name: [docstrings as units]} -> [(name, text)] in order of name, nothing said twice.
-=======
     """{name: [docstrings as units]} -> {name: text} in order of name, nothing said twice.
->>>>>>> tokens
 
     A docstring whose fingerprint came before is dropped, and so is a piece of one that is not
     SHORT. A text opens with its name; texts under min_chars are left out.
     """
     seen = set()
-<<<<<<< HEAD
-    documents = []
-=======
     documents = {}
->>>>>>> tokens
     for name in sorted(texts):
         kept = [name]
         for docstring in texts[name]:
@@ -270,27 +262,6 @@ LARGE = 50_000  # characters: a document that would be a tenth of validation is 
 
 
 def split(documents, val_fraction, seed=0):
-<<<<<<< HEAD
-    """[(name, text)] -> (train, val), by a hash of the name.
-
-    A document stays on its side whatever else is installed.
-    """
-    train = []
-    val = []
-    for name, text in documents:
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        place = int.from_bytes(digest[:8], "big") / 2**64
-        held_out = place < val_fraction and len(text) < LARGE
-        (val if held_out else train).append((name, text))
-    return train, val
-
-
-def token_arrays(documents, tokenizer, workers):
-    """The ids of document after document, each closed by <|endoftext|>."""
-    for i in range(0, len(documents), 256):
-        texts = [text for _, text in documents[i : i + 256]]
-        for ids in tokenizer.core.encode_ordinary_batch(texts, num_threads=workers):
-=======
     """{name: text} -> (train, val), by a hash of the name.
 
     A document stays on its side whatever else is installed.
@@ -310,7 +281,6 @@ def token_arrays(texts, tokenizer, workers):
     for i in range(0, len(texts), 256):
         part = texts[i : i + 256]
         for ids in tokenizer.core.encode_ordinary_batch(part, num_threads=workers):
->>>>>>> tokens
             yield [*ids, tokenizer.eot]
 
 
@@ -324,24 +294,16 @@ def build(texts, folder, config, **meta):
             f"{len(documents)} documents cannot be split with val_fraction={config.val_fraction}: "
             "give a larger val_fraction or a smaller min_chars"
         )
-<<<<<<< HEAD
-    text = "".join(text for _, text in documents)
-=======
     text = "".join(documents.values())
     train = list(train.values())
     val = list(val.values())
->>>>>>> tokens
     corpus = {
         "characters": len(text),
         "words": len(text.split()),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     name = f"pydocs-{config.vocab_size}"
-<<<<<<< HEAD
-    state = T.learn_bpe([text for _, text in train], config.vocab_size, name)
-=======
     state = T.learn_bpe(train, config.vocab_size, name)
->>>>>>> tokens
     tokenizer = T.Tokenizer(state)
     splits = {
         "train": token_arrays(train, tokenizer, workers),

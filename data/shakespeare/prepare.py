@@ -53,11 +53,7 @@ def get_text(root=""):
     """(text, where it came from). Raises InputError without file or network, or for other bytes."""
     if root:
         path = Path(root) / "input.txt" if Path(root).is_dir() else Path(root)
-<<<<<<< HEAD
-        return next(T.documents(check_content(path))), f"local copy {path.name}"
-=======
         return T.decode_text(path, check_content(path).read_bytes()), f"local copy {path.name}"
->>>>>>> tokens
     return download().decode(), URL
 
 

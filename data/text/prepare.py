@@ -84,13 +84,9 @@ def main(config):
         synthetic=config.synthetic,
     )
     place = os.path.relpath(folder, HERE.parents[1])
-<<<<<<< HEAD
-    print(f"python train.py dataset={folder if place.startswith('..') else place}")
-=======
     if place.startswith(".."):
         place = folder
     print(f"python train.py dataset={place}")
->>>>>>> tokens
 
 
 if __name__ == "__main__":
