@@ -366,3 +366,7 @@ def place_units(coordinates):
         cell = linear_sum_assignment(np.linalg.norm(coordinates[:, None] - cells, axis=-1))[1]  # of each unit
     moved = np.linalg.norm(np.stack(np.divmod(cell, side), 1) - coordinates, axis=1)
     return np.argsort(cell), moved
+
+
+gpt_from_hub = from_pretrained
+export_gpt = save_pretrained
