@@ -1,18 +1,17 @@
 """GPT-2 whose units have a place on a cortical sheet, and how brain signals enter it.
 
-- GPT: pre-LN, GELU, learned positions, tied head. The output units of each sublayer lie on a square
-  sheet (positions.py); the loss adds alpha times the spatial loss of every sheet.
-- NeuralEncoder: signals of any electrodes into tokens. ENCODERS is the table of its kinds.
+- GPT: pre-LN, learned positions, tied head. The output units of each sublayer lie on a square sheet
+  (positions.py); the loss adds alpha times the spatial loss of every sheet.
+- NeuralEncoder: signals of any electrodes into tokens; ENCODERS is the table of its kinds.
 - NeuralGPT: a GPT that reads such tokens before its text.
-- Checkpoints: save_checkpoint, load_checkpoint. What others wrote is read by convert.py.
+- Checkpoints of ours; convert.py reads what others wrote.
 
-"Position" means the order of tokens, "sheet" and "place" mean the cortex or the head.
-
-References: Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM);
-Wang et al. 2023 (CogVLM); Alayrac et al. 2022 (Flamingo); Défossez et al. 2023 (electrodes as
-places); Song et al. 2024 (temporal-spatial convolution).
+"Position" means the order of tokens, "sheet" and "place" the cortex or the head. References:
+Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Wang et al.
+2023 (CogVLM); Alayrac et al. 2022 (Flamingo); Défossez et al. 2023 (electrodes as places).
 """
 
+import contextlib
 import copy
 import hashlib
 import math
@@ -65,16 +64,11 @@ class GPTConfig:
                 check_choice(field.name, getattr(self, field.name), get_args(field.type))
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if self.windows != "sheet" and not (isinstance(self.windows, int) and self.windows > 0):
-            raise InputError(
-                f"windows={self.windows}: give a number from 1 on, "
-                "or windows=sheet for one window that is the whole sheet"
-            )
+        if self.windows != "sheet" and (isinstance(self.windows, str) or self.windows < 1):
+            sheet = "windows=sheet for one window that is the whole sheet"
+            raise InputError(f"windows={self.windows}: give a number from 1 on, or {sheet}")
         if self.spatial == "weights" and (self.head_loss or self.activation_decay):
-            raise InputError(
-                "spatial=weights goes neither with head_loss, which takes away the attention's "
-                "projection, nor with activation_decay"
-            )
+            raise InputError("spatial=weights goes neither with head_loss nor activation_decay")
 
 
 def check_choice(option, value, choices):
@@ -105,18 +99,6 @@ class Context(NamedTuple):
     used: int = 0  # columns of it that are filled
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias."""
-
-    def __init__(self, width, bias):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention: qkv, remember, read."""
 
@@ -126,8 +108,12 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias)
-        self.c_proj = None if config.head_loss else nn.Linear(width, width, bias=config.bias)
-        self.attn_proj = nn.Linear(width, width, bias=config.bias) if config.attn_proj else None
+        self.c_proj = nn.Identity()
+        self.attn_proj = nn.Identity()
+        if not config.head_loss:
+            self.c_proj = nn.Linear(width, width, bias=config.bias)
+        if config.attn_proj:
+            self.attn_proj = nn.Linear(width, width, bias=config.bias)
 
     def qkv(self, x, position=None):
         """x (B, T, C) -> queries, keys and values, (B, H, T, hd) each.
@@ -146,11 +132,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # heads side by side
-        if self.c_proj is not None:
-            y = self.c_proj(y)
-        if self.attn_proj is not None:
-            y = self.attn_proj(y)
-        return F.dropout(y, self.dropout, self.training)
+        return F.dropout(self.attn_proj(self.c_proj(y)), self.dropout, self.training)
 
     def forward(self, x, context):
         q, k, v = self.qkv(x, context.position)
@@ -176,20 +158,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.gelu = "tanh" if config.gelu == "tanh" else "none"
+        self.gelu = nn.GELU({"exact": "none", "tanh": "tanh"}[config.gelu])
         self.dropout = config.dropout
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate=self.gelu)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
-
-
-class LayerOutput(NamedTuple):
-    """What a Block returns."""
-
-    x: torch.Tensor  # (B, T, C)
-    losses: torch.Tensor | None = None  # (2,) spatial loss and energy, summed over its sheets
-    taps: tuple | None = None  # the activations on its two sheets, on request
+        return F.dropout(self.c_proj(self.gelu(self.c_fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -198,25 +171,29 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.ln_1 = LayerNorm(config.n_embd, config.bias)
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, context=Context(), units=None, near=None, taps=False):  # noqa: B008
-        """x (B, T, C) -> LayerOutput.
+    def forward(self, x, context, units=None, near=None, taps=False):
+        """x (B, T, C) -> x, losses, taps.
 
-        units (2, K, n): the units in each window of the two sheets, near (n, n) their closeness;
-        without them no losses. The losses are inside so that a compiled block holds them, too.
+        units (2, K, n): the units in each window of the two sheets, near (n, n) their closeness.
+        losses (2,): spatial loss and energy, None without units; here, so that a compiled block
+        holds them. taps: the activations on both sheets, on request.
         """
         attn = self.attn(self.ln_1(x), context)
-        x = x + attn
-        sheets = [x if self.config.tap == "residual" else attn]
-        mlp = self.mlp(self.ln_2(x))
-        x = x + mlp
-        sheets.append(x if self.config.tap == "residual" else mlp)
-        losses = self.sheet_losses(sheets, units, near) if units is not None else None
-        return LayerOutput(x, losses, tuple(sheets) if taps else None)
+        middle = x + attn
+        mlp = self.mlp(self.ln_2(middle))
+        x = middle + mlp
+        sheets = (attn, mlp)
+        if self.config.tap == "residual":
+            sheets = (middle, x)
+        losses = None
+        if units is not None:
+            losses = self.sheet_losses(sheets, units, near)
+        return x, losses, sheets if taps else None
 
     def sheet_losses(self, sheets, units, near):
         """Spatial loss and energy (2,) of the activations on both sheets."""
@@ -229,17 +206,18 @@ class Block(nn.Module):
                 energy = energy + x.float().square().sum(-1).mean()
         return torch.stack([spatial, energy])
 
-    def routed(self, n, t, expert, prefix, context, last):
+    def routed(self, n, t, expert, context, neural_causal, last):
         """One layer over [n | t]: neural rows n (B, P, C), then text t (B, T, C); returns both.
 
         Neural rows take the expert's weights (None: this block's), text takes this block's; norms
-        are shared. `prefix` says how neural rows look; context.mask (.., T, P + T) is the text's.
-        No text reads the neural rows that leave the `last` layer: None there. Both streams stay
-        dense, so nothing is gathered, and a compiler sees one graph.
+        are shared. context.position (.., P + T) is that of all rows, context.mask (.., T, P + T)
+        the text's. No text reads the neural rows that leave the `last` layer: None there. Both
+        streams stay dense, so nothing is gathered, and a compiler sees one graph.
         """
-        neural = self if expert is None else expert
-        q_n, k_n, v_n = neural.attn.qkv(self.ln_1(n), prefix.position)
-        q_t, k_t, v_t = self.attn.qkv(self.ln_1(t), context.position)
+        P = n.size(1)
+        neural = expert or self
+        q_n, k_n, v_n = neural.attn.qkv(self.ln_1(n), context.position[..., :P])
+        q_t, k_t, v_t = self.attn.qkv(self.ln_1(t), context.position[..., P:])
         k = torch.cat([k_n, k_t], dim=2)  # (B, H, P + T, hd)
         v = torch.cat([v_n, v_t], dim=2)
         remember(k, v, context)
@@ -247,16 +225,9 @@ class Block(nn.Module):
         t = t + self.mlp(self.ln_2(t))
         if last:
             return None, t
-        n = n + neural.attn.read(q_n, k_n, v_n, causal=prefix.causal)
+        n = n + neural.attn.read(q_n, k_n, v_n, causal=neural_causal)
         n = n + neural.mlp(self.ln_2(n))
         return n, t
-
-
-class Prefix(NamedTuple):
-    """How neural rows look at one another (Block.routed)."""
-
-    position: torch.Tensor  # (P,)
-    causal: bool
 
 
 # ---- cross-entropy of the tied head
@@ -283,8 +254,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x @ weight.T, a chunk of tokens at a time.
 
     x (N, C), weight (V, C), targets (N,). The gradient is made in the forward pass, so neither
-    logits nor probabilities outlive their chunk: the plain version takes 1.7 times the memory of
-    a training step, and longer. Products are of the type `dtype`.
+    logits nor probabilities outlive their chunk. Products are of the type `dtype`.
     """
 
     @staticmethod
@@ -302,10 +272,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, then probabilities
             losses = losses_of(p, right, True)
             total += losses.sum()
+            rows_of_p = torch.arange(len(p), device=p.device)
             # p - 1 at the target, not rounded before the difference
-            p[torch.arange(len(p), device=p.device), right.clamp_min(0)] = (
-                (-losses).expm1().to(dtype)
-            )
+            p[rows_of_p, right.clamp_min(0)] = (-losses).expm1().to(dtype)
             dx[start : start + chunk] = p @ w
             for dw_slab, p_slab in zip(dw.split(slab), p.split(slab, dim=1)):
                 dw_slab += p_slab.T @ rows
@@ -341,14 +310,6 @@ def cross_entropy(x, weight, targets, chunk=1024, losses_of=token_losses):
 # ---- the language model
 
 
-class Trunk(NamedTuple):
-    """What GPT.trunk returns."""
-
-    x: torch.Tensor  # (B, T, C) after the final LayerNorm
-    losses: torch.Tensor | None  # (2,) spatial loss and energy, summed over the sheets
-    hidden: dict | None  # the states asked for
-
-
 class GPT(nn.Module):
     """GPT-2 with sheets.
 
@@ -361,14 +322,13 @@ class GPT(nn.Module):
         config.check()
         self.config = config
         self.losses_of = token_losses
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": LayerNorm(config.n_embd, config.bias),
-            }
-        )
+        parts = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        }
+        self.transformer = nn.ModuleDict(parts)
         self.init_weights(seed)
         if config.sheet:
             self.make_sheets(unit_at_cell, seed)
@@ -428,37 +388,39 @@ class GPT(nn.Module):
 
     def weight_loss(self):
         """TopoLoss, summed over the sheets, of the linear layers whose outputs lie on them."""
-        total = 0.0
+        losses = []
         for i, block in enumerate(self.transformer.h):
-            attn = block.attn.attn_proj or block.attn.c_proj
+            attn = block.attn.attn_proj if self.config.attn_proj else block.attn.c_proj
             for linear, units in zip((attn, block.mlp.c_proj), self.unit_at_cell[2 * i :]):
-                total = total + positions.weight_loss(linear.weight, units, self.config.factor)
-        return total
+                losses.append(positions.weight_loss(linear.weight, units, self.config.factor))
+        return sum(losses)
 
     # -- forward
 
     def trunk(
         self, idx, windows=None, hidden=(), position=None, mask=None, cache=None, crosses=None
     ):
-        """Everything before the head, of ids idx (B, T).
+        """Everything before the head: x (B, T, C) after the final LayerNorm, losses, states.
 
-        windows (2 n_layer, K): of the spatial loss. hidden: states to return (see forward).
-        position (.., T) of the tokens and mask (.., T, K), True where they look: by default 0, 1,
-        ... and causal. cache: a Cache. crosses: {layer: (Cross, keys)} of NeuralGPT.
+        windows (2 n_layer, K): for losses (2,), spatial and energy, over all sheets. hidden: which
+        states, see forward. position (.., T) of the tokens and mask (.., T, K), True where they
+        look: by default 0, 1, ... and causal. cache: a Cache. crosses: {layer: (Cross, keys)}.
         """
-        self._check_request(idx, hidden)
         c = self.config
+        T = idx.size(1)
+        if c.block_size < T:
+            raise InputError(f"{T} tokens do not fit block_size={c.block_size}: cut the text")
         units = [None] * c.n_layer
         near = None
         if windows is not None and c.spatial == "activations":
             units, near = self.sheets(windows)
         if position is None:
-            position = torch.arange(idx.size(1), device=idx.device)
+            position = torch.arange(T, device=idx.device)
         x = self.add_position(self.transformer.wte(idx), position)
         x = F.dropout(x, c.dropout, self.training)
         context = Context(position, mask)
-        states = {0: x} if 0 in hidden else {}
         losses = []
+        states = {0: x} if 0 in hidden else {}
         for i, block in enumerate(self.transformer.h):
             if crosses and i in crosses:
                 cross, keys = crosses[i]
@@ -466,34 +428,16 @@ class GPT(nn.Module):
             if cache is not None:
                 context = Context(position, mask, cache.kv[i], cache.used)
             taps = f"layer.{i}.attn" in hidden or f"layer.{i}.mlp" in hidden
-            out = block(x, context, units[i], near, taps)
-            x = out.x
-            losses.append(out.losses)
+            x, loss, sheets = block(x, context, units[i], near, taps)
+            losses.append(loss)
             if i + 1 in hidden:
                 states[i + 1] = x
             if taps:
-                states[f"layer.{i}.attn"], states[f"layer.{i}.mlp"] = out.taps
+                states[f"layer.{i}.attn"], states[f"layer.{i}.mlp"] = sheets
         x = self.transformer.ln_f(x)
         states[c.n_layer] = x
-        return Trunk(
-            x,
-            torch.stack(losses).sum(0) if near is not None else None,
-            {name: states[name] for name in hidden} if hidden else None,
-        )
-
-    def _check_request(self, idx, hidden):
-        n_layer = self.config.n_layer
-        if idx.size(1) > self.config.block_size:
-            raise InputError(
-                f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}: cut the text"
-            )
-        names = positions.layer_names(n_layer)
-        for name in hidden:
-            if name not in names and name not in range(n_layer + 1):
-                raise InputError(
-                    f"no hidden state {name!r}: there are 0 to {n_layer} and {names[0]} "
-                    f"to {names[-1]}"
-                )
+        total = None if near is None else torch.stack(losses).sum(0)
+        return x, total, {name: states[name] for name in hidden}
 
     def forward(self, idx, targets=None, windows=None, hidden=()):
         """idx (B, T) int64 -> Output.
@@ -556,19 +500,16 @@ class GPT(nn.Module):
     def stream(self, prompts, max_new_tokens, stop=(), start=None, **sampling):
         """Sample with a cache, yielding after each step B new tokens, None for rows that ended.
 
-        prompts: B lists of token ids of any lengths, or a tensor (B, T). stop: token ids that end
-        a row, or a collection of them for each row; the stop token itself is not given out.
-        start(rows, length) reads the rows in place of _start, for NeuralGPT. sampling: see
-        Sampling. A row whose context is full goes on from its last block_size // 2 tokens, as a
-        longer prompt does. A row's greedy text does not depend on the rows beside it.
+        prompts: B lists of token ids of any lengths, or a tensor (B, T). stop: token ids that end a
+        row and are not given out. sampling: see Sampling. start(rows, length) reads the rows in
+        place of _start, for NeuralGPT. A row whose context is full goes on from its last
+        block_size // 2 tokens, as a longer prompt does. A row's greedy text does not depend on
+        the rows beside it.
         """
         rows = [[int(token) for token in row] for row in prompts]
         if not rows or not all(rows):
-            raise InputError(
-                "each prompt needs at least one token: begin with the end-of-text token"
-            )
+            raise InputError("a prompt needs a token: begin with the end-of-text token")
         sampling = Sampling(**sampling)
-        stops = _stops_of_rows(stop, len(rows))
         head = self.transformer.wte.weight
         size = self.config.block_size
         generator = torch.Generator(head.device).manual_seed(sampling.seed)
@@ -577,15 +518,13 @@ class GPT(nn.Module):
         for n_new in range(max_new_tokens):
             if cache is None or cache.used - cache.room == size:
                 rows = [row if len(row) <= size else row[-(size // 2) :] for row in rows]
-                longest = max(len(row) for row in rows)
-                length = min(size, longest + max_new_tokens - n_new)
-                x, cache = (start or self._start)(rows, length)
+                length = max(len(row) for row in rows) + max_new_tokens - n_new
+                x, cache = (start or self._start)(rows, min(size, length))
             else:
                 x = self._step([row[-1] for row in rows], cache)
-            logits = F.linear(x, head).float()
-            tokens = sampling.pick(logits, generator).tolist()
+            tokens = sampling.pick(F.linear(x, head).float(), generator).tolist()
             for i, token in enumerate(tokens):
-                ended[i] = ended[i] or token in stops[i]
+                ended[i] = ended[i] or token in stop
                 rows[i].append(token)
             if all(ended):
                 return
@@ -593,17 +532,17 @@ class GPT(nn.Module):
 
     def _start(self, rows, length):
         """Read rows of token ids; last states (B, C), and a Cache with room for `length` tokens."""
-        batch = left_pad(rows, self.transformer.wte.weight.device)
+        idx, position, real, mask = left_pad(rows, self.transformer.wte.weight.device)
         cache = Cache(self, len(rows), length)
-        x = self.trunk(batch.idx, position=batch.position, mask=batch.mask, cache=cache).x
-        cache.begin(batch)
+        x = self.trunk(idx, position=position, mask=mask, cache=cache)[0]
+        cache.begin(real)
         return x[:, -1], cache
 
     def _step(self, tokens, cache):
         """Read one more token of each row against the cache; states (B, C)."""
         idx = torch.tensor(tokens, device=cache.real.device)[:, None]
         position, mask = cache.next()
-        x = self.trunk(idx, position=position, mask=mask, cache=cache, crosses=cache.crosses).x
+        x = self.trunk(idx, None, (), position, mask, cache, cache.crosses)[0]
         cache.used += 1
         return x[:, -1]
 
@@ -611,18 +550,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **options):
-        """As convert.load_lm, without the tokenizer."""
         return _moved("convert", "gpt_from_hub")(name, **options)
 
     def save_pretrained(self, folder, tokenizer=None, facts=""):
-        """As convert.export_lm, of a model in memory."""
         _moved("convert", "export_gpt")(self, folder, tokenizer, facts)
 
     def packed(self, rows):
-        """Nothing is packed any more."""
-        from contextlib import nullcontext
-
-        return nullcontext()
+        return contextlib.nullcontext()
 
 
 @dataclass
@@ -635,12 +569,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise InputError(f"temperature must be at least 0, not {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        cuts = (self.top_k is None or self.top_k > 0, self.top_p is None or 0 < self.top_p <= 1)
+        if self.temperature < 0 or not all(cuts):
+            raise InputError(
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
+                "they must be at least 0, above 0, and above 0 up to 1"
+            )
 
     def pick(self, logits, generator):
         """Next token ids (B,) from logits (B, V)."""
@@ -658,25 +592,11 @@ class Sampling:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _stops_of_rows(stop, n_rows):
-    """A set of stop tokens for each row, from ids for all rows or collections for each."""
-    stop = list(stop)
-    if stop and not isinstance(stop[0], int):
-        return [set(tokens) for tokens in stop]
-    return [set(stop)] * n_rows
-
-
-class LeftPadded(NamedTuple):
-    """Rows of different lengths that end in the same column."""
-
-    idx: torch.Tensor  # (B, T)
-    position: torch.Tensor  # (B, T) from the first real token on
-    real: torch.Tensor  # (B, T) False for pads
-    mask: torch.Tensor | None  # (B, 1, T, T) where attention looks; None: causal, no pads
-
-
 def left_pad(rows, device):
-    """LeftPadded of lists of token ids."""
+    """Rows of token ids that end in the same column: idx, position, real (B, T), and mask.
+
+    real: False for pads. mask (B, 1, T, T): where attention looks; None: causal, without pads.
+    """
     width = max(len(row) for row in rows)
     idx = torch.zeros(len(rows), width, dtype=torch.long)
     real = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -689,7 +609,7 @@ def left_pad(rows, device):
         itself = torch.eye(width, dtype=torch.bool)  # a pad looks at itself: no empty softmax
         mask = ((causal & real[:, None]) | itself)[:, None].to(device)
     position = (real.cumsum(1) - 1).clamp_min(0)
-    return LeftPadded(idx.to(device), position.to(device), real.to(device), mask)
+    return idx.to(device), position.to(device), real.to(device), mask
 
 
 class Cache:
@@ -713,11 +633,10 @@ class Cache:
         self.crosses = crosses
         self.used = 0
 
-    def begin(self, batch, first_position=0, sees_prefix=True):
-        """Note what was read: a LeftPadded whose first token has `first_position`."""
-        prefix = batch.real.new_full((len(batch.real), self.room), sees_prefix)
-        self.real = torch.cat([prefix, batch.real], dim=1)
-        self.position = first_position + batch.real.sum(1)
+    def begin(self, real, first_position=0):
+        """Note what was read: the text's columns real (B, T), and where its positions begin."""
+        self.real = F.pad(real, (self.room, 0), value=True)
+        self.position = first_position + real.sum(1)
         self.used = self.real.size(1)
 
     def next(self):
@@ -789,10 +708,6 @@ def of_subject(table, subject):
 def cut_patches(x, size):
     """(B, C, T) -> (B, C, P, size), without the samples beyond the last whole patch."""
     P = x.size(2) // size
-    if P < 1:
-        raise InputError(
-            f"a signal of {x.size(2)} samples is shorter than patch={size}: widen the window"
-        )
     return x[..., : P * size].unflatten(2, (P, size))
 
 
@@ -853,7 +768,7 @@ class TransformerEncoder(nn.Module):
         self.montage = Montage(c, c.width)
         self.embed = nn.Linear(c.patch * c.virtual, c.width)
         self.blocks = encoder_blocks(c)
-        self.norm = LayerNorm(c.width, True)
+        self.norm = nn.LayerNorm(c.width)
         self.output = nn.Linear(c.width, c.n_embd)
 
     def forward(self, x, xyz, subject):
@@ -862,7 +777,7 @@ class TransformerEncoder(nn.Module):
         h = h + time_code(h.size(1), h.size(2), h.device) + person[:, None]
         everywhere = torch.ones(1, 1, dtype=torch.bool, device=h.device)
         for block in self.blocks:
-            h = block(h, Context(mask=everywhere)).x
+            h = block(h, Context(mask=everywhere))[0]
         states = self.norm(h)
         return self.output(states), states
 
@@ -883,7 +798,7 @@ class ElectrodeEncoder(nn.Module):
         self.embed = nn.Linear(c.patch, c.width)
         self.blocks = encoder_blocks(c)
         self.reach = Reach(c.n_layer, c.n_head) if c.reach else None
-        self.norm = LayerNorm(c.width, True)
+        self.norm = nn.LayerNorm(c.width)
         self.output = nn.Linear(c.width, c.n_embd)
 
     def tokenize(self, x, xyz, subject):
@@ -914,7 +829,7 @@ class ElectrodeEncoder(nn.Module):
         if self.reach is not None:
             masks = [near.to(tokens.dtype) for near in self.reach(spots, spots, present)]
         for block, mask in zip(self.blocks, masks):
-            tokens = block(tokens, Context(mask=mask)).x
+            tokens = block(tokens, Context(mask=mask))[0]
         return tokens
 
     def pool(self, h, present, P):
@@ -944,7 +859,7 @@ class ConvEncoder(nn.Module):
         for i in range(c.n_layer):
             conv = nn.Conv1d(c.virtual, 2 * c.virtual, 3, padding=2**i, dilation=2**i)
             self.convs.append(conv)
-        self.norm = LayerNorm(c.width, True)
+        self.norm = nn.LayerNorm(c.width)
         self.output = nn.Linear(c.width, c.n_embd)
 
     def forward(self, x, xyz, subject):
@@ -967,7 +882,7 @@ class TSConvEncoder(nn.Module):
         self.montage = Montage(c, c.width)
         self.temporal = nn.Conv1d(c.virtual, 2 * c.virtual, 25, padding=12, groups=c.virtual)
         self.embed = nn.Conv1d(2 * c.virtual, c.width, 1)
-        self.norm = LayerNorm(c.width, True)
+        self.norm = nn.LayerNorm(c.width)
         self.output = nn.Linear(c.width, c.n_embd)
 
     def forward(self, x, xyz, subject):
@@ -1025,15 +940,18 @@ class NeuralEncoder(nn.Module):
 
     def forward(self, x, xyz, subject):
         """x (B, C, T), xyz (C, 3) or (B, C, 3), subject (B,) -> (B, P, n_embd)."""
+        c = self.config
+        T = x.size(2)
+        if c.patch > T:
+            raise InputError(f"a signal of {T} samples is shorter than patch={c.patch}")
+        if c.window and T // c.patch != c.window:
+            raise InputError(
+                f"a signal of {T // c.patch} patches for an encoder of window={c.window}"
+            )
         tokens, states = self.net(x, xyz, subject)
         if self.whole is None:
             return tokens
-        if states.size(1) != self.config.window:
-            raise InputError(
-                f"a signal of {states.size(1)} patches: "
-                f"the encoder was made for window={self.config.window}"
-            )
-        states = F.dropout(states.flatten(1), self.config.dropout, self.training)
+        states = F.dropout(states.flatten(1), c.dropout, self.training)
         return torch.cat([self.whole(states)[:, None], tokens], dim=1)
 
     # -- for scripts not yet rewritten
@@ -1094,9 +1012,8 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
         raise InputError(
-            f"{path} fits only {share:.1%} of the encoder's weights ({len(fitting)} of "
-            f"{len(weights)} tensors), {threshold:.0%} are asked for: give the encoder the shape "
-            "it was trained with, or lower the threshold"
+            f"{path} fits only {share:.1%} of the encoder's weights, {threshold:.0%} are asked "
+            "for: give the encoder the shape it was trained with, or lower the threshold"
         )
     module.load_state_dict(fitting, strict=False)
     return share, sorted(set(weights) - set(fitting))
@@ -1113,17 +1030,12 @@ def load_encoder(spec):
     path = Path(spec)
     if path.suffix != ".pt":
         path = path / "best.pt"
+    remedy = "give a run folder or checkpoint of foundation.py"
     if not path.exists():
-        raise InputError(
-            f"no pretrained encoder at {spec}: make one with python foundation.py, "
-            "or give its run folder or .pt"
-        )
+        raise InputError(f"no pretrained encoder at {spec}: {remedy}, made by python foundation.py")
     state = load_checkpoint(path)
     if state.get("kind") != "foundation":
-        raise InputError(
-            f"{path} holds a '{state.get('kind')}', no foundation model: "
-            "give one that foundation.py wrote"
-        )
+        raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model: {remedy}")
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     weights = {}
     for name, value in state["model"].items():
@@ -1148,8 +1060,8 @@ class Expert(nn.Module):
         self.mlp = None if last else copy.deepcopy(block.mlp)
         self.requires_grad_(True)
         if last:
-            self.attn.c_proj = None
-            self.attn.attn_proj = None
+            self.attn.c_proj = nn.Identity()
+            self.attn.attn_proj = nn.Identity()
 
 
 class Cross(nn.Module):
@@ -1159,8 +1071,8 @@ class Cross(nn.Module):
         super().__init__()
         width = config.n_embd
         self.n_head = config.n_head
-        self.ln = LayerNorm(width, config.bias)
-        self.ln_n = LayerNorm(width, config.bias)
+        self.ln = nn.LayerNorm(width, bias=config.bias)
+        self.ln_n = nn.LayerNorm(width, bias=config.bias)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.c_proj = nn.Linear(width, width)
@@ -1199,26 +1111,17 @@ class NeuralGPT(nn.Module):
         check_choice("text_positions", text_positions, ("zero", "after_prefix"))
         check_choice("prefix_attention", attention, ("causal", "full", "blocked"))
         if not 0 <= layers <= n_layer:
-            raise InputError(
-                f"{layers} layers with experts in a language model of {n_layer}: "
-                f"give 0 (all) to {n_layer}"
-            )
-        if encoder.config.n_embd != lm.config.n_embd:
-            raise InputError(
-                f"the encoder's tokens are {encoder.config.n_embd} wide, "
-                f"the language model {lm.config.n_embd}"
-            )
+            raise InputError(f"{layers} layers with experts, the language model has {n_layer}")
+        width = lm.config.n_embd
+        if encoder.config.n_embd != width:
+            raise InputError(f"tokens {encoder.config.n_embd} wide, a language model {width} wide")
         self.lm = lm
         self.encoder = encoder
         self.fusion = fusion
         self.text_positions = text_positions
         self.attention = attention
-        self.args = {  # what builds it again
-            "fusion": fusion,
-            "layers": layers,
-            "text_positions": text_positions,
-            "attention": attention,
-        }
+        self.args = {"fusion": fusion, "layers": layers}  # what builds it again
+        self.args |= {"text_positions": text_positions, "attention": attention}
         self.first = n_layer - (layers or n_layer)  # layer with an expert or cross-attention
         blocks = lm.transformer.h[self.first :]
         self.experts = None
@@ -1265,9 +1168,8 @@ class NeuralGPT(nn.Module):
             position = torch.arange(idx.size(1), device=n.device)
         if self.fusion == "cross":
             crosses = self._cross_keys(n) if cache is None else cache.crosses
-            out = lm.trunk(idx, position=position, mask=mask, cache=cache, crosses=crosses)
-            return out.x
-        n, x, prefix, context = self._rows(n, idx, position, mask)
+            return lm.trunk(idx, None, (), position, mask, cache, crosses)[0]
+        n, x, context = self._rows(n, idx, position, mask)
         for i, block in enumerate(lm.transformer.h):
             if states is not None:
                 states.append((n, x))
@@ -1277,7 +1179,7 @@ class NeuralGPT(nn.Module):
             if cache is not None:
                 context = context._replace(kv=cache.kv[i])
             last = i + 1 == len(lm.transformer.h)
-            n, x = block.routed(n, x, expert, prefix, context, last)
+            n, x = block.routed(n, x, expert, context, self.attention != "full", last)
         return lm.transformer.ln_f(x[:, 1:])
 
     def _cross_keys(self, n):
@@ -1288,39 +1190,35 @@ class NeuralGPT(nn.Module):
         return keys
 
     def _rows(self, n, idx, position, mask):
-        """Neural rows [BON, n], text rows [EON, text], and what attention knows of both."""
+        """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
         B, P, _ = n.shape
         T = idx.size(1)
         n = torch.cat([self.bon.expand(B, 1, -1), n], dim=1)
         eon = self.eon.expand(B, 1, -1)
-        order = torch.arange(P + 2, device=n.device)
+        before = torch.zeros(P + 2, dtype=torch.long, device=n.device)  # positions of what precedes
         if self.text_positions == "after_prefix":
-            n = self.lm.add_position(n, order[:-1])
-            eon = self.lm.add_position(eon, order[-1:])
+            before = torch.arange(P + 2, device=n.device)
             position = position + P + 2
-        else:
-            order = torch.zeros_like(order)
+            n = self.lm.add_position(n, before[:-1])
+            eon = self.lm.add_position(eon, before[-1:])
         text = self.lm.add_position(self.lm.transformer.wte(idx), position)
-        x = torch.cat([eon, text], dim=1)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=n.device).tril()
         mask = F.pad(mask, (0, 0, 1, 0), value=False)  # a row for EON
         mask = F.pad(mask, (1, 0), value=True)  # and a column
         mask = F.pad(mask, (P + 1, 0), value=self.attention != "blocked")  # columns of neural rows
-        eon_position = order[-1:].expand(*position.shape[:-1], 1)
-        context = Context(torch.cat([eon_position, position], dim=-1), mask)
-        return n, x, Prefix(order[:-1], self.attention != "full"), context
+        position = torch.cat([before.expand(*position.shape[:-1], -1), position], dim=-1)
+        return n, torch.cat([eon, text], dim=1), Context(position, mask)
 
     def check_length(self, P, T):
         """Raises InputError where a prefix of P and T tokens of text have no positions."""
         size = self.lm.config.block_size
-        after = self.text_positions == "after_prefix" and self.fusion != "cross"
-        if T + (P + 2 if after else 0) > size:
-            raise InputError(
-                f"a prefix of {P} and {T} tokens of text do not fit block_size={size} of the "
-                "language model: take longer patches, less text"
-                + (" or text_positions=zero" if after else "")
-            )
+        remedy = "take longer patches, or less text"
+        if self.text_positions == "after_prefix" and self.fusion != "cross":
+            T += P + 2
+            remedy += ", or text_positions=zero"
+        if size < T:
+            raise InputError(f"{T} tokens in all do not fit block_size={size}: {remedy}")
 
     @torch.no_grad()
     def generate(self, n, prompt, max_new_tokens, **options):
@@ -1340,16 +1238,15 @@ class NeuralGPT(nn.Module):
 
     def _start(self, n, rows, length):
         """As GPT._start, behind the neural tokens n."""
-        batch = left_pad(rows, n.device)
+        idx, position, real, mask = left_pad(rows, n.device)
         if self.fusion == "cross":
             cache = Cache(self.lm, len(rows), length, crosses=self._cross_keys(n))
         else:
             cache = Cache(self.lm, len(rows), length, room=n.size(1) + 2)
-        x = self.trunk(n, batch.idx, batch.position, batch.mask, cache)
-        after = self.text_positions == "after_prefix"
-        cache.begin(batch, cache.room if after else 0)
-        if self.attention == "blocked" and cache.room:
-            cache.real[:, : cache.room - 1] = False  # all but EON
+        x = self.trunk(n, idx, position, mask, cache)
+        cache.begin(real, cache.room if self.text_positions == "after_prefix" else 0)
+        if self.attention == "blocked":
+            cache.real[:, : max(0, cache.room - 1)] = False  # all but EON
         return x[:, -1], cache
 
 
@@ -1365,11 +1262,9 @@ def save_checkpoint(path, state):
         with aside(path) as file:
             torch.save({"format": "nanocortex", "version": VERSION, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        reason = cause.strerror if isinstance(cause, OSError) else "is the disk full?"
         raise OSError(
-            f"{path} could not be written ({reason}): make room, then go on with "
-            "init_from=resume; the last checkpoint is untouched"
+            f"{path} could not be written ({error.__context__ or error}): make room, then go on "
+            "with init_from=resume; the last checkpoint is untouched"
         ) from None
 
 
@@ -1382,45 +1277,38 @@ def _check_plain(value, where):
         for item in value:
             _check_plain(item, where)
     elif type(value) not in (int, float, str, bool, type(None), torch.Tensor, nn.Parameter):
-        raise TypeError(
-            f"{where} is a {type(value).__name__}: a checkpoint holds plain types and tensors only"
-        )
+        kind = type(value).__name__
+        raise TypeError(f"{where} is a {kind}: a checkpoint holds plain types and tensors only")
 
 
 def load_checkpoint(path):
     """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none."""
     path = Path(path)
     if not path.exists() and not path.is_symlink():
-        raise InputError(
-            f"no checkpoint {path}: train one with python train.py, or leave init_from=resume out"
-        )
+        raise InputError(f"no checkpoint {path}: train first, or leave init_from=resume out")
     check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file raises nearly anything
-        raise InputError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is torn or not "
-            "ours; take another, such as best.pt"
-        ) from None
+        reason = f"{type(error).__name__}: it is torn or not ours"
+        raise InputError(f"{path} cannot be read as a checkpoint ({reason})") from None
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
         raise InputError(
-            f"{path} is no nanoCortex checkpoint: those of nanoGPT and TopoLM are read where a "
-            "language model is asked for (lm=, or init_from= with another out_dir)"
+            f"{path} is no nanoCortex checkpoint and has no state to resume: give init_from={path} "
+            f"and another out_dir, or lm={path}; nanoGPT's and TopoLM's are read there"
         )
     if state["version"] > VERSION:
-        raise InputError(
-            f"{path} has checkpoint version {state['version']}, "
-            f"this code reads up to {VERSION}: update the code"
-        )
+        raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)
 
 
 def patch_checkpoint(state):
     """The one place where checkpoints of older versions are brought up to date."""
-    if isinstance(state.get("model_args"), dict):
-        state["model_args"] = {**asdict(GPTConfig()), **state["model_args"]}
-        if state["model_args"]["windows"] == 0:  # version 1: every window
-            state["model_args"]["windows"] = state["model_args"]["n_embd"]
+    for key in {"model_args", "lm_args"} & state.keys():
+        args = {**asdict(GPTConfig()), **state[key]}
+        if args["windows"] == 0:  # version 1: every window
+            args["windows"] = args["n_embd"]
+        state[key] = args
     if state["version"] == 1 and "encoder_args" in state:
         state["model"] = _rename_encoder(state["model"], EncoderConfig(**state["encoder_args"]))
     state["version"] = VERSION
@@ -1452,9 +1340,8 @@ def lm_state(model):
 def lm_from(state, path="checkpoint", **options):
     """GPT from a checkpoint's dict; options set fields of GPTConfig that are not of the weights."""
     if state.get("kind") != "lm":
-        raise InputError(
-            f"{path} holds a '{state.get('kind')}', no language model: give one that train.py wrote"
-        )
+        kind = state.get("kind")
+        raise InputError(f"{path} holds a '{kind}', no language model: give one of train.py")
     args = {**state["model_args"], **options}
     known = [field.name for field in fields(GPTConfig)]
     for key in args:
@@ -1462,11 +1349,11 @@ def lm_from(state, path="checkpoint", **options):
             raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
     weights = state["model"]
     model = GPT(GPTConfig(**args), weights.get("unit_at_cell"))
-    keys = model.load_state_dict(weights, strict=False)
-    for name in keys.missing_keys + keys.unexpected_keys:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    for name in missing + unexpected:
         if name != "unit_at_cell":  # sheets are given or left as the options say
-            problem = "lacks" if name in keys.missing_keys else "has more than our GPT:"
-            raise InputError(f"{path} {problem} the weights '{name}'")
+            problem = "missing" if name in missing else "more than it has"
+            raise InputError(f"{path} does not fit our GPT: '{name}' is {problem}")
     return model
 
 
@@ -1482,9 +1369,9 @@ def _moved(module, name):
 def __getattr__(name):
     if name == "Tokenizer":
         return _moved("data.tokens", name)
-    if name in (
-        "load_lm", "export_lm", "model_card", "from_hub", "hub_answers", "NotOurGPT",
-        "adopt_checkpoint", "foreign_tokenizer",
-    ):  # fmt: skip
+    if name == "LayerNorm":
+        return lambda width, bias: nn.LayerNorm(width, bias=bias)
+    moved = "load_lm export_lm model_card from_hub hub_answers NotOurGPT adopt_checkpoint"
+    if name in f"{moved} foreign_tokenizer".split():
         return _moved("convert", name)
     raise AttributeError(f"module 'model' has no attribute '{name}'")

@@ -33,6 +33,7 @@ import torch
 import torch.nn as nn
 from sklearn.isotonic import isotonic_regression
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn import functional as F
 
 from configurator import HERE, Run, aside, configure, key_seed
@@ -417,7 +418,8 @@ class FastfoodWrapper(nn.Module):
             return functional_call(self.model, dict(zip(self.names, tensors)), args, kwargs)
         if self.copies == 1:  # no need to batch
             return functional_call(self.model, dict(zip(self.names, (t[0] for t in tensors))), args, kwargs)[None]
-        return vmap(lambda ts: functional_call(self.model, dict(zip(self.names, ts)), args, kwargs))(tuple(tensors))
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
+            return vmap(lambda ts: functional_call(self.model, dict(zip(self.names, ts)), args, kwargs))(tuple(tensors))
 
     def forward(self, *args, **kwargs):
         return self.call(self.tensors(), *args, **kwargs)

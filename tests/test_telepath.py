@@ -513,7 +513,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path, capsys):
     T.main(config)
     said = capsys.readouterr().out
     assert "40 known by name, 23 by position only, 0 without a place" in said and "25 Hz, these are 50 Hz" in said
-    assert "new: out.bias, out.weight, subject_token" in said  # of another width, for other people
+    assert "new: net.output.bias, net.output.weight, net.subject_token" in said  # of another width, for other people
     trials = T.prepare(config, config.dataset)[0]
     assert np.allclose(trials.xyz[0, [3, 7]], place[[3, 7]], atol=1e-6) and np.isfinite(trials.xyz).all()
     model = T.build(config, trials, Here(config))[0]
