@@ -1,4 +1,4 @@
-"""Everything that others wrote, in and out: models, checkpoints, tokenizers, positions.
+"""Foreign formats, in and out: models, checkpoints, tokenizers and positions of other projects.
 
 - load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
   of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_lm writes such a folder.
@@ -36,17 +36,18 @@ from data.tokens import (
     nanogpt_characters,
     rank_file,
     ranks_of,
+    replace_lone_surrogates,
     state_of,
 )
 from model import GPT, GPTConfig, lm_from, load_checkpoint
 
 
 class NotOurGPT(InputError):
-    """A model of transformers for which our GPT has no place; HiddenStates takes it as it is."""
+    """A model of transformers that our GPT cannot be; HiddenStates takes it as it is."""
 
 
 def load_lm(spec, **options):
-    """(GPT, Tokenizer) of a language model, with the logits and token ids that it has at home.
+    """(GPT, Tokenizer) of a language model, with the logits and token ids of its origin.
 
     spec: a run folder or checkpoint of ours, nanoGPT's or TopoLM's, a Hugging Face GPT-2 name or
     folder. options set fields of GPTConfig that the weights leave open (alpha, dropout, windows).
@@ -96,7 +97,7 @@ def read_checkpoint(path):
     return load_checkpoint(path)
 
 
-def say(text):
+def print_once(text):
     """Print to stderr, once for all ranks."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
@@ -106,19 +107,19 @@ def say(text):
 
 
 class _Deepest(Exception):
-    """The deepest layer asked for has been heard: the rest of the model need not run."""
+    """The deepest layer asked for has been read: the rest of the model need not run."""
 
 
 class HiddenStates:
-    """A causal or masked language model that is listened to.
+    """A causal or masked language model, read layer by layer.
 
     lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
     file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
     anything that takes input_ids and returns hidden_states. dtype: precision of the pass.
-    padding_side: "left" is kept where the model's states allow it, else "right" is taken.
-    bos: begin each text with the tokenizer's first token. head: logits are wanted, too.
+    padding_side: "left" becomes "right" where left pads would change the states.
+    bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
-    Layers are numbered as transformers does: 0 is what enters the first block (the embeddings),
+    Layers are numbered as in transformers: 0 is what enters the first block (the embeddings),
     n_layer what leaves the last one, after the final norm. The states of a text do not depend on
     the texts beside it. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
     (of a text in tokens, special ones counted), params, padding_side.
@@ -139,7 +140,7 @@ class HiddenStates:
             except NotOurGPT:
                 model, self.tokenizer = load_from_transformers(self.name, dtype, head)
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
-        self._listen(model, padding_side)
+        self._attach(model, padding_side)
         self.max_length = longest_text(self.base, self.tokenizer)
         self.bos = bos
         self.first = None
@@ -165,6 +166,7 @@ class HiddenStates:
         return rows, n_cut
 
     def _row(self, text, truncation=False):
+        text = replace_lone_surrogates(text)
         if not self.foreign_tokenizer:
             row = list(self.tokenizer.encode(text))
         elif truncation:
@@ -195,6 +197,7 @@ class HiddenStates:
 
         Spaces at either end of a token are left out; special tokens cover nothing (start == end).
         """
+        text = replace_lone_surrogates(text)
         if not self.foreign_tokenizer:
             spans = byte_spans(self.tokenizer, text)[: self.room]
         elif self.tokenizer.is_fast:
@@ -202,7 +205,7 @@ class HiddenStates:
             encoding = self.tokenizer(text, return_offsets_mapping=True, **options)
             spans = encoding["offset_mapping"]
         else:
-            raise InputError(f"the tokenizer of {self.name} does not say where its tokens begin")
+            raise InputError(f"the tokenizer of {self.name} does not tell where its tokens begin")
         if len(self._row(text, truncation=True)) > len(spans):
             spans = [(0, 0), *spans]
         trimmed = []
@@ -237,45 +240,45 @@ class HiddenStates:
         wanted = set(layers)
         deepest = max(wanted)
 
-        def hear(layer, state):
+        def report(layer, state):
             if layer in wanted:
                 take(layer, state)
             if layer == deepest:
                 raise _Deepest
 
         if self.blocks is None:
-            states = self._own_states(ids, real)
+            states = self._output_states(ids, real)
             for layer in sorted(wanted):
                 take(layer, states[layer])
             return
-        handles = self._hooks(hear)
+        handles = self._hooks(report)
         try:
             output = self._call(self.base, ids, real)
-            hear(self.n_layer, getattr(output, "last_hidden_state", None))
+            report(self.n_layer, getattr(output, "last_hidden_state", None))
         except _Deepest:
             pass
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _hooks(self, hear):
-        """Hooks that call hear(layer, state) before the first block and after each."""
+    def _hooks(self, report):
+        """Hooks that call report(layer, state) before the first block and after each."""
 
         def before(module, args, kwargs):
-            hear(0, (*args, kwargs.get("hidden_states"))[0])
+            report(0, (*args, kwargs.get("hidden_states"))[0])
 
         def after(layer):
             def hook(module, args, output):
                 if isinstance(output, tuple):
                     output = output[0]
-                hear(layer, output)
+                report(layer, output)
 
             return hook
 
         handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
         for layer, block in enumerate(self.blocks[:-1], start=1):
             handles.append(block.register_forward_hook(after(layer)))
-        if self.ours:  # the head need not run
+        if self.is_gpt:  # the head need not run
             norm = self.model.transformer.ln_f
             handles.append(norm.register_forward_hook(after(self.n_layer)))
         return handles
@@ -306,7 +309,7 @@ class HiddenStates:
 
     def token_embeddings(self):
         """The weights (vocab, width) of the token embedding."""
-        if self.ours:
+        if self.is_gpt:
             return self.model.transformer.wte.weight
         return self.model.get_input_embeddings().weight
 
@@ -315,7 +318,7 @@ class HiddenStates:
         twin = copy.copy(self)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if self.ours:
+            if self.is_gpt:
                 model = GPT(self.model.config, seed=seed)
             elif hasattr(self.model, "config"):
                 model = type(self.model)(self.model.config)
@@ -324,13 +327,13 @@ class HiddenStates:
                 for module in model.modules():
                     if hasattr(module, "reset_parameters"):
                         module.reset_parameters()
-        twin._listen(model, self.padding_side)
+        twin._attach(model, self.padding_side)
         return twin
 
     def _call(self, model, ids, real, **options):
         """The model's output, told of the pads where it would see them."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if self.ours:
+            if self.is_gpt:
                 return model(ids, **options)
             if "use_cache" in self.accepts:
                 options["use_cache"] = False
@@ -341,53 +344,56 @@ class HiddenStates:
                     options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
             return model(input_ids=ids, **options)
 
-    def _own_states(self, ids, real):
+    def _output_states(self, ids, real):
         """All hidden states as the model itself returns them: n_layer + 1 of them."""
-        if self.ours:
-            layers = range(self.model.config.n_layer + 1)
-            return list(self._call(self.model, ids, real, hidden=layers).hidden.values())
+        if self.is_gpt:
+            layers = list(range(self.model.config.n_layer + 1))
+            states = self._call(self.model, ids, real, hidden=layers).hidden
+            return [states[layer] for layer in layers]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
 
     @torch.no_grad()
-    def _listen(self, model, padding_side):
+    def _attach(self, model, padding_side):
         """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
         refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
         self.model = model.to(self.device).eval().requires_grad_(False)
-        self.ours = isinstance(model, GPT)
+        self.is_gpt = isinstance(model, GPT)
         self.base = getattr(model, "base_model", model)  # without its head
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
         self.padding_side, self.causal = "right", True
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
-        states = self._own_states(ids, real)
+        states = self._output_states(ids, real)
         if any(state.shape[:-1] != ids.shape for state in states):
             raise InputError(f"{self.name}: some of its layers have no state for each token")
         self.n_layer = len(states) - 1
         self.width = states[-1].size(-1)
         # does a later token change an earlier state?
-        self.causal = all(close(state[0, :2], state[1, :2], 1e-5) for state in states)
+        self.causal = all(nearly_equal(state[0, :2], state[1, :2], 1e-5) for state in states)
         self.blocks = self._find_blocks(ids, real, states)
         if not self._ignores_pads():
             raise InputError(
-                f"{self.name}: the states of a text change with the texts beside it (it reads the "
-                "padding): take another model"
+                f"{self.name}: the states of a text change with the texts beside it in a batch (it "
+                "reads the padding): take another model"
             )
-        if padding_side == "left" and self.causal and not self.ours:
+        if padding_side == "left" and self.causal and not self.is_gpt:
             self.padding_side = "left"
             if not self._ignores_pads():
                 self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
-        """The blocks at which hooks hear what the model itself says; None where there are none."""
+        """The blocks whose hooks capture the states that the model returns, or None."""
         for module in self.base.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.n_layer:
                 self.blocks = module
-                heard = {}
-                self.run(ids, real, range(self.n_layer + 1), heard.__setitem__)
-                if all(close(heard.get(i), state, 1e-5) for i, state in enumerate(states)):
+                captured = {}
+                self.run(ids, real, range(self.n_layer + 1), captured.__setitem__)
+                if all(
+                    nearly_equal(captured.get(i), state, 1e-5) for i, state in enumerate(states)
+                ):
                     return module
         return None
 
@@ -395,13 +401,13 @@ class HiddenStates:
         """Are the states of a short text beside a longer one those that it has alone?"""
         together, real = self.pad([[1, 2, 3], [3, 2, 1, 3, 2]])
         alone, all_real = self.pad([[1, 2, 3]])
-        batch = self._own_states(together, real)
-        single = self._own_states(alone, all_real)
+        batch = self._output_states(together, real)
+        single = self._output_states(alone, all_real)
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        return all(close(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
+        return all(nearly_equal(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
 
 
-def close(a, b, tolerance):
+def nearly_equal(a, b, tolerance):
     """Do two states agree but for rounding, measured by their size?"""
     if not isinstance(a, torch.Tensor) or a.shape != b.shape:
         return False
@@ -551,8 +557,8 @@ def gpt_from_hub(name, **options):
     from transformers import AutoConfig, GPT2LMHeadModel
 
     args = gpt_args(from_hub(AutoConfig, name), name)
-    theirs = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
-    weights = theirs.state_dict()
+    hub_model = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
+    weights = hub_model.state_dict()
     exported = exported_facts(name)
     for field in fields(GPTConfig):
         if field.name in exported.get("model_args", {}):
@@ -561,9 +567,11 @@ def gpt_from_hub(name, **options):
     biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
     args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
     model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
-    state = {key: turned(key, weights[key]) for key in model.state_dict() if key in weights}
+    state = {
+        key: transpose_conv1d(key, weights[key]) for key in model.state_dict() if key in weights
+    }
     missing = model.load_state_dict(state, strict=False).missing_keys
-    if set(missing) - {"unit_at_cell"} or not same_logits(model, theirs):
+    if set(missing) - {"unit_at_cell"} or not same_logits(model, hub_model):
         raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
     return model
 
@@ -610,7 +618,7 @@ def exported_facts(name):
         ) from None
 
 
-def turned(name, weight):
+def transpose_conv1d(name, weight):
     """A weight of GPT-2 from our form to Hugging Face's, which has some as (in, out), or back."""
     if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
         return weight.t()
@@ -618,14 +626,14 @@ def turned(name, weight):
 
 
 @torch.no_grad()
-def same_logits(model, theirs):
-    """Do our GPT and theirs of transformers give the same logits for some tokens?"""
+def same_logits(model, hub_model):
+    """Do our GPT and a GPT-2 of transformers give the same logits for some tokens?"""
     length = min(16, model.config.block_size)
     ids = torch.arange(2 * length).view(2, length) * 7 % model.config.vocab_size
     training = model.training
     logits = model.eval()(ids).logits
     model.train(training)
-    return close(logits, theirs(ids).logits, 1e-3)
+    return nearly_equal(logits, hub_model(ids).logits, 1e-3)
 
 
 def export_lm(spec, folder):
@@ -660,12 +668,12 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
         setattr(config, key, getattr(c, key))
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, key, c.dropout)
-    theirs = GPT2LMHeadModel(config).eval()
-    theirs.load_state_dict(weights_for_hub(model, theirs.state_dict()), strict=False)
-    theirs.tie_weights()
-    if not same_logits(model, theirs):
+    hub_model = GPT2LMHeadModel(config).eval()
+    hub_model.load_state_dict(weights_for_hub(model, hub_model.state_dict()), strict=False)
+    hub_model.tie_weights()
+    if not same_logits(model, hub_model):
         raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
-    theirs.save_pretrained(folder)
+    hub_model.save_pretrained(folder)
     extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
         extra["unit_at_cell"] = model.unit_at_cell.tolist()
@@ -676,19 +684,19 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     write_aside(Path(folder, "README.md"), model_card(model, tokenizer, facts))
 
 
-def weights_for_hub(model, theirs):
-    """Our GPT's weights under the names and in the shapes of `theirs`, GPT-2's state dict there."""
+def weights_for_hub(model, hub_weights):
+    """Our GPT's weights under the names and in the shapes of hub_weights."""
     state = {}
     for key, value in model.state_dict().items():
         if key != "unit_at_cell":
-            state[key] = turned(key, value)
-    for key, value in theirs.items():
+            state[key] = transpose_conv1d(key, value)
+    for key, value in hub_weights.items():
         if key.endswith(".bias") and not model.config.bias:
             state.setdefault(key, torch.zeros_like(value))  # no bias here is a bias of zero there
     state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
-    for key in [*theirs, *state]:
+    for key in [*hub_weights, *state]:
         value = state.get(key)
-        if value is None or key not in theirs or value.shape != theirs[key].shape:
+        if value is None or key not in hub_weights or value.shape != hub_weights[key].shape:
             raise InputError(
                 f"a GPT with another {key} than GPT-2's has no Hugging Face GPT-2 form: write it "
                 "out as a checkpoint"
@@ -736,10 +744,10 @@ def tokenizer_state_from_hub(name):
     """
     from transformers import AutoTokenizer
 
-    theirs = from_hub(AutoTokenizer, name)
+    tokenizer = from_hub(AutoTokenizer, name)
     differs = "kind"
-    if getattr(theirs, "is_fast", False):
-        form = tokenizer_form(theirs.backend_tokenizer)
+    if getattr(tokenizer, "is_fast", False):
+        form = tokenizer_form(tokenizer.backend_tokenizer)
         state = exported_facts(name).get("tokenizer") or byte_level_state(form, Path(name).name)
         differs = first_difference(form, state)
     if differs:
@@ -782,16 +790,16 @@ def byte_level_state(form, name):
 
 
 def first_difference(form, state):
-    """What differs first between a tokenizer and ours of that state; '' where the ids are equal."""
+    """What differs first between a tokenizer and one rebuilt from the state; '' if nothing."""
     try:
-        ours = tokenizer_form(fast_tokenizer(state))
+        rebuilt = tokenizer_form(fast_tokenizer(state))
     except InputError:  # tokens that no merges make
         return "order of merges"
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if state["pattern"] == GPT2_PATTERN and form["pre-tokenizer"] == {**level, "use_regex": True}:
-        form["pre-tokenizer"] = ours["pre-tokenizer"]  # GPT-2's own spelling of it
+        form["pre-tokenizer"] = rebuilt["pre-tokenizer"]  # GPT-2's own spelling of it
     for part in ("kind", "normalizer", "pre-tokenizer", "order of merges", "vocabulary", "words"):
-        if form[part] != ours[part]:
+        if form[part] != rebuilt[part]:
             return part
     return ""
 
@@ -868,30 +876,30 @@ def adopt_checkpoint(state, path):
     not in its checkpoint: they are taken from position files beside it or in a folder there.
     """
     weights = adopted_weights(state["model"], path)
-    args = state["model_args"]
-    if "n_head" not in args:
+    foreign_args = state["model_args"]
+    if "n_head" not in foreign_args:
         raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
     vocab_size, n_embd = weights["transformer.wte.weight"].shape
     blocks = {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}
-    ours = {
+    args = {
         "block_size": len(weights["transformer.wpe.weight"]),
         "vocab_size": vocab_size,
         "n_layer": len(blocks),
-        "n_head": args["n_head"],
+        "n_head": foreign_args["n_head"],
         "n_embd": n_embd,
         "bias": "transformer.ln_f.bias" in weights,
         "gelu": "exact",
-        "dropout": float(args.get("dropout", 0.0)),
+        "dropout": float(foreign_args.get("dropout", 0.0)),
         "head_loss": "transformer.h.0.attn.c_proj.weight" not in weights,
         "attn_proj": "transformer.h.0.attn.attn_proj.weight" in weights,
     }
     maker = "nanoGPT"
-    if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & args.keys():
-        maker = adopt_sheets(ours, weights, args, Path(path))
-    say(f"{path}: a checkpoint of {maker}")
+    if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & foreign_args.keys():
+        maker = adopt_sheets(args, weights, foreign_args, Path(path))
+    print_once(f"{path}: a checkpoint of {maker}")
     dataset = str((state.get("config") or {}).get("dataset", ""))
     tokenizer = foreign_tokenizer(Path(path), vocab_size, dataset)
-    return {"kind": "lm", "model_args": ours, "model": weights, "tokenizer": tokenizer}
+    return {"kind": "lm", "model_args": args, "model": weights, "tokenizer": tokenizer}
 
 
 def adopted_weights(state, path):
@@ -913,7 +921,7 @@ def adopted_weights(state, path):
     return weights
 
 
-def adopt_sheets(ours, weights, args, path):
+def adopt_sheets(args, weights, foreign_args, path):
     """Add TopoLM's positions to the arguments and weights; returns what to say of them."""
     first = "layer.0.attn.pkl"
     files = [*path.parent.glob(first), *sorted(path.parent.glob(f"*/{first}"))]
@@ -921,18 +929,18 @@ def adopt_sheets(ours, weights, args, path):
         return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
     folder = files[0].parent
     layouts, facts = read_layer_pickles(folder)
-    names = positions.layer_names(ours["n_layer"])
-    if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != ours["n_embd"]:
+    names = positions.layer_names(args["n_layer"])
+    if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != args["n_embd"]:
         raise InputError(
             f"{folder} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
-            f"sheets, {path} has {ours['n_embd']} in {len(names)}"
+            f"sheets, {path} has {args['n_embd']} in {len(names)}"
         )
     weights["unit_at_cell"] = torch.stack([torch.from_numpy(layouts[name]) for name in names])
     # one that does not say with_resid is of sublayer outputs, as the published ones are
-    tap = "residual" if args.get("with_resid") else "sublayer"
-    ours |= {"sheet": True, "tap": tap, "accum": args.get("accum", "mean"), **facts}
+    tap = "residual" if foreign_args.get("with_resid") else "sublayer"
+    args |= {"sheet": True, "tap": tap, "accum": foreign_args.get("accum", "mean"), **facts}
     for key in ("alpha", "activation_decay"):
-        ours[key] = float(args.get(key, 0.0))
+        args[key] = float(foreign_args.get(key, 0.0))
     return f"TopoLM with the positions of {folder}"
 
 
@@ -1024,7 +1032,7 @@ def read_layer_pickles(folder):
             facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
     if shared:
         count = f"{len(shared)} of {len(files)} position files are no permutations"
-        say(f"{folder}: {count}; {shared[0]}")
+        print_once(f"{folder}: {count}; {shared[0]}")
     return layouts, facts
 
 
