@@ -3,7 +3,7 @@
 The loss is the next-token loss plus alpha times the spatial loss of every layer.
 
     python train.py                                    # embedded: real text, minutes on two cores
-    python train.py minutes=8                          # as many steps as eight minutes hold here
+    python train.py minutes=8                          # as many steps as fit into eight minutes
     python train.py alpha=0 out_dir=out/train_alpha0   # its twin without topography, same data
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.yaml
     python train.py init_from=resume                   # go on after a stop, bit for bit
@@ -95,7 +95,7 @@ class Config:
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
-    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU where it has paid
+    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU if known to pay
     recompute: bool = False  # activation checkpointing: less memory, a third more time
     deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
     log_interval: int = 50  # steps between lines
@@ -123,7 +123,7 @@ class Config:
 
 
 class Data:
-    """The tokens of config.dataset, which is made on first use where it is embedded."""
+    """Tokens and tokenizer of config.dataset; an embedded one is made on first use."""
 
     def __init__(self, run, config):
         folder = run.dataset(config.dataset)
@@ -574,8 +574,9 @@ def report(run, config, data, training, scores, baselines):
 
 # ---- time
 #
-# What a step takes here is measured on the first steps. It settles max_iters where `minutes` is
-# given, and is kept in the cache folder: eager and compiled, it says whether compiling pays.
+# The first steps tell what a step takes on this machine. That settles max_iters where `minutes` is
+# given. It is also kept in the cache folder: after one run with compile=True and one without, a CPU
+# knows when compiling pays.
 
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 WARM_UP = 2  # steps that are not measured: they compile, and fetch memory
@@ -600,11 +601,12 @@ def settle_options(run, config, model, state):
         config.max_iters = saved["max_iters"]
     elif config.minutes:
         config.max_iters = UNSETTLED
-    run.save_config()
+    if config.max_iters != UNSETTLED:
+        run.save_config()
 
 
 def measure(run, config, training):
-    """Has the run been measured now? Sets training.step_seconds, alike on every rank."""
+    """Set training.step_seconds, alike on every rank, and return True once it can be told."""
     enough = min(20.0, 3.0 * (config.minutes or 4.0))  # seconds of steps
     measured = training.durations[WARM_UP:]
     total = run.reduce(sum(measured), "max")
@@ -626,7 +628,7 @@ def plan(run, config, data, training):
         n_steps = (60 * config.minutes - elapsed - closing) / per_step
         config.max_iters = training.step + max(1, int(n_steps))
         run.save_config()
-        run.print(f"minutes={config.minutes:g} hold {config.max_iters:,} steps here (max_iters)")
+        run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
     left = (config.max_iters - training.step) * per_step + closing
     run.print(
         f"a step takes {seconds:.3g} s here: {config.max_iters:,} steps and their validations "
