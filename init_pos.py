@@ -247,7 +247,7 @@ def load_model(run, config, folder):
         config.n_layer = model.config.n_layer
         config.n_embd = model.config.n_embd
     else:
-        keys = "block_size n_layer n_head n_embd bias tap".split()
+        keys = ["block_size", "n_layer", "n_head", "n_embd", "bias", "tap"]
         shape = {key: getattr(config, key) for key in keys}
         shape["vocab_size"] = read_meta(folder)["vocab_size"]
         model = GPT(GPTConfig(**shape), seed=config.seed)
@@ -257,7 +257,7 @@ def load_model(run, config, folder):
 
 def save(config, path, layers):
     """The positions file, with how it was made."""
-    keys = "scheme seed radius tap lm init_data".split()
+    keys = ["scheme", "seed", "radius", "tap", "lm", "init_data"]
     facts = {key: getattr(config, key) for key in keys}
     facts["method"] = config.method if config.scheme == "swap" else ""
     facts["norm"] = str(config.norm)

@@ -17,7 +17,7 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -420,7 +420,7 @@ class GPT(nn.Module):
         x = F.dropout(x, c.dropout, self.training)
         context = Context(position, mask)
         losses = []
-        states = {0: x} if 0 in hidden else {}
+        states: dict = {0: x} if 0 in hidden else {}
         for i, block in enumerate(self.transformer.h):
             if crosses and i in crosses:
                 cross, keys = crosses[i]
@@ -489,7 +489,7 @@ class GPT(nn.Module):
 
         Options as in stream().
         """
-        rows = [[] for _ in prompts]
+        rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, **options):
             for row, token in zip(rows, tokens):
                 if token is not None:
@@ -509,10 +509,10 @@ class GPT(nn.Module):
         rows = [[int(token) for token in row] for row in prompts]
         if not rows or not all(rows):
             raise InputError("a prompt needs a token: begin with the end-of-text token")
-        sampling = Sampling(**sampling)
+        how = Sampling(**sampling)
         head = self.transformer.wte.weight
         size = self.config.block_size
-        generator = torch.Generator(head.device).manual_seed(sampling.seed)
+        generator = torch.Generator(head.device).manual_seed(how.seed)
         ended = [False] * len(rows)
         cache = None
         for n_new in range(max_new_tokens):
@@ -522,7 +522,7 @@ class GPT(nn.Module):
                 x, cache = (start or self._start)(rows, min(size, length))
             else:
                 x = self._step([row[-1] for row in rows], cache)
-            tokens = sampling.pick(F.linear(x, head).float(), generator).tolist()
+            tokens = how.pick(F.linear(x, head).float(), generator).tolist()
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop
                 rows[i].append(token)
@@ -908,7 +908,7 @@ def encoder_blocks(c):
 
 # Each makes (tokens (B, P, n_embd), states (B, P, state_width)) of signals; `output` is its last
 # linear layer.
-ENCODERS = {
+ENCODERS: dict[str, Any] = {
     "linear": LinearEncoder,
     "transformer": TransformerEncoder,
     "transformer of electrodes": ElectrodeEncoder,
@@ -1185,7 +1185,7 @@ class NeuralGPT(nn.Module):
     def _cross_keys(self, n):
         """{layer: (Cross, its keys and values of n)}"""
         keys = {}
-        for i, cross in enumerate(self.crosses):
+        for i, cross in enumerate(self.crosses or ()):
             keys[self.first + i] = (cross, cross.keys(n))
         return keys
 

@@ -257,7 +257,16 @@ def baseline_losses(run, config, data):
 
 def model_options(config, data):
     """Fields of GPTConfig as two dicts: what the weights depend on, and what may change."""
-    shape_keys = "block_size n_layer n_head n_embd bias gelu head_loss attn_proj".split()
+    shape_keys = [
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "bias",
+        "gelu",
+        "head_loss",
+        "attn_proj",
+    ]
     shape = {key: getattr(config, key) for key in shape_keys}
     shape["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
     sheet = {"sheet": config.positions != "none"}
