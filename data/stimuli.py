@@ -1,109 +1,395 @@
-"""Labelled sentences, minimal pairs, and stimuli with the responses of a brain to them, as plain files that a person can open.
+"""Labelled sentences, minimal pairs, and stimuli with the responses of brains to them.
 
-A dataset of labelled sentences is a folder:
-    TASK.csv            one labelled sentence a row, columns split (train, val or test), label, text, group, and whatever the maker adds
-    pairs/UID.jsonl     minimal pairs in BLiMP's own layout, one JSON object a line: sentence_good, sentence_bad, UID, field, ...
-    meta.yaml           format, synthetic, tasks (file, kind, labels, sizes, chance, description, sha256), pairs (file, pairs, ...) and
-                        whatever the maker adds; written last, so a folder that has it is complete
+A dataset of labelled sentences is a folder of plain files:
+    TASK.csv            one labelled sentence a row: split (train, val or test), label, text, group,
+                        and whatever columns the maker adds
+    pairs/UID.jsonl     minimal pairs as BLiMP has them, one JSON object a line: sentence_good,
+                        sentence_bad, UID, field, ...
+    meta.yaml           format, synthetic, tasks (file, kind, labels, sizes, chance, description,
+                        sha256), pairs (file, pairs, ...) and whatever the maker adds; written
+                        last, so a folder that has it is complete
 
-A task is a `classification` (labels are names, their order in meta.yaml is their number) or a `regression` (labels are numbers). A group is
-what must not be torn apart by a split: the members of a minimal pair, the repetitions of a sentence. BLiMP's files (Warstadt et al. 2020,
+A task is a `classification` (labels are names, numbered in the order of meta.yaml) or a
+`regression` (labels are numbers). A group is what no split may tear apart: the members of a
+minimal pair, the repetitions of a sentence. The files of BLiMP (Warstadt et al. 2020,
 github.com/alexwarstadt/blimp, data/*.jsonl) are read as they come.
 
-A dataset of responses, what encoding models are fitted to, is a folder of its own:
-    stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder), group, split (train, val, test, or empty in every row: the
-                        scripts then split by groups), and whatever the maker adds
-    responses.npy       (P, V) float32, a memmap: the response of each of V units (voxels, electrodes, sites) in each of P presentations, finite
-    presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0), repeat (0, 1, ... of that stimulus)
-    units.csv           one unit a row: roi, subject, ceiling (the highest R² that any model can reach against mean responses; empty: unknown, or
-                        to be estimated from the repeats)
-    meta.yaml           format, kind (text or image), modality, species, source, synthetic, sizes, sha256 of the responses; written last
-Units that miss stimuli cannot be in one dataset with those that saw them (write one dataset an experiment): a response is never empty.
+A dataset of responses, which encoding models are fitted to, is a folder of its own:
+    stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder),
+                        group, split (train, val, test, or empty in every row: scripts then split
+                        by groups), and whatever the maker adds
+    responses.npy       (P, V) float32: the response of each of V units (voxels, electrodes,
+                        sites) in each of P presentations; every one is finite
+    presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0),
+                        repeat (0, 1, ... of that stimulus)
+    units.csv           one unit a row: roi, subject, ceiling (the highest R² that any model can
+                        reach against mean responses; empty where it is unknown)
+    meta.yaml           format, kind (text or image), modality, species, source, synthetic, sizes,
+                        sha256 of the responses; written last
+
+One dataset may hold several people who had the same stimuli: their units stand side by side, and
+`subject` tells them apart. Units that miss stimuli need a dataset of their own.
 """
-import csv, hashlib, io, json, os
+
+import csv
+import hashlib
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import load_meta, remedy, write_aside, write_yaml
+from data import InputError, aside, check_content, load_meta, remedy, write_aside, write_yaml
 
-FORMAT, ENCODING_FORMAT = "stimuli-1", "encoding-1"
+FORMAT = "stimuli-1"
+ENCODING_FORMAT = "encoding-1"
 COLUMNS = ["split", "label", "text", "group"]
 SPLITS = ["train", "val", "test"]
 KINDS = ["classification", "regression"]
+ABOUT = ["modality", "species", "source", "synthetic"]  # what every dataset of responses says
+BLOCK = 4096  # presentations that are written or checked at a time
 
 
-# ---- writing
+# ---- labelled sentences and minimal pairs
+
 
 def write_tasks(folder, tasks, pairs=None, **meta):
-    """Write a dataset and return its meta. An older meta.yaml goes first and the new one comes last.
-    tasks: {name: {frame: DataFrame with COLUMNS and any others, kind, labels: [name, ...] (classification), description}};
-    pairs: {UID: [pair, ...]}, a pair being a dict with at least sentence_good and sentence_bad; meta: more keys for meta.yaml, plain types.
-    Raises ValueError for what `read_task` or `read_pairs` would refuse; nothing but meta.yaml is touched then."""
+    """Write a dataset of labelled sentences and return its meta.
+
+    tasks: {name: {frame, kind, labels, description}}, frame being a DataFrame with COLUMNS and any
+    others, labels the names of a classification's classes; pairs: {UID: [pair, ...]}, a pair being
+    a dict with at least sentence_good and sentence_bad; meta: more keys for meta.yaml, plain types.
+    Raises InputError for what the readers would refuse, before any file is touched.
+    """
     folder = Path(folder)
-    files, entries, pair_entries = {}, {}, {}
+    contents = {}
+    task_entries = {}
     for name, task in tasks.items():
-        path, frame = folder / f"{name}.csv", task["frame"]
-        if missing := [column for column in COLUMNS if column not in frame]:
-            raise ValueError(f"task '{name}' has no column '{missing[0]}': give {', '.join(COLUMNS)}")
-        frame = frame[COLUMNS + [column for column in frame if column not in COLUMNS]]
-        files[path] = frame.to_csv(index=False, lineterminator="\n").encode()
-        entry = {"file": path.name, "kind": task["kind"], "description": task["description"]}
-        if task["kind"] == "classification":
-            entry["labels"] = list(task["labels"])
-        checked = _parse(files[path].decode(), path, name, entry)
-        sizes = checked["split"].value_counts()
-        entry["sizes"] = {split: int(sizes[split]) for split in SPLITS if split in sizes}
-        test = checked["label"][checked["split"] == list(entry["sizes"])[-1]]
-        entry["chance"] = float(test.value_counts(normalize=True).max()) if task["kind"] == "classification" else 0.0
-        entries[name] = entry | {"sha256": hashlib.sha256(files[path]).hexdigest()}
+        path = folder / f"{name}.csv"
+        contents[path], task_entries[name] = _task_file(path, name, task)
+    pair_entries = {}
     for uid, members in (pairs or {}).items():
         path = folder / "pairs" / f"{uid}.jsonl"
-        files[path] = "".join(json.dumps({"UID": uid} | pair, ensure_ascii=False) + "\n" for pair in members).encode()
-        _parse_pairs(files[path].decode(), path)
-        shared = {key: members[0][key] for key in ("field", "linguistics_term") if key in members[0]}
-        pair_entries[uid] = {"file": f"pairs/{path.name}", "pairs": len(members), **shared, "sha256": hashlib.sha256(files[path]).hexdigest()}
+        contents[path], pair_entries[uid] = _pairs_file(path, uid, members)
 
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
-    for stale in set((folder / "pairs").glob("*.jsonl")) - set(files):  # of an older version: a reader of the folder would take them along
-        stale.unlink()
-    meta = {"format": FORMAT, "tasks": entries, "pairs": pair_entries} | meta
-    for path, content in files.items():
+    for path in (folder / "pairs").glob("*.jsonl"):
+        if path not in contents:  # of an older version
+            path.unlink()
+    for path, content in contents.items():
         write_aside(path, content)
+    meta = {"format": FORMAT, "tasks": task_entries, "pairs": pair_entries, **meta}
     write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
-def write_encoding(folder, stimuli, responses, presentations=None, units=None, *, modality, species, source, synthetic, **meta):
-    """Write a dataset of stimuli with responses and return its meta. An older meta.yaml goes first and the new one comes last.
-    stimuli: DataFrame with text or file, and where known group (default: every stimulus its own) and split; responses: (P, V) array or memmap, any
-    float type; presentations: DataFrame with stimulus and where known repeat (default: each stimulus once, in order); units: DataFrame with where
-    known roi, subject, ceiling; modality: fMRI, ECoG, spikes ...; meta: more keys, plain types. Images must lie in the folder already.
-    Raises ValueError, in a sentence, for what `read_encoding` would refuse."""
+def _task_file(path, name, task):
+    """The bytes of a task's CSV, checked, and its entry in meta.yaml."""
+    frame = task["frame"]
+    for column in COLUMNS:
+        if column not in frame:
+            raise InputError(f"task '{name}' has no column '{column}': give {', '.join(COLUMNS)}")
+    others = [column for column in frame if column not in COLUMNS]
+    content = frame[COLUMNS + others].to_csv(index=False, lineterminator="\n").encode()
+    entry = {"file": path.name, "kind": task["kind"], "description": task["description"]}
+    if task["kind"] == "classification":
+        entry["labels"] = list(task["labels"])
+    table = _check_task(_csv_table(content.decode(), path), path, name, entry)
+    counts = table["split"].value_counts()
+    entry["sizes"] = {split: int(counts[split]) for split in SPLITS if split in counts}
+    last_split = list(entry["sizes"])[-1]
+    entry["chance"] = 0.0
+    if task["kind"] == "classification":
+        labels = table["label"][table["split"] == last_split]
+        entry["chance"] = float(labels.value_counts(normalize=True).max())
+    entry["sha256"] = hashlib.sha256(content).hexdigest()
+    return content, entry
+
+
+def _pairs_file(path, uid, members):
+    """The bytes of one JSONL file of minimal pairs, checked, and its entry in meta.yaml."""
+    lines = [json.dumps({"UID": uid, **pair}, ensure_ascii=False) + "\n" for pair in members]
+    content = "".join(lines).encode()
+    _parse_pairs(content.decode(), path)
+    entry = {"file": f"pairs/{path.name}", "pairs": len(members)}
+    for key in ("field", "linguistics_term"):
+        if key in members[0]:
+            entry[key] = members[0][key]
+    entry["sha256"] = hashlib.sha256(content).hexdigest()
+    return content, entry
+
+
+def read_meta(folder):
+    """meta.yaml of a dataset of labelled sentences as a dict. Raises InputError without one."""
+    meta = load_meta(folder, "stimuli", FORMAT)
+    for part, keys in (("tasks", ["file", "kind", "sizes", "chance"]), ("pairs", ["file"])):
+        for name, entry in meta.setdefault(part, {}).items():
+            for key in keys:
+                if key not in entry:
+                    path = Path(folder) / "meta.yaml"
+                    raise InputError(f"{path}: '{name}' lacks the key '{key}'{remedy(folder)}")
+    return meta
+
+
+def read_tasks(folder):
+    """{name: {file, kind, labels, sizes: {split: sentences}, chance, description, sha256}}.
+
+    `chance` is the share of the most frequent label in the test split, which a constant answer
+    scores; 0, a constant's R², for a regression.
+    """
+    return read_meta(folder)["tasks"]
+
+
+def read_task(folder, name):
+    """DataFrame of one task: split, label, text, group, the maker's own columns as text, and y.
+
+    y is the label as a number: its place among the labels (int64), or the number itself (float64)
+    of a regression. Raises InputError, with the line where there is one, for a broken row, an
+    empty text, an unknown label or split, a group or text in two splits, or a single class.
+    """
+    tasks = read_tasks(folder)
+    if name not in tasks:
+        raise InputError(f"{folder} has no task '{name}', only {', '.join(tasks)}")
+    path = Path(folder) / tasks[name]["file"]
+    return _check_task(read_csv(path), path, name, tasks[name]).reset_index(drop=True)
+
+
+def read_pairs(path):
+    """{UID: [pair, ...]} of minimal pairs, each the dict of its JSON line.
+
+    path: a dataset of ours, a folder of BLiMP's .jsonl files, or one such file. A pair without a
+    UID takes the file's name. Raises InputError, with file and line, for what is no pair.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        files = [path]
+    elif (path / "meta.yaml").is_file():
+        files = [path / entry["file"] for entry in read_meta(path)["pairs"].values()]
+    elif path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+    else:
+        raise InputError(f"{path} does not exist{remedy(path)}")
+    if not files:
+        raise InputError(f"{path} holds no minimal pairs (*.jsonl){remedy(path)}")
+    pairs = {}
+    for file in files:
+        for pair in _parse_pairs(read_text(file), file):
+            pairs.setdefault(pair["UID"], []).append(pair)
+    return pairs
+
+
+def complete(folder):
+    """Whether a folder of labelled sentences has every file with the checksum of meta.yaml."""
+    try:
+        meta = read_meta(folder)
+        for entry in [*meta["tasks"].values(), *meta["pairs"].values()]:
+            if _sha256(Path(folder) / entry["file"]) != entry.get("sha256"):
+                return False
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+# ---- stimuli with responses
+
+
+def write_encoding(folder, stimuli, responses, presentations=None, units=None, **meta):
+    """Write a dataset of stimuli with responses and return its meta.
+
+    stimuli: DataFrame with text or file and, where known, group (default: every stimulus its own)
+    and split; responses: (P, V) array or memmap of any float type; presentations: DataFrame with
+    stimulus and, where known, repeat (default: each stimulus once, in order); units: DataFrame
+    with, where known, roi, subject and ceiling; meta: modality (fMRI, ECoG, spikes, ...), species,
+    source and synthetic, which it must have, and more keys, plain types. Images must lie in the
+    folder already. Raises InputError for what `Encoding` would refuse.
+    """
     folder = Path(folder)
+    for key in ABOUT:
+        if key not in meta:
+            raise TypeError(f"write_encoding needs {key}=")
+    if presentations is None:
+        presentations = pd.DataFrame({"stimulus": range(len(stimuli))})
+    if units is None:
+        units = pd.DataFrame({"subject": [""] * responses.shape[1]})
+    stimuli, kind = _check_stimuli(_as_csv(stimuli), folder / "stimuli.csv")
+    presentations = _check_presentations(
+        _as_csv(presentations), len(stimuli), folder / "presentations.csv"
+    )
+    units = _check_units(_as_csv(units), folder / "units.csv")
+    path = folder / "responses.npy"
+    _check_responses(responses, len(presentations), len(units), path)
+
     folder.mkdir(parents=True, exist_ok=True)
-    presentations = pd.DataFrame({"stimulus": range(len(stimuli))}) if presentations is None else pd.DataFrame(presentations)
-    units = pd.DataFrame(index=range(responses.shape[1])) if units is None else pd.DataFrame(units)
-    stimuli, kind = _checked_stimuli(pd.DataFrame(stimuli).reset_index(drop=True), folder)
-    presentations = _checked_presentations(presentations.reset_index(drop=True), len(stimuli), folder)
-    units = _checked_units(units.reset_index(drop=True), folder)
-    _check_responses(responses, len(presentations), len(units), folder / "responses.npy")
     (folder / "meta.yaml").unlink(missing_ok=True)
-    tmp = folder / "responses.npy.tmp"
-    out = np.lib.format.open_memmap(tmp, "w+", "<f4", responses.shape)
-    for a in range(0, len(out), 4096):
-        out[a:a + 4096] = responses[a:a + 4096]
-    out.flush()
-    del out
-    os.replace(tmp, folder / "responses.npy")
-    for name, table in (("stimuli", stimuli), ("presentations", presentations), ("units", units)):
-        write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n").encode())
-    meta = {"format": ENCODING_FORMAT, "kind": kind, "modality": modality, "species": species, "source": source, "synthetic": bool(synthetic),
-            "sizes": {"stimuli": len(stimuli), "presentations": len(presentations), "units": len(units)}, "sha256": _sha256(folder / "responses.npy"), **meta}
+    header = {"descr": "<f4", "fortran_order": False, "shape": responses.shape}
+    with aside(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(responses), BLOCK):
+            file.write(np.asarray(responses[start : start + BLOCK], "<f4").tobytes())
+    tables = {"stimuli": stimuli, "presentations": presentations, "units": units}
+    for name, table in tables.items():
+        write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))
+    about = {"format": ENCODING_FORMAT, "kind": kind}
+    about |= {key: meta[key] for key in ABOUT}
+    about["synthetic"] = bool(meta["synthetic"])
+    about["sizes"] = {name: len(table) for name, table in tables.items()}
+    about["sha256"] = _sha256(path)
+    meta = about | {key: value for key, value in meta.items() if key not in ABOUT}
     write_yaml(folder / "meta.yaml", meta)
     return meta
+
+
+class Encoding:
+    """Stimuli with responses, opened and checked; the head of this file says what they are.
+
+    stimuli: DataFrame (text or file, group, split, ...), n rows; responses: (P, V) float32 memmap,
+    read-only; presentations: DataFrame (stimulus, repeat), P rows; units: DataFrame (roi, subject,
+    ceiling, ...), V rows; kind: text or image; meta: meta.yaml; path: its folder.
+    Raises InputError when a file is missing or damaged, or a response is not a finite number.
+    """
+
+    def __init__(self, folder):
+        self.path = Path(folder)
+        self.meta = read_encoding_meta(folder)
+        path = self.path / "stimuli.csv"
+        self.stimuli, self.kind = _check_stimuli(read_csv(path), path)
+        path = self.path / "presentations.csv"
+        self.presentations = _check_presentations(read_csv(path), len(self.stimuli), path)
+        path = self.path / "units.csv"
+        self.units = _check_units(read_csv(path), path)
+        path = check_content(self.path / "responses.npy")
+        try:
+            self.responses = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            reason = " ".join(str(error).split())[:80]
+            raise InputError(f"{path} is no NumPy array ({reason}){remedy(folder)}") from None
+        _check_responses(self.responses, len(self.presentations), len(self.units), path)
+        if self.kind == "image":
+            for file in self.stimuli["file"]:
+                check_content(self.path / file)
+
+    def inputs(self):
+        """What a model is given for each stimulus: texts, or paths of images."""
+        if self.kind == "text":
+            return self.stimuli["text"].tolist()
+        return [self.path / file for file in self.stimuli["file"]]
+
+    def subjects(self):
+        """The names of the people (or animals) whose units these are."""
+        return self.units["subject"].unique().tolist()
+
+    def select_units(self, subject="", roi=""):
+        """(V,) bool: the units of one subject and of one region; "" takes all."""
+        selected = np.ones(len(self.units), bool)
+        for column, wanted in (("subject", subject), ("roi", roi)):
+            if not wanted:
+                continue
+            selected &= (self.units[column] == wanted).to_numpy()
+            if not selected.any():
+                names = sorted(set(self.units[column]) - {""})
+                raise InputError(
+                    f"{self.path} has no units of {column}={wanted}: it has "
+                    f"{', '.join(names) or f'no {column} at all'}"
+                )
+        return selected
+
+    def mean_responses(self, units=None):
+        """(n, V) float64: the mean response to each stimulus; units: (V,) bool, None for all."""
+        responses = self.responses if units is None else self.responses[:, units]
+        means = pd.DataFrame(np.asarray(responses, np.float64))
+        return means.groupby(self.presentations["stimulus"].to_numpy()).mean().to_numpy()
+
+
+def read_encoding_meta(folder):
+    """meta.yaml of a dataset of stimuli with responses as a dict. Raises InputError without one."""
+    return load_meta(folder, "stimuli with responses", ENCODING_FORMAT, ("kind", *ABOUT))
+
+
+def complete_encoding(folder):
+    """Whether the folder opens as an Encoding whose responses have the checksum of meta.yaml."""
+    try:
+        return _sha256(Path(folder) / "responses.npy") == Encoding(folder).meta.get("sha256")
+    except (ValueError, OSError):
+        return False
+
+
+def made_already(folder, options, overwrite=False, is_complete=complete_encoding):
+    """Whether a prepare script finds its dataset made with these options, and says so.
+
+    is_complete: complete_encoding, or complete for labelled sentences. Raises InputError where the
+    dataset was made with other options, which would be lost.
+    """
+    if overwrite or not is_complete(folder):
+        return False
+    format = ENCODING_FORMAT if is_complete is complete_encoding else FORMAT
+    made_with = load_meta(folder, "dataset", format).get("options") or {}
+    changed = [key for key in options if made_with.get(key) != options[key]]
+    if changed:
+        before = ", ".join(f"{key}={made_with.get(key)}" for key in changed)
+        raise InputError(
+            f"{folder} was made with {before}: give overwrite=True to make it again, "
+            "or another out_dir"
+        )
+    print(f"{folder}: there already (overwrite=True makes it again)")
+    return True
+
+
+# ---- reading files
+
+
+def read_text(path):
+    """The text of a file: UTF-8, or the Windows or Latin-1 bytes of an older table, which is said.
+
+    Raises InputError for a file that is missing, or no text.
+    """
+    content = check_content(path).read_bytes()
+    if b"\0" in content:
+        raise InputError(f"{path} is no plain text (it has zero bytes): save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")  # spreadsheets like to write a byte order mark
+    except UnicodeDecodeError as error:
+        print(f"{path} is not UTF-8 (byte {error.start}): read as Latin-1", flush=True)
+    try:
+        return content.decode("cp1252")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def read_csv(path):
+    """A CSV file as a DataFrame of text whose index is the line of each row; see `read_text`."""
+    return _csv_table(read_text(path), path)
+
+
+def _csv_table(text, path):
+    """CSV as a DataFrame of text whose index is each row's line: "None" and "nan" stay words."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = []
+    rows = []
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                lines.append(line)
+                rows.append(row)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line}: not CSV ({error})") from None
+    header = rows[0] if rows else []
+    for line, row in zip(lines, rows):
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, line {line}: {len(row)} fields where the header has {len(header)}"
+            )
+    if len(set(header)) < len(header):
+        raise InputError(f"{path}, line 1: the header names a column twice ({', '.join(header)})")
+    return pd.DataFrame(rows[1:], index=lines[1:], columns=header, dtype=str)
+
+
+def _as_csv(frame):
+    """A DataFrame as `read_csv` would read it from the file that it is written to."""
+    return _csv_table(pd.DataFrame(frame).to_csv(index=False, lineterminator="\n"), "the table")
 
 
 def _sha256(path):
@@ -111,259 +397,174 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# ---- reading
-
-def read_meta(folder):
-    """meta.yaml of a dataset as a dict. Raises FileNotFoundError when there is no (finished) dataset, ValueError when it is not one of ours."""
-    path, meta = Path(folder) / "meta.yaml", load_meta(folder, "stimuli", FORMAT)
-    for name, entry in (meta.setdefault("tasks", {}) | meta.setdefault("pairs", {})).items():
-        wanted = ["file"] if name in meta["pairs"] else ["file", "kind", "sizes", "chance"]
-        if lacks := [key for key in wanted if not isinstance(entry, dict) or key not in entry]:
-            raise ValueError(f"{path}: '{name}' lacks the key '{lacks[0]}'{remedy(folder)}")
-    return meta
-
-
-def read_tasks(folder):
-    """{name: {file, kind, labels, sizes: {split: sentences}, chance, description, sha256}} of a dataset. `chance` is the share of the most
-    frequent label in the test split (what a constant answer scores); 0, a constant's R², for a regression. Raises as `read_meta` does."""
-    return read_meta(folder)["tasks"]
-
-
-def read_task(folder, name):
-    """DataFrame of one task: split, label, text, group, the maker's own columns (as strings), and y, the label as a number
-    (int64, its place among the labels; float64 of a regression). Raises FileNotFoundError when dataset or file is missing, ValueError for
-    an unknown task and, with the line, for a broken row, an empty text, an unknown label or split, a group or text in two splits, one class."""
-    tasks = read_tasks(folder)
-    if name not in tasks:
-        raise ValueError(f"{folder} has no task '{name}', only {', '.join(tasks)}")
-    path = Path(folder) / tasks[name]["file"]
-    return _parse(_text(path), path, name, tasks[name])
-
-
-def read_pairs(path):
-    """{UID: [pair, ...]} of minimal pairs, each the dict of its JSON line, in order of the files' names. path: a dataset of ours, a folder of
-    BLiMP's .jsonl files, or one such file; a pair without a UID takes the file's name. Raises FileNotFoundError when nothing is there,
-    ValueError, with file and line, for a line that is not a JSON object or has no (or an empty) sentence_good or sentence_bad."""
-    path = Path(path)
-    if path.is_dir():
-        if (path / "meta.yaml").is_file():
-            files = [path / entry["file"] for entry in read_meta(path)["pairs"].values()]
-        else:
-            files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise FileNotFoundError(f"{path} holds no minimal pairs (*.jsonl){remedy(path)}")
-    elif path.suffix == ".jsonl":
-        files = [path]
-    else:
-        raise FileNotFoundError(f"{path} does not exist{remedy(path)}")
-    pairs = {}
-    for file in files:
-        for pair in _parse_pairs(_text(file), file):
-            pairs.setdefault(pair["UID"], []).append(pair)
-    return pairs
-
-
-class Encoding:
-    """Stimuli with responses, opened and checked; see the head of this file.
-
-    stimuli: DataFrame (text or file, group, split, ...), n rows; responses: (P, V) float32 memmap, read-only; presentations: DataFrame (stimulus,
-    repeat), P rows; units: DataFrame (roi, subject, ceiling, ...), V rows; kind: text or image; meta: meta.yaml; path: its folder.
-    Raises FileNotFoundError or ValueError, in a sentence, when a file is missing or damaged, or a response is not a finite number."""
-
-    def __init__(self, folder):
-        self.path, self.meta = Path(folder), read_encoding_meta(folder)
-        self.stimuli, self.kind = _checked_stimuli(_frame(self.path / "stimuli.csv"), self.path)
-        self.presentations = _checked_presentations(_frame(self.path / "presentations.csv"), len(self.stimuli), self.path)
-        self.units = _checked_units(_frame(self.path / "units.csv"), self.path)
-        path = self.path / "responses.npy"
-        try:
-            self.responses = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path} is missing{remedy(folder)}") from None
-        except (ValueError, EOFError, OSError) as e:
-            raise ValueError(f"{path} is not an array of NumPy's ({' '.join(str(e).split())[:80]}){remedy(folder)}") from None
-        _check_responses(self.responses, len(self.presentations), len(self.units), path)
-        for name, file in enumerate(self.stimuli["file"] if self.kind == "image" else []):
-            if not (self.path / file).is_file():
-                raise FileNotFoundError(f"{self.path / file}, the image of stimulus {name}, is missing{remedy(folder)}")
-
-
-def read_encoding_meta(folder):
-    """meta.yaml of a dataset of stimuli with responses, as a dict; raises as `read_meta` does."""
-    return load_meta(folder, "stimuli with responses", ENCODING_FORMAT, ("kind", "modality", "species", "source", "synthetic"))
-
-
-def complete_encoding(folder):
-    """Whether the folder holds a whole dataset of stimuli with responses: it opens, and the responses have the checksum of meta.yaml."""
-    try:
-        return _sha256(Path(folder) / "responses.npy") == Encoding(folder).meta.get("sha256")
-    except (ValueError, OSError):
-        return False
-
-
-def complete(folder):
-    """Whether the folder holds a whole dataset: every file there, with the checksum of meta.yaml."""
-    try:
-        meta = read_meta(folder)
-        entries = [*meta["tasks"].values(), *meta["pairs"].values()]
-        return all(hashlib.sha256((Path(folder) / entry["file"]).read_bytes()).hexdigest() == entry.get("sha256") for entry in entries)
-    except (ValueError, OSError):
-        return False
-
-
 # ---- checking
 
-def _parse(text, path, name, entry):
-    """The CSV `text` of a task as a checked DataFrame. By the csv module and not by pandas: strings stay strings ("None", "nan"), and a
-    broken row is known by its line."""
-    def wrong(what):
-        return ValueError(f"{path}, line {line}: {what}")
 
-    kind, labels = entry["kind"], entry.get("labels") or []
-    if kind not in KINDS:
-        raise ValueError(f"task '{name}' has the kind {kind!r}: it must be {' or '.join(KINDS)}")
-    rows, group_split, text_split, line = [], {}, {}, 1
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _refuse(wrong, values, path, what, why):
+    """Raise InputError for the first line of a table where `wrong` holds."""
+    if not wrong.any():
+        return
+    line = wrong.idxmax()
+    shown = f" '{values[line]}'" if values[line].strip() else ""
+    raise InputError(f"{path}, line {line}: {what}{shown} {why}")
+
+
+def _refuse_torn(table, column, path):
+    """Raise InputError where a group, or a text, is in more than one split."""
+    places = table.groupby(column, sort=False)["split"].unique()
+    for name, splits in places[places.map(len) > 1].items():
+        raise InputError(
+            f"{path}: the {column} '{name}' is in {' and in '.join(sorted(splits))}: "
+            "what belongs together must stay in one split"
+        )
+
+
+def _number(text):
+    """The number that a text is; NaN where it is none."""
     try:
-        header = next(reader, [])
-        if missing := [column for column in COLUMNS if column not in header]:
-            raise wrong(f"the header has no column '{missing[0]}'")
-        where = [header.index(column) for column in COLUMNS]
-        line = reader.line_num + 1
-        for row in reader:
-            if len(row) != len(header):
-                raise wrong(f"{len(row)} fields where the header has {len(header)}")
-            split, label, sentence, group = (row[i] for i in where)
-            if not sentence.strip():
-                raise wrong("the text is empty")
-            if split not in SPLITS:
-                raise wrong(f"the split is '{split}' and not {', '.join(SPLITS[:-1])} or {SPLITS[-1]}")
-            if kind == "classification" and label not in labels:
-                raise wrong(f"the label '{label}' is none of {', '.join(labels)}")
-            if kind == "regression" and not _finite(label):
-                raise wrong(f"the label '{label}' is not a number")
-            for what, value, seen in (("group", group, group_split), ("text", sentence, text_split)):
-                if seen.setdefault(value, split) != split:
-                    raise wrong(f"the {what} '{value}' is in {split} and in {seen[value]}: what belongs together must stay in one split")
-            rows.append(row)
-            line = reader.line_num + 1
-    except csv.Error as e:
-        raise ValueError(f"{path}, line {line}: not CSV ({e})") from None
-    frame = pd.DataFrame(rows, columns=header)
-    kept = frame["label"][frame["split"] == "train"] if "train" in set(frame["split"]) else frame["label"]
-    if kept.nunique() < 2:
-        raise ValueError(f"{path}: the sentences to learn from have {f'the one label {kept.iloc[0]!r}' if len(kept) else 'no labels'}, "
-                         "and nothing can be told apart with fewer than two")
-    if kind == "regression":
-        frame["label"] = frame["y"] = frame["label"].astype("float64")
-    else:
-        frame["y"] = frame["label"].map({label: i for i, label in enumerate(labels)}).astype("int64")
-    return frame
-
-
-def _finite(number):
-    try:
-        return abs(float(number)) < float("inf")
+        return float(text)
     except ValueError:
-        return False
+        return np.nan
 
 
-def _frame(path):
-    """A CSV as a DataFrame of strings: a stimulus may be the word 'null' or 'NA'."""
-    try:
-        return pd.read_csv(io.StringIO(_text(path)), dtype=str, keep_default_na=False)
-    except pd.errors.ParserError as e:
-        raise ValueError(f"{path}: not CSV ({' '.join(str(e).split())}){remedy(path.parent)}") from None
+def _check_task(table, path, name, entry):
+    """The table of a task, as `read_csv` reads it, with its column y."""
+    kind = entry["kind"]
+    labels = entry.get("labels") or []
+    if kind not in KINDS:
+        raise InputError(f"task '{name}' has the kind {kind!r}: it must be {' or '.join(KINDS)}")
+    for column in COLUMNS:
+        if column not in table:
+            raise InputError(f"{path}, line 1: the header has no column '{column}'")
+    text, split, label = table["text"], table["split"], table["label"]
+    _refuse(text.str.strip() == "", text, path, "the text", "is empty")
+    _refuse(~split.isin(SPLITS), split, path, "the split", f"is none of {', '.join(SPLITS)}")
+    if kind == "classification":
+        _refuse(~label.isin(labels), label, path, "the label", f"is none of {', '.join(labels)}")
+        table["y"] = label.map({name: i for i, name in enumerate(labels)}).astype("int64")
+    else:
+        numbers = label.map(_number).astype("float64")
+        _refuse(~np.isfinite(numbers), label, path, "the label", "is not a number")
+        table["label"] = numbers
+        table["y"] = numbers
+    _refuse_torn(table, "group", path)
+    _refuse_torn(table, "text", path)
+    learned = table["label"][split == "train"] if "train" in set(split) else table["label"]
+    if learned.nunique() < 2:
+        found = f"the one label {learned.iloc[0]!r}" if len(learned) else "no labels"
+        raise InputError(f"{path}: the sentences to learn from have {found}, and two are needed")
+    return table
 
 
-def _checked_stimuli(table, folder):
-    """(stimuli with all their columns, text or image), or ValueError."""
-    path = folder / "stimuli.csv"
+def _check_stimuli(table, path):
+    """(stimuli with all their columns, text or image)."""
     if ("text" in table) == ("file" in table):
-        raise ValueError(f"{path} needs one of the columns 'text' and 'file', and has {'both' if 'text' in table else ', '.join(table) or 'none'}")
+        found = "both" if "text" in table else ", ".join(table) or "none"
+        raise InputError(f"{path} needs one of the columns 'text' and 'file', and has {found}")
     column = "text" if "text" in table else "file"
-    table[column] = table[column].astype(str)
-    if (empty := np.flatnonzero(table[column].str.strip() == "")).size:
-        raise ValueError(f"{path}, line {empty[0] + 2}: the {column} is empty")
-    for name, default in (("group", [str(i) for i in range(len(table))]), ("split", "")):
-        table[name] = table[name].fillna("").astype(str) if name in table else default
-    if unknown := sorted(set(table["split"]) - {*SPLITS, ""}):
-        raise ValueError(f"{path}: the split is '{unknown[0]}' and not {', '.join(SPLITS)} or empty")
-    if "" in set(table["split"]) and (table["split"] != "").any():
-        raise ValueError(f"{path}: the split is empty in some rows and given in others: fill all, or none")
-    for what in ("group", column):
-        if (torn := table.groupby(what)["split"].nunique() > 1).any():
-            raise ValueError(f"{path}: the {what} '{torn.idxmax()}' is in more than one split: what belongs together must stay in one")
-    first = [column, "group", "split"]
-    return table[first + [c for c in table if c not in first]], "text" if column == "text" else "image"
+    kind = "text" if column == "text" else "image"
+    _refuse(table[column].str.strip() == "", table[column], path, f"the {column}", "is empty")
+    table = table.reset_index(drop=True)
+    if "group" not in table:
+        table["group"] = table.index.astype(str)
+    if "split" not in table:
+        table["split"] = ""
+    for split in table["split"].unique():
+        if split not in ("", *SPLITS):
+            raise InputError(f"{path}: the split '{split}' is none of {', '.join(SPLITS)} or empty")
+    if table["split"].nunique() > 1:
+        if (table["split"] == "").any():
+            raise InputError(f"{path}: the split is empty in some rows: fill all of them, or none")
+        _refuse_torn(table, "group", path)
+        _refuse_torn(table, column, path)
+    return _columns_first(table, [column, "group", "split"]), kind
 
 
-def _checked_presentations(table, n, folder):
-    path = folder / "presentations.csv"
+def _columns_first(table, names):
+    """The table with these columns before all others."""
+    return table[names + [column for column in table if column not in names]]
+
+
+def _check_presentations(table, n_stimuli, path):
+    """presentations.csv of n stimuli, with whole numbers in stimulus and repeat."""
     if "stimulus" not in table:
-        raise ValueError(f"{path} has no column 'stimulus'")
+        raise InputError(f"{path} has no column 'stimulus'")
     try:
-        table["stimulus"] = table["stimulus"].astype(int)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: stimulus is a row of stimuli.csv, from 0 ({e})") from None
-    if not table["stimulus"].between(0, n - 1).all():
-        raise ValueError(f"{path}: the stimulus {table['stimulus'].iloc[np.flatnonzero(~table['stimulus'].between(0, n - 1))[0]]} is none of the {n} (from 0)")
-    if len(unseen := sorted(set(range(n)) - set(table["stimulus"]))):
-        raise ValueError(f"{path}: stimulus {unseen[0]} was never presented; leave such out of stimuli.csv ({len(unseen)} of {n})")
-    table["repeat"] = table["repeat"].astype(int) if "repeat" in table else table.groupby("stimulus").cumcount()
-    return table[["stimulus", "repeat"] + [c for c in table if c not in ("stimulus", "repeat")]]
+        stimulus = table["stimulus"].astype(int)
+        repeat = table["repeat"].astype(int) if "repeat" in table else None
+    except ValueError as error:
+        raise InputError(f"{path}: stimulus and repeat are counted from 0 ({error})") from None
+    unknown = ~stimulus.between(0, n_stimuli - 1)
+    if unknown.any():
+        first = stimulus[unknown].iloc[0]
+        raise InputError(f"{path}: stimulus {first} is none of the {n_stimuli} (from 0)")
+    unseen = sorted(set(range(n_stimuli)) - set(stimulus))
+    if unseen:
+        raise InputError(
+            f"{path}: stimulus {unseen[0]} was never presented: leave such stimuli out of "
+            f"stimuli.csv ({len(unseen)} of {n_stimuli})"
+        )
+    table = table.assign(stimulus=stimulus, repeat=repeat).reset_index(drop=True)
+    if repeat is None:
+        table["repeat"] = table.groupby("stimulus").cumcount()
+    return _columns_first(table, ["stimulus", "repeat"])
 
 
-def _checked_units(table, folder):
-    for name in ("roi", "subject"):
-        table[name] = table[name].fillna("").astype(str) if name in table else ""
-    try:
-        table["ceiling"] = pd.to_numeric(table["ceiling"]).astype(float) if "ceiling" in table else np.nan  # an empty string is NaN
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{folder / 'units.csv'}: the ceiling is an R² ({e})") from None
-    if (table["ceiling"] < 0).any() or (table["ceiling"] > 1).any():
-        raise ValueError(f"{folder / 'units.csv'}: the ceiling is an R², between 0 and 1")
-    first = ["roi", "subject", "ceiling"]
-    return table[first + [c for c in table if c not in first]]
+def _check_units(table, path):
+    """units.csv with roi and subject as text and the ceiling as a number (NaN: unknown)."""
+    table = table.reset_index(drop=True)
+    for column in ("roi", "subject"):
+        if column not in table:
+            table[column] = ""
+    ceiling = pd.Series(np.nan, table.index)
+    if "ceiling" in table:
+        ceiling = table["ceiling"].map(_number)
+        known = table["ceiling"].str.strip() != ""
+        if not ceiling[known].between(0, 1).all():
+            raise InputError(f"{path}: the ceiling is an R², between 0 and 1, or empty")
+    table["ceiling"] = ceiling
+    return _columns_first(table, ["roi", "subject", "ceiling"])
 
 
-def _check_responses(responses, rows, columns, path):
-    if responses.ndim != 2 or responses.shape != (rows, columns) or responses.dtype.kind != "f" or not rows or not columns:
-        raise ValueError(f"{path} is {responses.dtype} of shape {responses.shape} where numbers with a point, ({rows} presentations, {columns} units), "
-                         f"were expected{remedy(path.parent)}")
-    for a in range(0, rows, 4096):
-        finite = np.isfinite(responses[a:a + 4096])
+def _check_responses(responses, n_presentations, n_units, path):
+    """Raise InputError unless these are finite floats, (presentations, units)."""
+    if responses.shape != (n_presentations, n_units) or responses.dtype.kind != "f":
+        raise InputError(
+            f"{path} is {responses.dtype} of shape {responses.shape} where numbers with a point, "
+            f"({n_presentations} presentations, {n_units} units), were expected"
+            f"{remedy(path.parent)}"
+        )
+    if not responses.size:
+        raise InputError(f"{path} is empty{remedy(path.parent)}")
+    for start in range(0, n_presentations, BLOCK):
+        finite = np.isfinite(responses[start : start + BLOCK])
         if not finite.all():
             row, column = np.argwhere(~finite)[0]
-            raise ValueError(f"{path}: the response of unit {column} in presentation {a + row} is {responses[a + row, column]}: leave out units or "
-                             "presentations that were not recorded, or write one dataset for each set of units that saw the same stimuli")
+            raise InputError(
+                f"{path}: the response of unit {column} in presentation {start + row} is "
+                f"{responses[start + row, column]}: leave out units or presentations that were "
+                "not recorded, or write one dataset for each set of units with the same stimuli"
+            )
 
 
 def _parse_pairs(text, path):
-    """The checked pairs of one JSONL file, each with a UID."""
+    """The pairs of one JSONL file, each with a UID."""
     pairs = []
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():
             continue
         try:
             pair = json.loads(row)
-        except ValueError as e:
-            raise ValueError(f"{path}, line {line}: not JSON ({e})") from None
+        except ValueError as error:
+            raise InputError(f"{path}, line {line}: not JSON ({error})") from None
         for key in ("sentence_good", "sentence_bad"):
-            if not isinstance(pair, dict) or not isinstance(pair.get(key), str) or not pair[key].strip():
-                raise ValueError(f"{path}, line {line}: no '{key}', or an empty one; a minimal pair is a JSON object with sentence_good and sentence_bad")
+            sentence = pair.get(key) if isinstance(pair, dict) else None
+            if not isinstance(sentence, str) or not sentence.strip():
+                raise InputError(
+                    f"{path}, line {line}: no '{key}', or an empty one; a minimal pair is a JSON "
+                    "object with sentence_good and sentence_bad"
+                )
         pairs.append({**pair, "UID": str(pair.get("UID") or Path(path).stem)})
     if not pairs:
-        raise ValueError(f"{path} holds no minimal pair")
+        raise InputError(f"{path} holds no minimal pair")
     return pairs
-
-
-def _text(path):
-    """Text of a file of a dataset."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{remedy(path.parent)}")
-    try:
-        return path.read_bytes().decode("utf-8-sig")  # spreadsheets like to put a byte order mark in front
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): save it as UTF-8") from None
-

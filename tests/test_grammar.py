@@ -348,10 +348,10 @@ def test_tasks_round_trip(tmp_path):
 @pytest.mark.parametrize("changes, sentence", [
     (dict(text=["x", " ", "y", "z", "u", "v"]), "t.csv, line 3: the text is empty"),
     (dict(label=list("ababac")), "t.csv, line 7: the label 'c' is none of a, b"),
-    (dict(split=["train"] * 5 + ["dev"]), "line 7: the split is 'dev' and not train, val or test"),
+    (dict(split=["train"] * 5 + ["dev"]), "line 7: the split 'dev' is none of train, val, test"),
     (dict(group=[0, 0, 1, 1, 1, 2]), "the group '1' is in test and in train: what belongs together"),
     (dict(text=["x", "w", "y", "z", "u", "x"]), "the text 'x' is in test and in train"),
-    (dict(label=list("aaaaab")), "the one label 'a', and nothing can be told apart"),
+    (dict(label=list("aaaaab")), "the one label 'a', and two are needed"),
 ])
 def test_what_a_task_must_not_have(tmp_path, changes, sentence):
     write_tasks(tmp_path, task(table()))
@@ -368,7 +368,7 @@ def test_what_a_task_must_not_have(tmp_path, changes, sentence):
     (lambda d: (d / "t.csv").write_text("split,label,text,group\ntrain,a,x,0\ntrain,b,y\n"), ValueError, "t.csv, line 3: 3 fields where the header has 4"),
     (lambda d: (d / "t.csv").write_text('split,label,text,group\ntrain,a,"x,0\n'), ValueError, "t.csv, line 2: not CSV"),
     (lambda d: (d / "t.csv").write_text("split,label,text\n"), ValueError, "t.csv, line 1: the header has no column 'group'"),
-    (lambda d: (d / "t.csv").write_bytes(b"\xff\xfe"), ValueError, "t.csv is not UTF-8"),
+    (lambda d: (d / "t.csv").write_bytes(b"\xff\xfe\0"), ValueError, "t.csv is no plain text"),
     (lambda d: (d / "t.csv").unlink(), (FileNotFoundError, ValueError), "t.csv is missing; make it with: python .*prepare.py"),
     (lambda d: (d / "meta.yaml").unlink(), (FileNotFoundError, ValueError), r"holds no finished stimuli \(no meta.yaml\); make it with: python .*prepare.py"),
     (lambda d: (d / "meta.yaml").write_text("format: tokens-1\n"), ValueError, "has the format 'tokens-1' where 'stimuli-1' is read; make it"),

@@ -1,0 +1,296 @@
+"""Tables of words and brain responses, one file a person, as stimuli with responses.
+
+    python data/words_brains/prepare.py root=path/to/pereira2018 modality=fMRI   # a table a person
+    python data/words_brains/prepare.py root=path/to/ucl_scaled.txt modality=EEG # a single table
+    python data/words_brains/prepare.py root=path/to/pereira2018 people=M15,M10  # some people only
+    python warp.py dataset=words_brains/pereira2018 subject=M15
+
+A row is `word v0 v1 ...`: the form in which CogniVal (Hollenstein et al. 2019) keeps its fMRI, EEG
+and eye-tracking sources. A table of your own is read as well. readme.md says how, and what is
+refused.
+"""
+
+import hashlib
+import os
+import re
+import sys
+import unicodedata
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
+from configurator import configure
+from data import InputError
+from data.assembly import whole
+from data.stimuli import made_already, read_text, write_encoding
+
+EMBEDDED = False  # needs tables of yours
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+SUFFIXES = (".txt", ".tsv", ".csv")
+MISSING = {"", "na", "n/a", "nan", "null", "none"}  # written for a response that was not recorded
+
+
+@dataclass
+class Config:
+    root: str = ""  # one table, or a folder of tables, one a person
+    people: list[str] = field(default_factory=list)  # which, by what tells the file names apart
+    words: Literal["same", "shared"] = "same"  # people must have the same words, or take the shared
+    lower: bool = False  # write words in lower case: Apple and apple become one stimulus
+    repeats: Literal["keep", "mean"] = "keep"  # rows of one word: its presentations, or their mean
+    missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
+    modality: str = "unknown"  # fMRI, EEG, MEG ...: a label of results
+    synthetic: bool = False  # made-up responses are labelled so in every table and figure
+    out_dir: str = ""  # "": a folder here with the name of root
+    overwrite: bool = False  # make it again although it is there
+
+    def check(self):
+        if not self.root or not Path(self.root).exists():
+            root = self.root or "(nothing)"
+            raise InputError(f"root={root} does not exist: give a table, or a folder of tables")
+
+
+# ---- reading
+
+
+def find_tables(root, people):
+    """{person: path} of the chosen tables of a folder, or of the only one."""
+    paths = [root]
+    if root.is_dir():
+        paths = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"root={root} holds no table ({', '.join(SUFFIXES)})")
+    tables = dict(zip(person_names(paths), paths))
+    for person in people:
+        if person not in tables:
+            raise InputError(f"root={root} has no table of {person}, only of {', '.join(tables)}")
+    return {person: tables[person] for person in people or tables}
+
+
+def person_names(paths):
+    """What tells file names apart: M03 and M15 for targets_M03.txt and targets_M15.txt."""
+    stems = pd.Series([path.stem for path in paths])
+    pieces = stems.str.split(r"[_\-. ]+", expand=True, regex=True).fillna("")
+    varying = pieces.loc[:, pieces.nunique() > 1]
+    names = varying.agg("_".join, axis=1).str.strip("_") if len(paths) > 1 else stems
+    return names.where(~names.duplicated(keep=False) & (names != ""), stems).tolist()
+
+
+def read_table(path):
+    """DataFrame of responses, a row a word (the index) and a column a unit; NaN where none is.
+
+    Raises InputError, with the line, for what is no table of words and numbers.
+    """
+    rows = []
+    separator = None  # any white space
+    for line, text in enumerate(read_text(path).split("\n"), 1):
+        if not text.strip():
+            continue
+        if not rows:
+            separator = next((mark for mark in "\t,;" if mark in text), None)
+        rows.append((line, split(text.rstrip("\r"), separator)))
+    header = None
+    if rows and is_header(rows[0][1]):
+        header = rows.pop(0)[1]
+    if not rows:
+        raise InputError(f"{path} holds no words")
+
+    first_line, first_row = rows[0]
+    words = []
+    values = []
+    for line, fields in rows:
+        if len(fields) != len(first_row) or len(fields) < 2:
+            raise InputError(
+                f"{path}, line {line}: {len(fields)} fields, and {len(first_row)} in line "
+                f"{first_line}; a row is a word and its responses (where words have spaces in "
+                "them, separate the columns by tabs or commas)"
+            )
+        if not fields[0]:
+            raise InputError(f"{path}, line {line}: the first column, the word, is empty")
+        words.append(fields[0])
+        values.append(parse_responses(fields[1:], f"{path}, line {line}"))
+    return pd.DataFrame(values, words, column_names(header, len(first_row) - 1, path))
+
+
+def split(line, separator):
+    """The fields of a line, without the quotation marks around them."""
+    fields = []
+    for text in line.split(separator):
+        text = text.strip()
+        if len(text) > 2 and text[0] == text[-1] == '"':
+            text = text[1:-1]
+        fields.append(text)
+    return fields
+
+
+def is_header(fields):
+    """Whether the first line names columns: it has no decimal number, and is no row of counts."""
+    counts = []
+    for name in fields[1:]:
+        if name.isdecimal():
+            counts.append(int(name))
+        elif is_number(name):
+            return False
+    if len(counts) < len(fields) - 1 or fields[0].lower() == "word":
+        return True
+    return len(counts) > 1 and bool((np.diff(counts) > 0).all())  # numbers of voxels count up
+
+
+def is_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_responses(fields, place):
+    """The numbers in a row, NaN where a response is missing."""
+    values = []
+    for text in fields:
+        if text.lower() in MISSING:
+            text = "nan"
+        if not is_number(text):
+            remedy = ": write decimal points" if re.fullmatch(r"-?\d+,\d+", text) else ""
+            raise InputError(
+                f"{place}: the response '{text}' is not a number{remedy}; the word comes first, "
+                "and every other column is a response"
+            )
+        values.append(float(text))
+    return values
+
+
+def column_names(header, n_columns, path):
+    """Names of the response columns; they are numbered where the header does not fit the rows."""
+    if header and len(header) == n_columns + 1:
+        return header[1:]
+    if header and len(header) == n_columns and header[0].lower() != "word":
+        return header  # the words' column has no name
+    if header:
+        print(
+            f"{path}: the header has {len(header)} fields and every row has {n_columns + 1}: "
+            "its names are not used, columns are numbered",
+            flush=True,
+        )
+    return [f"v{i}" for i in range(n_columns)]
+
+
+# ---- several people as one set
+
+
+def combine(tables, config):
+    """The tables of all people side by side.
+
+    A row is (word, repeat), in the order of the first person's table; a column is (person, column).
+    """
+    frames = []
+    for table in tables.values():
+        words = table.index.str.lower() if config.lower else table.index
+        if config.repeats == "mean":
+            table = table.groupby(words, sort=False).mean()
+            words = table.index
+        repeat = words.to_series().groupby(words).cumcount()
+        frames.append(table.set_axis(pd.MultiIndex.from_arrays([words, repeat])))
+    shared = frames[0].index
+    for frame in frames[1:]:
+        shared = shared[shared.isin(frame.index)]
+    for person, frame in zip(tables, frames):
+        check_words(person, frame, shared, list(tables), config.words)
+    return pd.concat([frame.loc[shared] for frame in frames], axis=1, keys=tables)
+
+
+def check_words(person, frame, shared, people, words):
+    """Count or refuse the rows of one person's table that not all tables have."""
+    others = frame.index.difference(shared, sort=False)
+    names = ", ".join(people)
+    if len(shared) < 2:
+        raise InputError(f"the tables of {names} share {len(shared)} rows, and 2 are needed")
+    if len(others) and words == "shared":
+        print(f"{person}: {len(others)} of {len(frame)} rows left out that others do not have")
+    elif len(others):
+        word, repeat = others[0]
+        problem = f"'{word}' is in the table of {person} and not in all others"
+        remedy = f"words=shared for the {len(shared)} rows that all have"
+        if repeat:
+            problem = f"'{word}' has more rows in the table of {person} than in others"
+            remedy = "repeats=mean to average the rows of a word"
+        elif word.lower() in shared.get_level_values(0).str.lower():
+            remedy = f"lower=True if they differ in capitals, or {remedy}"
+        raise InputError(f"{problem}: give {remedy}, or people= for some of {names}")
+
+
+def leave_out(frame, config):
+    """The frame without gaps, copied rows and units that never vary; and what went, in words."""
+    rows, columns = whole(frame.to_numpy(), config.missing, f"root={config.root}")
+    frame = frame.loc[rows, columns]
+    numbered = frame.set_axis(range(frame.shape[1]), axis=1)
+    copies = numbered.assign(word=frame.index.get_level_values(0)).duplicated().to_numpy()
+    frame = frame[~copies]
+    constant = np.ptp(frame.to_numpy(), axis=0) == 0
+    if constant.all():
+        raise InputError(f"root={config.root}: no unit varies over its {len(frame)} rows")
+    counts = {
+        "rows with gaps": (~rows).sum(),
+        "units with gaps": (~columns).sum(),
+        "rows that copy another row of their word to the digit": copies.sum(),
+        "units that never vary": constant.sum(),
+    }
+    left_out = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return frame.loc[:, ~constant], left_out
+
+
+def word_key(word):
+    """What spellings of a word share: Café and CAFÉ, ice-cream and ice cream."""
+    folded = unicodedata.normalize("NFKC", word).casefold()
+    return re.sub(r"[\W_]", "", folded) or folded
+
+
+# ---- main
+
+
+def main(config):
+    root = Path(config.root)
+    name = root.stem if root.is_file() else root.resolve().name
+    folder = Path(config.out_dir) if config.out_dir else HERE / name
+    paths = find_tables(root, config.people)
+    contents = hashlib.sha256()
+    for path in paths.values():
+        contents.update(path.read_bytes())
+    options = asdict(config) | {"people": list(paths), "tables": contents.hexdigest()[:16]}
+    for key in ("root", "out_dir", "overwrite"):
+        del options[key]
+    if made_already(folder, options, config.overwrite):
+        return
+
+    tables = {person: read_table(path) for person, path in paths.items()}
+    frame, left_out = leave_out(combine(tables, config), config)
+    stimulus, words = pd.factorize(frame.index.get_level_values(0))
+    stimuli = pd.DataFrame({"text": words, "group": words.map(word_key)})
+    meta = write_encoding(
+        folder,
+        stimuli,
+        frame.to_numpy(),
+        pd.DataFrame({"stimulus": stimulus}),
+        frame.columns.to_frame(index=False, name=["subject", "column"]),
+        modality=config.modality,
+        species="human",
+        source=f"{name} ({len(paths)} tables of words)",
+        synthetic=config.synthetic,
+        left_out=left_out,
+        options=options,
+    )
+    sizes = meta["sizes"]
+    who = "person" if len(paths) == 1 else "people"
+    print(
+        f"{folder}: {sizes['stimuli']:,} words in {stimuli.group.nunique():,} groups, "
+        f"{sizes['presentations']:,} presentations, {sizes['units']:,} units of {len(paths)} {who}"
+    )
+    for what in left_out:
+        print(f"left out: {what}")
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,204 @@
+"""data/words_brains: tables of words and responses in every shape in which people have them."""
+
+import numpy as np
+import pytest
+
+from data import InputError
+from data.stimuli import Encoding
+from data.words_brains import prepare
+from tests.helpers import ROOT
+
+REAL = ROOT.parent / "shared/real/words_brains"
+ROWS = "nan 0.5 -1\nnull 0.25 2\n007 1e-3 3\nApple 1 4\n"
+QUOTED = '"v0" "v1"\n"nan" 0.5 -1\n"null" 0.25 2\n"007" 1e-3 3\n"Apple" 1 4\n'
+
+
+def read(tmp_path, content, name="table.txt"):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return prepare.read_table(path)
+
+
+def make(tmp_path, tables, **options):
+    """The Encoding made of {file name: content}, under tmp_path."""
+    folder = tmp_path / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in tables.items():
+        (folder / name).write_text(content)
+    config = prepare.Config(root=str(folder), out_dir=str(tmp_path / "out"), **options)
+    config.check()
+    prepare.main(config)
+    return Encoding(tmp_path / "out")
+
+
+# ---- one table
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "word v0 v1\n" + ROWS,
+        ("word v0 v1\n" + ROWS).replace(" ", "\t"),
+        ("word,v0,v1\n" + ROWS).replace(" ", ",").replace("\n", "\r\n"),
+        "v0 v1\n" + ROWS,  # no name for the column of words
+        "word 12 40\n" + ROWS,  # numbers of voxels
+        ROWS,
+        QUOTED,
+        "\ufeffword v0 v1\n\n" + ROWS.replace(" ", "   "),
+    ],
+)
+def test_words_stay_words_in_every_layout(tmp_path, content):
+    table = read(tmp_path, content)
+    assert table.index.tolist() == ["nan", "null", "007", "Apple"]
+    assert table.to_numpy().tolist() == [[0.5, -1], [0.25, 2], [0.001, 3], [1, 4]]
+
+
+@pytest.mark.parametrize("header", ["word v0", "word v0 v1 v2", "word v0 v1 v2 v3"])
+def test_names_are_not_used_where_the_header_does_not_fit(tmp_path, capsys, header):
+    table = read(tmp_path, f"{header}\n{ROWS}")
+    assert table.columns.tolist() == ["v0", "v1"] and len(table) == 4
+    assert f"the header has {len(header.split())} fields and every row has 3" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_row_of_counts_is_no_header(tmp_path):
+    assert read(tmp_path, "bread 5 3 9\nring 1 2 2\n").index.tolist() == ["bread", "ring"]
+
+
+def test_words_may_have_spaces_between_tabs(tmp_path):
+    assert read(tmp_path, "word\tv0\nice cream\t1.5\nTV\t2\n").index[0] == "ice cream"
+
+
+def test_tables_that_are_not_utf_8_are_read(tmp_path, capsys):
+    table = read(tmp_path, "word v0\ncafé 0.5\nnaïve 1\n".encode("latin-1"))
+    assert table.index.tolist() == ["café", "naïve"]
+    assert "not UTF-8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, and 3 in line 2"),
+        ("word v0 v1\na 1.5 2\nb 1\n", "line 3: 2 fields"),
+        ("word v0\na 1.5\nb high\n", "line 3: the response 'high' is not a number"),
+        ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number: write decimal points"),
+        ("id,word,v0\n0,a,1.5\n", "'a' is not a number.*the word comes first"),
+        ("word\tv0\n\t1.5\n", "line 2: the first column, the word, is empty"),
+        ("word v0 v1\n", "holds no words"),
+        ("", "holds no words"),
+        (b"\xff\xfew\x00o\x00", "zero bytes"),
+    ],
+)
+def test_what_is_no_table_is_refused_with_the_line(tmp_path, content, sentence):
+    with pytest.raises(InputError, match=sentence):
+        read(tmp_path, content)
+
+
+# ---- people
+
+
+def table(words, seed, n_units=3):
+    rng = np.random.default_rng(seed)
+    rows = [f"{word} {' '.join(map(str, rng.normal(size=n_units)))}" for word in words]
+    return "\n".join(["word " + " ".join(f"v{i}" for i in range(n_units)), *rows])
+
+
+WORDS = ["Apple", "apple", "it's", "its", "bread", "ring"]
+
+
+def test_people_share_words_and_keep_their_units(tmp_path, capsys):
+    tables = {
+        "scaled_targets_M03.txt": table(WORDS, 0),
+        "scaled_targets_M15.txt": table(WORDS[::-1], 1, n_units=2),  # in another order
+    }
+    data = make(tmp_path, tables, modality="fMRI")
+    assert "6 words in 4 groups, 6 presentations, 5 units of 2 people" in capsys.readouterr().out
+    assert data.subjects() == ["M03", "M15"] and data.meta["modality"] == "fMRI"
+    assert data.stimuli.text.tolist() == WORDS
+    assert data.stimuli.group.tolist() == ["apple", "apple", "its", "its", "bread", "ring"]
+    m15 = data.mean_responses(data.select_units(subject="M15"))
+    source = prepare.read_table(tmp_path / "tables/scaled_targets_M15.txt")
+    assert np.allclose(m15, source.loc[WORDS], atol=1e-6)
+    assert data.units.column.tolist() == ["v0", "v1", "v2", "v0", "v1"]
+    with pytest.raises(InputError, match="no units of subject=M1: it has M03, M15"):
+        data.select_units(subject="M1")
+
+
+def test_one_person_of_a_folder(tmp_path, capsys):
+    tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table(WORDS, 1)}
+    assert make(tmp_path, tables, people=["2"]).subjects() == ["2"]
+    make(tmp_path, tables, people=["2"])
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(InputError, match="made with people=.*overwrite=True"):
+        make(tmp_path, tables)
+    with pytest.raises(InputError, match="made with tables="):  # the same options, other numbers
+        make(tmp_path, {"a_2.txt": table(WORDS, 5)}, people=["2"])
+    with pytest.raises(InputError, match="no table of 3, only of 1, 2"):
+        make(tmp_path, tables, people=["3"])
+
+
+def test_different_words_are_refused_or_counted(tmp_path, capsys):
+    tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table([*WORDS[1:], "salt"], 1)}
+    with pytest.raises(InputError, match="'Apple' .* table of 1 and not.*lower=True.*for the 5"):
+        make(tmp_path, tables)
+    data = make(tmp_path, tables, words="shared")
+    assert data.stimuli.text.tolist() == WORDS[1:]
+    assert "1: 1 of 6 rows left out" in capsys.readouterr().out
+    with pytest.raises(InputError, match="share 0 rows"):
+        make(tmp_path / "x", {"a_2.txt": table("xyz", 1), "a_1.txt": table(WORDS, 0)})
+
+
+def test_capitals_are_one_word_with_lower(tmp_path):
+    tables = {"a_1.txt": table(["Bread", "Ring"], 0), "a_2.txt": table(["bread", "RING"], 1)}
+    assert make(tmp_path, tables, lower=True).stimuli.text.tolist() == ["bread", "ring"]
+
+
+def test_a_repeated_word_is_presented_again(tmp_path):
+    words = ["bread", "ring", "bread"]
+    data = make(tmp_path, {"a_1.txt": table(words, 0), "a_2.txt": table(words, 1)})
+    assert data.presentations.to_numpy().tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert data.stimuli.text.tolist() == ["bread", "ring"]
+    mean = make(tmp_path, {}, repeats="mean", overwrite=True)
+    assert np.allclose(mean.responses, data.mean_responses(), atol=1e-6)
+    uneven = {"a_2.txt": table(["bread", "ring"], 1)}
+    with pytest.raises(InputError, match="'bread' has more rows in the table of 1.*repeats=mean"):
+        make(tmp_path, uneven, overwrite=True)
+    assert len(make(tmp_path, uneven, repeats="mean", overwrite=True).responses) == 2
+
+
+def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
+    content = "word v0 v1 v2 v3\na 1.5 0 NA 1\nb 2 0 1 3\nb 2 0 1 3\nc 3 0 1 nan\nd 4 0 2 5\n"
+    data = make(tmp_path, {"t.txt": content})
+    assert data.stimuli.text.tolist() == list("abcd") and data.units.column.tolist() == ["v0"]
+    assert data.meta["left_out"] == [
+        "2 units with gaps",
+        "1 rows that copy another row of their word to the digit",
+        "1 units that never vary",
+    ]
+    data = make(tmp_path, {}, missing="presentations", overwrite=True)
+    assert data.stimuli.text.tolist() == ["b", "d"] and len(data.responses) == 2
+    assert data.units.column.tolist() == ["v0", "v2", "v3"]
+    with pytest.raises(InputError, match="no unit varies over its 2 rows"):
+        make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
+
+
+# ---- real tables
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real/words_brains is not there")
+@pytest.mark.parametrize(
+    "name, people, words, groups, units",
+    [
+        ("pereira2018", 5, 180, 180, 5000),
+        ("mitchell2008", 3, 60, 60, 3000),
+        ("alice", 27, 588, 587, 136),
+        ("eeg/ucl_scaled.txt", 1, 711, 711, 34),
+        ("eeg/n400_scaled.txt", 1, 140, 140, 130),
+    ],
+)
+def test_real_tables(tmp_path, name, people, words, groups, units):
+    prepare.main(prepare.Config(root=str(REAL / name), out_dir=str(tmp_path)))
+    data = Encoding(tmp_path)
+    assert len(data.subjects()) == people and data.responses.shape == (words, units)
+    assert len(data.stimuli) == words and data.stimuli.group.nunique() == groups
