@@ -35,12 +35,23 @@ import csv
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import InputError, aside, check_content, load_meta, remedy, write_aside, write_yaml
+from data import (
+    InputError,
+    aside,
+    check_content,
+    load_meta,
+    read_yaml,
+    remedy,
+    write_aside,
+    write_yaml,
+)
 
 FORMAT = "stimuli-1"
 ENCODING_FORMAT = "encoding-1"
@@ -315,16 +326,19 @@ def complete_encoding(folder):
         return False
 
 
-def made_already(folder, options, overwrite=False, is_complete=complete_encoding):
-    """Whether a prepare script finds its dataset made with these options, and says so.
+# ---- what prepare scripts share
 
-    is_complete: complete_encoding, or complete for labelled sentences. Raises InputError where the
-    dataset was made with other options, which would be lost.
+
+def already_made(folder, options, overwrite=False, is_complete=complete_encoding, **version):
+    """Whether a dataset is there, made with these options and this version, which it says.
+
+    is_complete: of the folder, such as `complete` for labelled sentences; version: other keys of
+    meta.yaml, of which a change makes it again. Raises InputError for other options.
     """
     if overwrite or not is_complete(folder):
         return False
-    format = ENCODING_FORMAT if is_complete is complete_encoding else FORMAT
-    made_with = load_meta(folder, "dataset", format).get("options") or {}
+    meta = read_yaml((Path(folder) / "meta.yaml").read_text(encoding="utf-8"))
+    made_with = meta.get("options") or {}
     changed = [key for key in options if made_with.get(key) != options[key]]
     if changed:
         before = ", ".join(f"{key}={made_with.get(key)}" for key in changed)
@@ -332,8 +346,29 @@ def made_already(folder, options, overwrite=False, is_complete=complete_encoding
             f"{folder} was made with {before}: give overwrite=True to make it again, "
             "or another out_dir"
         )
-    print(f"{folder}: there already (overwrite=True makes it again)")
+    for key, value in version.items():
+        if meta.get(key) != value:
+            print(f"{folder} was made by another version of its sources: it is made again")
+            return False
+    print(f"{folder} is there already (overwrite=True makes it again)")
     return True
+
+
+def embedded(name):
+    """Folder of an embedded dataset under data/, made first, with a notice, if it is not there."""
+    folder = Path(__file__).parent / name
+    if not (folder / "meta.yaml").exists():
+        print(f"data/{name} is not there: it is made first", flush=True)
+        subprocess.run([sys.executable, str(folder / "prepare.py")], check=True)
+    return folder
+
+
+def print_sizes(folder, meta):
+    """Say how large a dataset of stimuli with responses is, and what was left out of it."""
+    counts = [f"{count:,} {what}" for what, count in meta["sizes"].items()]
+    print(f"{folder}: {', '.join(counts)}")
+    for what in meta.get("left_out", []):
+        print(f"left out: {what}")
 
 
 # ---- reading files

@@ -25,8 +25,8 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
 from data import InputError
-from data.assembly import whole
-from data.stimuli import made_already, read_text, write_encoding
+from data.assembly import without_gaps
+from data.stimuli import already_made, print_sizes, read_text, write_encoding
 
 EMBEDDED = False  # needs tables of yours
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
@@ -224,21 +224,18 @@ def check_words(person, frame, shared, people, words):
 
 def leave_out(frame, config):
     """The frame without gaps, copied rows and units that never vary; and what went, in words."""
-    rows, columns = whole(frame.to_numpy(), config.missing, f"root={config.root}")
+    rows, columns, left_out = without_gaps(frame.to_numpy(), config.missing, f"root={config.root}")
     frame = frame.loc[rows, columns]
     numbered = frame.set_axis(range(frame.shape[1]), axis=1)
     copies = numbered.assign(word=frame.index.get_level_values(0)).duplicated().to_numpy()
     frame = frame[~copies]
+    if copies.any():
+        left_out.append(f"{copies.sum():,} rows that copy another row of their word to the digit")
     constant = np.ptp(frame.to_numpy(), axis=0) == 0
+    if constant.any():
+        left_out.append(f"{constant.sum():,} units that never vary")
     if constant.all():
         raise InputError(f"root={config.root}: no unit varies over its {len(frame)} rows")
-    counts = {
-        "rows with gaps": (~rows).sum(),
-        "units with gaps": (~columns).sum(),
-        "rows that copy another row of their word to the digit": copies.sum(),
-        "units that never vary": constant.sum(),
-    }
-    left_out = [f"{count:,} {what}" for what, count in counts.items() if count]
     return frame.loc[:, ~constant], left_out
 
 
@@ -262,7 +259,7 @@ def main(config):
     options = asdict(config) | {"people": list(paths), "tables": contents.hexdigest()[:16]}
     for key in ("root", "out_dir", "overwrite"):
         del options[key]
-    if made_already(folder, options, config.overwrite):
+    if already_made(folder, options, config.overwrite):
         return
 
     tables = {person: read_table(path) for person, path in paths.items()}
@@ -282,14 +279,8 @@ def main(config):
         left_out=left_out,
         options=options,
     )
-    sizes = meta["sizes"]
-    who = "person" if len(paths) == 1 else "people"
-    print(
-        f"{folder}: {sizes['stimuli']:,} words in {stimuli.group.nunique():,} groups, "
-        f"{sizes['presentations']:,} presentations, {sizes['units']:,} units of {len(paths)} {who}"
-    )
-    for what in left_out:
-        print(f"left out: {what}")
+    print_sizes(folder, meta)
+    print(f"{', '.join(paths)}: {stimuli['group'].nunique():,} words held out as groups")
 
 
 if __name__ == "__main__":
