@@ -35,8 +35,10 @@ import csv
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -363,6 +365,12 @@ def embedded(name):
     return folder
 
 
+def word_key(word):
+    """What spellings of a word (or text) share: Café and CAFÉ, ice-cream and ice cream."""
+    folded = unicodedata.normalize("NFKC", word).casefold()
+    return re.sub(r"[\W_]", "", folded) or folded
+
+
 def print_sizes(folder, meta):
     """Say how large a dataset of stimuli with responses is, and what was left out of it."""
     counts = [f"{count:,} {what}" for what, count in meta["sizes"].items()]
@@ -393,13 +401,14 @@ def read_text(path):
 
 
 def read_csv(path):
-    """A CSV file as a DataFrame of text whose index is the line of each row; see `read_text`."""
+    """A table (commas, or tabs) as a DataFrame of text whose index is the line of each row."""
     return _csv_table(read_text(path), path)
 
 
 def _csv_table(text, path):
     """CSV as a DataFrame of text whose index is each row's line: "None" and "nan" stay words."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    delimiter = "\t" if "\t" in text.partition("\n")[0] else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     lines = []
     rows = []
     line = 1
@@ -446,15 +455,18 @@ def _refuse(wrong, values, path, what, why):
 
 def _refuse_torn(table, column, path):
     """Raise InputError where a group, or a text, is in more than one split."""
-    places = table.groupby(column, sort=False)["split"].unique()
-    for name, splits in places[places.map(len) > 1].items():
+    places = table[[column, "split"]].drop_duplicates()
+    torn = places[column].duplicated()
+    if torn.any():
+        name = places[column][torn].iloc[0]
+        splits = sorted(places["split"][places[column] == name])
         raise InputError(
-            f"{path}: the {column} '{name}' is in {' and in '.join(sorted(splits))}: "
-            "what belongs together must stay in one split"
+            f"{path}: the {column} '{name}' is in {' and in '.join(splits)}: what belongs together "
+            "must stay in one split"
         )
 
 
-def _number(text):
+def to_number(text):
     """The number that a text is; NaN where it is none."""
     try:
         return float(text)
@@ -478,7 +490,7 @@ def _check_task(table, path, name, entry):
         _refuse(~label.isin(labels), label, path, "the label", f"is none of {', '.join(labels)}")
         table["y"] = label.map({name: i for i, name in enumerate(labels)}).astype("int64")
     else:
-        numbers = label.map(_number).astype("float64")
+        numbers = label.map(to_number).astype("float64")
         _refuse(~np.isfinite(numbers), label, path, "the label", "is not a number")
         table["label"] = numbers
         table["y"] = numbers
@@ -553,7 +565,7 @@ def _check_units(table, path):
             table[column] = ""
     ceiling = pd.Series(np.nan, table.index)
     if "ceiling" in table:
-        ceiling = table["ceiling"].map(_number)
+        ceiling = table["ceiling"].map(to_number)
         known = table["ceiling"].str.strip() != ""
         if not ceiling[known].between(0, 1).all():
             raise InputError(f"{path}: the ceiling is an R², between 0 and 1, or empty")

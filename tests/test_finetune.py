@@ -1,7 +1,5 @@
 """finetune.py: what is read, what is trained, what is scored; and the datasets made for it."""
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -14,8 +12,8 @@ import finetune
 import positions
 import configurator
 from configurator import Run
-from data.stimuli import read_meta, read_task, write_tasks
-from data.tokens import state_of, write_dataset
+from data.stimuli import read_task, write_tasks
+from data.tokens import state_of
 from finetune import Config, Order, Reader, Task, batch, encode, interval, score
 from model import GPT, GPTConfig, Tokenizer, lm_state, load_lm, save_checkpoint
 
@@ -260,100 +258,6 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
     said = capsys.readouterr().out
     long = sum(len(text) > 7 for text in read_task(given / "tasks", "untested").text)
     assert f"{long} of 80 texts are longer than the 8 tokens" in said and "the very data that chose" in said
-
-
-# ---- the datasets
-
-def prepare(name, *options, says=None):
-    done = subprocess.run([sys.executable, str(ROOT / "data" / name / "prepare.py"), *options], capture_output=True, text=True, cwd=ROOT)
-    if says is None:
-        assert done.returncode == 0, done.stderr
-    else:
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
-    return done.stdout
-
-
-def make_glue(root):
-    """A few rows of each of GLUE's nine layouts: official TSV files, and two tasks as the hub has them."""
-    rng = np.random.default_rng(0)
-    say = lambda: " ".join(rng.choice("the a cat dog sees likes \" 'tis red".split(), 5)) + f" {rng.integers(10 ** 9)}."
-
-    def tsv(path, header, row, n, bad=()):
-        lines = ["\t".join(header)] * bool(header) + ["\t".join(map(str, row(i))) for i in range(n)] + list(bad)
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if "MRPC" in path else "utf-8")
-    for split, n in (("train", 60), ("dev", 20)):
-        tsv(f"CoLA/{split}.tsv", [], lambda i: ["gj04", i % 2, "*" * (1 - i % 2), say()], n)
-        tsv(f"SST-2/{split}.tsv", ["sentence", "label"], lambda i: [say(), i % 2], n)
-        tsv(f"MRPC/{split}.tsv", ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], lambda i: [i % 2, i, i, say(), say()], n)
-        tsv(f"QQP/{split}.tsv", "id qid1 qid2 question1 question2 is_duplicate".split(), lambda i: [i, i, i, say(), say(), i % 2], n, bad=["7\t8\tHow?"])
-        tsv(f"STS-B/{split}.tsv", "index genre filename year old_index source1 source2 sentence1 sentence2 score".split(),
-            lambda i: [i, "g", "f", 2012, i, "s", "s", say(), say(), i % 6 / 1.2], n)
-        tsv(f"QNLI/{split}.tsv", ["index", "question", "sentence", "label"], lambda i: [i, say(), say(), ["entailment", "not_entailment"][i % 2]], n)
-    head = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 sentence2 label1".split()
-    names = ["entailment", "neutral", "contradiction"]
-    premises = [say() for _ in range(40)]
-    tsv("MNLI/train.tsv", head + ["gold_label"], lambda i: [i, i, i, "fiction", "(", "(", "(", "(", premises[i // 3], say(), names[i % 3], names[i % 3]], 60)
-    for k, part in enumerate(("matched", "mismatched")):
-        tsv(f"MNLI/dev_{part}.tsv", head + ["label2", "gold_label"],
-            lambda i, k=k: [i, i, i, "g", "(", "(", "(", "(", premises[20 + 10 * k + i // 3], say(), names[i % 3], "-", names[i % 3]], 20)
-    for name in ("rte", "wnli"):
-        (root / name).mkdir()
-        for split, n in (("train", 60), ("validation", 20)):
-            pd.DataFrame(dict(sentence1=[say() for _ in range(n)], sentence2=[say() for _ in range(n)], label=np.arange(n) % 2, idx=range(n))).to_parquet(
-                root / name / f"{split}-00000-of-00001.parquet")
-    dev = (root / "SST-2/dev.tsv").read_text().split("\n")
-    with open(root / "SST-2/train.tsv", "a") as f:  # three sentences of the development set among the training sentences
-        f.write("\n".join(dev[1:4]) + "\n")
-
-
-def test_glue_as_it_is_handed_out(tmp_path):
-    make_glue(tmp_path / "glue_data")
-    root, out = f"root={tmp_path / 'glue_data'}", f"out_dir={tmp_path / 'glue'}"
-    said = prepare("glue", root, out, "tasks=cola,mnli", "val=6") + prepare("glue", root, out, "val=6")  # the rest is added
-    assert "sst2: " in said and "3 training texts" in said and "qqp" in said and "2 broken lines" in said
-    assert "already" in prepare("glue", root, out, "val=6")
-    meta = read_meta(tmp_path / "glue")
-    assert list(meta["tasks"]) == ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
-    for name, entry in meta["tasks"].items():
-        table = read_task(tmp_path / "glue", name)
-        assert entry["sizes"]["test"] == (40 if name == "mnli" else 20) and sum(entry["sizes"].values()) == (100 if name == "mnli" else 80), name
-        assert entry["kind"] == ("regression" if name == "stsb" else "classification") and 1 <= entry["sizes"]["val"] <= 6
-        assert (table.text.str.count("\t") == (0 if name in ("cola", "sst2") else 1)).all()
-    mnli = read_task(tmp_path / "glue", "mnli")
-    assert set(mnli.set[mnli.split == "test"]) == {"matched", "mismatched"} and mnli[mnli.split != "test"].groupby("group").split.nunique().max() == 1
-    first = (tmp_path / "glue_data/CoLA/train.tsv").read_text().split("\n")[0].split("\t")
-    cola = read_task(tmp_path / "glue", "cola").set_index("text").label
-    assert cola[" ".join(first[3].split())] == ["unacceptable", "acceptable"][int(first[1])]
-    prepare("glue", f"root={tmp_path / 'nothing'}", f"out_dir={tmp_path / 'x'}", says="is no folder")
-    (tmp_path / "glue_data/RTE").mkdir()
-    (tmp_path / "glue_data/RTE/train.tsv").write_text("index\tsentence1\tlabel\n0\ta\tentailment\n")
-    prepare("glue", root, f"out_dir={tmp_path / 'x'}", "tasks=rte", says="no column 'sentence2'")
-
-
-def test_docstrings_of_a_small_corpus(tmp_path):
-    """Areas balanced, documents kept apart, names and code out of the text, test out of what pydocs holds out."""
-    rng, enc = np.random.default_rng(1), byte_tokenizer()
-    packages = ["numpy", "sklearn", "pandas", "sympy", "matplotlib", "torch", "streamlit", "setuptools"]
-
-    def document(package, i):
-        lines = [f"The {rng.choice(['value', 'option'])} of `some_code(x)` number is returned to whoever asks for it in module {'abcdefghij'[int(d)]}{d}."
-                 for d in rng.integers(0, 10, 6)]
-        lines = [f"{line[:-1]}, {' '.join(rng.choice(list('klmnop'), 6))}." for line in lines]
-        text = "\n\n".join([f"{package}.m{i}", *lines, f"This one says {package} and is dropped, as every paragraph that says such a name must be.",
-                            "Parameters\n----------\nx : int\n    The argument."])
-        return enc.encode_ordinary(text + "\n") + [256]
-    splits = {"train": [document(p, i) for p in packages for i in range(20)], "val": [document(p, 100 + i) for p in packages for i in range(4)]}
-    write_dataset(tmp_path / "pydocs", splits, state_of(enc), synthetic=True)
-    options = [f"pydocs={tmp_path / 'pydocs'}", f"out_dir={tmp_path / 'doc'}", "train=20", "val=5", "test=20"]
-    assert "8 areas" in prepare("docstrings", *options)
-    table = read_task(tmp_path / "doc", "area")
-    assert (table.groupby(["split", "label"]).size().unstack().T == pd.Series(dict(test=20, train=20, val=5))).all().all()
-    assert table.groupby("group").split.nunique().max() == 1 and all(int(g.split(".m")[1]) >= 100 for g in table.group[table.split == "test"])
-    assert not table.text.str.contains("|".join(packages)).any() and not table.text.str.contains("some_code|Parameters").any()
-    assert table.text.str.contains("value of _ number|option of _ number").all()
-    assert "already" in prepare("docstrings", *options) and "validation documents" in read_meta(tmp_path / "doc")["seen"]
-    prepare("docstrings", *options[:1], f"out_dir={tmp_path / 'x'}", "train=1000", says="smaller train=")
 
 
 def test_a_task_in_tokens(given, tmp_path):

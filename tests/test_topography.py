@@ -155,24 +155,6 @@ def test_stimuli_in_the_known_layouts(tmp_path):
         Config(contrasts=["nouns"]).check()
 
 
-def test_embedded_stimuli(tmp_path):
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("localizer", "data/localizer/prepare.py")
-    prepare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(prepare)
-    words = "user file child dog window garden reader office letter parent model system".split()
-    sentences = {("the", a, "saw", "every", b, "in", "a", c) for a in words for b in words for c in words if len({a, b, c}) == 3}
-    table = prepare.make(sentences, 30, 0)
-    assert table.equals(prepare.make(sentences, 30, 0)) and not table.equals(prepare.make(sentences, 30, 1))
-    kinds = {kind: part.text.tolist() for kind, part in table.groupby("condition")}
-    assert sorted(" ".join(kinds["sentences"]).split()) == sorted(" ".join(kinds["words"]).split())
-    real = {w for s in sentences for w in s} | {w for text in prepare.LISTS.values() for w in text.split()}
-    assert not real & set(" ".join(kinds["nonwords"]).split())
-    for sentence, jabberwocky in zip(kinds["sentences"], kinds["jabberwocky"]):
-        assert [w for w in jabberwocky.split() if w in real] == [w for w in sentence.split() if w in prepare.FUNCTION]
-    assert [len(kinds[k]) for k in prepare.LISTS] == [40] * 4 and len(set(sum((kinds[k] for k in prepare.LISTS), []))) > 140
-
-
 def test_weight_loss_is_topoloss():
     topoloss = pytest.importorskip("topoloss")
     net = torch.nn.Sequential(torch.nn.Linear(20, 144, bias=False))

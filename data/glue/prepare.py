@@ -1,173 +1,277 @@
-"""GLUE, nine tasks of sentence understanding (Wang et al. 2019), as labelled sentences for finetune.py and probe.py.
+"""GLUE, nine tasks of sentence understanding (Wang et al. 2019), as labelled sentences.
 
-    python data/glue/prepare.py                                # all nine from the Hugging Face hub (about 170 MB), once
-    python data/glue/prepare.py tasks=cola,rte                 # some; more can be added later
-    python data/glue/prepare.py root=path/to/glue_data         # from a local copy: CoLA/train.tsv ..., or cola/train-*.parquet ...
+    python data/glue/prepare.py                        # all nine from the Hugging Face hub, once
+    python data/glue/prepare.py tasks=cola,rte         # some; more can be added later
+    python data/glue/prepare.py root=path/to/glue_data # a local copy: CoLA/*.tsv, cola/*.parquet
+    python data/glue/prepare.py root=path/to/cola tasks=cola   # CoLA's release: in_domain_*.tsv
 
-GLUE's own development set, which has labels, becomes our test split, and a part of its training set our validation: the step that is chosen
-on validation is then scored on text that had no say. The two of a pair stand in one text with a tab between.
+For finetune.py and probe.py. GLUE's own development set, which has labels, becomes our test split,
+and a part of its training set our validation: the step that is chosen on validation is then scored
+on text that had no say. The two of a pair stand in one text with a tab between.
 """
-import hashlib, os, sys
+
+import hashlib
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data.stimuli import complete, read_meta, read_task, write_tasks
+from data import InputError
+from data.stimuli import (
+    already_made,
+    complete,
+    read_meta,
+    read_task,
+    read_text,
+    to_number,
+    write_tasks,
+)
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
 
 
-class Glue(NamedTuple):
+@dataclass
+class Glue:
     """Where one task of GLUE stands in its files."""
-    folder: str         # in the official archives
-    columns: list       # one or two texts, in the TSV files
-    parquet: list       # and on the hub
-    label: str          # column of the TSV files; "label" on the hub
-    labels: list        # in the order of the hub's numbers; [] of a regression
+
+    folder: str  # in the official archives
+    columns: list  # one or two texts, in the TSV files
+    parquet: list  # and on the hub
+    label: str  # column of the TSV files; "label" on the hub
+    labels: list  # in the order of the hub's numbers; [] of a regression
     description: str
 
 
 PAIR = ["sentence1", "sentence2"]
-ASK = ["question1", "question2"]
+ASKED = ["question1", "question2"]
+NLI = ["premise", "hypothesis"]
+ANSWER = ["question", "sentence"]
+ENTAILS = ["entailment", "not_entailment"]
 GLUE = {
-    "cola": Glue("CoLA", ["sentence"], ["sentence"], "label", ["unacceptable", "acceptable"], "is it acceptable English?"),
-    "sst2": Glue("SST-2", ["sentence"], ["sentence"], "label", ["negative", "positive"], "sentiment of a phrase from film reviews"),
-    "mrpc": Glue("MRPC", ["#1 String", "#2 String"], PAIR, "Quality", ["not_equivalent", "equivalent"], "do two sentences say the same?"),
-    "qqp": Glue("QQP", ASK, ASK, "is_duplicate", ["not_duplicate", "duplicate"], "do two questions ask the same?"),
+    "cola": Glue(
+        "CoLA",
+        ["sentence"],
+        ["sentence"],
+        "label",
+        ["unacceptable", "acceptable"],
+        "is it acceptable English?",
+    ),
+    "sst2": Glue(
+        "SST-2",
+        ["sentence"],
+        ["sentence"],
+        "label",
+        ["negative", "positive"],
+        "sentiment of a phrase from film reviews",
+    ),
+    "mrpc": Glue(
+        "MRPC",
+        ["#1 String", "#2 String"],
+        PAIR,
+        "Quality",
+        ["not_equivalent", "equivalent"],
+        "do two sentences say the same?",
+    ),
+    "qqp": Glue(
+        "QQP",
+        ASKED,
+        ASKED,
+        "is_duplicate",
+        ["not_duplicate", "duplicate"],
+        "do two questions ask the same?",
+    ),
     "stsb": Glue("STS-B", PAIR, PAIR, "score", [], "how alike are two sentences, 0 to 5?"),
-    "mnli": Glue("MNLI", PAIR, ["premise", "hypothesis"], "gold_label", ["entailment", "neutral", "contradiction"], "does the second follow from the first?"),
-    "qnli": Glue("QNLI", ["question", "sentence"], ["question", "sentence"], "label", ["entailment", "not_entailment"], "does it answer the question?"),
-    "rte": Glue("RTE", PAIR, PAIR, "label", ["entailment", "not_entailment"], "does the second follow from the first?"),
-    "wnli": Glue("WNLI", PAIR, PAIR, "label", ["not_entailment", "entailment"], "does it follow, with the pronoun replaced?"),
+    "mnli": Glue(
+        "MNLI",
+        PAIR,
+        NLI,
+        "gold_label",
+        ["entailment", "neutral", "contradiction"],
+        "does the second follow from the first?",
+    ),
+    "qnli": Glue("QNLI", ANSWER, ANSWER, "label", ENTAILS, "does it answer the question?"),
+    "rte": Glue("RTE", PAIR, PAIR, "label", ENTAILS, "does the second follow from the first?"),
+    "wnli": Glue(
+        "WNLI", PAIR, PAIR, "label", ENTAILS[::-1], "does it follow, with the pronoun replaced?"
+    ),
 }
-DEV = {"mnli": {"matched": ("dev_matched.tsv", "validation_matched"), "mismatched": ("dev_mismatched.tsv", "validation_mismatched")}}  # by column `set`
+COLA_HEADER = ["source", "label", "mark", "sentence"]  # which its files do not have
 
 
 @dataclass
 class Config:
-    out_dir: str = ""                # "": this folder
-    root: str = ""                   # local copy of GLUE; "": the Hugging Face hub
-    tasks: list[Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]] = field(default_factory=lambda: list(GLUE))  # which
-    val: int = 1000                  # texts of GLUE's training set kept for validation, at most a tenth of it
-    overwrite: bool = False          # make them again although they are there
+    out_dir: str = ""  # "": this folder
+    root: str = ""  # local copy of GLUE, or of CoLA alone; "": the Hugging Face hub
+    tasks: list[Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]] = (
+        field(default_factory=lambda: list(GLUE))
+    )  # which
+    val: int = 1000  # training texts of GLUE kept for validation, at most a tenth of them
+    overwrite: bool = False  # make them again although they are there
 
     def check(self):
         if self.val < 1:
-            raise ValueError(f"val={self.val}: validation chooses the step, give it 1 text or more")
+            raise InputError(f"val={self.val}: validation chooses the step, give it a text or more")
+        if self.root and not Path(self.root).is_dir():
+            raise InputError(
+                f"root={self.root} is no folder: give the one that holds CoLA/train.tsv, or "
+                "cola/train-*.parquet"
+            )
 
 
 # ---- reading
 
+
+def find_files(root, name):
+    """{part: files} of train and of each part of GLUE's development set.
+
+    The files of a part are one TSV file, or all parquet files of a split.
+    """
+    if name == "cola" and (root / "in_domain_train.tsv").is_file():  # as CoLA's authors release it
+        return {
+            "train": [root / "in_domain_train.tsv"],
+            "in_domain": [root / "in_domain_dev.tsv"],
+            "out_of_domain": [root / "out_of_domain_dev.tsv"],
+        }
+    names = {"train": ("train", "train"), "": ("dev", "validation")}
+    if name == "mnli":
+        del names[""]
+        for part in ("matched", "mismatched"):
+            names[part] = (f"dev_{part}", f"validation_{part}")
+    files = {}
+    for part, (tsv, split) in names.items():
+        path = root / GLUE[name].folder / f"{tsv}.tsv"
+        files[part] = [path] if path.is_file() else sorted((root / name).glob(f"{split}-*.parquet"))
+        if not files[part]:
+            raise InputError(
+                f"root={root} has neither {GLUE[name].folder}/{tsv}.tsv nor {name}/{split}-*."
+                f"parquet: give the folder with GLUE's own folders, or leave '{name}' out of tasks="
+            )
+    return files
+
+
 def read_tsv(path, header=None):
-    """DataFrame of strings of one of GLUE's TSV files (no quoting), and how many broken lines were left out."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text (byte {e.start}): take it from the archive again") from None
-    lines = [line.rstrip("\r").split("\t") for line in lines if line.strip()]
-    header = header or (lines.pop(0) if lines else [])
-    whole = [line for line in lines if len(line) == len(header)]
-    return pd.DataFrame(whole, columns=header), len(lines) - len(whole)
+    """DataFrame of text of one of GLUE's TSV files, which quote nothing, and its broken lines."""
+    rows = [line.rstrip("\r").split("\t") for line in read_text(path).split("\n") if line.strip()]
+    if header is None:
+        header = rows.pop(0) if rows else []
+    complete_rows = [row for row in rows if len(row) == len(header)]
+    return pd.DataFrame(complete_rows, columns=header), len(rows) - len(complete_rows)
 
 
-def read_part(root, name, tsv, split):
-    """(DataFrame first, second, label; broken lines) of one file of a task, TSV or parquet, whichever is under root."""
+def read_part(name, files):
+    """DataFrame first, text, label of one part of a task, and how many texts were left out."""
     task = GLUE[name]
-    path = root / task.folder / tsv
-    files = sorted((root / name).glob(f"{split}-*.parquet"))
-    if path.is_file():
-        table, broken = read_tsv(path, ["source", "label", "mark", "sentence"] if name == "cola" else None)
-        columns, label = task.columns, task.label
-    elif files:
-        table, broken, columns, label = pd.concat([pd.read_parquet(file) for file in files]), 0, task.parquet, "label"
-        path = files[0]
+    if files[0].suffix == ".parquet":
+        table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
+        n_broken = 0
+        columns, label = task.parquet, "label"
     else:
-        raise FileNotFoundError(f"{root} has neither {task.folder}/{tsv} nor {name}/{split}-*.parquet: give root= the folder with GLUE's own folders, "
-                                f"or leave '{name}' out of tasks=")
-    if missing := [column for column in [*columns, label] if column not in table]:
-        raise ValueError(f"{path} has no column '{missing[0]}', only {', '.join(map(str, table.columns))}: it is no file of GLUE's {task.folder}")
-    texts = table[columns].map(lambda text: " ".join(text.split()) if isinstance(text, str) else "")
-    found = pd.DataFrame(dict(first=texts[columns[0]], text=texts[columns[0]].str.cat([texts[c] for c in columns[1:]], "\t"),
-                              label=table[label].map(lambda value: label_of(task, value))))
-    kept = (texts != "").all(axis=1) & found.label.notna()
-    return found[kept].reset_index(drop=True), broken + int((~kept).sum())
+        table, n_broken = read_tsv(files[0], COLA_HEADER if name == "cola" else None)
+        columns, label = task.columns, task.label
+    for column in [*columns, label]:
+        if column not in table:
+            raise InputError(
+                f"{files[0]} has no column '{column}', only {', '.join(map(str, table))}: it is no "
+                f"file of GLUE's {task.folder}"
+            )
+    texts = table[columns].fillna("").astype(str)
+    texts = texts.apply(lambda column: column.str.split().str.join(" "))
+    part = pd.DataFrame({"first": texts[columns[0]], "text": texts.agg("\t".join, axis=1)})
+    part["label"] = read_labels(table[label].astype(str), task.labels)
+    kept = (texts != "").all(axis=1) & part["label"].notna()
+    return part[kept], n_broken + int((~kept).sum())
 
 
-def label_of(task, value):
-    """A label's name (or number, of a regression) from a name or a class number; None for what is neither."""
-    if not task.labels:
-        try:
-            return float(value)
-        except ValueError:
-            return None
-    value = str(value)
-    return value if value in task.labels else task.labels[int(value)] if value.isdigit() and int(value) < len(task.labels) else None
+def read_labels(labels, names):
+    """Labels by their names (numbers, of a regression); NaN where one is unknown, or hidden."""
+    if not names:
+        numbers = labels.map(to_number)
+        return numbers.where(numbers.abs() < float("inf"))
+    numbered = {str(number): name for number, name in enumerate(names)}
+    return labels.map(numbered | {name: name for name in names})
 
 
 def key(text):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def make_task(root, name, val):
-    """{frame, kind, labels, description} of one task, as `write_tasks` takes it, and a line about it."""
+def make_task(root, name, n_val):
+    """{frame, kind, labels, description} of one task, as `write_tasks` takes it."""
     task = GLUE[name]
-    train, broken = read_part(root, name, "train.tsv", "train")
+    files = find_files(root, name)
+    train, n_left_out = read_part(name, files.pop("train"))
     tests = []
-    for which, (tsv, split) in DEV.get(name, {"": ("dev.tsv", "validation")}).items():
-        part, bad = read_part(root, name, tsv, split)
-        tests.append(part.assign(split="test", set=which, group="dev " + part["first"].map(key)))
-        broken += bad
+    for part, paths in files.items():
+        test, n = read_part(name, paths)
+        n_left_out += n
+        tests.append(test.assign(split="test", set=part, group="dev " + test["first"].map(key)))
     test = pd.concat(tests)
-    seen = train.text.isin(set(test.text))
+    seen = train["text"].isin(set(test["text"]))
     train = train[~seen]
-    train = train.assign(split="train", set="", group=train["first"].map(key))  # texts with the same first sentence stay together
-    sizes = train.groupby("group").size().sort_index().cumsum()  # in the order of their hashes
-    train.loc[train.group.isin(sizes.index[sizes <= max(1, min(val, len(train) // 10))]), "split"] = "val"
-    frame = pd.concat([train, test], ignore_index=True)[["split", "label", "text", "group", "set"]]
-    if name not in DEV:
-        frame = frame.drop(columns="set")
-    said = f"{name}: " + ", ".join(f"{split} {n:,}" for split, n in frame.split.value_counts(sort=False).items())
-    said += f"; {int(seen.sum()):,} training texts that GLUE also has in its development set, and {broken:,} broken lines, left out"
-    return dict(frame=frame, kind="classification" if task.labels else "regression", labels=task.labels, description=task.description), said
+    # texts with the same first sentence stay together; the first groups by their hashes are val
+    train = train.assign(split="train", set="", group=train["first"].map(key))
+    sizes = train.groupby("group").size().sort_index().cumsum()
+    val = sizes.index[sizes <= max(1, min(n_val, len(train) // 10))]
+    train.loc[train["group"].isin(val), "split"] = "val"
+    frame = pd.concat([train, test], ignore_index=True)
+    frame = frame[["split", "label", "text", "group", *(["set"] if len(files) > 1 else [])]]
+    sizes = frame["split"].value_counts()
+    counts = ", ".join(f"{split} {sizes.get(split, 0):,}" for split in ("train", "val", "test"))
+    print(
+        f"{name}: {counts}; left out: {seen.sum():,} training texts that are in the development "
+        f"set, {n_left_out:,} texts that are broken or whose labels are unknown",
+        flush=True,
+    )
+    kind = "classification" if task.labels else "regression"
+    about = {"kind": kind, "labels": task.labels, "description": task.description}
+    return {"frame": frame, **about}
 
 
 def download(tasks):
-    """Folder of the hub's parquet files of these tasks: cached, resumed and verified by huggingface_hub."""
+    """Folder of the hub's parquet files: cached, resumed and verified by huggingface_hub."""
     from huggingface_hub import snapshot_download
+
+    patterns = [f"{task}/*.parquet" for task in tasks]
     try:
-        return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns=[f"{task}/*.parquet" for task in tasks]))
-    except Exception as e:  # the hub's client has many: no network, no such proxy, no disk
-        raise OSError(f"GLUE could not be had from the Hugging Face hub ({type(e).__name__}): go where there is network, or give root= a local copy") from None
+        return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # its client has many: no network, no such proxy, no disk
+        raise InputError(
+            f"GLUE could not be had from the Hugging Face hub ({type(error).__name__}): go where "
+            "there is network, or give root= a local copy"
+        ) from None
 
 
 # ---- main
 
+
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else Path(os.path.relpath(Path(__file__).resolve().parent))
-    kept, options = {}, {"val": config.val}
-    if not config.overwrite and complete(folder):
-        meta = read_meta(folder)
-        if meta.get("options") != options:
-            raise ValueError(f"{folder} was made with {meta.get('options')}: give overwrite=True to make it again, or another out_dir")
-        kept = {name: dict(frame=read_task(folder, name).drop(columns="y"), **{k: entry.get(k) for k in ("kind", "labels", "description")})
-                for name, entry in meta["tasks"].items()}
-    wanted = [name for name in config.tasks if name not in kept]
+    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    options = {"val": config.val}
+    tasks = {}
+    wanted = list(config.tasks)
+    if already_made(folder, options, config.overwrite, complete):
+        for name, entry in read_meta(folder)["tasks"].items():  # they stay, others are added
+            tasks[name] = {
+                "frame": read_task(folder, name).drop(columns="y"),
+                "labels": [],
+                **entry,
+            }
+        wanted = [name for name in config.tasks if name not in tasks]
     if not wanted:
-        print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
         return
-    if config.root and not Path(config.root).is_dir():
-        raise FileNotFoundError(f"root={config.root} is no folder: give the one that holds CoLA/train.tsv, or cola/train-*.parquet")
     root = Path(config.root) if config.root else download(wanted)
     for name in wanted:
-        kept[name], said = make_task(root, name, config.val)
-        print(said, flush=True)
-    write_tasks(folder, {name: kept[name] for name in GLUE if name in kept}, synthetic=False, source=config.root or HUB, options=options)
-    print(f"{folder}: {', '.join(name for name in GLUE if name in kept)}; test is GLUE's development set")
+        tasks[name] = make_task(root, name, config.val)
+    ordered = {name: tasks[name] for name in GLUE if name in tasks}
+    source = config.root or HUB
+    write_tasks(folder, ordered, synthetic=False, source=source, options=options)
+    print(f"{folder}: {', '.join(ordered)}; test is GLUE's development set")
 
 
 if __name__ == "__main__":

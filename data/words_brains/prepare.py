@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import sys
-import unicodedata
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from configurator import configure
 from data import InputError
 from data.assembly import without_gaps
-from data.stimuli import already_made, print_sizes, read_text, write_encoding
+from data.stimuli import already_made, print_sizes, read_text, word_key, write_encoding
 
 EMBEDDED = False  # needs tables of yours
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
@@ -237,12 +236,6 @@ def leave_out(frame, config):
     if constant.all():
         raise InputError(f"root={config.root}: no unit varies over its {len(frame)} rows")
     return frame.loc[:, ~constant], left_out
-
-
-def word_key(word):
-    """What spellings of a word share: Café and CAFÉ, ice-cream and ice cream."""
-    folded = unicodedata.normalize("NFKC", word).casefold()
-    return re.sub(r"[\W_]", "", folded) or folded
 
 
 # ---- main

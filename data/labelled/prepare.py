@@ -1,0 +1,133 @@
+r"""A table of words or sentences with a label or a rating, as labelled sentences.
+
+    python data/labelled/prepare.py root=Concreteness_ratings_Brysbaert_et_al_BRM.txt \
+        text=Word label=Conc.M by=Dom_Pos                                        # ratings
+    python data/labelled/prepare.py root=things_concepts.tsv text=Word \
+        label="Top-down Category (WordNet)"                                      # classes
+    python finetune.py dataset=labelled/things_concepts task=label
+    python topography.py stimuli=data/labelled/things_concepts/conditions.csv \
+        contrasts="animal>food"
+
+The table has a header and tabs or commas between columns; words such as null and NA stay words.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
+from configurator import configure
+from data import InputError, write_aside
+from data.assembly import column
+from data.stimuli import already_made, complete, read_csv, to_number, word_key, write_tasks
+
+EMBEDDED = False  # needs a table of yours
+HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
+
+
+@dataclass
+class Config:
+    root: str = ""  # the table
+    text: str = "text"  # its column of words or sentences
+    label: str = "label"  # its column of classes, or of numbers (then the task is a regression)
+    group: str = ""  # its column of what no split tears apart; "": spellings of the same text
+    least: int = 10  # classes with fewer texts are left out
+    val: float = 0.1  # of the groups
+    test: float = 0.2  # of the groups
+    seed: int = 0  # of the split
+    tail: float = 0.25  # share of ratings that are condition low, and of those that are high
+    by: str = ""  # column that divides conditions, such as the part of speech: "high Noun"
+    synthetic: bool = False  # made-up labels are said to be so in every table and figure
+    out_dir: str = ""  # "": a folder here with the name of the table
+    overwrite: bool = False  # make it again although it is there
+
+    def check(self):
+        if not self.root or not Path(self.root).is_file():
+            raise InputError(f"root={self.root or '(nothing)'} is no file: give a table")
+        if min(self.val, self.test) <= 0 or self.val + self.test >= 1 or not 0 < self.tail <= 0.5:
+            raise InputError(
+                f"val={self.val}, test={self.test}, tail={self.tail}: val and test are shares "
+                "above 0 and below 1 together, tail is at most a half"
+            )
+
+
+def read_labels(config):
+    """(table with text, label, group and by; kind; how many rows were left out)."""
+    path = Path(config.root)
+    table = read_csv(path)
+    rows = pd.DataFrame({"text": column(table, path, config.text)})
+    rows["label"] = column(table, path, config.label)
+    rows["group"] = rows["text"].map(word_key)
+    if config.group:
+        rows["group"] = column(table, path, config.group)
+    rows["by"] = column(table, path, config.by) if config.by else ""
+    kept = (rows["text"].str.strip() != "") & (rows["label"].str.strip() != "")
+    numbers = rows["label"].map(to_number)
+    kind = "classification"
+    if np.isfinite(numbers[kept]).mean() > 0.5:
+        kind = "regression"
+        rows["label"] = numbers
+        kept &= np.isfinite(numbers)
+    else:
+        kept &= rows.groupby("label")["text"].transform("size") >= config.least
+    rows["text"] = rows["text"].str.split().str.join(" ")
+    rows = rows[kept].drop_duplicates(["text", "label"], ignore_index=True)
+    return rows, kind, len(table) - len(rows)
+
+
+def draw_split(groups, config):
+    """(n,) train, val or test: whole groups."""
+    names = np.random.default_rng(config.seed).permutation(sorted(set(groups)))
+    n_test = round(config.test * len(names))
+    n_val = round(config.val * len(names))
+    split = dict.fromkeys(names, "train")
+    split |= dict.fromkeys(names[:n_test], "test")
+    split |= dict.fromkeys(names[n_test : n_test + n_val], "val")
+    return groups.map(split)
+
+
+def conditions(rows, kind, tail):
+    """DataFrame text, condition: the classes, or the ends of the ratings."""
+    condition = rows["label"]
+    if kind == "regression":
+        low, high = rows["label"].quantile([tail, 1 - tail])
+        condition = pd.Series("", rows.index)
+        condition[rows["label"] <= low] = "low"
+        condition[rows["label"] >= high] = "high"
+    table = pd.DataFrame({"text": rows["text"]})
+    table["condition"] = (condition + " " + rows["by"]).str.strip()
+    return table[condition != ""]
+
+
+def main(config):
+    folder = Path(config.out_dir) if config.out_dir else HERE / Path(config.root).stem
+    options = asdict(config)
+    for key in ("out_dir", "overwrite"):
+        del options[key]
+    if already_made(folder, options, config.overwrite, complete):
+        return
+    rows, kind, n_left_out = read_labels(config)
+    rows["split"] = draw_split(rows["group"], config)
+    labels = sorted(set(rows["label"])) if kind == "classification" else []
+    task = {"frame": rows, "kind": kind, "labels": labels, "description": config.label}
+    source = Path(config.root).name
+    meta = write_tasks(
+        folder, {"label": task}, synthetic=config.synthetic, source=source, options=options
+    )
+    table = conditions(rows, kind, config.tail)
+    write_aside(folder / "conditions.csv", table.to_csv(index=False))
+    sizes = ", ".join(f"{split} {n:,}" for split, n in meta["tasks"]["label"]["sizes"].items())
+    what = f"{len(labels)} classes" if labels else "ratings"
+    print(
+        f"{folder}: {what} of {len(rows):,} texts in {rows['group'].nunique():,} groups; {sizes}; "
+        f"{n_left_out:,} rows left out (no text, no label, a rare class, or twice)"
+    )
+    print(f"conditions.csv: {table['condition'].value_counts().to_dict()}")
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,307 @@
+"""data/glue, labelled, localizer, docstrings: right labels, and no text or group in two splits."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from data import InputError
+from data.docstrings import prepare as docstrings
+from data.glue import prepare as glue
+from data.labelled import prepare as labelled
+from data.localizer import prepare as localizer
+from data.stimuli import read_meta, read_task
+from data.tokens import state_of, write_dataset
+from tests.helpers import ROOT, byte_tokenizer
+
+REAL = ROOT.parent / "shared/real"
+
+
+def make(module, **options):
+    config = module.Config(**options)
+    if hasattr(config, "check"):
+        config.check()
+    module.main(config)
+
+
+# ---- GLUE
+
+
+def write_tsv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["\t".join(header)] if header else []
+    for row in rows:
+        lines.append("\t".join(map(str, row)))
+    encoding = "utf-8-sig" if "MRPC" in str(path) else "utf-8"
+    path.write_text("\n".join(lines) + "\n", encoding=encoding)
+
+
+def sentence(*number):
+    """A sentence of its own for each number."""
+    words = np.random.default_rng(number).choice(["the", "cat", "sees", '"', "'tis"], 5)
+    return f"{' '.join(words)} {'-'.join(map(str, number))}."
+
+
+def write_glue(root):
+    """A few rows of each of GLUE's nine layouts: official TSV files, two as the hub has them."""
+    for s, (split, n) in enumerate({"train": 60, "dev": 20}.items()):
+        one = [sentence(s, i) for i in range(n)]
+        two = [sentence(s, i, 2) for i in range(n)]
+        y = [i % 2 for i in range(n)]
+        entails = [glue.ENTAILS[label] for label in y]
+        files = {
+            "CoLA": ([], [["gj04", y[i], "*", one[i]] for i in range(n)]),
+            "SST-2": (["sentence", "label"], zip(one, y)),
+            "MRPC": (["Quality", "#1 ID", "#1 String", "#2 String"], zip(y, y, one, two)),
+            "QQP": (["id", "question1", "question2", "is_duplicate"], zip(y, one, two, y)),
+            "STS-B": (["sentence1", "sentence2", "score"], zip(one, two, np.arange(n) % 6 / 1.2)),
+            "QNLI": (["index", "question", "sentence", "label"], zip(y, one, two, entails)),
+        }
+        for name, (header, rows) in files.items():
+            write_tsv(root / name / f"{split}.tsv", header, rows)
+        with open(root / "QQP" / f"{split}.tsv", "a") as file:
+            file.write("7\tHow?\n")  # a broken line
+        split = "validation" if split == "dev" else split
+        for name in ("rte", "wnli"):
+            (root / name).mkdir(exist_ok=True)
+            table = pd.DataFrame({"sentence1": one, "sentence2": two, "label": y})
+            table.to_parquet(root / name / f"{split}-00000-of-00001.parquet")
+    names = ["entailment", "neutral", "contradiction"]
+    for k, (part, n) in enumerate({"train": 60, "dev_matched": 20, "dev_mismatched": 20}.items()):
+        rows = [[i, sentence(9, k, i // 3), sentence(9, k, i, 1), names[i % 3]] for i in range(n)]
+        header = ["index", "sentence1", "sentence2", "gold_label"]
+        write_tsv(root / "MNLI" / f"{part}.tsv", header, rows)
+    dev = (root / "SST-2/dev.tsv").read_text().split("\n")
+    with open(root / "SST-2/train.tsv", "a") as file:
+        file.write("\n".join(dev[1:4]) + "\n")  # sentences of the development set in training
+
+
+@pytest.fixture(scope="module")
+def glue_folders(tmp_path_factory):
+    """(root of the files, the dataset made of them in two steps)."""
+    folder = tmp_path_factory.mktemp("glue")
+    write_glue(folder / "files")
+    options = {"root": str(folder / "files"), "out_dir": str(folder / "glue"), "val": 6}
+    make(glue, **options, tasks=["cola", "mnli"])
+    make(glue, **options)  # the rest is added
+    return folder / "files", folder / "glue"
+
+
+def test_glue_as_it_is_handed_out(glue_folders, capsys):
+    root, folder = glue_folders
+    meta = read_meta(folder)
+    assert list(meta["tasks"]) == list(glue.GLUE)
+    for name, entry in meta["tasks"].items():
+        sizes = entry["sizes"]
+        texts = read_task(folder, name)["text"]
+        assert sizes["test"] == (40 if name == "mnli" else 20) and 1 <= sizes["val"] <= 6, name
+        assert sum(sizes.values()) == sizes["test"] + 60, name
+        assert entry["kind"] == ("regression" if name == "stsb" else "classification")
+        assert set(texts.str.count("\t")) == {0 if name in ("cola", "sst2") else 1}
+    mnli = read_task(folder, "mnli")
+    assert set(mnli["set"][mnli["split"] == "test"]) == {"matched", "mismatched"}
+    assert mnli[mnli["split"] != "test"].groupby("group")["split"].nunique().max() == 1
+    for name in ("cola", "rte"):
+        table = read_task(folder, name).set_index("text")
+        text = " ".join(sentence(0, 3).split())
+        if name == "rte":
+            text += "\t" + " ".join(sentence(0, 3, 2).split())
+        assert table["y"][text] == 1
+    scores = read_task(folder, "stsb").set_index("text")["y"]
+    assert scores.loc[scores.index.str.contains(" 0-4.\t")].tolist() == [4 / 1.2]
+    make(glue, root=str(root), out_dir=str(folder), val=6)
+    assert "already" in capsys.readouterr().out
+
+
+def test_what_glue_leaves_out_is_counted(glue_folders, tmp_path, capsys):
+    root, _ = glue_folders
+    make(glue, root=str(root), out_dir=str(tmp_path), tasks=["sst2", "qqp"])
+    sst2, qqp = capsys.readouterr().out.split("\n")[:2]
+    assert "3 training texts" in sst2 and "0 texts that are broken" in sst2
+    assert "0 training texts" in qqp and "2 texts that are broken" in qqp
+
+
+def test_hidden_labels_and_scores_that_are_no_numbers_are_counted(tmp_path, capsys):
+    rows = [["gj04", i % 2, "", sentence(i)] for i in range(60)]
+    write_tsv(tmp_path / "CoLA/train.tsv", [], rows)
+    write_tsv(tmp_path / "CoLA/dev.tsv", [], [["gj04", -1, "", sentence(i, 1)] for i in range(20)])
+    for k, split in enumerate(("train", "dev")):
+        scores = ["nan" if i % 10 == 4 else i % 5 for i in range(60)]
+        rows = [[sentence(k, i), sentence(k, i, 2), scores[i]] for i in range(60)]
+        write_tsv(tmp_path / f"STS-B/{split}.tsv", ["sentence1", "sentence2", "score"], rows)
+    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "cola"), tasks=["cola"])
+    assert "20 texts that are broken or whose labels are unknown" in capsys.readouterr().out
+    assert "test" not in read_meta(tmp_path / "cola")["tasks"]["cola"]["sizes"]
+    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "stsb"), tasks=["stsb"])
+    assert "12 texts that are broken" in capsys.readouterr().out
+    assert np.isfinite(read_task(tmp_path / "stsb", "stsb")["y"]).all()
+
+
+@pytest.mark.parametrize(
+    "files, sentence",
+    [
+        ({}, "has neither RTE/train.tsv nor rte/train-.*parquet"),
+        ({"RTE/train.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n"}, "nor rte/validation"),
+        (
+            {
+                "RTE/train.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n",
+                "RTE/dev.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n",
+            },
+            "no column 'sentence2', only index, sentence1, label",
+        ),
+    ],
+)
+def test_what_is_no_glue_is_named(tmp_path, files, sentence):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        make(glue, root=str(tmp_path), tasks=["rte"], out_dir=str(tmp_path / "x"))
+    with pytest.raises(InputError, match="is no folder"):
+        make(glue, root=str(tmp_path / "none"))
+
+
+def test_cola_as_its_authors_release_it(tmp_path):
+    for part, n in {"in_domain_train": 60, "in_domain_dev": 10, "out_of_domain_dev": 6}.items():
+        rows = [["gj04", i % 2, "*" * (1 - i % 2), f"{part} {i}."] for i in range(n)]
+        write_tsv(tmp_path / f"{part}.tsv", [], rows)
+    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "out"), tasks=["cola"])
+    table = read_task(tmp_path / "out", "cola")
+    sets = table[table["split"] == "test"]["set"].value_counts()
+    assert sets.to_dict() == {"in_domain": 10, "out_of_domain": 6}
+
+
+@pytest.mark.skipif(not (REAL / "cola").is_dir(), reason="../shared/real/cola is not there")
+def test_real_cola(tmp_path):
+    make(glue, root=str(REAL / "cola"), out_dir=str(tmp_path), tasks=["cola"])
+    sizes = read_meta(tmp_path)["tasks"]["cola"]["sizes"]
+    assert sizes == {"train": 7680, "val": 853, "test": 1043}  # 18 of 8,551 are in both
+
+
+# ---- tables of your own
+
+RATED = "Word\tConc.M\tDom_Pos\n" + "".join(
+    f"{word}\t{i / 10}\t{'Noun' if i % 2 else '#N/A'}\n"
+    for i, word in enumerate(["null", "NA", "007", "Ice-cream", "ice cream", *"abcdefghijklmno"])
+)
+
+
+def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
+    path = tmp_path / "rated.txt"
+    path.write_text(RATED.replace("\n", "\r\n") + "nothing\t\tNoun\r\n")
+    options = {"text": "Word", "label": "Conc.M", "by": "Dom_Pos", "out_dir": str(tmp_path / "out")}
+    make(labelled, root=str(path), **options)
+    table = read_task(tmp_path / "out", "label")
+    assert table["text"][:3].tolist() == ["null", "NA", "007"] and len(table) == 20
+    assert table["y"].tolist() == [i / 10 for i in range(20)]
+    assert table["group"][3] == table["group"][4] and set(table["split"]) == {
+        "train",
+        "val",
+        "test",
+    }
+    assert "1 rows left out" in capsys.readouterr().out
+    conditions = pd.read_csv(tmp_path / "out/conditions.csv", keep_default_na=False)
+    assert conditions["condition"].value_counts().to_dict() == {
+        "low #N/A": 3,
+        "low Noun": 2,
+        "high Noun": 3,
+        "high #N/A": 2,
+    }
+    make(labelled, root=str(path), **options)
+    assert "already" in capsys.readouterr().out
+
+
+def test_classes_with_few_texts_are_left_out(tmp_path):
+    path = tmp_path / "classes.csv"
+    rows = [f"word{i},{'animal' if i % 2 else 'food'}\n" for i in range(40)] + ["x,car\n"]
+    path.write_text("text,label\n" + "".join(rows))
+    make(labelled, root=str(path), out_dir=str(tmp_path / "out"))
+    assert read_meta(tmp_path / "out")["tasks"]["label"]["labels"] == ["animal", "food"]
+    assert set(read_task(tmp_path / "out", "label")["label"]) == {"animal", "food"}
+    with pytest.raises(InputError, match="no column 'Word', only text, label"):
+        make(labelled, root=str(path), text="Word", out_dir=str(tmp_path / "x"))
+    with pytest.raises(InputError, match="is no file"):
+        make(labelled, root=str(tmp_path / "none.csv"))
+    with pytest.raises(InputError, match="val=0.6"):
+        make(labelled, root=str(path), val=0.6, test=0.5)
+
+
+@pytest.mark.skipif(not (REAL / "concreteness").is_dir(), reason="../shared/real is not there")
+def test_real_ratings_and_concepts(tmp_path):
+    path = REAL / "concreteness/Concreteness_ratings_Brysbaert_et_al_BRM.txt"
+    make(labelled, root=str(path), text="Word", label="Conc.M", out_dir=str(tmp_path / "words"))
+    table = read_task(tmp_path / "words", "label")
+    assert len(table) == 39_954 and {"null", "true", "none"} <= set(table["text"])
+    path = REAL / "things_concepts/things_concepts.tsv"
+    label = "Top-down Category (WordNet)"
+    make(labelled, root=str(path), text="Word", label=label, out_dir=str(tmp_path / "things"))
+    table = read_task(tmp_path / "things", "label")
+    assert len(table) == 944 and table["label"].value_counts()["animal"] == 131
+
+
+# ---- the localizer
+
+WORDS = ["user", "file", "child", "dog", "window", "garden", "reader", "office", "letter", "model"]
+
+
+def test_localizer_conditions_share_their_words():
+    sentences = set()
+    for a, b, c in zip(np.repeat(WORDS, 10), WORDS * 10, np.roll(WORDS * 10, 3)):
+        sentences.add(("the", str(a), "saw", "every", b, "in", "a", str(c)))
+    table = localizer.make(sentences, 30, 0)
+    assert table.equals(localizer.make(sentences, 30, 0))
+    assert not table.equals(localizer.make(sentences, 30, 1))
+    kinds = table.groupby("condition")["text"].apply(list)
+    assert sorted(" ".join(kinds["sentences"]).split()) == sorted(" ".join(kinds["words"]).split())
+    real = {"saw", *WORDS, *localizer.FUNCTION}
+    for words in localizer.LISTS.values():
+        real |= set(words.split())
+    assert not real & set(" ".join(kinds["nonwords"]).split())
+    for spoken, jabberwocky in zip(kinds["sentences"], kinds["jabberwocky"]):
+        kept = [word for word in jabberwocky.split() if word in real]
+        assert kept == [word for word in spoken.split() if word in localizer.FUNCTION]
+    assert [len(kinds[kind]) for kind in localizer.LISTS] == [40] * 4
+
+
+# ---- docstrings
+
+
+def document(package, number, rng):
+    """A module's docstring in bytes: six sentences with code, one with a package's name, a list."""
+    paragraphs = [f"{package}.m{number}"]
+    for digit in rng.integers(0, 10, 6):
+        tail = " ".join(rng.choice(list("klmnop"), 6))
+        paragraphs.append(
+            f"The value of `some_code(x)` number is returned to whoever asks for it in module "
+            f"{'abcdefghij'[digit]}{digit}, {tail}."
+        )
+    paragraphs.append(f"This one says {package} and goes, as every one that says such a name must.")
+    paragraphs.append("Parameters\n----------\nx : int\n    The argument.")
+    return [*byte_tokenizer().encode_ordinary("\n\n".join(paragraphs) + "\n"), 256]
+
+
+def test_docstrings_of_a_small_corpus(tmp_path, capsys):
+    """Areas are balanced, documents apart, names and code out, test is what pydocs holds out."""
+    rng = np.random.default_rng(1)
+    packages = [names.split()[0] for names in docstrings.AREAS.values()]
+    packages[-1] = "setuptools"
+    splits = {"train": [], "val": []}
+    for package in packages:
+        splits["train"] += [document(package, i, rng) for i in range(20)]
+        splits["val"] += [document(package, 100 + i, rng) for i in range(4)]
+    write_dataset(tmp_path / "pydocs", splits, state_of(byte_tokenizer()), synthetic=True)
+    options = {"pydocs": str(tmp_path / "pydocs"), "val": 5, "test": 20}
+    make(docstrings, **options, train=20, out_dir=str(tmp_path / "doc"))
+    assert "8 areas" in capsys.readouterr().out
+    table = read_task(tmp_path / "doc", "area")
+    counts = table.groupby(["label", "split"]).size().unstack()
+    assert (counts[["train", "val", "test"]] == [20, 5, 20]).all().all()
+    assert table.groupby("group")["split"].nunique().max() == 1
+    for module in table["group"][table["split"] == "test"]:
+        assert int(module.split(".m")[1]) >= 100
+    assert not table["text"].str.contains("|".join(packages) + "|some_code|Parameters").any()
+    assert table["text"].str.contains("value of _ number").all()
+    make(docstrings, **options, train=20, out_dir=str(tmp_path / "doc"))
+    assert "already" in capsys.readouterr().out
+    assert "validation documents" in read_meta(tmp_path / "doc")["seen"]
+    with pytest.raises(InputError, match="smaller train="):
+        make(docstrings, **options, train=1000, out_dir=str(tmp_path / "x"))
