@@ -55,19 +55,7 @@ def read_assembly(path):
 
 def _read(file, path):
     variables = {name: item for name, item in file.items() if hasattr(item, "dims")}
-    coordinates = set(_plain(file.attrs.get("coordinates", "")).split())
-    for item in variables.values():  # xarray names an array's coordinates in an attribute of it
-        coordinates |= set(_plain(item.attrs.get("coordinates", "")).split())
-    arrays = []
-    for name, item in variables.items():
-        is_array = not item.is_scale and name not in coordinates and item.dtype.kind in "fiu"
-        if is_array and all(_dims(name, item)):
-            arrays.append(name)
-    if not arrays:
-        names = ", ".join(file) or "nothing"
-        raise InputError(f"{path} holds no array with named dimensions, only {names}")
-    array = max(arrays, key=lambda name: (variables[name].ndim, variables[name].size))
-
+    array = _largest_array(file, variables, path)
     dims = _dims(array, variables[array])
     coords = {}
     for dim, length in zip(dims, variables[array].shape):
@@ -80,6 +68,22 @@ def _read(file, path):
         if dim in coords:
             coords[dim][name] = _values(item)
     return Assembly(_values(variables[array]), dims, coords, path)
+
+
+def _largest_array(file, variables, path):
+    """The name of the array: numbers along named dimensions that are no coordinate of another."""
+    coordinates = set()
+    for item in (file, *variables.values()):  # xarray names coordinates in an attribute
+        coordinates |= set(_plain(item.attrs.get("coordinates", "")).split())
+    sizes = {}
+    for name, item in variables.items():
+        is_array = not item.is_scale and name not in coordinates and item.dtype.kind in "fiu"
+        if is_array and all(_dims(name, item)):
+            sizes[name] = (item.ndim, item.size)
+    if not sizes:
+        names = ", ".join(file) or "nothing"
+        raise InputError(f"{path} holds no array with named dimensions, only {names}")
+    return max(sizes, key=sizes.get)
 
 
 def _dims(name, item):

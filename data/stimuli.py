@@ -289,10 +289,6 @@ class Encoding:
             return self.stimuli["text"].tolist()
         return [self.path / file for file in self.stimuli["file"]]
 
-    def subjects(self):
-        """The names of the people (or animals) whose units these are."""
-        return self.units["subject"].unique().tolist()
-
     def select_units(self, subject="", roi=""):
         """(V,) bool: the units of one subject and of one region; "" takes all."""
         selected = np.ones(len(self.units), bool)

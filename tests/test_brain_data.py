@@ -295,7 +295,7 @@ def test_responses_that_are_no_numbers(tmp_path):
 
 def test_bad_options_end_in_one_sentence(tmp_path):
     refused("data/brainscore/prepare", "set=Tuckute2023", says=["Tuckute2024", "Blank2014"])
-    with pytest.raises(InputError, match="has no assy_Tuckute2024_language.nc"):
+    with pytest.raises(InputError, match="there is no assy_Tuckute2024_language.nc"):
         make("brainscore", root=tmp_path)
     with pytest.raises(InputError, match="context=-2"):
         make("brainscore", context=-2)

@@ -113,8 +113,11 @@ def test_people_share_words_and_keep_their_units(tmp_path, capsys):
         "scaled_targets_M15.txt": table(WORDS[::-1], 1, n_units=2),  # in another order
     }
     data = make(tmp_path, tables, modality="fMRI")
-    assert "6 words in 4 groups, 6 presentations, 5 units of 2 people" in capsys.readouterr().out
-    assert data.subjects() == ["M03", "M15"] and data.meta["modality"] == "fMRI"
+    said = capsys.readouterr().out
+    assert "6 stimuli, 6 presentations, 5 units" in said and "M03, M15; 4 groups of words" in said
+    assert (
+        data.units.subject.unique().tolist() == ["M03", "M15"] and data.meta["modality"] == "fMRI"
+    )
     assert data.stimuli.text.tolist() == WORDS
     assert data.stimuli.group.tolist() == ["apple", "apple", "its", "its", "bread", "ring"]
     m15 = data.mean_responses(data.select_units(subject="M15"))
@@ -127,7 +130,7 @@ def test_people_share_words_and_keep_their_units(tmp_path, capsys):
 
 def test_one_person_of_a_folder(tmp_path, capsys):
     tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table(WORDS, 1)}
-    assert make(tmp_path, tables, people=["2"]).subjects() == ["2"]
+    assert set(make(tmp_path, tables, people=["2"]).units.subject) == {"2"}
     make(tmp_path, tables, people=["2"])
     assert "there already" in capsys.readouterr().out
     with pytest.raises(InputError, match="made with people=.*overwrite=True"):
@@ -200,5 +203,5 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
 def test_real_tables(tmp_path, name, people, words, groups, units):
     prepare.main(prepare.Config(root=str(REAL / name), out_dir=str(tmp_path)))
     data = Encoding(tmp_path)
-    assert len(data.subjects()) == people and data.responses.shape == (words, units)
+    assert data.units.subject.nunique() == people and data.responses.shape == (words, units)
     assert len(data.stimuli) == words and data.stimuli.group.nunique() == groups

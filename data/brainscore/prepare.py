@@ -129,38 +129,33 @@ class Config:
 # ---- files
 
 
-def find_assembly(config, folder, published):
-    """Path of the published array: in root, or fetched."""
-    if not config.root:
-        return fetch_once(config, folder, published.file, published.sha1)
-    root = Path(config.root)
-    path = root / published.file if root.is_dir() else root
-    if not path.is_file():
-        raise InputError(
-            f"root={config.root} has no {published.file}, or does not exist: give the file or its "
-            "folder, or leave root= out to fetch it"
-        )
-    return path
-
-
-def fetch_once(config, folder, name, sha1):
-    path = folder / "files" / name
-    if not path.is_file() or sha1_of(path) != sha1:
-        fetch(f"{config.url}/{name}", path, sha1)
-    return path
-
-
-def find_ceilings(config, folder, name, sha1):
-    """Path of a file of ceilings, beside the array or fetched; None where there is none."""
+def find(config, folder, name, sha1):
+    """Path of a published file, in root or fetched; None where there is no such file."""
     if config.root:
         root = Path(config.root)
         path = (root if root.is_dir() else root.parent) / name
         return path if path.is_file() else None
-    try:
-        return fetch_once(config, folder, name, sha1)
-    except NotOnServer as error:
-        print(f"without ceilings: {error}", flush=True)
-        return None
+    path = folder / "files" / name
+    if not path.is_file() or sha1_of(path) != sha1:
+        try:
+            fetch(f"{config.url}/{name}", path, sha1)
+        except NotOnServer as error:
+            print(error, flush=True)
+            return None
+    return path
+
+
+def find_assembly(config, folder, published):
+    """Path of the published array: root itself, in root, or fetched."""
+    if config.root and Path(config.root).is_file():
+        return Path(config.root)
+    path = find(config, folder, published.file, published.sha1)
+    if path is None:
+        raise InputError(
+            f"there is no {published.file}: give root= the file or the folder that holds it, or "
+            "leave root= out to fetch it"
+        )
+    return path
 
 
 def read_ceilings(path, unit_ids):
@@ -247,7 +242,9 @@ def make(config, folder, experiment, assembly, about):
     rows, columns, left_out = without_gaps(y, config.missing, f"{assembly.path}, {folder.name}")
     path = None
     if experiment and config.ceilings:
-        path = find_ceilings(config, folder.parent, *published.ceilings[experiment])
+        path = find(config, folder.parent, *published.ceilings[experiment])
+        if path is None:
+            print("without ceilings: none are published, or in root=", flush=True)
     if path:
         units["ceiling"] = read_ceilings(path, units["neuroid_id"])
         unknown = columns & units["ceiling"].isna().to_numpy()

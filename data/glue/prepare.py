@@ -36,70 +36,53 @@ EMBEDDED = False  # must be downloaded: nobody starts this behind the user's bac
 HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
 
 
+PAIR = ["sentence1", "sentence2"]
+ENTAILS = ["entailment", "not_entailment"]
+
+
 @dataclass
 class Glue:
-    """Where one task of GLUE stands in its files."""
+    """Where one task of GLUE stands in its files, the official TSV files and the hub's parquet."""
 
     folder: str  # in the official archives
-    columns: list  # one or two texts, in the TSV files
-    parquet: list  # and on the hub
-    label: str  # column of the TSV files; "label" on the hub
-    labels: list  # in the order of the hub's numbers; [] of a regression
     description: str
+    labels: list = field(default_factory=list)  # in the order of their numbers; [] of a regression
+    columns: list = field(default_factory=lambda: PAIR)  # one or two texts
+    label: str = "label"  # column of the TSV files; "label" on the hub
+    parquet: list = field(default_factory=list)  # columns on the hub, []: the same
 
 
-PAIR = ["sentence1", "sentence2"]
-ASKED = ["question1", "question2"]
-NLI = ["premise", "hypothesis"]
-ANSWER = ["question", "sentence"]
-ENTAILS = ["entailment", "not_entailment"]
 GLUE = {
-    "cola": Glue(
-        "CoLA",
-        ["sentence"],
-        ["sentence"],
-        "label",
-        ["unacceptable", "acceptable"],
-        "is it acceptable English?",
-    ),
+    "cola": Glue("CoLA", "is it acceptable English?", ["unacceptable", "acceptable"], ["sentence"]),
     "sst2": Glue(
-        "SST-2",
-        ["sentence"],
-        ["sentence"],
-        "label",
-        ["negative", "positive"],
-        "sentiment of a phrase from film reviews",
+        "SST-2", "sentiment of a phrase from film reviews", ["negative", "positive"], ["sentence"]
     ),
     "mrpc": Glue(
         "MRPC",
-        ["#1 String", "#2 String"],
-        PAIR,
-        "Quality",
-        ["not_equivalent", "equivalent"],
         "do two sentences say the same?",
+        ["not_equivalent", "equivalent"],
+        ["#1 String", "#2 String"],
+        label="Quality",
+        parquet=PAIR,
     ),
     "qqp": Glue(
         "QQP",
-        ASKED,
-        ASKED,
-        "is_duplicate",
-        ["not_duplicate", "duplicate"],
         "do two questions ask the same?",
+        ["not_duplicate", "duplicate"],
+        ["question1", "question2"],
+        label="is_duplicate",
     ),
-    "stsb": Glue("STS-B", PAIR, PAIR, "score", [], "how alike are two sentences, 0 to 5?"),
+    "stsb": Glue("STS-B", "how alike are two sentences, 0 to 5?", label="score"),
     "mnli": Glue(
         "MNLI",
-        PAIR,
-        NLI,
-        "gold_label",
-        ["entailment", "neutral", "contradiction"],
         "does the second follow from the first?",
+        ["entailment", "neutral", "contradiction"],
+        label="gold_label",
+        parquet=["premise", "hypothesis"],
     ),
-    "qnli": Glue("QNLI", ANSWER, ANSWER, "label", ENTAILS, "does it answer the question?"),
-    "rte": Glue("RTE", PAIR, PAIR, "label", ENTAILS, "does the second follow from the first?"),
-    "wnli": Glue(
-        "WNLI", PAIR, PAIR, "label", ENTAILS[::-1], "does it follow, with the pronoun replaced?"
-    ),
+    "qnli": Glue("QNLI", "does it answer the question?", ENTAILS, ["question", "sentence"]),
+    "rte": Glue("RTE", "does the second follow from the first?", ENTAILS),
+    "wnli": Glue("WNLI", "does it follow, with the pronoun replaced?", ENTAILS[::-1]),
 }
 COLA_HEADER = ["source", "label", "mark", "sentence"]  # which its files do not have
 
@@ -170,10 +153,12 @@ def read_part(name, files):
     if files[0].suffix == ".parquet":
         table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
         n_broken = 0
-        columns, label = task.parquet, "label"
+        columns = task.parquet or task.columns
+        label = "label"
     else:
         table, n_broken = read_tsv(files[0], COLA_HEADER if name == "cola" else None)
-        columns, label = task.columns, task.label
+        columns = task.columns
+        label = task.label
     for column in [*columns, label]:
         if column not in table:
             raise InputError(

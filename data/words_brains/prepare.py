@@ -273,7 +273,7 @@ def main(config):
         options=options,
     )
     print_sizes(folder, meta)
-    print(f"{', '.join(paths)}: {stimuli['group'].nunique():,} words held out as groups")
+    print(f"people: {', '.join(paths)}; {stimuli['group'].nunique():,} groups of words")
 
 
 if __name__ == "__main__":
