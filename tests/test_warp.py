@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 import warp as W
 from configurator import configure
-from data.stimuli import Encoding, complete_encoding, write_encoding
+from data.stimuli import write_encoding
 from data.tokens import state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
 from warp import Config, FastfoodWrapper, Objective, Study
@@ -390,40 +390,6 @@ def test_d_warp_of_known_curves():
     assert np.isclose(found["near"]["relative"], W.crossing(dims, point["near"][0], 0.5 + 0.9 * 0.3))
     found = W.measure_d_warp(dims[1:], {m: p[:, 1:] for m, p in point.items()}, {m: p[:, 1:] for m, p in drawn.items()}, *rest)
     assert np.isclose(found["far"]["relative"], W.crossing(dims, point["far"][0], 0.9 * 0.8))  # without d = 0: the share of the full score, as published
-
-
-# ---- the format
-
-def test_responses_round_trip(tmp_path):
-    y = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    stimuli = pd.DataFrame(dict(text=["null", "b", "c"], group=["x", "x", "y"]))
-    write_encoding(tmp_path, stimuli, y, pd.DataFrame(dict(stimulus=[0, 1, 2, 2, 1, 0])), pd.DataFrame(dict(roi=["a", "a", "b", "b"], ceiling=[0.5, "", 1, 0])),
-                   modality="fMRI", species="human", source="made up", synthetic=True)
-    data = Encoding(tmp_path)
-    assert data.stimuli.text.tolist() == ["null", "b", "c"] and data.kind == "text" and np.array_equal(data.responses, y)
-    assert data.presentations.repeat.tolist() == [0, 0, 0, 1, 1, 1] and np.isnan(data.units.ceiling[1]) and complete_encoding(tmp_path)
-    with open(tmp_path / "responses.npy", "r+b") as f:
-        f.seek(-4, 2)
-        f.write(np.float32(np.nan).tobytes())
-    assert not complete_encoding(tmp_path)
-    with pytest.raises(ValueError, match="unit 3 in presentation 5 is nan"):
-        Encoding(tmp_path)
-
-
-@pytest.mark.parametrize("change, words", [
-    (dict(stimuli=pd.DataFrame(dict(text=["a", "", "c"]))), "line 3: the text is empty"),
-    (dict(stimuli=pd.DataFrame(dict(text=["a", "b", "c"], group=["g", "g", "h"], split=["train", "test", "test"]))), "the group 'g' is in more than one split"),
-    (dict(responses=np.full((3, 2), np.nan)), "unit 0 in presentation 0 is nan"),
-    (dict(responses=np.zeros((3, 2), int)), "numbers with a point"),
-    (dict(presentations=pd.DataFrame(dict(stimulus=[0, 1, 3]))), "stimulus 3 is none of the 3"),
-    (dict(presentations=pd.DataFrame(dict(stimulus=[0, 1, 1]))), "stimulus 2 was never presented"),
-    (dict(units=pd.DataFrame(dict(ceiling=[0.5, 2]))), "between 0 and 1"),
-    (dict(stimuli=pd.DataFrame(dict(word=["a", "b", "c"]))), "'text' and 'file'")])
-def test_a_wrong_dataset_is_refused(tmp_path, change, words):
-    given = dict(stimuli=pd.DataFrame(dict(text=["a", "b", "c"])), responses=np.zeros((3, 2))) | change
-    with pytest.raises(ValueError, match=words):
-        write_encoding(tmp_path, **given, modality="fMRI", species="human", source="made up", synthetic=True)
-    assert not (tmp_path / "meta.yaml").exists()
 
 
 # ---- models
