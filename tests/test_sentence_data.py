@@ -219,7 +219,7 @@ def test_classes_with_few_texts_are_left_out(tmp_path):
     assert set(read_task(tmp_path / "out", "label")["label"]) == {"animal", "food"}
     with pytest.raises(InputError, match="no column 'Word', only text, label"):
         make(labelled, root=str(path), text="Word", out_dir=str(tmp_path / "x"))
-    with pytest.raises(InputError, match="is no file"):
+    with pytest.raises(InputError, match="does not exist: give a table"):
         make(labelled, root=str(tmp_path / "none.csv"))
     with pytest.raises(InputError, match="val=0.6"):
         make(labelled, root=str(path), val=0.6, test=0.5)

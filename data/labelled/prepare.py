@@ -46,8 +46,8 @@ class Config:
     overwrite: bool = False  # make it again although it is there
 
     def check(self):
-        if not self.root or not Path(self.root).is_file():
-            raise InputError(f"root={self.root or '(nothing)'} is no file: give a table")
+        if not Path(self.root).is_file():
+            raise InputError(f"root={self.root or '(nothing)'} does not exist: give a table")
         if min(self.val, self.test) <= 0 or self.val + self.test >= 1 or not 0 < self.tail <= 0.5:
             raise InputError(
                 f"val={self.val}, test={self.test}, tail={self.tail}: val and test are shares "

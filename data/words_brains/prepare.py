@@ -3,7 +3,7 @@
     python data/words_brains/prepare.py root=path/to/pereira2018 modality=fMRI   # a table a person
     python data/words_brains/prepare.py root=path/to/ucl_scaled.txt modality=EEG # a single table
     python data/words_brains/prepare.py root=path/to/pereira2018 people=M15,M10  # some people only
-    python warp.py dataset=words_brains/pereira2018 subject=M15
+    python warp.py dataset=words_brains/pereira2018
 
 A row is `word v0 v1 ...`: the form in which CogniVal (Hollenstein et al. 2019) keeps its fMRI, EEG
 and eye-tracking sources. A table of your own is read as well. readme.md says how, and what is
