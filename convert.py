@@ -39,7 +39,7 @@ from data.tokens import (
     replace_lone_surrogates,
     state_of,
 )
-from model import GPT, GPTConfig, lm_from, load_checkpoint
+from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_checkpoint
 
 
 class NotOurGPT(InputError):
@@ -611,7 +611,7 @@ def exported_facts(name):
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        return patch_checkpoint({"version": 1, **json.loads(path.read_text())})
     except (ValueError, TypeError):
         raise InputError(
             f"{path} is torn or not ours: export the model again, or take the file away"
@@ -674,7 +674,7 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     if not same_logits(model, hub_model):
         raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
     hub_model.save_pretrained(folder)
-    extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
+    extra = {"version": VERSION, "model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
         extra["unit_at_cell"] = model.unit_at_cell.tolist()
     if tokenizer:
