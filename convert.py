@@ -39,7 +39,7 @@ from data.tokens import (
     replace_lone_surrogates,
     state_of,
 )
-from model import GPT, GPTConfig, lm_from, load_checkpoint
+from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_checkpoint
 
 
 class NotOurGPT(InputError):
@@ -611,7 +611,7 @@ def exported_facts(name):
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
+        return patch_checkpoint({"version": 1, **json.loads(path.read_text())})
     except (ValueError, TypeError):
         raise InputError(
             f"{path} is torn or not ours: export the model again, or take the file away"
@@ -674,7 +674,7 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     if not same_logits(model, hub_model):
         raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
     hub_model.save_pretrained(folder)
-    extra = {"model_args": {**asdict(c), "norm": str(c.norm)}}
+    extra = {"version": VERSION, "model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
         extra["unit_at_cell"] = model.unit_at_cell.tolist()
     if tokenizer:
@@ -929,13 +929,8 @@ def adopt_sheets(args, weights, foreign_args, path):
         return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
     folder = files[0].parent
     layouts, facts = read_layer_pickles(folder)
-    names = positions.layer_names(args["n_layer"])
-    if sorted(layouts) != sorted(names) or len(layouts[names[0]]) != args["n_embd"]:
-        raise InputError(
-            f"{folder} places {len(layouts[min(layouts)])} units in each of {len(layouts)} "
-            f"sheets, {path} has {args['n_embd']} in {len(names)}"
-        )
-    weights["unit_at_cell"] = torch.stack([torch.from_numpy(layouts[name]) for name in names])
+    layouts = positions.stack_layers(layouts, args["n_layer"], args["n_embd"], folder)
+    weights["unit_at_cell"] = torch.from_numpy(layouts)
     # one that does not say with_resid is of sublayer outputs, as the published ones are
     tap = "residual" if foreign_args.get("with_resid") else "sublayer"
     args |= {"sheet": True, "tap": tap, "accum": foreign_args.get("accum", "mean"), **facts}
@@ -982,16 +977,8 @@ def load_positions(path, n_layer, n_units):
     """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
     if not Path(path).is_dir():
         return positions.load_positions(path, n_layer, n_units)
-    layouts = read_layer_pickles(path)[0]
-    names = positions.layer_names(n_layer)
-    width = len(next(iter(layouts.values())))
-    if sorted(layouts) != sorted(names) or width != n_units:
-        raise InputError(
-            f"{path} is for {len(layouts) // 2} layers x {width} units, the model has {n_layer} "
-            f"layers x {n_units} units: make one with python init_pos.py n_layer={n_layer} "
-            f"n_embd={n_units}"
-        )
-    return np.stack([layouts[name] for name in names])
+    layouts, _ = read_layer_pickles(path)
+    return positions.stack_layers(layouts, n_layer, n_units, path)
 
 
 def read_layer_pickles(folder):

@@ -434,14 +434,26 @@ def test_our_models_open_elsewhere_and_come_home(tmp_path, kind):
     assert back.config == mine.config and reader.state == state
     for key, value in mine.state_dict().items():
         assert torch.equal(back.state_dict()[key], value), key
+
+
+def test_exports_come_home_after_training_elsewhere_and_from_the_first_version(tmp_path):
+    export_gpt(gpt(sheet=True, radius=3, bias=False), tmp_path, Tokenizer(BYTES))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        theirs.transformer.h[0].mlp.c_fc.bias += 1  # trained on elsewhere: biases of its own
-        theirs.save_pretrained(folder)
-        back = load_lm(str(folder))[0].eval()
-        assert torch.allclose(back(ids).logits, theirs(ids).logits, atol=1e-5)
-    (folder / "nanocortex.json").write_text('{"model_args": ')
+        theirs.transformer.h[0].mlp.c_fc.bias += 1  # a bias that our model had not
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "nanocortex.json"
+    facts = json.loads(path.read_text())
+    facts["model_args"]["windows"] = 0  # every window, as the first version wrote it
+    del facts["version"], facts["model_args"]["gelu"]
+    path.write_text(json.dumps(facts))
+    back = load_lm(str(tmp_path))[0].eval()
+    with torch.no_grad():
+        assert torch.allclose(back(some_ids()).logits, theirs(some_ids()).logits, atol=1e-5)
+    assert back.config.bias and back.config.sheet
+    path.write_text('{"model_args": ')
     with pytest.raises(InputError, match="nanocortex.json is torn"):
-        load_lm(str(folder))
+        load_lm(str(tmp_path))
 
 
 def test_an_export_refuses_what_it_cannot_express(tmp_path):
@@ -769,5 +781,5 @@ def test_checkpoints_of_topolm(tmp_path, write_topolm, monkeypatch, capsys, resi
     assert (c.sheet, c.alpha, c.radius, c.windows) == (True, 2.5, 3, 5)
     assert c.tap == ("residual" if residual else "sublayer")
     (folder / "layer.1.mlp.pkl").unlink()
-    with pytest.raises(InputError, match="places 64 units in each of 3 sheets"):
+    with pytest.raises(InputError, match="the model has 2 layers x 64 units"):
         load_lm(str(tmp_path / "run"))
