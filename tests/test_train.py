@@ -304,7 +304,7 @@ def test_a_run_learns_and_its_twin_sees_the_same_data(dataset, tmp_path, monkeyp
 
 
 def test_the_rival_and_the_other_sheets_train(dataset, tmp_path):
-    """spatial=weights, the residual tap, maximum and absolute, heads as a mosaic."""
+    """spatial=weights, the residual tap, maximum and absolute, a mosaic of heads, one window."""
     rival = trained(dataset, tmp_path / "a", spatial="weights", alpha=1.0, tap="residual")
     other = trained(
         dataset,
@@ -317,7 +317,8 @@ def test_the_rival_and_the_other_sheets_train(dataset, tmp_path):
         attn_proj=True,
         recompute=True,
     )
-    for folder in (rival, other):
+    sheet = trained(dataset, tmp_path / "c", windows="sheet")
+    for folder in (rival, other, sheet):
         assert np.isfinite(logged(folder, "train_total")).all() and (folder / "sheets.png").exists()
     assert checkpoint(other)["model_args"]["activation_decay"] == 0.01
     assert torch.equal(
