@@ -57,23 +57,36 @@ SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New 
 def read_tsv(path, *columns):
     """A table of BIDS, all text; n/a and empty are NaN. Raises InputError where it lacks a column.
 
-    Tables are UTF-8; one that is not is read as Latin-1, as Excel writes it.
+    Quotes are marks like any other, unless the first column's name is in quotes.
     """
-    content = check_content(path).read_bytes()
-    encoding = "utf-8-sig"
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError:
-        encoding = "latin-1"
-    quoted = content.lstrip(b"\xef\xbb\xbf").startswith(b'"')  # else a quote is a mark like others
-    quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    table = read_table(
-        path, sep="\t", dtype=str, na_values=["n/a", ""], encoding=encoding, quoting=quoting
-    )
+    quoting = csv.QUOTE_NONE
+    if check_content(path).read_bytes().lstrip(b"\xef\xbb\xbf").startswith(b'"'):
+        quoting = csv.QUOTE_MINIMAL
+    options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
+    table = read_table(path, encoding=encoding_of(path), **options)
     for column in columns:
         if column not in table:
             raise InputError(f"{path} has no column '{column}', only {', '.join(map(str, table))}")
     return table
+
+
+def read_json(path):
+    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    if path is None:
+        return {}
+    try:
+        return json.loads(check_content(path).read_text(encoding_of(path)))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error})") from None
+
+
+def encoding_of(path):
+    """UTF-8, as BIDS has it, or Latin-1, as Excel writes it."""
+    try:
+        Path(path).read_text("utf-8-sig")
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        return "latin-1"
 
 
 def numbers(table, column, path):
@@ -109,29 +122,18 @@ def sidecar(path, root, suffix):
     return None
 
 
-def read_json(path):
-    """A JSON sidecar as a dict, {} for None. Raises InputError."""
-    if path is None:
-        return {}
-    try:
-        return json.loads(check_content(path).read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON ({error})") from None
-
-
 # ---- what there is
 
 
 def find_recordings(root, subjects=(), task="", sensors=""):
     """[(name, path)] of a BIDS folder's raw recordings; the name has what tells them apart.
 
-    The name is like sub-01 or sub-01_ses-02_run-1. Only sub-* folders are looked into: derivatives/,
-    sourcedata/ and code/ hold no raw data. Raises InputError for a folder that is no BIDS, and for
-    subjects that are not there or have no recording.
+    The name is like sub-01 or sub-01_ses-02_run-1. Only sub-* folders are looked into, so nothing
+    of derivatives/, sourcedata/ or code/. Raises InputError for a folder that is no BIDS, and for
+    subjects that are not there, have no recording, or one whose content is missing.
     """
     root = Path(root)
-    folders = sorted(p for p in root.glob("sub-*") if p.is_dir())
-    there = [p.name.removeprefix("sub-") for p in folders]
+    there = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.name != "sub-emptyroom"]
     if not there:
         raise InputError(
             f"root={root} is no BIDS folder: give the one that holds dataset_description.json and "
@@ -140,25 +142,18 @@ def find_recordings(root, subjects=(), task="", sensors=""):
     subjects = [_subject(asked, there, root) for asked in subjects] or there
     datatypes = {"": ("eeg", "meg", "ieeg"), "eeg": ("eeg", "meg"), "ieeg": ("ieeg",)}
     for datatype in datatypes.get(sensors, ("meg",)):
-        paths = [p for subject in subjects for p in _recordings_of(root, subject, datatype, task)]
+        paths = _find_paths(root, subjects, datatype, task)
         if paths:
             break
-    recorded = {mne_bids.get_entities_from_fname(path)["subject"] for path in paths}
+    wanted = datatype if paths else sensors or "eeg, meg or ieeg"
     for subject in subjects:
-        if subject not in recorded and subject != "emptyroom":
-            of_task = f" of task '{task}'" if task else ""
+        if not any(path.name.startswith(f"sub-{subject}_") for path in paths):
             raise InputError(
-                f"{root / f'sub-{subject}'} has no {datatype.upper()} recording{of_task} "
-                f"({', '.join(BIDS_ENDINGS)}): leave it out with subjects="
+                f"{root / f'sub-{subject}'} has no recording of {wanted}"
+                f"{f' and task {task}' if task else ''} ({', '.join(BIDS_ENDINGS)}): leave it out "
+                "with subjects="
             )
-    for path in paths:
-        files_of(path)  # missing content is met here, before hours of work
     return list(zip(_names(paths), paths))
-
-
-def files_of(path):
-    """All files of a recording: header, data, markers. Raises InputError for missing content."""
-    return [check_content(file) for file in sorted(path.parent.glob(f"{path.stem}.*"))]
 
 
 def _subject(asked, there, root):
@@ -172,21 +167,26 @@ def _subject(asked, there, root):
     raise InputError(f"{root} has no sub-{asked}; there are {', '.join(there)}")
 
 
-def _recordings_of(root, subject, datatype, task):
-    """The recordings of a subject, the first part alone of one in several FIF files."""
-    folder, paths = root / f"sub-{subject}", []
-    for pattern in (f"{datatype}/*_{datatype}.*", f"ses-*/{datatype}/*_{datatype}.*"):
-        paths += sorted(folder.glob(pattern))
-    wanted = []
-    for path in paths:
-        entities = mne_bids.get_entities_from_fname(path, on_error="ignore")
-        later_part = entities["split"] not in (None, "01", "1")
-        calibration = entities["acquisition"] in ("crosstalk", "calibration")
-        if path.suffix.lower() not in BIDS_ENDINGS or later_part or calibration:
-            continue
-        if subject != "emptyroom" and task in ("", entities["task"]):
-            wanted.append(path)
-    return wanted
+def _find_paths(root, subjects, datatype, task):
+    """The recordings of a type, of one in several FIF files the first part alone."""
+    for subject in subjects:
+        for path in root.glob(f"sub-{subject}/**/*_{datatype}.*"):
+            check_content(path)  # mne-bids does not see links that lead nowhere
+    found = mne_bids.find_matching_paths(
+        root,
+        subjects=subjects,
+        tasks=task or None,
+        suffixes=datatype,
+        extensions=[*BIDS_ENDINGS, ".EDF", ".BDF"],
+        datatypes=datatype,
+        ignore_nosub=True,
+    )
+    paths = []
+    for path in found:
+        first = path.split in (None, "01", "1")
+        if first and path.acquisition not in ("crosstalk", "calibration"):
+            paths.append(Path(path.fpath))
+    return paths
 
 
 def _names(paths):
@@ -217,17 +217,20 @@ def open_raw(path, root, sensors=""):
     key of SENSORS; "": that of the folder, else the first that is there. Raises InputError for a
     file that is torn, has nothing of a brain, or has a unit that cannot be.
     """
-    path, notes = Path(path), {}
+    path, notes, stamps = Path(path), {}, None
     files_of(path)
     try:
         raw = mne.io.read_raw(path, verbose="error")
     except Exception as error:  # each format has errors of its own for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read by MNE ({reason}): is it complete?") from None
-    _check_length(raw, path, root)
     if path.suffix.lower() in (".edf", ".bdf"):
-        raw = _fill_gaps(raw, path)
-    unit_factors = _read_channels(raw, path, root)
+        stamps = read_stamps(path)
+    tells_gaps = stamps is not None or path.suffix == ".fif"
+    _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
+    if stamps is not None:
+        raw = _fill_gaps(raw, path, stamps)
+    unit_factors = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
     _pick_sensors(raw, path, sensors, notes)
     _set_units(raw, path, unit_factors, notes)
     electrodes = sidecar(path, root, "_electrodes.tsv")
@@ -236,9 +239,14 @@ def open_raw(path, root, sensors=""):
     return raw, notes
 
 
-def _check_length(raw, path, root):
+def files_of(path):
+    """All files of a recording: header, data, markers. Raises InputError for missing content."""
+    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}.*")
+    return [check_content(file) for file in sorted(files)]
+
+
+def _check_length(raw, path, described, tells_gaps):
     """Refuse a torn file, and one with gaps that its format does not tell."""
-    described = sidecar(path, root, f"_{path.stem.split('_')[-1]}.json")
     facts = read_json(described)
     stated, seconds = facts.get("RecordingDuration"), raw.n_times / raw.info["sfreq"]
     if isinstance(stated, (int, float)) and seconds < 0.99 * stated - 1:
@@ -246,19 +254,18 @@ def _check_length(raw, path, root):
             f"{path} is {seconds:.0f} s long where {described.name} says {stated:.0f}: it is torn, "
             "fetch it again"
         )
-    tells = path.suffix.lower() in (".edf", ".bdf", ".fif")
-    if facts.get("RecordingType") == "discontinuous" and not tells:
+    if facts.get("RecordingType") == "discontinuous" and not tells_gaps:
         raise InputError(
-            f"{path} is discontinuous, as {described.name} says, and a {path.suffix} file does not "
-            "tell where: events after a gap would land elsewhere. Convert it to FIF or EDF+D, or "
-            "say RecordingType: continuous if the onsets count the file's own time"
+            f"{path} is discontinuous, as {described.name} says, and the file does not tell where: "
+            "events after a gap would land elsewhere. Convert it to FIF or EDF+D, or say "
+            "RecordingType: continuous if the onsets count the file's own time"
         )
 
 
-def record_onsets(path):
-    """(onsets (s) of the records of an interrupted EDF+ or BDF+, seconds of each); None for others.
+def read_stamps(path):
+    """Onsets (s) of the records of an interrupted EDF+ or BDF+, as they are stamped, else None.
 
-    Each record begins with a time stamp in its annotation signal, as in +50.0.
+    The annotation signal of each record begins with one, as in +50.0.
     """
     with open(path, "rb") as file:
         head = file.read(256)
@@ -266,50 +273,39 @@ def record_onsets(path):
         fields = file.read(256 * n_signals)
     if head[192:197] not in (b"EDF+D", b"BDF+D"):
         return None
-    labels = [fields[16 * i : 16 * i + 16].strip() for i in range(n_signals)]
-    n_samples = [int(fields[216 * n_signals + 8 * i :][:8]) for i in range(n_signals)]
+    labels = np.char.strip(np.frombuffer(fields, "S16", n_signals)).tolist()
+    n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
+    ends = np.cumsum(n_samples) * (2 if head[:1] == b"0" else 3)  # bytes
     stamps = labels.index(head[192:195] + b" Annotations")
-    width = 2 if head[:1] == b"0" else 3
     records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
-    records = records[: len(records) // (width * sum(n_samples)) * width * sum(n_samples)]
-    records = records.reshape(-1, width * sum(n_samples))
-    start = width * sum(n_samples[:stamps])
-    onsets = [float(bytes(record[start : start + 32]).split(b"\x14")[0]) for record in records]
-    return np.array(onsets) - onsets[0], float(head[244:252])
+    records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
+    start = ends[stamps - 1] if stamps else 0
+    texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
+    return np.char.partition(texts, b"\x14")[:, 0].astype(float)
 
 
-def _fill_gaps(raw, path):
-    """The Raw of an interrupted EDF+ in real time: what was not recorded is 0, and marked BAD."""
-    found = record_onsets(path)
-    if found is None:
-        return raw
-    onsets, seconds = found
-    sfreq, n_records = raw.info["sfreq"], len(onsets)
-    starts = np.round(onsets * sfreq).astype(int)
-    width = round(seconds * sfreq)
-    gaps = np.flatnonzero(np.diff(starts) > width + 1)
+def _fill_gaps(raw, path, stamps):
+    """A Raw in real time, 0 and BAD where nothing was recorded; stamps: onsets (s) of records."""
+    sfreq, width = raw.info["sfreq"], raw.n_times // len(stamps)
+    starts = np.round((stamps - stamps[0]) * sfreq).astype(int)
+    gaps = np.flatnonzero(np.diff(starts) > width + 1)  # records before one
     if not len(gaps):
         return raw
     signal = np.zeros((len(raw.ch_names), starts[-1] + width))
-    for first, last in zip([0, *gaps + 1], [*gaps, n_records - 1]):
+    for first, last in zip([0, *gaps + 1], [*gaps, len(starts) - 1]):
         n = (last - first + 1) * width
         block = raw.get_data(start=first * width, stop=first * width + n)
         signal[:, starts[first] : starts[first] + n] = block
-    ends = (starts[gaps] + width) / sfreq
+    begin, end = (starts[gaps] + width) / sfreq, starts[gaps + 1] / sfreq
     annotations = mne.read_annotations(path)
-    annotations.append(ends, starts[gaps + 1] / sfreq - ends, "BAD_ACQ_SKIP")
+    annotations.append(begin, end - begin, "BAD_ACQ_SKIP")
     filled = mne.io.RawArray(signal, raw.info, verbose="error")
     filled._orig_units = raw._orig_units
     return filled.set_annotations(annotations, verbose="error")
 
 
-def _read_channels(raw, path, root):
-    """Give a Raw the types and bads of channels.tsv; returns {channel: factor to its unit}.
-
-    A factor is to V, of a channel whose unit the table knows and the file does not, or calls by
-    another name.
-    """
-    channels = sidecar(path, root, "_channels.tsv")
+def _read_channels(raw, path, channels):
+    """Give a Raw the types and bads of channels.tsv; returns {channel: factor to its unit}."""
     if channels is None:
         return {}
     table = read_tsv(channels, "name").dropna(subset="name").drop_duplicates("name")
@@ -343,25 +339,25 @@ def volts(unit):
 
 def _pick_sensors(raw, path, sensors, notes):
     """Leave the channels of one kind of sensors in a Raw."""
-    types = raw.get_channel_types()
-    counts = {kind: sum(t in of for t in types) for kind, (of, *_) in SENSORS.items()}
-    there = [kind for kind in SENSORS if counts[kind]]
+    types = pd.Series(raw.get_channel_types())
+    counts = {}
+    for kind, (of_kind, *_) in SENSORS.items():
+        if types.isin(of_kind).any():
+            counts[kind] = int(types.isin(of_kind).sum())
+    there = list(counts)
     if path.parent.name == "meg":  # EEG channels there are beside the MEG
         there.sort(key=lambda kind: kind not in ("mag", "grad"))
     if not there or sensors not in ("", *there):
-        wanted = {"": "EEG, iEEG or MEG", "eeg": "EEG", "ieeg": "iEEG"}.get(
-            sensors, f"MEG {sensors}"
-        )
+        wanted = sensors or "eeg, ieeg, mag (MEG) or grad (MEG)"
         raise InputError(
-            f"{path} has no channel of type {wanted}, only {', '.join(sorted(set(types)))}: look at "
-            "the types in its channels.tsv"
+            f"{path} has no channel of type {wanted}, only {', '.join(sorted(set(types)))}: look "
+            "at the types in its channels.tsv"
         )
     kind = sensors or there[0]
     raw.pick(list(SENSORS[kind][0]), exclude=())
     notes["sensors"] = kind
-    others = {other: counts[other] for other in there if other != kind}
-    if others:
-        notes["other_sensors"] = others
+    del counts[kind]
+    notes["other_sensors"] = counts
 
 
 def _set_units(raw, path, factors, notes):
@@ -382,9 +378,9 @@ def _set_units(raw, path, factors, notes):
     if not low <= size <= high:
         unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
         raise InputError(
-            f"{path}: a standard deviation of {size:.2g} {unit} within a second is not that of a "
-            f"brain ({low:g} to {high:g}): say in channels.tsv, column units, which unit the file's "
-            "numbers are in (µV, mV, V)"
+            f"{path}: a standard deviation of {size:.2g} {unit} within a second is no brain's "
+            f"({low:g} to {high:g}): if the unit is wrong, say the right one in channels.tsv, column "
+            "units (µV, mV, V); if this is a test signal, leave it out"
         )
     if (factor != 1).any():
         raw.load_data(verbose="error")
@@ -395,10 +391,10 @@ def _set_units(raw, path, factors, notes):
 def sd_within_seconds(raw, n=60):
     """(C,) median over `n` seconds of a Raw of the SD within each; NaN for a flat channel."""
     width = max(2, round(raw.info["sfreq"]))
-    starts = np.unique(np.linspace(0, max(0, raw.n_times - width), n).astype(int))
-    sds = [raw.get_data(start=a, stop=a + width, verbose="error").std(1) for a in starts]
-    sds = np.array(sds)
-    sds[sds == 0] = np.nan
+    sds = []
+    for start in np.unique(np.linspace(0, max(0, raw.n_times - width), n).astype(int)):
+        sds.append(raw.get_data(start=start, stop=start + width).std(1))
+    sds = np.where(np.array(sds) > 0, sds, np.nan)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of channels that are NaN
         return np.nanmedian(sds, axis=0)
@@ -461,6 +457,11 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
         axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # x is to the nose there, y to the left
     xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
     _rename(raw, [name for name in table.index if isinstance(name, str)], notes)
+    if np.nanmax(np.abs(xyz), initial=0) > 1:
+        raise InputError(
+            f"{electrodes}: an electrode {np.nanmax(np.abs(xyz)):.0f} m from the head: say in "
+            "coordsystem.json in which unit the positions are (m, cm, mm)"
+        )
     places = {}
     for name, place in zip(table.index, xyz):
         if name in raw.ch_names and np.isfinite(place).all():
@@ -482,9 +483,10 @@ class NoPlaces(InputError):
 
 def require_places(raw, name):
     if len(without_place(raw)) == len(raw.ch_names):
+        names = ", ".join(raw.ch_names[:5])
         raise NoPlaces(
-            f"{name}: no channel has a position ({', '.join(raw.ch_names[:5])}, ...): give a montage= "
-            "with these names, or add electrodes.tsv"
+            f"{name}: no channel has a position ({names}, ...): give montage= with these names, or "
+            "add electrodes.tsv"
         )
 
 
@@ -503,7 +505,7 @@ def is_segment(text):
 
 
 def bad_spans(raw):
-    """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or as joints."""
+    """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or joints."""
     spans = []
     for annotation in raw.annotations:
         text = annotation["description"]
@@ -547,14 +549,9 @@ def check_onsets(onset, seconds, sfreq, path):
     inside = (onset >= 0) & (onset < seconds)
     if inside.sum() * 2 >= len(onset):
         return inside
-    hint = "are they in samples or ms?"
-    for unit, rate in (("ms", 1000.0), ("samples", sfreq)):
-        if ((onset >= 0) & (onset / rate < seconds)).mean() > 0.9:
-            hint = f"they look like {unit}: divide them by {rate:g}, BIDS wants seconds"
-            break
     raise InputError(
         f"{path}: {int((~inside).sum())} of {len(onset)} onsets lie outside the {seconds:.0f} s of "
-        f"the recording; {hint}"
+        f"the recording: are they in ms, or in samples ({sfreq:g} a second)? They must be in s"
     )
 
 
@@ -582,8 +579,8 @@ def convert_files(folder, out, montage="", sensors="", places=True):
     """Make a recording in `out` of every file under `folder` that MNE reads; returns their folders.
 
     A recording that is there of the same file stays. Later parts of a split file are read with its
-    first part. montage: MNE's, gives places by names; places: leave out, and name, files in which no
-    channel has one. Raises InputError where that leaves nothing.
+    first part. montage: MNE's, gives places by names; places: leave out, and name, files in which
+    no channel has one. Raises InputError where that leaves nothing.
     """
     folder, made, later_parts, reason = Path(folder), [], set(), None
     paths, skipped = raw_files(folder)

@@ -32,6 +32,7 @@ from data import InputError, aside, load_meta, read_table, remedy, write_aside, 
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
+PIECE = 2**21  # samples that are filtered at once
 SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # all other types are in V
 
 
@@ -311,15 +312,14 @@ def resampled(signal, sfreq, recipe, channels=None):
     for first in range(0, len(channels), group):
         for c, x in enumerate(_read_channels(signal, channels[first : first + group], edges[-1])):
             for f, band in enumerate(bands):
-                feature = envelope(x[:, None].astype(np.float64), sfreq, *band)
-                out[:, first + c, f] = _block_means(feature, edges)[:, 0]
+                out[:, first + c, f] = _block_means(_envelope(x, sfreq, *band), edges)
     return out
 
 
 def _block_means(x, edges):
-    """Means (n, C) of the rows of x (T, C) between n + 1 edges."""
+    """Means (n, ...) of x (T, ...) between n + 1 edges."""
     sums = np.add.reduceat(x.astype(np.float64, copy=False), edges[:-1], axis=0)
-    return sums / np.diff(edges)[:, None]
+    return (sums.T / np.diff(edges)).T
 
 
 def _read_rows(signal, start, stop):
@@ -338,6 +338,18 @@ def _read_channels(signal, channels, stop, step=1 << 16):
     for start in range(0, stop, step):
         rows = _read_rows(signal, start, min(start + step, stop))
         out[:, start : start + step] = rows[:, channels].T
+    return out
+
+
+def _envelope(x, sfreq, low, high):
+    """Envelope of a channel x (T,); a very long one in pieces that share 30 cycles of the band."""
+    margin = int(30 * sfreq / low)
+    out = np.empty(len(x))
+    for start in range(0, len(x), PIECE):
+        begin = max(0, start - margin)
+        piece = x[begin : start + PIECE + margin, None].astype(np.float64)
+        feature = envelope(piece, sfreq, low, high)[start - begin :, 0]
+        out[start : start + PIECE] = feature[:PIECE]
     return out
 
 

@@ -208,7 +208,7 @@ def find_bads(raw, name, notes):
     data = raw.get_data()
     broken = ~np.isfinite(data.sum(axis=1))
     if broken.any():  # a filter would smear a NaN over its channel, a reference over all of them
-        raw.apply_function(np.zeros_like, picks=np.flatnonzero(broken), channel_wise=False)
+        raw.apply_function(lambda x: 0 * np.nan_to_num(x), picks=np.flatnonzero(broken))
     flat = (np.ptp(data, axis=1) == 0) & ~broken
     names = np.array(raw.ch_names)
     notes["nan"], notes["flat"] = names[broken].tolist(), names[flat].tolist()

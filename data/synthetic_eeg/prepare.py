@@ -3,12 +3,12 @@
     python data/synthetic_eeg/prepare.py
     python data/synthetic_eeg/prepare.py gain=0 out_dir=data/synthetic_eeg/null  # the null
 
-The files are real BIDS and BrainVision files, read like anybody's. What is planted: each object is a
-noun that is frequent in data/pydocs' training text, its meaning 8 numbers out of that text's
-co-occurrences (PPMI and SVD; no language model has a part in it). Each number drives one dipole with
-a response of its own latency, in a sphere model with the person's own places, orientations and
-latencies. What is not about the object: the same evoked response to every picture, 1/f background of
-150 dipoles, alpha, blinks, mains, a bad channel. Responses overlap, as they do at 200 ms from
+The files are real BIDS and BrainVision files, read like anybody's. What is planted: each object is
+a noun that is frequent in data/pydocs' training text, its meaning 8 numbers out of that text's
+co-occurrences (PPMI and SVD; no language model has a part in it). Each number drives one dipole
+with a response of its own latency, in a sphere model with the person's own places, orientations and
+latencies. What is not about the object: the same evoked response to every picture, 1/f background
+of 150 dipoles, alpha, blinks, mains, a bad channel. Responses overlap, as they do at 200 ms from
 picture to picture. An oracle that knows the meanings (noise normalisation and ridge) says how much
 of them can be read. The null is the same brains with nothing about the object in them.
 """
@@ -39,14 +39,15 @@ from data.recording import Recording, complete, read_set
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
 HERE = Path(__file__).resolve().parent
 
-CHANNELS = (
-    "Fp1 Fp2 F7 F3 Fz F4 F8 FC5 FC1 FC2 FC6 T7 C3 Cz C4 T8 CP5 CP1 CP2 CP6 P7 P3 Pz P4 P8 PO7 PO3 "
-    "POz PO4 PO8 O1 O2"
-).split()
+NAMES = """
+Fp1 Fp2 F7 F3 Fz F4 F8 FC5 FC1 FC2 FC6 T7 C3 Cz C4 T8 CP5 CP1 CP2 CP6 P7 P3 Pz P4 P8 PO7 PO3 POz PO4
+PO8 O1 O2
+"""
+CHANNELS = NAMES.split()
 SOA = 0.2  # s from picture to picture
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
 # Other right answers, for those of the text's nouns that are chosen.
-SYNONYMS = """
+WORDS = """
 function=routine|procedure value=quantity|amount number=figure|numeral name=title|designation
 file=document method=technique string=text graph=network output=outcome model=prototype
 module=unit|library path=route|way node=vertex sequence=series|succession image=picture|photo
@@ -61,7 +62,7 @@ pair=couple|duo location=place|position gradient=slope signal=sign container=ves
 template=stencil page=sheet|leaf package=parcel|bundle iteration=repetition|pass equation=formula
 sample=specimen
 """
-SYNONYMS = dict(pair.split("=") for pair in SYNONYMS.split())
+SYNONYMS = dict(pair.split("=") for pair in WORDS.split())
 # Frequent nouns that nobody could be shown.
 NOT_SHOWN = {"end", "start", "case", "form", "way", "mean", "future", "default"}
 
@@ -554,10 +555,10 @@ def rank_words(model, trials, which, truth, among):
 def oracle(folder):
     """What a ridge that is told the true meanings reads from single trials, as rows of a table.
 
-    {set, top1, low, high, top5, chance, n}: on pictures it was not trained on (whole blocks), on the
-    last person (trained on the others), on held-out words (ranked among themselves) and on both.
-    Training trials share no sample with any test trial; low and high are the 95 % interval over
-    words.
+    {set, top1, low, high, top5, chance, n}: on pictures it was not trained on (whole blocks), on
+    the last person (trained on the others), on held-out words (ranked among themselves) and on
+    both. Training trials share no sample with any test trial; low and high are the 95 % interval
+    over words.
     """
     table = pd.read_csv(folder / "objects.csv", keep_default_na=False)
     dimensions = [column for column in table if re.fullmatch(r"s\d+", column)]
@@ -567,16 +568,12 @@ def oracle(folder):
     names = read_set(folder)["recordings"]
     people = [read_trials(Recording(folder / name), held) for name in names]
     within = [(fit_ridge([trials], truth), trials) for trials in people]
-    across = []
+    models_of = {"trial": within, "object": within}
     if len(people) > 1:
         across = [(fit_ridge(people[:-1], truth), people[-1])]
+        models_of |= {"subject": across, "subject_object": across}
     rows = []
-    for name, models in (
-        ("trial", within),
-        ("object", within),
-        ("subject", across),
-        ("subject_object", across),
-    ):
+    for name, models in models_of.items():
         among = held if "object" in name else known
         parts = []
         for model, trials in models:

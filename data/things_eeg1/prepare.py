@@ -1,13 +1,13 @@
 """THINGS-EEG1 as recordings: 50 people, 22,248 pictures of 1,854 objects at ten a second.
 
-    python data/things_eeg1/prepare.py subjects=01,02      # fetches them from OpenNeuro: 0.5-1.9 GB each
+    python data/things_eeg1/prepare.py subjects=01,02      # fetches them, 0.5 to 1.9 GB each
     python data/things_eeg1/prepare.py root=PATH/ds003825  # converts a copy that is there already
     python data/things_eeg1/prepare.py subjects=01 concepts=PATH/things_concepts.tsv
 
 Grootswagers et al. 2022, OpenNeuro ds003825. `concepts=` is THINGS' table of synonyms and
-categories. The events are read with their traps: `sample` before `onset` (which some releases have in
-samples), durations in ms, stimulus paths with backslashes, objects with a number where two share a
-word (calf1, calf2). Catch trials keep target=1; the repeated test pictures get phase=test.
+categories. The events are read with their traps: `sample` before `onset` (which some releases have
+in samples), durations in ms, stimulus paths with backslashes, objects with a number where two share
+a word (calf1, calf2). Catch trials keep target=1; the repeated test pictures get phase=test.
 """
 
 import os
@@ -95,9 +95,8 @@ def fetch(url, path, size):
         part.write_bytes(b"")
     done = part.stat().st_size
     if done < size:
-        bar = tqdm(
-            total=size, initial=done, unit="B", unit_scale=True, desc=path.name, disable=size < 1e7
-        )
+        units = {"unit": "B", "unit_scale": True, "disable": size < 1e7}
+        bar = tqdm(total=size, initial=done, desc=path.name, **units)
         with opened(url, done) as response, open(part, "ab") as file, bar:
             if done and response.status != 206:  # a server that cannot go on starts over
                 file.truncate(0)
@@ -126,8 +125,8 @@ def fetch_subjects(url, root, subjects):
     root.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(root).free
     print(
-        f"sub-{', sub-'.join(subjects)}: {sum(sizes.values()) / 1e9:.2f} GB, {missing / 1e9:.2f} GB "
-        f"of it to fetch; {free / 1e9:.0f} GB free",
+        f"sub-{', sub-'.join(subjects)}: {sum(sizes.values()) / 1e9:.2f} GB, "
+        f"{missing / 1e9:.2f} GB of it to fetch; {free / 1e9:.0f} GB free",
         flush=True,
     )
     if free < 1.3 * missing:

@@ -3,8 +3,9 @@
     python data/things_eeg2/prepare.py root=PATH                    # continuous
     python data/things_eeg2/prepare.py root=PATH kind=preprocessed  # cut into epochs by others
 
-Gifford et al. 2022, osf.io/3jk45. In PATH are image_metadata.npy and sub-01/ses-01/raw_eeg_training.npy,
-..., or sub-01/preprocessed_eeg_training.npy, ... (the authors' epochs, or NICE's).
+Gifford et al. 2022, osf.io/3jk45. In PATH are image_metadata.npy and, continuous,
+sub-01/ses-01/raw_eeg_training.npy, ..., or sub-01/preprocessed_eeg_training.npy, ... (the authors'
+epochs, or NICE's).
 
 The files are pickles in .npy's clothes, which could run anything: the reader here knows arrays,
 dicts, lists, strings and numbers, refuses the rest, and maps large arrays instead of loading them.
@@ -13,8 +14,10 @@ meta.yaml says epoch_tmin (s) and epoch_samples, and no window may leave its epo
 normalisation was the authors' and is not known to have spared the test trials' session.
 """
 
+import codecs
 import os
 import pickle
+import re
 import struct
 import sys
 from dataclasses import asdict, dataclass, field
@@ -70,8 +73,7 @@ class _Array:
     value = None
 
     def __setstate__(self, state):
-        _, shape, kind, fortran, data = state
-        dtype = kind.dtype
+        _, shape, dtype, fortran, data = state
         if dtype.hasobject:
             if not isinstance(data, list) or len(data) != int(np.prod(shape)):
                 raise pickle.UnpicklingError("an array of objects without its objects")
@@ -79,57 +81,31 @@ class _Array:
             return
         if isinstance(data, str):  # of Python 2
             data = data.encode("latin1")
-        if isinstance(data, np.memmap):
-            flat = data.view(dtype)
-        else:
-            flat = np.frombuffer(data, dtype)
-        self.value = flat.reshape(shape, order="F" if fortran else "C")
-
-    @classmethod
-    def from_buffer(cls, data, dtype, shape, order):
-        """Protocol 5's way."""
-        array = cls()
-        array.__setstate__((1, shape, dtype, order == "F", data))
-        return array
-
-
-class _Type:
-    """A dtype of numbers, strings or objects; structures are refused."""
-
-    def __init__(self, name, *_):
-        self.dtype = np.dtype(str(name))
-        if self.dtype.kind not in "biufcSUO":
-            raise pickle.UnpicklingError(f"it has an array of type {name!r}")
-
-    def __setstate__(self, state):
-        if state[1] in "<>":
-            self.dtype = self.dtype.newbyteorder(state[1])
+        if isinstance(data, bytes):
+            data = np.frombuffer(data, np.uint8)
+        self.value = data.view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
 def _new_array(*_):
     return _Array()
 
 
-def _scalar(kind, data):
-    return np.frombuffer(data, kind.dtype)[0].item()
+def _from_buffer(data, dtype, shape, order):
+    return np.frombuffer(data, dtype).reshape(shape, order=order)
 
 
-def _encode(text, code):
-    """Protocol 2 writes bytes as Latin-1 text."""
-    if code != "latin1":
-        raise pickle.UnpicklingError(f"it has bytes in {code}")
-    return text.encode("latin1")
+def _scalar(dtype, data):
+    return np.frombuffer(data, dtype)[0].item()
 
 
-KNOWN = {  # what the pickles name → what stands for it here; nothing that they name is imported
+KNOWN = {  # all that a file may name; none of it does more than make plain values
     "numpy.ndarray": _Array,
-    "numpy.dtype": _Type,
-    "_codecs.encode": _encode,
+    "numpy.dtype": np.dtype,
+    "_codecs.encode": codecs.encode,  # protocol 2 writes bytes as text
+    "multiarray._reconstruct": _new_array,
+    "multiarray.scalar": _scalar,
+    "numeric._frombuffer": _from_buffer,  # protocol 5
 }
-for core in ("numpy.core", "numpy._core"):
-    KNOWN[f"{core}.multiarray._reconstruct"] = _new_array
-    KNOWN[f"{core}.multiarray.scalar"] = _scalar
-    KNOWN[f"{core}.numeric._frombuffer"] = _Array.from_buffer
 
 
 class _Unpickler(pickle._Unpickler):  # the one in Python: C's insists on bytes in memory
@@ -138,22 +114,18 @@ class _Unpickler(pickle._Unpickler):  # the one in Python: C's insists on bytes 
     dispatch = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module, name):
-        if f"{module}.{name}" not in KNOWN:
+        known = re.sub(r"^numpy\.(_core|core)\.", "", f"{module}.{name}")
+        if known not in KNOWN:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return KNOWN[f"{module}.{name}"]
+        return KNOWN[known]
 
     def load_build(self):
-        if type(self.stack[-2]) not in (_Array, _Type):
+        if not isinstance(self.stack[-2], (_Array, np.dtype)):
             raise pickle.UnpicklingError(f"it sets the state of a {type(self.stack[-2]).__name__}")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to something outside of itself")
-
-    def get_extension(self, code):
-        raise pickle.UnpicklingError("it uses a copyreg extension")
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
 
 
 class _MappedFile:
@@ -234,7 +206,7 @@ def _plain(thing):
 
 
 def read_images(path):
-    """{phase: DataFrame with object, word, synonyms, image, phase}, a row a picture, by its code."""
+    """{phase: table of object, word, synonyms, image, phase}, a row a picture, by its code."""
     found, phases = read_dict(path), {}
     for phase in ("train", "test"):
         concepts, files = f"{phase}_img_concepts_THINGS", f"{phase}_img_files"
@@ -320,7 +292,7 @@ def convert_epochs(folder, path, images, config, **meta):
         raise InputError(f"{path} has {length} samples an epoch and only {len(times)} times")
     if not np.isfinite(data[0]).all():
         raise InputError(f"{path} holds NaN")
-    times = times[len(times) - length :]  # NICE's files keep the times of samples that they cut off
+    times = times[-length:]  # NICE's files keep the times of samples that were cut off
     sfreq = float(np.round((length - 1) / (times[-1] - times[0]), 6))
     tmin = round(float(times[0]) * sfreq) / sfreq
     events = shown(np.repeat(np.arange(n), repeats) + 1, images, path)
