@@ -379,8 +379,8 @@ def _set_units(raw, path, factors, notes):
         unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
         raise InputError(
             f"{path}: a standard deviation of {size:.2g} {unit} within a second is no brain's "
-            f"({low:g} to {high:g}): if the unit is wrong, say the right one in channels.tsv, column "
-            "units (µV, mV, V); if this is a test signal, leave it out"
+            f"({low:g} to {high:g}): if the unit is wrong, say the right one (µV, mV, V) in the "
+            "column units of channels.tsv; if this is a test signal, leave it out"
         )
     if (factor != 1).any():
         raw.load_data(verbose="error")

@@ -55,11 +55,12 @@ def samples(sfreq=200.0, seconds=20, seed=0):
     return 1e-5 * signal * rng.uniform(0.5, 1, (4, 1))
 
 
-def write_edf(path, data, sfreq, names, unit="uV", limit=400, bdf=False, starts=None):
+def write_edf(path, data, sfreq, names, unit="uV", limit=400, starts=None):
     """EDF or BDF in records of a second; with `starts` (s) of the records, an interrupted EDF+.
 
     data: (C, T) in µV, or what `unit` calls it; it lies between -limit and limit.
     """
+    bdf = path.suffix == ".bdf"
     width, high = (3, 8388607) if bdf else (2, 32767)
     n, per = len(data), int(sfreq)
     records = data.shape[1] // per
@@ -112,8 +113,7 @@ def write_format(path, data, sfreq, kind, names=NAMES, **options):
     elif kind == "set":
         write_set(path.with_suffix(".set"), data, sfreq, names)
     else:
-        target = path.with_suffix(f".{kind}")
-        write_edf(target, data * 1e6, sfreq, names, bdf=kind == "bdf", **options)
+        write_edf(path.with_suffix(f".{kind}"), data * 1e6, sfreq, names, **options)
 
 
 def events_tsv(n=6, **columns):
@@ -241,7 +241,7 @@ def test_a_short_recording_is_said_to_be_distorted(tmp_path, capsys):
 @pytest.mark.parametrize("unit", ["", ".V", "n/a", "mV"])
 @pytest.mark.parametrize("stated", ["µV", "uV", "microvolt"])
 def test_sidecars_decide_where_a_file_has_no_unit(tmp_path, unit, stated):
-    """Numbers in µV; a header that says mV is wrong, since no brain is a thousand times as large."""
+    """Numbers in µV; a header that says mV is wrong: no brain is a thousand times as large."""
     root = make_bids(tmp_path / "b", "edf", unit=unit, channels={"units": stated})
     _, (one,) = convert(root, tmp_path / "out")
     np.testing.assert_allclose(one.signal, samples().T, atol=7e-9)
@@ -253,7 +253,7 @@ def test_no_brain_is_that_large(tmp_path):
         root = make_bids(tmp_path / str(i), "edf", unit="", channels=channels)
         with pytest.raises(
             InputError,
-            match=r"_eeg.edf: a standard deviation of .* V .*say the right one in channels.tsv",
+            match=r"_eeg.edf: a standard deviation of .* V .*say the right one",
         ):
             convert(root, tmp_path / "out")
     with pytest.raises(InputError, match="is no brain's"):

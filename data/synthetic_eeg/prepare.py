@@ -646,8 +646,8 @@ def main(config):
     meta |= {"options": options, "oracle": scores, "truth": truth}
     write_yaml(folder / "meta.yaml", meta)
     print(
-        f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}; an oracle that knows the "
-        "meanings, single trials:"
+        f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}; an oracle that knows "
+        "the meanings, single trials:"
     )
     print(pd.DataFrame(scores).to_string(index=False))
 

@@ -323,7 +323,7 @@ def montage_places(names, montage, path):
             places[i] = known[matched[name]]
     if not matched:
         raise InputError(
-            f"{path}: no channel has a position ({', '.join(names[:5])}, ...): give a montage= with "
+            f"{path}: no channel has a position ({', '.join(names[:5])}, ...): give montage= with "
             "these names"
         )
     return places
