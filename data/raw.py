@@ -33,18 +33,9 @@ SENSORS = {
     "mag": (("mag",), 1e-17, 1e-9),
     "grad": (("grad",), 1e-16, 1e-8),
 }
-CHANNEL_TYPES = {  # of channels.tsv → MNE's; those of MEG are in the file
-    "EEG": "eeg",
-    "ECOG": "ecog",
-    "SEEG": "seeg",
-    "DBS": "dbs",
-    "EOG": "eog",
-    "VEOG": "eog",
-    "HEOG": "eog",
-    "ECG": "ecg",
-    "EMG": "emg",
-    "TRIG": "stim",
-}
+# Channel types of channels.tsv that MNE knows, most by the same name; those of MEG are in the file.
+CHANNEL_TYPES = ("eeg", "ecog", "seeg", "dbs", "eog", "ecg", "emg", "stim")
+TYPE_NAMES = {"veog": "eog", "heog": "eog", "trig": "stim"}
 VOLTS = {"v": 1.0, "mv": 1e-3, "uv": 1e-6, "nv": 1e-9}
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
 # Annotations and rows of events.tsv that mark segments, as MNE, EEGLAB and BrainVision call them.
@@ -94,11 +85,10 @@ def numbers(table, column, path):
     text = table[column].str.strip().str.replace(r"^([-+]?\d+),(\d+)$", r"\1.\2", regex=True)
     text = text.mask(text.str.lower().isin(["nan", "na", "n/a", "none", ""]))
     values = pd.to_numeric(text, errors="coerce")
-    wrong = np.flatnonzero(values.isna() & text.notna())
+    wrong = table[values.isna() & text.notna()]
     if len(wrong):
-        raise InputError(
-            f"{path}: {column} '{table[column].iloc[wrong[0]]}' in row {wrong[0] + 1} is no number"
-        )
+        row = wrong.index[0]
+        raise InputError(f"{path}: {column} '{wrong[column][row]}' in row {row + 1} is no number")
     return values.astype(float)
 
 
@@ -318,10 +308,10 @@ def _read_channels(raw, path, channels):
             )
     table = table.reindex(raw.ch_names).fillna("n/a")
     if "type" in table:
-        kinds = table["type"].str.upper()
-        kinds = kinds[~kinds.str.startswith(("MEG", "HLU", "N/A"))]
-        types = {name: CHANNEL_TYPES.get(kind, "misc") for name, kind in kinds.items()}
-        raw.set_channel_types(types, verbose="error")
+        types = table["type"].str.lower().replace(TYPE_NAMES)
+        types = types[~types.str.startswith(("meg", "hlu", "n/a"))]
+        types = types.where(types.isin(CHANNEL_TYPES), "misc")
+        raw.set_channel_types(types.to_dict(), verbose="error")
     if "status" in table:
         raw.info["bads"] = table.index[table["status"].str.lower() == "bad"].tolist()
     if "units" not in table:
@@ -435,7 +425,9 @@ def _rename(raw, known, notes):
 
 
 def set_places(raw, montage, notes):
-    """Give EEG channels the places that a montage of MNE has for their names."""
+    """Give electrodes the places that a montage of MNE has for their names."""
+    if notes["sensors"] in ("mag", "grad"):
+        return
     try:
         standard = mne.channels.make_standard_montage(montage)
     except ValueError:
@@ -448,7 +440,8 @@ def set_places(raw, montage, notes):
 
 def _read_electrodes(raw, electrodes, coordsystem, notes):
     """Give a Raw the positions of electrodes.tsv; with landmarks, in MNE's head frame."""
-    table = read_tsv(electrodes, "name", "x", "y", "z").drop_duplicates("name").set_index("name")
+    table = read_tsv(electrodes, "name", "x", "y", "z").dropna(subset="name")
+    table = table.drop_duplicates("name")
     facts = read_json(coordsystem)
     prefix = "iEEG" if notes["sensors"] == "ieeg" else "EEG"
     unit = str(facts.get(f"{prefix}CoordinateUnits", "m")).lower()
@@ -456,14 +449,14 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
     if facts.get(f"{prefix}CoordinateSystem") in ("EEGLAB", "EEGLAB-HJ", "CTF"):
         axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # x is to the nose there, y to the left
     xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
-    _rename(raw, [name for name in table.index if isinstance(name, str)], notes)
+    _rename(raw, table["name"], notes)
     if np.nanmax(np.abs(xyz), initial=0) > 1:
         raise InputError(
             f"{electrodes}: an electrode {np.nanmax(np.abs(xyz)):.0f} m from the head: say in "
             "coordsystem.json in which unit the positions are (m, cm, mm)"
         )
     places = {}
-    for name, place in zip(table.index, xyz):
+    for name, place in zip(table["name"], xyz):
         if name in raw.ch_names and np.isfinite(place).all():
             places[name] = place
     landmarks = {}
@@ -537,10 +530,10 @@ def take_segments(raw, table, columns, path):
 
 
 def inside_spans(begin, end, spans):
-    """(N,) whether an interval from begin to end (s) shares time with a span, or holds a joint."""
+    """(N,) whether a trial from begin to end (s) shares time with a span, or crosses a joint."""
     inside = np.zeros(len(begin), dtype=bool)
     for first, last in spans:
-        inside |= (begin <= last) & (end >= first)
+        inside |= (begin < last) & (end >= first)
     return inside
 
 

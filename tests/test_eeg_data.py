@@ -298,7 +298,7 @@ def test_missing_onsets_are_dropped_and_decimal_commas_read(tmp_path):
 def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
     """Marked in the file, where times are the recording's own, or in events.tsv."""
     events = events_tsv(word=["a", "b", "badger", "c", "d", "BADGER"])
-    rows = [(3.05, 0.5, "BAD_blink"), (9.0, 0, "EDGE boundary"), (0.0, 0, "New Segment/")]
+    rows = [(3.05, 0.5, "BAD_blink"), (9.05, 0, "EDGE boundary"), (0.0, 0, "New Segment/")]
     rows.append((16.0, 0, "boundary"))
     marks = pd.DataFrame(rows, columns=["onset", "duration", "word"])
     events = pd.concat([events, marks]).fillna("n/a")
@@ -312,7 +312,7 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
     assert one.events["word"].tolist() == ["a", "badger", "BADGER"]  # not at 3, 7 and 9 s
     assert one.meta["dropped"] == {"events in BAD segments": 3}
     spans = np.array(one.meta["bad_spans"]) - 77 / 200
-    np.testing.assert_allclose(spans, [[3.05, 3.55], [6.9, 7.9], [9, 9], [16, 16]], atol=1e-3)
+    np.testing.assert_allclose(spans, [[3.05, 3.55], [6.9, 7.9], [9.05, 9.05], [16, 16]], atol=1e-3)
 
 
 def test_resampling_keeps_event_times_and_does_not_alias(tmp_path):
@@ -588,8 +588,13 @@ def spoil(folder, what):
     "options, given, what, words",
     [
         ({}, {}, "events", ["sub-01_task-see_eeg.vhdr", "no events.tsv", "subjects="]),
-        ({}, {"word": ["n/a"] * 6}, "", ["no event with an onset and a word", "subjects="]),
-        ({}, {"word": ["BAD x"] * 6}, "", ["no event with an onset and a word"]),
+        (
+            {},
+            {"word": ["n/a"] * 6},
+            "",
+            ["no event that can be used, for events without onset or word", "subjects="],
+        ),
+        ({}, {"word": ["BAD x"] * 6}, "", ["events without onset or word"]),
         ({"word_column": "name"}, {}, "", ["no column 'name'", "word_column", "onset, duration"]),
         ({"word_column": ""}, {}, "", ["word_column and object_column are both empty"]),
         ({}, {"onset": ["1", "a", "2", "3", "4", "5"]}, "", ["onset 'a' in row 2 is no number"]),

@@ -104,39 +104,35 @@ def events_of(table, path, config, sfreq):
     and phase and category where the set has them. sfreq: Hz of the recording, for scripts whose
     events count samples. Raises InputError for a column that is not there.
     """
-    column = {}
+    columns = {}
     for name in ("word", "object", "image", "synonyms", "category", "block", "target", "phase"):
-        column[name] = getattr(config, f"{name}_column")
-        if column[name] and column[name] not in table:
+        column = getattr(config, f"{name}_column")
+        if column and column not in table:
             raise InputError(
-                f"{path} has no column '{column[name]}' ({name}_column=), only {', '.join(table)}"
+                f"{path} has no column '{column}' ({name}_column=), only {', '.join(table)}"
             )
-    if not column["word"] and not column["object"]:
+        if column:
+            columns[name] = table[column]
+    if "word" not in columns and "object" not in columns:
         raise InputError(
             "word_column and object_column are both empty: one of them must say what was shown"
         )
-
-    def text(name, missing=""):
-        """A column of text, or what stands for it where the options name none."""
-        if not column[name]:
-            return missing
-        return table[column[name]].fillna(missing)
-
-    objects = table[column["object"] or column["word"]].fillna("")
-    targets = pd.Series(text("target"), table.index).str.lower().isin(["1", "1.0", "true", "yes"])
-    events = pd.DataFrame({"onset": reader.numbers(table, "onset", path)}, index=table.index)
-    events["duration"] = 0.0
+    nothing = pd.Series("", table.index)
+    objects = columns.get("object", columns.get("word")).fillna("")
+    words = columns["word"].fillna("").map(spaced) if "word" in columns else objects.map(word_of)
+    targets = columns.get("target", nothing).str.lower().isin(["1", "1.0", "true", "yes"])
+    events = pd.DataFrame({"onset": reader.numbers(table, "onset", path), "duration": 0.0})
     if "duration" in table:
         events["duration"] = reader.numbers(table, "duration", path).fillna(0.0)
     events["object"] = objects
-    events["word"] = text("word").map(spaced) if column["word"] else objects.map(word_of)
-    events["synonyms"] = text("synonyms").map(synonyms_of) if column["synonyms"] else ""
-    events["image"] = text("image", objects)
-    events["block"] = text("block")
+    events["word"] = words
+    events["synonyms"] = columns.get("synonyms", nothing).fillna("").map(synonyms_of)
+    events["image"] = columns.get("image", objects).fillna(objects)
+    events["block"] = columns.get("block", nothing).fillna("")
     events["target"] = targets.astype(int)
     for name in ("phase", "category"):
-        if column[name]:
-            events[name] = text(name)
+        if name in columns:
+            events[name] = columns[name].fillna("")
     return events
 
 
@@ -144,28 +140,30 @@ def keep_events(events, raw, path):
     """(the events that can be used, {why others were left out: how many}).
 
     Used are those with an onset inside the recording and outside of bad segments and, unless they
-    are catch trials, with a word. raw: an MNE Raw; path: of the events, for messages. Raises
-    InputError where none is left.
+    are catch trials, with a word. raw: an MNE Raw; path: of the events, for messages.
     """
     seconds, sfreq = raw.n_times / raw.info["sfreq"], raw.info["sfreq"]
     dropped = {}
-
-    def keep(kept, what, remedy):
-        nonlocal events
-        dropped[what] = int((~kept).sum())
-        events = events[kept].reset_index(drop=True)
-        if not (events["target"] == 0).any():
-            raise InputError(f"{path} has no event {remedy}")
-
     known = np.isfinite(events["onset"]) & ((events["word"] != "") | (events["target"] == 1))
-    others = "leave this subject out with subjects=, or name another column"
-    keep(known, "events without onset or word", f"with an onset and a word: {others}")
+    events = keep(events, known, "events without onset or word", dropped, path)
     inside = reader.check_onsets(events["onset"], seconds, sfreq, path)
-    keep(inside, "events outside the signal", f"in the {seconds:.0f} s of the recording")
+    events = keep(events, inside, "events outside the signal", dropped, path)
     end = events["onset"] + events["duration"].clip(lower=0)
     bad = reader.inside_spans(events["onset"], end, reader.bad_spans(raw))
-    keep(~bad, "events in BAD segments", "outside of the segments that are marked BAD")
+    events = keep(events, ~bad, "events in BAD segments", dropped, path)
     return events, dropped
+
+
+def keep(events, kept, what, dropped, path):
+    """The kept events; the others are counted. Raises InputError where none is left."""
+    dropped[what] = int((~kept).sum())
+    events = events[kept].reset_index(drop=True)
+    if not (events["target"] == 0).any():
+        raise InputError(
+            f"{path} has no event that can be used, for {what}: name another column, or leave this "
+            "subject out with subjects="
+        )
+    return events
 
 
 def objects_of(events):
@@ -281,7 +279,7 @@ def convert_raw(folder, raw, events, config, path, notes, **meta):
     """
     notes["without_position"] = reader.without_place(raw)
     nowhere = len(notes["without_position"]) == len(raw.ch_names)
-    if nowhere and config.montage not in ("", "none") and notes["sensors"] in ("eeg", "ieeg"):
+    if nowhere and config.montage not in ("", "none"):
         reader.set_places(raw, config.montage, notes)
         notes["without_position"] = reader.without_place(raw)
     reader.require_places(raw, folder.name)

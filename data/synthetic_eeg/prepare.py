@@ -46,6 +46,8 @@ PO8 O1 O2
 CHANNELS = NAMES.split()
 SOA = 0.2  # s from picture to picture
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
+# P1, N1 and P2 to any picture: peak and width (s), size (V)
+EVOKED = ((0.1, 0.02, 4e-6), (0.17, 0.025, -6e-6), (0.25, 0.05, 4e-6))
 # Other right answers, for those of the text's nouns that are chosen.
 WORDS = """
 function=routine|procedure value=quantity|amount number=figure|numeral name=title|designation
@@ -293,10 +295,13 @@ def schedule(config, n_objects, n_images, rng):
     return events, start
 
 
-def respond(weight, kernel, rows, samples):
-    """(samples,) sum of `kernel` at each of `rows`, times its weight."""
+def respond(weight, peak, width, events, samples, rate):
+    """(samples,) sum of a Gaussian response (s) to each event, times its weight."""
+    time = np.arange(0, 0.8, 1 / rate)
+    rows = np.round(events["onset"].to_numpy() * rate).astype(int)
     impulses = np.zeros(samples)
     np.add.at(impulses, rows, weight)
+    kernel = np.exp(-0.5 * ((time - peak) / width) ** 2)
     return scipy.signal.oaconvolve(impulses, kernel)[:samples]
 
 
@@ -306,11 +311,7 @@ def simulate(config, pictures, average, subject):
     rate = config.raw_sfreq
     places, lead, sources = head(rng.uniform(0.95, 1.05))
     events, seconds = schedule(config, *pictures.shape[:2], rng)
-    rows = np.round(events["onset"].to_numpy() * rate).astype(int)
-    samples = round(seconds * rate)
-    time = np.arange(0, 0.8, 1 / rate)
-    # -- what the pictures' meanings do to the brain
-    n = config.dimensions
+    samples, n = round(seconds * rate), config.dimensions
     axis = average["axis"] + config.own * rng.standard_normal((n, 3))
     place = average["place"] + 0.01 * config.own * rng.standard_normal((n, 3))
     latency = average["latency"] + 0.05 * config.own * rng.standard_normal(n)
@@ -323,15 +324,14 @@ def simulate(config, pictures, average, subject):
     weight[seen] = pictures[events["object"][seen], events["image"][seen]]
     source = np.empty((n, samples))
     for d in range(n):
-        kernel = np.exp(-0.5 * ((time - latency[d]) / average["width"][d]) ** 2)
-        source[d] = respond(weight[:, d], kernel, rows, samples)
+        width = average["width"][d]
+        source[d] = respond(weight[:, d], latency[d], width, events, samples, rate)
     signal = (maps.T @ source).astype(np.float32)
-    # -- what any picture does: P1, N1, P2
     posterior = np.flatnonzero((sources[:, 1] < -0.03) & (sources[:, 2] > 0))
-    for peak, width, volt in ((0.1, 0.02, 4e-6), (0.17, 0.025, -6e-6), (0.25, 0.05, 4e-6)):
+    for peak, width, volt in EVOKED:
         scalp = lead[:, rng.choice(posterior)] @ rng.standard_normal(3)
-        kernel = np.exp(-0.5 * ((time - peak) / width) ** 2)
-        evoked = respond(1 + 2 * events["target"].to_numpy(), kernel, rows, samples)
+        size = 1 + 2 * events["target"].to_numpy()
+        evoked = respond(size, peak, width, events, samples, rate)
         signal += np.outer(scalp * volt / np.abs(scalp).max(), evoked)
     add_background(signal, lead, posterior, config, rng)
     add_artefacts(signal, places, seconds, rate, rng)
@@ -617,24 +617,7 @@ def main(config):
     table, pictures = make_objects(*read_words(pydocs), config, rng)
     average = generators(config, rng)
     truths = write_people(folder / "raw", config, table, pictures, average)
-    reading = bids.Config(
-        object_column="object",
-        image_column="image",
-        synonyms_column="synonyms",
-        category_column="category",
-        block_column="block",
-        target_column="target",
-        overwrite=True,
-        **{key: getattr(config, key) for key in bids.SIGNAL_OPTIONS},
-    )
-    meta = bids.convert(
-        folder,
-        folder / "raw",
-        reading,
-        table=lambda events: table,
-        source="data/synthetic_eeg/prepare.py",
-        synthetic=True,
-    )
+    meta = read_people(folder, config, table)
     scores = oracle(folder)
     truth = {
         "gain": config.gain,
@@ -650,6 +633,22 @@ def main(config):
         "the meanings, single trials:"
     )
     print(pd.DataFrame(scores).to_string(index=False))
+
+
+def read_people(folder, config, table):
+    """Convert the BIDS dataset like anybody's; returns the meta of the set."""
+    reading = bids.Config(
+        object_column="object",
+        image_column="image",
+        synonyms_column="synonyms",
+        category_column="category",
+        block_column="block",
+        target_column="target",
+        overwrite=True,
+        **{key: getattr(config, key) for key in bids.SIGNAL_OPTIONS},
+    )
+    meta = {"source": "data/synthetic_eeg/prepare.py", "synthetic": True}
+    return bids.convert(folder, folder / "raw", reading, table=lambda events: table, **meta)
 
 
 def write_people(root, config, table, pictures, average):
