@@ -30,7 +30,6 @@ from typing import Literal
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import mne
 import numpy as np
 import pandas as pd
 import scipy.sparse.linalg
@@ -40,11 +39,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Run, aside, configure, key_seed
-from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale, write_raw
+from data.raw import READABLE, convert_files, converted_files
+from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
 from model import MLP, EncoderConfig, GPTConfig, LayerNorm, NeuralEncoder, Reach
 
 MASKS = ("random", "tube", "span")
-READABLE = (".fif", ".fif.gz", ".vhdr", ".edf", ".bdf", ".gdf", ".set", ".cnt", ".mff", ".nwb")
 
 
 @dataclass
@@ -138,33 +137,13 @@ class Config:
 
 # ---- data
 
-def mne_files(folder):
-    """What MNE reads in a folder, split parts left to the first of them."""
-    return sorted(p for p in folder.rglob("*") if p.name.lower().endswith(READABLE) and not re.search(r"(split-(?!0*1_)\d+_|-\d+\.fif)", p.name))
-
-
 def converted(run, folder):
     """Folders of recordings made of the files that MNE reads in `folder`, in out_dir/recordings; rank 0 makes what is missing or older than its file."""
-    made = []
-    for path in mne_files(folder):
-        name = re.sub(r"[^\w.-]+", "_", str(path.relative_to(folder)))
-        made.append(target := run.out / "recordings" / name)
-        source = f"{path.name}, {path.stat().st_size} bytes, {int(path.stat().st_mtime)}, montage {run.config.montage or 'of the file'}"
-        if not run.master or (target / "meta.yaml").exists() and Recording(target).meta["source"] == source:
-            continue
-        try:
-            raw = mne.io.read_raw(path, verbose="error")
-        except Exception as e:  # MNE's readers raise many kinds
-            raise ValueError(f"{path} cannot be read by MNE ({' '.join(str(e).split())[:120]})") from None
-        if run.config.montage:
-            try:
-                raw.set_montage(run.config.montage, match_case=False, on_missing="ignore", verbose="error")
-            except ValueError:
-                raise ValueError(f"montage='{run.config.montage}' is none of MNE's: {', '.join(mne.channels.get_builtin_montages()[:8])}, ...") from None
-        subject = re.search(r"sub-([A-Za-z0-9]+)", str(path.relative_to(folder)))
-        write_raw(target, raw, pd.DataFrame(dict(onset=[0.0])), subject=subject[1] if subject else path.name.split(".")[0], source=source, synthetic=False)
+    out = run.out / "recordings"
+    if run.master:
+        convert_files(folder, out, montage=run.config.montage, places=not run.config.grid)
     run.barrier()
-    return made
+    return converted_files(folder, out)
 
 
 class Source:

@@ -1,124 +1,216 @@
-"""Brains of every kind as plain files: a continuous signal, where its channels sit, and what happened when. Windows are cut by the scripts.
+"""Brains of every kind as plain files: a continuous signal, its channels, and what happened when.
 
-A dataset is a folder with one folder a recording:
+A dataset is a folder with one folder a recording; scripts cut windows from it at any lag and width:
+
     NAME/signal.f32     (T, C) float32, little-endian, time-major, no header: a memmap reads it
-    NAME/channels.csv   one row a channel: name, type, x, y, z (m, empty where unknown), status (good or bad), whatever the maker adds
-    NAME/events.csv     one row an event: onset (s, finite), duration (s), then what the task has (word, object, ...), in any order of time
-    NAME/meta.yaml      format, samples, sfreq (Hz), unit, subject, first_sample, source, synthetic and whatever the maker adds
-    meta.yaml           format, recordings (their names), synthetic and whatever the maker adds; written last: a folder that has it is complete
+    NAME/channels.csv   a row a channel: name, type, x, y, z (m, empty where unknown), status (good
+                        or bad), and whatever the prepare script adds
+    NAME/events.csv     a row an event, in any order: onset (s, finite), duration (s), then what the
+                        task has (word, object, ...)
+    NAME/meta.yaml      format, samples, sfreq (Hz), unit, subject, first_sample, source, synthetic,
+                        and whatever the prepare script adds
+    meta.yaml           format, recordings (their names), synthetic, and whatever the prepare script
+                        adds; written last, so a folder that has it is complete
 
-Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of the signal: an event at `onset` seconds is at row
-round(sfreq * onset) - first_sample, which may lie outside the signal (MNE's first_samp; a film goes on after the amplifier stopped).
+Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of the signal (MNE's
+first_samp): an event at `onset` seconds is at row round(sfreq * onset) - first_sample. It may lie
+outside the signal, as when a film goes on after the amplifier has stopped.
 
-`write_recording` (arrays) and `write_raw` (an MNE Raw) write one recording, `write_set` completes the dataset, `read_set` and `Recording` read.
-`resampled`, `robust_scale`, `places`, `named_places` and `encoder_input` make of it what a pretrained NeuralEncoder takes (foundation.py says how).
+`write_recording` (arrays) or `write_raw` (an MNE Raw) writes a recording and `write_set` completes
+the dataset; `read_set` and `Recording` read it. The last part prepares signals for a pretrained
+NeuralEncoder (foundation.py shows how).
 """
+
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data import aside, load_meta, read_table, remedy, write_aside, write_yaml
+from data import InputError, aside, load_meta, read_table, remedy, write_aside, write_yaml
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
+PIECE = 2**21  # samples that are filtered at once
+SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # all other types are in V
 
 
 # ---- writing
 
-def write_recording(folder, signal, channels, events, *, sfreq, unit, subject, source, synthetic, first_sample=0, **meta):
-    """Write one recording, streaming, and return its meta; an older meta.yaml goes first and the new one comes last.
-    signal: (T, C) array, or an iterable of (t, C) blocks; channels: DataFrame with name and, where known, type, x, y, z (m), status;
-    events: DataFrame with onset (s) and, where known, duration (s); sfreq: Hz; unit: 'V', 'a.u.'...; subject: its name;
-    source: where it is from; meta: more keys, plain types. Raises ValueError, in a sentence, for anything that does not fit the format."""
+
+def write_recording(folder, signal, channels, events, first_sample=0, **meta):
+    """Write one recording block by block; returns its meta.
+
+    signal: (T, C) array, or an iterable of (t, C) blocks.
+    channels: DataFrame with name and, where known, type, x, y, z (m), status.
+    events: DataFrame with onset (s) and, where known, duration (s).
+    meta: sfreq (Hz), unit ('V', 'a.u.', ...), subject, source (where it is from), synthetic, and
+        any other keys of plain types.
+
+    An older meta.yaml is removed first and the new one comes last, so a folder never claims to hold
+    what it does not. Raises InputError for anything that does not fit the format.
+    """
     folder = Path(folder)
-    channels, events = _checked_channels(channels, folder / "channels.csv"), _checked_events(events, folder / "events.csv")
+    channels = check_channels(channels, folder / "channels.csv")
+    events = check_events(events, folder / "events.csv")
+    sfreq = meta.pop("sfreq")
     if not np.isfinite(sfreq) or sfreq <= 0:
-        raise ValueError(f"{folder}: sfreq={sfreq} is no sampling rate in Hz")
+        raise InputError(f"{folder}: sfreq={sfreq} is no sampling rate in Hz")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
-    samples, digest = 0, hashlib.sha256()
-    with aside(folder / "signal.f32") as file:
-        for block in [signal] if hasattr(signal, "ndim") else signal:
-            block = np.ascontiguousarray(block, dtype="<f4")  # (t, C)
-            if block.ndim != 2 or block.shape[1] != len(channels):
-                raise ValueError(f"{folder / 'signal.f32'}: a block of shape {block.shape} where (time, {len(channels)} channels) was expected")
-            file.write(memoryview(block).cast("B"))
-            digest.update(memoryview(block).cast("B"))
-            samples += len(block)
-    for name, table in (("channels.csv", channels), ("events.csv", events)):
-        write_aside(folder / name, table.to_csv(index=False))
-    meta = {"format": FORMAT, "samples": samples, "sfreq": float(sfreq), "unit": unit, "subject": str(subject), "first_sample": int(first_sample),
-            "source": source, "synthetic": bool(synthetic), "sha256": digest.hexdigest(), **meta}
+    if hasattr(signal, "ndim"):
+        signal = [signal]
+    samples, sha256 = _write_signal(folder / "signal.f32", signal, len(channels))
+    write_aside(folder / "channels.csv", channels.to_csv(index=False))
+    write_aside(folder / "events.csv", events.to_csv(index=False))
+    meta = {
+        "format": FORMAT,
+        "samples": samples,
+        "sfreq": float(sfreq),
+        "unit": meta.pop("unit"),
+        "subject": str(meta.pop("subject")),
+        "first_sample": int(first_sample),
+        "source": meta.pop("source"),
+        "synthetic": bool(meta.pop("synthetic")),
+        "sha256": sha256,
+        **meta,
+    }
     write_yaml(folder / "meta.yaml", meta)
     return meta
 
 
-def write_raw(folder, raw, events, *, subject, source, synthetic, picks="data", block_s=30.0, **meta):
-    """Write an MNE Raw (read block by block, in V) as a recording: channel types, positions (m, from its montage or dig points) and bads
-    come from its info, first_sample from raw.first_samp. picks: MNE channel picks; meta: more keys. Returns the meta."""
-    raw = raw.copy().pick(picks, exclude=())
-    xyz = np.array([ch["loc"][:3] for ch in raw.info["chs"]], dtype=float).reshape(-1, 3)
-    xyz[~np.isfinite(xyz).all(1) | (xyz == 0).all(1)] = np.nan  # MNE's zeros mean unknown
-    channels = pd.DataFrame({"name": raw.ch_names, "type": raw.get_channel_types(), "x": xyz[:, 0], "y": xyz[:, 1], "z": xyz[:, 2],
-                             "status": ["bad" if name in raw.info["bads"] else "good" for name in raw.ch_names]})
+def _write_signal(path, blocks, n_channels):
+    """Write blocks (t, C) one after the other; returns how many samples, and their sha256."""
+    samples = 0
+    digest = hashlib.sha256()
+    with aside(path) as file:
+        for block in blocks:
+            block = np.ascontiguousarray(block, dtype="<f4")
+            if block.ndim != 2 or block.shape[1] != n_channels:
+                raise InputError(
+                    f"{path}: a block of shape {block.shape} where (time, {n_channels} channels) "
+                    "was expected"
+                )
+            content = memoryview(block).cast("B")
+            file.write(content)
+            digest.update(content)
+            samples += len(block)
+    return samples, digest.hexdigest()
+
+
+def write_raw(folder, raw, events, block_s=30.0, **meta):
+    """Write all channels of an MNE Raw, `block_s` seconds at a time; returns the recording's meta.
+
+    Channel types, positions (m) and bads come from raw.info, first_sample from raw.first_samp.
+    meta: subject, source, synthetic and more keys.
+    """
+    units = {SENSOR_UNITS.get(kind, "V") for kind in raw.get_channel_types()}
+    if len(units) > 1:
+        raise InputError(
+            f"{folder}: channels in {' and '.join(sorted(units))} cannot stand in one recording: "
+            "take one kind of sensors"
+        )
+    places = channel_positions(raw)
+    status = np.where(np.isin(raw.ch_names, raw.info["bads"]), "bad", "good")
+    channels = pd.DataFrame({"name": raw.ch_names, "type": raw.get_channel_types()})
+    channels = channels.assign(x=places[:, 0], y=places[:, 1], z=places[:, 2], status=status)
     step = max(1, round(block_s * raw.info["sfreq"]))
-    blocks = (raw.get_data(start=a, stop=min(a + step, raw.n_times)).T for a in range(0, raw.n_times, step))
-    return write_recording(folder, blocks, channels, events, sfreq=raw.info["sfreq"], unit="V", subject=subject, first_sample=raw.first_samp,
-                           source=source, synthetic=synthetic, **meta)
+    starts = range(0, raw.n_times, step)
+    blocks = (raw.get_data(start=a, stop=min(a + step, raw.n_times)).T for a in starts)
+    return write_recording(
+        folder,
+        blocks,
+        channels,
+        events,
+        first_sample=raw.first_samp,
+        sfreq=raw.info["sfreq"],
+        unit=units.pop(),
+        **meta,
+    )
+
+
+def channel_positions(raw):
+    """(C, 3) positions (m) of an MNE Raw's channels, NaN where unknown."""
+    places = np.array([ch["loc"][:3] for ch in raw.info["chs"]], dtype=float).reshape(-1, 3)
+    known = np.isfinite(places).all(1) & (places != 0).any(1)  # MNE's zeros mean unknown
+    return np.where(known[:, None], places, np.nan)
 
 
 def write_set(folder, recordings, *, synthetic, **meta):
-    """Complete a dataset: meta.yaml with the names of its recordings (all written) and more keys of plain types. Returns the meta."""
+    """Complete a dataset: meta.yaml with the names of its recordings, all written; returns it."""
+    if not recordings:
+        raise InputError(f"{folder}: a dataset needs at least one recording")
     for name in recordings:
         read_meta(Path(folder) / name)
-    if not recordings:
-        raise ValueError(f"{folder}: a dataset needs at least one recording")
-    meta = {"format": SET_FORMAT, "recordings": list(recordings), "synthetic": bool(synthetic), **meta}
+    meta = {
+        "format": SET_FORMAT,
+        "recordings": list(recordings),
+        "synthetic": bool(synthetic),
+        **meta,
+    }
     write_yaml(Path(folder) / "meta.yaml", meta)
     return meta
 
 
 # ---- reading
 
+
 class Recording:
     """One recording, opened and checked.
 
-    signal: (T, C) float32 memmap, read-only; channels, events: DataFrames; names: list of C channel names; xyz: (C, 3) in m, NaN where unknown;
-    good: (C,) bool; sfreq (Hz), unit, subject, first_sample, synthetic; meta: the rest of meta.yaml; path: its folder.
-    Raises FileNotFoundError or ValueError, in a sentence, when a file is missing, damaged, or not as long as meta.yaml says."""
+    signal: (T, C) float32 memmap, read-only; channels, events: DataFrames; names: list of C channel
+    names; xyz: (C, 3) in m, NaN where unknown; good: (C,) bool; sfreq (Hz), unit, subject,
+    first_sample, synthetic; meta: all of meta.yaml; path: its folder.
+
+    Raises InputError when a file is missing, damaged, or not as long as meta.yaml says.
+    """
 
     def __init__(self, path):
         self.path = Path(path)
         self.meta = read_meta(path)
-        self.sfreq, self.unit, self.subject = float(self.meta["sfreq"]), self.meta["unit"], str(self.meta["subject"])
-        self.first_sample, self.synthetic = int(self.meta["first_sample"]), bool(self.meta["synthetic"])
-        self.channels = _checked_channels(_table(self.path / "channels.csv"), self.path / "channels.csv")
-        self.events = _checked_events(_table(self.path / "events.csv"), self.path / "events.csv")
+        self.sfreq = float(self.meta["sfreq"])
+        self.unit = self.meta["unit"]
+        self.subject = str(self.meta["subject"])
+        self.first_sample = int(self.meta["first_sample"])
+        self.synthetic = bool(self.meta["synthetic"])
+        channels_csv, events_csv = self.path / "channels.csv", self.path / "events.csv"
+        self.channels = check_channels(_read_csv(channels_csv), channels_csv)
+        self.events = check_events(_read_csv(events_csv), events_csv)
         self.names = self.channels["name"].tolist()
         self.xyz = self.channels[["x", "y", "z"]].to_numpy(float)
         self.good = (self.channels["status"] == "good").to_numpy()
-        file, shape = self.path / "signal.f32", (int(self.meta["samples"]), len(self.names))
+        self.signal = self._open_signal(self.path / "signal.f32")
+
+    def _open_signal(self, file):
+        samples, n_channels = int(self.meta["samples"]), len(self.names)
         if not file.is_file():
-            raise FileNotFoundError(f"{file} is missing{remedy(path)}")
-        if file.stat().st_size != 4 * shape[0] * shape[1] or 0 in shape:
-            raise ValueError(f"{file} is {file.stat().st_size:,} bytes long where {shape[0]:,} samples of {shape[1]} channels take "
-                             f"{4 * shape[0] * shape[1]:,}{remedy(path)}")
-        self.signal = np.memmap(file, "<f4", mode="r", shape=shape)
+            raise InputError(f"{file} is missing{remedy(self.path)}")
+        size = file.stat().st_size
+        if size != 4 * samples * n_channels or size == 0:
+            raise InputError(
+                f"{file} is {size:,} bytes long where {samples:,} samples of {n_channels} channels "
+                f"take {4 * samples * n_channels:,}{remedy(self.path)}"
+            )
+        return np.memmap(file, "<f4", mode="r", shape=(samples, n_channels))
 
     def rows(self, onset):
         """Row of the signal (int64, maybe outside it) for onsets in s."""
-        return np.round(np.asarray(onset, dtype=float) * self.sfreq).astype(np.int64) - self.first_sample
+        samples = np.round(np.asarray(onset, dtype=float) * self.sfreq).astype(np.int64)
+        return samples - self.first_sample
 
 
 def read_meta(folder):
-    """meta.yaml of one recording as a dict. Raises FileNotFoundError when it is not there, ValueError when it is not one of ours."""
-    return load_meta(folder, "recording", FORMAT, ("samples", "sfreq", "unit", "subject", "first_sample", "synthetic"))
+    """meta.yaml of one recording as a dict. Raises InputError where it is none of ours."""
+    keys = ("samples", "sfreq", "unit", "subject", "first_sample", "synthetic")
+    return load_meta(folder, "recording", FORMAT, keys)
 
 
 def read_set(folder):
-    """meta.yaml of a dataset as a dict, 'recordings' the names of its parts: Recording(folder / name) opens one."""
+    """meta.yaml of a dataset: Recording(folder / name) opens each of its 'recordings'.
+
+    A set of speech has the key 'words', the table of its transcript; a set of pictures has none.
+    """
     return load_meta(folder, "recordings", SET_FORMAT, ("recordings", "synthetic"))
 
 
@@ -132,112 +224,202 @@ def complete(folder):
     return True
 
 
-def _table(path):
-    return read_table(path, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})  # 'null' or 'NA' may be a word: only an empty cell is missing
+def _read_csv(path):
+    """A table in which only an empty number is missing: 'null' and 'NA' may be words."""
+    return read_table(path, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})
 
 
-def _checked_channels(table, path):
+def check_channels(table, path):
+    """A table of channels with every column the format has, these first. Raises InputError."""
     table = pd.DataFrame(table).reset_index(drop=True)
     if "name" not in table or not len(table):
-        raise ValueError(f"{path} needs a column 'name' and at least one channel")
+        raise InputError(f"{path} needs a column 'name' and at least one channel")
     table["name"] = table["name"].astype(str)
-    for column, default in (("type", "eeg"), ("x", np.nan), ("y", np.nan), ("z", np.nan), ("status", "good")):
+    defaults = {"type": "eeg", "x": np.nan, "y": np.nan, "z": np.nan, "status": "good"}
+    for column, default in defaults.items():
         if column not in table:
             table[column] = default
     twice = table["name"][table["name"].duplicated()]
     if len(twice):
-        raise ValueError(f"{path}: the channel name {twice.iloc[0]!r} stands there twice")
-    if not set(table["status"]) <= {"good", "bad"}:
-        raise ValueError(f"{path}: status is good or bad, not {sorted(set(table['status']) - {'good', 'bad'})[0]!r}")
+        raise InputError(f"{path}: the channel name {twice.iloc[0]!r} stands there twice")
+    unknown = sorted(set(table["status"]) - {"good", "bad"})
+    if unknown:
+        raise InputError(f"{path}: status is good or bad, not {unknown[0]!r}")
     try:
         table[["x", "y", "z"]] = table[["x", "y", "z"]].astype(float)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: x, y, z are positions in m ({e})") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: x, y, z are positions in m ({error})") from None
     return table[CHANNEL_COLUMNS + [c for c in table if c not in CHANNEL_COLUMNS]]
 
 
-def _checked_events(table, path):
+def check_events(table, path):
+    """A table of events with finite onsets and a duration, these first. Raises InputError."""
     table = pd.DataFrame(table).reset_index(drop=True)
     if "onset" not in table:
-        raise ValueError(f"{path} needs a column 'onset' in seconds")
+        raise InputError(f"{path} needs a column 'onset' in seconds")
     try:
         table["onset"] = table["onset"].astype(float)
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path}: onset is a time in seconds ({e})") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: onset is a time in seconds ({error})") from None
     wrong = np.flatnonzero(~np.isfinite(table["onset"].to_numpy()))
     if len(wrong):
-        raise ValueError(f"{path}: the onset in row {wrong[0] + 1} is not a finite number of seconds; drop such events ({len(wrong)} of {len(table)})")
+        raise InputError(
+            f"{path}: the onset in row {wrong[0] + 1} is not a finite number of seconds; drop such "
+            f"events ({len(wrong)} of {len(table)})"
+        )
     if "duration" not in table:
         table["duration"] = 0.0
     return table[["onset", "duration"] + [c for c in table if c not in ("onset", "duration")]]
 
 
-# ---- what a pretrained encoder takes, by its recipe: sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid
+# ---- input of a pretrained encoder
+# Its recipe is a dict: sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid.
+
 
 def resampled(signal, sfreq, recipe, channels=None):
-    """A continuous signal (T, C') as the recipe has it, (T', C, F) float32: of `channels` (all), at recipe['sfreq'] by the mean of each block of samples;
-    the F features of a channel are the envelopes of recipe['bands'] (Butterworth-4, zero phase, Hilbert), or the signal itself. Row i is of the time from
-    i / recipe['sfreq'] s after the signal's row 0. Raises ValueError where the signal is slower than that, or a band beyond its Nyquist frequency."""
-    to, bands = recipe["sfreq"], recipe["bands"]
-    if to > sfreq:
-        raise ValueError(f"sfreq={to:g} Hz is more than the {sfreq:g} Hz of the recording: block means only go down")
-    if beyond := [band for band in bands if band[1] >= sfreq / 2]:
-        raise ValueError(f"bands: {beyond[0][1]:g} Hz is not below half of the recording's {sfreq:g} Hz")
-    channels = np.arange(signal.shape[1]) if channels is None else np.asarray(channels)
-    edges = np.round(np.arange(int(len(signal) * to / sfreq + 1e-9) + 1) * sfreq / to).astype(int)  # blocks differ by a sample where the ratio is no integer
-    out = np.empty((len(edges) - 1, len(channels), max(1, len(bands))), np.float32)
-    for first in range(0, len(channels), 16):  # the file is read once for so many channels
-        some = slice(first, first + 16)
-        x = np.asarray(signal[:edges[-1], channels[some]], np.float64)
-        for f, band in enumerate(bands or [None]):
-            out[:, some, f] = np.add.reduceat(envelope(x, sfreq, *band) if band else x, edges[:-1], axis=0) / np.diff(edges)[:, None]
+    """A continuous signal (T, C') at recipe['sfreq'] by block means: (T', C, F) float32.
+
+    channels: numbers of the C channels wanted, all by default. The F features of a channel are the
+    envelopes of recipe['bands'], or the signal itself. Row i begins i / recipe['sfreq'] s after the
+    signal's row 0. A file is read piece by piece: hours take little memory. Raises InputError where
+    the signal is too slow for the recipe.
+    """
+    target, bands = recipe["sfreq"], recipe["bands"]
+    if target > sfreq:
+        raise InputError(
+            f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording: block means only "
+            "go down"
+        )
+    for _, high in bands:
+        if high >= sfreq / 2:
+            raise InputError(
+                f"bands: {high:g} Hz is not below half of the recording's {sfreq:g} Hz"
+            )
+    if channels is None:
+        channels = np.arange(signal.shape[1])
+    # Blocks differ by a sample where the ratio of the rates is no integer.
+    n_blocks = int(len(signal) * target / sfreq + 1e-9)
+    edges = np.round(np.arange(n_blocks + 1) * sfreq / target).astype(int)
+    out = np.empty((n_blocks, len(channels), max(1, len(bands))), np.float32)
+    if not bands:
+        step = max(1, 2**22 // (signal.shape[1] * max(1, int(sfreq / target))))
+        for first in range(0, n_blocks, step):
+            some = edges[first : first + step + 1]
+            x = _read_rows(signal, some[0], some[-1])[:, channels]
+            out[first : first + step, :, 0] = _block_means(x, some - some[0])
+        return out
+    group = max(1, 2**25 // len(signal))  # channels that are in memory at once
+    for first in range(0, len(channels), group):
+        for c, x in enumerate(_read_channels(signal, channels[first : first + group], edges[-1])):
+            for f, band in enumerate(bands):
+                out[:, first + c, f] = _block_means(_envelope(x, sfreq, *band), edges)
+    return out
+
+
+def _block_means(x, edges):
+    """Means (n, ...) of x (T, ...) between n + 1 edges."""
+    sums = np.add.reduceat(x.astype(np.float64, copy=False), edges[:-1], axis=0)
+    return (sums.T / np.diff(edges)).T
+
+
+def _read_rows(signal, start, stop):
+    """Rows of a signal. A mapped file is read instead: its pages would stay in memory."""
+    if isinstance(signal, np.memmap) and os.path.getsize(signal.filename) == signal.nbytes:
+        width = signal.shape[1]
+        offset = int(start) * width * signal.itemsize
+        count = int(stop - start) * width
+        return np.fromfile(signal.filename, signal.dtype, count, offset=offset).reshape(-1, width)
+    return np.asarray(signal[start:stop])
+
+
+def _read_channels(signal, channels, stop, step=1 << 16):
+    """Some channels of the first `stop` rows of a signal, (C, stop) float32."""
+    out = np.empty((len(channels), stop), np.float32)
+    for start in range(0, stop, step):
+        rows = _read_rows(signal, start, min(start + step, stop))
+        out[:, start : start + step] = rows[:, channels].T
+    return out
+
+
+def _envelope(x, sfreq, low, high):
+    """Envelope of a channel x (T,); a very long one in pieces that share 30 cycles of the band."""
+    margin = int(30 * sfreq / low)
+    out = np.empty(len(x))
+    for start in range(0, len(x), PIECE):
+        begin = max(0, start - margin)
+        piece = x[begin : start + PIECE + margin, None].astype(np.float64)
+        feature = envelope(piece, sfreq, low, high)[start - begin :, 0]
+        out[start : start + PIECE] = feature[:PIECE]
     return out
 
 
 def envelope(x, sfreq, low, high):
-    """Amplitude of a band (Hz) of x (T, C)."""
+    """Amplitude of a band (Hz) of x (T, C): Butterworth of order 4, zero phase, Hilbert."""
     import scipy.fft
     import scipy.signal
-    x = scipy.signal.sosfiltfilt(scipy.signal.butter(4, [low, high], "band", fs=sfreq, output="sos"), x, axis=0)
-    return np.abs(scipy.signal.hilbert(x, scipy.fft.next_fast_len(len(x)), axis=0)[:len(x)])
+
+    sos = scipy.signal.butter(4, [low, high], "band", fs=sfreq, output="sos")
+    filtered = scipy.signal.sosfiltfilt(sos, x, axis=0)
+    length = scipy.fft.next_fast_len(len(x))
+    return np.abs(scipy.signal.hilbert(filtered, length, axis=0)[: len(x)])
 
 
 def robust_scale(x):
-    """(median, interquartile range / 1.349, which is the SD of a Gaussian) over the first axis of x (T', C, F), each (C, F); 1 where nothing varies."""
+    """(median, robust SD), each (C, F), over the first axis of x (T', C, F).
+
+    The robust SD is the interquartile range / 1.349, which is a Gaussian's SD; 1 if nothing varies.
+    """
     low, centre, high = np.percentile(x, [25, 50, 75], axis=0)
     return centre, np.where(high > low, (high - low) / 1.349, 1.0)
 
 
 def places(names, xyz, good, grid=""):
-    """Where the channels are for an encoder, (C, 3) in m: xyz, or with grid='8x8' the cells of G1 .. G64, row by row, 10 mm apart. nan for a bad channel, and
-    one that nobody knows the place of: absent to an encoder."""
+    """Positions (C, 3) in m as an encoder takes them; NaN, which is absent, for a bad channel.
+
+    grid='8x8' puts the channels G1 .. G64 on a grid, row by row, 10 mm apart, whatever xyz says.
+    """
     xyz = np.array(xyz, dtype=float)
     if grid:
-        rows, columns = map(int, grid.split("x"))
-        number = [int(name[1:]) - 1 if name[:1] == "G" and name[1:].isdigit() else -1 for name in names]
-        xyz = np.array([(n % columns / 100, n // columns / 100, 0.0) if 0 <= n < rows * columns else (np.nan,) * 3 for n in number])
-    return np.where((np.asarray(good) & np.isfinite(xyz).all(1))[:, None], xyz, np.nan)
+        n_rows, n_columns = map(int, grid.split("x"))
+        xyz = np.full((len(names), 3), np.nan)
+        for i, name in enumerate(names):
+            if name[:1] == "G" and name[1:].isdigit() and 1 <= int(name[1:]) <= n_rows * n_columns:
+                row, column = divmod(int(name[1:]) - 1, n_columns)
+                xyz[i] = column / 100, row / 100, 0.0
+    present = np.asarray(good) & np.isfinite(xyz).all(1)
+    return np.where(present[:, None], xyz, np.nan)
 
 
 def encoder_input(windows, recipe, centre, scale):
-    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them, (N, C, P * F * patch) float32: in units of `scale` about `centre`, (C, F)
-    from robust_scale over training time, cut at recipe['clamp']; the features of a patch side by side. Samples beyond the last patch are left out."""
+    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them, float32.
+
+    (N, C, P * F * patch): in units of `scale` about `centre`, (C, F) from robust_scale over
+    training time, cut at recipe['clamp']; the features of a patch side by side. Samples beyond the
+    last whole patch are left out.
+    """
     N, T, C, F = windows.shape
     patch, clamp = recipe["patch"], recipe["clamp"]
     x = np.clip((windows - centre) / scale, -clamp, clamp).astype(np.float32)
-    return x[:, :T // patch * patch].reshape(N, -1, patch, C, F).transpose(0, 3, 1, 4, 2).reshape(N, C, -1)
+    x = x[:, : T // patch * patch].reshape(N, -1, patch, C, F)
+    return x.transpose(0, 3, 1, 4, 2).reshape(N, C, -1)
 
 
 def named_places(names, xyz, recipe):
-    """(places (C, 3), {name, position, absent: how many}): xyz, and where it is nan the mean place that channels of the same name had in pretraining. How
-    the channels were matched: a name that pretraining knows, else a position of their own, else absent."""
-    known, out = {}, np.array(xyz, dtype=float)
+    """Positions (C, 3) in m, and how the channels were matched to those of pretraining.
+
+    Where xyz is NaN, a channel gets the mean place that channels of its name had in pretraining.
+    The counts are {name: known by name, position: by its own position only, absent: neither}.
+    """
+    known = {}
     for recording in recipe["recordings"]:
         for name, place in zip(recording["channels"], recording["xyz"]):
             if np.isfinite(place).all():
                 known.setdefault(name, []).append(place)
+    xyz = np.array(xyz, dtype=float)
     for i, name in enumerate(names):
-        if name in known and not np.isfinite(out[i]).all():
-            out[i] = np.mean(known[name], 0)
-    here, named = np.isfinite(out).all(1), np.array([name in known for name in names], bool)
-    return out, {"name": int((named & here).sum()), "position": int((~named & here).sum()), "absent": int((~here).sum())}
+        if name in known and not np.isfinite(xyz[i]).all():
+            xyz[i] = np.mean(known[name], 0)
+    placed = np.isfinite(xyz).all(1)
+    named = np.array([name in known for name in names], dtype=bool)
+    counts = {"name": placed & named, "position": placed & ~named, "absent": ~placed}
+    return xyz, {how: int(which.sum()) for how, which in counts.items()}

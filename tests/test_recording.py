@@ -1,65 +1,119 @@
-"""The recording format: what is written is what is read, whatever MNE knows comes along, and damage is a sentence."""
+"""The recording format: what is written is what is read, damage is a sentence, hours fit."""
+
+import tracemalloc
+
 import mne
 import numpy as np
 import pandas as pd
 import pytest
 
-from data import recording
+from data import InputError, recording
 
 
-def a_raw(first_samp=100):
+def make_raw(types=("eeg", "eeg"), first_samp=100):
     rng = np.random.default_rng(0)
-    info = mne.create_info(["Cz", "Pz", "stim"], 200.0, ["eeg", "eeg", "stim"])
-    raw = mne.io.RawArray(rng.normal(size=(3, 1000)) * 1e-5, info, first_samp=first_samp, verbose="error")
-    raw.set_montage(mne.channels.make_dig_montage({"Cz": [0, 0, 0.1]}, coord_frame="head"), on_missing="ignore", verbose="error")
-    raw.info["bads"] = ["Pz"]
-    return raw
+    info = mne.create_info(["Cz", "Pz"], 200.0, list(types))
+    data = rng.normal(size=(2, 1000)) * 1e-5
+    return mne.io.RawArray(data, info, first_samp=first_samp, verbose="error")
+
+
+META = {"subject": "1", "source": "a test", "synthetic": True}
 
 
 def test_a_raw_comes_back_with_places_bads_and_first_sample(tmp_path):
-    raw = a_raw()
+    raw = make_raw()
+    montage = mne.channels.make_dig_montage({"Cz": [0, 0, 0.1]}, coord_frame="head")
+    raw.set_montage(montage, on_missing="ignore", verbose="error")
+    raw.info["bads"] = ["Pz"]
     events = pd.DataFrame({"onset": [2.0, 1.0], "word": ["null", "NA"]})
-    recording.write_raw(tmp_path / "s/sub-1", raw, events, subject="1", source="a test", synthetic=True, block_s=0.7)
+    recording.write_raw(tmp_path / "s/sub-1", raw, events, block_s=0.7, **META)
     recording.write_set(tmp_path / "s", ["sub-1"], synthetic=True)
     read = recording.Recording(tmp_path / "s/sub-1")
-    assert read.names == ["Cz", "Pz"] and read.good.tolist() == [True, False] and read.sfreq == 200 and read.unit == "V" and read.synthetic
-    np.testing.assert_array_equal(read.signal, raw.get_data(picks=["Cz", "Pz"]).T.astype("f4"))
+    assert read.names == ["Cz", "Pz"] and read.good.tolist() == [True, False]
+    assert read.sfreq == 200 and read.unit == "V" and read.synthetic and read.subject == "1"
+    np.testing.assert_array_equal(read.signal, raw.get_data().T.astype("f4"))
     np.testing.assert_allclose(read.xyz[0], [0, 0, 0.1], atol=1e-7)
     assert np.isnan(read.xyz[1]).all()
     assert read.events["word"].tolist() == ["null", "NA"]  # words, not missing values
-    assert read.rows([2.0, 0.5]).tolist() == [300, 0]      # the clock starts first_sample before row 0
-    assert recording.complete(tmp_path / "s") and recording.read_set(tmp_path / "s")["recordings"] == ["sub-1"]
+    assert read.rows([2.0, 0.5]).tolist() == [300, 0]  # the clock starts before row 0
+    assert recording.complete(tmp_path / "s")
+    assert recording.read_set(tmp_path / "s")["recordings"] == ["sub-1"]
+
+
+def test_magnetometers_and_gradiometers_do_not_mix(tmp_path):
+    events = pd.DataFrame({"onset": [1.0]})
+    with pytest.raises(InputError, match="channels in T and T/m cannot stand in one recording"):
+        recording.write_raw(tmp_path / "r", make_raw(["mag", "grad"]), events, **META)
+    recording.write_raw(tmp_path / "r", make_raw(["grad", "grad"]), events, **META)
+    assert recording.Recording(tmp_path / "r").unit == "T/m"
 
 
 def write(folder, **changes):
-    given = dict(signal=np.zeros((10, 2), "f4"), channels=pd.DataFrame({"name": ["a", "b"]}), events=pd.DataFrame({"onset": [0.0]}), sfreq=10.0,
-                 unit="V", subject="1", source="a test", synthetic=True) | changes
-    return recording.write_recording(folder, **given)
+    given = {
+        "signal": np.zeros((10, 2), "f4"),
+        "channels": pd.DataFrame({"name": ["a", "b"]}),
+        "events": pd.DataFrame({"onset": [0.0]}),
+        "sfreq": 10.0,
+        "unit": "V",
+    }
+    return recording.write_recording(folder, **given | META | changes)
 
 
-@pytest.mark.parametrize("changes,words", [
-    (dict(events=pd.DataFrame({"onset": [0.0, np.nan]})), "row 2 is not a finite number of seconds"),
-    (dict(events=pd.DataFrame({"word": ["a"]})), "needs a column 'onset'"),
-    (dict(channels=pd.DataFrame({"name": ["a", "a"]})), "'a' stands there twice"),
-    (dict(channels=pd.DataFrame({"name": ["a", "b"], "status": ["good", "ugly"]})), "not 'ugly'"),
-    (dict(signal=np.zeros((10, 3))), "2 channels"),
-    (dict(sfreq=0), "sfreq=0"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"events": pd.DataFrame({"onset": [0.0, np.nan]})}, "row 2 is not a finite number"),
+        ({"events": pd.DataFrame({"onset": ["a"]})}, "onset is a time in seconds"),
+        ({"events": pd.DataFrame({"word": ["a"]})}, "needs a column 'onset'"),
+        ({"channels": pd.DataFrame({"name": ["a", "a"]})}, "'a' stands there twice"),
+        ({"channels": pd.DataFrame({"name": ["a", "b"], "status": ["good", "x"]})}, "not 'x'"),
+        ({"channels": pd.DataFrame({"name": ["a", "b"], "x": ["left", "0"]})}, "positions in m"),
+        ({"channels": pd.DataFrame({"label": ["a"]})}, "needs a column 'name'"),
+        ({"signal": np.zeros((10, 3))}, "2 channels"),
+        ({"sfreq": 0}, "sfreq=0"),
+    ],
+)
 def test_what_does_not_fit_is_refused(tmp_path, changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(InputError, match=words):
         write(tmp_path / "r", **changes)
     assert not (tmp_path / "r/meta.yaml").exists()
 
 
 def test_damage_is_a_sentence(tmp_path):
-    with pytest.raises((FileNotFoundError, ValueError), match="does not exist"):
+    with pytest.raises(InputError, match="does not exist"):
         recording.Recording(tmp_path / "none")
     write(tmp_path / "r")
     (tmp_path / "r/signal.f32").write_bytes(b"\0" * 79)
-    with pytest.raises(ValueError, match="79 bytes long where 10 samples of 2 channels take 80"):
+    with pytest.raises(InputError, match="79 bytes long where 10 samples of 2 channels take 80"):
         recording.Recording(tmp_path / "r")
+    (tmp_path / "r/signal.f32").unlink()
+    with pytest.raises(InputError, match="signal.f32 is missing"):
+        recording.Recording(tmp_path / "r")
+    recording.write_set(tmp_path, ["r"], synthetic=True)
+    assert not recording.complete(tmp_path)
     (tmp_path / "r/meta.yaml").write_text("format: other\n")
-    with pytest.raises(ValueError, match="'other' where 'recording-1'"):
+    with pytest.raises(InputError, match="'other' where 'recording-1'"):
         recording.Recording(tmp_path / "r")
-    with pytest.raises(ValueError, match="at least one recording"):
+    with pytest.raises(InputError, match="at least one recording"):
         recording.write_set(tmp_path, [], synthetic=True)
+
+
+@pytest.mark.parametrize("bands", [[], [[5, 15], [20, 40]]])
+def test_a_long_signal_is_resampled_piece_by_piece(tmp_path, bands, monkeypatch):
+    """As all at once, in a fraction of the file's size; channels in any order, rates uneven."""
+    monkeypatch.setattr(recording, "PIECE", 100_000)
+    signal = np.random.default_rng(0).normal(size=(400_000, 24)).astype("f4")
+    channels = pd.DataFrame({"name": [f"E{i}" for i in range(24)]})
+    write(tmp_path / "r", signal=signal, channels=channels, sfreq=128.0)
+    read = recording.Recording(tmp_path / "r")
+    recipe = {"sfreq": 30.0, "bands": bands}
+    tracemalloc.start()
+    out = recording.resampled(read.signal, read.sfreq, recipe, [7, 3])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.75 * signal.nbytes and len(out) == 93_750
+    if not bands:  # blocks of 4 or 5 samples
+        np.testing.assert_allclose(out[1, :, 0], signal[4:9, [7, 3]].mean(0), atol=1e-6)
+    monkeypatch.setattr(recording, "PIECE", 1 << 21)  # all at once
+    whole = recording.resampled(signal, 128.0, recipe, [7, 3])
+    assert np.abs(out - whole)[100:-100].max() < 0.02 * whole.std()

@@ -1,0 +1,662 @@
+"""Recordings as laboratories have them: the one reader of BIDS folders and of files that MNE reads.
+
+`find_recordings` looks into a BIDS folder and `open_raw` opens one of its files, honouring what the
+sidecars say: channel types, units, bad channels, positions, gaps. `set_places` finds positions by
+channel names, `bad_spans` says what must not be used, `convert_files` makes recordings
+(data/recording.py) of a folder of any files. What was done about a file is gathered in a dict of
+notes; what cannot be read rightly is refused.
+"""
+
+import csv
+import json
+import re
+import warnings
+from pathlib import Path
+
+import mne
+import mne_bids
+import numpy as np
+import pandas as pd
+
+from data import InputError, check_content, read_table
+from data.recording import SENSOR_UNITS, Recording, channel_positions, write_raw
+
+BIDS_ENDINGS = (".vhdr", ".edf", ".bdf", ".set", ".fif", ".ds")
+READABLE = (*BIDS_ENDINGS, ".fif.gz", ".gdf", ".cnt", ".mff", ".nwb")
+NOT_RAW = r"[-_](epo|ave|cov|fwd|inv|src|trans|ica|eve|proj|sol|bem|annot)\.fif(\.gz)?$"
+NUMBERED = r"(-\d+\.fif(\.gz)?|_split-0*([2-9]|\d\d+)_.*)$"  # maybe later parts of another file
+# Kinds of sensors, which do not stand in one recording: their channel types in MNE, and the SD
+# within a second (V, T, T/m) that a brain can have.
+SENSORS = {
+    "eeg": (("eeg",), 1e-9, 1e-3),
+    "ieeg": (("ecog", "seeg", "dbs"), 1e-9, 1e-2),
+    "mag": (("mag",), 1e-17, 1e-9),
+    "grad": (("grad",), 1e-16, 1e-8),
+}
+# Channel types of channels.tsv that MNE knows, most by the same name; those of MEG are in the file.
+CHANNEL_TYPES = ("eeg", "ecog", "seeg", "dbs", "eog", "ecg", "emg", "stim")
+TYPE_NAMES = {"veog": "eog", "heog": "eog", "trig": "stim"}
+VOLTS = {"v": 1.0, "mv": 1e-3, "uv": 1e-6, "nv": 1e-9}
+METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
+# Annotations and rows of events.tsv that mark segments, as MNE, EEGLAB and BrainVision call them.
+SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New Segment")
+
+
+# ---- tables and sidecars
+
+
+def read_tsv(path, *columns):
+    """A table of BIDS, all text; n/a and empty are NaN. Raises InputError where it lacks a column.
+
+    Quotes are marks like any other, unless the first column's name is in quotes.
+    """
+    quoting = csv.QUOTE_NONE
+    if check_content(path).read_bytes().lstrip(b"\xef\xbb\xbf").startswith(b'"'):
+        quoting = csv.QUOTE_MINIMAL
+    options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
+    table = read_table(path, encoding=encoding_of(path), **options)
+    for column in columns:
+        if column not in table:
+            raise InputError(f"{path} has no column '{column}', only {', '.join(map(str, table))}")
+    return table
+
+
+def read_json(path):
+    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    if path is None:
+        return {}
+    try:
+        return json.loads(check_content(path).read_text(encoding_of(path)))
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON ({error})") from None
+
+
+def encoding_of(path):
+    """UTF-8, as BIDS has it, or Latin-1, as Excel writes it."""
+    try:
+        Path(path).read_text("utf-8-sig")
+        return "utf-8-sig"
+    except UnicodeDecodeError:
+        return "latin-1"
+
+
+def numbers(table, column, path):
+    """A column as floats, NaN where it says nan or nothing. Raises InputError for other text."""
+    text = table[column].str.strip().str.replace(r"^([-+]?\d+),(\d+)$", r"\1.\2", regex=True)
+    text = text.mask(text.str.lower().isin(["nan", "na", "n/a", "none", ""]))
+    values = pd.to_numeric(text, errors="coerce")
+    wrong = table[values.isna() & text.notna()]
+    if len(wrong):
+        row = wrong.index[0]
+        raise InputError(f"{path}: {column} '{wrong[column][row]}' in row {row + 1} is no number")
+    return values.astype(float)
+
+
+def sidecar(path, root, suffix):
+    """The nearest file that BIDS' inheritance gives to a recording, such as _channels.tsv, or None.
+
+    It lies beside the recording or above, and all of its entities are the recording's own.
+    """
+    path = Path(path)
+    entities = {"", *path.stem.split("_")[:-1]}
+    for folder in path.parents:
+        found = []
+        for file in sorted(folder.glob(f"*{suffix}")):
+            others = set(file.name.removesuffix(suffix).split("_")) - entities
+            if all(entity.startswith("space-") for entity in others):
+                found.append(file)
+        if found:
+            return max(found, key=lambda file: len(file.name))
+        if folder == Path(root):
+            return None
+    return None
+
+
+# ---- what there is
+
+
+def find_recordings(root, subjects=(), task="", sensors=""):
+    """[(name, path)] of a BIDS folder's raw recordings; the name has what tells them apart.
+
+    The name is like sub-01 or sub-01_ses-02_run-1. Only sub-* folders are looked into, so nothing
+    of derivatives/, sourcedata/ or code/. Raises InputError for a folder that is no BIDS, and for
+    subjects that are not there, have no recording, or one whose content is missing.
+    """
+    root = Path(root)
+    there = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.name != "sub-emptyroom"]
+    if not there:
+        raise InputError(
+            f"root={root} is no BIDS folder: give the one that holds dataset_description.json and "
+            "sub-01, sub-02, ..."
+        )
+    subjects = [_subject(asked, there, root) for asked in subjects] or there
+    datatypes = {"": ("eeg", "meg", "ieeg"), "eeg": ("eeg", "meg"), "ieeg": ("ieeg",)}
+    for datatype in datatypes.get(sensors, ("meg",)):
+        paths = _find_paths(root, subjects, datatype, task)
+        if paths:
+            break
+    wanted = datatype if paths else sensors or "eeg, meg or ieeg"
+    for subject in subjects:
+        if not any(path.name.startswith(f"sub-{subject}_") for path in paths):
+            raise InputError(
+                f"{root / f'sub-{subject}'} has no recording of {wanted}"
+                f"{f' and task {task}' if task else ''} ({', '.join(BIDS_ENDINGS)}): leave it out "
+                "with subjects="
+            )
+    return list(zip(_names(paths), paths))
+
+
+def _subject(asked, there, root):
+    """The subject that 'sub-01', '01' or '1' means."""
+    asked = str(asked).removeprefix("sub-")
+    alike = [name for name in there if name.lstrip("0") == asked.lstrip("0")]
+    if asked in there:
+        return asked
+    if len(alike) == 1:
+        return alike[0]
+    raise InputError(f"{root} has no sub-{asked}; there are {', '.join(there)}")
+
+
+def _find_paths(root, subjects, datatype, task):
+    """The recordings of a type, of one in several FIF files the first part alone."""
+    for subject in subjects:
+        for path in root.glob(f"sub-{subject}/**/*_{datatype}.*"):
+            check_content(path)  # mne-bids does not see links that lead nowhere
+    found = mne_bids.find_matching_paths(
+        root,
+        subjects=subjects,
+        tasks=task or None,
+        suffixes=datatype,
+        extensions=[*BIDS_ENDINGS, ".EDF", ".BDF"],
+        datatypes=datatype,
+        ignore_nosub=True,
+    )
+    paths = []
+    for path in found:
+        first = path.split in (None, "01", "1")
+        if first and path.acquisition not in ("crosstalk", "calibration"):
+            paths.append(Path(path.fpath))
+    return paths
+
+
+def _names(paths):
+    """Names of recordings: the entities of their files that differ within any subject."""
+    entities = []
+    for path in paths:
+        pairs = [entity.split("-", 1) for entity in path.stem.split("_")[:-1]]
+        entities.append({pair[0]: pair[-1] for pair in pairs if pair[0] != "split"})
+    n_values = pd.DataFrame(entities).groupby("sub").nunique(dropna=False).max()
+    names = []
+    for found in entities:
+        telling = [key for key in found if key == "sub" or n_values[key] > 1]
+        names.append("_".join(f"{key}-{found[key]}" for key in telling))
+    for name in names:
+        if names.count(name) > 1:
+            endings = [p.suffix for p, other in zip(paths, names) if other == name]
+            raise InputError(f"{name} is there in two formats ({', '.join(endings)}): keep one")
+    return names
+
+
+# ---- one recording
+
+
+def open_raw(path, root, sensors=""):
+    """(MNE Raw of one kind of sensors, notes of what was done); not loaded unless it must be.
+
+    Types, units and bads are those of channels.tsv, positions those of electrodes.tsv. sensors: a
+    key of SENSORS; "": that of the folder, else the first that is there. Raises InputError for a
+    file that is torn, has nothing of a brain, or has a unit that cannot be.
+    """
+    path, notes, stamps = Path(path), {}, None
+    files_of(path)
+    try:
+        raw = mne.io.read_raw(path, verbose="error")
+    except Exception as error:  # each format has errors of its own for a damaged file
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read by MNE ({reason}): is it complete?") from None
+    if path.suffix.lower() in (".edf", ".bdf"):
+        stamps = read_stamps(path)
+    tells_gaps = stamps is not None or path.suffix == ".fif"
+    _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
+    if stamps is not None:
+        raw = _fill_gaps(raw, path, stamps)
+    unit_factors = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
+    _pick_sensors(raw, path, sensors, notes)
+    _set_units(raw, path, unit_factors, notes)
+    electrodes = sidecar(path, root, "_electrodes.tsv")
+    if electrodes:
+        _read_electrodes(raw, electrodes, sidecar(path, root, "_coordsystem.json"), notes)
+    return raw, notes
+
+
+def files_of(path):
+    """All files of a recording: header, data, markers. Raises InputError for missing content."""
+    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}.*")
+    return [check_content(file) for file in sorted(files)]
+
+
+def _check_length(raw, path, described, tells_gaps):
+    """Refuse a torn file, and one with gaps that its format does not tell."""
+    facts = read_json(described)
+    stated, seconds = facts.get("RecordingDuration"), raw.n_times / raw.info["sfreq"]
+    if isinstance(stated, (int, float)) and seconds < 0.99 * stated - 1:
+        raise InputError(
+            f"{path} is {seconds:.0f} s long where {described.name} says {stated:.0f}: it is torn, "
+            "fetch it again"
+        )
+    if facts.get("RecordingType") == "discontinuous" and not tells_gaps:
+        raise InputError(
+            f"{path} is discontinuous, as {described.name} says, and the file does not tell where: "
+            "events after a gap would land elsewhere. Convert it to FIF or EDF+D, or say "
+            "RecordingType: continuous if the onsets count the file's own time"
+        )
+
+
+def read_stamps(path):
+    """Onsets (s) of the records of an interrupted EDF+ or BDF+, as they are stamped, else None.
+
+    The annotation signal of each record begins with one, as in +50.0.
+    """
+    with open(path, "rb") as file:
+        head = file.read(256)
+        n_signals = int(head[252:256])
+        fields = file.read(256 * n_signals)
+    if head[192:197] not in (b"EDF+D", b"BDF+D"):
+        return None
+    labels = np.char.strip(np.frombuffer(fields, "S16", n_signals)).tolist()
+    n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
+    ends = np.cumsum(n_samples) * (2 if head[:1] == b"0" else 3)  # bytes
+    stamps = labels.index(head[192:195] + b" Annotations")
+    records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
+    records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
+    start = ends[stamps - 1] if stamps else 0
+    texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
+    return np.char.partition(texts, b"\x14")[:, 0].astype(float)
+
+
+def _fill_gaps(raw, path, stamps):
+    """A Raw in real time, 0 and BAD where nothing was recorded; stamps: onsets (s) of records."""
+    sfreq, width = raw.info["sfreq"], raw.n_times // len(stamps)
+    starts = np.round((stamps - stamps[0]) * sfreq).astype(int)
+    gaps = np.flatnonzero(np.diff(starts) > width + 1)  # records before one
+    if not len(gaps):
+        return raw
+    signal = np.zeros((len(raw.ch_names), starts[-1] + width))
+    for first, last in zip([0, *gaps + 1], [*gaps, len(starts) - 1]):
+        n = (last - first + 1) * width
+        block = raw.get_data(start=first * width, stop=first * width + n)
+        signal[:, starts[first] : starts[first] + n] = block
+    begin, end = (starts[gaps] + width) / sfreq, starts[gaps + 1] / sfreq
+    annotations = mne.read_annotations(path)
+    annotations.append(begin, end - begin, "BAD_ACQ_SKIP")
+    filled = mne.io.RawArray(signal, raw.info, verbose="error")
+    filled._orig_units = raw._orig_units
+    return filled.set_annotations(annotations, verbose="error")
+
+
+def _read_channels(raw, path, channels):
+    """Give a Raw the types and bads of channels.tsv; returns {channel: factor to its unit}."""
+    if channels is None:
+        return {}
+    table = read_tsv(channels, "name").dropna(subset="name").drop_duplicates("name")
+    table = table.set_index("name")
+    for name, kind in zip(raw.ch_names, raw.get_channel_types()):
+        if name not in table.index and kind != "stim":
+            raise InputError(
+                f"{channels} does not name the channel '{name}' of {path.name}: the two do not "
+                "belong together"
+            )
+    table = table.reindex(raw.ch_names).fillna("n/a")
+    if "type" in table:
+        types = table["type"].str.lower().replace(TYPE_NAMES)
+        types = types[~types.str.startswith(("meg", "hlu", "n/a"))]
+        types = types.where(types.isin(CHANNEL_TYPES), "misc")
+        raw.set_channel_types(types.to_dict(), verbose="error")
+    if "status" in table:
+        raw.info["bads"] = table.index[table["status"].str.lower() == "bad"].tolist()
+    if "units" not in table:
+        return {}
+    stated = table["units"].map(volts)
+    in_file = pd.Series(raw._orig_units).map(volts).reindex(raw.ch_names)  # NaN: no unit there
+    return (stated / in_file.fillna(1.0)).dropna().to_dict()
+
+
+def volts(unit):
+    """Volts in a unit such as µV or microvolt; NaN where it is none of voltage."""
+    short = unit.strip().lower().replace("micro", "u").replace("volts", "v").replace("volt", "v")
+    return VOLTS.get(re.sub("[µμ]", "u", short), np.nan)
+
+
+def _pick_sensors(raw, path, sensors, notes):
+    """Leave the channels of one kind of sensors in a Raw."""
+    types = pd.Series(raw.get_channel_types())
+    counts = {}
+    for kind, (of_kind, *_) in SENSORS.items():
+        if types.isin(of_kind).any():
+            counts[kind] = int(types.isin(of_kind).sum())
+    there = list(counts)
+    if path.parent.name == "meg":  # EEG channels there are beside the MEG
+        there.sort(key=lambda kind: kind not in ("mag", "grad"))
+    if not there or sensors not in ("", *there):
+        wanted = sensors or "eeg, ieeg, mag (MEG) or grad (MEG)"
+        raise InputError(
+            f"{path} has no channel of type {wanted}, only {', '.join(sorted(set(types)))}: look "
+            "at the types in its channels.tsv"
+        )
+    kind = sensors or there[0]
+    raw.pick(list(SENSORS[kind][0]), exclude=())
+    notes["sensors"] = kind
+    del counts[kind]
+    notes["other_sensors"] = counts
+
+
+def _set_units(raw, path, factors, notes):
+    """Bring a Raw to V, T or T/m. Raises InputError for a size that no brain's signal has.
+
+    The unit in the file holds, and where it has none, or one that cannot be, that of channels.tsv.
+    """
+    _, low, high = SENSORS[notes["sensors"]]
+    in_file = [volts(raw._orig_units.get(name, "V")) for name in raw.ch_names]
+    stated = np.array([factors.get(name, 1.0) for name in raw.ch_names])
+    sd = sd_within_seconds(raw)
+    if not np.isfinite(sd).any():
+        return  # flat
+    factor = np.where(np.isnan(in_file), stated, 1.0)
+    if not low <= np.nanmedian(sd * factor) <= high:
+        factor = stated
+    size = np.nanmedian(sd * factor)
+    if not low <= size <= high:
+        unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
+        raise InputError(
+            f"{path}: a standard deviation of {size:.2g} {unit} within a second is no brain's "
+            f"({low:g} to {high:g}): if the unit is wrong, say the right one (µV, mV, V) in the "
+            "column units of channels.tsv; if this is a test signal, leave it out"
+        )
+    if (factor != 1).any():
+        raw.load_data(verbose="error")
+        raw.apply_function(lambda x: x * factor[:, None], picks="all", channel_wise=False)
+        notes["units"] = "of channels.tsv"
+
+
+def sd_within_seconds(raw, n=60):
+    """(C,) median over `n` seconds of a Raw of the SD within each; NaN for a flat channel."""
+    width = max(2, round(raw.info["sfreq"]))
+    sds = []
+    for start in np.unique(np.linspace(0, max(0, raw.n_times - width), n).astype(int)):
+        sds.append(raw.get_data(start=start, stop=start + width).std(1))
+    sds = np.where(np.array(sds) > 0, sds, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of channels that are NaN
+        return np.nanmedian(sds, axis=0)
+
+
+# ---- places
+
+
+def bare_name(name):
+    """A channel's name without what amplifiers add: 'EEG Fp1-Ref' → 'Fp1', 'Fc5.' → 'Fc5'."""
+    name = re.sub(r"^(EEG|ECOG|SEEG|POL)[\s_-]+", "", name.strip(), flags=re.IGNORECASE)
+    name = re.sub(r"[\s_-]+(REF|LE|AR|AVG|CAR|[AM][12]|A1A2|M1M2)$", "", name, flags=re.IGNORECASE)
+    return name.strip(" .")
+
+
+def match_names(names, known):
+    """{name: its spelling in `known`}, whatever its case and what amplifiers add."""
+    spelling = {name.lower(): name for name in known}
+    matched = {}
+    for name in sorted(names, key=lambda name: name.lower() not in spelling):
+        for form in (name, bare_name(name)):
+            match = spelling.get(form.lower())
+            if match and match not in matched.values():
+                matched[name] = match
+                break
+    return matched
+
+
+def _rename(raw, known, notes):
+    """Call channels of a Raw as `known` does where their names differ by more than their case."""
+    renamed = {}
+    for name, match in match_names(raw.ch_names, known).items():
+        if name.lower() != match.lower():
+            renamed[name] = match
+    if renamed:
+        raw.rename_channels(renamed, verbose="error")
+        notes["renamed"] = notes.get("renamed", {}) | renamed
+
+
+def set_places(raw, montage, notes):
+    """Give electrodes the places that a montage of MNE has for their names."""
+    if notes["sensors"] in ("mag", "grad"):
+        return
+    try:
+        standard = mne.channels.make_standard_montage(montage)
+    except ValueError:
+        known = ", ".join(mne.channels.get_builtin_montages())
+        raise InputError(f"montage='{montage}' is none of MNE's: {known}") from None
+    _rename(raw, standard.ch_names, notes)
+    raw.set_montage(standard, match_case=False, on_missing="ignore", verbose="error")
+    notes["positions"] = montage
+
+
+def _read_electrodes(raw, electrodes, coordsystem, notes):
+    """Give a Raw the positions of electrodes.tsv; with landmarks, in MNE's head frame."""
+    table = read_tsv(electrodes, "name", "x", "y", "z").dropna(subset="name")
+    table = table.drop_duplicates("name")
+    facts = read_json(coordsystem)
+    prefix = "iEEG" if notes["sensors"] == "ieeg" else "EEG"
+    unit = str(facts.get(f"{prefix}CoordinateUnits", "m")).lower()
+    axes = np.eye(3) * METRES.get(unit, 1.0)
+    if facts.get(f"{prefix}CoordinateSystem") in ("EEGLAB", "EEGLAB-HJ", "CTF"):
+        axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # x is to the nose there, y to the left
+    xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
+    _rename(raw, table["name"], notes)
+    if np.nanmax(np.abs(xyz), initial=0) > 1:
+        raise InputError(
+            f"{electrodes}: an electrode {np.nanmax(np.abs(xyz)):.0f} m from the head: say in "
+            "coordsystem.json in which unit the positions are (m, cm, mm)"
+        )
+    places = {}
+    for name, place in zip(table["name"], xyz):
+        if name in raw.ch_names and np.isfinite(place).all():
+            places[name] = place
+    landmarks = {}
+    stated = facts.get("AnatomicalLandmarkCoordinates") or {}
+    for name, bids_name in (("nasion", "NAS"), ("lpa", "LPA"), ("rpa", "RPA")):
+        if np.shape(stated.get(bids_name)) == (3,):
+            landmarks[name] = axes @ np.array(stated[bids_name], dtype=float)
+    if places:
+        frame = "unknown" if len(landmarks) == 3 else "head"
+        montage = mne.channels.make_dig_montage(places, coord_frame=frame, **landmarks)
+        raw.set_montage(montage, on_missing="ignore", verbose="error")
+
+
+class NoPlaces(InputError):
+    """No channel of a recording has a position: a folder of many goes on without it."""
+
+
+def require_places(raw, name):
+    if len(without_place(raw)) == len(raw.ch_names):
+        names = ", ".join(raw.ch_names[:5])
+        raise NoPlaces(
+            f"{name}: no channel has a position ({names}, ...): give montage= with these names, or "
+            "add electrodes.tsv"
+        )
+
+
+def without_place(raw):
+    """Names of the channels of a Raw that have no position."""
+    known = np.isfinite(channel_positions(raw)).all(1)
+    return [name for name, there in zip(raw.ch_names, known) if not there]
+
+
+# ---- what must not be used
+
+
+def is_segment(text):
+    """Whether an annotation or event marks a segment or boundary and is no event: BAD_..., EDGE."""
+    return bool(SEGMENT.match(str(text)))
+
+
+def bad_spans(raw):
+    """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or joints."""
+    spans = []
+    for annotation in raw.annotations:
+        text = annotation["description"]
+        if is_segment(text) and not annotation.get("ch_names"):
+            begin = float(annotation["onset"] - raw.first_time)
+            if begin > 0 or text.lower().startswith("bad"):  # all begin with a New Segment
+                spans.append([begin, begin + float(annotation["duration"])])
+    return sorted(spans)
+
+
+def clock_spans(raw):
+    """bad_spans on the recording's own clock, whose time 0 is raw.first_time before its start."""
+    return [[begin + raw.first_time, end + raw.first_time] for begin, end in bad_spans(raw)]
+
+
+def take_segments(raw, table, columns, path):
+    """The rows of an events.tsv that are events; those that mark segments annotate the Raw."""
+    marks = np.zeros(len(table), dtype=bool)
+    for column in columns:
+        rows = table[column].fillna("").map(is_segment).to_numpy(bool)
+        onset = numbers(table[rows], "onset", path)
+        duration = numbers(table[rows], "duration", path) if "duration" in table else 0 * onset
+        known = onset.notna()
+        texts = table[column][rows][known]
+        begin = onset[known] + raw.first_time
+        raw.annotations.append(begin, duration[known].fillna(0.0), texts)
+        marks |= rows
+    return table[~marks]
+
+
+def inside_spans(begin, end, spans):
+    """(N,) whether a trial from begin to end (s) shares time with a span, or crosses a joint."""
+    inside = np.zeros(len(begin), dtype=bool)
+    for first, last in spans:
+        inside |= (begin < last) & (end >= first)
+    return inside
+
+
+def check_onsets(onset, seconds, sfreq, path):
+    """(N,) which onsets (s) lie in the recording. Raises InputError where most do not."""
+    inside = (onset >= 0) & (onset < seconds)
+    if inside.sum() * 2 >= len(onset):
+        return inside
+    raise InputError(
+        f"{path}: {int((~inside).sum())} of {len(onset)} onsets lie outside the {seconds:.0f} s of "
+        f"the recording: are they in ms, or in samples ({sfreq:g} a second)? They must be in s"
+    )
+
+
+# ---- a folder of files
+
+
+def raw_files(folder):
+    """(files under a folder that MNE reads as raw data, numbered ones last; files it skips)."""
+    folder, paths, skipped = Path(folder), [], []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder).parts[:-1]
+        part_of_folder = any(part.endswith((".ds", ".mff")) for part in inside)
+        if not path.name.lower().endswith(READABLE) or part_of_folder:
+            continue
+        derived = any(p in ("derivatives", "sourcedata", "code") or p[0] == "." for p in inside)
+        if derived or re.search(NOT_RAW, path.name):
+            skipped.append(str(path.relative_to(folder)))
+        else:
+            paths.append(path)
+    paths.sort(key=lambda path: bool(re.search(NUMBERED, path.name)))
+    return paths, skipped
+
+
+def convert_files(folder, out, montage="", sensors="", places=True):
+    """Make a recording in `out` of every file under `folder` that MNE reads; returns their folders.
+
+    A recording that is there of the same file stays. Later parts of a split file are read with its
+    first part. montage: MNE's, gives places by names; places: leave out, and name, files in which
+    no channel has one. Raises InputError where that leaves nothing.
+    """
+    folder, made, later_parts, reason = Path(folder), [], set(), None
+    paths, skipped = raw_files(folder)
+    if skipped:
+        print(f"{folder}: no raw data, left out: {', '.join(skipped)}", flush=True)
+    for path in paths:
+        if path.resolve() in later_parts:
+            print(f"{path.name}: read with the first part of its recording", flush=True)
+            continue
+        try:
+            recording = _convert_file(path, folder, out, montage, sensors, places)
+        except NoPlaces as error:
+            reason = error
+            print(f"left out: {error}", flush=True)
+            continue
+        made.append(recording.path)
+        for name in recording.meta["files"][1:]:
+            later_parts.add(path.with_name(name).resolve())
+    if reason and not made:
+        raise reason
+    return made
+
+
+def _convert_file(path, folder, out, montage, sensors, places):
+    """Make the Recording of one file, or open the one that is there."""
+    target = _target(path, folder, out)
+    state = path.stat()
+    source = f"{path.name}, {state.st_size} bytes, {int(state.st_mtime)}, {montage=} {sensors=}"
+    if (target / "meta.yaml").exists():
+        recording = Recording(target)
+        if recording.meta["source"] == source:
+            return recording
+        (target / "meta.yaml").unlink()
+    raw, notes = open_raw(path, folder, sensors)
+    if montage:
+        set_places(raw, montage, notes)
+    if places:
+        require_places(raw, path)
+    notes["without_position"] = without_place(raw)
+    name = path.relative_to(folder)
+    subject = re.search(r"sub-([A-Za-z0-9]+)", str(name))
+    write_raw(
+        target,
+        raw,
+        pd.DataFrame({"onset": [raw.first_time]}),
+        subject=subject[1] if subject else path.name.split(".")[0],
+        source=source,
+        synthetic=False,
+        files=[Path(file).name for file in raw.filenames if file],
+        bad_spans=clock_spans(raw),
+        reading=notes,
+    )
+    seconds = raw.n_times / raw.info["sfreq"]
+    phrases = [f"{len(raw.ch_names)} channels", f"{seconds:.0f} s", *summary(notes)]
+    print(f"{name}: {'; '.join(phrases)}", flush=True)
+    return Recording(target)
+
+
+def converted_files(folder, out):
+    """Folders in `out` of the recordings that convert_files has made of a folder."""
+    targets = [_target(path, folder, out) for path in raw_files(folder)[0]]
+    return [target for target in targets if (target / "meta.yaml").exists()]
+
+
+def _target(path, folder, out):
+    """The folder in `out` for the recording of a file."""
+    return Path(out) / re.sub(r"[^\w.-]+", "_", str(Path(path).relative_to(folder)))
+
+
+def summary(notes):
+    """What was done about a file, in phrases."""
+    phrases = []
+    if "units" in notes:
+        phrases.append("units of channels.tsv")
+    renamed = notes.get("renamed", {})
+    if renamed:
+        name, new = next(iter(renamed.items()))
+        phrases.append(f"{len(renamed)} channels renamed as in {name} → {new}")
+    for kind, n in notes.get("other_sensors", {}).items():
+        phrases.append(f"{n} {kind} channels not read (sensors={kind})")
+    if "edges" in notes:
+        phrases.append(notes["edges"])
+    for key in ("bads", "flat", "nan", "without_position", "left_out"):
+        if notes.get(key):
+            phrases.append(f"{key.replace('_', ' ')}: {', '.join(notes[key])}")
+    return phrases
