@@ -195,9 +195,31 @@ def test_the_raw_edf(tree, tmp_path):
     assert recording.names == [name for name in ("LGB1", "LF3", "LF2") if name not in bad]
     assert len(recording.signal) == 512 * 20 and recording.meta["kind"] == "raw"
     np.testing.assert_allclose(recording.signal[:, 0], data[0], atol=1e-7)
-    path.write_bytes(path.read_bytes()[: -512 * 8 * 3])
-    with pytest.raises(InputError, match="not a whole EDF file"):
-        prepare(tree, tmp_path / "b", signal="raw", **BARE)
+    # the unit of channels.tsv, where the file has none; and a file shorter than its sidecar says
+    text = (tree / CHANNELS.format(n=2)).read_text().replace("\tV\t", "\tuV\t")
+    replace(tree, CHANNELS.format(n=2), text)
+    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512, unit="")
+    prepare(tree, tmp_path / "b", signal="raw", **BARE)
+    signal = Recording(tmp_path / "b/sub-02").signal
+    np.testing.assert_allclose(signal, recording.signal, rtol=1e-5)
+    path.with_suffix(".json").write_text('{"RecordingDuration": 30.0}')
+    with pytest.raises(InputError, match="it is torn"):
+        prepare(tree, tmp_path / "c", signal="raw", **BARE)
+
+
+def test_words_in_bad_segments_are_dropped(tree, tmp_path):
+    path = tree / FIF.format(n=1)
+    raw = mne.io.read_raw_fif(path, preload=True, verbose="error")
+    raw.set_annotations(mne.Annotations([10.0, 50.0], [5.0, 5.0], ["BAD_noise", "a word"]))
+    path.unlink()
+    raw.save(path, verbose="error")
+    prepare(tree, tmp_path / "a", subjects=[1], **BARE)
+    recording = Recording(tmp_path / "a/sub-01")
+    start = 10.0 + raw.first_time
+    words = read_words(tmp_path / "a").dropna(subset=["start", "end"])
+    in_bad = (words["start"] <= start + 5) & (words["end"] >= start)
+    assert recording.meta["dropped"]["words_in_bad"] == in_bad.sum() > 5
+    assert not set(words["word_idx"][in_bad]) & set(recording.events["word_idx"])
 
 
 # ---- sentences and parts of speech
@@ -593,15 +615,15 @@ COORDSYSTEM = ELECTRODES.format(n=1).replace("electrodes.tsv", "coordsystem.json
         ("stimuli/podcast_transcript.csv", "word,start,end\na,,\nb,n/a,nan\n", "no word has an"),
         ("stimuli/podcast_transcript.csv", "word,start,end\na,1,2\n", "different snapshots"),
         ("stimuli/gpt2-xl/transcript.tsv", "\tindex\tword\n0\t0\ta\n", "no column 'word_idx'"),
-        ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* 1 tokens"),
+        ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* for 1 tokens"),
         ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
         ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
         ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
         (CHANNELS.format(n=1), "name\ttype\nLGA1\tECOG\n", "no column 'status'"),
         (ELECTRODES.format(n=1), "name\tx\ty\nLGA1\t1\t2\n", "no column 'z'"),
         (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
-        (COORDSYSTEM, "{", "not JSON"),
-        ("dataset_description.json", "{", "not JSON"),
+        (COORDSYSTEM, "{", "no JSON"),
+        ("dataset_description.json", "{", "no JSON"),
     ],
 )
 def test_damaged_files(tree, tmp_path, name, content, sentence):

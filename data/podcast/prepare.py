@@ -14,12 +14,10 @@ and z-scores are the scripts'.
 """
 
 import io
-import json
 import os
 import re
 import sys
 import urllib.parse
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from configurator import configure
 from data import InputError, check_content, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
+from data.raw import METRES, clock_spans, encoding_of, inside_spans, open_raw, read_json
 from data.recording import complete, read_set, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
@@ -144,28 +143,15 @@ def local_root(root):
     raise InputError(f"root={root} holds no copy of ds005574 (participants.tsv, stimuli/)")
 
 
-def read_json(path):
-    """A dictionary from a JSON file, {} where there is no file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path else {}
-    except ValueError:
-        raise InputError(f"{path} is not JSON: fetch it again, or remove it") from None
-
-
 def read_columns(path, columns, numeric=()):
     """DataFrame of a CSV or TSV that must have `columns`; n/a is missing in `numeric` ones only.
 
-    A word may be spelled NA or null. Tables that are not UTF-8 are read as Latin-1.
+    A word may be spelled NA or null.
     """
-    path = Path(path)
-    encoding = "utf-8"
-    try:
-        check_content(path).read_text(encoding)
-    except UnicodeDecodeError:
-        encoding = "latin-1"
-    separator = "\t" if path.suffix == ".tsv" else ","
+    check_content(path)
+    separator = "\t" if str(path).endswith(".tsv") else ","
     missing = dict.fromkeys(numeric, MISSING)
-    table = read_table(path, sep=separator, encoding=encoding, na_values=missing)
+    table = read_table(path, sep=separator, encoding=encoding_of(path), na_values=missing)
     for column in columns:
         if column not in table:
             there = ", ".join(map(str, table.columns))
@@ -198,32 +184,39 @@ def fetch_missing(root, subjects, config):
                 raise InputError(f"{config.url} has no {' or '.join(names)}: give subjects 1 to 9")
     download(files, root)
     for name in config.features:
-        fetch_layers(root / "stimuli" / name, f"{config.url}/stimuli/{name}", config.layers)
+        file = f"stimuli/{name}/features.hdf5"
+        fetch_layers(root / file, f"{config.url}/{file}", config.layers)
 
 
-def fetch_layers(folder, url, layers):
-    """Fetch the chosen layers of a remote features.hdf5, each into a file of its own."""
+def fetch_layers(path, url, layers):
+    """Fetch the chosen layers of a remote features.hdf5 and add them to the local one."""
     import h5py
 
-    wanted = [folder / f"features_layer-{layer}.hdf5" for layer in layers]
-    if find(folder, ["features.hdf5", "features_vectors.hdf5"]) or all(map(Path.exists, wanted)):
+    content = {}
+    if path.is_file():
+        with h5py.File(path, "r") as file:
+            content = {key: file[key][:] for key in file}
+    wanted = {f"layer-{layer}" for layer in layers}
+    if wanted <= set(content) or "vectors" in content:
         return
-    remote = look_up(f"{url}/features.hdf5", folder / "features.hdf5")
+    remote = look_up(url, path)
     if remote is None:
-        return  # read_layers says what is missing
+        return  # read_features says what is missing
     try:
         with h5py.File(io.BufferedReader(RemoteReader(remote), 1 << 18), "r") as file:
-            for key in layer_keys(file, remote.url, layers):
-                print(f"{remote.url}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
-                content = io.BytesIO()
-                with h5py.File(content, "w") as copy:
-                    copy[key] = file[key][:]
-                write_aside(folder / f"features_{key}.hdf5", content.getvalue())
+            for key in layer_keys(file, url, layers):
+                print(f"{url}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
+                content[key] = file[key][:]
     except NETWORK_ERRORS as error:
         raise InputError(
-            f"{remote.url} cannot be read in parts ({error}): run the same command again, or fetch "
-            f"it by hand to {folder}"
+            f"{url} cannot be read in parts ({error}): run the same command again, or fetch it by "
+            f"hand to {path}"
         ) from None
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for key, layer in content.items():
+            file[key] = layer
+    write_aside(path, buffer.getvalue())
 
 
 # ---- the transcript
@@ -361,6 +354,8 @@ def layer_keys(file, path, layers):
 
 def read_features(root, name, layers, words):
     """(tokens, {key: (tokens, dims) float32}) of released features; tokens: TOKEN_COLUMNS."""
+    import h5py
+
     remedy = f"leave '{name}' out of features=, or complete the copy"
     path = need(root, [f"stimuli/{name}/transcript.tsv"], remedy)
     table = read_columns(path, ["word_idx"], numeric=("true_prob", "entropy"))
@@ -374,35 +369,18 @@ def read_features(root, name, layers, words):
             f"{path}, row {row + 1}: word {table['word_idx'][row]} is not that word of the "
             f"transcript ({(~same).sum()} such rows): they are of different snapshots"
         )
-    arrays = read_layers(path.parent, layers)
-    if not arrays:
-        need(root, [f"stimuli/{name}/features.hdf5"], remedy)
+    path = need(root, [f"stimuli/{name}/features.hdf5"], remedy)
+    arrays = {}
+    try:
+        with h5py.File(path, "r") as file:
+            for key in layer_keys(file, path, layers):
+                arrays[key] = np.asarray(file[key], np.float32)
+    except OSError as error:
+        raise InputError(f"{path} is no whole HDF5 file ({error}): fetch it again") from None
     for key, array in arrays.items():
         if array.ndim != 2 or len(array) != len(table):
-            raise InputError(
-                f"{path.parent}: {key} has the shape {array.shape}, {path.name} {len(table)} tokens"
-            )
+            raise InputError(f"{path}: {key} has shape {array.shape} for {len(table)} tokens")
     return table[[column for column in TOKEN_COLUMNS if column in table]], arrays
-
-
-def read_layers(folder, layers):
-    """{key: float32 array} of a whole features.hdf5, or of the layers that were fetched."""
-    import h5py
-
-    whole = find(folder, ["features.hdf5"])
-    paths = [whole] if whole else sorted(folder.glob("features_*.hdf5"))
-    arrays = {}
-    for path in paths:
-        try:
-            with h5py.File(path, "r") as file:
-                keys = layer_keys(file, path, layers) if whole else list(file)
-                arrays.update({key: np.asarray(file[key], np.float32) for key in keys})
-        except OSError as error:
-            raise InputError(f"{path} is no whole HDF5 file ({error}): fetch it again") from None
-    if not whole:  # layers of earlier calls may lie there too
-        wanted = [f"layer-{layer}" for layer in layers]
-        arrays = {k: v for k, v in arrays.items() if k in wanted or not k.startswith("layer-")}
-    return arrays
 
 
 def loudness(path, sfreq):
@@ -461,71 +439,8 @@ def electrode_table(path, nyu_ids):
     return subjects
 
 
-def read_positions(root, subject, space):
-    """{name: (x, y, z) in m} of electrodes.tsv; {} where there is none.
-
-    BIDS gives mm, unless a sidecar says otherwise.
-    """
-    stem = f"{subject}/ieeg/{subject}_space-{space}"
-    path = find(root, [f"{stem}_electrodes.tsv"])
-    if path is None:
-        return {}
-    table = read_columns(path, ["name", "x", "y", "z"], numeric=("x", "y", "z"))
-    xyz = table[["x", "y", "z"]].to_numpy()
-    unit = read_json(find(root, [f"{stem}_coordsystem.json"])).get("iEEGCoordinateUnits", "")
-    farthest = np.nanmax(np.abs(xyz), initial=0)
-    likely = 1e-3 if farthest > 1 else 1.0
-    scale = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}.get(unit, likely)
-    if farthest * scale > 0.3:
-        raise InputError(
-            f"{path}: an electrode {farthest * scale:.2f} m from the origin (unit "
-            f"'{unit or 'unknown'}' of the sidecar) is in nobody's head"
-        )
-    return dict(zip(table["name"].astype(str), map(tuple, xyz * scale)))
-
-
-# ---- recordings
-
-
-def open_raw(path):
-    """MNE Raw of a FIF or EDF file, not loaded. Raises InputError for a file that is not whole."""
-    import mne
-
-    read = mne.io.read_raw_edf if path.suffix == ".edf" else mne.io.read_raw_fif
-    try:
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # of how others name their files
-            # a torn EDF is read with a warning, a torn FIF (without its last tag) in silence
-            warnings.filterwarnings("error", "Number of records", RuntimeWarning)
-            if path.suffix == ".fif" and file.seek(-4, os.SEEK_END) and file.read() != b"\xff" * 4:
-                raise EOFError("its end is missing")
-            raw = read(path, preload=False, verbose="warning")
-            raw.get_data(start=max(0, raw.n_times - 1), verbose="error")
-        return raw
-    except Exception as error:  # MNE raises whatever its parser stumbles over
-        kind = path.suffix[1:].upper()
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise InputError(f"{path} is not a whole {kind} file ({reason}): fetch it again") from None
-
-
-def signal_blocks(raw, names, path, seconds=30):
-    """(T, channels) blocks of a Raw in V, its channels in the order of `names`."""
-    sfreq = raw.info["sfreq"]
-    step = round(seconds * sfreq)
-    for start in tqdm(range(0, raw.n_times, step), path.name, leave=False, disable=None):
-        block = raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
-        wrong = np.flatnonzero(~np.isfinite(block).all(0))
-        if len(wrong):
-            raise InputError(
-                f"{path}: {names[wrong[0]]} has samples that are no numbers between "
-                f"{start / sfreq:.0f} and {start / sfreq + seconds:.0f} s: leave it out with "
-                "electrodes=, or mark it bad in channels.tsv"
-            )
-        yield block
-
-
-def read_channels(root, subject, raw):
-    """channels.tsv with a row for every brain channel of a Raw: name, type, status, the rest.
+def read_channels(root, subject, raw, space):
+    """channels.tsv with a row for every brain channel of a Raw, positions (m) and all.
 
     Bad is what the table or the file says is bad.
     """
@@ -537,7 +452,28 @@ def read_channels(root, subject, raw):
     table["type"] = table["type"].fillna(file_types).str.lower()
     is_bad = (table["status"] == "bad") | table.index.isin(raw.info["bads"])
     table["status"] = np.where(is_bad, "bad", "good")
-    return table[table["type"].isin(BRAIN_TYPES)].rename_axis("name").reset_index()
+    table = table[table["type"].isin(BRAIN_TYPES)].rename_axis("name")
+    table[["x", "y", "z"]] = read_positions(root, subject, space).reindex(table.index)
+    return table.reset_index()
+
+
+def read_positions(root, subject, space):
+    """x, y, z (m) by name, of electrodes.tsv: in mm, as BIDS has them, unless a sidecar says."""
+    stem = f"{subject}/ieeg/{subject}_space-{space}"
+    path = find(root, [f"{stem}_electrodes.tsv"])
+    if path is None:
+        return pd.DataFrame(columns=["x", "y", "z"], dtype=float)
+    table = read_columns(path, ["name", "x", "y", "z"], numeric=("x", "y", "z"))
+    table = table.drop_duplicates("name").set_index("name")[["x", "y", "z"]]
+    unit = read_json(find(root, [f"{stem}_coordsystem.json"])).get("iEEGCoordinateUnits", "")
+    farthest = table.abs().max(axis=None)
+    scale = METRES.get(unit, 1e-3 if farthest > 1 else 1.0)
+    if farthest * scale > 0.3:
+        raise InputError(
+            f"{path}: an electrode {farthest * scale:.2f} m from the origin (unit "
+            f"'{unit or 'unknown'}' of the sidecar) is in nobody's head"
+        )
+    return table * scale
 
 
 def choose_channels(channels, subject, nyu_ids, config):
@@ -560,31 +496,68 @@ def choose_channels(channels, subject, nyu_ids, config):
     unknown = [name for name in listed if name not in set(names)]
     if unknown:
         print(f"{subject}: in {config.electrodes}, not in the recording: {', '.join(unknown)}")
-    dropped = {
-        "bad": int(selected.sum()) - len(kept),
-        "not_selected": int((~selected).sum()),
-        "not_in_file": unknown,
-    }
-    return kept.reset_index(drop=True), dropped
+    n_bad = int(selected.sum()) - len(kept)
+    return kept, {"bad": n_bad, "not_selected": int((~selected).sum()), "not_in_file": unknown}
+
+
+# ---- recordings
+
+
+def open_signal(path, root):
+    """MNE Raw of a derivative (FIF, in V) or of the recording itself (EDF, by its sidecars)."""
+    import mne
+
+    if path.suffix == ".edf":
+        return open_raw(path, root, "ieeg")[0]
+    with open(path, "rb") as file:  # MNE reads a torn file in silence: the last tag is missing
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4))
+        whole = file.read() == b"\xff" * 4
+    try:
+        raw = mne.io.read_raw_fif(path, verbose="error")
+    except Exception:  # MNE raises whatever its parser stumbles over
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is not a whole FIF file: fetch it again")
+    return raw
+
+
+def signal_blocks(raw, names, path, seconds=30):
+    """(T, channels) blocks of a Raw in V, its channels in the order of `names`."""
+    sfreq = raw.info["sfreq"]
+    step = round(seconds * sfreq)
+    for start in tqdm(range(0, raw.n_times, step), path.name, leave=False, disable=None):
+        block = raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
+        wrong = np.flatnonzero(~np.isfinite(block).all(0))
+        if len(wrong):
+            raise InputError(
+                f"{path}: {names[wrong[0]]} has samples that are no numbers between "
+                f"{start / sfreq:.0f} and {start / sfreq + seconds:.0f} s: leave it out with "
+                "electrodes=, or mark it bad in channels.tsv"
+            )
+        yield block
+
+
+def word_events(words, raw):
+    """(one event a word that is heard, {reason: how many words were dropped})."""
+    heard = words[words["start"].notna()]
+    duration = (heard["end"] - heard["start"]).clip(lower=0).fillna(0)
+    events = pd.DataFrame({"onset": heard["start"], "duration": duration})
+    events = events.join(heard[["word", "norm_word", "word_idx"]])
+    in_bad = inside_spans(events["onset"], events["onset"] + duration, clock_spans(raw))
+    dropped = {"words_without_onset": len(words) - len(heard), "words_in_bad": int(in_bad.sum())}
+    return events[~in_bad], dropped
 
 
 def make_recording(root, folder, subject, words, nyu_ids, config):
     """Write one subject as a recording."""
     path = need(root, signal_names(subject, config.signal))
-    raw = open_raw(path)
-    channels = read_channels(root, subject, raw)
+    raw = open_signal(path, root)
+    channels = read_channels(root, subject, raw, config.space)
     kept, dropped = choose_channels(channels, subject, nyu_ids, config)
-    positions = read_positions(root, subject, config.space)
-    unknown = (np.nan, np.nan, np.nan)
-    xyz = np.array([positions.get(name, unknown) for name in kept["name"]])
-    kept[["x", "y", "z"]] = xyz
-    heard = words[words["start"].notna()]
-    duration = (heard["end"] - heard["start"]).clip(lower=0).fillna(0)
-    events = pd.DataFrame({"onset": heard["start"], "duration": duration})
-    events = events.join(heard[["word", "norm_word", "word_idx"]])
+    events, dropped_words = word_events(words, raw)
     sfreq = float(raw.info["sfreq"])
     rows = np.round(events["onset"] * sfreq) - raw.first_samp
-    numbers = [number for number, name in nyu_ids.items() if name == subject]
+    located = int(kept["x"].notna().sum())
     made = write_recording(
         folder / subject,
         signal_blocks(raw, kept["name"].tolist(), path),
@@ -597,18 +570,18 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
         synthetic=is_synthetic(root),
         source=str(path.relative_to(root)),
         kind=config.signal,
-        space=config.space if positions else "unknown",
-        nyu_id=numbers[0] if numbers else "",
+        space=config.space if channels["x"].notna().any() else "unknown",
+        nyu_id={name: number for number, name in nyu_ids.items()}.get(subject, ""),
         electrodes=len(kept),
         electrodes_in_file=len(channels),
-        located=int(np.isfinite(xyz).all(1).sum()),
+        located=located,
         bad_electrodes=channels["name"][channels["status"] == "bad"].tolist(),
-        dropped={**dropped, "words_without_onset": len(words) - len(events)},
+        dropped={**dropped, **dropped_words},
         events_outside=int((~rows.between(0, raw.n_times - 1)).sum()),
     )
     print(
         f"{subject}: {len(kept)} of {len(channels)} electrodes ({len(made['bad_electrodes'])} bad, "
-        f"{made['located']} located), {made['samples'] / sfreq:.0f} s at {sfreq:g} Hz, "
+        f"{located} located), {made['samples'] / sfreq:.0f} s at {sfreq:g} Hz, "
         f"{made['events_outside']} words outside",
         flush=True,
     )
