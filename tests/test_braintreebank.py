@@ -1,11 +1,15 @@
-"""data/braintreebank and decode.py's Neuroprobe: the files of a small copy in the real layout come out as they are, labels and splits are the benchmark's."""
+"""data/braintreebank: the files of a small copy in the real layout come out as they are, labels and
+splits are Neuroprobe's; and decode.py on them."""
+
 import functools
+import importlib.util
 import json
 import shutil
 import threading
 import zipfile
 from dataclasses import asdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -15,173 +19,406 @@ from helpers import refused
 from sklearn.model_selection import KFold
 
 import decode as D
+from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
 from model import EncoderConfig, NeuralEncoder, save_checkpoint
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
+FILMS = {(2, 0): "venom", (2, 4): "infinity", (3, 1): "lotr"}
+CONFIG = """
+import os
+os.environ["HDF5_USE_FILE_LOCKING"] = "FALSE"
+ROOT_DIR = os.environ["ROOT_DIR_BRAINTREEBANK"]
+NEUROPROBE_GLOBAL_RANDOM_SEED = 42
+DS_DM_TRAIN_SUBJECT_ID, DS_DM_TRAIN_TRIAL_ID = 2, 4
+NEUROPROBE_LITE_MAX_SAMPLES = 3500
+NEUROPROBE_LITE_N_FOLDS = 2
+NEUROPROBE_LITE_SUBJECT_TRIALS = [(2, 0), (2, 4), (3, 1)]
+contacts = {"btbank2": ["LA1", "LA2", "LA3", "LB1", "LB2"]}
+NEUROPROBE_LITE_ELECTRODES = {"btbank2": ["LA1", "LA2", "LA3", "LB1", "LB2"], "btbank3": ["LA1",
+    "LA2", "LA3", "LB1", "LB2"]}
+BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING = {"btbank2_0": "venom", "btbank2_4": "infinity",
+    "btbank3_1": "lotr"}
+"""
+
+
+def make_features(rng, n_words, words):
+    """A film's features.csv: numbers of chance for every column of the benchmark's tasks."""
+    features = pd.DataFrame(rng.normal(size=(n_words, 6)))
+    features.columns = [column for column in btb.QUARTERS.values() if column != "enhanced_pitch"][
+        :6
+    ]
+    features["mean_pixel_brightness"] = rng.normal(size=n_words)
+    features["sentence"] = [f"s{i // 6}" for i in range(n_words)]
+    features["idx_in_sentence"] = np.arange(n_words) % 6
+    features["is_onset"] = 1.0 * (features["idx_in_sentence"] == 0)
+    features["face_num"] = rng.integers(0, 3, n_words)
+    features["bin_head"] = rng.integers(0, 2, n_words)
+    features["pos"] = rng.choice(["VERB", "NOUN", "DET"], n_words)
+    return features.assign(**words)
+
+
+def write_film(root, package, rng, person, trial, film):
+    start = 1 + np.arange(N_WORDS) * 1.5 + rng.uniform(0, 0.3, N_WORDS)
+    words = {"text": "NA", "start": start, "end": start + 0.3}
+    features = make_features(rng, N_WORDS, words)
+    features.loc[7, "rms"] = np.nan  # as of a word that could not be measured
+    (root / "transcripts" / film).mkdir(parents=True)
+    features.to_csv(root / "transcripts" / film / "features.csv")  # the index has no name
+    table = features[["start", "end"]].assign(original_index=np.arange(N_WORDS))
+    table["est_idx"] = np.round(start * 2048)
+    table["est_end_idx"] = np.round((start + 0.3) * 2048)
+    stem = package / "braintreebank_features_time_alignment" / f"subject{person}_trial{trial}"
+    table.to_csv(f"{stem}_words_df.csv", index=False)
+    quiet = 2048 * (140 + np.arange(40))
+    silences = pd.DataFrame({"start": quiet / 2048, "end": quiet / 2048 + 1})
+    silences = silences.assign(est_idx=quiet, est_end_idx=quiet + 2048)
+    silences.to_csv(f"{stem}_nonverbal_df.csv", index=False)
+    pitch = {str(s): {"enhanced_pitch": i} for i, s in enumerate(start)}
+    path = package / "pitch_volume_features" / f"{film}_pitch_volume_features.json"
+    path.write_text(json.dumps(pitch))
+    signal = rng.normal(size=(SECONDS * 2048, len(CONTACTS))).astype("f4")
+    for first, loud in zip((start * 2048).astype(int), features["rms"]):
+        signal[first : first + 1024, 1:] *= 1 + 0.6 * (loud > 0)  # in the second's first half
+    with h5py.File(root / f"sub_{person}_trial{trial:03}.h5", "w") as file:
+        for i in range(len(CONTACTS)):
+            file[f"data/electrode_{i}"] = signal[:, i]
 
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """(root, package): two films of person 2, one of person 3, made up; the contacts after the first carry the loudness of each word."""
+    """(root, package): two films of person 2, one of person 3, made up; the contacts after the
+    first carry the loudness of each word."""
     base = tmp_path_factory.mktemp("btb")
-    root, package, rng = base / "braintreebank", base / "neuroprobe", np.random.default_rng(0)
-    for folder in (root / "electrode_labels/sub_2", root / "electrode_labels/sub_3", root / "localization/sub_2", root / "localization/sub_3",
-                   package / "braintreebank_features_time_alignment", package / "pitch_volume_features"):
-        folder.mkdir(parents=True)
-    (root / "corrupted_elec.json").write_text(json.dumps({"sub_2": ["LB2"], "sub_3": []}))
-    places = pd.DataFrame([dict(Subject=f"sub_{p}", Electrode=c.strip("#"), X=10.0 * i, Y=-20.0, Z=5.0) for p in (2, 3) for i, c in enumerate(CONTACTS[:-2])])
+    root, package = base / "braintreebank", base / "neuroprobe"
+    rng = np.random.default_rng(0)
+    for name in ("braintreebank_features_time_alignment", "pitch_volume_features"):
+        (package / name).mkdir(parents=True)
+    (package / "config.py").write_text(CONFIG)
+    places = []
+    for person in (2, 3):
+        labels = root / f"electrode_labels/sub_{person}/electrode_labels.json"
+        regions = root / f"localization/sub_{person}/depth-wm.csv"
+        for path in (labels, regions):
+            path.parent.mkdir(parents=True)
+        labels.write_text(json.dumps(CONTACTS))
+        table = pd.DataFrame({"Electrode": CONTACTS, "DesikanKilliany": list("aabbcc") + [""]})
+        table.to_csv(regions, index=False)
+        for i, contact in enumerate(CONTACTS[:-2]):
+            places.append([f"sub_{person}", contact.strip("#"), 10.0 * i, -20.0, 5.0])
+    places = pd.DataFrame(places, columns=["Subject", "Electrode", "X", "Y", "Z"])
     places.to_csv(root / "localization/elec_coords_full.csv")
-    for p in (2, 3):
-        (root / f"electrode_labels/sub_{p}/electrode_labels.json").write_text(json.dumps(CONTACTS))
-        regions = ["a", "a", "b", "b", "c", "c", ""]
-        pd.DataFrame({"Electrode": CONTACTS, "DesikanKilliany": regions}).to_csv(root / f"localization/sub_{p}/depth-wm.csv", index=False)
-    films = {(2, 0): "venom", (2, 4): "infinity", (3, 1): "lotr"}
-    for (p, t), film in films.items():
-        start = 1 + np.arange(N_WORDS) * 1.5 + rng.uniform(0, 0.3, N_WORDS)
-        features = pd.DataFrame({c: rng.normal(size=N_WORDS) for c in ("rms", "delta_rms", "gpt2_surprisal", "max_global_magnitude", "max_vector_magnitude",
-                                                                         "mean_pixel_brightness")})
-        features = features.assign(text="word", start=start, end=start + 0.3, sentence=np.repeat([f"s{i}" for i in range(N_WORDS // 6)], 6),
-                                   idx_in_sentence=np.tile(np.arange(6), N_WORDS // 6), is_onset=np.tile([1.0] + 5 * [0], N_WORDS // 6),
-                                   face_num=rng.integers(0, 3, N_WORDS), bin_head=rng.integers(0, 2, N_WORDS),
-                                   pos=rng.choice(["VERB", "NOUN", "DET"], N_WORDS), word_length=rng.random(N_WORDS))
-        (root / "transcripts" / film).mkdir(parents=True)
-        features.to_csv(root / "transcripts" / film / "features.csv")  # the index is the column without a name
-        words = features[["text", "start", "end", "sentence", "is_onset", "idx_in_sentence", "bin_head", "pos"]].assign(
-            original_index=np.arange(N_WORDS), est_idx=np.round(start * 2048), est_end_idx=np.round((start + 0.3) * 2048))
-        words.to_csv(package / f"braintreebank_features_time_alignment/subject{p}_trial{t}_words_df.csv", index=False)
-        quiet = 2048 * (140 + np.arange(40))
-        pd.DataFrame({"start": quiet / 2048, "end": quiet / 2048 + 1, "est_idx": quiet, "est_end_idx": quiet + 2048}).to_csv(
-            package / f"braintreebank_features_time_alignment/subject{p}_trial{t}_nonverbal_df.csv", index=False)
-        pitch = {str(s): {"enhanced_pitch": i} for i, s in enumerate(start)}
-        (package / f"pitch_volume_features/{film}_pitch_volume_features.json").write_text(json.dumps(pitch))
-        signal = rng.normal(size=(SECONDS * 2048, len(CONTACTS))).astype("f4")
-        for s, loud in zip(start, features.rms):
-            signal[int(s * 2048):int(s * 2048) + 1024, 1:] *= 1 + 0.6 * (loud > 0)  # louder in the second's first half
-        with h5py.File(root / f"sub_{p}_trial{t:03}.h5", "w") as file:
-            for i in range(len(CONTACTS)):
-                file[f"data/electrode_{i}"] = signal[:, i]
-    lite = {f"btbank{p}": ["LA1", "LA2", "LA3", "LB1", "LB2"] for p in (2, 3)}
-    (package / "config.py").write_text("import os\nROOT_DIR = os.environ['ROOT_DIR_BRAINTREEBANK']\nNEUROPROBE_GLOBAL_RANDOM_SEED = 42\n"
-                                       "DS_DM_TRAIN_SUBJECT_ID, DS_DM_TRAIN_TRIAL_ID = 2, 4\nNEUROPROBE_LITE_MAX_SAMPLES = 3500\nNEUROPROBE_LITE_N_FOLDS = 2\n"
-                                       f"NEUROPROBE_LITE_SUBJECT_TRIALS = {list(films)}\nNEUROPROBE_LITE_ELECTRODES = {lite}\n"
-                                       f"BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING = { {f'btbank{p}_{t}': f for (p, t), f in films.items()} }\n")
+    (root / "corrupted_elec.json").write_text(json.dumps({"sub_2": ["LB2"], "sub_3": []}))
+    for (person, trial), film in FILMS.items():
+        write_film(root, package, rng, person, trial, film)
     return root, package
 
 
 @pytest.fixture(scope="session")
 def made(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "set"
-    options = dict(root=str(tree[0]), package=str(tree[1].parent), out_dir=str(folder))  # a clone: the package lies one level down
+    # a clone: the package lies one level down
+    options = {"root": str(tree[0]), "package": str(tree[1].parent), "out_dir": str(folder)}
     btb.main(btb.Config(**options, recordings=["btbank2_0"]))
-    first = (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns
+    before = (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns
     btb.main(btb.Config(**options))  # goes on with the others
-    assert (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns == first
+    assert (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns == before
     return folder
 
 
-def test_recordings_come_out_as_they_are(tree, made):
-    assert read_set(made)["recordings"] == ["sub_2_trial000", "sub_2_trial004", "sub_3_trial001"]
-    r = Recording(made / "sub_2_trial000")
-    assert r.names == ["LA1", "LA2", "LA3", "LB1"] and r.sfreq == 2048 and len(r.signal) == SECONDS * 2048  # LB2 is corrupted, LA4 is not the benchmark's
+def test_recordings_come_out_as_they_are(tree, made, tmp_path):
+    names = ["sub_2_trial000", "sub_2_trial004", "sub_3_trial001"]
+    assert read_set(made)["recordings"] == names
+    recording = Recording(made / "sub_2_trial000")
+    assert recording.names == [
+        "LA1",
+        "LA2",
+        "LA3",
+        "LB1",
+    ]  # LB2 is corrupted, LA4 not of the lite set
+    assert recording.sfreq == 2048 and recording.signal.shape == (SECONDS * 2048, 4)
     with h5py.File(tree[0] / "sub_2_trial000.h5") as file:
-        assert np.array_equal(r.signal[:, 2], file["data/electrode_2"][:]) and np.array_equal(r.signal[:, 3], file["data/electrode_4"][:])
-    assert np.allclose(r.xyz[1], [0.01, -0.02, 0.005]) and (r.events.kind == "word").sum() == N_WORDS
+        assert np.array_equal(recording.signal[:, 2], file["data/electrode_2"][:])
+        assert np.array_equal(recording.signal[:, 3], file["data/electrode_4"][:])
+    assert np.allclose(recording.xyz[1], [0.01, -0.02, 0.005])
+    assert recording.channels["region"].tolist() == ["a", "a", "b", "c"]
+    words = recording.events[recording.events["kind"] == "word"]
+    assert len(words) == N_WORDS and set(words["word"]) == {"NA"}
+    options = {"root": str(tree[0]), "package": str(tree[1]), "out_dir": str(tmp_path)}
+    btb.main(btb.Config(**options, recordings=["sub_3_trial001"], electrodes="all"))
+    recording = Recording(tmp_path / "sub_3_trial001")
+    assert recording.names == ["LA1", "LA2", "LA3", "LA4", "LB1", "LB2"] and recording.good.all()
+    with pytest.raises(InputError, match="was made with .*'all'"):
+        btb.main(btb.Config(**options))
 
 
-def test_labels_and_splits_are_the_benchmarks(tree, made):
+def test_labels_and_splits_follow_the_rules(tree, made):
     table = pd.read_csv(made / "sub_2_trial000/neuroprobe.csv")
-    assert list(table.task.unique()) == btb.TASKS and len(btb.TASKS) == 15
-    words = pd.read_csv(tree[1] / "braintreebank_features_time_alignment/subject2_trial0_words_df.csv")
-    rms = pd.read_csv(tree[0] / "transcripts/venom/features.csv").rms.to_numpy()
-    loud = table[table.task == "volume"].reset_index(drop=True)
-    at = words.set_index("est_idx").index.get_indexer(np.round(loud.onset * 2048))
-    below = np.array([np.mean(rms < x) for x in rms])
-    assert (loud.label == np.tile([1, 0], len(loud) // 2)).all() and (below[at[::2]] > 0.75).all() and (below[at[1::2]] < 0.25).all()
-    for k, (train, held) in enumerate(KFold(2).split(loud)):  # its first half validates
-        half = len(held) // 2
-        assert (loud[f"within_{k}"][train] == "train").all() and (loud[f"within_{k}"][held[:half]] == "val").all() and (
-            loud[f"within_{k}"][held[half:]] == "test").all()
-    speech = table[table.task == "speech"]
-    draw = np.random.RandomState(42)
-    assert len(speech) == 80 and np.allclose(speech.onset[speech.label == 1], words.est_idx[np.sort(draw.choice(N_WORDS, 40, replace=False))] / 2048)
-    assert speech.onset[speech.label == 0].min() >= 140 and table[table.task == "onset"].label.sum() == N_WORDS // 6
-    gap = table[table.task == "word_gap"]
-    first = words.groupby("sentence", sort=False).est_idx.first() / 2048
-    assert not gap.onset.isin(first).any()
+    assert list(table["task"].unique()) == btb.TASKS and len(btb.TASKS) == 15
+    stem = tree[1] / "braintreebank_features_time_alignment" / "subject2_trial0"
+    words = pd.read_csv(f"{stem}_words_df.csv")
+    features = pd.read_csv(tree[0] / "transcripts/venom/features.csv")
+    loud = table[table["task"] == "volume"].reset_index(drop=True)
+    rows = words.set_index("est_idx").index.get_indexer(np.round(loud["onset"] * 2048))
+    below = np.array([np.mean(features["rms"] < x) for x in features["rms"]])
+    assert (loud["label"] == np.tile([1, 0], len(loud) // 2)).all()
+    assert (below[rows[::2]] > 0.75).all() and (below[rows[1::2]] < 0.25).all()
+    for k, (train, held_out) in enumerate(KFold(2).split(loud)):  # its first half validates
+        half = len(held_out) // 2
+        parts = loud[f"within_{k}"]
+        assert set(parts[train]) == {"train"} and set(parts[held_out[:half]]) == {"val"}
+        assert set(parts[held_out[half:]]) == {"test"}
+    speech = table[table["task"] == "speech"]
+    drawn = np.sort(np.random.RandomState(42).choice(N_WORDS, 40, replace=False))
+    heard = speech["onset"][speech["label"] == 1]
+    assert len(speech) == 80 and np.allclose(heard, words["est_idx"][drawn] / 2048)
+    assert speech["onset"][speech["label"] == 0].min() >= 140
+    assert table["label"][table["task"] == "onset"].sum() == N_WORDS // 6
+    first = words["est_idx"][features["is_onset"] == 1] / 2048
+    assert not table["onset"][table["task"] == "word_gap"].isin(first).any()
+
+
+# ---- beside the package's own code
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """(root, neuroprobe's modules), with films whose features are made up: they are not in it."""
+    if importlib.util.find_spec("neuroprobe") is None:
+        pytest.skip("the package neuroprobe is not installed")
+    root = tmp_path_factory.mktemp("root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROOT_DIR_BRAINTREEBANK", str(root))
+        patch.setenv("HDF5_USE_FILE_LOCKING", "")
+        import neuroprobe.train_test_splits as splits
+    folder = btb.find_package("")
+    films = btb.read_settings(folder)["BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING"]
+    rng = np.random.default_rng(0)
+    for film in sorted(set(films.values())):
+        features = make_features(rng, 12_000, {})
+        features = features.mask(rng.random(features.shape) < 0.01)  # missing here and there
+        for column in ("idx_in_sentence", "face_num", "bin_head"):
+            features[column] = features[column].fillna(0)
+        (root / "transcripts" / film).mkdir(parents=True)
+        features.to_csv(root / "transcripts" / film / "features.csv")
+    return root, folder, splits
+
+
+def stand_in(person):
+    """A subject of the package without its recordings: only windows are asked for."""
+    labels = ["LA1"]
+    return SimpleNamespace(
+        subject_id=person,
+        subject_identifier=f"btbank{person}",
+        electrode_labels=labels,
+        get_electrode_coordinates=lambda: np.zeros((len(labels), 3)),
+        load_neural_data=lambda *args, **kwargs: None,
+    )
+
+
+def items_of(dataset, step=1):
+    """(samples at which the windows begin, labels) of every step-th item of the package's."""
+    items = [dataset[i] for i in range(0, len(dataset), step)]
+    return [item["data"][0] for item in items], [item["label"] for item in items]
+
+
+def indices_of(subset):
+    """Items of the whole dataset that a part, or a part of a part, holds."""
+    if not hasattr(subset, "indices"):
+        return np.arange(len(subset))
+    return indices_of(subset.dataset)[np.asarray(subset.indices)]
+
+
+def all_recordings():
+    if importlib.util.find_spec("neuroprobe") is None:
+        return [(1, 1)]
+    settings = btb.read_settings(btb.find_package(""))
+    return settings["NEUROPROBE_LITE_SUBJECT_TRIALS"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("person, trial", all_recordings())
+def test_labels_and_splits_equal_the_packages(package, person, trial):
+    root, folder, splits = package
+    settings = btb.read_settings(folder)
+    films = settings["BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING"]
+    windows = {}
+    for p, t in settings["NEUROPROBE_LITE_SUBJECT_TRIALS"]:
+        if p == person or (p, t) == (2, 4):
+            tables = btb.read_word_tables(root, folder, films[f"btbank{p}_{t}"], p, t)
+            table = btb.make_windows(*tables, settings)
+            windows[p, t] = dict(list(table.groupby("task")))
+    (other,) = [pair for pair in windows if pair[0] == person and pair[1] != trial]
+    subject = stand_in(person)
+    subjects = {person: subject, 2: stand_in(2)}
+    for task in btb.TASKS:
+        ours = windows[person, trial][task]
+        samples = np.round(ours["onset"] * btb.SFREQ).astype(int).tolist()
+        within = splits.generate_splits_within_session(subject, trial, task, output_indices=True)
+        assert items_of(within[0]["train_dataset"].dataset) == (samples, ours["label"].tolist())
+        folds = [(f"within_{k}", fold, None) for k, fold in enumerate(within)]
+        session = splits.generate_splits_cross_session(subject, trial, task, output_indices=True)
+        folds.append(("across", session[0], other))
+        if person != 2:
+            across = splits.generate_splits_cross_subject(
+                subjects, person, trial, task, output_indices=True
+            )
+            folds.append(("across", across[0], (2, 4)))
+        for column, fold, train in folds:
+            parts = ours[column].to_numpy()
+            for part in ("val", "test"):
+                indices = indices_of(fold[f"{part}_dataset"])
+                assert np.array_equal(indices, np.flatnonzero(parts == part)), (task, column, part)
+            if train is None:
+                indices = indices_of(fold["train_dataset"])
+                assert np.array_equal(indices, np.flatnonzero(parts == "train")), (task, column)
+            else:  # all items of another recording
+                theirs = windows[train][task]
+                assert len(fold["train_dataset"]) == len(theirs)
+                theirs = theirs[::10]
+                samples = np.round(theirs["onset"] * btb.SFREQ).astype(int).tolist()
+                expected = samples, theirs["label"].tolist()
+                assert items_of(fold["train_dataset"], 10) == expected, (task, train)
+
+
+# ---- decode.py
 
 
 @pytest.mark.parametrize("split", ["within", "session", "subject"])
 def test_benchmark_runs_by_its_splits(made, tmp_path, split, capsys):
-    config = D.Config(direction="neuroprobe", dataset=str(made), out_dir=str(tmp_path / "linear"), task="volume", window=1.0, model="logistic",
-                      represent="spectrum", spectrum_segment=0.25, spectrum_max=40, reference="laplacian", split=split, n_shifts=50, device="cpu")
+    out = tmp_path / "linear"
+    config = D.Config(
+        direction="neuroprobe",
+        dataset=str(made),
+        out_dir=str(out),
+        task="volume",
+        window=1.0,
+        model="logistic",
+        represent="spectrum",
+        spectrum_segment=0.25,
+        spectrum_max=40,
+        reference="laplacian",
+        split=split,
+        n_shifts=50,
+        device="cpu",
+    )
     D.main(config)
-    said = capsys.readouterr().out
-    results = pd.read_csv(tmp_path / "linear/results.csv")
-    assert results[["score", "chance", "low", "high", "n"]].notna().all().all() and "shifted labels" in said
-    found = json.loads(next((tmp_path / "linear/leaderboard").rglob("population_volume.json")).read_text())["evaluation_results"]
-    assert set(found) == ({"btbank3_1"} if split == "subject" else {"btbank2_0", "btbank2_4"} | ({"btbank3_1"} if split == "within" else set()))
-    folds = found["btbank3_1" if split == "subject" else "btbank2_0"]["population"]["one_second_after_onset"]["folds"]
-    assert len(folds) == (2 if split == "within" else 1) and {"train_accuracy", "train_roc_auc", "test_accuracy", "test_roc_auc"} <= set(folds[0])
-    assert results[results.metric == "roc_auc"].score.mean() > 0.6  # loudness was planted
+    assert "shifted labels" in capsys.readouterr().out
+    results = pd.read_csv(out / "results.csv")
+    assert results[["score", "chance", "low", "high", "n"]].notna().all().all()
+    path = next((out / "leaderboard").rglob("population_volume.json"))
+    scores = json.loads(path.read_text())["evaluation_results"]
+    people_2 = {"btbank2_0", "btbank2_4"}
+    expected = {"within": people_2 | {"btbank3_1"}, "session": people_2, "subject": {"btbank3_1"}}
+    assert set(scores) == expected[split]
+    folds = scores[min(scores)]["population"]["one_second_after_onset"]["folds"]
+    assert len(folds) == (2 if split == "within" else 1)
+    assert {"train_accuracy", "train_roc_auc", "test_accuracy", "test_roc_auc"} <= set(folds[0])
+    assert results["score"][results["metric"] == "roc_auc"].mean() > 0.6  # loudness was planted
     D.main(config)  # everything is there
-    assert len((tmp_path / "linear/results.part-0.jsonl").read_text().splitlines()) == len(results)
+    assert len((out / "results.part-0.jsonl").read_text().splitlines()) == len(results)
 
 
 def test_a_frozen_encoder_reads_people_with_other_electrodes(made, tmp_path):
-    shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=6, width=16, n_layer=1, n_head=2, patch=16)
-    recipe = dict(sfreq=64.0, window=1.0, patch=16, bands=[], clamp=8.0, grid="", subjects=[], recordings=[])
-    save_checkpoint(tmp_path / "best.pt", dict(kind="foundation", encoder_args=asdict(shape), recording=recipe, model={
-        f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}))
+    shape = EncoderConfig(
+        kind="transformer", tokens="electrode", n_embd=6, width=16, n_layer=1, n_head=2, patch=16
+    )
+    recipe = {"sfreq": 64.0, "window": 1.0, "patch": 16, "bands": [], "clamp": 8.0, "grid": ""}
+    recipe |= {"subjects": [], "recordings": []}
+    weights = {f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}
+    checkpoint = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
+    save_checkpoint(tmp_path / "best.pt", {**checkpoint, "model": weights})
     scores = []
     for untrained in (0, 1):
         out = tmp_path / str(untrained)
-        D.main(D.Config(direction="neuroprobe", dataset=str(made), out_dir=str(out), task="speech", window=1.0, model="logistic", split="subject", device="cpu",
-                        preprocess="foundation_model_preprocessing_fn", preprocessor_params=dict(model_dir=str(tmp_path), untrained=untrained), n_shifts=50,
-                        cache=""))
-        scores.append(pd.read_csv(out / "results.csv").set_index("metric").score)
+        config = D.Config(
+            direction="neuroprobe",
+            dataset=str(made),
+            out_dir=str(out),
+            task="speech",
+            window=1.0,
+            model="logistic",
+            split="subject",
+            device="cpu",
+            preprocess="foundation_model_preprocessing_fn",
+            preprocessor_params={"model_dir": str(tmp_path), "untrained": untrained},
+            n_shifts=50,
+            cache="",
+        )
+        D.main(config)
+        scores.append(pd.read_csv(out / "results.csv").set_index("metric")["score"])
         assert (out / "leaderboard/Cross-Subject/population_speech.json").is_file()
-    assert scores[0].roc_auc != scores[1].roc_auc
+    assert scores[0]["roc_auc"] != scores[1]["roc_auc"]
+
+
+# ---- fetching and bad input
 
 
 def test_fetching_unpacks_what_is_missing(tree, tmp_path, capsys):
     root, package = tree
-    page = tmp_path / "page"
+    page, out = tmp_path / "page", tmp_path / "out"
     page.mkdir()
     for name in ("localization", "electrode_labels", "transcripts"):
         shutil.make_archive(str(page / name), "zip", root, name)
     with zipfile.ZipFile(page / "sub_2_trial000.h5.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.write(root / "sub_2_trial000.h5", "sub_2_trial000.h5")
     shutil.copy(root / "corrupted_elec.json", page)
-    (page / "index.html").write_text("".join(f"<p><a href='{p.name}'>{p.name}</a>" for p in page.iterdir()))
-    handler = functools.partial(type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=str(page))
+    links = [f"<p><a href='{path.name}'>{path.name}</a>" for path in page.iterdir()]
+    (page / "index.html").write_text("".join(links))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(page))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = dict(url=f"http://127.0.0.1:{server.server_port}/", package=str(package), out_dir=str(tmp_path / "out"))
+    url = f"http://127.0.0.1:{server.server_port}/"
+    options = {"url": url, "package": str(package), "out_dir": str(out)}
+    (out / "braintreebank").mkdir(parents=True)
+    # an earlier run was stopped while it unpacked
+    shutil.copy(page / "localization.zip", out / "braintreebank")
     btb.main(btb.Config(**options, recordings=["btbank2_0"]))
-    assert read_set(tmp_path / "out")["recordings"] == ["sub_2_trial000"] and "5 files" in capsys.readouterr().out
-    assert not list((tmp_path / "out").rglob("*.zip"))
-    with pytest.raises((OSError, ValueError), match="no link to sub_3_trial001"):
+    assert read_set(out)["recordings"] == ["sub_2_trial000"]
+    assert "4 files" in capsys.readouterr().out and not list(out.rglob("*.zip"))
+    with pytest.raises(InputError, match="has no sub_3_trial001"):
         btb.main(btb.Config(**options, recordings=["btbank3_1"]))
+    (out / "braintreebank/localization").rename(out / "elsewhere")
+    (page / "localization.zip").write_bytes((page / "localization.zip").read_bytes()[:300])
+    with pytest.raises(InputError, match="localization.zip came damaged"):
+        btb.fetch_missing(out / "braintreebank", url, [])
+    assert not (out / "braintreebank/localization.zip").exists()
     server.shutdown()
-    with pytest.raises(OSError, match="cannot be reached"):
+    with pytest.raises(InputError, match="cannot be reached"):
         btb.main(btb.Config(**{**options, "url": "http://127.0.0.1:1/"}, recordings=["btbank2_4"]))
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):
-    refused("data/braintreebank/prepare", f"root={tree[0]}", f"package={tree[1]}", "recordings=1_1", says=["sub_1_trial001"])
-    given = dict(root=str(tree[0]), package=str(tree[1]), out_dir=str(tmp_path / "out"))
-    for options, words in ((dict(package=str(tmp_path)), "braintreebank_features_time_alignment"), (dict(recordings=["btbank9_9"]), "no btbank9_9.*btbank2_0"),
-                           (dict(root=str(tmp_path)), "features.csv is missing")):
-        with pytest.raises((ValueError, FileNotFoundError), match=words):
+    root, package = tree
+    options = [f"root={root}", f"package={package}", "recordings=1_1"]
+    refused("data/braintreebank/prepare", *options, says=["sub_1_trial001"])
+    given = {"root": str(root), "package": str(package), "out_dir": str(tmp_path / "out")}
+    for options, sentence in (
+        ({"package": str(tmp_path)}, "braintreebank_features_time_alignment"),
+        ({"recordings": ["btbank9_9"]}, "no btbank9_9.*btbank2_0"),
+        ({"root": str(tmp_path)}, "features.csv is missing"),
+    ):
+        with pytest.raises(InputError, match=sentence):
             btb.main(btb.Config(**{**given, **options}))
     torn = tmp_path / "torn"
     torn.mkdir()
-    for path in tree[0].iterdir():
+    for path in root.iterdir():
         (torn / path.name).symlink_to(path)
     (torn / "sub_2_trial000.h5").unlink()
-    (torn / "sub_2_trial000.h5").write_bytes((tree[0] / "sub_2_trial000.h5").read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="no whole recording"):
-        btb.main(btb.Config(root=str(torn), package=str(tree[1]), out_dir=str(tmp_path / "out2"), recordings=["btbank2_0"]))
+    content = (root / "sub_2_trial000.h5").read_bytes()
+    (torn / "sub_2_trial000.h5").write_bytes(content[:100_000])
+    with pytest.raises(InputError, match="no whole recording"):
+        btb.main(btb.Config(**{**given, "root": str(torn)}, recordings=["btbank2_0"]))
+    copy = tmp_path / "package"
+    shutil.copytree(package, copy)
+    for content, sentence in (("SEED = 42\n", "has no NEUROPROBE_GLOBAL"), ("SEED =", "no Python")):
+        (copy / "config.py").write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            btb.main(btb.Config(**{**given, "package": str(copy)}))

@@ -1,27 +1,40 @@
-"""data/podcast and data/synthetic_podcast: what is in the files is what comes out, the planted truth is where it is said to be, and bad input is a sentence."""
-import hashlib, json, os, threading
+"""data/podcast, data/fetch.py and data/synthetic_podcast: what is in the files is what comes out,
+the planted truth is where it is said to be, and bad input is a sentence."""
+
+import hashlib
+import json
+import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import mne
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import refused, start
+from scipy.io import wavfile
 
+from data import InputError
+from data import fetch as downloads
 from data.podcast import prepare as podcast
 from data.recording import Recording, complete, read_set
 from data.synthetic_podcast import prepare as synthetic
-from helpers import refused, run, start
 
+REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 FIF = "derivatives/ecogprep/sub-0{n}/ieeg/sub-0{n}_task-podcast_desc-highgamma_ieeg.fif"
+CHANNELS = "sub-0{n}/ieeg/sub-0{n}_task-podcast_channels.tsv"
+ELECTRODES = "sub-0{n}/ieeg/sub-0{n}_space-MNI152NLin2009aSym_electrodes.tsv"
+SMALL = {"minutes": 3.0, "vocabulary": 20, "electrodes": 22, "broadband": True}
+BARE = {"features": [], "audio_sfreq": 0}  # neither features nor audio
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A small set of the synthetic podcast; its BIDS-like tree is raw/ in it."""
+    """A small set of the synthetic podcast; its tree of ds005574 is raw/ in it."""
     folder = tmp_path_factory.mktemp("podcast") / "set"
-    run("data/synthetic_podcast/prepare", f"out_dir={folder}", "minutes=3", "vocabulary=20", "electrodes=22", "broadband=True")
+    synthetic.main(synthetic.Config(out_dir=str(folder), **SMALL))
     return folder
 
 
@@ -29,11 +42,16 @@ def made(tmp_path_factory):
 def tree(made, tmp_path):
     """A copy of the tree that a test may break: links to the files, as git-annex has them."""
     root = tmp_path / "ds005574"
-    for path in (p for p in (made / "raw").rglob("*") if p.is_file()):
-        link = root / path.relative_to(made / "raw")
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
+    link_tree(made / "raw", root)
     return root
+
+
+def link_tree(source, root):
+    for path in source.rglob("*"):
+        if path.is_file():
+            link = root / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
 
 
 def prepare(root, out, **options):
@@ -42,362 +60,620 @@ def prepare(root, out, **options):
 
 
 def replace(root, name, content):
+    """Write a file of the tree in place of the link."""
     (root / name).unlink(missing_ok=True)
-    (root / name).write_bytes(content) if isinstance(content, bytes) else (root / name).write_text(content)
+    (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def read_words(folder, name="words.csv"):
-    return pd.read_csv(folder / name, keep_default_na=False, na_values={c: [""] for c in ("start", "end")})
+    missing = {"start": [""], "end": [""]}
+    return pd.read_csv(folder / name, keep_default_na=False, na_values=missing)
 
 
-def word_vectors(folder):
-    """(words, dims): mean of the features over each word's tokens."""
-    meta = read_set(folder)
-    file = meta["features"]["gpt2-xl"]["layer-24"]
-    features = np.fromfile(folder / file, meta["arrays"][file]["dtype"]).reshape(meta["arrays"][file]["shape"]).astype(np.float32)
-    return pd.DataFrame(features).groupby(read_words(folder, "tokens.csv")["word_idx"].to_numpy()).mean().to_numpy()
+def read_tsv(path):
+    return pd.read_csv(path, sep="\t")
 
 
 # ---- what is written is what was in the files
 
+
 def test_a_subject_is_its_fif_file(made):
     for n in (1, 2):
         raw = mne.io.read_raw_fif(made / "raw" / FIF.format(n=n), verbose="error")
-        read = Recording(made / f"sub-0{n}")
-        table = pd.read_csv(made / f"raw/sub-0{n}/ieeg/sub-0{n}_task-podcast_channels.tsv", sep="\t")
+        recording = Recording(made / f"sub-0{n}")
+        table = read_tsv(made / "raw" / CHANNELS.format(n=n))
         bad = table["name"][table["status"] == "bad"].tolist()
-        assert len(bad) == 1 and bad == read.meta["bad_electrodes"] and read.names == [name for name in raw.ch_names if name not in bad]
-        np.testing.assert_array_equal(read.signal, raw.get_data(read.names).T.astype("f4"))
-        assert read.first_sample == raw.first_samp == (1178 if n == 1 else 0) and read.unit == "V" and read.synthetic
-        assert 1e-6 < read.signal.std() < 1e-5 and read.meta["nyu_id"] == str(900 + n)
-        assert set(read.channels["type"]) == {"ecog", "seeg"} if n == 1 else {"ecog"}
-        assert {"low_cutoff", "status_description"} <= set(read.channels)
-        assert np.isnan(read.xyz[-1]).all() and 0.02 < np.nanmax(np.abs(read.xyz)) < 0.1  # metres out of millimetres
-    assert len(Recording(made / "sub-01").names) > len(Recording(made / "sub-02").names)
+        assert bad == recording.meta["bad_electrodes"] and len(bad) == 1
+        assert recording.names == [name for name in raw.ch_names if name not in bad]
+        expected = raw.get_data(recording.names).T.astype("f4")
+        np.testing.assert_array_equal(recording.signal, expected)
+        assert recording.first_sample == raw.first_samp == (1178 if n == 1 else 0)
+        assert recording.unit == "V" and 1e-6 < recording.signal.std() < 1e-5
+        assert recording.synthetic and recording.meta["nyu_id"] == str(900 + n)
+        assert set(recording.channels["type"]) == {"ecog", "seeg"}
+        assert {"low_cutoff", "status_description"} <= set(recording.channels)
+        assert np.isnan(recording.xyz[-1]).all()
+        assert 0.02 < np.nanmax(np.abs(recording.xyz)) < 0.1  # metres out of millimetres
 
 
 def test_words_keep_what_is_odd_and_events_have_every_onset(made):
     meta, words = read_set(made), read_words(made)
-    given = pd.read_csv(made / "raw/stimuli/podcast_transcript.csv", keep_default_na=False, na_values={"start": [""], "end": [""]})
-    assert words["word"].tolist() == given["word"].tolist() and words["word_idx"].tolist() == list(range(len(given)))
+    given = read_words(made, "raw/stimuli/podcast_transcript.csv")
+    assert words["word"].tolist() == given["word"].tolist()
+    assert words["word_idx"].tolist() == list(range(len(given)))
     np.testing.assert_array_equal(words["start"], given["start"])
-    odd = meta["transcript"]
-    assert odd["without_onset"] == 3 == words["start"].isna().sum() and odd["same_onset_as_another"] == 4 and odd["before_the_word_before"] == 4
-    assert all(word == word.lower().strip(".,?!") for word in words["norm_word"]) and {"don't", "it's"} & set(words["norm_word"])
-    assert words["word"].str.contains(r"[.,?!]$").any() and words["word"].str.contains("^[A-Z]").any()
+    facts = meta["transcript"]
+    assert facts["without_onset"] == 3 == words["start"].isna().sum()
+    assert facts["same_onset_as_another"] == facts["before_the_word_before"] == 4
+    assert facts["sentences_by"] == "full stops"
+    assert all(word == word.lower().strip(".,?!") for word in words["norm_word"])
+    assert {"don't", "it's"} & set(words["norm_word"])
     ends = words["word"].str.contains(r"[.?!]$").to_numpy()
     np.testing.assert_array_equal(np.diff(words["sentence"]), ends[:-1])
-    assert set(words["content"]) == {"content", "function"}
-    np.testing.assert_array_equal(words["content"] == "function", words["pos"] == "function")  # the closed classes, found without the tag
+    # the closed classes are found without the tag
+    np.testing.assert_array_equal(words["content"] == "function", words["pos"] == "function")
     for name in meta["recordings"]:
-        read = Recording(made / name)
+        recording = Recording(made / name)
         heard = words[np.isfinite(words["start"])]
-        assert read.events["word_idx"].tolist() == heard["word_idx"].tolist() and read.events["norm_word"].tolist() == heard["norm_word"].tolist()
-        rows = read.rows(read.events["onset"])
-        outside = (rows < 0) | (rows >= len(read.signal))
-        assert outside.sum() == read.meta["events_outside"] > 0  # kept, and counted
-        assert read.meta["dropped"]["words_without_onset"] == 3
+        assert recording.events["word_idx"].tolist() == heard["word_idx"].tolist()
+        rows = recording.rows(recording.events["onset"])
+        outside = (rows < 0) | (rows >= len(recording.signal))
+        assert outside.sum() == recording.meta["events_outside"] > 0  # kept, and counted
+        assert recording.meta["dropped"]["words_without_onset"] == 3
 
 
 def test_tokens_are_rows_of_the_features(made):
-    meta, words, tokens = read_set(made), read_words(made), read_words(made, "tokens.csv")
-    assert meta["arrays"]["gpt2-xl_layer-24.f16"]["shape"] == [len(tokens), synthetic.DIMS]
+    meta, words = read_set(made), read_words(made)
+    tokens = read_words(made, "tokens.csv")
     with h5py.File(made / "raw/stimuli/gpt2-xl/features.hdf5") as file:
         given = file["layer-24"][:]
-    np.testing.assert_allclose(np.fromfile(made / "gpt2-xl_layer-24.f16", "f2").reshape(given.shape), given, rtol=1e-3, atol=1e-3)
-    assert len(tokens) > len(words) and tokens.groupby("word_idx")["token"].sum().str.removeprefix("Ġ").tolist() == words["word"].tolist()
+    assert meta["arrays"]["gpt2-xl_layer-24.f16"]["shape"] == [len(tokens), synthetic.DIMS]
+    features = np.fromfile(made / "gpt2-xl_layer-24.f16", "f2").reshape(given.shape)
+    np.testing.assert_allclose(features, given, rtol=1e-3, atol=1e-3)
+    joined = tokens.groupby("word_idx")["token"].sum().str.removeprefix("Ġ")
+    assert joined.tolist() == words["word"].tolist()
     assert tokens["true_prob"].between(0, 1).all() and tokens["top_pred"].notna().all()
 
 
 def test_loudness_is_the_root_mean_square(made, tmp_path):
-    from scipy.io import wavfile
     rng = np.random.default_rng(0)
     audio = rng.integers(-3000, 3000, (44_100 * 2 + 300, 2)).astype(np.int16)
     wavfile.write(tmp_path / "a.wav", 44_100, audio)
     for rate in (100, 64):  # 441 samples each, and 689 or 690
         edges = [round(k * 44_100 / rate) for k in range(2 * rate + 1)]
-        naive = [np.sqrt(np.mean((audio[a:b] / 32767) ** 2)) for a, b in zip(edges, edges[1:])]
-        np.testing.assert_allclose(podcast.loudness(tmp_path / "a.wav", rate), naive, rtol=1e-5)
+        squares = [np.mean((audio[a:b] / 32767) ** 2) for a, b in zip(edges, edges[1:])]
+        loudness = podcast.loudness(tmp_path / "a.wav", rate)
+        np.testing.assert_allclose(loudness, np.sqrt(squares), rtol=1e-5)
     entry = read_set(made)["audio"]
     assert (made / "audio.f32").stat().st_size == 4 * entry["samples"] == 4 * 180 * entry["sfreq"]
-    (tmp_path / "a.wav").write_bytes(b"RIFF")
-    with pytest.raises(ValueError, match="no whole WAV"):
-        podcast.loudness(tmp_path / "a.wav", 100)
+
+
+def test_other_features_and_positions_in_metres(tree, tmp_path):
+    n_words = len(read_words(tree, "stimuli/podcast_transcript.csv"))
+    vectors = np.random.default_rng(0).normal(size=(n_words, 7)).astype("f4") * 1e5
+    (tree / "stimuli/glove").mkdir()
+    with h5py.File(tree / "stimuli/glove/features.hdf5", "w") as file:
+        file["vectors"] = vectors  # more than half precision holds
+    table = pd.DataFrame({"word_idx": range(n_words)})
+    table.to_csv(tree / "stimuli/glove/transcript.tsv", sep="\t")
+    electrodes = read_tsv(tree / ELECTRODES.format(n=2))
+    electrodes[["x", "y", "z"]] /= 1000
+    text = electrodes.to_csv(sep="\t", index=False, na_rep="n/a")
+    replace(tree, ELECTRODES.format(n=2), text)
+    (tree / ELECTRODES.format(n=2).replace("electrodes.tsv", "coordsystem.json")).unlink()
+    options = {"features": ["gpt2-xl", "glove"], "layers": [0, 24], "audio_sfreq": 0}
+    meta = prepare(tree, tmp_path / "a", subjects=[2], **options)
+    assert set(meta["features"]["gpt2-xl"]) == {"layer-0", "layer-24"}
+    assert meta["features"]["glove"] == {"vectors": "glove_vectors.f32"}
+    written = np.fromfile(tmp_path / "a/glove_vectors.f32", "f4").reshape(-1, 7)
+    np.testing.assert_array_equal(written, vectors)
+    assert 0.02 < np.nanmax(np.abs(Recording(tmp_path / "a/sub-02").xyz)) < 0.1
+    assert set(read_words(tmp_path / "a")["pos"]) == {""}
+
+
+def write_edf(path, names, data, sfreq, unit="uV"):
+    """EDF of one-second records of 16-bit numbers; data: (C, T) in V."""
+    n_channels, n_records = len(names), data.shape[1] // sfreq
+    head = f"{'0':8}{'X':80}{'X':80}01.01.0100.00.00{256 * (n_channels + 1):<8}{'':44}"
+    head += f"{n_records:<8}{1:<8}{n_channels:<4}"
+    fields = [(names, 16), ("", 80), (unit, 8), (-3276.8, 8), (3276.7, 8), (-32768, 8), (32767, 8)]
+    for value, width in [*fields, ("", 80), (sfreq, 8), ("", 32)]:
+        values = value if isinstance(value, list) else [value] * n_channels
+        head += "".join(f"{str(v):{width}}" for v in values)
+    samples = np.round(data[:, : n_records * sfreq] * 1e7).astype("<i2")
+    records = samples.reshape(n_channels, n_records, sfreq).transpose(1, 0, 2)
+    path.write_bytes(head.encode() + records.tobytes())
+
+
+def test_the_raw_edf(tree, tmp_path):
+    data = np.random.default_rng(0).normal(size=(4, 512 * 20)) * 1e-4
+    path = tree / "sub-02/ieeg/sub-02_task-podcast_ieeg.edf"
+    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512)
+    prepare(tree, tmp_path / "a", signal="raw", **BARE)
+    recording = Recording(tmp_path / "a/sub-02")
+    bad = recording.meta["bad_electrodes"]
+    assert recording.names == [name for name in ("LGB1", "LF3", "LF2") if name not in bad]
+    assert len(recording.signal) == 512 * 20 and recording.meta["kind"] == "raw"
+    np.testing.assert_allclose(recording.signal[:, 0], data[0], atol=1e-7)
+    # the unit of channels.tsv, where the file has none; and a file shorter than its sidecar says
+    text = (tree / CHANNELS.format(n=2)).read_text().replace("\tV\t", "\tuV\t")
+    replace(tree, CHANNELS.format(n=2), text)
+    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512, unit="")
+    prepare(tree, tmp_path / "b", signal="raw", **BARE)
+    signal = Recording(tmp_path / "b/sub-02").signal
+    np.testing.assert_allclose(signal, recording.signal, rtol=1e-5)
+    path.with_suffix(".json").write_text('{"RecordingDuration": 30.0}')
+    with pytest.raises(InputError, match="it is torn"):
+        prepare(tree, tmp_path / "c", signal="raw", **BARE)
+
+
+def test_words_in_bad_segments_are_dropped(tree, tmp_path):
+    path = tree / FIF.format(n=1)
+    raw = mne.io.read_raw_fif(path, preload=True, verbose="error")
+    raw.set_annotations(mne.Annotations([10.0, 50.0], [5.0, 5.0], ["BAD_noise", "a word"]))
+    path.unlink()
+    raw.save(path, verbose="error")
+    prepare(tree, tmp_path / "a", subjects=[1], **BARE)
+    recording = Recording(tmp_path / "a/sub-01")
+    start = 10.0 + raw.first_time
+    words = read_words(tmp_path / "a").dropna(subset=["start", "end"])
+    in_bad = (words["start"] <= start + 5) & (words["end"] >= start)
+    assert recording.meta["dropped"]["words_in_bad"] == in_bad.sum() > 5
+    assert not set(words["word_idx"][in_bad]) & set(recording.events["word_idx"])
+
+
+# ---- sentences and parts of speech
+
+
+def words_of(text, starts, ends=None):
+    words = pd.DataFrame({"word": text.split(), "start": starts})
+    words["end"] = words["start"] + 0.1 if ends is None else ends
+    words["norm_word"] = words["word"].map(podcast.normalised)
+    return words
+
+
+def test_sentences_end_with_full_stops_or_pauses():
+    text = "Mr. Fox said hi. And then a B. left!"
+    numbers, rule = podcast.number_sentences(words_of(text, np.arange(9.0)), podcast.Config())
+    assert numbers.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2] and rule == "full stops"
+    # no full stops: 0.4 s after the latest end; words out of order, and one without onset or end
+    starts = [0.0, 0.2, 1.0, np.nan, 0.75, 1.7, 1.8]
+    ends = [0.1, 0.3, 1.5, np.nan, 0.82, np.nan, 1.9]
+    words = words_of("a b d x c e f", starts, ends)
+    numbers, rule = podcast.number_sentences(words, podcast.Config(pause=0.4))
+    assert numbers.tolist() == [0, 0, 1, -1, 1, 1, 1] and rule == "pauses of 0.4 s"
+    numbers, _ = podcast.number_sentences(words, podcast.Config(pause=0.15))
+    assert numbers.tolist() == [0, 0, 2, -1, 1, 3, 3]
+
+
+def test_sentences_of_a_table(tmp_path):
+    path = tmp_path / "sentences.csv"
+    path.write_text("sentence_onset,sentence_offset\n5.0,6.0\n1.0,3.0\n1.50000001,2.0\n")
+    starts = [0.5, 1.0, 1.5, 1.8, 2.5, 4.0, 5.0, np.nan]
+    words = words_of("before first second both first between third unknown", starts)
+    numbers, rule = podcast.number_sentences(words, podcast.Config(sentences=str(path)))
+    assert list(numbers) == [-1, 0, 1, 1, 0, -1, 2, -1] and rule.startswith("table ")
+    path.write_text("sentence_onset,sentence_offset\n100,101\n")
+    with pytest.raises(InputError, match="no word of the transcript"):
+        podcast.number_sentences(words, podcast.Config(sentences=str(path)))
+
+
+def test_a_word_of_several_tokens_has_the_tag_of_its_first(tmp_path):
+    words = words_of("I don't know know", [0.0, 0.5, 0.5, np.nan])
+    path = tmp_path / "tags.tsv"
+    path.write_text(
+        "word\tstart\tpos\nI\t0\tPRP\ndon't\t0.5\tVBP\ndon't\t0.5\tRB\nKnow,\t0.5\tVB\nknow\tn/a\tNN\n"
+    )
+    assert podcast.parts_of_speech(words, path) == ["PRP", "VBP", "VB", "NN"]
+    path.write_text("onset\tclass\n0.001\t4\n0.5\t1\n0.5\t3\n")  # by onset alone
+    assert podcast.parts_of_speech(words, path) == ["other", "verb", "verb", ""]
+    path.write_text("word\tstart\tpos\nelsewhere\t3.1\tNN\n")
+    with pytest.raises(InputError, match="knows no word of the transcript"):
+        podcast.parts_of_speech(words, path)
+    path.write_text("word\tstart\nI\t0\n")
+    with pytest.raises(InputError, match="no column pos_class or class or pos, only word, start"):
+        podcast.parts_of_speech(words, path)
+
+
+# ---- the release itself
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The released tables of sub-03 and sub-08, with signals and features made up."""
+    source = REAL / "podcast_ds005574"
+    if not source.is_dir():
+        pytest.skip("../shared/real is not here: it holds the released tables of Podcast ECoG")
+    root = tmp_path_factory.mktemp("released") / "ds005574"
+    link_tree(source, root)
+    rng = np.random.default_rng(0)
+    for n in (3, 8):
+        table = read_tsv(root / CHANNELS.format(n=n))
+        names = table["name"][(table["type"] == "ECOG") & (table["status"] == "good")].tolist()
+        signal = rng.normal(1e-5, 1e-6, (len(names), 512 * 4))
+        info = mne.create_info(names, 512, "ecog")
+        (root / FIF.format(n=n)).parent.mkdir(parents=True)
+        raw = mne.io.RawArray(signal, info, verbose="error")
+        raw.save(root / FIF.format(n=n), verbose="error")
+    transcript = pd.read_csv(root / "stimuli/spectral/transcript.tsv", sep="\t", dtype=str)
+    transcript[["word", "start", "end"]].to_csv(
+        root / "stimuli/podcast_transcript.csv", index=False
+    )
+    for name in ("gpt2-xl", "syntactic", "whisper-medium"):
+        n_rows = len(read_tsv(root / f"stimuli/{name}/transcript.tsv"))
+        with h5py.File(root / f"stimuli/{name}/features.hdf5", "w") as file:
+            key = "layer-24" if name == "gpt2-xl" else "vectors"
+            file[key] = rng.normal(size=(n_rows, 4)).astype("f4")
+    return root
+
+
+def test_the_released_tables_are_read_as_they_are(released, tmp_path):
+    features = ["gpt2-xl", "syntactic", "whisper-medium"]
+    tables = REAL / "podcast_tables"
+    meta = prepare(
+        released,
+        tmp_path,
+        features=features,
+        audio_sfreq=0,
+        sentences=str(tables / "all_sentences_podcast.csv"),
+        pos=str(tables / "df_word_onset_with_pos_class.csv"),
+    )
+    assert meta["recordings"] == ["sub-03", "sub-08"] and not meta["synthetic"]
+    assert meta["licence"] == "CC0" and meta["source"] == 'The "Podcast" ECoG dataset'
+    n_arrays = {file: entry["shape"][0] for file, entry in meta["arrays"].items()}
+    assert list(n_arrays.values()) == [5491, 5305, 5134]
+    words, tokens = read_words(tmp_path), read_words(tmp_path, "tokens.csv")
+    assert len(words) == 5136 and tokens["word_idx"].nunique() == 5136
+    assert (tokens["rank"] == 0).mean() == pytest.approx(0.30941540702968495)  # performance.json
+    facts = meta["transcript"]
+    assert facts["without_onset"] == 0 and facts["before_the_word_before"] == 19
+    # 366 sentences, each of which begins with a word; interjections are in none
+    assert facts["sentences"] == 366 and facts["in_no_sentence"] == 52
+    sentences = pd.read_csv(tables / "all_sentences_podcast.csv")
+    onsets = words[words["sentence"] >= 0].groupby("sentence")["start"].min()
+    np.testing.assert_allclose(
+        onsets.sort_index(), sentences["sentence_onset"].sort_values(), atol=1e-6
+    )
+    assert words["sentence"].iloc[:7].tolist() == [-1] * 6 + [0]
+    # 5,031 rows, in one of which "lot" has the onset of "a" before it
+    counts = words["pos"].value_counts().to_dict()
+    tagged = {"other": 2280, "noun": 1221, "verb": 953, "adjective": 290, "adverb": 286}
+    assert counts == {**tagged, "": 5136 - 5030}
+    for name, located, in_file in (("sub-03", 235, 235), ("sub-08", 72, 72)):
+        recording = Recording(tmp_path / name)
+        assert len(recording.names) == recording.meta["electrodes_in_file"] == in_file
+        assert recording.meta["located"] == located and recording.meta["events_outside"] > 5000
+        assert 0.08 < np.abs(recording.xyz).max() < 0.13
+
+
+def test_pauses_of_the_released_transcript(released):
+    words, facts = podcast.read_words(released / "stimuli/podcast_transcript.csv", podcast.Config())
+    assert words["word"].str.endswith(".").sum() == 2
+    assert facts["sentences"] == 416 and facts["sentences_by"] == "pauses of 0.4 s"
+    tags = podcast.parts_of_speech(words, released / "stimuli/syntactic/transcript.tsv")
+    assert tags[:8] == ["NNP", "CD", "NN", "IN", "DT", "NN", "RB", "EX"] and "" not in tags
+
+
+def test_electrodes_of_the_release(released, tmp_path):
+    for electrodes, counts in (
+        ("LG[AB]*", {"sub-03": 127}),
+        (str(REAL / "podcast_tables/all_subject_sig.csv"), {"sub-03": 43, "sub-08": 16}),
+        (str(REAL / "podcast_tables/sig_elecs_gpt2.csv"), {"sub-03": 56, "sub-08": 13}),
+    ):
+        subjects = [3] if len(counts) == 1 else []
+        options = {"electrodes": electrodes, "subjects": subjects, "overwrite": True}
+        prepare(released, tmp_path, **options, **BARE)
+        assert {name: len(Recording(tmp_path / name).names) for name in counts} == counts
+        assert all(not Recording(tmp_path / name).meta["dropped"]["not_in_file"] for name in counts)
 
 
 # ---- the planted truth
 
+
+def word_vectors(folder):
+    """(words, dims): mean of the features over each word's tokens."""
+    entry = read_set(folder)["arrays"]["gpt2-xl_layer-24.f16"]
+    features = np.fromfile(folder / "gpt2-xl_layer-24.f16", entry["dtype"]).reshape(entry["shape"])
+    word_idx = read_words(folder, "tokens.csv")["word_idx"].to_numpy()
+    return pd.DataFrame(features.astype("f4")).groupby(word_idx).mean().to_numpy()
+
+
+def encoding(recording, vectors, words, lag):
+    """(C,) correlation of each electrode's 0.1 s mean at `lag` s with its ridge prediction from
+    the words' vectors, on the half that was not fitted."""
+    rows = recording.rows(words["start"].fillna(-9) + lag)
+    inside = (rows >= 26) & (rows + 26 < len(recording.signal))
+    z = (recording.signal - recording.signal.mean(0)) / recording.signal.std(0)
+    sums = np.cumsum(z, 0, dtype="f8")
+    y = (sums[rows[inside] + 26] - sums[rows[inside] - 26]) / 52
+    x = (vectors[inside] - vectors[inside].mean(0)) / vectors[inside].std(0)
+    half = len(x) // 2
+    gram = x[:half].T @ x[:half] + 100 * np.eye(x.shape[1])
+    predicted = x[half:] @ np.linalg.solve(gram, x[:half].T @ y[:half])
+    return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(predicted.T, y[half:].T)])
+
+
 def test_a_response_is_a_boxcar_around_its_lag():
     rng = np.random.default_rng(0)
     onset, amplitude = rng.uniform(-0.5, 4.5, 30), rng.normal(size=(30, 3))
-    naive = np.zeros((2048, 3))
-    for t, a in zip(onset, amplitude):
-        for row in range(2048):
-            after = (row - round(t * 512)) / 512
-            naive[row] += a * (0.25 <= after < 0.3496)  # 300 ms ± 50 ms
-    np.testing.assert_allclose(synthetic.responses(onset, amplitude, 2048, 300.0), naive, atol=1e-5)
-
-
-def encoding(read, vectors, words, lag):
-    """Correlation (C,) of each electrode's 0.1 s mean at `lag` s with its ridge prediction from the words' vectors, on the half that was not fitted."""
-    rows = read.rows(words["start"].fillna(-9) + lag)
-    ok = (rows >= 26) & (rows + 26 < len(read.signal))
-    sums = np.cumsum((read.signal - read.signal.mean(0)) / read.signal.std(0), 0, dtype="f8")
-    y, x = (sums[rows[ok] + 26] - sums[rows[ok] - 26]) / 52, (vectors[ok] - vectors[ok].mean(0)) / vectors[ok].std(0)
-    half = len(x) // 2
-    fit = np.linalg.solve(x[:half].T @ x[:half] + 100 * np.eye(x.shape[1]), x[:half].T @ y[:half])
-    return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip((x[half:] @ fit).T, y[half:].T)])
+    after = (np.arange(2048)[:, None] - np.round(onset * 512)) / 512
+    expected = ((after >= 0.25) & (after < 0.3496)) @ amplitude  # 300 ms ± 50 ms
+    response = synthetic.responses(onset, amplitude, 2048, 300.0)
+    np.testing.assert_allclose(response, expected, atol=1e-5)
 
 
 def test_words_are_in_the_named_electrodes_at_the_named_lag_and_nowhere_else(made):
     planted, words, vectors = read_set(made)["planted"], read_words(made), word_vectors(made)
     assert planted["lag_ms"] == 300
     for name, truth in planted["subjects"].items():
-        read = Recording(made / name)
-        carries = np.isin(read.names, truth["electrodes"])
-        assert 2 < carries.sum() < len(carries) - 6 and not set(truth["electrodes"]) & set(truth["volume_electrodes"])
-        at = encoding(read, vectors, words, 0.3)
-        assert at[carries].min() > 0.15 and at[carries].mean() > 0.5 and np.abs(at[~carries]).max() < 0.25
-        assert max(np.abs(encoding(read, vectors, words, lag)).max() for lag in (-0.5, 0.0, 0.8)) < 0.3
+        recording = Recording(made / name)
+        carries = np.isin(recording.names, truth["electrodes"])
+        assert 2 < carries.sum() < len(carries) - 6
+        assert not set(truth["electrodes"]) & set(truth["volume_electrodes"])
+        at = encoding(recording, vectors, words, 0.3)
+        assert at[carries].min() > 0.15 and at[carries].mean() > 0.5
+        assert np.abs(at[~carries]).max() < 0.25
+        for lag in (-0.5, 0.0, 0.8):
+            assert np.abs(encoding(recording, vectors, words, lag)).max() < 0.3
 
 
 def test_loudness_is_in_the_named_electrodes_a_tenth_of_a_second_later(made):
-    audio, meta = np.fromfile(made / "audio.f32", "f4"), read_set(made)
-    for name, truth in meta["planted"]["subjects"].items():
-        read = Recording(made / name)
-        times = (np.arange(len(read.signal)) + read.first_sample) / read.sfreq - 0.005
-        heard = {lag: np.interp(times - lag, np.arange(len(audio)) / 100, audio) for lag in (0.1, 0.3)}
-        at, later = (np.array([np.corrcoef(heard[lag], x)[0, 1] for x in read.signal.T]) for lag in heard)
-        carries = np.isin(read.names, truth["volume_electrodes"])
-        assert at[carries].min() > 0.15 and np.abs(at[~carries]).max() < 0.15 and np.abs(later[carries]).max() < 0.3 < at.max()
+    audio, planted = np.fromfile(made / "audio.f32", "f4"), read_set(made)["planted"]
+    for name, truth in planted["subjects"].items():
+        recording = Recording(made / name)
+        rows = np.arange(len(recording.signal)) + recording.first_sample
+        correlations = []
+        for lag in (0.1, 0.3):
+            times = rows / recording.sfreq - 0.005 - lag
+            heard = np.interp(times, np.arange(len(audio)) / 100, audio)
+            correlations.append([np.corrcoef(heard, x)[0, 1] for x in recording.signal.T])
+        at, later = np.array(correlations)
+        carries = np.isin(recording.names, truth["volume_electrodes"])
+        assert at[carries].min() > 0.15 and np.abs(at[~carries]).max() < 0.15
+        assert np.abs(later[carries]).max() < 0.3 < at.max()
 
 
-def test_without_gain_the_same_recording_without_words(tmp_path):
-    """gain=0 changes nothing but the responses: the rest of the noise is the same, number for number."""
-    make = lambda gain: synthetic.make_subject(1, *given, synthetic.Config(minutes=1, electrodes=16, gain=gain))
-    config = synthetic.Config(minutes=1, electrodes=16)
+def subject_of(config):
+    """What make_subject gives of the first person."""
     table = synthetic.make_transcript(config)
-    given = table, synthetic.make_vectors(table, config), synthetic.make_audio(table, config)[1]
-    (names, _, _, null, nothing), (_, _, _, signal, truth) = make(0.0), make(2.0)
+    z, envelope = synthetic.make_vectors(table, config), synthetic.make_audio(table, config)[1]
+    return synthetic.make_subject(1, table, z, envelope, config)
+
+
+def test_without_gain_the_same_recording_without_words():
+    """gain=0 changes nothing but the responses: the noise is the same, number for number."""
+    _, null, nothing = subject_of(synthetic.Config(minutes=1, electrodes=16, gain=0.0))
+    channels, signal, truth = subject_of(synthetic.Config(minutes=1, electrodes=16))
     differs = np.abs(signal - null).max(0) > 1e-4
-    assert nothing["word"] == [] and [name for name, d in zip(names, differs) if d] == truth["word"]
+    assert nothing["word"] == [] and channels["name"][differs].tolist() == truth["word"]
+
+
+def test_the_same_data_as_ever():
+    """Results that others report on the default set must not move with a change of the code."""
+    config = synthetic.Config(minutes=0.5, electrodes=16)
+    channels, signal, carriers = subject_of(config)
+    words = synthetic.make_transcript(config)["word"]
+    assert words[:6].tolist() == ["A", "the.", "Know.", "Time", "friend,", "the."]
+    assert carriers["word"] == ["LGA1", "LGA2", "LGA3", "LGA5", "LGA6", "LGB1"]
+    expected = [[2.7502, 1.5374, -0.8898], [0.8284, 1.2368, -0.0587], [0.2493, 0.1164, 0.1448]]
+    np.testing.assert_allclose(signal[2000::5000, [0, 5, 15]], expected, atol=1e-3)
 
 
 def test_neighbours_share_sources(made):
-    read = Recording(made / "sub-01")
-    near = [np.corrcoef(read.signal[:, i], read.signal[:, i + 1])[0, 1] for i in range(3)]
-    far = np.corrcoef(read.signal[:, 1], read.signal[:, read.names.index("DA2")])[0, 1]
-    assert min(near) > 0.4 and abs(far) < 0.2
+    recording = Recording(made / "sub-01")
+    correlation = np.corrcoef(recording.signal.T)
+    assert min(correlation[i, i + 1] for i in range(3)) > 0.4
+    assert abs(correlation[1, recording.names.index("DA2")]) < 0.2
 
 
 def test_the_broadband_recording_carries_the_envelope(made, tmp_path):
-    meta = prepare(made / "raw", tmp_path / "b", subjects=[2], signal="broadband", features=[], audio_sfreq=0)
+    meta = prepare(made / "raw", tmp_path / "b", subjects=[2], signal="broadband", **BARE)
     assert "audio" not in meta and not meta["features"]
-    broad, envelope = Recording(tmp_path / "b/sub-02"), Recording(made / "sub-02")
-    band = np.abs(mne.filter.filter_data(broad.signal[:, :2].T.astype("f8"), 512, 70, 200, verbose="error"))
-    bins = lambda x: x[:, :len(envelope.signal) // 102 * 102].reshape(2, -1, 102).mean(-1)  # 0.2 s
-    assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(bins(band), bins(envelope.signal[:, :2].T))) > 0.25
+    broadband = Recording(tmp_path / "b/sub-02").signal[:, :2].T.astype("f8")
+    envelope = Recording(made / "sub-02").signal[:, :2].T
+    band = np.abs(mne.filter.filter_data(broadband, 512, 70, 200, verbose="error"))
+    n_bins = envelope.shape[1] // 102  # of 0.2 s
+    for a, b in zip(band, envelope):
+        bins = [x[: n_bins * 102].reshape(-1, 102).mean(1) for x in (a, b)]
+        assert np.corrcoef(*bins)[0, 1] > 0.25
 
 
-def test_seeds_differ_and_repeat(tmp_path):
-    table = lambda seed: synthetic.make_transcript(synthetic.Config(minutes=1, seed=seed))
-    pd.testing.assert_frame_equal(table(3), table(3))
-    assert table(3)["word"].tolist() != table(4)["word"].tolist()
+def test_the_synthetic_set_is_made_once(made, tmp_path, capsys):
+    before = (made / "meta.yaml").stat().st_mtime_ns
+    synthetic.main(synthetic.Config(out_dir=str(made), **SMALL))
+    assert "already" in capsys.readouterr().out
+    assert (made / "meta.yaml").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="made with minutes=3.0.* overwrite=True"):
+        synthetic.main(synthetic.Config(out_dir=str(made)))
+    with pytest.raises(InputError, match="vocabulary=5: give 10 to"):
+        synthetic.Config(vocabulary=5).check()
+    options = [f"out_dir={tmp_path}", "minutes=0.5", "electrodes=8", "subjects=1"]
+    both = [start("data/synthetic_podcast/prepare", *options) for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum("already" in output for output in outputs) == 1 and complete(tmp_path)
 
 
 # ---- choosing
 
+
 def test_electrodes_by_expression_and_by_table(tree, tmp_path, capsys):
-    prepare(tree, tmp_path / "a", subjects=[1], electrodes="LG[AB]*", features=[], audio_sfreq=0)
-    names = Recording(tmp_path / "a/sub-01").names
-    assert names and all(name.startswith("LG") for name in names) and Recording(tmp_path / "a/sub-01").meta["dropped"]["not_selected"] == 4
-    (tmp_path / "sig.csv").write_text("subject,elec,matfile\n902,LF2,x\nsub-01,DA2,x\n1,LGA3,x\n901,ZZ9,x\n")
-    meta = prepare(tree, tmp_path / "b", electrodes=str(tmp_path / "sig.csv"), features=[], audio_sfreq=0)
+    prepare(tree, tmp_path / "a", subjects=[1], electrodes="LG[AB]*", **BARE)
+    recording = Recording(tmp_path / "a/sub-01")
+    assert recording.names and all(name.startswith("LG") for name in recording.names)
+    assert recording.meta["dropped"]["not_selected"] == 4
+    table = tmp_path / "sig.csv"
+    table.write_text("subject,elec,matfile\n902,LF2,x\nsub-01,DA2,x\n1,LGA3,x\n901,ZZ9,x\n")
+    meta = prepare(tree, tmp_path / "b", electrodes=str(table), **BARE)
     assert meta["recordings"] == ["sub-01", "sub-02"]
-    assert Recording(tmp_path / "b/sub-01").names == ["LGA3", "DA2"] and Recording(tmp_path / "b/sub-02").names == ["LF2"]
-    assert "ZZ9" in capsys.readouterr().out and Recording(tmp_path / "b/sub-01").meta["dropped"]["not_in_file"] == ["ZZ9"]
-    (tmp_path / "one.csv").write_text("subject,elec\n2,LF2\n")
-    assert prepare(tree, tmp_path / "c", electrodes=str(tmp_path / "one.csv"), features=[], audio_sfreq=0)["recordings"] == ["sub-02"]
+    recording = Recording(tmp_path / "b/sub-01")
+    assert recording.names == ["LGA3", "DA2"] and Recording(tmp_path / "b/sub-02").names == ["LF2"]
+    assert "ZZ9" in capsys.readouterr().out and recording.meta["dropped"]["not_in_file"] == ["ZZ9"]
+    table.write_text("subject,elec\n2,LF2\n")
+    meta = prepare(tree, tmp_path / "c", electrodes=str(table), **BARE)
+    assert meta["recordings"] == ["sub-02"]
 
 
 def test_bad_electrodes_can_stay(tree, tmp_path):
-    prepare(tree, tmp_path / "a", subjects=[1], bads="mark", features=[], audio_sfreq=0)
-    read = Recording(tmp_path / "a/sub-01")
-    assert (~read.good).sum() == 1 and read.channels["status_description"][~read.good].tolist() == ["noisy psd"]
-
-
-def test_other_features_positions_in_metres_and_parts_of_speech(tree, tmp_path):
-    words = len(pd.read_csv(tree / "stimuli/podcast_transcript.csv", keep_default_na=False))
-    (tree / "stimuli/en_core_web_lg").mkdir()
-    vectors = np.random.default_rng(0).normal(size=(words, 7)).astype("f4") * 1e5  # more than half precision holds
-    with h5py.File(tree / "stimuli/en_core_web_lg/features.hdf5", "w") as file:
-        file["vectors"] = vectors
-    pd.DataFrame({"word_idx": range(words)}).to_csv(tree / "stimuli/en_core_web_lg/transcript.tsv", sep="\t")
-    table = pd.read_csv(tree / (name := "sub-02/ieeg/sub-02_space-MNI152NLin2009aSym_electrodes.tsv"), sep="\t")
-    table[["x", "y", "z"]] /= 1000
-    replace(tree, name, table.to_csv(sep="\t", index=False, na_rep="n/a"))
-    (tree / "sub-02/ieeg/sub-02_space-MNI152NLin2009aSym_coordsystem.json").unlink()
-    meta = prepare(tree, tmp_path / "a", subjects=[2], features=["gpt2-xl", "en_core_web_lg"], layers=[0, 24], audio_sfreq=0)
-    assert set(meta["features"]["gpt2-xl"]) == {"layer-0", "layer-24"} and meta["features"]["en_core_web_lg"] == {"vectors": "en_core_web_lg_vectors.f32"}
-    np.testing.assert_array_equal(np.fromfile(tmp_path / "a/en_core_web_lg_vectors.f32", "f4").reshape(-1, 7), vectors)
-    assert 0.02 < np.nanmax(np.abs(Recording(tmp_path / "a/sub-02").xyz)) < 0.1
-    assert set(read_words(tmp_path / "a")["pos"]) == {""}
+    prepare(tree, tmp_path / "a", subjects=[1], bads="mark", **BARE)
+    recording = Recording(tmp_path / "a/sub-01")
+    descriptions = recording.channels["status_description"]
+    assert descriptions[~recording.good].tolist() == ["noisy psd"]
 
 
 def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys, monkeypatch):
-    prepare(tree, tmp_path / "a", subjects=[2])
-    before = (tmp_path / "a/sub-02/meta.yaml").stat().st_mtime_ns
+    out = tmp_path / "a"
+    prepare(tree, out, subjects=[2])
+    before = (out / "sub-02/meta.yaml").stat().st_mtime_ns
     monkeypatch.setenv("PODCAST_ROOT", str(tree.parent))  # the folder that holds ds005574/
-    podcast.main(podcast.Config(out_dir=str(tmp_path / "a")))
-    assert read_set(tmp_path / "a")["recordings"] == ["sub-01", "sub-02"] and (tmp_path / "a/sub-02/meta.yaml").stat().st_mtime_ns == before
-    podcast.main(podcast.Config(out_dir=str(tmp_path / "a"), subjects=[1]))
+    podcast.main(podcast.Config(out_dir=str(out)))
+    assert read_set(out)["recordings"] == ["sub-01", "sub-02"]
+    assert (out / "sub-02/meta.yaml").stat().st_mtime_ns == before
+    podcast.main(podcast.Config(out_dir=str(out), subjects=[1]))
     assert "already" in capsys.readouterr().out.splitlines()[-1]
-    with pytest.raises(ValueError, match="was made with bads=drop"):
-        prepare(tree, tmp_path / "a", bads="mark")
-    replace(tree, "stimuli/podcast_transcript.csv", (tree / "stimuli/podcast_transcript.csv").read_text().replace("the", "thy", 1))
-    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="was made with bads=drop"):
+        prepare(tree, out, bads="mark")
     prepare(tree, tmp_path / "b", subjects=[1])
-    (tmp_path / "a/sub-01/meta.yaml").unlink()  # a damaged set is made again, whole
-    assert read_words(tmp_path / "a")["word"].tolist() != read_words(tmp_path / "b")["word"].tolist()
-    assert prepare(tree, tmp_path / "a", subjects=[2])["recordings"] == ["sub-02"] and complete(tmp_path / "a")
-
-
-def test_the_synthetic_set_is_made_once(made):
-    out, _ = run("data/synthetic_podcast/prepare", f"out_dir={made}", "minutes=3", "vocabulary=20", "electrodes=22", "broadband=True")
-    assert "already" in out
-    refused("data/synthetic_podcast/prepare", f"out_dir={made}", says=["made with minutes=3.0", "overwrite=True"])
-    refused("data/synthetic_podcast/prepare", "vocabulary=5", says=["vocabulary=5", "10 to"])
-
-
-def test_two_at_once_make_it_once(tmp_path):
-    both = [start("data/synthetic_podcast/prepare", f"out_dir={tmp_path}", "minutes=0.5", "electrodes=8", "subjects=1") for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0] and sum("already" in out for out in said) == 1 and complete(tmp_path)
+    text = (tree / "stimuli/podcast_transcript.csv").read_text()
+    replace(tree, "stimuli/podcast_transcript.csv", text.replace("the", "thy", 1))
+    with pytest.raises(InputError, match="another transcript"):
+        prepare(tree, tmp_path / "b", subjects=[2])
+    (out / "sub-01/meta.yaml").unlink()  # a damaged set is made again, whole
+    assert prepare(tree, out, subjects=[2])["recordings"] == ["sub-02"] and complete(out)
 
 
 # ---- bad input
 
+
 def test_a_subject_without_the_file(tree, tmp_path):
+    out = tmp_path / "a"
     (tree / FIF.format(n=2)).unlink()
-    refused("data/podcast/prepare", f"root={tree}", f"out_dir={tmp_path / 'a'}", "subjects=2", says=["sub-02_task-podcast_desc-highgamma", "it has sub-01"])
-    with pytest.raises(ValueError, match="no sub-07, only sub-01, sub-02"):
-        prepare(tree, tmp_path / "a", subjects=[7])
-    (tree / FIF.format(n=2)).symlink_to("nowhere")
-    with pytest.raises((OSError, ValueError), match="git-annex link without content"):
-        prepare(tree, tmp_path / "a", subjects=[2])
-    assert prepare(tree, tmp_path / "a")["recordings"] == ["sub-01"]  # nobody named: those who have it
-    with pytest.raises((OSError, ValueError), match="nobody of sub-01, sub-02 has a file for signal=raw"):
+    options = [f"root={tree}", f"out_dir={out}", "subjects=2"]
+    says = ["sub-02_task-podcast_desc-highgamma", "signal=highgamma is there for sub-01"]
+    refused("data/podcast/prepare", *options, says=says)
+    with pytest.raises(InputError, match="no .*sub-07.* is there for sub-01"):
+        prepare(tree, out, subjects=[7])
+    (tree / FIF.format(n=2)).symlink_to("../.git/annex/objects/nowhere")
+    with pytest.raises(InputError, match="git-annex link whose content is missing"):
+        prepare(tree, out, subjects=[2])
+    replace(tree, FIF.format(n=2), "/annex/objects/MD5E-s1--0.fif\n")
+    with pytest.raises(InputError, match="pointer whose content is missing"):
+        prepare(tree, out, subjects=[2])
+    (tree / FIF.format(n=2)).unlink()
+    assert prepare(tree, out)["recordings"] == ["sub-01"]  # nobody named: those who have it
+    with pytest.raises(InputError, match="signal=raw is there for nobody"):
         prepare(tree, tmp_path / "b", signal="raw")
-    with pytest.raises((OSError, ValueError), match="holds no copy of ds005574"):
+    with pytest.raises(InputError, match="holds no copy of ds005574"):
         prepare(tmp_path / "nothing", tmp_path / "b")
 
 
-def test_no_electrode_left(tree, tmp_path):
-    refused("data/podcast/prepare", f"root={tree}", f"out_dir={tmp_path / 'a'}", "subjects=1", "electrodes=RG",
-            says=["electrodes=RG leaves nothing of sub-01", "LGA (", "DA (4)"])
-    (tmp_path / "sig.csv").write_text("subject,elec\n1,QQ1\n")
-    with pytest.raises(ValueError, match="leaves nothing of sub-01"):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=str(tmp_path / "sig.csv"))
-    bad = pd.read_csv(tree / "sub-01/ieeg/sub-01_task-podcast_channels.tsv", sep="\t").set_index("status")["name"]["bad"]
-    with pytest.raises(ValueError, match="all of them bad .bads=mark"):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=f"{bad}$")
-    with pytest.raises((OSError, ValueError), match="columns subject and elec"):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=str(tmp_path / "none.csv"))
-    (tmp_path / "sig.csv").write_text("subject,channel\n1,QQ1\n")
-    with pytest.raises(ValueError, match="no column 'elec', only subject, channel"):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=str(tmp_path / "sig.csv"))
+@pytest.mark.parametrize(
+    "electrodes, sentence",
+    [
+        ("RG", r"electrodes=RG leaves nothing of sub-01.* 0 match.* LGA \(\d+\).*DA \(4\)"),
+        ("subject,elec\n1,QQ1\n", "leaves nothing of sub-01"),
+        ("subject,channel\n1,QQ1\n", "no column 'elec', only subject, channel"),
+        ("nowhere.csv", "nowhere.csv is missing"),
+    ],
+)
+def test_no_electrode_left(tree, tmp_path, electrodes, sentence):
+    if "\n" in electrodes:
+        (tmp_path / "table.csv").write_text(electrodes)
+        electrodes = str(tmp_path / "table.csv")
+    with pytest.raises(InputError, match=sentence):
+        prepare(tree, tmp_path / "a", subjects=[1], electrodes=electrodes)
+
+
+def test_electrodes_that_fit_nobody(tree, tmp_path):
+    table = read_tsv(tree / CHANNELS.format(n=1)).set_index("status")
+    with pytest.raises(InputError, match="1 match, all bad ones .bads=mark"):
+        prepare(tree, tmp_path / "a", subjects=[1], electrodes=f"{table['name']['bad']}$")
     (tmp_path / "sig.csv").write_text("subject,elec\n661,LGA1\n")
-    with pytest.raises(ValueError, match="nobody is in both"):
+    with pytest.raises(InputError, match="lists electrodes of nobody"):
         prepare(tree, tmp_path / "a", electrodes=str(tmp_path / "sig.csv"))
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(InputError, match="no regular expression"):
         podcast.Config(electrodes="LG[").check()
 
 
-@pytest.mark.parametrize("where", [0, 300, 0.3, 0.999, "buffer"])
-def test_a_torn_fif(tree, tmp_path, where):
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.999])
+def test_a_torn_fif(tree, tmp_path, share):
     whole = (tree / FIF.format(n=1)).read_bytes()
-    cut = {"buffer": len(whole) - 16 - 20 - 20, 0: 0, 300: 300}.get(where) if not isinstance(where, float) else int(where * len(whole))
-    replace(tree, FIF.format(n=1), whole[:cut])
-    with pytest.raises(ValueError, match="desc-highgamma_ieeg.fif is not a whole FIF file"):
-        prepare(tree, tmp_path / "a", subjects=[1], features=[], audio_sfreq=0)
+    replace(tree, FIF.format(n=1), whole[: int(share * len(whole))])
+    with pytest.raises(InputError, match="desc-highgamma_ieeg.fif is not a whole FIF file"):
+        prepare(tree, tmp_path / "a", subjects=[1], **BARE)
     assert not (tmp_path / "a/meta.yaml").exists()
 
 
-@pytest.mark.parametrize("name,content,words", [
-    ("stimuli/podcast_transcript.csv", "word,onset\na,1\n", "no column 'start', only word, onset"),
-    ("stimuli/podcast_transcript.csv", "word,start,end\na,soon,2\n", "'start' holds no numbers"),
-    ("stimuli/podcast_transcript.csv", "word,start,end\na,,\nb,n/a,nan\n", "no word has an onset"),
-    ("stimuli/podcast_transcript.csv", "word,start,end\na,1,2\n", "different snapshots"),
-    ("stimuli/gpt2-xl/transcript.tsv", "\tindex\tword\n0\t0\ta\n", "no column 'word_idx'"),
-    ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* has 1 tokens"),
-    ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
-    ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
-    ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
-    ("sub-01/ieeg/sub-01_task-podcast_channels.tsv", "name\ttype\nLGA1\tECOG\n", "no column 'status'"),
-    ("sub-01/ieeg/sub-01_space-MNI152NLin2009aSym_electrodes.tsv", "name\tx\ty\nLGA1\t1\t2\n", "no column 'z'"),
-    ("sub-01/ieeg/sub-01_space-MNI152NLin2009aSym_coordsystem.json", '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
-    ("sub-01/ieeg/sub-01_space-MNI152NLin2009aSym_coordsystem.json", "{", "not JSON"),
-    ("dataset_description.json", "{", "not JSON"),
-])
-def test_damaged_tables(tree, tmp_path, name, content, words):
+COORDSYSTEM = ELECTRODES.format(n=1).replace("electrodes.tsv", "coordsystem.json")
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("stimuli/podcast_transcript.csv", "word,onset\na,1\n", "no column 'start', only word"),
+        ("stimuli/podcast_transcript.csv", "word,start,end\na,soon,2\n", "'start' holds no numb"),
+        ("stimuli/podcast_transcript.csv", "word,start,end\na,,\nb,n/a,nan\n", "no word has an"),
+        ("stimuli/podcast_transcript.csv", "word,start,end\na,1,2\n", "different snapshots"),
+        ("stimuli/gpt2-xl/transcript.tsv", "\tindex\tword\n0\t0\ta\n", "no column 'word_idx'"),
+        ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* for 1 tokens"),
+        ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
+        ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
+        ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
+        (CHANNELS.format(n=1), "name\ttype\nLGA1\tECOG\n", "no column 'status'"),
+        (ELECTRODES.format(n=1), "name\tx\ty\nLGA1\t1\t2\n", "no column 'z'"),
+        (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
+        (COORDSYSTEM, "{", "no JSON"),
+        ("dataset_description.json", "{", "no JSON"),
+    ],
+)
+def test_damaged_files(tree, tmp_path, name, content, sentence):
     replace(tree, name, content)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(InputError, match=sentence):
         prepare(tree, tmp_path / "a", subjects=[1])
     assert not complete(tmp_path / "a")
 
 
-def test_missing_layers_features_and_parts_of_speech(tree, tmp_path):
-    with pytest.raises(ValueError, match="no layer 7, only 0, 24"):
+def test_tables_in_latin_1_and_words_like_numbers(tree, tmp_path):
+    text = (tree / CHANNELS.format(n=1)).read_text().replace("noisy psd", "größer als 5 µV")
+    replace(tree, CHANNELS.format(n=1), text.encode("latin-1"))
+    words = "word,start,end\n" + "".join(
+        f"{w},{i},n/a\n" for i, w in enumerate(["NA", "null", "007"])
+    )
+    replace(tree, "stimuli/podcast_transcript.csv", words + "x,NaN,nan\n")
+    prepare(tree, tmp_path / "a", subjects=[1], bads="mark", **BARE)
+    recording = Recording(tmp_path / "a/sub-01")
+    assert "größer als 5 µV" in set(recording.channels["status_description"])
+    assert recording.events["word"].tolist() == ["NA", "null", "007"]
+    assert read_words(tmp_path / "a")["word"].tolist() == ["NA", "null", "007", "x"]
+
+
+def test_missing_layers_and_features(tree, tmp_path):
+    with pytest.raises(InputError, match="no layer 7, only 0, 24"):
         prepare(tree, tmp_path / "a", layers=[7])
-    with pytest.raises((OSError, ValueError), match="leave 'glove' out of features="):
+    with pytest.raises(InputError, match="leave 'glove' out of features="):
         prepare(tree, tmp_path / "a", features=["glove"])
-    (tmp_path / "pos.csv").write_text("word,start,pos\nelsewhere,3.1,noun\n")
-    with pytest.raises(ValueError, match="of another recording"):
-        prepare(tree, tmp_path / "a", pos=str(tmp_path / "pos.csv"))
 
 
 def test_samples_that_are_no_numbers(tree, tmp_path):
-    raw = mne.io.read_raw_fif(tree / FIF.format(n=1), preload=True, verbose="error")
+    path = tree / FIF.format(n=1)
+    raw = mne.io.read_raw_fif(path, preload=True, verbose="error")
     raw._data[3, 1000] = np.nan
-    (tree / FIF.format(n=1)).unlink()
-    raw.save(tree / FIF.format(n=1), verbose="error")
-    with pytest.raises(ValueError, match=f"{raw.ch_names[3]} has samples that are no numbers between 0 and 30 s"):
-        prepare(tree, tmp_path / "a", subjects=[1], features=[], audio_sfreq=0)
-
-
-# ---- the raw EDF
-
-def write_edf(path, names, data, sfreq):
-    """EDF by hand, one-second records of 16-bit numbers in uV: data (C, T) in V."""
-    field = lambda text, n: str(text).ljust(n).encode()
-    per = lambda values, n: b"".join(field(v, n) for v in values)
-    c, records = len(names), data.shape[1] // sfreq
-    header = field(0, 8) + field("X", 80) + field("X", 80) + b"01.01.0100.00.00" + field(256 * (c + 1), 8) + field("", 44) + field(records, 8) + field(1, 8)
-    header += field(c, 4) + per(names, 16) + per([""] * c, 80) + per(["uV"] * c, 8) + per([-3276.8] * c, 8) + per([3276.7] * c, 8)
-    header += per([-32768] * c, 8) + per([32767] * c, 8) + per([""] * c, 80) + per([sfreq] * c, 8) + per([""] * c, 32)
-    samples = np.round(data[:, :records * sfreq] * 1e7).astype("<i2").reshape(c, records, sfreq)
-    path.write_bytes(header + samples.transpose(1, 0, 2).tobytes())
-
-
-def test_the_recording_as_it_was_made(tree, tmp_path):
-    data = np.random.default_rng(0).normal(size=(4, 512 * 20)) * 1e-4
-    path = tree / "sub-02/ieeg/sub-02_task-podcast_ieeg.edf"
-    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512)
-    prepare(tree, tmp_path / "a", signal="raw", features=[], audio_sfreq=0)
-    read = Recording(tmp_path / "a/sub-02")
-    names = [name for name in ["LGB1", "LF3", "LF2"] if name not in Recording(tmp_path / "a/sub-02").meta["bad_electrodes"]]
-    assert read.names == names and len(read.signal) == 512 * 20 and read.meta["kind"] == "raw"
-    np.testing.assert_allclose(read.signal[:, 0], data[0], atol=1e-7)
-    path.write_bytes(path.read_bytes()[:-512 * 8 * 3])
-    with pytest.raises(ValueError, match="not a whole EDF file"):
-        prepare(tree, tmp_path / "b", signal="raw", features=[], audio_sfreq=0)
+    path.unlink()
+    raw.save(path, verbose="error")
+    name = raw.ch_names[3]
+    with pytest.raises(
+        InputError, match=f"{name} has samples that are no numbers between 0 and 30"
+    ):
+        prepare(tree, tmp_path / "a", subjects=[1], **BARE)
 
 
 # ---- fetching
 
+
 @pytest.fixture
 def bucket(tree, monkeypatch):
-    """The tree behind http, as S3 serves it; `server.cut` stops every answer after so many bytes, `server.sent` counts them."""
+    """The tree behind http, as S3 serves it; `cut` stops every answer after so many bytes, `sent`
+    counts them."""
     monkeypatch.setenv("no_proxy", "*")
 
     class Handler(BaseHTTPRequestHandler):
@@ -410,101 +686,109 @@ def bucket(tree, monkeypatch):
                 self.send_response(403)
                 self.end_headers()
                 return
-            content, span = path.read_bytes(), self.headers.get("Range", "")
-            if span and server.ranges:
-                a, b = span.removeprefix("bytes=").split("-")
-                part = content[int(a):int(b) + 1 if b else None]
-            else:
-                part = content
-            self.send_response(206 if span and server.ranges else 200)
+            content = part = path.read_bytes()
+            span = self.headers.get("Range", "")
+            partial = bool(span) and server.ranges
+            if partial:
+                first, last = span.removeprefix("bytes=").split("-")
+                part = content[int(first) : int(last) + 1 if last else None]
+            self.send_response(206 if partial else 200)
             self.send_header("Content-Length", str(len(part)))
             self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')
             self.end_headers()
             if body:
-                part = part[:server.cut]
+                part = part[: server.cut]
                 server.sent[path.name] = server.sent.get(path.name, 0) + len(part)
-                server.asked.append((path.name, span))
                 self.wfile.write(part)
+            server.asked += 1
 
-        def log_message(self, *words):
+        def log_message(self, *args):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.cut, server.sent, server.asked, server.ranges = None, {}, [], True
+    server.cut, server.sent, server.asked, server.ranges = None, {}, 0, True
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
     server.shutdown()
     server.server_close()
 
 
 def fetched(server, out, **options):
-    podcast.main(podcast.Config(url=f"http://127.0.0.1:{server.server_port}", out_dir=str(out), **options))
+    podcast.main(podcast.Config(url=server.url, out_dir=str(out), **options))
     return read_set(out)
 
 
 def test_what_is_fetched_is_what_a_local_copy_gives(tree, bucket, made, tmp_path, capsys):
-    wide = np.random.default_rng(0).normal(size=(len(read_words(made, "tokens.csv")), 1000)).astype("f4")
-    (tree / "stimuli/gpt2-xl/features.hdf5").unlink()
-    with h5py.File(tree / "stimuli/gpt2-xl/features.hdf5", "w") as file:
+    n_tokens = len(read_words(made, "tokens.csv"))
+    wide = np.random.default_rng(0).normal(size=(n_tokens, 1000)).astype("f4")
+    features = tree / "stimuli/gpt2-xl/features.hdf5"
+    features.unlink()
+    with h5py.File(features, "w") as file:
         for n in range(16):
             file[f"layer-{n + 16}"] = wide + n
     meta = fetched(bucket, tmp_path / "a", subjects=[2])
-    assert meta["recordings"] == ["sub-02"] and meta["synthetic"] and "files, 0.0" in capsys.readouterr().out
-    assert not any("sub-01" in name for name in bucket.sent)                                           # nobody else's
-    assert bucket.sent["features.hdf5"] < (tree / "stimuli/gpt2-xl/features.hdf5").stat().st_size / 4   # one layer of sixteen
-    local = prepare(tree, tmp_path / "b", subjects=[2])
-    assert local == meta
-    for path in (p for p in (tmp_path / "b").rglob("*") if p.is_file()):
-        assert path.read_bytes() == (tmp_path / "a" / path.relative_to(tmp_path / "b")).read_bytes(), path.name
-    asked = len(bucket.asked)
+    assert meta["recordings"] == ["sub-02"] and "files, 0.0" in capsys.readouterr().out
+    assert not any("sub-01" in name for name in bucket.sent)  # nobody else's
+    assert bucket.sent["features.hdf5"] < features.stat().st_size / 4  # one layer of sixteen
+    assert prepare(tree, tmp_path / "b", subjects=[2]) == meta
+    for path in (tmp_path / "b").rglob("*"):
+        if path.is_file():
+            twin = tmp_path / "a" / path.relative_to(tmp_path / "b")
+            assert path.read_bytes() == twin.read_bytes(), path.name
+    asked = bucket.asked
     fetched(bucket, tmp_path / "a", subjects=[2])
     fetched(bucket, tmp_path / "a", subjects=[2], overwrite=True)
-    assert len(bucket.asked) == asked  # all of it is here
-    with pytest.raises((OSError, ValueError), match="has no derivatives/ecogprep/sub-09"):
+    assert bucket.asked == asked  # all of it is here
+    with pytest.raises(InputError, match="has no derivatives/ecogprep/sub-09"):
         fetched(bucket, tmp_path / "a", subjects=[9])
     assert read_set(tmp_path / "a")["recordings"] == ["sub-02"]
 
 
-def test_a_broken_fetch_goes_on_where_it_stopped(tree, bucket, tmp_path):
-    url, path = f"http://127.0.0.1:{bucket.server_port}/{FIF.format(n=2)}", tmp_path / "x.fif"
+def test_a_broken_fetch_continues_where_it_stopped(tree, bucket, tmp_path):
     content = (tree / FIF.format(n=2)).read_bytes()
-    size, md5 = podcast.head(url)
-    assert (size, md5) == (len(content), hashlib.md5(content).hexdigest()) and podcast.head(url + "x") is None
-    bucket.cut = size // 3 + 1
-    with pytest.raises(OSError, match="run the same command again"):
-        podcast.fetch(url, path, size, md5, tries=1, pause=0)
-    assert not path.exists() and (tmp_path / "x.fif.part").stat().st_size == bucket.cut
-    podcast.fetch(url, path, size, md5, tries=3, pause=0)
-    assert path.read_bytes() == content and bucket.sent[Path(url).name] == size  # not a byte twice
-    path.unlink()
-    (tmp_path / "x.fif.part").write_bytes(b"\0" * size)  # of another file
-    with pytest.raises(OSError, match="came damaged"):
-        podcast.fetch(url, path, size, md5, pause=0)
-    assert not path.exists() and not (tmp_path / "x.fif.part").exists()
-    bucket.cut, bucket.ranges = None, False  # a server that knows no ranges: from the start, and no layer alone
-    (tmp_path / "x.fif.part").write_bytes(content[:1000])
-    podcast.fetch(url, path, size, md5, pause=0)
-    assert path.read_bytes() == content
-    with pytest.raises(OSError, match="gpt2-xl/features.hdf5 cannot be read in parts"):
+    file = downloads.look_up(f"{bucket.url}/{FIF.format(n=2)}", tmp_path / "x.fif")
+    assert (file.size, file.md5) == (len(content), hashlib.md5(content).hexdigest())
+    assert downloads.look_up(f"{file.url}x", tmp_path) is None
+    bucket.cut = file.size // 3 + 1
+    with pytest.raises(InputError, match="run the same command again"):
+        downloads.fetch(file, tries=1, pause=0)
+    part = tmp_path / "x.fif.part"
+    assert not file.path.exists() and part.stat().st_size == bucket.cut
+    downloads.fetch(file, tries=3, pause=0)
+    assert file.path.read_bytes() == content
+    assert bucket.sent[Path(file.url).name] == file.size  # not a byte twice
+    file.path.unlink()
+    part.write_bytes(b"\0" * file.size)  # of another file
+    with pytest.raises(InputError, match="came damaged"):
+        downloads.fetch(file, pause=0)
+    assert not file.path.exists() and not part.exists()
+    bucket.cut, bucket.ranges = None, False  # a server without ranges: everything again
+    part.write_bytes(content[:1000])
+    downloads.fetch(file, pause=0)
+    assert file.path.read_bytes() == content
+    with pytest.raises(InputError, match="gpt2-xl/features.hdf5 cannot be read in parts"):
         fetched(bucket, tmp_path / "a", subjects=[2])
 
 
 def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):
     monkeypatch.delenv("PODCAST_ROOT", raising=False)
-    with pytest.raises(ValueError, match="subjects=3 say"):
+    with pytest.raises(InputError, match="subjects=3 say"):
         podcast.main(podcast.Config(out_dir=str(tmp_path)))
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(OSError, match="cannot be reached .* give root= a local copy"):
+    with pytest.raises(InputError, match="cannot be reached .* give root= a local copy"):
         podcast.main(podcast.Config(out_dir=str(tmp_path), subjects=[3], url="http://127.0.0.1:9"))
 
 
 def test_a_full_disk_is_told_before(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(podcast.shutil, "disk_usage", lambda path: os.statvfs_result([0] * 10) and type("Usage", (), {"free": 1000})())
-    with pytest.raises(OSError, match="choose fewer subjects="):
+    usage = SimpleNamespace(free=1000)
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match="choose fewer subjects="):
         fetched(bucket, tmp_path / "a", subjects=[1])
     assert not bucket.sent
 
 
 def test_the_description_tells_that_it_is_made_up(made):
-    described = json.loads((made / "raw/dataset_description.json").read_text())
-    assert described["Synthetic"] and read_set(made)["synthetic"] and "synthetic" in read_set(made)["source"]
+    description = json.loads((made / "raw/dataset_description.json").read_text())
+    assert description["Synthetic"] and read_set(made)["synthetic"]
+    assert "synthetic" in read_set(made)["source"]

@@ -1,14 +1,25 @@
-"""A made-up listening experiment in the very files of Podcast ECoG, with a truth that is known: which electrodes carry the words, and when.
+"""A made-up listening experiment in the very files of Podcast ECoG, with a truth that is known:
+which electrodes carry the words, and when.
 
-    python data/synthetic_podcast/prepare.py                                  # two people, 7.5 minutes, about 1,060 words of 40 types
-    python data/synthetic_podcast/prepare.py gain=0 out_dir=data/null         # the same with nothing planted
+    python data/synthetic_podcast/prepare.py                           # two people, 7.5 minutes
+    python data/synthetic_podcast/prepare.py gain=0 out_dir=data/null  # with nothing planted
     python data/synthetic_podcast/prepare.py lag_ms=150 subjects=4 seed=1 out_dir=data/other
 
-Words are drawn independently from a Zipf distribution; each has a vector, z = its type's + a jitter of its own. Latent sources, each at an electrode,
-carry noise (1/f-like), and some of them w·z for 0.1 s around `lag_ms` after a word's onset, or the loudness of the audio `volume_lag_ms` later.
-Neighbouring electrodes mix sources. Files are written as OpenNeuro ds005574 has them and read by data/podcast/prepare.py, awkward cases included.
+Words are drawn independently from a Zipf distribution; each has a vector z, its type's plus a
+jitter of its own. Latent sources, each at an electrode, carry noise (1/f-like), and some of them
+w·z for 0.1 s around `lag_ms` after a word's onset, or the loudness of the audio `volume_lag_ms`
+later. Neighbouring electrodes mix sources. Files are written as OpenNeuro ds005574 has them and
+read by data/podcast/prepare.py, awkward cases included.
 """
-import fcntl, hashlib, json, os, shutil, subprocess, sys, wave
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import wave
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,293 +28,431 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure, key_seed
+from data import InputError
 from data.recording import complete, read_set
 
 EMBEDDED = True  # made up, offline: scripts may start this on first use
 
 PODCAST = Path(__file__).resolve().parents[1] / "podcast" / "prepare.py"  # the reader
 SFREQ, AUDIO_RATE = 512, 8000
-VOLTS, SWING = 1e-5, 0.1  # a high-gamma envelope: its mean, and the standard deviation of the background as a share of it
-KERNEL_MS = 100           # how long a word's response lasts, the lag in its middle
-SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # what an electrode picks up from a source by squared distance on its grid; beyond that nothing
-LAYER, DIMS, SEMANTIC = 24, 64, 16  # of the released-like features: layer, width, dimensions that hold z
+VOLTS = 1e-5  # mean of a high-gamma envelope
+SWING = 0.1  # SD of the background as a share of it
+KERNEL_MS = 100  # how long a word's response lasts, the lag in its middle
+SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # what an electrode picks up, by squared distance on its grid
+LAYER, DIMS, SEMANTIC = 24, 64, 16  # the features: layer, width, dimensions that hold z
 
-# Word types from frequent to rare, with their part of speech. The first `vocabulary` of them are spoken; rank decides the frequency.
-WORDS = [tuple(entry.split(":")) for entry in """
-the:function and:function a:function time:noun to:function I:function know:verb of:function it:function people:noun say:verb that:function old:adjective
-in:function you:function house:noun don't:function really:adverb he:function think:verb with:function water:noun good:adjective they:function
-remember:verb on:function friend:noun little:adjective never:adverb it's:function story:noun walk:verb always:adverb for:function night:noun
-beautiful:adjective laugh:verb yesterday:adverb monkey:noun she:function
-river:noun strange:adjective listen:verb again:adverb but:function mother:noun write:verb afternoon:noun happy:adjective we:function
-carry:verb window:noun quietly:adverb music:noun because:function heavy:adjective forget:verb mountain:noun from:function question:noun
-travel:verb green:adjective teacher:noun somewhere:adverb into:function believe:verb garden:noun empty:adjective answer:noun their:function
-winter:noun discover:verb gentle:adjective kitchen:noun suddenly:adverb under:function hospital:noun whisper:verb narrow:adjective island:noun
-""".split()]
-PIECES = {"remember": ["rem", "ember"], "yesterday": ["y", "ester", "day"], "don't": ["don", "'t"], "it's": ["it", "'s"], "beautiful": ["beaut", "iful"],
-          "afternoon": ["after", "noon"], "discover": ["dis", "cover"], "monkey": ["mon", "key"]}  # how the made-up tokenizer cuts words
+# Word types from frequent to rare; the first `vocabulary` of them are spoken.
+TYPES = """
+the:function and:function a:function time:noun to:function I:function know:verb of:function
+it:function people:noun say:verb that:function old:adjective in:function you:function house:noun
+don't:function really:adverb he:function think:verb with:function water:noun good:adjective
+they:function remember:verb on:function friend:noun little:adjective never:adverb it's:function
+story:noun walk:verb always:adverb for:function night:noun beautiful:adjective laugh:verb
+yesterday:adverb monkey:noun she:function river:noun strange:adjective listen:verb again:adverb
+but:function mother:noun write:verb afternoon:noun happy:adjective we:function carry:verb
+window:noun quietly:adverb music:noun because:function heavy:adjective forget:verb mountain:noun
+from:function question:noun travel:verb green:adjective teacher:noun somewhere:adverb into:function
+believe:verb garden:noun empty:adjective answer:noun their:function winter:noun discover:verb
+gentle:adjective kitchen:noun suddenly:adverb under:function hospital:noun whisper:verb
+narrow:adjective island:noun
+"""
+WORDS = [tuple(entry.split(":")) for entry in TYPES.split()]
+PIECES = {  # how the made-up tokenizer cuts words
+    "remember": ["rem", "ember"],
+    "yesterday": ["y", "ester", "day"],
+    "don't": ["don", "'t"],
+    "it's": ["it", "'s"],
+    "beautiful": ["beaut", "iful"],
+    "afternoon": ["after", "noon"],
+    "discover": ["dis", "cover"],
+    "monkey": ["mon", "key"],
+}
 
 
 @dataclass
 class Config:
-    subjects: int = 2                # people
-    minutes: float = 7.5             # of audio
-    vocabulary: int = 40             # word types
-    electrodes: int = 32             # of the first person; every further one has 6 fewer, down to 8
-    gain: float = 2.0                # of a word's response, in standard deviations of the noise at its source; 0: nothing about words is planted
-    lag_ms: float = 300.0            # when a word's response has its middle, after the onset
-    volume_gain: float = 1.0         # of the loudness, likewise; 0: none
-    volume_lag_ms: float = 100.0     # how late it follows the audio
-    jitter: float = 0.5              # of a word's vector about its type's, in standard deviations of the types
-    broadband: bool = False          # also write the cleaned broadband recording whose 70-200 Hz band has this envelope (signal=broadband)
-    seed: int = 0                    # another seed, another experiment
-    out_dir: str = ""                # "": this folder; the raw files go into raw/ in it
-    overwrite: bool = False          # make it again although it is there
+    subjects: int = 2  # people
+    minutes: float = 7.5  # of audio
+    vocabulary: int = 40  # word types
+    electrodes: int = 32  # of the first person; every further one has 6 fewer, down to 8
+    gain: float = 2.0  # of a word's response, in SD of the noise at its source; 0: no words
+    lag_ms: float = 300.0  # when a word's response has its middle, after the onset
+    volume_gain: float = 1.0  # of the loudness, likewise; 0: none
+    volume_lag_ms: float = 100.0  # how late it follows the audio
+    jitter: float = 0.5  # of a word's vector about its type's, in SD of the types
+    broadband: bool = False  # also write a broadband recording whose 70-200 Hz band is this one
+    seed: int = 0  # another seed, another experiment
+    out_dir: str = ""  # "": this folder; the raw files go into raw/ in it
+    overwrite: bool = False  # make it again although it is there
 
+    POSITIVE = "subjects"
     SIGNED = "lag_ms volume_lag_ms"
 
     def check(self):
         if not 10 <= self.vocabulary <= len(WORDS):
-            raise ValueError(f"vocabulary={self.vocabulary}: give 10 to {len(WORDS)} word types")
-        if self.subjects < 1 or self.electrodes < 8:
-            raise ValueError(f"subjects={self.subjects} electrodes={self.electrodes}: give at least one person with 8 electrodes")
+            raise InputError(f"vocabulary={self.vocabulary}: give 10 to {len(WORDS)} word types")
+        if self.electrodes < 8:
+            raise InputError(f"electrodes={self.electrodes}: give at least 8")
         if self.minutes < 0.5:
-            raise ValueError(f"minutes={self.minutes}: half a minute is the least that holds the awkward cases")
+            raise InputError(f"minutes={self.minutes}: the awkward cases need half a minute")
 
 
 # ---- what is said
 
+
 def make_transcript(config):
-    """Words in order, one row each: type (rank), word as printed, start, end (s), NaN where nobody knows; true onsets in `onset`."""
+    """Words in order: type (rank), word as printed, start, end (s, NaN where unknown), and onset,
+    the true one; share is the frequency of the type."""
     rng = np.random.default_rng(key_seed(config.seed, "transcript"))
     share = 1 / np.arange(1, config.vocabulary + 1)
     share /= share.sum()
     onset = 0.4 + np.cumsum(rng.uniform(0.25, 0.6, int(config.minutes * 60 / 0.25)))
     onset = onset[onset < config.minutes * 60 - 0.5]
     n = len(onset)
-    kind = rng.choice(config.vocabulary, n, p=share)
-    some = rng.choice(np.arange(10, n - 10, 3), 12, replace=False)
-    onset[some[:4]] = onset[some[:4] - 1]            # two speakers at once,
-    onset[some[4:8]] = onset[some[4:8] - 1] - 0.12   # or a word that began before the one before it in the transcript
-    duration = rng.uniform(0.12, 0.24, n)            # says nothing about the type
-    last = rng.random(n) < 1 / 8
-    first = np.r_[True, last[:-1]]
-    word = [WORDS[k][0] for k in kind]
-    word = [w[0].upper() + w[1:] if f else w for w, f in zip(word, first)]
-    word = [w + ".?!"[int(3 * r ** 3)] if l else w + "," if r < 0.06 else w for w, l, r in zip(word, last, rng.random(n))]
-    table = pd.DataFrame({"type": kind, "word": word, "onset": onset, "start": onset.round(3), "end": (onset + duration).round(3), "share": share[kind]})
-    table.loc[some[8:11], ["start", "end"]] = np.nan
-    table.loc[some[11], "end"] = np.nan
+    types = rng.choice(config.vocabulary, n, p=share)
+    odd = rng.choice(np.arange(10, n - 10, 3), 12, replace=False)
+    onset[odd[:4]] = onset[odd[:4] - 1]  # two speakers at once,
+    onset[odd[4:8]] = onset[odd[4:8] - 1] - 0.12  # or a word that began before the one before it
+    duration = rng.uniform(0.12, 0.24, n)  # says nothing about the type
+    is_last = rng.random(n) < 1 / 8
+    is_first = np.concatenate([[True], is_last[:-1]])
+    marks = rng.random(n)
+    printed = []
+    for number, first, last, mark in zip(types, is_first, is_last, marks):
+        word = WORDS[number][0]
+        if first:
+            word = word[0].upper() + word[1:]
+        if last:
+            word += ".?!"[int(3 * mark**3)]
+        elif mark < 0.06:
+            word += ","
+        printed.append(word)
+    table = pd.DataFrame({"type": types, "word": printed, "onset": onset})
+    table["start"] = onset.round(3)
+    table["end"] = (onset + duration).round(3)
+    table["share"] = share[types]
+    table.loc[odd[8:11], ["start", "end"]] = np.nan
+    table.loc[odd[11], "end"] = np.nan
     return table
 
 
 def make_vectors(table, config):
-    """(words, SEMANTIC) vectors z: of the type (its part of speech in it) plus a jitter of each word's own; unit variance over types, about."""
+    """(words, SEMANTIC) vectors z: of the type, in which its part of speech has a share, plus a
+    jitter of each word's own; about unit variance over types."""
     rng = np.random.default_rng(key_seed(config.seed, "vectors"))
-    parts = {part: rng.normal(size=SEMANTIC) for part in ("function", "noun", "verb", "adjective", "adverb")}
-    types = np.stack([0.6 * parts[part] + 0.8 * rng.normal(size=SEMANTIC) for _, part in WORDS])
-    return types[table["type"]] + config.jitter * rng.normal(size=(len(table), SEMANTIC))
+    parts = {}
+    for part in ("function", "noun", "verb", "adjective", "adverb"):
+        parts[part] = rng.normal(size=SEMANTIC)
+    types = [0.6 * parts[part] + 0.8 * rng.normal(size=SEMANTIC) for _, part in WORDS]
+    jitter = config.jitter * rng.normal(size=(len(table), SEMANTIC))
+    return np.stack(types)[table["type"]] + jitter
 
 
 def make_audio(table, config):
-    """(T,) audio in [-1, 1] at AUDIO_RATE, and its envelope (t,) at SFREQ: each word a burst of noise, as loud as chance has it."""
+    """(T,) audio in [-1, 1] at AUDIO_RATE, and its envelope (t,) at SFREQ.
+
+    Each word is a burst of noise, as loud as chance has it.
+    """
     rng = np.random.default_rng(key_seed(config.seed, "audio"))
-    envelope = np.full(round(config.minutes * 60 * SFREQ), 0.004)
-    loud = np.exp(rng.normal(-2.4, 0.5, len(table)))
-    for onset, end, level in zip(table["onset"], table["end"].fillna(table["onset"] + 0.18), loud):
-        a, b = round(onset * SFREQ), min(round(end * SFREQ), len(envelope))
-        envelope[a:b] += level * np.hanning(b - a + 2)[1:-1]
-    slow = np.interp(np.arange(round(config.minutes * 60 * AUDIO_RATE)) / AUDIO_RATE, np.arange(len(envelope)) / SFREQ, envelope)
-    return np.clip(slow * rng.normal(size=len(slow)), -1, 1), envelope
+    seconds = config.minutes * 60
+    envelope = np.full(round(seconds * SFREQ), 0.004)
+    levels = np.exp(rng.normal(-2.4, 0.5, len(table)))
+    ends = table["end"].fillna(table["onset"] + 0.18)
+    for onset, end, level in zip(table["onset"], ends, levels):
+        start, stop = round(onset * SFREQ), min(round(end * SFREQ), len(envelope))
+        envelope[start:stop] += level * np.hanning(stop - start + 2)[1:-1]
+    times = np.arange(round(seconds * AUDIO_RATE)) / AUDIO_RATE
+    amplitude = np.interp(times, np.arange(len(envelope)) / SFREQ, envelope)
+    return np.clip(amplitude * rng.normal(size=len(amplitude)), -1, 1), envelope
 
 
 # ---- what a brain makes of it
 
+
 def background(rng, samples, sources):
-    """(samples, sources) noise with a spectrum that falls like 1/f: AR(1) of three time constants, unit variance."""
+    """(samples, sources) noise with a spectrum like 1/f: AR(1) of three time constants."""
     from scipy.signal import lfilter
-    out = np.zeros((samples, sources), np.float32)
+
+    noise = np.zeros((samples, sources), np.float32)
     for seconds in (0.015, 0.1, 0.7):
         phi = np.exp(-1 / (seconds * SFREQ))
-        white = rng.normal(size=(samples, sources)).astype(np.float32) * np.float32(np.sqrt((1 - phi ** 2) / 3))
-        out += lfilter([1.0], [1.0, -phi], white, axis=0)
-    return out
+        white = rng.normal(size=(samples, sources)).astype(np.float32)
+        white *= np.float32(np.sqrt((1 - phi**2) / 3))
+        noise += lfilter([1.0], [1.0, -phi], white, axis=0)
+    return noise
 
 
 def responses(onset, amplitude, samples, lag_ms):
-    """(samples, sources): each word's amplitude (words, sources) for KERNEL_MS around lag_ms after its onset. The boxcar never reaches beyond."""
-    a = np.ceil((lag_ms - KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
-    b = np.floor((lag_ms + KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
+    """(samples, sources): each word's amplitude (words, sources) as a boxcar of KERNEL_MS around
+    lag_ms after its onset, which never reaches beyond."""
+    first = np.ceil((lag_ms - KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
+    last = np.floor((lag_ms + KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
     steps = np.zeros((samples + 1, amplitude.shape[1]))
     rows = np.round(onset * SFREQ).astype(int)
-    np.add.at(steps, np.clip(rows + a, 0, samples), amplitude)
-    np.add.at(steps, np.clip(rows + b, 0, samples), -amplitude)
+    np.add.at(steps, np.clip(rows + first, 0, samples), amplitude)
+    np.add.at(steps, np.clip(rows + last, 0, samples), -amplitude)
     return np.cumsum(steps, 0)[:-1].astype(np.float32)
 
 
-def make_subject(number, table, z, envelope, config):
-    """(names, xyz in mm (C, 3), types, signal (T, C) in units of the background, {word, volume: electrodes that carry it}) of one person."""
-    rng = np.random.default_rng(key_seed(config.seed, "subject", number))
+def make_montage(rng, number, config):
+    """(channels, distance) of person `number`: a DataFrame with name, type, x, y, z (mm), and the
+    squared distance of electrodes, (C, C): a square grid, and a shaft far from it."""
     count = max(8, config.electrodes - 6 * (number - 1))
     depth = 4 if count >= 16 else 0
-    side = int(np.ceil(np.sqrt(count - depth)))
-    grid = np.array([(i // side, i % side) for i in range(count - depth)])
+    n_grid = count - depth
+    side = int(np.ceil(np.sqrt(n_grid)))
+    cells = np.stack(np.divmod(np.arange(n_grid), side), axis=1)
+    shaft = np.arange(depth)
     stems = ("LGA", "LGB") if number % 2 else ("LGB", "LF")
-    half = (count - depth + 1) // 2
-    names = [f"{stems[i // half]}{i % half + 1}" for i in range(count - depth)] + [f"DA{i + 1}" for i in range(depth)]
-    place = np.concatenate([grid, [(100 + i, 0) for i in range(depth)]]) if depth else grid  # the shaft is far from the grid
-    apart = ((place[:, None] - place[None]) ** 2).sum(-1)
-    mixing = np.vectorize(lambda d: SPREAD.get(d, 0.0))(apart)  # (C, sources): a source sits at each electrode
-    xyz = np.concatenate([np.c_[np.full(count - depth, -62.0) + rng.normal(0, 1, count - depth), grid @ [[-10.0, 0.0], [0.0, 10.0]] + [20.0, -25.0]],
-                          np.c_[-25 - 5.0 * np.arange(depth), np.full(depth, -20.0), np.full(depth, -15.0)]])
-    corner = apart[0] if number % 2 else apart[count - depth - 1]
-    word_source = np.argsort(corner[:count - depth], kind="stable")[:max(2, (count - depth) // 5)]  # one patch of cortex
-    away = np.argsort(-corner[:count - depth], kind="stable")[:2]                                   # loudness in the opposite corner
+    half = (n_grid + 1) // 2
+    names = [f"{stems[i // half]}{i % half + 1}" for i in range(n_grid)]
+    names += [f"DA{i + 1}" for i in shaft]
+    channels = pd.DataFrame({"name": names, "type": ["ecog"] * n_grid + ["seeg"] * depth})
+    channels["x"] = np.concatenate([-62.0 + rng.normal(0, 1, n_grid), -25 - 5.0 * shaft])
+    channels["y"] = np.concatenate([20.0 - 10.0 * cells[:, 0], np.full(depth, -20.0)])
+    channels["z"] = np.concatenate([10.0 * cells[:, 1] - 25.0, np.full(depth, -15.0)])
+    places = np.concatenate([cells, np.stack([100 + shaft, 0 * shaft], axis=1)])
+    return channels, ((places[:, None] - places[None]) ** 2).sum(-1)
+
+
+def make_subject(number, table, z, envelope, config):
+    """(channels, signal (T, C) in units of the background, {word, volume: names of the electrodes
+    that carry it}) of one person."""
+    rng = np.random.default_rng(key_seed(config.seed, "subject", number))
+    channels, distance = make_montage(rng, number, config)
+    n_grid = int((channels["type"] == "ecog").sum())
+    mixing = np.vectorize(lambda d: SPREAD.get(d, 0.0))(distance)  # (C, sources)
+    corner = distance[0 if number % 2 else n_grid - 1][:n_grid]
+    word_sources = np.argsort(corner, kind="stable")[: max(2, n_grid // 5)]  # a patch of cortex
+    volume_sources = np.argsort(-corner, kind="stable")[:2]  # in the opposite corner
     samples = len(envelope)
-    signal = background(rng, samples, count)
-    weights = rng.normal(size=(SEMANTIC, len(word_source)))
+    signal = background(rng, samples, len(channels))
+    weights = rng.normal(size=(SEMANTIC, len(word_sources)))
     weights /= np.linalg.norm(weights, axis=0)
-    signal[:, word_source] += config.gain * responses(table["onset"].to_numpy(), z @ weights, samples, config.lag_ms)
-    late = np.interp(np.arange(samples) / SFREQ - config.volume_lag_ms / 1000, np.arange(samples) / SFREQ, envelope)
-    signal[:, away] += config.volume_gain * ((late - late.mean()) / late.std())[:, None].astype(np.float32)
-    signal = signal @ mixing.T.astype(np.float32) + 0.1 * rng.standard_normal((samples, count), np.float32)
+    heard = responses(table["onset"].to_numpy(), z @ weights, samples, config.lag_ms)
+    signal[:, word_sources] += config.gain * heard
+    times = np.arange(samples) / SFREQ
+    late = np.interp(times - config.volume_lag_ms / 1000, times, envelope)
+    loudness = ((late - late.mean()) / late.std())[:, None].astype(np.float32)
+    signal[:, volume_sources] += config.volume_gain * loudness
+    signal = signal @ mixing.T.astype(np.float32)
+    signal += 0.1 * rng.standard_normal(signal.shape, np.float32)
     signal /= np.linalg.norm(mixing, axis=1).astype(np.float32)
-    carry = {"word": [names[c] for c in np.flatnonzero((mixing[:, word_source] > 0).any(1))] if config.gain else [],
-             "volume": [names[c] for c in np.flatnonzero((mixing[:, away] > 0).any(1))] if config.volume_gain else []}
-    return names, xyz, ["ecog"] * (count - depth) + ["seeg"] * depth, signal, carry
+    carriers = {"word": [], "volume": []}
+    if config.gain:
+        carriers["word"] = channels["name"][(mixing[:, word_sources] > 0).any(1)].tolist()
+    if config.volume_gain:
+        carriers["volume"] = channels["name"][(mixing[:, volume_sources] > 0).any(1)].tolist()
+    return channels, signal, carriers
 
 
 # ---- the tree of ds005574
 
+
 def write_tsv(path, table):
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=path.name == "transcript.tsv", na_rep="" if path.suffix == ".csv" else "n/a")
+    table.to_csv(path, sep="\t", index=path.name == "transcript.tsv", na_rep="n/a")
 
 
 def write_subject(root, number, table, z, envelope, config):
-    """One person's files; returns what is planted in them. The first one's recorder was started late, every other one's stopped early."""
+    """One person's files; returns what is planted in them.
+
+    The first one's recorder was started late, every other one's stopped early.
+    """
     import mne
-    sub, rng = f"sub-{number:02d}", np.random.default_rng(key_seed(config.seed, "files", number))
-    names, xyz, types, signal, carry = make_subject(number, table, z, envelope, config)
-    clean = [c for c in range(len(names) - 1) if names[c] not in carry["word"] + carry["volume"]]
-    bad = clean[len(clean) // 2] if clean else 0  # one that carries nothing, where there is one
-    seconds = np.arange(len(signal)) / SFREQ
-    signal[:, bad] = 40 * np.sin(2 * np.pi * 0.37 * seconds) + 20 * rng.standard_normal(len(signal))
-    start, stop = (round(2.3 * SFREQ), len(signal)) if number == 1 else (0, len(signal) - round(3.1 * SFREQ))
+
+    subject = f"sub-{number:02d}"
+    rng = np.random.default_rng(key_seed(config.seed, "files", number))
+    channels, signal, carriers = make_subject(number, table, z, envelope, config)
+    names = channels["name"].tolist()
+    planted = carriers["word"] + carriers["volume"]
+    clean = [name for name in names[:-1] if name not in planted]
+    bad = clean[len(clean) // 2] if clean else names[0]  # one that carries nothing, if there is one
+    drift = 40 * np.sin(2 * np.pi * 0.37 * np.arange(len(signal)) / SFREQ)
+    signal[:, names.index(bad)] = drift + 20 * rng.standard_normal(len(signal))
+    start, stop = 0, len(signal) - round(3.1 * SFREQ)
+    if number == 1:
+        start, stop = round(2.3 * SFREQ), len(signal)
     volts = (VOLTS * (1 + SWING * signal[start:stop])).T
-    info = mne.create_info(names, SFREQ, types)
-    info["bads"] = [names[bad]] if number > 1 else []  # the first one's bad channel is only in channels.tsv
-    folder = root / "derivatives" / "ecogprep" / sub / "ieeg"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {f"{sub}_task-podcast_desc-highgamma_ieeg.fif": volts}
+    files = {"desc-highgamma_ieeg": volts}
     if config.broadband:
-        files[f"{sub}_task-podcast_ieeg.fif"] = broadband(rng, volts)
+        files["ieeg"] = broadband(rng, volts)
+    info = mne.create_info(names, SFREQ, channels["type"].tolist())
+    if number > 1:  # the first one's is only in channels.tsv
+        info["bads"] = [bad]
+    folder = root / "derivatives" / "ecogprep" / subject / "ieeg"
+    folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         raw = mne.io.RawArray(data, info, first_samp=start, verbose="error")
-        raw.save(folder / name, overwrite=True, verbose="error")
-    ieeg = root / sub / "ieeg"
-    channels = pd.DataFrame({"name": names, "type": [kind.upper() for kind in types], "units": "V", "low_cutoff": 70, "high_cutoff": 200,
-                             "sampling_frequency": SFREQ, "status": ["bad" if c == bad else "good" for c in range(len(names))],
-                             "status_description": ["noisy psd" if c == bad else "n/a" for c in range(len(names))]})
-    channels.loc[len(channels)] = ["EKG1", "ECG", "V", 0, 256, SFREQ, "good", "n/a"]  # in the table, not in the derivative
-    write_tsv(ieeg / f"{sub}_task-podcast_channels.tsv", channels)
-    electrodes = pd.DataFrame({"name": names} | dict(zip("xyz", xyz.T.round(2))))
-    electrodes.loc[len(names) - 1, ["x", "y", "z"]] = np.nan  # nobody found the last one in the scan
-    write_tsv(ieeg / f"{sub}_space-MNI152NLin2009aSym_electrodes.tsv", electrodes)
-    (ieeg / f"{sub}_space-MNI152NLin2009aSym_coordsystem.json").write_text(json.dumps({"iEEGCoordinateSystem": "MNI152NLin2009aSym",
-                                                                                      "iEEGCoordinateUnits": "mm"}))
-    return {"electrodes": carry["word"], "volume_electrodes": carry["volume"], "bad": names[bad], "first_sample": start}
+        path = folder / f"{subject}_task-podcast_{name}.fif"
+        raw.save(path, overwrite=True, verbose="error")
+    write_sidecars(root / subject / "ieeg" / subject, channels, bad)
+    return {
+        "electrodes": carriers["word"],
+        "volume_electrodes": carriers["volume"],
+        "bad": bad,
+        "first_sample": start,
+    }
+
+
+def write_sidecars(stem, channels, bad):
+    """channels.tsv, electrodes.tsv and coordsystem.json, odd where the real ones are."""
+    table = channels[["name"]].assign(
+        type=channels["type"].str.upper(),
+        units="V",
+        low_cutoff=70,
+        high_cutoff=200,
+        sampling_frequency=SFREQ,
+        status=np.where(channels["name"] == bad, "bad", "good"),
+        status_description=np.where(channels["name"] == bad, "noisy psd", "n/a"),
+    )
+    # in the table, not in the derivative
+    table.loc[len(table)] = ["EKG1", "ECG", "V", 0, 256, SFREQ, "good", "n/a"]
+    write_tsv(f"{stem}_task-podcast_channels.tsv", table)
+    electrodes = channels[["name", "x", "y", "z"]].round(2)
+    electrodes.loc[len(electrodes) - 1, ["x", "y", "z"]] = np.nan  # nobody found it in the scan
+    space = f"{stem}_space-MNI152NLin2009aSym"
+    write_tsv(f"{space}_electrodes.tsv", electrodes)
+    system = {"iEEGCoordinateSystem": "MNI152NLin2009aSym", "iEEGCoordinateUnits": "mm"}
+    Path(f"{space}_coordsystem.json").write_text(json.dumps(system))
 
 
 def broadband(rng, envelope):
     """(C, T) in V: slow 1/f noise, and 70-200 Hz noise whose amplitude is the envelope."""
     from scipy.signal import butter, sosfiltfilt
-    carrier = sosfiltfilt(butter(4, (70, 200), "bandpass", fs=SFREQ, output="sos"), rng.standard_normal(envelope.shape))
+
+    band = butter(4, (70, 200), "bandpass", fs=SFREQ, output="sos")
+    carrier = sosfiltfilt(band, rng.standard_normal(envelope.shape))
     slow = background(rng, envelope.shape[1], len(envelope)).T
     return 5 * VOLTS * slow + np.maximum(envelope, 0) * carrier / carrier.std()
 
 
-def write_features(folder, table, z, config):
-    """transcript.tsv and features.hdf5 as the release has them for GPT-2 XL: a row a token, the words' vectors in the layer."""
-    import h5py
-    rng = np.random.default_rng(key_seed(config.seed, "features"))
+def make_tokens(rng, table):
+    """The rows of a released transcript.tsv: a made-up tokenizer's tokens with probabilities."""
     share = table.groupby("type")["share"].first()
-    rank = {kind: i for i, kind in enumerate(share.sort_values(ascending=False).index)}
+    ranks = share.rank(ascending=False, method="first").astype(int) - 1
     entropy = float(-(share * np.log(share)).sum())
-    rows, owner, ids = [], [], {}
+    token_ids = {}
+    rows = []
     for i, row in enumerate(table.itertuples()):
         bare = row.word.rstrip(".,?!")
         pieces = PIECES.get(bare.lower(), [bare])
-        pieces = [bare[:len(pieces[0])], *pieces[1:]] + list(row.word[len(bare):])
-        for j, piece in enumerate(pieces):
-            token = ("Ġ" if j == 0 else "") + piece
-            whole = j == 0  # the later pieces are all but sure
-            prob = float(np.clip(row.share * np.exp(rng.normal(0, 0.3)), 1e-4, 0.9)) if whole else float(rng.uniform(0.7, 0.99))
-            rows.append((i, row.word, row.start, row.end, token, ids.setdefault(token, len(ids) + 1000), rank[row.type] if whole else 0, prob,
-                         "Ġ" + WORDS[0][0] if whole else token, entropy + float(rng.normal(0, 0.1)) if whole else 0.3))
-            owner.append(i)
-    columns = ["word_idx", "word", "start", "end", "hftoken", "token_id", "rank", "true_prob", "top_pred", "entropy"]
-    write_tsv(folder / "transcript.tsv", pd.DataFrame(rows, columns=columns))
-    turn = np.linalg.qr(rng.normal(size=(DIMS, DIMS)))[0][:SEMANTIC]  # (SEMANTIC, DIMS), orthonormal rows
-    layer = z[owner] @ turn + 0.15 * rng.normal(size=(len(owner), DIMS)) + rng.normal(size=DIMS)
+        pieces = [bare[: len(pieces[0])], *pieces[1:], *row.word[len(bare) :]]
+        for j, token in enumerate(pieces):
+            if j == 0:
+                token = f"Ġ{token}"
+                prob = float(np.clip(row.share * np.exp(rng.normal(0, 0.3)), 1e-4, 0.9))
+                guess = (ranks[row.type], prob, f"Ġ{WORDS[0][0]}", entropy + rng.normal(0, 0.1))
+            else:  # the later pieces are all but sure
+                guess = (0, float(rng.uniform(0.7, 0.99)), token, 0.3)
+            token_id = token_ids.setdefault(token, len(token_ids) + 1000)
+            rows.append((i, row.word, row.start, row.end, token, token_id, *guess))
+    columns = "word_idx word start end hftoken token_id rank true_prob top_pred entropy"
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+def write_features(folder, table, z, config):
+    """transcript.tsv and features.hdf5 as the release has them for GPT-2 XL: a row a token, the
+    words' vectors in one layer, and a layer that knows nothing."""
+    import h5py
+
+    rng = np.random.default_rng(key_seed(config.seed, "features"))
+    tokens = make_tokens(rng, table)
+    write_tsv(folder / "transcript.tsv", tokens)
+    turn = np.linalg.qr(rng.normal(size=(DIMS, DIMS)))[0][:SEMANTIC]  # orthonormal rows
+    layer = z[tokens["word_idx"]] @ turn + 0.15 * rng.normal(size=(len(tokens), DIMS))
+    layer += rng.normal(size=DIMS)
     with h5py.File(folder / "features.hdf5", "w") as file:
         file[f"layer-{LAYER}"] = layer.astype(np.float32)
-        file["layer-0"] = rng.normal(size=layer.shape).astype(np.float32)  # a layer that knows nothing
+        file["layer-0"] = rng.normal(size=layer.shape).astype(np.float32)
 
 
 def make_tree(root, config):
-    """Everything under root; the truth goes into dataset_description.json, which marks it synthetic."""
+    """Everything under root; dataset_description.json marks it synthetic and holds the truth."""
     table = make_transcript(config)
     z = make_vectors(table, config)
     audio, envelope = make_audio(table, config)
-    (root / "stimuli" / "gpt2-xl").mkdir(parents=True)
-    write_tsv(root / "stimuli" / "podcast_transcript.csv", table[["word", "start", "end"]])
-    write_tsv(root / "stimuli" / "pos.csv", table[["word", "start"]].assign(pos=[WORDS[k][1] for k in table["type"]]))
-    write_features(root / "stimuli" / "gpt2-xl", table, z, config)
-    with wave.open(str(root / "stimuli" / "podcast.wav"), "wb") as file:
+    stimuli = root / "stimuli"
+    (stimuli / "gpt2-xl").mkdir(parents=True)
+    table[["word", "start", "end"]].to_csv(stimuli / "podcast_transcript.csv", index=False)
+    pos = [WORDS[number][1] for number in table["type"]]
+    table[["word", "start"]].assign(pos=pos).to_csv(stimuli / "pos.csv", index=False)
+    write_features(stimuli / "gpt2-xl", table, z, config)
+    with wave.open(str(stimuli / "podcast.wav"), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(AUDIO_RATE)
         file.writeframes((audio * 32767).astype("<i2").tobytes())
-    planted = {f"sub-{n:02d}": write_subject(root, n, table, z, envelope, config) for n in range(1, config.subjects + 1)}
-    write_tsv(root / "participants.tsv", pd.DataFrame({"participant_id": list(planted), "nyu_id": [901 + i for i in range(len(planted))]}))
-    (root / "dataset_description.json").write_text(json.dumps({
-        "Name": "synthetic podcast (no person was recorded)", "BIDSVersion": "1.8.0", "License": "made up by this repository", "Synthetic": True,
-        "Planted": {"lag_ms": config.lag_ms, "kernel_ms": KERNEL_MS, "gain": config.gain, "volume_lag_ms": config.volume_lag_ms,
-                    "volume_gain": config.volume_gain, "subjects": planted, "features": f"gpt2-xl layer-{LAYER} holds the vectors, layer-0 is noise",
-                    "null_tasks": "sentence onset", "made_with": made_with(config)}}, indent=1))
+    subjects = {}
+    for number in range(1, config.subjects + 1):
+        subjects[f"sub-{number:02d}"] = write_subject(root, number, table, z, envelope, config)
+    people = pd.DataFrame({"participant_id": list(subjects), "nyu_id": 900})
+    people["nyu_id"] += people.index + 1
+    write_tsv(root / "participants.tsv", people)
+    planted = {"kernel_ms": KERNEL_MS, "subjects": subjects, "made_with": made_with(config)}
+    for key in ("lag_ms", "gain", "volume_lag_ms", "volume_gain"):
+        planted[key] = getattr(config, key)
+    planted["features"] = f"gpt2-xl layer-{LAYER} holds the vectors, layer-0 is noise"
+    planted["null_tasks"] = "sentence onset"
+    description = {
+        "Name": "synthetic podcast (no person was recorded)",
+        "BIDSVersion": "1.8.0",
+        "License": "made up by this repository",
+        "Synthetic": True,
+        "Planted": planted,
+    }
+    (root / "dataset_description.json").write_text(json.dumps(description, indent=1))
+
+
+# ---- main
 
 
 def made_with(config):
     """Options and code: what decides whether a folder must be made again."""
-    code = hashlib.sha256(Path(__file__).read_bytes() + PODCAST.read_bytes()).hexdigest()[:12]
-    return {k: v for k, v in asdict(config).items() if k not in ("out_dir", "overwrite")} | {"code": code}
+    options = asdict(config)
+    del options["out_dir"], options["overwrite"]
+    code = Path(__file__).read_bytes() + PODCAST.read_bytes()
+    return {**options, "code": hashlib.sha256(code).hexdigest()[:12]}
 
 
-def main(config):
-    folder = Path(config.out_dir) if config.out_dir else Path(os.path.relpath(Path(__file__).resolve().parent))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "making.tmp", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one waits, then finds it made
-        make(folder, config)
+def is_made(folder, wanted):
+    """Whether the folder holds this very set; InputError where it was made with other options."""
+    if not complete(folder):
+        return False
+    made = read_set(folder).get("planted", {}).get("made_with", {})
+    for key, value in wanted.items():
+        if key != "code" and made.get(key) != value:
+            raise InputError(
+                f"{folder} was made with {key}={made.get(key)}: give overwrite=True to make it "
+                "again, or another out_dir"
+            )
+    if made["code"] != wanted["code"]:
+        print(f"{folder} is of another version of this script: making it again", flush=True)
+        return False
+    print(f"{folder} is there already (overwrite=True makes it again)")
+    return True
 
 
 def make(folder, config):
-    wanted = made_with(config)
-    if not config.overwrite and complete(folder):
-        made = read_set(folder).get("planted", {}).get("made_with", {})
-        if made == wanted:
-            print(f"{folder} is there already (overwrite=True makes it again)")
-            return
-        if differs := [k for k in wanted if k != "code" and made.get(k) != wanted[k]]:
-            raise ValueError(f"{folder} was made with {differs[0]}={made.get(differs[0])}: give overwrite=True to make it again, or another out_dir")
-        print(f"{folder} is of another version of this script: making it again", flush=True)
+    """Write the raw files and let data/podcast/prepare.py read them."""
     raw = folder / "raw"
     (folder / "meta.yaml").unlink(missing_ok=True)
     shutil.rmtree(raw, ignore_errors=True)
     make_tree(raw, config)
-    command = [sys.executable, str(PODCAST), f"root={raw}", f"out_dir={folder}", f"pos={raw / 'stimuli' / 'pos.csv'}", "overwrite=True"]
-    if subprocess.run(command).returncode:
-        raise ValueError(f"{PODCAST} could not read {raw}: its own message stands above")
+    options = [f"root={raw}", f"out_dir={folder}", f"pos={raw}/stimuli/pos.csv", "overwrite=True"]
+    if subprocess.run([sys.executable, str(PODCAST), *options]).returncode:
+        raise InputError(f"{PODCAST} could not read {raw}: its own message stands above")
+
+
+def main(config):
+    here = Path(os.path.relpath(Path(__file__).resolve().parent))
+    folder = Path(config.out_dir) if config.out_dir else here
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "making.tmp", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one waits, then finds it made
+        if config.overwrite or not is_made(folder, made_with(config)):
+            make(folder, config)
 
 
 if __name__ == "__main__":
