@@ -121,7 +121,9 @@ def _set_option(config, key, value, source):
     try:
         parsed = _parse(value, kind)
     except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
-        wanted = inspect.formatannotation(kind).removeprefix("typing.")
+        wanted = inspect.formatannotation(kind)
+        if typing.get_origin(kind) is typing.Literal:
+            wanted = " or ".join(str(choice) for choice in typing.get_args(kind))
         raise InputError(f"{source}: option '{key}' must be {wanted}, not '{value}'") from None
     if isinstance(parsed, int) and abs(parsed) > LARGEST and name != "seed":
         raise InputError(f"{source}: option '{key}' must be below {LARGEST:.0e}, not '{value}'")

@@ -74,7 +74,7 @@ def test_strings_stay_as_they_are_typed(tmp_path):
         ("seed=inf", ["'seed'"]),
         ("top_k=1e99", ["'top_k'", "below"]),
         ("on=maybe", ["'on'", "bool"]),
-        ("kind=c", ["'kind'", "'a', 'b'"]),
+        ("kind=c", ["'kind'", "a or b"]),
         ("learning_rate=fast", ["float"]),
         ("lags=a", ["list[int]"]),
         ("seed.x=1", ["'seed'", "no group"]),
