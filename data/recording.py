@@ -32,6 +32,7 @@ from data import InputError, aside, load_meta, read_table, remedy, write_aside, 
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
+TEXT_COLUMNS = ["name", "word", "norm_word", "object", "image", "synonyms", "category", "phase"]
 PIECE = 2**21  # samples that are filtered at once
 SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # all other types are in V
 
@@ -225,8 +226,9 @@ def complete(folder):
 
 
 def _read_csv(path):
-    """A table in which only an empty number is missing: 'null' and 'NA' may be words."""
-    return read_table(path, na_values={c: [""] for c in ("x", "y", "z", "onset", "duration")})
+    """A table in which only an empty number is missing: 'null', 'NA' and '007' may be words."""
+    missing = dict.fromkeys(("x", "y", "z", "onset", "duration"), [""])
+    return read_table(path, na_values=missing, dtype=dict.fromkeys(TEXT_COLUMNS, str))
 
 
 def check_channels(table, path):

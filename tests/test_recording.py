@@ -25,7 +25,7 @@ def test_a_raw_comes_back_with_places_bads_and_first_sample(tmp_path):
     montage = mne.channels.make_dig_montage({"Cz": [0, 0, 0.1]}, coord_frame="head")
     raw.set_montage(montage, on_missing="ignore", verbose="error")
     raw.info["bads"] = ["Pz"]
-    events = pd.DataFrame({"onset": [2.0, 1.0], "word": ["null", "NA"]})
+    events = pd.DataFrame({"onset": [2.0, 1.0], "word": ["null", "NA"], "object": ["007", "010"]})
     recording.write_raw(tmp_path / "s/sub-1", raw, events, block_s=0.7, **META)
     recording.write_set(tmp_path / "s", ["sub-1"], synthetic=True)
     read = recording.Recording(tmp_path / "s/sub-1")
@@ -35,6 +35,7 @@ def test_a_raw_comes_back_with_places_bads_and_first_sample(tmp_path):
     np.testing.assert_allclose(read.xyz[0], [0, 0, 0.1], atol=1e-7)
     assert np.isnan(read.xyz[1]).all()
     assert read.events["word"].tolist() == ["null", "NA"]  # words, not missing values
+    assert read.events["object"].tolist() == ["007", "010"]  # nor numbers
     assert read.rows([2.0, 0.5]).tolist() == [300, 0]  # the clock starts before row 0
     assert recording.complete(tmp_path / "s")
     assert recording.read_set(tmp_path / "s")["recordings"] == ["sub-1"]
@@ -107,6 +108,7 @@ def test_a_long_signal_is_resampled_piece_by_piece(tmp_path, bands, monkeypatch)
     write(tmp_path / "r", signal=signal, channels=channels, sfreq=128.0)
     read = recording.Recording(tmp_path / "r")
     recipe = {"sfreq": 30.0, "bands": bands}
+    recording.envelope(signal[:1000, :1], 128.0, 5, 15)  # whose imports take memory
     tracemalloc.start()
     out = recording.resampled(read.signal, read.sfreq, recipe, [7, 3])
     peak = tracemalloc.get_traced_memory()[1]
