@@ -459,6 +459,57 @@ def test_the_same_data_as_ever():
     np.testing.assert_allclose(signal[2000::5000, [0, 5, 15]], expected, atol=1e-3)
 
 
+def hidden_r2(signal, products):
+    """R² of hidden electrodes from every third one, 0.3 s around, on the last fifth: ridge, where
+    `products` is True on products of principal components too."""
+    x = signal[: len(signal) // 16 * 16].reshape(-1, 16, signal.shape[1]).mean(1)  # 32 Hz
+    x = (x - x.mean(0)) / x.std(0)
+    windows = np.lib.stride_tricks.sliding_window_view(x[:, ::3], 9, axis=0)
+    inputs, targets = windows.reshape(len(windows), -1), np.delete(x[4:-4], np.s_[::3], axis=1)
+    if products:
+        components = np.linalg.svd(inputs, full_matrices=False)[0][:, :10] * len(inputs) ** 0.5
+        pairs = components[:, :, None] * components[:, None]
+        inputs = np.concatenate([inputs, pairs[:, *np.triu_indices(10)]], axis=1)
+    train = np.arange(len(inputs)) < 0.8 * len(inputs)
+    centred = inputs - inputs[train].mean(0)
+    gram = centred[train].T @ centred[train] + 300 * np.eye(centred.shape[1])
+    predicted = centred @ np.linalg.solve(gram, centred[train].T @ targets[train])
+    error = np.square(targets - predicted)[~train].sum()
+    return 1 - error / np.square(targets[~train]).sum()
+
+
+def test_products_see_what_a_linear_estimate_misses():
+    gains = []
+    for nonlinear in (0.0, 0.5, 1.0):
+        config = synthetic.Config(minutes=4, electrodes=20, nonlinear=nonlinear)
+        _, signal, _ = subject_of(config)
+        gains.append(hidden_r2(signal, products=True) - hidden_r2(signal, products=False))
+    assert gains[0] < 0.01 and gains[2] > 0.05 and gains[0] < gains[1] < gains[2], gains
+
+
+def test_the_parts_are_what_the_readme_says():
+    config = synthetic.Config(minutes=2)
+    channels, _ = synthetic.make_montage(np.random.default_rng(0), 1, config)
+    onset = synthetic.make_transcript(config)["onset"].to_numpy()
+    rng = np.random.default_rng(0)
+    parts = dict(synthetic.nonlinear_parts(rng, onset, channels, 120 * 512))
+    assert list(parts) == list(synthetic.PARTS)
+    parts = {name: synthetic.standardized(part) for name, part in parts.items()}
+    shared = np.concatenate([parts["drives"], parts["rhythm"]], axis=1)
+    basis = np.linalg.svd(shared, full_matrices=False)[0][:, :5]  # three drives, two of a rhythm
+    linear = {}
+    for name, part in parts.items():
+        linear[name] = np.square(basis.T @ part).sum() / np.square(part).sum()
+    assert linear["drives"] > 0.99 and linear["rhythm"] > 0.99
+    assert 0.4 < linear["gating"] < 0.6 and 0.1 < linear["moving"] < 0.4
+    assert linear["bursts"] < 0.03 and linear["harmonics"] < 0.25
+    assert not parts["moving"][:, -4:].any()  # the shaft is not on the grid
+    ends = np.searchsorted(np.arange(120 * 512) / 512, np.sort(onset) + synthetic.RESET_S)
+    ends = ends[ends < 120 * 512]
+    rhythm = parts["rhythm"][ends]
+    assert np.abs(rhythm - rhythm[0]).max() < 0.2  # the same phase after every word
+
+
 def test_neighbours_share_sources(made):
     recording = Recording(made / "sub-01")
     correlation = np.corrcoef(recording.signal.T)

@@ -8,7 +8,8 @@ which electrodes carry the words, and when.
 Words are drawn independently from a Zipf distribution; each has a vector z, its type's plus a
 jitter of its own. Latent sources, each at an electrode, carry noise (1/f-like), and some of them
 w·z for 0.1 s around `lag_ms` after a word's onset, or the loudness of the audio `volume_lag_ms`
-later. Neighbouring electrodes mix sources. Files are written as OpenNeuro ds005574 has them and
+later. Neighbouring electrodes mix sources. `nonlinear` adds what linear estimates of an electrode
+from the others miss (readme.md says what). Files are written as OpenNeuro ds005574 has them and
 read by data/podcast/prepare.py, awkward cases included.
 """
 
@@ -40,6 +41,20 @@ SWING = 0.1  # SD of the background as a share of it
 KERNEL_MS = 100  # how long a word's response lasts, the lag in its middle
 SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # what an electrode picks up, by squared distance on its grid
 LAYER, DIMS, SEMANTIC = 24, 64, 16  # the features: layer, width, dimensions that hold z
+
+# What `nonlinear` adds: SD of each part at nonlinear=1, in SD of the background.
+PARTS = {
+    "drives": 2.0,
+    "gating": 1.5,
+    "bursts": 1.5,
+    "moving": 1.5,
+    "rhythm": 0.7,
+    "harmonics": 0.7,
+}
+N_DRIVES, DRIVE_S = 3, 0.08  # shared processes, and their time constant
+BURST_AT = 1.3  # SD of a mixture of drives from which a burst is on
+FIELD_WIDTH = 0.6  # of the moving source, in SD of the two drives that move it
+RHYTHM_HZ, RESET_S = 4.0, 0.1  # the rhythm starts anew so long after each word's onset
 
 # Word types from frequent to rare; the first `vocabulary` of them are spoken.
 TYPES = """
@@ -80,6 +95,7 @@ class Config:
     volume_gain: float = 1.0  # of the loudness, likewise; 0: none
     volume_lag_ms: float = 100.0  # how late it follows the audio
     jitter: float = 0.5  # of a word's vector about its type's, in SD of the types
+    nonlinear: float = 0.0  # strength of what a linear estimate misses; 1: as PARTS has it
     broadband: bool = False  # also write a broadband recording whose 70-200 Hz band is this one
     seed: int = 0  # another seed, another experiment
     out_dir: str = ""  # "": this folder; the raw files go into raw/ in it
@@ -194,6 +210,53 @@ def responses(onset, amplitude, samples, lag_ms):
     return np.cumsum(steps, 0)[:-1].astype(np.float32)
 
 
+def nonlinear_parts(rng, onset, channels, samples):
+    """(name, (samples, C)) of each of PARTS, which the readme describes.
+
+    All are functions of a few processes that a person's electrodes share. The drives and the rhythm
+    are shared linearly; of the others each electrode has a function of its own.
+    """
+    from scipy.signal import lfilter
+
+    count = len(channels)
+    phi = np.exp(-1 / (DRIVE_S * SFREQ))
+    drives = rng.normal(size=(samples, N_DRIVES))
+    for _ in range(2):
+        drives = lfilter([1.0], [1.0, -phi], drives, axis=0)
+    drives = standardized(drives)
+    yield "drives", drives @ random_directions(rng, count)
+    gate = drives @ random_directions(rng, count)
+    yield "gating", drives @ random_directions(rng, count) * (gate > 0)  # open or closed
+    yield "bursts", np.abs(drives @ random_directions(rng, count)) > BURST_AT  # all or none
+    grid = (channels["type"] == "ecog").to_numpy()
+    place = channels[["y", "z"]].to_numpy()
+    low, high = place[grid].min(0), place[grid].max(0)
+    place = (place - low) / (high - low) * 3 - 1.5  # where on the grid a drive of so many SD is
+    distance = (drives[:, :1] - place[:, 0]) ** 2 + (drives[:, 1:2] - place[:, 1]) ** 2
+    yield "moving", np.exp(-distance / (2 * FIELD_WIDTH**2)) * grid
+    seconds = np.arange(samples) / SFREQ
+    resets = np.sort(onset) + RESET_S
+    last = np.searchsorted(resets, seconds, side="right")
+    phase = 2 * np.pi * RHYTHM_HZ * (seconds - np.concatenate([[0.0], resets])[last])
+    yield "rhythm", np.cos(phase[:, None] + rng.uniform(0, 2 * np.pi, count))
+    multiple = rng.integers(2, 4, size=count)
+    yield "harmonics", np.cos(multiple * phase[:, None] + rng.uniform(0, 2 * np.pi, count))
+
+
+def random_directions(rng, count):
+    """(N_DRIVES, count) weights of random mixtures of the drives, of unit variance."""
+    weights = rng.normal(size=(N_DRIVES, count))
+    return weights / np.linalg.norm(weights, axis=0)
+
+
+def standardized(x):
+    """Zero mean and unit variance over time, float32; what never varies stays 0."""
+    x = x.astype(np.float32)
+    x -= x.mean(0, dtype=np.float64).astype(np.float32)
+    sd = x.std(0, dtype=np.float64).astype(np.float32)
+    return x / np.where(sd > 0, sd, 1)
+
+
 def make_montage(rng, number, config):
     """(channels, distance) of person `number`: a DataFrame with name, type, x, y, z (mm), and the
     squared distance of electrodes, (C, C): a square grid, and a shaft far from it."""
@@ -238,6 +301,10 @@ def make_subject(number, table, z, envelope, config):
     signal = signal @ mixing.T.astype(np.float32)
     signal += 0.1 * rng.standard_normal(signal.shape, np.float32)
     signal /= np.linalg.norm(mixing, axis=1).astype(np.float32)
+    if config.nonlinear:
+        rng = np.random.default_rng(key_seed(config.seed, "nonlinear", number))
+        for name, part in nonlinear_parts(rng, table["onset"].to_numpy(), channels, samples):
+            signal += np.float32(config.nonlinear * PARTS[name]) * standardized(part)
     carriers = {"word": [], "volume": []}
     if config.gain:
         carriers["word"] = channels["name"][(mixing[:, word_sources] > 0).any(1)].tolist()
@@ -391,7 +458,7 @@ def make_tree(root, config):
     people["nyu_id"] += people.index + 1
     write_tsv(root / "participants.tsv", people)
     planted = {"kernel_ms": KERNEL_MS, "subjects": subjects, "made_with": made_with(config)}
-    for key in ("lag_ms", "gain", "volume_lag_ms", "volume_gain"):
+    for key in ("lag_ms", "gain", "volume_lag_ms", "volume_gain", "nonlinear"):
         planted[key] = getattr(config, key)
     planted["features"] = f"gpt2-xl layer-{LAYER} holds the vectors, layer-0 is noise"
     planted["null_tasks"] = "sentence onset"
@@ -422,12 +489,12 @@ def is_made(folder, wanted):
         return False
     made = read_set(folder).get("planted", {}).get("made_with", {})
     for key, value in wanted.items():
-        if key != "code" and made.get(key) != value:
+        if key in made and key != "code" and made[key] != value:
             raise InputError(
-                f"{folder} was made with {key}={made.get(key)}: give overwrite=True to make it "
-                "again, or another out_dir"
+                f"{folder} was made with {key}={made[key]}: give overwrite=True to make it again, "
+                "or another out_dir"
             )
-    if made["code"] != wanted["code"]:
+    if made != wanted:
         print(f"{folder} is of another version of this script: making it again", flush=True)
         return False
     print(f"{folder} is there already (overwrite=True makes it again)")
