@@ -297,11 +297,6 @@ def spatial_share(turns=20, windows=5, target="<= 0.05", name="spatial_share"):
     return limit(name, share, whole, target, device(), "s", f"first step, compilation included: {warm:.1f} s")
 
 
-def spatial_every():
-    """The same with every window of the sheet."""
-    return spatial_share(10, 0, "<= 0.10", "spatial_every")
-
-
 def generate(turns=3, dtype=torch.float32, target=">= 1.2", name="generate"):
     """Greedy generation, GPT-2 124M shape, 8 prompts of 16 tokens, 128 new ones, against Hugging Face's generate with the same weights."""
     from transformers import GPT2LMHeadModel
@@ -675,7 +670,7 @@ def prefix_decode(turns=7, T=8, new=64):
             return seconds(lambda: sum(1 for _ in stream))[0] / (new - 1)
 
     def ours():
-        return decode([prompt] * 16, start=partial(model._prefill, n, room), room=room)
+        return decode([prompt] * 16, start=partial(model._start, n))
 
     def other():
         return decode([list(range(1, room + T + 1))] * 16)
@@ -891,7 +886,7 @@ def warp_memory(turns=2, d=1000, n_layer=12, n_embd=768, vocab=50304):
 
 
 CLAIMS = {claim.__name__: claim for claim in (
-    train_step, train_memory, spatial_share, spatial_every, swap, generate, generate_half, minimal_pairs,
+    train_step, train_memory, spatial_share, swap, generate, generate_half, minimal_pairs,
     probe_pass, probe_fit, app_rerun,
     decode_group, lag_windows, word_auc, decode_memory,
     expert_step, prefix_decode, loader_wait, mask_step,

@@ -518,7 +518,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path, capsys):
     assert np.allclose(trials.xyz[0, [3, 7]], place[[3, 7]], atol=1e-6) and np.isfinite(trials.xyz).all()
     model = T.build(config, trials, Here(config))[0]
     assert torch.equal(model.encoder.blocks[0].mlp.c_fc.weight, theirs.blocks[0].mlp.c_fc.weight)
-    share = sum(v.numel() for k, v in model.encoder.state_dict().items() if not k.startswith(("out", "subject"))) / sum(
+    share = sum(v.numel() for k, v in model.encoder.state_dict().items() if not k.startswith(("net.output", "net.subject"))) / sum(
         v.numel() for v in model.encoder.state_dict().values())
     assert f"{share:.1%} of the encoder's weights" in said
     save_checkpoint(tmp_path / "bands.pt", {**checkpoint, "recording": {**recipe, "bands": [[4, 8], [8, 12]]}})
