@@ -1285,7 +1285,8 @@ def load_checkpoint(path):
     """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none."""
     path = Path(path)
     if not path.exists() and not path.is_symlink():
-        raise InputError(f"no checkpoint {path}: train first, or leave init_from=resume out")
+        remedy = "train one with python train.py, or leave init_from=resume out"
+        raise InputError(f"no checkpoint {path}: {remedy}")
     check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
