@@ -266,11 +266,9 @@ NOT_REWRITTEN = {
     "bench.py",
     "decode.py",
     "demo.py",
-    "finetune.py",
     "foundation.py",
     "probe.py",
     "telepath.py",
-    "topography.py",
     "warp.py",
 }
 

@@ -1,18 +1,19 @@
-"""What a language model is worth for a task: sentence classification and regression on any of our checkpoints, or on GPT-2.
+"""What is a language model worth for a task? Classification and regression of sentences.
 
-    python finetune.py                                                        # embedded: which library area a docstring comes from
-    python finetune.py dataset=grammar task=grammaticality by=template        # embedded: is the sentence English?
-    python finetune.py twin=True                                              # the same shape with random weights, then the paired comparison:
-    python finetune.py against=finetuned/docstrings-area-twin
-    torchrun --standalone --nproc_per_node=4 finetune.py config/finetune_glue.yaml task=mnli by=set
-    python finetune.py init_from=resume                                       # go on after a stop, bit for bit
+    python finetune.py                                                 # embedded: docstrings
+    python finetune.py dataset=grammar task=grammaticality by=template # is the sentence English?
+    python finetune.py twin=True                                       # random weights
+    python finetune.py against=finetuned/docstrings-area-twin          # ... compared in pairs
+    torchrun --standalone --nproc_per_node=4 finetune.py config/finetune_glue.yaml task=cola
+    python finetune.py init_from=resume                                # go on after a stop
 
-The mask stays causal and the state of the last real token is read by a linear head. An end-of-text token opens a text and stands between the two
-of a pair. The step is chosen on validation data, the test split is scored once. What comes out is a language model like any other: lm=finetuned/...
+A linear head reads the state of the last real token; the mask stays causal. An end-of-text token
+opens each text, and stands between the two of a pair. The step is chosen on validation data, and
+the test split is scored once. The result is a language model like any other: lm=finetuned/...
 
 Wang et al. 2019 (GLUE); Rathi et al. 2025 (TopoLM); Howard & Ruder 2018.
 """
-import json
+
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,441 +29,727 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import positions
-from configurator import Run, configure, key_seed, write_aside
+from configurator import InputError, Run, configure, key_seed, write_aside
+from convert import load_lm
 from data.stimuli import read_meta, read_task
-from model import GPT, Tokenizer, lm_from, lm_state, load_lm
+from data.tokens import Tokenizer
+from model import GPT, lm_from, lm_state
 
 
 @dataclass
 class Config:
     # ---- task
-    lm: str = "out/train"                          # run folder or checkpoint of ours, or a Hugging Face GPT-2
-    twin: bool = False                             # forget the weights: the same shape, freshly initialised
-    dataset: str = "docstrings"                    # name under data/, or a folder of labelled sentences (data/stimuli.py)
-    task: str = "area"                             # of the dataset
-    metric: Literal["", "accuracy", "matthews", "f1", "pearson", "spearman"] = ""  # chooses the step; "": GLUE's own, accuracy, or pearson
-    by: str = ""                                   # a column of the task: the test score of each of its values, too
-    against: list[str] = field(default_factory=list)  # folders of finished runs on the same test: paired comparison
+    lm: str = "out/train"  # run folder or checkpoint of ours, or a Hugging Face GPT-2
+    twin: bool = False  # forget the weights: the same shape, freshly initialised
+    dataset: str = "docstrings"  # name under data/, or a folder of labelled sentences
+    task: str = "area"  # of the dataset
+    metric: str = ""  # chooses the step: accuracy, matthews, f1, pearson, spearman; "": GLUE's own
+    by: str = ""  # a column of the task: score each of its values on test, too
+    against: list[str] = field(default_factory=list)  # finished runs to compare with, in pairs
     # ---- model
-    mode: Literal["full", "head", "last_k"] = "full"  # what is trained: everything, the head, or head and last k blocks
-    k: int = 1                                     # last_k: blocks
-    dropout: float = 0.0                           # probability, in what is trained; harms models that were trained without
-    alpha_scale: float = 0.0                       # spatial loss with so many times the checkpoint's alpha
+    mode: Literal["full", "head", "last_k"] = "full"  # what is trained besides the head
+    k: int = 1  # last_k: blocks
+    dropout: float = 0.0  # in what is trained; harms models that were trained without
+    alpha_scale: float = 0.0  # spatial loss with so many times the checkpoint's alpha
     # ---- optimiser
-    batch_size: int = 16                           # texts per micro-batch
-    texts_per_step: int = 0                        # texts per optimiser step over all ranks, 0: one micro-batch per rank; accumulation is derived
-    epochs: float = 10.0                           # passes over the training texts at most
-    max_iters: int = 0                             # optimiser steps at most; 0: epochs
-    learning_rate: float = 2e-4                    # AdamW's peak
+    batch_size: int = 16  # texts per micro-batch
+    texts_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
+    epochs: float = 10.0  # passes over the training texts at most
+    max_iters: int = 0  # optimiser steps at most; 0: epochs
+    learning_rate: float = 2e-4  # AdamW's peak
     schedule: Literal["linear", "constant"] = "linear"  # after the warm-up: down to 0, or level
-    warmup_iters: int = 50                         # linear warm-up
-    weight_decay: float = 0.1                      # on matrices and embeddings
-    grad_clip: float = 1.0                         # total norm; 0: none
+    warmup_iters: int = 50  # linear warm-up
+    weight_decay: float = 0.1  # on matrices and embeddings
+    grad_clip: float = 1.0  # total norm; 0: none
     # ---- evaluation
-    eval_interval: int = 0                         # steps between validations, 0: an epoch
-    patience: int = 4                              # validations without a better one before it stops; 0: never stops early
-    resamples: int = 1000                          # bootstrap over groups of texts
+    eval_interval: int = 0  # steps between validations; 0: an epoch
+    patience: int = 4  # validations without a better one before it stops; 0: never
+    resamples: int = 1000  # bootstrap over groups of texts
     # ---- run
-    out_dir: str = ""                              # "": finetuned/DATASET-TASK, with -twin
-    init_from: Literal["lm", "resume"] = "lm"      # resume: go on after a stop
-    overwrite: bool = False                        # start over in a folder that holds a run
-    seed: int = 1337                               # fixes everything
-    device: str = "auto"                           # cuda, mps, cpu
-    dtype: str = "auto"                            # bfloat16 where the hardware has it; float16, float32
-    deterministic: bool = False                    # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50                         # steps between lines
-    save_interval: int = 200                       # steps between checkpoints
-    wandb_log: bool = False                        # log to Weights & Biases
-    wandb_project: str = "nanocortex"              # its project
+    out_dir: str = ""  # "": finetuned/DATASET-TASK, with -twin
+    init_from: Literal["lm", "resume"] = "lm"  # resume: go on after a stop
+    overwrite: bool = False  # start over in a folder that holds a run
+    seed: int = 1337  # fixes everything
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
+    log_interval: int = 50  # steps between lines
+    save_interval: int = 200  # steps between checkpoints
+    wandb_log: bool = False  # log to Weights & Biases
+    wandb_project: str = "nanocortex"  # its project
 
     POSITIVE = "batch_size k log_interval save_interval resamples"
     SHARES = "dropout"
 
     def check(self):
         if self.max_iters < 1 and self.epochs <= 0:
-            raise ValueError(f"epochs={self.epochs} and max_iters={self.max_iters} leave nothing to do: one must be above 0")
+            raise InputError("epochs=0 and max_iters=0 leave nothing to do: give one of them")
+        if self.metric and self.metric not in CLASS_METRICS + NUMBER_METRICS:
+            names = ", ".join(CLASS_METRICS + NUMBER_METRICS)
+            raise InputError(f"option 'metric' must be one of {names}, not '{self.metric}'")
+
+
+CLASS_METRICS = ["accuracy", "matthews", "f1"]
+NUMBER_METRICS = ["pearson", "spearman"]
+GLUE_METRIC = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}
 
 
 # ---- data
 
+
+@dataclass
+class Split:
+    """The texts of one split."""
+
+    table: pd.DataFrame  # a row a text: label, text, group, y and the task's own columns
+    rows: list  # token ids of each text
+    targets: torch.Tensor  # (N,) class numbers, or standardised numbers
+
+
 class Task:
     """One task of a dataset of labelled sentences, in the tokens of a language model.
 
-    parts: {split: DataFrame}; rows: {split: [token ids]}; y: {split: (N,) tensor}, class numbers or, of a regression, numbers standardised by the mean
-    and sd of training; labels: names of the classes, None of a regression; metrics; metric, the one that chooses. Raises ValueError or
-    FileNotFoundError with one sentence."""
+    splits: {"train", "val" and perhaps "test": Split}; labels: names of the classes, None of a
+    regression; metrics, and `metric`, which chooses the step; constant: the best guess without
+    reading. Raises InputError.
+    """
 
     def __init__(self, config, run, tokenizer, block_size):
         folder = run.dataset(config.dataset)
-        table, self.meta = read_task(folder, config.task), read_meta(folder)
-        entry, self.name = self.meta["tasks"][config.task], f"{config.dataset} {config.task}"
+        table = read_task(folder, config.task)
+        self.meta = read_meta(folder)
+        entry = self.meta["tasks"][config.task]
+        self.name = f"{config.dataset} {config.task}"
         self.labels = entry["labels"] if entry["kind"] == "classification" else None
-        self.metrics = ["accuracy", "matthews", "f1"] if self.labels else ["pearson", "spearman"]
+        self.metrics = CLASS_METRICS if self.labels else NUMBER_METRICS
         self.metric = config.metric or GLUE_METRIC.get(config.task, self.metrics[0])
         self.source = "synthetic" if self.meta.get("synthetic") else "real"
-        if self.metric not in self.metrics:
-            raise ValueError(f"metric={self.metric} is not for a {entry['kind']}: take {', '.join(self.metrics)}")
-        if config.by and config.by not in table:
-            raise ValueError(f"task '{config.task}' has no column by={config.by}, only {', '.join(table.columns)}")
-        self.parts = {split: table[table.split == split].reset_index(drop=True) for split in ("train", "val", "test") if (table.split == split).any()}
-        if missing := [split for split in ("train", "val") if split not in self.parts]:
-            raise ValueError(f"{folder}, task '{config.task}', has no text in the split '{missing[0]}': validation chooses the step, give it a share")
-        encoded = {split: [encode(tokenizer, text, block_size) for text in part.text] for split, part in self.parts.items()}
-        self.rows = {split: [row for row, _ in texts] for split, texts in encoded.items()}
-        if cuts := [cut for texts in encoded.values() for _, cut in texts if cut]:
-            run.print(f"{len(cuts):,} of {len(table):,} texts are longer than the {block_size} tokens of {config.lm}: their ends were cut, "
-                      f"{np.mean(cuts):.0f} tokens on average")
-        train = self.parts["train"].y
-        self.mean, self.sd = (0.0, 1.0) if self.labels else (float(train.mean()), float(train.std(ddof=0)))
-        self.y = {split: torch.tensor((part.y - self.mean).to_numpy() / self.sd, dtype=torch.int64 if self.labels else torch.float32)
-                  for split, part in self.parts.items()}
+        self._check(config, table, folder, entry)
+
+        train = table[table.split == "train"].y
         self.constant = train.mode()[0] if self.labels else train.mean()
-        self.baseline = f"majority guess ({self.labels[self.constant]})" if self.labels else "mean guess"
+        self.mean = 0.0 if self.labels else float(train.mean())
+        self.sd = 1.0 if self.labels else float(train.std(ddof=0))
+        self.baseline = "mean guess"
+        if self.labels:
+            self.baseline = f"majority guess ({self.labels[self.constant]})"
+        self.splits = {}
+        cuts = []
+        for name in ("train", "val", "test"):
+            part = table[table.split == name].reset_index(drop=True)
+            if len(part):
+                rows, part_cuts = encode_all(tokenizer, part.text, block_size)
+                self.splits[name] = Split(part, rows, self.make_targets(part.y))
+                cuts += part_cuts
+        if cuts:
+            run.print(
+                f"{len(cuts):,} of {len(table):,} texts are longer than the {block_size} tokens of "
+                f"{config.lm}: their ends were cut, {np.mean(cuts):.0f} tokens on average"
+            )
+        self.last = list(self.splits)[-1]  # the split that is reported: test, where there is one
 
-    def loss(self, out, y):
+    def _check(self, config, table, folder, entry):
+        if self.metric not in self.metrics:
+            raise InputError(
+                f"metric={self.metric} is not for a {entry['kind']}: take {', '.join(self.metrics)}"
+            )
+        if config.by and config.by not in table:
+            columns = ", ".join(table.columns)
+            raise InputError(f"task '{config.task}' has no column by={config.by}, only {columns}")
+        for split in ("train", "val"):
+            if not (table.split == split).any():
+                raise InputError(
+                    f"{folder}, task '{config.task}', has no text in the split '{split}': "
+                    "validation chooses the step, give it a share"
+                )
+
+    def make_targets(self, y):
+        """(N,) class numbers, or numbers standardised by the mean and sd of training."""
+        dtype = torch.int64 if self.labels else torch.float32
+        return torch.tensor((y.to_numpy() - self.mean) / self.sd, dtype=dtype)
+
+    def loss(self, out, targets):
         """Cross-entropy, or mean squared error, of outputs (B, n_out)."""
-        return F.cross_entropy(out, y) if self.labels else F.mse_loss(out[:, 0], y)
+        if self.labels:
+            return F.cross_entropy(out, targets)
+        return F.mse_loss(out[:, 0], targets)
 
-    def guess(self, out):
-        """Class numbers, or numbers as the labels are, (N,) of outputs (N, n_out)."""
-        return (out.argmax(1) if self.labels else out[:, 0] * self.sd + self.mean).numpy()
+    def predictions(self, out):
+        """Class numbers, or numbers on the labels' scale, (N,) of outputs (N, n_out)."""
+        if self.labels:
+            return out.argmax(1).numpy()
+        return (out[:, 0] * self.sd + self.mean).numpy()
+
+
+def encode_all(tokenizer, texts, size):
+    """Token ids of each text, and how many tokens were cut from each that was too long."""
+    rows = []
+    cuts = []
+    for text in texts:
+        row, cut = encode(tokenizer, text, size)
+        rows.append(row)
+        if cut:
+            cuts.append(cut)
+    return rows, cuts
 
 
 def encode(tokenizer, text, size):
-    """(token ids, tokens cut) of a text, or of a pair with a tab between: each part behind an end-of-text token (a line break where the tokenizer has
-    none), at most `size` tokens; the longer part is cut first, at its end."""
+    """(token ids, tokens cut) of a text, or of a pair with a tab between, at most `size` tokens.
+
+    Each part follows an end-of-text token (a line break where the tokenizer has none). Of a pair
+    the longer part is cut first, at its end.
+    """
     mark = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n")
     parts = [tokenizer.encode(part) for part in text.split("\t")]
     if len(parts) > 2:
-        raise ValueError(f"{text[:60]!r} has {len(parts)} parts, with tabs between: give one or two")
+        raise InputError(f"{text[:60]!r} has {len(parts)} parts, with tabs between: give 1 or 2")
     room = size - len(mark) * len(parts)
     if room < len(parts):
-        raise ValueError(f"block_size={size} of the language model has no room for a text: take one that was trained with a longer context")
-    cut = max(0, sum(map(len, parts)) - room)
+        raise InputError(
+            f"block_size={size} of the language model has no room for a text: "
+            "take one that was trained with a longer context"
+        )
+    cut = max(0, sum(len(part) for part in parts) - room)
     for _ in range(cut):
         max(parts, key=len).pop()
-    return [token for part in parts for token in mark + part], cut
+    row = []
+    for part in parts:
+        row += mark + part
+    return row, cut
 
 
-def batch(rows, device):
-    """Right-padded ids (B, T) and lengths (B,) of token lists; causal attention never looks at what comes after, so pads change nothing before them."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device), torch.tensor([len(row) for row in rows], device=device)
+def pad(rows, device):
+    """Right-padded ids (B, T) and lengths (B,); causal attention never looks at what follows."""
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    idx = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device=device)
+    for i, row in enumerate(rows):
+        idx[i, : len(row)] = torch.tensor(row)
+    return idx, lengths
 
 
-class Order:
-    """The training texts without replacement: text number k of the run (counted over all ranks) by a permutation keyed by (seed, epoch)."""
+def texts_of_step(step, per_step, lengths, seed):
+    """Indices of a step's texts, sorted by length so that micro-batches have few pads.
 
-    def __init__(self, run, rows, per_step):
-        self.run, self.rows, self.per_step, self.epoch = run, rows, per_step, None
-
-    def __call__(self, step):
-        """Indices of a step's texts, by length: micro-batches of nearly equal lengths have few pads."""
-        return sorted((self._text(k) for k in range(step * self.per_step, (step + 1) * self.per_step)), key=lambda i: len(self.rows[i]))
-
-    def _text(self, k):
-        epoch, i = divmod(k, len(self.rows))
-        if self.epoch != epoch:
-            self.epoch, self.order = epoch, np.random.default_rng(key_seed(self.run.seed, "epoch", epoch)).permutation(len(self.rows))
-        return self.order[i]
+    Text k of the run, counted over all ranks, is drawn without replacement, by a permutation keyed
+    by (seed, epoch).
+    """
+    n = len(lengths)
+    chosen = []
+    for k in range(step * per_step, (step + 1) * per_step):
+        epoch, i = divmod(k, n)
+        if i == 0 or not chosen:
+            order = np.random.default_rng(key_seed(seed, "epoch", epoch)).permutation(n)
+        chosen.append(int(order[i]))
+    return sorted(chosen, key=lambda i: lengths[i])
 
 
 # ---- model
+
 
 class Reader(nn.Module):
     """A language model, and a linear head on the state of the last real token."""
 
     def __init__(self, lm, n_out, config):
         super().__init__()
-        self.lm, self.head, self.dropout = lm, nn.Linear(lm.config.n_embd, n_out), config.dropout
+        self.lm = lm
+        self.dropout = config.dropout
+        self.head = nn.Linear(lm.config.n_embd, n_out)
+        generator = torch.Generator().manual_seed(key_seed(config.seed, "head"))
+        nn.init.normal_(self.head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.head.bias)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.randn(self.head.weight.shape, generator=torch.Generator().manual_seed(key_seed(config.seed, "head"))) * 0.02)
         if config.mode != "full":
             lm.requires_grad_(False)
         if config.mode == "last_k":
-            for part in (*lm.transformer.h[-config.k:], lm.transformer.ln_f):
-                part.requires_grad_(True)
+            lm.transformer.h[-config.k :].requires_grad_(True)
+            lm.transformer.ln_f.requires_grad_(True)
 
     def train(self, mode=True):
-        """Dropout is for what is trained: modules whose parameters are frozen stay as in evaluation."""
+        """Frozen modules stay as in evaluation: dropout is for what is trained."""
         super().train(mode)
         for module in self.lm.modules():
-            module.training = mode and any(p.requires_grad for p in module.parameters())
+            trained = any(p.requires_grad for p in module.parameters())
+            module.training = mode and trained
         return self
 
     def forward(self, idx, lengths, windows=None):
-        """idx (B, T), lengths (B,) → outputs (B, n_out) float32, and with windows (2 n_layer, K) the spatial loss summed over the sheets, else None."""
+        """idx (B, T), lengths (B,) -> outputs (B, n_out) in float32, and the spatial loss.
+
+        The loss is summed over the sheets; None without windows (2 n_layer, K).
+        """
         on_sheets = windows is not None and self.lm.config.spatial == "activations"
-        x, _, taps = self.lm.trunk(idx, hidden=positions.layer_names(self.lm.config.n_layer) if on_sheets else ())
+        names = positions.layer_names(self.lm.config.n_layer) if on_sheets else ()
+        x, _, taps = self.lm.trunk(idx, hidden=names)
         last = x[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
         out = self.head(F.dropout(last, self.dropout, self.training)).float()
-        return out, self.spatial(taps, lengths, windows) if on_sheets else self.lm.weight_loss() if windows is not None else None
+        if windows is None:
+            return out, None
+        if not on_sheets:
+            return out, self.lm.weight_loss()
+        return out, self.spatial_loss(list(taps.values()), lengths, windows)
 
-    def spatial(self, taps, lengths, windows):
-        """Over the real tokens: no pad, nor the token that opens every text, at which all texts respond alike."""
-        lm, width = self.lm, next(iter(taps.values())).size(1)
-        place = torch.arange(width, device=lengths.device)
-        real = (place > 0) & (place < lengths[:, None])  # (B, T)
-        cells = lm.window_cells[windows.to(lengths.device)]  # (2L, K, n)
-        units = lm.unit_at_cell.gather(1, cells.flatten(1)).view(cells.shape)
-        return sum(positions.spatial_loss(tap[real], sheet, lm.near, lm.config.spatial_kind, lm.config.accum) for tap, sheet in zip(taps.values(), units))
+    def spatial_loss(self, taps, lengths, windows):
+        """Over the real tokens: no pad, nor the token that opens every text, which is the same."""
+        c = self.lm.config
+        order = torch.arange(taps[0].size(1), device=lengths.device)
+        real = (order > 0) & (order < lengths[:, None])  # (B, T)
+        units, near = self.lm.sheets(windows)  # (n_layer, 2, K, n)
+        total = 0.0
+        for tap, sheet in zip(taps, units.flatten(0, 1)):
+            total = total + positions.spatial_loss(tap[real], sheet, near, c.spatial_kind, c.accum)
+        return total
 
 
 def build(config, run):
     """(language model, tokenizer, the checkpoint of a resumed run or None)."""
     state = None
     if config.init_from == "resume":
-        state, path = run.load("ckpt.pt"), run.out / "ckpt.pt"
-        if "task" not in state:
-            raise ValueError(f"{path} is no run of finetune.py: give lm={run.out} and another out_dir=")
-        for key in ("dataset", "task", "mode", "k", "twin"):
-            if (was := state["config"][key]) != getattr(config, key):
-                raise ValueError(f"{path} has {key}={was}, the options say {getattr(config, key)}: resume with the options of its own config.yaml")
-        lm, tokenizer = lm_from(state, path, dropout=config.dropout), Tokenizer(state["tokenizer"])
+        path = run.out / "ckpt.pt"
+        state = run.load("ckpt.pt")
+        check_resume(state, path, config)
+        lm = lm_from(state, path, dropout=config.dropout)
+        tokenizer = Tokenizer(state["tokenizer"])
     else:
         lm, tokenizer = load_lm(config.lm, dropout=config.dropout)
         if config.twin:
             lm = GPT(lm.config, getattr(lm, "unit_at_cell", None), config.seed)
     c = lm.config
     if tokenizer.n_vocab > c.vocab_size:
-        raise ValueError(f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of {c.vocab_size}: they do not belong together")
+        raise InputError(
+            f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of "
+            f"{c.vocab_size}: they do not belong together"
+        )
     if config.mode == "last_k" and config.k > c.n_layer:
-        raise ValueError(f"k={config.k} is more than the {c.n_layer} blocks of lm={config.lm}: take mode=full")
+        raise InputError(
+            f"k={config.k} is more than the {c.n_layer} blocks of lm={config.lm}: take mode=full"
+        )
     if config.alpha_scale and not (c.sheet and c.alpha):
-        raise ValueError(f"alpha_scale={config.alpha_scale} scales the alpha of lm={config.lm}, which has {'alpha=0' if c.sheet else 'no positions'}: "
-                         "leave it at 0, or take a topographic model")
+        missing = "alpha=0" if c.sheet else "no positions"
+        raise InputError(
+            f"alpha_scale={config.alpha_scale} scales the alpha of lm={config.lm}, which has "
+            f"{missing}: leave it at 0, or take a topographic model"
+        )
     return lm, tokenizer, state
+
+
+def check_resume(state, path, config):
+    """Refuse a checkpoint of another script, or of another experiment."""
+    if "task" not in state:
+        raise InputError(f"{path} is no run of finetune.py: give it as lm= with another out_dir=")
+    for key in ("dataset", "task", "mode", "k", "twin"):
+        before = state["config"][key]
+        if before != getattr(config, key):
+            raise InputError(
+                f"{path} has {key}={before}, the options say {getattr(config, key)}: resume with "
+                "the options of its own config.yaml"
+            )
+
+
+def make_optimizer(model, config):
+    """AdamW on what is trained; weight decay on matrices and embeddings."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
 def lr_share(step, total, config):
     """Learning rate at a step as a share of its peak."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
-    return 1.0 if config.schedule == "constant" else (total - step) / max(1, total - config.warmup_iters)
+    if config.schedule == "constant":
+        return 1.0
+    return (total - step) / max(1, total - config.warmup_iters)
+
+
+def train_step(model, optimizer, task, config, run, step, members):
+    """One optimiser step on the texts `members`, the same over any number of ranks.
+
+    Returns task and spatial loss (2,) of this rank's micro-batches, and the gradient's norm.
+    """
+    lm = getattr(model, "module", model).lm  # behind DistributedDataParallel or not
+    split = task.splits["train"]
+    accum = len(members) // config.batch_size  # micro-batches over all ranks
+    micros = range(run.rank, accum, run.world)
+    losses = torch.zeros(2, device=run.device)
+    for micro in micros:
+        texts = members[micro * config.batch_size : (micro + 1) * config.batch_size]
+        idx, lengths = pad([split.rows[i] for i in texts], run.device)
+        windows = None
+        if config.alpha_scale:
+            windows = lm.draw_windows(run.generator(step, micro, "windows"))
+        torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
+        if run.world > 1:
+            model.require_backward_grad_sync = micro == micros[-1]
+        with run.autocast():
+            out, spatial = model(idx, lengths, windows)
+        loss = task.loss(out, split.targets[texts].to(run.device))
+        losses[0] += loss.detach() / len(micros)
+        if spatial is not None:
+            losses[1] += spatial.detach() / len(micros)
+            loss = loss + config.alpha_scale * lm.config.alpha * spatial
+        run.scaler.scale(loss / len(micros)).backward()
+    run.scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    if not run.scaler.is_enabled() and not norm.isfinite():  # float16's scaler meets overflows
+        raise InputError(
+            f"the gradient is not finite at step {step + 1}: stopped; "
+            "try a smaller learning_rate, or dtype=float32"
+        )
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return losses, norm
 
 
 # ---- evaluate
 
-GLUE_METRIC = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}
 
+def score(metric, y, predictions):
+    """GLUE's metrics of y and predictions (N,): class numbers, or floats for the correlations.
 
-def score(metric, y, guess):
-    """GLUE's metrics. y, guess (N,): class numbers, or floats for pearson and spearman. f1 is that of class 1 of two, the mean over more classes;
-    a constant guess correlates with nothing: 0."""
+    f1 is that of class 1 of two, the mean over more classes. A constant guess correlates with
+    nothing: 0.
+    """
     if metric == "accuracy":
-        return float(sklearn.metrics.accuracy_score(y, guess))
+        return float(sklearn.metrics.accuracy_score(y, predictions))
     if metric == "f1":
-        two = max(y.max(), guess.max()) < 2
-        return float(sklearn.metrics.f1_score(y, guess, average="binary" if two else "macro", zero_division=0))
-    if np.ptp(y) == 0 or np.ptp(guess) == 0:
+        average = "binary" if max(y.max(), predictions.max()) < 2 else "macro"
+        return float(sklearn.metrics.f1_score(y, predictions, average=average, zero_division=0))
+    if np.ptp(y) == 0 or np.ptp(predictions) == 0:
         return 0.0
     if metric == "matthews":
-        return float(sklearn.metrics.matthews_corrcoef(y, guess))
-    return float((scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr)(y, guess).statistic)
+        return float(sklearn.metrics.matthews_corrcoef(y, predictions))
+    correlation = scipy.stats.pearsonr if metric == "pearson" else scipy.stats.spearmanr
+    return float(correlation(y, predictions).statistic)
 
 
-def interval(metric, y, guess, groups, resamples, seed, other=None):
-    """95 % bootstrap interval of a score, or of the difference to the score of `other` guesses, over groups (N,): what belongs together (a document, the
-    twins of a minimal pair) is drawn together."""
-    rng, codes = np.random.default_rng(key_seed(seed, "bootstrap")), np.unique(groups, return_inverse=True)[1]
-    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-    drawn = []
-    for _ in range(resamples):
-        i = np.concatenate([members[g] for g in rng.integers(len(members), size=len(members))])
-        drawn.append(score(metric, y[i], guess[i]) - (0 if other is None else score(metric, y[i], other[i])))
-    return tuple(map(float, np.quantile(drawn, (0.025, 0.975))))
+def interval(metric, y, predictions, groups, config, other=None):
+    """95 % bootstrap interval of a score, or of its difference to that of `other` predictions.
+
+    Whole groups (N,) are drawn: a document, the twins of a minimal pair.
+    """
+    rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
+    _, codes = np.unique(groups, return_inverse=True)
+    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    scores = []
+    for _ in range(config.resamples):
+        drawn = rng.integers(len(members), size=len(members))
+        i = np.concatenate([members[group] for group in drawn])
+        value = score(metric, y[i], predictions[i])
+        if other is not None:
+            value -= score(metric, y[i], other[i])
+        scores.append(value)
+    low, high = np.quantile(scores, (0.025, 0.975))
+    return float(low), float(high)
 
 
 @torch.no_grad()
 def predict(model, run, rows, batch_size):
-    """Outputs (N, n_out) float64 of all texts, in batches by length that are dealt over the ranks: the same on any number of them."""
+    """Outputs (N, n_out) in float64 of all texts, in batches by length dealt over the ranks."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = torch.zeros(len(rows), model.head.out_features, dtype=torch.float64)
-    for at in range(run.rank * batch_size, len(rows), run.world * batch_size):
-        members = order[at:at + batch_size]
+    for start in range(run.rank * batch_size, len(rows), run.world * batch_size):
+        members = order[start : start + batch_size]
+        idx, lengths = pad([rows[i] for i in members], run.device)
         with run.autocast():
-            out[members] = model(*batch([rows[i] for i in members], run.device))[0].double().cpu()
+            out[members] = model(idx, lengths)[0].double().cpu()
     model.train()
     return run.reduce(out).cpu()
 
 
-def report(config, run, task, outs, rivals, step):
-    """The chosen model on validation and, once, on test: predictions.csv, and the rows of results.csv beside the constant guess and the rivals."""
-    tables, last = [], list(outs)[-1]  # test, where there is one
+def validate(model, run, task, batch_size, step):
+    """{val_loss, val_METRIC of each metric}."""
+    split = task.splits["val"]
+    out = predict(model, run, split.rows, batch_size)
+    loss = task.loss(out.float(), split.targets).item()
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the validation loss is not finite at step {step}: stopped; "
+            "try a smaller learning_rate, or dtype=float32"
+        )
+    scores = {"val_loss": loss}
+    for metric in task.metrics:
+        scores[f"val_{metric}"] = score(metric, split.table.y.to_numpy(), task.predictions(out))
+    return scores
+
+
+def report(config, run, task, outs, step):
+    """Score the chosen model: results.csv beside the constant guess, and predictions.csv.
+
+    outs: {split: outputs (N, n_out)} of validation and, where there is one, test.
+    """
+    tables = []
     for split, out in outs.items():
-        part, said = task.parts[split], task.guess(out)
-        named = dict(prediction=np.array(task.labels)[said], p=out.softmax(1).amax(1).numpy()) if task.labels else dict(prediction=said)
-        tables.append(part[["split", "label", "text", "group"]].assign(**named))
-        wanted = [(metric, "all", np.full(len(part), True)) for metric in task.metrics]
-        if config.by and split == last:
-            wanted += [(task.metric, value, (part[config.by] == value).to_numpy()) for value in sorted(set(part[config.by]))]
-        for metric, what, of in wanted:
-            y, guess, groups = part.y.to_numpy()[of], said[of], part.group.to_numpy()[of]
-            value, chance = score(metric, y, guess), score(metric, y, np.full_like(y, task.constant))
-            low, high = interval(metric, y, guess, groups, config.resamples, run.seed)
-            run.result(value, chance, low, high, len(y), metric=metric, split=split, part=what, beside=task.baseline, step=step, data=task.source)
-            if split == last and metric == task.metric:
-                run.print(f"{split} {metric}{f' of {what}' * (what != 'all')}: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} of the "
-                          f"{task.baseline}, n = {len(y):,} texts in {len(set(groups)):,} groups")
-    run.print(f"step {step} was chosen on validation" + (": no test split, so the score above is of the very data that chose" if last == "val" else ""))
+        table = task.splits[split].table
+        predictions = task.predictions(out)
+        columns = table[["split", "label", "text", "group"]].assign(prediction=predictions)
+        if task.labels:
+            columns["prediction"] = np.array(task.labels)[predictions]
+            columns["p"] = out.softmax(1).amax(1).numpy()
+        tables.append(columns)
+        for metric in task.metrics:
+            row = score_part(config, task, metric, table, predictions)
+            keys = {"metric": metric, "split": split, "part": "all", "beside": task.baseline}
+            run.result(**row, **keys, step=step, data=task.source)
+            if split == task.last and metric == task.metric:
+                say_score(run, task, f"{split} {metric}", row, table)
+        if config.by and split == task.last:
+            report_parts(config, run, task, table, predictions, step)
+    sentence = f"step {step} was chosen on validation"
+    if task.last == "val":
+        sentence += ": no test split, so the score above is of the very data that chose"
+    run.print(sentence)
     write_aside(run.out / "predictions.csv", pd.concat(tables).to_csv(index=False))
-    y, groups = (task.parts[last][column].to_numpy() for column in ("y", "group"))
-    for folder, other in rivals.items():
-        value = score(task.metric, y, said) - score(task.metric, y, other)
-        low, high = interval(task.metric, y, said, groups, config.resamples, run.seed, other)
-        run.result(value, 0.0, low, high, len(y), metric=f"{task.metric} difference", split=last, part="all", beside=folder, step=step, data=task.source)
-        run.print(f"{last} {task.metric} minus that of {folder}: {value:+.3f} [{low:+.3f}, {high:+.3f}], the same texts in pairs")
+
+
+def report_parts(config, run, task, table, predictions, step):
+    """The score of each value of the column `by`."""
+    for value in sorted(set(table[config.by])):
+        mask = (table[config.by] == value).to_numpy()
+        row = score_part(config, task, task.metric, table[mask], predictions[mask])
+        keys = {"metric": task.metric, "split": task.last, "part": value, "beside": task.baseline}
+        run.result(**row, **keys, step=step, data=task.source)
+        say_score(run, task, f"{task.last} {task.metric} of {value}", row, table[mask])
+
+
+def score_part(config, task, metric, table, predictions):
+    """A metric on some texts, as run.result takes it, beside the constant guess."""
+    y = table.y.to_numpy()
+    value = score(metric, y, predictions)
+    chance = score(metric, y, np.full_like(y, task.constant))
+    low, high = interval(metric, y, predictions, table.group.to_numpy(), config)
+    return {"score": value, "chance": chance, "low": low, "high": high, "n": len(y)}
+
+
+def say_score(run, task, what, row, table):
+    """Print a score beside the constant guess."""
+    run.print(
+        f"{what}: {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
+        f"{row['chance']:.3f} of the {task.baseline}, n = {len(table):,} texts in "
+        f"{table.group.nunique():,} groups"
+    )
 
 
 def read_rivals(config, task):
-    """{folder: guesses (N,)} of the finished runs in `against`, on the split that is reported."""
-    part, found = task.parts.get("test", task.parts["val"]), {}
+    """{folder: predictions (N,)} of the finished runs in `against`, on the reported split."""
+    table = task.splits[task.last].table
+    rivals = {}
     for folder in config.against:
         path = Path(folder) / "predictions.csv"
         if not path.is_file():
-            raise FileNotFoundError(f"against={folder} holds no predictions.csv: finish that run first, or leave it out")
-        theirs = pd.read_csv(path, dtype=str, keep_default_na=False)
-        theirs = theirs[theirs.split == part.split[0]]
-        if list(theirs.text) != list(part.text) or list(theirs.label) != list(part.label.astype(str)):
-            raise ValueError(f"{path} is of other texts than {task.name}: compare runs of one task")
-        found[folder] = theirs.prediction.map(task.labels.index).to_numpy() if task.labels else theirs.prediction.astype(float).to_numpy()
-    return found
+            raise InputError(
+                f"against={folder} holds no predictions.csv: finish that run, or leave it out"
+            )
+        saved = pd.read_csv(path, dtype=str, keep_default_na=False)
+        saved = saved[saved.split == task.last]
+        same_texts = list(saved.text) == list(table.text)
+        if not same_texts or list(saved.label) != list(table.label.astype(str)):
+            raise InputError(f"{path} is of other texts than {task.name}: compare runs of one task")
+        if task.labels:
+            rivals[folder] = saved.prediction.map(task.labels.index).to_numpy()
+        else:
+            rivals[folder] = saved.prediction.astype(float).to_numpy()
+    return rivals
+
+
+def report_differences(config, run, task, predictions, rivals, step):
+    """Rows of results.csv: this run's score minus each rival's, on the same texts in pairs."""
+    table = task.splits[task.last].table
+    y = table.y.to_numpy()
+    groups = table.group.to_numpy()
+    for folder, other in rivals.items():
+        value = score(task.metric, y, predictions) - score(task.metric, y, other)
+        low, high = interval(task.metric, y, predictions, groups, config, other)
+        keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
+        keys |= {"beside": folder, "step": step, "data": task.source}
+        run.result(value, 0.0, low, high, len(y), **keys)
+        run.print(
+            f"{task.last} {task.metric} minus that of {folder}: {value:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}], the same texts in pairs"
+        )
 
 
 # ---- plots
 
+
 def plot_curves(run, task):
-    """curves.png: loss of training and validation, and the metric on validation with the constant guess, from log.jsonl."""
+    """curves.png, from log.jsonl: the losses, and the metric on validation beside its chance."""
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+
+    log = pd.read_json(run.out / "log.jsonl", lines=True)
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    for axis, key, style in ((left, "train_loss", dict(lw=1, alpha=0.7)), (left, "val_loss", dict(lw=2, marker="o", ms=3)),
-                             (right, f"val_{task.metric}", dict(lw=2, marker="o", ms=3, c="C1"))):
-        axis.plot(*zip(*[(line["step"], line[key]) for line in lines if key in line]), label=key, **style)
-    y = task.parts["val"].y.to_numpy()
-    right.axhline(score(task.metric, y, np.full_like(y, task.constant)), ls=":", c="gray", label=task.baseline)
+    wide = {"lw": 2, "marker": "o", "ms": 3}
+    for axis, key, style in (
+        (left, "train_loss", {"lw": 1, "alpha": 0.7}),
+        (left, "val_loss", wide),
+        (right, f"val_{task.metric}", wide),
+    ):
+        if key in log:
+            points = log[["step", key]].dropna()
+            axis.plot(points.step, points[key], label=key, **style)
+    y = task.splits["val"].table.y.to_numpy()
+    chance = score(task.metric, y, np.full_like(y, task.constant))
+    right.axhline(chance, ls=":", c="gray", label=task.baseline)
     for axis, name in ((left, "loss"), (right, task.metric)):
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.3)
         axis.legend()
-    fig.suptitle(f"{run.out}: {task.name} ({task.source} text), lm={run.config.lm}{', random weights' * run.config.twin}, mode={run.config.mode}", fontsize=10)
+    weights = ", random weights" if run.config.twin else ""
+    title = f"{task.name} ({task.source} text), lm={run.config.lm}{weights}"
+    fig.suptitle(f"{run.out}: {title}, mode={run.config.mode}", fontsize=10)
     fig.savefig(run.out / "curves.png", dpi=120)
     plt.close(fig)
 
 
 # ---- the run
 
+
 def main(config):
-    config.out_dir = config.out_dir or f"finetuned/{Path(config.dataset).name}-{config.task}{'-twin' * config.twin}"
+    config.out_dir = config.out_dir or default_out_dir(config)
     run = Run(config)
     lm, tokenizer, state = build(config, run)
     task = Task(config, run, tokenizer, lm.config.block_size)
-    rivals, rows, n = read_rivals(config, task), task.rows["train"], len(task.rows["train"])
+    rivals = read_rivals(config, task)
     model = Reader(lm, len(task.labels or [0]), config).to(run.device).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in trained if p.dim() >= 2], weight_decay=config.weight_decay),
-                                   dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0)], lr=config.learning_rate)
-    step, best, best_step, waited = 0, -math.inf, 0, 0
+    optimizer = make_optimizer(model, config)
+    ddp = model
+    if run.world > 1:
+        ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    lengths = [len(row) for row in task.splits["train"].rows]
+    per_step, total, eval_interval = plan(config, run, len(lengths))
+    progress = Progress()
     if state:
         model.head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
-        step, best, best_step, waited = (state[key] for key in ("step", "best", "best_step", "waited"))
-        run.rewind(step)
-    resumed = step if state else None
+        progress = Progress(**state["progress"])
+        run.rewind(progress.step)
+    say_plan(config, run, task, model, total)
+
+    def save(name):
+        run.save(name, checkpoint(model, optimizer, run, task, tokenizer, progress))
+
+    bar = run.progress(total, progress.step, "fine-tune")
+    while not progress.ends(total, config.patience) and not run.stopped:
+        share = lr_share(progress.step, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * share
+        members = texts_of_step(progress.step, per_step, lengths, run.seed)
+        losses, norm = train_step(ddp, optimizer, task, config, run, progress.step, members)
+        progress.step += 1
+        bar.update()
+        run.stopping()
+        step = progress.step
+        if step % config.log_interval == 0 or step == 1:
+            loss, spatial = (run.reduce(losses) / run.world).tolist()
+            numbers = {"train_loss": loss, "train_spatial": spatial / (2 * lm.config.n_layer)}
+            run.log(step, **numbers, grad_norm=norm.item(), lr=config.learning_rate * share)
+        if step % eval_interval == 0 or step == total:
+            scores = validate(model, run, task, config.batch_size, step)
+            run.log(step, **scores)
+            if progress.is_best(scores[f"val_{task.metric}"]):
+                save("best.pt")
+        ends = progress.ends(total, config.patience)
+        if step % config.save_interval == 0 or ends or run.stopped:
+            save("ckpt.pt")
+    bar.close()
+    if not run.stopped:
+        finish(model, config, run, task, rivals)
+        run.merge()
+    run.close()
+
+
+@dataclass
+class Progress:
+    """How far training is, and the best validation so far; travels in checkpoints."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    waited: int = 0  # validations since the best one
+
+    def is_best(self, value):
+        """Note a validation score; is it the best one?"""
+        self.waited += 1
+        if value <= self.best:
+            return False
+        self.best = value
+        self.best_step = self.step
+        self.waited = 0
+        return True
+
+    def ends(self, total, patience):
+        return self.step >= total or 0 < patience <= self.waited
+
+
+def default_out_dir(config):
+    twin = "-twin" if config.twin else ""
+    return f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
+
+
+def plan(config, run, n_texts):
+    """Texts per step over all ranks, steps in all, steps between validations."""
     per_step = config.texts_per_step or config.batch_size * run.world
     if per_step % (config.batch_size * run.world):
-        raise ValueError(f"texts_per_step={per_step} must be a multiple of batch_size x ranks = {config.batch_size} x {run.world}")
-    accum = per_step // config.batch_size  # micro-batches per step over all ranks
-    total, every = config.max_iters or math.ceil(config.epochs * n / per_step), config.eval_interval or math.ceil(n / per_step)
-    order = Order(run, rows, per_step)
-    ddp = DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None, broadcast_buffers=False) if run.world > 1 else model
-    run.print(f"{config.lm}{', random weights' * config.twin} | {task.name}, {task.source} text: " + ", ".join(f"{split} {len(r):,}" for split, r in
-              task.rows.items()) + f" | {sum(p.numel() for p in trained) / 1e6:.2f} M of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M "
-              f"parameters trained | {total:,} steps of {accum} x {config.batch_size} texts at most | {run.device} {str(run.dtype)[6:]}")
+        raise InputError(
+            f"texts_per_step={per_step} must be a multiple of batch_size x ranks = "
+            f"{config.batch_size} x {run.world}"
+        )
+    total = config.max_iters or math.ceil(config.epochs * n_texts / per_step)
+    eval_interval = config.eval_interval or math.ceil(n_texts / per_step)
+    return per_step, total, eval_interval
+
+
+def say_plan(config, run, task, model, total):
+    """What is about to be trained, on what."""
+    sizes = [f"{name} {len(split.rows):,}" for name, split in task.splits.items()]
+    n_all = sum(p.numel() for p in model.parameters())
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = ", random weights" if config.twin else ""
+    run.print(
+        f"{config.lm}{weights} | {task.name}, {task.source} text: {', '.join(sizes)} | "
+        f"{n_trained / 1e6:.2f} M of {n_all / 1e6:.2f} M parameters trained | "
+        f"{total:,} steps at most | {run.device} {str(run.dtype)[6:]}"
+    )
     if "seen" in task.meta:
         run.print(task.meta["seen"])
 
-    def train_step():
-        """One optimiser step; task and spatial loss (2,) of this rank's micro-batches and the gradient's norm, left on the device."""
-        losses, chosen = torch.zeros(2, device=run.device), order(step)
-        micros = range(run.rank, accum, run.world)
-        for micro in micros:
-            members = chosen[micro * config.batch_size:(micro + 1) * config.batch_size]
-            windows = lm.draw_windows(run.generator(step, micro, "windows")) if config.alpha_scale else None
-            torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-            if run.world > 1:
-                ddp.require_backward_grad_sync = micro == micros[-1]
-            with run.autocast():
-                out, spatial = ddp(*batch([rows[i] for i in members], run.device), windows)
-            loss = task.loss(out, task.y["train"][members].to(run.device))
-            losses += torch.stack([loss, loss * 0 if spatial is None else spatial]).detach() / len(micros)
-            if spatial is not None:
-                loss = loss + config.alpha_scale * lm.config.alpha * spatial
-            run.scaler.scale(loss / len(micros)).backward()
-        run.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip or math.inf)
-        if not run.scaler.is_enabled() and not norm.isfinite():  # the same on every rank; float16's scaler meets overflows by itself
-            raise ValueError(f"the gradient is not finite at step {step + 1}: stopped; try a smaller learning_rate, or dtype=float32")
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_share(step, total, config)
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return losses, norm
 
-    def validate():
-        out = predict(model, run, task.rows["val"], config.batch_size)
-        loss = task.loss(out.float(), task.y["val"]).item()
-        if not math.isfinite(loss):
-            raise ValueError(f"the validation loss is not finite at step {step}: stopped; try a smaller learning_rate, or dtype=float32")
-        y = task.parts["val"].y.to_numpy()
-        return dict(val_loss=loss, **{f"val_{metric}": score(metric, y, task.guess(out)) for metric in task.metrics})
+def checkpoint(model, optimizer, run, task, tokenizer, progress):
+    """A language model like any other, with its head and what a resumed run needs."""
+    return {
+        **lm_state(model.lm),
+        "head": model.head.state_dict(),
+        "task": {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd},
+        "optimizer": optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "progress": asdict(progress),
+        "step": progress.step,
+        "config": asdict(run.config),
+        "tokenizer": tokenizer.state,
+    }
 
-    def save(name):  # a language model like any other, and its head
-        run.save(name, {**lm_state(lm), "head": model.head.state_dict(), "task": dict(name=task.name, labels=task.labels, mean=task.mean, sd=task.sd),
-                        "optimizer": optimizer.state_dict(), "scaler": run.scaler.state_dict(), "step": step, "best": best, "best_step": best_step,
-                        "waited": waited, "cursor": step * per_step, "config": asdict(config), "tokenizer": tokenizer.state})
 
-    bar = run.progress(total, step, "fine-tune")
-    while True:
-        ends = step >= total
-        if step and step != resumed and (ends or step % every == 0):
-            scores = validate()
-            run.log(step, **scores)
-            waited += 1
-            if scores[f"val_{task.metric}"] > best:
-                best, best_step, waited = scores[f"val_{task.metric}"], step, 0
-                save("best.pt")
-        ends = ends or 0 < config.patience <= waited
-        if step and step != resumed and (step % config.save_interval == 0 or ends or run.stopped):
-            save("ckpt.pt")
-        if ends or run.stopped:
-            break
-        losses, norm = train_step()
-        step += 1
-        bar.update()
-        run.stopping()
-        if step % config.log_interval == 0 or step == 1:
-            loss, spatial = (run.reduce(losses) / run.world).tolist()
-            sheets = dict(train_spatial=spatial / (2 * lm.config.n_layer)) if config.alpha_scale else {}
-            run.log(step, train_loss=loss, **sheets, grad_norm=norm.item(), lr=config.learning_rate * lr_share(step - 1, total, config))
-    bar.close()
-    if not run.stopped:
-        run.barrier()  # best.pt is written
-        chosen = run.load("best.pt")
-        lm.load_state_dict(chosen["model"])
-        model.head.load_state_dict(chosen["head"])
-        outs = {split: predict(model, run, task.rows[split], config.batch_size) for split in ("val", "test") if split in task.rows}
-        if run.master:
-            report(config, run, task, outs, rivals, best_step)
-            plot_curves(run, task)
-        run.merge()
-    run.close()
+def finish(model, config, run, task, rivals):
+    """Take the best step, score validation and, once, test; write tables and curves."""
+    run.barrier()  # best.pt is written
+    best = run.load("best.pt")
+    model.lm.load_state_dict(best["model"])
+    model.head.load_state_dict(best["head"])
+    outs = {}
+    for split in ("val", task.last):
+        outs[split] = predict(model, run, task.splits[split].rows, config.batch_size)
+    if run.master:
+        report(config, run, task, outs, best["step"])
+        predictions = task.predictions(outs[task.last])
+        report_differences(config, run, task, predictions, rivals, best["step"])
+        plot_curves(run, task)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ import configurator
 from configurator import Run
 from data.stimuli import read_task, write_tasks
 from data.tokens import state_of
-from finetune import Config, Order, Reader, Task, batch, encode, interval, score
-from model import GPT, GPTConfig, Tokenizer, lm_state, load_lm, save_checkpoint
+from convert import export_gpt, load_lm
+from data.tokens import Tokenizer
+from finetune import Config, Reader, Task, encode, interval, pad, score, texts_of_step
+from model import GPT, GPTConfig, lm_state, save_checkpoint
 
 FAST = dict(device="cpu", dtype="float32", batch_size=8, warmup_iters=5, learning_rate=3e-3, dropout=0.0, resamples=20, log_interval=20)
 
@@ -74,14 +76,14 @@ def test_a_padded_batch_is_each_text_alone_and_only_the_last_real_token_is_read(
     torch.manual_seed(0)
     model = Reader(tiny_lm(), 3, Config(dropout=0.0)).eval()
     rows = [[256, *range(n)] for n in (9, 2, 30)]
-    together, spatial = model(*batch(rows, "cpu"), model.lm.draw_windows(torch.Generator().manual_seed(0)))
+    together, spatial = model(*pad(rows, "cpu"), model.lm.draw_windows(torch.Generator().manual_seed(0)))
     for row, out in zip(rows, together):
         alone = model(torch.tensor([row]), torch.tensor([len(row)]))[0][0]
         by_hand = model.head(model.lm.trunk(torch.tensor([row]))[0][0, -1])
         assert torch.allclose(out, alone, atol=1e-6) and torch.allclose(out, by_hand, atol=1e-6)
     changed = [rows[0][:-1] + [77], *rows[1:]]
-    assert not torch.allclose(model(*batch(changed, "cpu"))[0][0], together[0], atol=1e-4)
-    idx, lengths = batch(rows, "cpu")
+    assert not torch.allclose(model(*pad(changed, "cpu"))[0][0], together[0], atol=1e-4)
+    idx, lengths = pad(rows, "cpu")
     idx[1, 3:] = 123  # what stands in the pads is nobody's business, the spatial loss's neither
     again, spatial_again = model(idx, lengths, model.lm.draw_windows(torch.Generator().manual_seed(0)))
     assert torch.allclose(again, together, atol=1e-6) and torch.allclose(spatial, spatial_again, atol=1e-6)
@@ -97,7 +99,7 @@ def test_the_spatial_loss_is_that_of_the_texts_tokens():
     for sheet, name in enumerate(names):
         x = torch.cat([tap[name][0, 1:] for tap in taps])  # the tokens of both texts without the one that opens them
         naive += positions.spatial_loss(x, lm.unit_at_cell[sheet][lm.window_cells[windows[sheet]]], lm.near)
-    assert torch.allclose(model(*batch(rows, "cpu"), windows)[1], naive, atol=1e-5)
+    assert torch.allclose(model(*pad(rows, "cpu"), windows)[1], naive, atol=1e-5)
 
 
 def test_texts_pairs_and_cuts():
@@ -113,14 +115,15 @@ def test_texts_pairs_and_cuts():
 
 
 def test_texts_come_without_replacement_and_by_length():
-    class Rank:
-        seed = 5
-    rows = [[0] * (i % 7 + 1) for i in range(40)]
-    order = Order(Rank(), rows, 8)
-    steps = [order(step) for step in range(10)]
-    assert sorted(sum(steps[:5], [])) == sorted(sum(steps[5:], [])) == list(range(40)) and steps[:5] != steps[5:]
-    assert all(np.all(np.diff([len(rows[i]) for i in step]) >= 0) for step in steps)
-    assert Order(Rank(), rows, 8)(7) == steps[7]  # a resumed run goes on where it was
+    lengths = [i % 7 + 1 for i in range(40)]
+    steps = [texts_of_step(step, 8, lengths, seed=5) for step in range(10)]
+    assert sorted(sum(steps[:5], [])) == sorted(sum(steps[5:], [])) == list(range(40))
+    assert steps[:5] != steps[5:]
+    for step in steps:
+        assert np.all(np.diff([lengths[i] for i in step]) >= 0)
+    across = texts_of_step(2, 17, lengths, seed=5)  # a step that reaches into the second epoch
+    assert len(across) == 17
+    assert set(texts_of_step(0, 34, lengths, 5)) | set(across[:0]) <= set(range(40))
 
 
 # ---- what is trained
@@ -172,7 +175,7 @@ def test_alpha_scale_weighs_the_spatial_loss(given, tmp_path):
         fine_tune(given, tmp_path / str(scale), alpha_scale=scale, max_iters=40)
         lm = load_lm(tmp_path / str(scale) / "ckpt.pt")[0].eval()
         rows = [encode(tokenizer(), text, 32)[0] for text in read_task(given / "tasks", "letter").text[:50]]
-        spatial[scale] = Reader(lm, 2, Config())(*batch(rows, "cpu"), lm.draw_windows(torch.Generator().manual_seed(0)))[1].item()
+        spatial[scale] = Reader(lm, 2, Config())(*pad(rows, "cpu"), lm.draw_windows(torch.Generator().manual_seed(0)))[1].item()
     assert spatial[30.0] < spatial[0.0] - 0.1
 
 
@@ -197,10 +200,10 @@ def test_intervals_draw_whole_groups():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 400)
     guess = np.where(np.repeat(rng.random(20), 20) < 0.7, y, 1 - y)  # right or wrong by the document
-    low, high = interval("accuracy", y, guess, np.arange(400), 500, 0)
-    wide = interval("accuracy", y, guess, np.repeat(np.arange(20), 20), 500, 0)
+    low, high = interval("accuracy", y, guess, np.arange(400), Config(resamples=500, seed=0))
+    wide = interval("accuracy", y, guess, np.repeat(np.arange(20), 20), Config(resamples=500, seed=0))
     assert wide[1] - wide[0] > 2 * (high - low)
-    assert interval("accuracy", y, guess, np.arange(400), 50, 0, other=guess) == (0, 0)
+    assert interval("accuracy", y, guess, np.arange(400), Config(resamples=50, seed=0), other=guess) == (0, 0)
     p = (y == guess).mean()
     assert abs((high - low) - 2 * 1.96 * np.sqrt(p * (1 - p) / 400)) < 0.02  # independent texts: the textbook's width
     assert score("f1", np.array([0, 1, 2]), np.array([0, 1, 1])) == pytest.approx((1 + 2 / 3 + 0) / 3) and score("pearson", y, np.ones(400)) == 0
@@ -209,7 +212,7 @@ def test_intervals_draw_whole_groups():
 def test_a_hugging_face_gpt2_is_tuned_too(given, tmp_path):
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     names = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]  # GPT-2's spelling of the 256 bytes
-    tiny_lm(sheet=False).save_pretrained(tmp_path / "hf")
+    export_gpt(tiny_lm(sheet=False), tmp_path / "hf")
     (tmp_path / "hf/vocab.json").write_text(json.dumps({name: i for i, name in enumerate([*names, "<|endoftext|>"])}))
     (tmp_path / "hf/merges.txt").write_text("#version: 0.2\n")
     table, _ = fine_tune(given, tmp_path / "run", lm=str(tmp_path / "hf"), max_iters=2)
@@ -263,7 +266,10 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
 def test_a_task_in_tokens(given, tmp_path):
     run = Run(Config(out_dir=str(tmp_path), device="cpu"))
     task = Task(Config(dataset=str(given / "tasks"), task="count"), run, tokenizer(), 32)
-    y = task.parts["train"].y.to_numpy()
-    assert abs(task.y["train"].mean()) < 1e-6 and abs(task.y["train"].std(correction=0) - 1) < 1e-6 and task.baseline == "mean guess"
-    assert np.allclose(task.guess(task.y["train"][:, None].double()), y, atol=1e-6)
+    train = task.splits["train"]
+    assert abs(train.targets.mean()) < 1e-6
+    assert abs(train.targets.std(correction=0) - 1) < 1e-6
+    assert task.baseline == "mean guess"
+    predictions = task.predictions(train.targets[:, None].double())
+    assert np.allclose(predictions, train.table.y.to_numpy(), atol=1e-6)
     run.close()

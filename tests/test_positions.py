@@ -393,3 +393,20 @@ def test_the_preset_is_the_published_one():
     swaps = {"scheme": "swap", "method": "window", "swap_windows": 50, "swap_trials": 50}
     wanted = shape | swaps
     assert {key: preset[key] for key in wanted} == wanted
+
+
+# ---- the rival
+
+
+def test_weight_loss_is_topoloss():
+    topoloss = pytest.importorskip("topoloss")
+    net = torch.nn.Sequential(torch.nn.Linear(20, 144, bias=False))
+    for factor in (3.0, 4.0, 5.5):
+        options = {"factor_h": factor, "factor_w": factor, "scale": 1.0}
+        layer = topoloss.LaplacianPyramid.from_layer(model=net, layer=net[0], **options)
+        reference = topoloss.TopoLoss(losses=[layer]).compute(model=net).item()
+        order = torch.randperm(144)
+        shuffled = torch.empty_like(net[0].weight)
+        shuffled[order] = net[0].weight.detach()  # unit order[c] lies on cell c
+        loss = positions.weight_loss(shuffled, order, factor).item()
+        assert loss == pytest.approx(reference, abs=1e-6)
