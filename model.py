@@ -506,7 +506,7 @@ class GPT(nn.Module):
         block_size // 2 tokens, as a longer prompt does. A row's greedy text does not depend on
         the rows beside it.
         """
-        rows = [[int(token) for token in row] for row in prompts]
+        rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
             raise InputError("a prompt needs a token: begin with the end-of-text token")
         how = Sampling(**sampling)
@@ -517,8 +517,8 @@ class GPT(nn.Module):
         cache = None
         for n_new in range(max_new_tokens):
             if cache is None or cache.used - cache.room == size:
-                rows = [row if len(row) <= size else row[-(size // 2) :] for row in rows]
-                length = max(len(row) for row in rows) + max_new_tokens - n_new
+                rows = [within(row, size) for row in rows]
+                length = max(map(len, rows)) + max_new_tokens - n_new
                 x, cache = (start or self._start)(rows, min(size, length))
             else:
                 x = self._step([row[-1] for row in rows], cache)
@@ -590,6 +590,11 @@ class Sampling:
             beyond = p.cumsum(-1) - p >= self.top_p  # never the first
             logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def within(row, size):
+    """What a text goes on from in a context of `size` tokens: its last half, where it is full."""
+    return row if len(row) <= size else row[-(size // 2) :]
 
 
 def left_pad(rows, device):
