@@ -23,7 +23,10 @@ from data.recording import SENSOR_UNITS, Recording, channel_positions, write_raw
 
 BIDS_ENDINGS = (".vhdr", ".edf", ".bdf", ".set", ".fif", ".ds")
 READABLE = (*BIDS_ENDINGS, ".fif.gz", ".gdf", ".cnt", ".mff", ".nwb")
-NOT_RAW = r"[-_](epo|ave|cov|fwd|inv|src|trans|ica|eve|proj|sol|bem|annot)\.fif(\.gz)?$"
+NOT_RAW = (
+    r"(^|/)(derivatives|sourcedata|code|\.[^/]*)/"
+    r"|[-_](epo|ave|cov|fwd|inv|src|trans|ica|eve|proj|sol|bem|annot)\.fif(\.gz)?$"
+)
 NUMBERED = r"(-\d+\.fif(\.gz)?|_split-0*([2-9]|\d\d+)_.*)$"  # maybe later parts of another file
 # Kinds of sensors, which do not stand in one recording: their channel types in MNE, and the SD
 # within a second (V, T, T/m) that a brain can have.
@@ -181,20 +184,20 @@ def _find_paths(root, subjects, datatype, task):
 
 def _names(paths):
     """Names of recordings: the entities of their files that differ within any subject."""
-    entities = []
-    for path in paths:
-        pairs = [entity.split("-", 1) for entity in path.stem.split("_")[:-1]]
-        entities.append({pair[0]: pair[-1] for pair in pairs if pair[0] != "split"})
-    n_values = pd.DataFrame(entities).groupby("sub").nunique(dropna=False).max()
-    names = []
-    for found in entities:
-        telling = [key for key in found if key == "sub" or n_values[key] > 1]
-        names.append("_".join(f"{key}-{found[key]}" for key in telling))
-    for name in names:
-        if names.count(name) > 1:
-            endings = [p.suffix for p, other in zip(paths, names) if other == name]
-            raise InputError(f"{name} is there in two formats ({', '.join(endings)}): keep one")
-    return names
+    stems = pd.Series([path.stem for path in paths])
+    found = stems.str.extractall(r"(?P<key>[a-z]+)-(?P<value>[^_]+)").droplevel("match")
+    entities = found.set_index("key", append=True)["value"].unstack()  # a row a recording
+    telling = entities.groupby("sub").nunique(dropna=False).max() > 1
+    telling["sub"], telling["split"] = True, False
+    found = found[found["key"].map(telling)]
+    names = (found["key"] + "-" + found["value"]).groupby(level=0).agg("_".join)
+    twice = names[names.duplicated(keep=False)]
+    if len(twice):
+        endings = sorted({paths[i].suffix for i in twice.index})
+        raise InputError(
+            f"{twice.iloc[0]} is there in two formats ({', '.join(endings)}): keep one"
+        )
+    return names.tolist()
 
 
 # ---- one recording
@@ -220,9 +223,9 @@ def open_raw(path, root, sensors=""):
     _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
     if stamps is not None:
         raw = _fill_gaps(raw, path, stamps)
-    unit_factors = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
+    stated = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
     _pick_sensors(raw, path, sensors, notes)
-    _set_units(raw, path, unit_factors, notes)
+    _set_units(raw, path, stated, notes)
     electrodes = sidecar(path, root, "_electrodes.tsv")
     if electrodes:
         _read_electrodes(raw, electrodes, sidecar(path, root, "_coordsystem.json"), notes)
@@ -295,9 +298,9 @@ def _fill_gaps(raw, path, stamps):
 
 
 def _read_channels(raw, path, channels):
-    """Give a Raw the types and bads of channels.tsv; returns {channel: factor to its unit}."""
+    """Give a Raw the types and bads of channels.tsv; returns its units in V, None without any."""
     if channels is None:
-        return {}
+        return None
     table = read_tsv(channels, "name").dropna(subset="name").drop_duplicates("name")
     table = table.set_index("name")
     for name, kind in zip(raw.ch_names, raw.get_channel_types()):
@@ -315,10 +318,8 @@ def _read_channels(raw, path, channels):
     if "status" in table:
         raw.info["bads"] = table.index[table["status"].str.lower() == "bad"].tolist()
     if "units" not in table:
-        return {}
-    stated = table["units"].map(volts)
-    in_file = pd.Series(raw._orig_units).map(volts).reindex(raw.ch_names)  # NaN: no unit there
-    return (stated / in_file.fillna(1.0)).dropna().to_dict()
+        return None
+    return table["units"].map(volts)
 
 
 def volts(unit):
@@ -350,20 +351,23 @@ def _pick_sensors(raw, path, sensors, notes):
     notes["other_sensors"] = counts
 
 
-def _set_units(raw, path, factors, notes):
+def _set_units(raw, path, stated, notes):
     """Bring a Raw to V, T or T/m. Raises InputError for a size that no brain's signal has.
 
     The unit in the file holds, and where it has none, or one that cannot be, that of channels.tsv.
+    stated: units of channels.tsv in V, NaN where it has none; None: it has none at all.
     """
     _, low, high = SENSORS[notes["sensors"]]
-    in_file = [volts(raw._orig_units.get(name, "V")) for name in raw.ch_names]
-    stated = np.array([factors.get(name, 1.0) for name in raw.ch_names])
+    in_file = pd.Series(raw._orig_units, dtype=object).reindex(raw.ch_names).fillna("V").map(volts)
+    ratio = np.ones(len(in_file))
+    if stated is not None:
+        ratio = (stated / in_file.fillna(1.0)).reindex(raw.ch_names).fillna(1.0).to_numpy()
     sd = sd_within_seconds(raw)
     if not np.isfinite(sd).any():
         return  # flat
-    factor = np.where(np.isnan(in_file), stated, 1.0)
+    factor = np.where(in_file.isna(), ratio, 1.0)
     if not low <= np.nanmedian(sd * factor) <= high:
-        factor = stated
+        factor = ratio
     size = np.nanmedian(sd * factor)
     if not low <= size <= high:
         unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
@@ -555,13 +559,11 @@ def raw_files(folder):
     """(files under a folder that MNE reads as raw data, numbered ones last; files it skips)."""
     folder, paths, skipped = Path(folder), [], []
     for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).parts[:-1]
-        part_of_folder = any(part.endswith((".ds", ".mff")) for part in inside)
-        if not path.name.lower().endswith(READABLE) or part_of_folder:
+        name = path.relative_to(folder).as_posix()
+        if not name.lower().endswith(READABLE) or re.search(r"\.(ds|mff)/", name):
             continue
-        derived = any(p in ("derivatives", "sourcedata", "code") or p[0] == "." for p in inside)
-        if derived or re.search(NOT_RAW, path.name):
-            skipped.append(str(path.relative_to(folder)))
+        if re.search(NOT_RAW, name):
+            skipped.append(name)
         else:
             paths.append(path)
     paths.sort(key=lambda path: bool(re.search(NUMBERED, path.name)))
@@ -600,7 +602,7 @@ def convert_files(folder, out, montage="", sensors="", places=True):
 def _convert_file(path, folder, out, montage, sensors, places):
     """Make the Recording of one file, or open the one that is there."""
     target = _target(path, folder, out)
-    state = path.stat()
+    state = check_content(path).stat()
     source = f"{path.name}, {state.st_size} bytes, {int(state.st_mtime)}, {montage=} {sensors=}"
     if (target / "meta.yaml").exists():
         recording = Recording(target)
@@ -634,8 +636,12 @@ def _convert_file(path, folder, out, montage, sensors, places):
 
 def converted_files(folder, out):
     """Folders in `out` of the recordings that convert_files has made of a folder."""
-    targets = [_target(path, folder, out) for path in raw_files(folder)[0]]
-    return [target for target in targets if (target / "meta.yaml").exists()]
+    made = []
+    for path in raw_files(folder)[0]:
+        target = _target(path, folder, out)
+        if (target / "meta.yaml").exists():
+            made.append(target)
+    return made
 
 
 def _target(path, folder, out):

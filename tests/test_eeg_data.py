@@ -681,6 +681,9 @@ def test_a_folder_of_numbered_and_split_files(tmp_path, capsys):
     with pytest.raises(InputError, match="dora.edf: no channel has a position .*give montage="):
         reader.convert_files(tmp_path / "alone", tmp_path / "out2")
     assert len(reader.convert_files(tmp_path / "alone", tmp_path / "out2", places=False)) == 1
+    (tmp_path / "alone/emil.edf").symlink_to("../.git/annex/objects/emil.edf")
+    with pytest.raises(InputError, match="emil.edf is a git-annex link"):
+        reader.convert_files(tmp_path / "alone", tmp_path / "out2", places=False)
 
 
 def test_a_real_edf_with_dotted_names(tmp_path, capsys):
