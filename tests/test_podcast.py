@@ -690,12 +690,12 @@ def test_tables_in_latin_1_and_words_like_numbers(tree, tmp_path):
     words = "word,start,end\n" + "".join(
         f"{w},{i},n/a\n" for i, w in enumerate(["NA", "null", "007"])
     )
-    replace(tree, "stimuli/podcast_transcript.csv", words + "x,NaN,nan\n")
+    replace(tree, "stimuli/podcast_transcript.csv", words + "008,NaN,nan\n")
     prepare(tree, tmp_path / "a", subjects=[1], bads="mark", **BARE)
     recording = Recording(tmp_path / "a/sub-01")
     assert "größer als 5 µV" in set(recording.channels["status_description"])
     assert recording.events["word"].tolist() == ["NA", "null", "007"]
-    assert read_words(tmp_path / "a")["word"].tolist() == ["NA", "null", "007", "x"]
+    assert read_words(tmp_path / "a")["word"].tolist() == ["NA", "null", "007", "008"]
 
 
 def test_missing_layers_and_features(tree, tmp_path):

@@ -14,7 +14,6 @@ binary tasks, and which split has each. A recording is never in memory as a whol
 import ast
 import html.parser
 import importlib.util
-import json
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from configurator import configure
 from data import InputError, check_content, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, download, look_up, reason_of, request
+from data.raw import read_json
 from data.recording import complete, read_set, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
@@ -152,14 +152,6 @@ def read_word_tables(root, package, film, person, trial):
     pitches = {f"{float(start):.5f}": entry["enhanced_pitch"] for start, entry in pitch.items()}
     words["enhanced_pitch"] = words["start"].map("{:.5f}".format).map(pitches)
     return words, silences
-
-
-def read_json(path):
-    text = check_content(path).read_text(encoding="utf-8")
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise InputError(f"{path} is not JSON: fetch it again") from None
 
 
 # ---- tasks and splits

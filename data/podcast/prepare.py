@@ -146,12 +146,12 @@ def local_root(root):
 def read_columns(path, columns, numeric=()):
     """DataFrame of a CSV or TSV that must have `columns`; n/a is missing in `numeric` ones only.
 
-    A word may be spelled NA or null.
+    A word may be spelled NA, null or 007.
     """
     check_content(path)
     separator = "\t" if str(path).endswith(".tsv") else ","
-    missing = dict.fromkeys(numeric, MISSING)
-    table = read_table(path, sep=separator, encoding=encoding_of(path), na_values=missing)
+    options = {"sep": separator, "encoding": encoding_of(path), "dtype": {"word": str, "name": str}}
+    table = read_table(path, na_values=dict.fromkeys(numeric, MISSING), **options)
     for column in columns:
         if column not in table:
             there = ", ".join(map(str, table.columns))
@@ -230,7 +230,6 @@ def read_words(path, config):
     table = read_columns(path, ["word", "start", "end"], numeric=("start", "end"))
     words = table[["word", "start", "end"]].copy()
     words.insert(0, "word_idx", np.arange(len(words)))
-    words["word"] = words["word"].astype(str)
     onsets = words["start"].dropna()
     if not len(onsets):
         raise InputError(f"{path}: no word has an onset (column 'start')")
@@ -446,7 +445,6 @@ def read_channels(root, subject, raw, space):
     """
     path = need(root, [f"{subject}/ieeg/{subject}_task-podcast_channels.tsv"])
     table = read_columns(path, ["name", "type", "status"])
-    table["name"] = table["name"].astype(str)
     table = table.drop_duplicates("name").set_index("name").reindex(raw.ch_names)
     file_types = pd.Series(raw.get_channel_types(), index=raw.ch_names)
     table["type"] = table["type"].fillna(file_types).str.lower()
