@@ -1267,9 +1267,10 @@ def save_checkpoint(path, state):
         with aside(path) as file:
             torch.save({"format": "nanocortex", "version": VERSION, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
-        raise OSError(
-            f"{path} could not be written ({error.__context__ or error}): make room, then go on "
-            "with init_from=resume; the last checkpoint is untouched"
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        raise InputError(
+            f"{path} could not be written ({getattr(cause, 'strerror', error)}): make room, then "
+            "go on with init_from=resume; the last checkpoint is untouched"
         ) from None
 
 

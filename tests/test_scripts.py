@@ -162,7 +162,7 @@ torch.save = save
 def test_killed_while_saving_and_resumed(script, given, whole, tmp_path):
     given_options = options(script, given, tmp_path / "run")
     run(script.name, *given_options, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
-    assert (tmp_path / "run/ckpt.pt").exists() and list((tmp_path / "run").glob("*.tmp"))
+    assert (tmp_path / "run/ckpt.pt").exists() and list((tmp_path / "run").glob("*.tmp*"))
     refused(script.name, *given_options, says=["ckpt.pt", "init_from=resume"])  # and a used folder is refused
     run(script.name, *given_options, "init_from=resume")
     assert same(state(tmp_path / "run"), state(whole(script)))  # bit for bit
@@ -246,13 +246,13 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
 def test_a_disk_that_is_full_costs_no_checkpoint(script, given, whole, tmp_path, monkeypatch, capsys, full_disk):
-    import model
+    import data
     real, saves = configurator.Run.save, []
 
     def save(self, name, state):
         saves.append(name)
         if saves.count("ckpt.pt") == 3:
-            full_disk(model)
+            full_disk(data)
         real(self, name, state)
     monkeypatch.setattr(configurator.Run, "save", save)
     given_options = options(script, given, tmp_path)
