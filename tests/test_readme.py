@@ -15,7 +15,7 @@ import configurator
 from configurator import configure
 
 ROOT = configurator.HERE
-DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for pattern in ("data/*/readme.md", "config/slurm/*") for p in ROOT.glob(pattern))]
+DOCUMENTS = ["README.md", *sorted(str(p.relative_to(ROOT)) for pattern in ("docs/*.md", "data/*/readme.md", "config/slurm/*") for p in ROOT.glob(pattern))]
 STARTS = ("python", "torchrun", "make", "streamlit", "srun", "sbatch")
 
 
