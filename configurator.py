@@ -41,10 +41,10 @@ if typing.TYPE_CHECKING:
 from data import InputError, aside, read_yaml, write_aside  # noqa: F401 (the scripts import them)
 
 HERE = Path(__file__).resolve().parent
-# options that cannot change a result: they are no part of what a row of results is known by
+# options that cannot change a result, so they do not help to identify a row of results
 PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval"}
 PLUMBING |= {"wandb_log", "wandb_project"}
-# what a row of results says, beside the keys of what it is about
+# columns of a row of results that are measured; the others say what was measured
 MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}
 LARGEST = 10**12  # no option but a seed is meant to be larger
 
@@ -55,9 +55,9 @@ LARGEST = 10**12  # no option but a seed is meant to be larger
 def configure(Config, argv=None):
     """An instance of the dataclass `Config`: its defaults, then YAML files, then key=value.
 
-    YAML files may be any number, and a bare name is looked up in config/. key=value may be written
-    --key=value; dots reach into options that are dictionaries. --help prints every option and
-    exits. A Config may set RENAMED = {"old": "new"}, and POSITIVE, SHARES, SIGNED (see `check`).
+    Any number of YAML files may be given; a bare name is looked up in config/. key=value may be
+    written --key=value; dots reach into options that are dictionaries. --help prints every option
+    and exits. A Config may set RENAMED = {"old": "new"}, POSITIVE, SHARES, SIGNED (see `check`).
     Raises InputError for an unknown key, a wrong type, a missing file.
     """
     sys.excepthook = _print_one_sentence
@@ -93,7 +93,7 @@ def _read_config_file(config, name):
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds no 'key: value' lines: write one option a line")
+        raise InputError(f"{path} holds no 'key: value' lines: write one option per line")
     kinds = typing.get_type_hints(type(config))
     for key, value in values.items():
         if kinds.get(key) in (str, list[str]) and value is not None:
@@ -113,7 +113,7 @@ def _set_option(config, key, value, source):
     kind = kinds[name]
     if dot and not isinstance(getattr(config, name), dict):
         raise InputError(
-            f"{source}: option '{name}' is no group of options, so there is no '{key}'"
+            f"{source}: option '{name}' is not a group of options, so it has no '{key}'"
         )
     if dot:
         getattr(config, name)[inner] = read_yaml(value) if isinstance(value, str) else value
@@ -177,14 +177,16 @@ def _parse_list(value, kind):
 
 
 def _parse_number(value, kind):
-    number = float("not a number" if isinstance(value, bool) else value)
+    if isinstance(value, bool):
+        raise TypeError(value)
+    number = float(value)
     if math.isnan(number) or (kind is int and number != int(number)):
         raise ValueError(value)
     return value if isinstance(value, kind) else kind(number)
 
 
 def check(config):
-    """The range of every number, then the Config's own check(), where it has one.
+    """Check the range of every number, then run the Config's own check(), if it has one.
 
     A number is at least 0, unless the Config names it in the strings POSITIVE (above 0; a list: not
     empty), SHARES (0 to 1) or SIGNED (any number; so is one whose default is negative).
@@ -204,7 +206,7 @@ def check(config):
 
 
 def _wanted_range(config, field, value):
-    """In what range the number should have been, or '' where it is all right."""
+    """The range a number should have been in, '' where it is."""
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
@@ -225,7 +227,7 @@ def check_keys(given, allowed, option):
 
 
 def load_function(spec, option):
-    """What `my_file.py:name`, the value of `option`, names. Raises InputError if it is missing."""
+    """The function that spec, `my_file.py:name`, names. Raises InputError if it is missing."""
     file, _, name = spec.partition(":")
     try:
         source = Path(file).read_text(encoding="utf-8")
@@ -242,9 +244,8 @@ def load_function(spec, option):
     return function
 
 
-_user_code: list[
-    str
-] = []  # hashes of the users' files in this process: their rows are known by them
+# hashes of the users' files that were loaded: they help to identify rows of results
+_user_code: list[str] = []
 
 
 def _manual(Config):
@@ -301,7 +302,7 @@ def _comes_from_an_old_script(kind, trace):
 
 
 def key_seed(*key):
-    """A 63-bit seed out of any key, the same on every machine."""
+    """A 63-bit seed from any key, the same on every machine."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
@@ -331,7 +332,7 @@ def hash_code(Config):
 
 
 def keep_memory():
-    """Let glibc keep up to 2 GB of freed memory: fresh pages cost a CPU more than its sums."""
+    """Let glibc keep up to 2 GB of freed memory: fresh pages cost a CPU more than arithmetic."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # another libc
@@ -437,7 +438,7 @@ class Run:
             ) from None
 
     def _is_restart(self):
-        """Was this folder's last job of this very launch? The lock file holds the launch."""
+        """Did this same launch run the folder's last job, too? The lock file holds the launch."""
         self._launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         if self._launch == "none":
             self._launch = f"launcher {os.getppid()}"
@@ -450,7 +451,7 @@ class Run:
         return restarts > 0 and last_launch == self._launch
 
     def _clear_folder(self, ckpt):
-        """A training run that starts over removes what the last one left, once it is told so."""
+        """A training run that starts over removes what the last one left, if told to overwrite."""
         if ckpt.exists():
             if not getattr(self.config, "overwrite", False):
                 raise InputError(
@@ -662,7 +663,7 @@ class Run:
         return list(jobs)[self.rank :: self.world]
 
     def options_hash(self, without=()):
-        """What a row is known by: hashes of the options less `without`, the code, the content."""
+        """What identifies a row: hashes of the options less `without`, the code, the content."""
         options = dataclasses.asdict(self.config)
         for key in without:
             options.pop(key, None)
@@ -676,7 +677,7 @@ class Run:
 
         chance: the level of no knowledge; low, high: a 95 % interval, whose ends may be infinite;
         n: how many things were scored. A score of nan does not exist and needs none of them.
-        Raises ValueError where a score would stand without one of them.
+        Raises ValueError where any other lacks one of them.
         """
         complete = n >= 1 and not math.isnan(chance) and low <= high
         if not math.isnan(score) and not complete:
@@ -763,10 +764,8 @@ def choose_device(wanted="auto"):
         available.append("cuda")
     if wanted == "auto":
         wanted = available[-1]
-    if (
-        not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted)
-        or wanted.partition(":")[0] not in available
-    ):
+    kind = wanted.partition(":")[0]
+    if kind not in available or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
         raise InputError(
             f"option 'device' must be auto or {' or '.join(available)} on this machine, "
             f"not '{wanted}'"

@@ -1037,8 +1037,8 @@ def place_units(coordinates):
     from scipy.optimize import linear_sum_assignment
 
     side = positions.sheet_side(len(coordinates))
-    cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
-    distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)
+    places = positions.places_of(np.arange(side * side), side)
+    distance = np.linalg.norm(coordinates[:, None] - places, axis=-1)  # (units, cells)
     cell = distance.argmin(axis=1)
     if len(set(cell)) < len(cell) or distance.min(axis=1).any():
         cell = linear_sum_assignment(distance)[1]

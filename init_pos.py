@@ -206,8 +206,8 @@ def colours(r):
 
 def plot_sheets(path, title, layers, sheet, scheme):
     """Three panels per layer: the random and the chosen layout, and correlation by distance."""
-    at = np.stack(np.divmod(np.arange(sheet.side**2), sheet.side), 1)
-    steps = np.linalg.norm(at[:, None] - at, axis=-1).round().astype(int).ravel()
+    places = positions.places_of(np.arange(sheet.side**2), sheet.side)
+    steps = np.linalg.norm(places[:, None] - places, axis=-1).round().astype(int).ravel()
     near = (steps > 0) & (steps < sheet.side)  # farther ones are corner against corner
     n_pairs = np.bincount(steps[near])[1:]  # at each distance, in whole cells
     figure = Figure(figsize=(13, 2.1 * len(layers) // 2 + 1.1), layout="constrained")

@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
 
 def remember(k, v, context):
-    """Write keys and values (B, H, T, hd) into the cache, if any; those of all tokens so far."""
+    """Keys and values of all tokens so far: the cache's, if any, with k, v (B, H, T, hd) added."""
     if context.kv is None:
         return k, v
     end = context.used + k.size(2)
@@ -352,7 +352,7 @@ class GPT(nn.Module):
     def add_position(self, x, position):
         """The one place where tokens get their order: x (B, T, C), position (.., T) from 0.
 
-        For rotary positions return x here and turn q and k in Attention.qkv; nothing else.
+        For rotary positions return x, turn q and k in Attention.qkv, and make no wpe.
         """
         return x + self.transformer.wpe(position)
 

@@ -60,9 +60,14 @@ def window_cells(side, radius, norm=float("inf")):
     return (rows_and_columns @ (side, 1)).astype(np.int64)
 
 
+def places_of(cells, side):
+    """Where cells (n,) lie on the sheet: row and column (n, 2)."""
+    return np.stack(np.divmod(np.asarray(cells), side), axis=1).astype(np.float64)
+
+
 def closeness(cells, side):
     """D (n, n): 1 / (1 + Euclidean distance), in cells, between cells (n,) of the sheet."""
-    places = np.stack(np.divmod(np.asarray(cells), side), axis=-1).astype(np.float64)  # (n, 2)
+    places = places_of(cells, side)
     return 1 / (1 + np.linalg.norm(places[:, None] - places, axis=-1))
 
 

@@ -507,8 +507,8 @@ def clusters(t, smallest, stop=0.0):
 def cell_distances(side):
     """Distance in whole cells of each pair of cells (i < j): (pairs,), with i and j."""
     i, j = np.triu_indices(side * side, 1)
-    at = np.stack(np.divmod(np.arange(side * side), side), 1)
-    return np.linalg.norm(at[i] - at[j], axis=1).round().astype(int), i, j
+    places = positions.places_of(np.arange(side * side), side)
+    return np.linalg.norm(places[i] - places[j], axis=1).round().astype(int), i, j
 
 
 def over_distance(values, distance, side):
@@ -538,7 +538,7 @@ def wiring_length(t, next_t, share=0.05, reach=2.0):
     points = []
     for values in (t, next_t):
         top = np.argsort(-values.ravel(), kind="stable")[: max(2, round(share * values.size))]
-        points.append(np.stack(np.divmod(top, len(values)), 1).astype(float))
+        points.append(positions.places_of(top, len(values)))
     for k in range(1, len(points[0]) + 1):
         centres = []
         ways = []

@@ -257,38 +257,30 @@ def baseline_losses(run, config, data):
 
 def model_options(config, data):
     """Fields of GPTConfig as two dicts: what the weights depend on, and what may change."""
-    shape_keys = [
-        "block_size",
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "bias",
-        "gelu",
-        "head_loss",
-        "attn_proj",
-    ]
-    shape = {key: getattr(config, key) for key in shape_keys}
+    keys = ["block_size", "n_layer", "n_head", "n_embd", "bias", "gelu"]
+    keys += ["head_loss", "attn_proj"]
+    shape = {key: getattr(config, key) for key in keys}
     shape["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
-    sheet = {"sheet": config.positions != "none"}
+    rest = {"sheet": config.positions != "none"}
     for key in (f.name for f in fields(GPTConfig)):
         if key not in shape and key != "sheet":
-            sheet[key] = getattr(config, key)
-    return shape, sheet
+            rest[key] = getattr(config, key)
+    return shape, rest
 
 
 def build(run, config, data):
     """The GPT to train and, on resume, the checkpoint it comes from."""
-    shape, sheet = model_options(config, data)
+    shape, rest = model_options(config, data)
     state = None
     if config.init_from == "scratch":
         layout = load_layout(config, config.n_layer, config.n_embd)
-        model = GPT(GPTConfig(**shape, **sheet), layout, config.seed)
+        model = GPT(GPTConfig(**shape, **rest), layout, config.seed)
     elif config.init_from == "resume":
         state = run.load("ckpt.pt")
         check_resumable(run, state, shape)
-        model = lm_from(state, run.out / "ckpt.pt", **sheet)
+        model = lm_from(state, run.out / "ckpt.pt", **rest)
     else:
-        model = start_from(run, config, data, sheet)
+        model = start_from(run, config, data, rest)
     if data.train.vocab_size > model.config.vocab_size:
         raise InputError(
             f"dataset={config.dataset} has {data.train.vocab_size} token ids, the model "
@@ -324,10 +316,10 @@ def check_resumable(run, state, shape):
             )
 
 
-def start_from(run, config, data, sheet):
+def start_from(run, config, data, rest):
     """The GPT of another checkpoint or of Hugging Face, with the sheet that the options ask for."""
     spec = f"init_from={config.init_from}"
-    model, tokenizer = load_lm(config.init_from, **sheet)
+    model, tokenizer = load_lm(config.init_from, **rest)
     if tokenizer.state["ranks"] != data.tokenizer["ranks"]:
         raise InputError(
             f"{spec} was trained with the tokenizer '{tokenizer.state['name']}', "
@@ -695,10 +687,10 @@ def dry_run(run, config, data):
 
     Memory and disk are of weights, gradients and optimiser state in float32, without activations.
     """
-    shape, sheet = model_options(config, data)
-    whole = GPTConfig(**shape, **sheet)
+    shape, rest = model_options(config, data)
+    whole = GPTConfig(**shape, **rest)
     if config.init_from not in ("scratch", "resume"):
-        whole = start_from(run, config, data, sheet).config
+        whole = start_from(run, config, data, rest).config
     layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
@@ -786,10 +778,10 @@ def set_up(run, config, data, model, state):
             model, devices, broadcast_buffers=False, gradient_as_bucket_view=True
         )
     optimizers = make_optimizers(model, config, run.device, run.dtype)
-    n_micro = micro_batches_per_step(run, config)
-    training = Training(model, net, optimizers, Loader(run, data.train, config, n_micro))
+    cursor = state["cursor"] if state else 0
+    loader = Loader(run, data.train, config, micro_batches_per_step(run, config), cursor)
+    training = Training(model, net, optimizers, loader)
     if state:
-        training.loader = Loader(run, data.train, config, n_micro, state["cursor"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         run.scaler.load_state_dict(state["scaler"])
@@ -929,16 +921,16 @@ def main(config):
         return dry_run(run, config, data)
     model, state = build(run, config, data)
     settle_options(run, config, model, state)
+    baselines = baseline_losses(run, config, data)
     training = set_up(run, config, data, model, state)
     describe(run, config, data, training)
-    baselines = baseline_losses(run, config, data)
     n_steps = None if config.max_iters == UNSETTLED else config.max_iters
     bar = run.progress(n_steps, training.step, "train")
     run.stopping()  # from here on a signal waits for the end of a step
     while True:
         finished = config.eval_only or training.step >= config.max_iters
-        moved = training.step != training.resumed
-        if finished or (moved and due(training.step, config.eval_interval)):
+        just_resumed = training.step == training.resumed
+        if finished or (due(training.step, config.eval_interval) and not just_resumed):
             scores = validate(run, config, data, training, finished)
         save_due(run, config, data, training)
         if finished or run.stopped:

@@ -1,6 +1,6 @@
-"""The data formats, writer and reader in one file each; one folder per dataset with its prepare.py.
+"""Data formats, reader and writer in one file each; one folder per dataset, with its prepare.py.
 
-Here is what all of them share: `InputError`, how files are written, and how YAML, tables and
+This file is what they all share: `InputError`, how files are written, and how YAML, tables and
 pickles are read.
 """
 
@@ -30,7 +30,7 @@ class InputError(ValueError):
 def aside(path):
     """Open a temporary file beside `path` for bytes; it becomes `path` when the block ends well.
 
-    A reader sees the old file or the new one, never a half.
+    A reader sees the old file or the new one, never half of one.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -64,7 +64,7 @@ def write_yaml(path, value):
 
 
 def check_content(path):
-    """The path of a file that is there with its content. Raises InputError where it is not.
+    """The path, once the file and its content are known to be there. Raises InputError if not.
 
     A dataset cloned with git-annex or git-lfs holds links and pointers until they are fetched.
     """
@@ -92,7 +92,7 @@ def check_content(path):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only. Aliases are refused: a few lines of them can expand beyond any memory."""
+    """Plain values only. Aliases are refused: a few lines of them can outgrow any memory."""
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent):
@@ -133,7 +133,7 @@ def load_meta(folder, what, format, keys=()):
         meta = {}
     if meta.get("format") != format:
         raise InputError(
-            f"{path} has the format {str(meta.get('format'))[:40]!r} where {format!r} is read"
+            f"{path} has the format {str(meta.get('format'))[:40]!r}, not {format!r}"
             f"{remedy(folder)}"
         )
     for key in keys:
@@ -147,9 +147,8 @@ def read_table(path, **options):
     import pandas as pd
 
     check_content(path)
-    options = {"keep_default_na": False, **options}
     try:
-        return pd.read_csv(path, **options)
+        return pd.read_csv(path, keep_default_na=False, **options)
     except ValueError as error:  # the errors of pandas and UnicodeDecodeError are ValueErrors
         reason = " ".join(str(error).split())
         raise InputError(

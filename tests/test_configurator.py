@@ -77,7 +77,7 @@ def test_strings_stay_as_they_are_typed(tmp_path):
         ("kind=c", ["'kind'", "a or b"]),
         ("learning_rate=fast", ["float"]),
         ("lags=a", ["list[int]"]),
-        ("seed.x=1", ["'seed'", "no group"]),
+        ("seed.x=1", ["'seed'", "not a group"]),
         ("more=3", ["'more'", "dict"]),
         ("nowhere.yaml", ["nowhere.yaml"]),
     ],

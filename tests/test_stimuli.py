@@ -113,7 +113,7 @@ def test_what_a_task_must_not_have(tmp_path, changes, sentence):
         ("t.csv", "\0", "t.csv is no plain text"),
         ("t.csv", None, "t.csv is missing; make it with: python .*prepare.py"),
         ("meta.yaml", None, r"holds no finished stimuli \(no meta.yaml\); make it with"),
-        ("meta.yaml", "format: tokens-1\n", "'tokens-1' where 'stimuli-1' is read; make it"),
+        ("meta.yaml", "format: tokens-1\n", "'tokens-1', not 'stimuli-1'; make it"),
         ("meta.yaml", "[torn", "meta.yaml is not YAML"),
         ("meta.yaml", "format: stimuli-1\ntasks: {t: {file: t.csv}}\n", "'t' lacks the key 'kind'"),
     ],
