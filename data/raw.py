@@ -266,13 +266,20 @@ def read_stamps(path):
         fields = file.read(256 * n_signals)
     if head[192:197] not in (b"EDF+D", b"BDF+D"):
         return None
-    labels = np.char.strip(np.frombuffer(fields, "S16", n_signals)).tolist()
+    labels = np.char.strip(np.frombuffer(fields, "S16", n_signals))
+    annotations = np.flatnonzero(np.char.endswith(labels, b" Annotations"))
+    if not len(annotations):
+        raise InputError(
+            f"{path} is interrupted and does not tell when, having no annotation signal: convert "
+            "it to FIF"
+        )
     n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
-    ends = np.cumsum(n_samples) * (2 if head[:1] == b"0" else 3)  # bytes
-    stamps = labels.index(head[192:195] + b" Annotations")
+    width = 2 if head[:1] == b"0" else 3  # bytes
+    ends = np.cumsum(n_samples) * width
+    first = annotations[0]
     records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
     records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
-    start = ends[stamps - 1] if stamps else 0
+    start = ends[first] - n_samples[first] * width
     texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
     return np.char.partition(texts, b"\x14")[:, 0].astype(float)
 
@@ -286,7 +293,7 @@ def _fill_gaps(raw, path, stamps):
         return raw
     signal = np.zeros((len(raw.ch_names), starts[-1] + width))
     for first, last in zip([0, *gaps + 1], [*gaps, len(starts) - 1]):
-        n = (last - first + 1) * width
+        n = min((last - first + 1) * width, signal.shape[1] - starts[first])
         block = raw.get_data(start=first * width, stop=first * width + n)
         signal[:, starts[first] : starts[first] + n] = block
     begin, end = (starts[gaps] + width) / sfreq, starts[gaps + 1] / sfreq
@@ -503,13 +510,14 @@ def is_segment(text):
 
 def bad_spans(raw):
     """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or joints."""
+    marks = raw.annotations
+    begins = (marks.onset - raw.first_time).tolist()
+    ends = (marks.onset - raw.first_time + marks.duration).tolist()
     spans = []
-    for annotation in raw.annotations:
-        text = annotation["description"]
-        if is_segment(text) and not annotation.get("ch_names"):
-            begin = float(annotation["onset"] - raw.first_time)
-            if begin > 0 or text.lower().startswith("bad"):  # all begin with a New Segment
-                spans.append([begin, begin + float(annotation["duration"])])
+    for begin, end, text, names in zip(begins, ends, marks.description, marks.ch_names):
+        begins_all = begin <= 0 and not text.lower().startswith("bad")  # as a New Segment does
+        if is_segment(text) and not begins_all and not names:  # names: of these channels alone
+            spans.append([begin, end])
     return sorted(spans)
 
 

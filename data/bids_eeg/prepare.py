@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -185,24 +186,50 @@ def preprocess(raw, config, name, notes):
     """
     raw.load_data(verbose="error")
     find_bads(raw, name, notes)
-    nyquist = raw.info["sfreq"] / 2
-    notch = [f for f in config.notch if f < nyquist]
+    notch = [f for f in config.notch if f < raw.info["sfreq"] / 2]
     if notch:
         raw.notch_filter(notch, picks="all", verbose="error")
-    h_freq = config.h_freq if config.h_freq < nyquist else 0
+    sfreq = config.sfreq or raw.info["sfreq"]
+    method = resampling_method(raw.info["sfreq"], sfreq)
+    if method == "polyphase":
+        resample(raw, sfreq, method)  # first, so that the filter has less to do
+    h_freq = config.h_freq if config.h_freq < raw.info["sfreq"] / 2 else 0
     if config.l_freq or h_freq:
         raw.filter(config.l_freq or None, h_freq or None, picks="all", verbose="error")
     if config.l_freq and raw.times[-1] < 3.3 / config.l_freq:
         notes["edges"] = f"too short for l_freq={config.l_freq:g}: distorted by the filter's edges"
-    if config.sfreq and config.sfreq != raw.info["sfreq"]:
-        # MNE's FFT method, the default, pads to a power of two, so only a rate that is halved comes
-        # out exactly: 250 to 100 Hz puts signals 5 ms off their events.
-        exact = np.log2(raw.info["sfreq"] / config.sfreq).is_integer()
-        method = "fft" if exact else "polyphase"
-        raw.resample(config.sfreq, method=method, verbose="error")  # low-passes first
+    if method == "fft":
+        resample(raw, sfreq, method)  # last, since it rings where anything is left to low-pass
     mend(raw, config, notes)
     if notes["sensors"] in ("eeg", "ieeg"):
         rereference(raw, config.reference, name)
+
+
+def resampling_method(old, new):
+    """MNE's method that resamples from one rate (Hz) to another without moving signals.
+
+    The FFT method pads to a power of two and rounds, which moves signals by up to half a sample
+    (250 to 100 Hz: 5 ms) unless a rate is halved, perhaps repeatedly. Polyphase filters are exact,
+    and possible where the rates are in a ratio of small numbers.
+    """
+    if old == new:
+        return "none"
+    return "polyphase" if small_ratio(old, new) and np.log2(new / old) % 1 else "fft"
+
+
+def small_ratio(old, new):
+    """new / old as a Fraction of small numbers, None where there is none."""
+    ratio = Fraction(new / old).limit_denominator(1000)
+    return ratio if np.isclose(float(ratio), new / old, rtol=1e-9) else None
+
+
+def resample(raw, sfreq, method):
+    """Resample a Raw, a few samples of which are cut off at the end: both lengths must be whole."""
+    ratio = small_ratio(raw.info["sfreq"], sfreq)
+    extra = raw.n_times % (2 * ratio.denominator) if ratio else 0
+    if extra and extra < raw.n_times:
+        raw.crop(tmax=raw.times[-1 - extra])
+    raw.resample(sfreq, method=method, verbose="error")
 
 
 def find_bads(raw, name, notes):
@@ -262,13 +289,13 @@ def rereference(raw, reference, name):
 
 def there_already(folder, options, overwrite):
     """The Recording in a folder if it was made with these options and is whole, else None."""
+    if overwrite:
+        return None
     try:
         recording = Recording(folder)
     except (ValueError, OSError):
         return None
-    if overwrite or recording.meta.get("options") != options:
-        return None
-    return recording
+    return recording if recording.meta.get("options") == options else None
 
 
 def convert_raw(folder, raw, events, config, path, notes, **meta):
