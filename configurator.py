@@ -15,6 +15,7 @@ import datetime
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.machinery
 import inspect
@@ -326,8 +327,13 @@ def hash_code(Config):
     texts = list(_user_code)
     for path in {script, parent}:
         if path.is_file():
-            texts.append(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
+            texts.append(_hash_script(path))
     return _hash("".join(sorted(texts)))[:6]
+
+
+@functools.cache  # a row of results asks for it, and parsing a script takes 0.1 s
+def _hash_script(path):
+    return _hash(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def keep_memory():
