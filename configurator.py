@@ -232,6 +232,7 @@ def load_function(spec, option):
         source = Path(file).read_text(encoding="utf-8")
         loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
         module = types.ModuleType(loader.name)
+        module.__file__ = file
         loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:  # a user's file may raise anything
