@@ -49,7 +49,7 @@ from torch.nn import functional as F
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 from data import aside, read_table, write_aside
 from data.montage import Montage, choose_electrodes
-from data.podcast import benchmark_yaml
+from data.podcast import benchmark_yaml, registry
 from data.podcast.tasks import TASKS
 from data.recording import Recording, read_set
 from data.vectors import contextual_vectors, look_up, released_features, static_vectors
@@ -222,7 +222,7 @@ class Windows:
             self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess")
             if len(inspect.signature(self.function).parameters) == 3:
                 self.reader = self.function(montage, config.preprocessor_params, config.device)
-        if self.function is preprocess_neural_data:
+        if self.function is registry.preprocess_neural_data:  # bins
             bins, self.function = benchmark_bins(self.width, config), None
         if self.width < bins:
             size = f"{self.width} samples at {montage.sfreq:g} Hz"
@@ -294,14 +294,8 @@ def benchmark_bins(width, config):
     return width // step
 
 
-def preprocess_neural_data(data, preprocessor_params):
-    """podcast-benchmark's means of num_average_samples; Windows makes the same by bins."""
-    step = preprocessor_params.get("num_average_samples", 32)
-    return data.reshape(data.shape[0], data.shape[1], -1, step).mean(-1)
-
-
 PREPROCESSORS = {
-    "preprocess_neural_data": preprocess_neural_data,
+    "preprocess_neural_data": registry.preprocess_neural_data,
     "foundation_model_preprocessing_fn": f"{FOUNDATION}:frozen_latents",
     "foundation_model_input": f"{FOUNDATION}:EncoderInput",
 }
@@ -1276,28 +1270,19 @@ def change_settings(config, montage, target):
     config is podcast-benchmark's nested one; what the setter leaves alone stays as it is.
     """
     setter = resolve(config.config_setter, SETTERS, "config_setter")
-    raws = []
-    for recording, channels, _ in montage.people:
-        info = mne.create_info([recording.names[c] for c in channels], recording.sfreq, "ecog")
-        signal = recording.signal[:, channels].T.astype(np.float64)
-        raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
-    words = pd.DataFrame({"word": target.labels, "start": target.start})
     experiment = benchmark_yaml.experiment_config(asdict(config))
-    experiment = setter(experiment, raws, words, target.values)
+    words = pd.DataFrame({"word": target.labels, "start": target.start})
+    experiment = registry.call_setter(setter, experiment, montage, words, target.values)
     settings = benchmark_yaml.settings_of(experiment, f"config_setter={config.config_setter}")
     options = benchmark_yaml.translate(settings, config.config_setter, defaults=False)
     for option, value in options.items():
         setattr(config, option, value)
 
 
-def neural_conv(experiment_config, raws, df_word, word_embeddings):
-    """podcast-benchmark's setter of that name: how many channels there are."""
-    n_channels = sum(len(raw.ch_names) for raw in raws)
-    experiment_config.model_params["input_channels"] = n_channels
-    return experiment_config
-
-
-SETTERS = {"neural_conv": neural_conv, "foundation_model": f"{FOUNDATION}:foundation_model"}
+SETTERS = {
+    "neural_conv": registry.neural_conv,
+    "foundation_model": f"{FOUNDATION}:foundation_model",
+}
 
 
 def make_inputs(run, config, montage):
@@ -1509,52 +1494,53 @@ def single_electrodes(run, config, experiment, lags):
 
 # ---- report
 
-PUBLISHED = """\
-podcast-benchmark published (183 electrodes of 8 people; the best lag chosen on test words, @ ms):
-    GloVe               auc .6046@400, top-1/5/10 .0091/.0357/.0668@400, cosine .620@400
-    "gpt2" (also GloVe) auc .6050@200, top-1/5/10 .0073@400/.0307@800/.0552@800, cosine .619@800
-    arbitrary vectors   auc .5549@400, top-1/5/10 .0169@800/.0415@400/.0615@400, cosine .022@400
-    whisper 2AFC .7074@400; ROC-AUC of content words .590@200, part of speech .5305@600, sentence
-    onset .880@0; r of surprisal .059@400, volume .448@200; always saying 'the': top-1 .058"""
+
+def chosen_lags(metrics):
+    """(folds,) numbers of the lags that the validation words of each fold choose."""
+    return metrics["val"][:, :, 0].argmax(axis=0)
+
+
+def at_chosen_lags(metrics, metric):
+    """(folds, 1 + shifts) of a metric, each fold at its chosen lag."""
+    numbers = chosen_lags(metrics)
+    return metrics[metric][numbers, np.arange(len(numbers))]
+
+
+def interval_of(values):
+    """Mean over folds of values (folds, 1 + shifts), its interval, the null's level and band."""
+    score, low, high = over_folds(values[:, 0])
+    null = values[:, 1:].mean(axis=0)
+    band = dict(zip(("null_low", "null_high"), np.quantile(null, [0.025, 0.975])))
+    return {"score": score, "low": low, "high": high, "chance": null.mean(), **band}
 
 
 def summarise(results, lags):
-    """(table, {decoder: the number of the lag that each fold's validation words choose}).
+    """Means over folds of what Store.read gives: a row a decoder, metric and lag (None: controls).
 
-    A row of the table is a decoder, metric and lag: mean over folds, its interval, the null's 95 %
-    band, p, q (FDR over lags) and p_max (family-wise: against the null's maximum over lags).
+    q is FDR over lags, p_max family-wise: against the null's maximum over lags.
     """
-    tables, chosen = [], {}
+    columns = ["model", "metric", "lag", "score", "low", "high", "chance", "null_low", "null_high"]
+    rows = []
     for decoder, metrics in results.items():
-        chosen[decoder] = metrics.pop("val")[:, :, 0].argmax(axis=0)
         for metric, values in metrics.items():
+            if metric == "val":
+                continue
             lower = metric in LOWER_IS_BETTER
             score, null = values[:, :, 0].mean(axis=1), values[:, :, 1:].mean(axis=1)  # (lags, P)
             extreme = null.min(axis=0) if lower else null.max(axis=0)
-            low, high = np.transpose([over_folds(folds)[1:] for folds in values[:, :, 0]])
-            null_low, null_high = np.quantile(null, [0.025, 0.975], axis=1)
-            p = p_value(score, null.T, lower)
-            columns = {"model": decoder, "metric": metric, "lag": np.array(lags, dtype=float)}
-            columns |= {"score": score, "low": low, "high": high, "chance": null.mean(axis=1)}
-            columns |= {"null_low": null_low, "null_high": null_high, "p": p, "q": fdr_q(p)}
-            columns["p_max"] = p_value(score, extreme[:, None], lower)
-            tables.append(pd.DataFrame(columns))
-    if not tables:  # no controls
-        return pd.DataFrame({"model": [], "metric": [], "lag": [], "score": []}), chosen
-    return pd.concat(tables, ignore_index=True), chosen
+            p, p_max = p_value(score, null.T, lower), p_value(score, extreme[:, None], lower)
+            for lag, *tests, of_lag in zip(lags, p, fdr_q(p), p_max, values):
+                row = {"model": decoder, "metric": metric, "lag": lag, **interval_of(of_lag)}
+                rows.append({**row, **dict(zip(("p", "q", "p_max"), tests))})
+    return pd.DataFrame(rows, columns=[*columns, "p", "q", "p_max"]).astype({"lag": float})
 
 
-def at_chosen_lag(values, chosen):
-    """(folds, 1 + shifts) of values (lags, folds, 1 + shifts) at each fold's chosen lag."""
-    return values[chosen, np.arange(len(chosen))]
-
-
-def worth_of_pretraining(results, chosen, metric):
+def worth_of_pretraining(results, metric):
     """{what less what: (mean, low, high)} over folds, in pairs, each at its own chosen lags."""
     scores = {}
     for decoder, metrics in results.items():
         if decoder.startswith("ridge"):
-            scores[decoder] = at_chosen_lag(metrics[metric], chosen[decoder])[:, 0]
+            scores[decoder] = at_chosen_lags(metrics, metric)[:, 0]
     twins = [value for name, value in scores.items() if "untrained" in name]
     if len(twins) > 1:
         scores[f"ridge, mean of {len(twins)} untrained"] = np.mean(twins, axis=0)
@@ -1566,22 +1552,23 @@ def worth_of_pretraining(results, chosen, metric):
     return differences
 
 
-def write_means(run, table, results, chosen, differences, metric):
+def write_means(run, table, results, differences, metric):
     """lags.csv, and rows of results.csv: means over folds, at every lag and at the chosen ones."""
     write_aside(run.out / "lags.csv", table.to_csv(index=False))
     n, keys = int(table.n.iloc[0]), table[["data", "target"]].iloc[0].to_dict()
-    for row in table.to_dict("records"):
-        names = {key: row[key] for key in ("model", "lag", "metric")}
+    rows = table[["model", "metric", "lag", "score", "low", "high", "chance"]].to_dict("records")
+    for decoder, metrics in results.items():
+        for name in metrics:
+            if name != "val":
+                row = interval_of(at_chosen_lags(metrics, name))
+                rows.append({"model": decoder, "metric": name, "lag": "chosen", **row})
+    for name, (score, low, high) in differences.items():
+        row = {"model": name, "metric": metric, "lag": "chosen", "chance": 0.0}
+        rows.append({**row, "score": score, "low": low, "high": high})
+    for row in rows:
         interval = row["score"], row["chance"], row["low"], row["high"], n
+        names = {key: row[key] for key in ("model", "metric", "lag")}
         run.result(*interval, fold="mean", **names, **keys)
-    keys |= {"lag": "chosen", "fold": "mean"}
-    for decoder, numbers in chosen.items():
-        for name, values in results[decoder].items():
-            values = at_chosen_lag(values, numbers)
-            mean, low, high = over_folds(values[:, 0])
-            run.result(mean, values[:, 1:].mean(), low, high, n, model=decoder, metric=name, **keys)
-    for name, (mean, low, high) in differences.items():
-        run.result(mean, 0.0, low, high, n, model=name, metric=metric, **keys)
 
 
 def electrode_table(run, montage):
@@ -1599,59 +1586,59 @@ def electrode_table(run, montage):
     return table
 
 
-def say_results(run, config, table, results, chosen, metric):
+def say_results(run, config, table, results, metric):
     """The closing lines: at the lags chosen on validation words, beside shifted words."""
     lags, name, n = all_lags(config), METRIC_NAMES[metric], int(table.n.iloc[0])
-    for decoder, numbers in chosen.items():
-        values = at_chosen_lag(results[decoder][metric], numbers)
-        mean, low, high = over_folds(values[:, 0])
+    for decoder, metrics in results.items():
+        row = interval_of(at_chosen_lags(metrics, metric))
+        chosen = ", ".join(f"{lags[i]:g}" for i in chosen_lags(metrics))
         one = table[(table.model == decoder) & (table.metric == metric)]
-        beyond = ", ".join(f"{lag:g}" for lag in one.lag[one.p_max < FDR])
+        beyond = [f"{lag:g} ms" for lag in one.lag[one.p_max < FDR]]
         run.print(
-            f"{decoder}: {name} {mean:.3f} [{low:.3f}, {high:.3f}] at the lag chosen on validation "
-            f"words ({', '.join(f'{lags[i]:g}' for i in numbers)} ms by fold), shifted words "
-            f"{values[:, 1:].mean():.3f}, n = {n:,}; beyond chance (family-wise {FDR:g}) at "
-            f"{beyond + ' ms' if beyond else 'no lag'}"
+            f"{decoder}: {name} {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] at the "
+            f"lag chosen on validation words ({chosen} ms by fold), shifted words "
+            f"{row['chance']:.3f}, n = {n:,}; beyond chance (family-wise {FDR:g}) at "
+            f"{', '.join(beyond) or 'no lag'}"
         )
         say_few_shifts(run, one.p, one.q, config.n_shifts)
     for key in (metric, "top1"):
-        flat = table[table.lag.isna() & (table.metric == key)]
-        scores = [f"{row.model} {row.score:.3f}" for row in flat.itertuples()]
+        controls = table[table.lag.isna() & (table.metric == key)]
+        scores = [f"{row.model} {row.score:.3f}" for row in controls.itertuples()]
         if scores:
             run.print(f"controls, {METRIC_NAMES[key]}: {', '.join(scores)}")
 
 
 def report(run, config, experiment, store):
     """Single electrodes, tables, figures and the closing lines, when every job is done."""
-    metric, lags = PRIMARY[experiment.target.kind], all_lags(config)
-    results = store.read(lags, config.n_folds)
-    table, chosen = summarise(results, lags)
-    flat, _ = summarise(store.read([None], config.n_folds), [None])
-    differences = worth_of_pretraining(results, chosen, metric)
-    both = pd.concat([table, flat]).assign(n=len(experiment.target.start), **experiment.keys)
+    podcast, metric = experiment.podcast, PRIMARY[experiment.target.kind]
+    results = store.read(all_lags(config), config.n_folds)
+    table = summarise(results, all_lags(config))
+    controls = summarise(store.read([None], config.n_folds), [None])
+    differences = worth_of_pretraining(results, metric)
+    both = pd.concat([table, controls]).assign(n=len(experiment.target.start), **experiment.keys)
     if run.master:
-        write_means(run, both, results, chosen, differences, metric)
-    single_electrodes(run, config, experiment, np.array(lags)[chosen[config.model]])
-    podcast = experiment.podcast
+        write_means(run, both, results, differences, metric)
+    chosen = np.array(all_lags(config))[chosen_lags(results[config.model])]
+    single_electrodes(run, config, experiment, chosen)
     electrodes = electrode_table(run, podcast.montage)
     if not run.master:
         return
-    planted = planted_span(podcast, config.window, config.task)
     title = (
         f"{podcast.source}: {experiment.keys['target']} from {len(podcast.montage.names)} "
         f"electrodes, windows of {1000 * config.window:.0f} ms"
     )
-    plot_lags(run.out / "lags.png", table, flat, title, planted)
+    planted = planted_span(podcast, config.window, config.task)
+    plot_lags(run.out / "lags.png", table, controls, title, planted)
     if electrodes is not None:
         chance = float(electrodes.chance.mean())
         title = f"{podcast.source}: ridge on one electrode at the lag chosen on validation words"
         plot_electrodes(run.out / "electrodes.png", electrodes, chance, title, METRIC_NAMES[metric])
         say_few_shifts(run, electrodes.p, electrodes.q, config.n_shifts)
-    say_results(run, config, both, results, chosen, metric)
+    say_results(run, config, both, results, metric)
     for name, (mean, low, high) in differences.items():
         run.print(f"{name}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] {METRIC_NAMES[metric]}, in pairs")
     if not podcast.meta["synthetic"]:
-        run.print(PUBLISHED)
+        run.print(registry.PUBLISHED)
     run.print(f"lags.png, electrodes.png, lags.csv, electrodes.csv, results.csv in {run.out}")
 
 
@@ -1766,6 +1753,9 @@ def plot_electrodes(path, table, chance, title, label):
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+# ---- main
 
 
 def main(config):

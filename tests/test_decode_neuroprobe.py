@@ -31,7 +31,7 @@ def splits(n):
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
-    """Two films of person 2, one of person 3, in which loud words double the power of LA2 to LB1."""
+    """Two films of person 2, one of person 3, in which loud words have power in LA2 to LB1."""
     folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(0)
     for name in NAMES:
         onset = 1 + 1.5 * np.arange(80) + rng.uniform(0, 0.3, 80)
