@@ -220,7 +220,8 @@ class Windows:
         bins = config.bins
         if config.preprocess:
             self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess")
-            if len(inspect.signature(self.function).parameters) == 3:
+            parameters = inspect.signature(self.function).parameters.values()
+            if [p.default for p in parameters].count(inspect.Parameter.empty) == 3:
                 self.reader = self.function(montage, config.preprocessor_params, config.device)
         if self.function is registry.preprocess_neural_data:  # bins
             bins, self.function = benchmark_bins(self.width, config), None
@@ -1290,7 +1291,7 @@ def make_inputs(run, config, montage):
     cache = run.out.parent / "cache"
     inputs = {"": Windows(montage, config, cache)}
     reader = inputs[""].reader
-    if reader is not None:
+    if reader and reader.description:
         run.print(reader.description)
     config.model_params = {**getattr(reader, "model_params", {}), **config.model_params}
     if config.untrained and reader is None:

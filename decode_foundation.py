@@ -239,6 +239,8 @@ class ForeignLatents:
         folder = model_folder(params)
         self.montage, self.params = montage, params
         self.config = read_ini(folder).ecog_data_config
+        if params.get("untrained"):
+            raise InputError(f"untrained= is for encoders of foundation.py, not for {folder}")
         if ":" not in str(params.get("model", "")):
             raise InputError(
                 f"{folder} holds a model of another code: give preprocessor_params.model="
