@@ -41,12 +41,12 @@ import scipy.stats
 import torch
 import torch.nn as nn
 import yaml
-from convert import HiddenStates
 from himalaya.ridge import solve_ridge_cv_svd, solve_ridge_svd
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch.nn import functional as F
 
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
+from convert import HiddenStates
 from data import aside, read_table, write_aside
 from data.montage import Montage, choose_electrodes
 from data.podcast import benchmark_yaml, registry
@@ -214,7 +214,9 @@ class Windows:
     """
 
     def __init__(self, montage, config, cache):
-        self.montage, self.config, self.cache = montage, config, cache
+        self.montage = montage
+        self.config = config
+        self.cache = cache
         self.width = round(config.window * montage.sfreq)
         self.function = self.reader = None
         bins = config.bins
@@ -254,7 +256,8 @@ class Windows:
 
     def preprocessed(self, first):
         """What preprocess= makes of every window; kept on disk by content, since it may be slow."""
-        content = [self.key, self.montage.content(), self.config.reference, self.width]
+        content = [self.key, self.montage.names, self.montage.checksums()]
+        content += [self.config.reference, self.width]
         key = hashlib.sha256(repr(content).encode() + first.tobytes()).hexdigest()[:20]
         path = self.cache / f"{key}.npy"
         if not path.is_file():
@@ -283,7 +286,8 @@ class Windows:
 
 def content_of_function(config):
     """What a user's preprocessor depends on: its parameters, the files they name, its code."""
-    params, file = config.preprocessor_params, Path(config.preprocess.partition(":")[0])
+    params = config.preprocessor_params
+    file = Path(config.preprocess.partition(":")[0])
     return repr((params, files_in(params), file.read_text() if file.is_file() else ""))
 
 
@@ -430,8 +434,10 @@ def word_vectors(run, config, podcast, name):
     name: released features of the set (gpt2-xl), lm (states of lm= at layer= as it reads the
     transcript), static (lm='s embeddings of tokens), arbitrary (a random vector a word), or a file.
     """
-    words, features = podcast.words, podcast.meta.get("features", {})
-    spoken, labels = words.word.astype(str).tolist(), words[config.word].astype(str)
+    words = podcast.words
+    features = podcast.meta.get("features", {})
+    spoken = words.word.astype(str).tolist()
+    labels = words[config.word].astype(str)
     if name == "arbitrary":
         return arbitrary_vectors(labels, config.pca or 50, config.seed)
     if name == "lm":
@@ -775,7 +781,7 @@ def train(decoder, X, target, fold, config):
     )
     penalty = getattr(decoder.network, "penalty", None)
     size = min(config.batch_size, len(fold.train))
-    best, best_epoch, best_state = -math.inf, 0, None
+    best, best_epoch = -math.inf, 0
     for epoch in range(1, config.epochs + 1):
         decoder.train()
         rng = np.random.default_rng(key_seed(config.seed, "order", fold.number, epoch))
@@ -832,7 +838,8 @@ def fit_ridge(decoder, x, y, fold):
     The fit is on training and validation words; returned are the validation words' predictions by
     a fit on the training words.
     """
-    rows, n = np.concatenate([fold.train, fold.val]), len(fold.train)
+    rows = np.concatenate([fold.train, fold.val])
+    n = len(fold.train)
     split = [(np.arange(n), np.arange(n, len(rows)))]
     options = {"fit_intercept": True, "warn": False}
     alphas, weights, _, offset = solve_ridge_cv_svd(x[rows], y[rows], ALPHAS, cv=split, **options)
@@ -855,7 +862,7 @@ def fit_logistic(decoder, x, y, fold):
     if x.shape[1] > len(fold.train):  # the solution lies in the span of the training rows
         basis = np.linalg.qr(x[fold.train].T)[0]
     x = x @ basis
-    best, best_logits = -math.inf, None
+    best = -math.inf
     for C in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         fit = LogisticRegression(C=C, max_iter=2000, class_weight="balanced")
         fit.fit(x[fold.train], y[fold.train])
@@ -1046,7 +1053,8 @@ def measure_classes(out, y, names, orders):
     auc = word_auc(log_p, y, orders)
     if n_classes == 2:
         auc = auc[:, 1:]
-    truth, answers = y[orders], log_p.argmax(axis=1)
+    truth = y[orders]
+    answers = log_p.argmax(axis=1)
     cells = (np.arange(len(orders))[:, None] * n_classes + truth) * n_classes + answers
     confusion = np.bincount(cells.ravel(), minlength=len(orders) * n_classes**2)
     confusion = confusion.reshape(-1, n_classes, n_classes).astype(float)  # (P, truth, answers)
@@ -1080,7 +1088,8 @@ def measure_numbers(out, y, orders):
 
 def other_metrics(out, rows, target, fold):
     """measure(kept, shifts), as WordScorer.all_metrics, for targets that are no vectors."""
-    out, y = out.mean(axis=1), fold.Y[rows]
+    out = out.mean(axis=1)
+    y = fold.Y[rows]
 
     def measure(kept, shifts):
         orders = circular(shifts, int(kept.sum()), fold.gap)
@@ -1353,7 +1362,9 @@ def name_of_target(config, podcast):
 
 def content_of(config, windows, target, rows):
     """A hash of what a result depends on and options only name: recordings, targets, files."""
-    digest = hashlib.sha256(repr((windows.montage.content(), windows.key)).encode())
+    montage = windows.montage
+    content = repr((montage.names, montage.checksums(), windows.key))
+    digest = hashlib.sha256(content.encode())
     digest.update(rows.tobytes())
     if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
         digest.update(repr(files_in({"lm": config.lm})).encode())
@@ -1416,7 +1427,8 @@ def fit_and_score(run, config, experiment, X, fold, lag):
 
     X: {input: windows (words, ...)}.
     """
-    target, results = experiment.target, {}
+    target = experiment.target
+    results = {}
     for name, spec, source in decoders_of(config, target, X):
         x = torch.as_tensor(X[source], device=run.device)
         job = fold
@@ -1436,12 +1448,13 @@ def fit_and_score(run, config, experiment, X, fold, lag):
 
 def save_decoder(run, config, experiment, decoder, fold, facts):
     """models/lag_L_fold_K.pt for decode_apply.py: weights and z-scores, PCA, words, electrodes."""
-    target, vectors = experiment.target, pd.DataFrame()
+    target = experiment.target
+    vectors = pd.DataFrame()
     if target.kind == "vectors":
         vectors = pd.DataFrame(unit(fold.Y[fold.train]))
         vectors = vectors.groupby(target.labels[fold.train]).mean()
     mean, components, scale = fold.projection
-    electrodes, checksums = experiment.podcast.montage.content()
+    montage = experiment.podcast.montage
     state = {
         "kind": "decoder",
         "spec": decoder.spec,
@@ -1452,9 +1465,9 @@ def save_decoder(run, config, experiment, decoder, fold, facts):
         "vectors": torch.tensor(vectors.to_numpy(np.float32)),
         "pca": {"mean": torch.as_tensor(mean), "components": torch.as_tensor(components)},
         "scale": scale,
-        "electrodes": electrodes,
-        "recordings": checksums,
-        "sfreq": experiment.podcast.montage.sfreq,
+        "electrodes": montage.names,
+        "recordings": montage.checksums(),
+        "sfreq": montage.sfreq,
         "config": yaml.safe_load(yaml.safe_dump(asdict(config))),  # plain types
         **facts,
     }
@@ -1465,7 +1478,8 @@ def save_decoder(run, config, experiment, decoder, fold, facts):
 
 def single_electrodes(run, config, experiment, lags):
     """Ridge on each electrode alone, at each fold's lag of `lags`: a row of results.csv each."""
-    target, windows = experiment.target, experiment.inputs[""]
+    target = experiment.target
+    windows = experiment.inputs[""]
     names = windows.montage.names
     done = run.rows()
     done = set(done.electrode.dropna()) if "electrode" in done else set()
@@ -1527,9 +1541,11 @@ def summarise(results, lags):
             if metric == "val":
                 continue
             lower = metric in LOWER_IS_BETTER
-            score, null = values[:, :, 0].mean(axis=1), values[:, :, 1:].mean(axis=1)  # (lags, P)
+            score = values[:, :, 0].mean(axis=1)
+            null = values[:, :, 1:].mean(axis=1)  # (lags, shifts)
             extreme = null.min(axis=0) if lower else null.max(axis=0)
-            p, p_max = p_value(score, null.T, lower), p_value(score, extreme[:, None], lower)
+            p = p_value(score, null.T, lower)
+            p_max = p_value(score, extreme[:, None], lower)
             for lag, *tests, of_lag in zip(lags, p, fdr_q(p), p_max, values):
                 row = {"model": decoder, "metric": metric, "lag": lag, **interval_of(of_lag)}
                 rows.append({**row, **dict(zip(("p", "q", "p_max"), tests))})
@@ -1556,7 +1572,8 @@ def worth_of_pretraining(results, metric):
 def write_means(run, table, results, differences, metric):
     """lags.csv, and rows of results.csv: means over folds, at every lag and at the chosen ones."""
     write_aside(run.out / "lags.csv", table.to_csv(index=False))
-    n, keys = int(table.n.iloc[0]), table[["data", "target"]].iloc[0].to_dict()
+    n = int(table.n.iloc[0])
+    keys = table[["data", "target"]].iloc[0].to_dict()
     rows = table[["model", "metric", "lag", "score", "low", "high", "chance"]].to_dict("records")
     for decoder, metrics in results.items():
         for name in metrics:
@@ -1589,7 +1606,8 @@ def electrode_table(run, montage):
 
 def say_results(run, config, table, results, metric):
     """The closing lines: at the lags chosen on validation words, beside shifted words."""
-    lags, name, n = all_lags(config), METRIC_NAMES[metric], int(table.n.iloc[0])
+    lags = all_lags(config)
+    name = METRIC_NAMES[metric]
     for decoder, metrics in results.items():
         row = interval_of(at_chosen_lags(metrics, metric))
         chosen = ", ".join(f"{lags[i]:g}" for i in chosen_lags(metrics))
@@ -1598,7 +1616,7 @@ def say_results(run, config, table, results, metric):
         run.print(
             f"{decoder}: {name} {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] at the "
             f"lag chosen on validation words ({chosen} ms by fold), shifted words "
-            f"{row['chance']:.3f}, n = {n:,}; beyond chance (family-wise {FDR:g}) at "
+            f"{row['chance']:.3f}, n = {table.n.iloc[0]:,}; beyond chance (family-wise {FDR:g}) at "
             f"{', '.join(beyond) or 'no lag'}"
         )
         say_few_shifts(run, one.p, one.q, config.n_shifts)
@@ -1611,7 +1629,8 @@ def say_results(run, config, table, results, metric):
 
 def report(run, config, experiment, store):
     """Single electrodes, tables, figures and the closing lines, when every job is done."""
-    podcast, metric = experiment.podcast, PRIMARY[experiment.target.kind]
+    podcast = experiment.podcast
+    metric = PRIMARY[experiment.target.kind]
     results = store.read(all_lags(config), config.n_folds)
     table = summarise(results, all_lags(config))
     controls = summarise(store.read([None], config.n_folds), [None])

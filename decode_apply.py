@@ -139,7 +139,7 @@ def apply_decoders(config):
         f"{', '.join(format(state['lag'], 'g') for state in states)} ms; {len(scores.columns):,} "
         f"scores an event in {run.out / 'scores.csv'}"
     )
-    if set(montage.content()[1]) & set(states[0]["recordings"]):
+    if set(montage.checksums()) & set(states[0]["recordings"]):
         run.print("the decoders were trained on this very recording: its scores are no test")
     elif trained.word in events and states[0]["target"] == "vectors":
         score_words(run, config, scores, events[trained.word].to_numpy(str))

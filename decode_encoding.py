@@ -76,7 +76,8 @@ def fit_ridge(X, Y, fold):
     X (words, features), Y (words, targets); a target's alpha is the one that predicts the
     validation words best, and the fit is on training and validation words.
     """
-    rows, n = np.concatenate([fold.train, fold.val]), len(fold.train)
+    rows = np.concatenate([fold.train, fold.val])
+    n = len(fold.train)
     split = [(np.arange(n), np.arange(n, len(rows)))]
     options = {"fit_intercept": True, "cv": split, "warn": False}
     _, weights, scores, offset = solve_ridge_cv_svd(X[rows], Y[rows], ALPHAS, **options)
@@ -89,7 +90,8 @@ def fit_banded_ridge(spaces, Y, fold, seed):
     The third value is the correlation that each space contributes, (spaces, targets).
     """
     X = np.concatenate(spaces, axis=1)
-    rows, n = np.concatenate([fold.train, fold.val]), len(fold.train)
+    rows = np.concatenate([fold.train, fold.val])
+    n = len(fold.train)
     groups = np.repeat(np.arange(len(spaces)), [space.shape[1] for space in spaces])
     centre, offset = X[rows].mean(axis=0), Y[rows].mean(axis=0)
     model = GroupRidgeCV(
@@ -152,7 +154,8 @@ def summarise(folds_arrays, lags, names, n):
     table = interval_table(r.reshape(-1, len(lags) * len(names)), n)
     table.insert(0, "electrode", np.tile(names, len(lags)))
     table.insert(1, "lag", np.repeat(lags, len(names)))
-    table["p"], table["q"] = p.ravel(), fdr_q(p).ravel()
+    table["p"] = p.ravel()
+    table["q"] = fdr_q(p).ravel()
     table["p_max"] = p_value(r[0], largest[:, None, None]).ravel()
     chosen, at_chosen = [], []
     for arrays in folds_arrays:
@@ -197,7 +200,8 @@ def plot_encoding(path, lags, r, threshold, title, planted):
     )
     figure.colorbar(image, ax=image_axis, label="held-out correlation")
     image_axis.set_ylabel("electrodes, best first")
-    mean, sem = r.mean(axis=1), r.std(axis=1) / math.sqrt(r.shape[1])
+    mean = r.mean(axis=1)
+    sem = r.std(axis=1) / math.sqrt(r.shape[1])
     axis.fill_between(lags, mean - sem, mean + sem, alpha=0.3, lw=0)
     axis.plot(lags, mean, label="mean of electrodes (± SEM)")
     axis.plot(lags, r.max(axis=1), c="C3", lw=1, label="best electrode")
@@ -215,7 +219,8 @@ def plot_encoding(path, lags, r, threshold, title, planted):
 
 def report(run, config, podcast, folds_arrays, n):
     """Tables, figures and the closing lines."""
-    lags, names = all_lags(config), podcast.montage.names
+    lags = all_lags(config)
+    names = podcast.montage.names
     table, electrodes, r, threshold = summarise(folds_arrays, lags, names, n)
     for i, name in enumerate(config.embedding):
         if "alone" in folds_arrays[0]:

@@ -87,11 +87,12 @@ class EncoderInput:
 
     def __init__(self, montage, params, device):
         self.encoder, self.recipe = pretrained(params)
-        self.params, self.people = params, []
-        for recording, channels, mixing in montage.people:
-            if mixing is not None:
+        self.params = params
+        self.people = []
+        for person in montage.people:
+            if person.mixing is not None:
                 raise InputError("reference=laplacian is for windows, not for an encoder: leave it")
-            self.people.append(self.match(recording, channels))
+            self.people.append(self.match(person.recording, person.channels))
         weights = [value.numpy().tobytes() for value in self.encoder.state_dict().values()]
         facts = [(p["xyz"].tolist(), p["subject"], p["seen"]) for p in self.people]
         facts = repr((type(self).__name__, self.recipe, facts)).encode()
@@ -106,7 +107,8 @@ class EncoderInput:
 
     def describe(self):
         """How electrodes were matched, and what of the recordings pretraining has heard."""
-        counts, heard = {"name": 0, "position": 0, "absent": 0}, []
+        counts = {"name": 0, "position": 0, "absent": 0}
+        heard = []
         for person in self.people:
             for how, n in person["matched"].items():
                 counts[how] += n
@@ -151,7 +153,8 @@ class EncoderInput:
 
     def __call__(self, first, width):
         """(words, ...): windows of `width` samples from rows `first` (people, words) on."""
-        size, parts = self.params.get("foundation_model_batch_size", 64), []
+        size = self.params.get("foundation_model_batch_size", 64)
+        parts = []
         for person, row in zip(self.people, first):
             x, centre, scale = self.signal(person)
             rate = self.recipe["sfreq"] / person["recording"].sfreq
@@ -205,7 +208,8 @@ class FineTune(nn.Module):
         if not places:
             raise InputError("model=foundation_finetune needs preprocess=foundation_model_input")
         self.encoder, _ = pretrained({"model_dir": model_dir, "untrained": untrained})
-        self.subjects, self.sizes = list(subjects), [len(xyz) for xyz in places]
+        self.subjects = list(subjects)
+        self.sizes = [len(xyz) for xyz in places]
         for i, xyz in enumerate(places):
             self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
         config = self.encoder.config
@@ -237,7 +241,8 @@ class ForeignLatents:
 
     def __init__(self, montage, params, device):
         folder = model_folder(params)
-        self.montage, self.params = montage, params
+        self.montage = montage
+        self.params = params
         self.config = read_ini(folder).ecog_data_config
         if params.get("untrained"):
             raise InputError(f"untrained= is for encoders of foundation.py, not for {folder}")
@@ -287,7 +292,8 @@ class ForeignLatents:
                 f"a window of {width} samples is no number of blocks of {step}: take "
                 "config_setter=foundation_model, or another window="
             )
-        size, parts = self.params.get("foundation_model_batch_size", 64), []
+        size = self.params.get("foundation_model_batch_size", 64)
+        parts = []
         for begin in range(0, first.shape[1], size):
             samples = self.montage.samples(first[:, begin : begin + size], width)
             means = samples.reshape(*samples.shape[:2], -1, step).mean(axis=3)

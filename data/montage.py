@@ -1,77 +1,93 @@
 """Recordings side by side, as if their electrodes were one person's, and windows cut from them."""
 
 import re
+from dataclasses import dataclass
 
 import numpy as np
 
 from data import InputError, read_table
+from data.recording import Recording
+
+
+@dataclass
+class Person:
+    """One recording, the numbers of its channels, and what mixes them, (electrodes, channels)."""
+
+    recording: Recording
+    channels: np.ndarray
+    mixing: np.ndarray | None = None
 
 
 class Montage:
     """The chosen electrodes of one or more recordings.
 
-    people: [(Recording, numbers of its channels, mixing)], mixing being that of the reference or
-    None; names: 'sub-01 LGA1' and so on, one an electrode; sfreq: Hz; xyz: (electrodes, 3) in m;
-    gaps: electrodes that were left out since samples are missing.
+    people: a Person each; names: 'sub-01 LGA1' and so on, one an electrode; sfreq: Hz; xyz:
+    (electrodes, 3) in m; gaps: electrodes that were left out since samples are missing.
     """
 
     def __init__(self, chosen, reference="none"):
         """chosen: [(Recording, numbers of its channels)]; reference: none or laplacian."""
-        self.people, self.names, self.gaps, xyz = [], [], [], []
         self.sfreq = chosen[0][0].sfreq
+        self.people, self.names, self.gaps = [], [], []
+        xyz = []
         for recording, channels in chosen:
             if recording.sfreq != self.sfreq:
                 raise InputError(
                     f"{recording.path}: {recording.sfreq:g} Hz, the others {self.sfreq:g} Hz: "
                     "choose subjects= of one rate"
                 )
-            names = [f"{recording.path.name} {name}" for name in recording.names]
+            names = recording.path.name + " " + np.array(recording.names, dtype=object)
             finite = finite_channels(recording.signal)
-            self.gaps += [names[c] for c in channels if not finite[c]]
-            channels = channels[finite[channels]]
-            self.names += [names[c] for c in channels]
-            xyz.append(recording.xyz[channels])
-            mixing = None
+            complete = channels[finite[channels]]
+            self.names += names[complete].tolist()
+            self.gaps += names[channels[~finite[channels]]].tolist()
+            xyz.append(recording.xyz[complete])
+            person = Person(recording, complete)
             if reference == "laplacian":
-                sound = np.flatnonzero(recording.good & finite)
-                mixing = laplacian([recording.names[c] for c in sound])
-                mixing = mixing[np.searchsorted(sound, channels)]
-                channels = sound
-            self.people.append((recording, channels, mixing))
+                person.channels = np.flatnonzero(recording.good & finite)
+                mixing = laplacian(np.array(recording.names)[person.channels])
+                person.mixing = mixing[np.searchsorted(person.channels, complete)]
+            self.people.append(person)
         self.xyz = np.concatenate(xyz)
         if not self.names:
             raise InputError(f"every electrode misses samples (NaN): {', '.join(self.gaps[:5])}")
 
     def rows(self, start):
         """(people, events): the row of each person's signal at `start` (s)."""
-        return np.stack([recording.rows(start) for recording, _, _ in self.people])
+        return np.stack([person.recording.rows(start) for person in self.people])
 
     def inside(self, first, width):
         """(events,) whether windows of `width` from rows `first` (people, events) on are whole."""
-        lengths = np.array([len(recording.signal) for recording, _, _ in self.people])
+        lengths = np.array([len(person.recording.signal) for person in self.people])
         return ((first >= 0) & (first + width <= lengths[:, None])).all(axis=0)
 
     def samples(self, first, width):
         """(events, electrodes, width) float32 from rows `first` (people, events) on."""
         parts = []
-        for (recording, channels, mixing), begins in zip(self.people, first):
-            windows = np.empty((len(begins), len(channels), width), np.float32)
+        for person, begins in zip(self.people, first):
+            windows = np.empty((len(begins), len(person.channels), width), np.float32)
             for n, begin in enumerate(begins):
-                windows[n] = recording.signal[begin : begin + width][:, channels].T
-            parts.append(windows if mixing is None else mixing @ windows)
+                windows[n] = person.recording.signal[begin : begin + width][:, person.channels].T
+            if person.mixing is not None:
+                windows = person.mixing @ windows
+            parts.append(windows)
         return np.concatenate(parts, axis=1)
 
     def bin_means(self, rows, offsets, edges):
         """(lags, events, electrodes, bins): lag_windows of everyone."""
         parts = []
-        for (recording, channels, mixing), row in zip(self.people, rows):
-            windows = lag_windows(recording.signal, channels, row, offsets, edges)
-            parts.append(windows if mixing is None else mixing @ windows)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+        for person, row in zip(self.people, rows):
+            windows = lag_windows(person.recording.signal, person.channels, row, offsets, edges)
+            if person.mixing is not None:
+                windows = person.mixing @ windows
+            parts.append(windows)
+        if len(parts) == 1:  # a gigabyte need not be copied
+            return parts[0]
+        return np.concatenate(parts, axis=2)
 
-    def content(self):
-        """What of the recordings a result depends on: their electrodes and checksums."""
-        return self.names, [recording.meta.get("sha256") for recording, _, _ in self.people]
+    def checksums(self):
+        """What makers of recordings say of their content, one a person."""
+        return [person.recording.meta.get("sha256") for person in self.people]
 
 
 def finite_channels(signal):
@@ -150,14 +166,19 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
         if wanted.any():
             chosen.append((recording, np.flatnonzero(wanted)))
     if not chosen:
-        shafts = set()
-        for recording in recordings:
-            shafts.update(re.sub(r"\d+$", "", name) for name in recording.names)
         raise InputError(
             f"channels={channels} electrodes={electrodes} leave no electrode: there are "
-            f"{', '.join(sorted(shafts))}"
+            f"{', '.join(shafts(recordings))}"
         )
     return chosen
+
+
+def shafts(recordings):
+    """The names of all channels without their numbers."""
+    names = set()
+    for recording in recordings:
+        names.update(re.sub(r"\d+$", "", name) for name in recording.names)
+    return sorted(names)
 
 
 def is_subject(asked, recording):

@@ -200,7 +200,8 @@ def test_windows_are_mne_epochs_and_published_bins(podcast, tmp_path):
     options = {"window": 0.25, "preprocess": "preprocess_neural_data", "subjects": ["1"]}
     params = {"num_average_samples": 4}
     _, experiment = prepared(podcast, tmp_path, preprocessor_params=params, **options)
-    recording, channels, _ = experiment.podcast.montage.people[0]
+    person = experiment.podcast.montage.people[0]
+    recording, channels = person.recording, person.channels
     signal = recording.signal[:, channels].T.astype(float)
     info = mne.create_info(len(channels), recording.sfreq)
     raw = mne.io.RawArray(signal, info, first_samp=recording.first_sample, verbose="error")
@@ -220,7 +221,7 @@ def test_a_laplacian_takes_the_neighbours_on_the_shaft_away(podcast, tmp_path):
     assert np.allclose(mixing[3:], np.eye(5)[3:])
     options = {"reference": "laplacian", "channels": "LGA[23]", "subjects": ["1"]}
     _, experiment = prepared(podcast, tmp_path, **options)
-    recording, _, _ = experiment.podcast.montage.people[0]
+    recording = experiment.podcast.montage.people[0].recording
     rows, edges = experiment.rows[0], experiment.inputs[""].edges
     offset = [experiment.inputs[""].first(0, 300.0)]
     plain = montage.lag_windows(recording.signal, np.arange(4), rows, offset, edges)[0]

@@ -53,7 +53,8 @@ def test_latents_are_the_encoders_and_cached_by_weights_and_window(podcast, tmp_
     assert X.shape == (len(experiment.target.start), 2 * 4 * 6)  # two people, 4 tokens of 6
     encoder, _ = load_encoder(folder)
     first = experiment.inputs[""].first(experiment.rows, 300.0)
-    for i, (recording, channels, _) in enumerate(experiment.podcast.montage.people):
+    for i, person in enumerate(experiment.podcast.montage.people):
+        recording, channels = person.recording, person.channels
         x = recording.signal[: len(recording.signal) // 2 * 2, channels]
         x = x.reshape(-1, 2, len(channels)).mean(1)  # 128 to 64 Hz
         heard = x[: 55 * 64] if i == 0 else x  # a stranger's scale is of all of it

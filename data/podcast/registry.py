@@ -39,9 +39,11 @@ def call_setter(setter, experiment_config, montage, df_word, word_embeddings):
     import mne
 
     raws = []
-    for recording, channels, _ in montage.people:
-        info = mne.create_info([recording.names[c] for c in channels], recording.sfreq, "ecog")
-        signal = recording.signal[:, channels].T.astype(float)
+    for person in montage.people:
+        recording = person.recording
+        names = [recording.names[c] for c in person.channels]
+        info = mne.create_info(names, recording.sfreq, "ecog")
+        signal = recording.signal[:, person.channels].T.astype(float)
         raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
     return setter(experiment_config, raws, df_word, word_embeddings)
 
