@@ -15,6 +15,7 @@ import datetime
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.machinery
 import inspect
@@ -233,6 +234,7 @@ def load_function(spec, option):
         source = Path(file).read_text(encoding="utf-8")
         loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
         module = types.ModuleType(loader.name)
+        module.__file__ = file
         loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:  # a user's file may raise anything
@@ -327,8 +329,13 @@ def hash_code(Config):
     texts = list(_user_code)
     for path in {script, parent}:
         if path.is_file():
-            texts.append(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
+            texts.append(_hash_script(path))
     return _hash("".join(sorted(texts)))[:6]
+
+
+@functools.cache  # a row of results asks for it, and parsing a script takes 0.1 s
+def _hash_script(path):
+    return _hash(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def keep_memory():

@@ -1,0 +1,199 @@
+"""Recordings side by side, as if their electrodes were one person's, and windows cut from them."""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import InputError, read_table
+from data.recording import Recording
+
+
+@dataclass
+class Person:
+    """One recording, the numbers of its channels, and what mixes them, (electrodes, channels)."""
+
+    recording: Recording
+    channels: np.ndarray
+    mixing: np.ndarray | None = None
+
+
+class Montage:
+    """The chosen electrodes of one or more recordings.
+
+    people: a Person each; names: 'sub-01 LGA1' and so on, one an electrode; sfreq: Hz; xyz:
+    (electrodes, 3) in m; gaps: electrodes that were left out since samples are missing.
+    """
+
+    def __init__(self, chosen, reference="none"):
+        """chosen: [(Recording, numbers of its channels)]; reference: none or laplacian."""
+        self.sfreq = chosen[0][0].sfreq
+        self.people, self.names, self.gaps = [], [], []
+        xyz = []
+        for recording, channels in chosen:
+            if recording.sfreq != self.sfreq:
+                raise InputError(
+                    f"{recording.path}: {recording.sfreq:g} Hz, the others {self.sfreq:g} Hz: "
+                    "choose subjects= of one rate"
+                )
+            names = recording.path.name + " " + np.array(recording.names, dtype=object)
+            finite = finite_channels(recording.signal)
+            complete = channels[finite[channels]]
+            self.names += names[complete].tolist()
+            self.gaps += names[channels[~finite[channels]]].tolist()
+            xyz.append(recording.xyz[complete])
+            person = Person(recording, complete)
+            if reference == "laplacian":
+                person.channels = np.flatnonzero(recording.good & finite)
+                mixing = laplacian(np.array(recording.names)[person.channels])
+                person.mixing = mixing[np.searchsorted(person.channels, complete)]
+            self.people.append(person)
+        self.xyz = np.concatenate(xyz)
+        if not self.names:
+            raise InputError(f"every electrode misses samples (NaN): {', '.join(self.gaps[:5])}")
+
+    def rows(self, start):
+        """(people, events): the row of each person's signal at `start` (s)."""
+        return np.stack([person.recording.rows(start) for person in self.people])
+
+    def inside(self, first, width):
+        """(events,) whether windows of `width` from rows `first` (people, events) on are whole."""
+        lengths = np.array([len(person.recording.signal) for person in self.people])
+        return ((first >= 0) & (first + width <= lengths[:, None])).all(axis=0)
+
+    def samples(self, first, width):
+        """(events, electrodes, width) float32 from rows `first` (people, events) on."""
+        parts = []
+        for person, begins in zip(self.people, first):
+            windows = np.empty((len(begins), len(person.channels), width), np.float32)
+            for n, begin in enumerate(begins):
+                windows[n] = person.recording.signal[begin : begin + width][:, person.channels].T
+            if person.mixing is not None:
+                windows = person.mixing @ windows
+            parts.append(windows)
+        return np.concatenate(parts, axis=1)
+
+    def bin_means(self, rows, offsets, edges):
+        """(lags, events, electrodes, bins): lag_windows of everyone."""
+        parts = []
+        for person, row in zip(self.people, rows):
+            windows = lag_windows(person.recording.signal, person.channels, row, offsets, edges)
+            if person.mixing is not None:
+                windows = person.mixing @ windows
+            parts.append(windows)
+        if len(parts) == 1:  # a gigabyte need not be copied
+            return parts[0]
+        return np.concatenate(parts, axis=2)
+
+    def checksums(self):
+        """What makers of recordings say of their content, one a person."""
+        return [person.recording.meta.get("sha256") for person in self.people]
+
+
+def finite_channels(signal):
+    """(channels,) whether every sample is finite: else a channel's sum is not."""
+    total = np.zeros(signal.shape[1])
+    for begin in range(0, len(signal), 1 << 16):
+        total += signal[begin : begin + (1 << 16)].sum(axis=0, dtype=np.float64)
+    return np.isfinite(total)
+
+
+def lag_windows(signal, channels, rows, offsets, edges):
+    """Bin means of windows at many lags, by differences of cumulative sums: (L, N, C, B) float32.
+
+    signal: (T, C'); channels: (C,) of it; rows: (N,) of the events; offsets: (L,) samples from an
+    event to the first one of its window; edges: (B + 1,) of the bins, in samples of the window.
+    """
+    windows = np.empty((len(offsets), len(rows), len(channels), len(edges) - 1), np.float32)
+    at = rows[:, None] + np.asarray(edges)
+    widths = np.diff(edges)[:, None]
+    for begin in range(0, len(channels), 16):  # the sums are float64: a few channels at a time
+        some = channels[begin : begin + 16]
+        sums = np.zeros((len(signal) + 1, len(some)))
+        for first in range(0, len(signal), 8192):  # as much as a cache holds: four times as fast
+            block = signal[first : first + 8192, some].astype(np.float64)
+            block[0] += sums[first]
+            np.cumsum(block, axis=0, out=sums[first + 1 : first + 1 + len(block)])
+        for lag, offset in enumerate(offsets):
+            means = np.diff(sums[at + offset], axis=1) / widths  # (N, B, c)
+            windows[lag, :, begin : begin + 16] = means.transpose(0, 2, 1)
+    return windows
+
+
+def laplacian(names):
+    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any.
+
+    Neighbours have the same letters and a number that is one less or more; LA01 is beside LA2.
+    """
+    place = {}
+    for i, name in enumerate(names):
+        shaft, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+        if number:
+            place[shaft, int(number)] = i
+    mixing = np.eye(len(names), dtype=np.float32)
+    for (shaft, number), i in place.items():
+        neighbours = [key for key in ((shaft, number - 1), (shaft, number + 1)) if key in place]
+        for key in neighbours:
+            mixing[i, place[key]] = -1 / len(neighbours)
+    return mixing
+
+
+# ---- which electrodes
+
+
+def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
+    """[(Recording, numbers of its good channels)] of some people. Raises InputError.
+
+    subjects: sub-03, 3 or nyu_ids, none for all; channels: a regular expression, from a name's
+    beginning; electrodes: a CSV with columns subject and elec.
+    """
+    for asked in subjects:
+        if not any(is_subject(asked, recording) for recording in recordings):
+            there = ", ".join(recording.path.name for recording in recordings)
+            raise InputError(
+                f"subjects: {recordings[0].path.parent} has no {asked}, only {there}; "
+                f"its prepare.py adds people with subjects={asked}"
+            )
+    table = read_electrode_table(electrodes)
+    chosen = []
+    for recording in recordings:
+        if subjects and not any(is_subject(asked, recording) for asked in subjects):
+            continue
+        wanted = recording.good & [bool(re.match(channels, name)) for name in recording.names]
+        if table is not None:
+            listed = [is_subject(subject, recording) for subject in table.subject]
+            wanted &= np.isin(recording.names, table.elec[listed])
+        if wanted.any():
+            chosen.append((recording, np.flatnonzero(wanted)))
+    if not chosen:
+        raise InputError(
+            f"channels={channels} electrodes={electrodes} leave no electrode: there are "
+            f"{', '.join(shafts(recordings))}"
+        )
+    return chosen
+
+
+def shafts(recordings):
+    """The names of all channels without their numbers."""
+    names = set()
+    for recording in recordings:
+        names.update(re.sub(r"\d+$", "", name) for name in recording.names)
+    return sorted(names)
+
+
+def is_subject(asked, recording):
+    """Whether 'sub-03', '3', '03' or an nyu_id means this recording."""
+    digits = re.sub(r"\D", "", recording.subject).lstrip("0")
+    names = {recording.subject, recording.path.name, str(recording.meta.get("nyu_id", ""))}
+    return str(asked) in (names | {digits, digits.zfill(2)}) - {""}
+
+
+def read_electrode_table(path):
+    """The table of electrodes with columns subject and elec, None where there is no path."""
+    if not path:
+        return None
+    table = read_table(path, dtype=str)
+    for column in ("subject", "elec"):
+        if column not in table:
+            raise InputError(f"{path} has no column '{column}', only {', '.join(table)}")
+    return table

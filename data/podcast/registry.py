@@ -1,0 +1,57 @@
+"""podcast-benchmark's registry: decorators, so that a file that was made for it can be loaded as
+it is, and what it has registered itself.
+
+    @registry.register_model_constructor("name")    # or without a name: the function's own
+    def constructor(model_params): ...
+
+model=my_file.py:name finds it; nothing else is registered.
+"""
+
+
+def register_model_constructor(name=None):
+    """A decorator that lets a function be found under a name in its file."""
+
+    def register(function):
+        function.__globals__[name or function.__name__] = function
+        return function
+
+    return register
+
+
+register_data_preprocessor = register_config_setter = register_model_constructor
+
+
+def preprocess_neural_data(data, preprocessor_params):
+    """Means of num_average_samples, (words, electrodes, bins); decode.py makes them by itself."""
+    step = preprocessor_params.get("num_average_samples", 32)
+    return data.reshape(data.shape[0], data.shape[1], -1, step).mean(-1)
+
+
+def neural_conv(experiment_config, raws, df_word, word_embeddings):
+    """The setter of that name: how many channels there are."""
+    n_channels = sum(len(raw.ch_names) for raw in raws)
+    experiment_config.model_params["input_channels"] = n_channels
+    return experiment_config
+
+
+def call_setter(setter, experiment_config, montage, df_word, word_embeddings):
+    """What a config setter makes of experiment_config, given the recordings as MNE has them."""
+    import mne
+
+    raws = []
+    for person in montage.people:
+        recording = person.recording
+        names = [recording.names[c] for c in person.channels]
+        info = mne.create_info(names, recording.sfreq, "ecog")
+        signal = recording.signal[:, person.channels].T.astype(float)
+        raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
+    return setter(experiment_config, raws, df_word, word_embeddings)
+
+
+PUBLISHED = """\
+podcast-benchmark published (183 electrodes of 8 people; the best lag chosen on test words, @ ms):
+    GloVe               auc .6046@400, top-1/5/10 .0091/.0357/.0668@400, cosine .620@400
+    "gpt2" (also GloVe) auc .6050@200, top-1/5/10 .0073@400/.0307@800/.0552@800, cosine .619@800
+    arbitrary vectors   auc .5549@400, top-1/5/10 .0169@800/.0415@400/.0615@400, cosine .022@400
+    whisper 2AFC .7074@400; ROC-AUC of content words .590@200, part of speech .5305@600, sentence
+    onset .880@0; r of surprisal .059@400, volume .448@200; always saying 'the': top-1 .058"""

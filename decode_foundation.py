@@ -1,0 +1,307 @@
+"""Pretrained encoders of recordings for decode.py, plugged in as a file of yours would be.
+
+    python decode.py config/decode_foundation.yaml                                # frozen
+    python decode.py config/decode_foundation_finetune.yaml                       # trained as well
+
+preprocess=foundation_model_preprocessing_fn    frozen latents: the encoder's tokens of a window
+preprocess=foundation_model_input               what the encoder reads, for the next one
+model=foundation_finetune                       the encoder and a linear layer, both trained
+config_setter=foundation_model                  takes the window that the encoder was trained on
+
+preprocessor_params: model_dir, a run folder of foundation.py; untrained=K, the same encoder with
+random weights number K; foundation_model_batch_size. model_dir may also hold experiment_config.ini
+and model.pth of another code (an 8 x 8 grid, podcast-benchmark's document): then model=
+my_file.py:constructor gives the module that model.pth fits.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from configurator import InputError, check_keys, key_seed, load_function
+from data.podcast.benchmark_yaml import read_ini
+from data.recording import encoder_input, named_places, places, resampled, robust_scale
+from model import NeuralEncoder, load_encoder
+
+PARAMS = {"model_dir", "untrained", "foundation_model_batch_size", "model", "ch_names"}
+
+
+def model_folder(params):
+    """preprocessor_params.model_dir as a Path. Raises InputError."""
+    check_keys(params, PARAMS, "preprocessor_params")
+    folder = Path(params.get("model_dir", ""))
+    if not params.get("model_dir") or not folder.exists():
+        raise InputError(
+            f"preprocessor_params.model_dir={params.get('model_dir', '')} does not exist: give a "
+            "run folder of foundation.py (python foundation.py makes out/foundation), or a folder "
+            "with experiment_config.ini and model.pth"
+        )
+    return folder
+
+
+def is_foreign(folder):
+    return (folder / "experiment_config.ini").is_file()
+
+
+def pretrained(params):
+    """(NeuralEncoder, recipe) of model_dir; with untrained=K, random weights instead."""
+    encoder, recipe = load_encoder(model_folder(params))
+    if params.get("untrained"):
+        torch.manual_seed(key_seed("untrained", params["untrained"]))
+        encoder = NeuralEncoder(encoder.config).eval()
+    return encoder, recipe
+
+
+def frozen_latents(montage, params, device):
+    """The reader of preprocess=foundation_model_preprocessing_fn, see decode.Windows."""
+    if is_foreign(model_folder(params)):
+        return ForeignLatents(montage, params, device)
+    return FrozenLatents(montage, params, device)
+
+
+def foundation_model(experiment_config, raws, df_word, word_embeddings):
+    """podcast-benchmark's setter of that name: channel names, and the pretrained model's window."""
+    data_params = experiment_config.data_params
+    params = data_params.preprocessor_params
+    params["ch_names"] = [name for raw in raws for name in raw.ch_names]
+    folder = model_folder(params)
+    if is_foreign(folder):
+        data_params.window_width = read_ini(folder).ecog_data_config.sample_length
+    else:
+        data_params.window_width = load_encoder(folder)[1]["window"]
+    return experiment_config
+
+
+# ---- encoders of foundation.py
+
+
+class EncoderInput:
+    """Windows as an encoder of foundation.py was pretrained on them: its rate, bands and places.
+
+    Scales are those of pretraining's time where a recording was in it, else of all of it; no word
+    is looked at. People stand side by side: (words, electrodes, samples).
+    """
+
+    def __init__(self, montage, params, device):
+        self.encoder, self.recipe = pretrained(params)
+        self.params = params
+        self.people = []
+        for person in montage.people:
+            if person.mixing is not None:
+                raise InputError("reference=laplacian is for windows, not for an encoder: leave it")
+            self.people.append(self.match(person.recording, person.channels))
+        weights = [value.numpy().tobytes() for value in self.encoder.state_dict().values()]
+        facts = [(p["xyz"].tolist(), p["subject"], p["seen"]) for p in self.people]
+        facts = repr((type(self).__name__, self.recipe, facts)).encode()
+        self.key = hashlib.sha256(facts + b"".join(weights)).hexdigest()
+        self.model_params = {
+            "model_dir": params["model_dir"],
+            "untrained": params.get("untrained", 0),
+            "places": [p["xyz"].tolist() for p in self.people],
+            "subjects": [p["subject"] for p in self.people],
+        }
+        self.description = self.describe()
+
+    def describe(self):
+        """How electrodes were matched, and what of the recordings pretraining has heard."""
+        counts = {"name": 0, "position": 0, "absent": 0}
+        heard = []
+        for person in self.people:
+            for how, n in person["matched"].items():
+                counts[how] += n
+            if person["seen"]:
+                begin, end = person["seen"]
+                heard.append(f"{person['recording'].path.name} from {begin:.0f} to {end:.0f} s")
+        return (
+            f"{self.params['model_dir']}: electrodes {counts['name']} known by name, "
+            f"{counts['position']} by position only, {counts['absent']} without a place, left out; "
+            f"pretraining heard, without words, {', '.join(heard) or 'none of these recordings'}"
+        )
+
+    def match(self, recording, channels):
+        """How the encoder sees a person's recording: places, number in pretraining, signal."""
+        names = [recording.names[c] for c in channels]
+        good = recording.good[channels]
+        xyz = places(names, recording.xyz[channels], good, self.recipe["grid"])
+        xyz, matched = named_places(names, xyz, self.recipe)
+        person = {"recording": recording, "channels": channels, "xyz": xyz, "matched": matched}
+        person |= {"subject": -1, "seen": None, "signal": None}
+        for known in self.recipe["recordings"]:
+            dataset = Path(known["dataset"]).name
+            if (dataset, known["name"]) == (recording.path.parent.name, recording.path.name):
+                person["subject"] = self.recipe["subjects"].index(known["subject"])
+                person["seen"] = known["seen"]
+        return person
+
+    def signal(self, person):
+        """(signal (T', C, F) at the encoder's rate, centre, scale), made once."""
+        if person["signal"] is None:
+            recording = person["recording"]
+            x = resampled(recording.signal, recording.sfreq, self.recipe, person["channels"])
+            begin, end = 0, len(x)
+            if person["seen"]:
+                begin, end = np.round(np.multiply(person["seen"], self.recipe["sfreq"])).astype(int)
+            person["signal"] = x, *robust_scale(x[begin:end])
+        return person["signal"]
+
+    def read(self, person, batch):
+        """What becomes of a person's encoder input (words, electrodes, samples)."""
+        return batch
+
+    def __call__(self, first, width):
+        """(words, ...): windows of `width` samples from rows `first` (people, words) on."""
+        size = self.params.get("foundation_model_batch_size", 64)
+        parts = []
+        for person, row in zip(self.people, first):
+            x, centre, scale = self.signal(person)
+            rate = self.recipe["sfreq"] / person["recording"].sfreq
+            samples = np.arange(round(width * rate))
+            begin = np.round(row * rate).astype(int).clip(0, len(x) - len(samples))
+            batches = []
+            for at in np.split(begin, range(size, len(begin), size)):
+                windows = x[at[:, None] + samples]
+                batch = encoder_input(windows, self.recipe, centre, scale)
+                batches.append(self.read(person, batch))
+            parts.append(np.concatenate(batches))
+        return np.concatenate(parts, axis=1)
+
+
+class FrozenLatents(EncoderInput):
+    """The frozen encoder's tokens of a window, people side by side: (words, latents)."""
+
+    def __init__(self, montage, params, device):
+        super().__init__(montage, params, device)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+        self.encoder.to(device)
+        self.model_params = {}  # these are the finetuned decoder's
+
+    @torch.no_grad()
+    def read(self, person, batch):
+        x = torch.as_tensor(batch, device=self.device)
+        xyz = torch.as_tensor(person["xyz"], dtype=torch.float32, device=self.device)
+        subject = torch.full((len(x),), person["subject"], device=self.device)
+        return self.encoder(x, xyz, subject).flatten(1).cpu().numpy()
+
+
+class FineTune(nn.Module):
+    """The pretrained encoder and a linear layer on its tokens: (words, electrodes, samples) in.
+
+    places, subjects: of the people who stand side by side, as EncoderInput gives them.
+    """
+
+    def __init__(
+        self,
+        model_dir="",
+        untrained=0,
+        places=(),
+        subjects=(),
+        input_shape=(),
+        output_dim=50,
+        dropout=0.2,
+    ):
+        super().__init__()
+        if not places:
+            raise InputError("model=foundation_finetune needs preprocess=foundation_model_input")
+        self.encoder, _ = pretrained({"model_dir": model_dir, "untrained": untrained})
+        self.subjects = list(subjects)
+        self.sizes = [len(xyz) for xyz in places]
+        for i, xyz in enumerate(places):
+            self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
+        config = self.encoder.config
+        n_tokens = input_shape[1] // config.patch + (self.encoder.whole is not None)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(len(places) * n_tokens * config.n_embd, output_dim)
+
+    def forward(self, x):
+        parts = []
+        for i, part in enumerate(x.split(self.sizes, dim=1)):
+            subject = torch.full((len(x),), self.subjects[i], device=x.device)
+            xyz = getattr(self, f"xyz{i}")
+            parts.append(self.encoder(part, xyz, subject).flatten(1))
+        return self.head(self.dropout(torch.cat(parts, dim=1)))
+
+
+# ---- encoders of another code
+
+
+class ForeignLatents:
+    """Latents of a model that reads an 8 x 8 grid: model(batch, forward_features=True).
+
+    A batch is (words, 1, T, 8, 8): means of blocks at new_fs, electrodes G1 to G64 row by row,
+    zeros where there is none.
+    """
+
+    model_params: dict = {}
+    description = ""
+
+    def __init__(self, montage, params, device):
+        folder = model_folder(params)
+        self.montage = montage
+        self.params = params
+        self.config = read_ini(folder).ecog_data_config
+        if params.get("untrained"):
+            raise InputError(f"untrained= is for encoders of foundation.py, not for {folder}")
+        if ":" not in str(params.get("model", "")):
+            raise InputError(
+                f"{folder} holds a model of another code: give preprocessor_params.model="
+                "my_file.py:constructor, which makes the module of model.pth"
+            )
+        if montage.sfreq != self.config.original_fs:
+            raise InputError(
+                f"{folder} reads recordings at {self.config.original_fs:g} Hz, not "
+                f"{montage.sfreq:g} Hz"
+            )
+        self.cells = [self.cell(name.partition(" ")[2]) for name in montage.names]
+        if not any(cell is not None for cell in self.cells):
+            raise InputError(
+                f"{folder} reads electrodes G1 to G64, and there are "
+                f"{', '.join(montage.names[:6])}: choose others with subjects= or channels="
+            )
+        self.model = load_function(params["model"], "preprocessor_params.model")(read_ini(folder))
+        self.key = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
+        try:
+            state = torch.load(folder / "model.pth", weights_only=True, map_location="cpu")
+            self.model.load_state_dict(state)
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"{folder / 'model.pth'} is not the weights of {params['model']} "
+                f"({' '.join(str(error).split())[:160]})"
+            ) from None
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
+        self.model.to(device).eval()
+
+    @staticmethod
+    def cell(name):
+        """Number in the grid of an electrode, None where it is not of it."""
+        number = int(name[1:]) if name[:1] == "G" and name[1:].isdigit() else 0
+        return number - 1 if 1 <= number <= 64 else None
+
+    @torch.no_grad()
+    def __call__(self, first, width):
+        """(words, latents): windows of `width` samples from rows `first` (people, words) on."""
+        step = int(self.config.original_fs // self.config.new_fs)
+        if width % step:
+            raise InputError(
+                f"a window of {width} samples is no number of blocks of {step}: take "
+                "config_setter=foundation_model, or another window="
+            )
+        size = self.params.get("foundation_model_batch_size", 64)
+        parts = []
+        for begin in range(0, first.shape[1], size):
+            samples = self.montage.samples(first[:, begin : begin + size], width)
+            means = samples.reshape(*samples.shape[:2], -1, step).mean(axis=3)
+            grid = np.zeros((len(means), means.shape[2], 64), np.float32)
+            for electrode, cell in enumerate(self.cells):
+                if cell is not None:
+                    grid[:, :, cell] = means[:, electrode]
+            batch = torch.as_tensor(grid, device=self.device).view(len(grid), 1, -1, 8, 8)
+            latents = self.model(batch, forward_features=True)
+            parts.append(latents.flatten(1).float().cpu().numpy())
+        return np.concatenate(parts)

@@ -1,0 +1,356 @@
+"""Neuroprobe's binary tasks (arXiv 2509.21671), by the splits that its package fixes.
+
+    python data/braintreebank/prepare.py root=PATH                                    # once before
+    python decode_neuroprobe.py                               # Laplacian-referenced spectrograms
+    python decode_neuroprobe.py split=session                 # from another film of the same person
+    python decode_neuroprobe.py task=speech subjects=sub_1_trial001
+    python decode_neuroprobe.py config/decode_neuroprobe_encoder.yaml       # a pretrained encoder
+
+15 tasks on the second after a word's onset in films, 12 recordings. A row of results.csv is a
+recording, task and fold; leaderboard/ gets a JSON file a task in the leaderboard's form. Nothing
+here chooses a window or a split; validation windows choose the penalty or the epoch.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+import decode
+from configurator import InputError, Run, configure, key_seed
+from data import read_table, write_aside
+from data.montage import Montage, is_subject
+from data.recording import Recording, read_set
+
+
+@dataclass
+class Config:
+    dataset: str = "braintreebank"  # name under data/, or a folder of data/braintreebank/prepare.py
+    subjects: list[str] = field(default_factory=list)  # people or recordings to test; none: all
+    task: str = "all"  # or one of the set's
+    split: Literal["within", "session", "subject"] = (
+        "within"  # train on the film itself, on another
+    )
+    # film of the same person, or on another person
+    # ---- windows, as in decode.py
+    window: float = 1.0  # s from the onset on, the benchmark's
+    represent: Literal["bins", "spectrum"] = "spectrum"  # bin means, or log power over time
+    bins: int = 128  # of a window
+    spectrum_segment: float = 0.25  # s of a Hann window, half overlapping
+    spectrum_max: float = 150.0  # Hz
+    reference: Literal["none", "laplacian"] = "laplacian"  # minus the shaft's neighbours
+    preprocess: str = ""  # instead: see decode.Windows
+    preprocessor_params: dict = field(default_factory=dict)
+    # ---- decoder and training, as in decode.py
+    model: str = "logistic"  # one of decode.DECODERS, or my_file.py:constructor(model_params)
+    model_params: dict = field(default_factory=dict)
+    batch_size: int = 32  # windows
+    epochs: int = 60  # at most
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    patience: int = 10  # epochs without improvement on the validation windows
+    # ---- run
+    n_shifts: int = 1000  # circular shifts of the labels: the null
+    out_dir: str = "out/neuroprobe"  # results.csv, leaderboard/; a stopped run goes on
+    seed: int = 1337
+    device: str = "auto"  # cuda, mps, cpu
+
+    POSITIVE = "window bins spectrum_segment spectrum_max batch_size epochs learning_rate n_shifts"
+
+
+# Mean test ROC-AUC over all rows of the leaderboard's files, by split.
+LEADERBOARD = {
+    "linear on Laplacian-referenced spectrogram": (0.660, 0.648, 0.539),
+    "linear on spectrogram": (0.630, 0.626, 0.528),
+    "linear on raw voltage": (0.606, 0.576, 0.510),
+    "BrainBERT, pretrained, frozen": (0.587, 0.581, 0.522),
+    "BrainBERT, untrained, frozen": (0.585, 0.574, 0.527),
+    "PopulationTransformer": (0.545, 0.566, 0.526),
+}
+SPLITS = {"within": "Within-Session", "session": "Cross-Session", "subject": "Cross-Subject"}
+
+
+# ---- data
+
+
+class Benchmark:
+    """The prepared set: its recordings and tables of windows, opened when they are needed.
+
+    recordings: {name: Recording}; sources: {recording to be tested: the one it is trained on};
+    tasks: names.
+    """
+
+    def __init__(self, run, config):
+        self.run, self.config = run, config
+        self.folder = run.dataset(config.dataset)
+        meta = read_set(self.folder)
+        if "tasks" not in meta:
+            raise InputError(
+                f"{self.folder / 'meta.yaml'} names no tasks: decode_neuroprobe.py reads sets made "
+                "by data/braintreebank/prepare.py"
+            )
+        self.tasks = meta["tasks"]
+        if config.task != "all":
+            if config.task not in meta["tasks"]:
+                raise InputError(f"task={config.task} is none of all, {', '.join(meta['tasks'])}")
+            self.tasks = [config.task]
+        self.recordings = {}
+        for name in meta["recordings"]:
+            if (self.folder / name / "neuroprobe.csv").is_file():
+                self.recordings[name] = Recording(self.folder / name)
+        self.sources = self.choose_sources(meta["across_people"])
+        self.opened = {}  # recordings whose windows are being cut
+
+    def choose_sources(self, across_people):
+        """What each tested recording is trained on; those with nothing are left out and named."""
+        sources, without = {}, []
+        for name, recording in self.recordings.items():
+            asked = [s == name or is_subject(s, recording) for s in self.config.subjects]
+            if self.config.subjects and not any(asked):
+                continue
+            source = self.source(name, across_people)
+            if source is None:
+                without.append(name)
+            else:
+                sources[name] = source
+        if without:
+            self.run.print(
+                f"split={self.config.split}: nothing to train {', '.join(without)} on, left out"
+            )
+        if not sources:
+            raise InputError(
+                f"split={self.config.split} subjects={self.config.subjects}: {self.folder} leaves "
+                f"no recording to be tested; it has {', '.join(self.recordings)}"
+            )
+        return sources
+
+    def source(self, name, across_people):
+        """The recording that one is trained on, None where it is not prepared."""
+        subject = self.recordings[name].subject
+        if self.config.split == "within":
+            return name
+        if self.config.split == "subject":
+            other = self.recordings.get(across_people)
+            return across_people if other is not None and other.subject != subject else None
+        for other, recording in self.recordings.items():
+            if other != name and recording.subject == subject:
+                return other
+        return None
+
+    def table(self, name, task):
+        """The windows of a task in a recording, in the order of time: onset, label, splits."""
+        table = read_table(self.folder / name / "neuroprobe.csv")
+        return table[table.task == task].sort_values("onset", kind="stable")
+
+    def windows(self, name, onset):
+        """((N, channels, ...) float32, regions of the channels) of windows that begin at onsets."""
+        if name not in self.opened:
+            if len(self.opened) > 1:
+                self.opened.clear()  # a recording and what trains it, not all
+            recording = self.recordings[name]
+            montage = Montage([(recording, np.flatnonzero(recording.good))], self.config.reference)
+            if montage.gaps:
+                gaps = ", ".join(montage.gaps)
+                self.run.print(f"left out, since samples are missing (NaN): {gaps}")
+            cache = self.run.out.parent / "cache"
+            self.opened[name] = decode.Windows(montage, self.config, cache)
+        windows = self.opened[name]
+        montage = windows.montage
+        rows = montage.rows(onset)
+        if not montage.inside(rows, windows.width).all():
+            raise InputError(
+                f"{name}: a window of {self.config.window} s goes beyond the recording: the "
+                "benchmark's is 1 s"
+            )
+        lag = 500 * self.config.window  # from the onset on
+        if windows.are_bins:
+            x = bins_of_few(windows, windows.first(rows, lag))
+        else:
+            x = windows.at(rows, [lag])[0]
+        regions = dict(zip(self.recordings[name].names, self.recordings[name].channels.region))
+        return x, [regions[channel.partition(" ")[2]] for channel in montage.names]
+
+    def inputs(self, name, task):
+        """(windows (N, ...), [table], number of the first test window) for a recording and task.
+
+        What it is trained on comes first, where it is another recording.
+        """
+        names = list(dict.fromkeys([self.sources[name], name]))
+        tables = [self.table(n, task) for n in names]
+        parts = [self.windows(n, t.onset.to_numpy()) for n, t in zip(names, tables)]
+        arrays = [x for x, _ in parts]
+        if self.config.split == "subject" and not self.config.preprocess:
+            arrays = means_of_regions(*parts)
+        if len({x.shape[1:] for x in arrays}) > 1:
+            raise InputError(
+                f"split={self.config.split}: the inputs of {names[0]} and {name} have shapes "
+                f"{arrays[0].shape[1:]} and {arrays[1].shape[1:]}: take preprocess= an encoder "
+                "that makes the same of all"
+            )
+        return np.concatenate(arrays), tables, len(np.concatenate(arrays)) - len(tables[-1])
+
+
+def bins_of_few(windows, first):
+    """(words, electrodes, bins): window by window, since films are long and windows few."""
+    widths = np.diff(windows.edges).astype(np.float32)
+    parts = []
+    for begin in range(0, first.shape[1], 256):
+        samples = windows.montage.samples(first[:, begin : begin + 256], windows.width)
+        parts.append(np.add.reduceat(samples, windows.edges[:-1], axis=2) / widths)
+    return np.concatenate(parts)
+
+
+def means_of_regions(one, other):
+    """Windows of two people as means over brain regions that both have; unchanged without any.
+
+    Contacts have no counterpart in another person. one, other: (windows, regions of channels).
+    """
+    shared = sorted((set(one[1]) & set(other[1])) - {""})
+    if not shared:
+        return [one[0], other[0]]
+    arrays = []
+    for x, regions in (one, other):
+        x = x.reshape(len(x), len(regions), -1)
+        means = [x[:, np.array(regions) == region].mean(axis=1) for region in shared]
+        arrays.append(np.stack(means, axis=1))
+    return arrays
+
+
+def make_folds(tables, first, config):
+    """Folds of a recording and task, by the columns of its table; `first`: see Benchmark.inputs."""
+    table = tables[-1]
+    onset = table.onset.to_numpy()
+    gap = int(np.ceil(config.window / max(np.median(np.diff(onset)), 1e-3))) + 1
+    columns = ["across"]
+    if config.split == "within":
+        columns = sorted(c for c in table if c.startswith("within_"))
+    y = np.concatenate([t.label.to_numpy() for t in tables]).astype(np.int64)
+    folds = []
+    for k, column in enumerate(columns):
+        part = table[column].to_numpy()
+        train = np.arange(first) if first else np.flatnonzero(part == "train")
+        val, test = first + np.flatnonzero(part == "val"), first + np.flatnonzero(part == "test")
+        shifts = np.random.default_rng(key_seed(config.seed, "shift", k)).random(config.n_shifts)
+        folds.append(decode.Fold(k, train, val, test, shifts, gap, y))
+    return folds
+
+
+# ---- evaluate
+
+
+def score_task(run, config, benchmark, name, task):
+    """Rows of results.csv for a recording and task, written when all folds are done."""
+    rows = []
+    X, tables, first = benchmark.inputs(name, task)
+    X = torch.as_tensor(X, device=run.device)
+    onset = tables[-1].onset.to_numpy()
+    for fold in make_folds(tables, first, config):
+        target = decode.Target("classes", fold.Y, fold.Y, fold.Y, ["0", "1"])
+        decoder, val, _ = decode.fit_decoder(
+            config.model, config.model_params, X, target, fold, config
+        )
+        test = decode.predict(decoder, X[fold.test])
+        scores = decode.evaluate(val, test, target, fold, config)
+        train = decode.predict(decoder, X[fold.train]).mean(axis=1)
+        identity = np.arange(len(train))[None]
+        trained = decode.measure_classes(train, fold.Y[fold.train], target.names, identity)
+        n_near = 0
+        if not first:
+            far = decode.embargo(fold.test, fold.train, onset, config.window)
+            n_near = len(fold.test) - len(far)
+        for metric in ("roc_auc", "accuracy"):
+            score = scores[metric]
+            keys = {"recording": name, "task": task, "split": config.split, "fold": fold.number}
+            keys |= {"metric": metric, "model": config.model, "data": "BrainTreebank"}
+            keys |= {"train_score": trained[metric][0], "test_near_train": n_near}
+            keys["p"] = float(decode.p_value(score.value, score.null))
+            interval = score.value, score.null.mean(), score.low, score.high, score.n
+            rows.append((interval, keys))
+    for interval, keys in rows:
+        run.result(*interval, **keys)
+
+
+def write_leaderboard(folder, description, name, results):
+    """A JSON file a task in the leaderboard's form; author and the like are left to the user."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, part in results.groupby("task", sort=False):
+        evaluation = {}
+        for (recording, fold), rows in part.groupby(["recording", "fold"]):
+            person, trial = re.fullmatch(r"sub_(\d+)_trial(\d+)", recording).groups()
+            empty = {"time_bin_start": 0.0, "time_bin_end": 1.0, "folds": []}
+            population = {"population": {"one_second_after_onset": empty}}
+            entry = evaluation.setdefault(f"btbank{person}_{int(trial)}", population)
+            scores = {"fold_idx": int(fold)}
+            for row in rows.itertuples():
+                scores[f"train_{row.metric}"] = float(row.train_score)
+                scores[f"test_{row.metric}"] = float(row.score)
+            entry["population"]["one_second_after_onset"]["folds"].append(scores)
+        content = {
+            "model_name": name,
+            "description": description,
+            "author": "",
+            "organization": "",
+            "organization_url": "",
+            "timestamp": 0,
+            "evaluation_results": evaluation,
+        }
+        write_aside(folder / f"population_{task}.json", json.dumps(content, indent=2))
+
+
+def report(run, config, results, n_expected):
+    """leaderboard/ of what is done so far, and the closing lines."""
+    inputs = config.preprocess or config.represent
+    description = f"{config.model} on {inputs}, reference {config.reference}"
+    folder = run.out / "leaderboard" / SPLITS[config.split]
+    write_leaderboard(folder, f"decode_neuroprobe.py: {description}", run.out.name, results)
+    auc = results[results.metric == "roc_auc"]
+    each = auc.groupby(["recording", "task"], sort=False)[["score", "chance"]].mean()
+    for task, part in each.groupby("task", sort=False):
+        run.print(
+            f"{task}: ROC-AUC {part.score.mean():.3f} over {len(part)} recordings (shifted labels "
+            f"{part.chance.mean():.3f})"
+        )
+    by_recording = each.groupby("recording").score.mean().to_numpy()
+    interval = ""
+    if len(by_recording) > 1:
+        _, low, high = decode.over_folds(by_recording)
+        interval = f" [{low:.3f}, {high:.3f}] over recordings"
+    run.print(
+        f"{SPLITS[config.split]}, {description}: mean test ROC-AUC {by_recording.mean():.3f}"
+        f"{interval}, shifted labels {each.chance.mean():.3f}, {len(each)} of {n_expected} "
+        f"recordings x tasks, {auc.n.sum():,} test windows, {auc.test_near_train.sum():,.0f} of "
+        "which share samples with a training window (the split is the benchmark's)"
+    )
+    column = list(SPLITS).index(config.split)
+    published = [f"{model} {scores[column]:.3f}" for model, scores in LEADERBOARD.items()]
+    run.print(f"its leaderboard, mean over all rows: {', '.join(published)}")
+    run.print(f"{folder}: one JSON a task, author and organization left for you; {run.out}")
+
+
+def main(config):
+    run = Run(config)
+    benchmark = Benchmark(run, config)
+    checksums = [r.meta.get("sha256") for r in benchmark.recordings.values()]
+    content = repr((checksums, decode.files_in(config.preprocessor_params)))
+    run.content = hashlib.sha256(content.encode()).hexdigest()[:6]
+    jobs = [(name, task) for name in benchmark.sources for task in benchmark.tasks]
+    rows = run.rows()
+    done = set(zip(rows.recording, rows.task)) if len(rows) else set()
+    todo = [job for job in run.share(jobs) if job not in done]
+    bar = run.progress(len(todo), desc="recordings x tasks")
+    for name, task in todo:
+        score_task(run, config, benchmark, name, task)
+        bar.update()
+    bar.close()
+    results = run.merge()
+    if run.master:
+        report(run, config, results, len(jobs))
+    run.close()
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,87 @@
+"""decode_encoding.py finds the planted electrodes and lag, and nothing where nothing is."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from helpers import make_podcast
+from test_decode import PLANTED, hurt_copy
+
+import configurator
+import decode
+import decode_encoding
+from configurator import InputError
+from decode_encoding import Config
+
+
+@pytest.fixture(scope="module")
+def podcast(tmp_path_factory):
+    return make_podcast(tmp_path_factory.mktemp("podcast") / "set")
+
+
+def encoded(podcast, out, **options):
+    """electrodes.csv of a whole run in this process, by electrode."""
+    options = {"lags": [-300.0, 300.0], "n_folds": 3, "pca": 8, "device": "cpu", **options}
+    config = Config(dataset=str(podcast), out_dir=str(out), **options)
+    configurator.check(config)
+    decode_encoding.main(config)
+    return pd.read_csv(out / "electrodes.csv").set_index("electrode")
+
+
+def test_it_finds_lag_and_electrodes_and_splits_the_spaces(podcast, tmp_path, capsys):
+    spaces = {"embedding": ["gpt2-xl", "arbitrary"], "n_shifts": 200}
+    electrodes = encoded(podcast, tmp_path, lags=[-300.0, 0.0, 300.0, 600.0], **spaces)
+    table = pd.read_csv(tmp_path / "encoding.csv")
+    significant = table[table.p_max < 0.05]
+    assert set(significant.electrode) == PLANTED and set(significant.lag) == {300.0}
+    assert set(electrodes.index[electrodes.q < 0.05]) == PLANTED
+    best = table[(table.lag == 300.0) & table.electrode.isin(PLANTED)]
+    assert (best.low < best.r).all() and (best.r < best.high).all()
+    assert np.allclose(best["r_gpt2-xl"] + best.r_arbitrary, best.r, atol=0.02)
+    assert (best["r_gpt2-xl"] > best.r_arbitrary).all()
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert set(results.electrode) == set(electrodes.index) and results.p.notna().all()
+    assert {"encoding.png", "electrodes.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert "5 of 14 electrodes follow the embeddings" in capsys.readouterr().out
+
+
+def test_a_gap_in_one_electrode_changes_no_other(podcast, tmp_path, capsys):
+    whole = encoded(podcast, tmp_path / "whole", lags=[300.0])
+    hurt = encoded(hurt_copy(podcast, tmp_path / "set"), tmp_path / "hurt", lags=[300.0])
+    assert "missing (NaN): sub-01 LGA4" in capsys.readouterr().out
+    assert "sub-01 LGA4" not in hurt.index and len(hurt) == len(whole) - 1
+    assert np.allclose(hurt.score, whole.loc[hurt.index, "score"], atol=1e-5)
+    assert set(hurt.index[hurt.q < 0.05]) == PLANTED
+
+
+def test_too_few_shifts_are_told(podcast, tmp_path, capsys):
+    encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
+    assert "n_shifts=15 is too few" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_done_again(podcast, tmp_path, monkeypatch):
+    first = encoded(podcast, tmp_path, lags=[300.0], n_shifts=50)
+    monkeypatch.setattr(decode_encoding, "encode_fold", None)
+    pd.testing.assert_frame_equal(encoded(podcast, tmp_path, lags=[300.0], n_shifts=50), first)
+
+
+def test_correlations_of_shifted_words_are_numpys():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(40, 600)), rng.normal(size=(40, 600))
+    b[:, 0] = 1  # an electrode that never varies
+    orders = decode.circular(np.array([0.3, 0.8]), 40, 2)
+    r = decode_encoding.correlations(a, b, orders)
+    assert (r[:, 0] == 0).all()
+    for p, order in enumerate(orders):
+        assert np.isclose(r[p, 599], np.corrcoef(a[:, 599], b[order, 599])[0, 1], atol=1e-6)
+
+
+def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path):
+    refused = [
+        ({"embedding": []}, "embedding"),
+        ({"embedding": ["nosuch"]}, "neither lm, static"),
+        ({"window": 0.0}, "window=0.0 s"),
+        ({"n_folds": 1}, "n_folds=1"),
+    ]
+    for options, words in refused:
+        with pytest.raises(InputError, match=words):
+            encoded(podcast, tmp_path, **options)

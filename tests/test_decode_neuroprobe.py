@@ -1,0 +1,141 @@
+"""decode_neuroprobe.py by the benchmark's splits, on a small set in the prepared layout."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import decode_neuroprobe
+from configurator import InputError
+from data.recording import write_recording, write_set
+from decode_neuroprobe import Config
+from model import EncoderConfig, NeuralEncoder, save_checkpoint
+
+NAMES = ["sub_2_trial000", "sub_2_trial004", "sub_3_trial001"]
+CONTACTS = ["LA1", "LA2", "LA3", "LB1"]
+
+
+def splits(n):
+    """The columns of n windows: two folds within a film, and across films and people."""
+    half, quarter = n // 2, n // 4
+    first = ["val"] * quarter + ["test"] * (half - quarter)
+    across = ["val"] * half + ["test"] * (n - half)
+    return {
+        "within_0": first + ["train"] * (n - half),
+        "within_1": ["train"] * half + first,
+        "across": across,
+    }
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """Two films of person 2, one of person 3, in which loud words have power in LA2 to LB1."""
+    folder, rng = tmp_path_factory.mktemp("set"), np.random.default_rng(0)
+    for name in NAMES:
+        onset = 1 + 1.5 * np.arange(80) + rng.uniform(0, 0.3, 80)
+        loud = np.tile([1, 0], 40)
+        signal = rng.normal(size=(130 * 256, 4)).astype("f4")
+        for start in onset[loud == 1]:
+            begin = round(start * 256)
+            signal[begin : begin + 128, 1:] *= 1.6
+        channels = pd.DataFrame({"name": CONTACTS, "region": ["a", "a", "b", "c"]})
+        channels = channels.assign(x=0.01 * np.arange(4), y=0.0, z=0.0)
+        if name == NAMES[2]:
+            channels["region"] = ["a", "b", "b", ""]
+        meta = {"sfreq": 256.0, "unit": "V", "subject": name[:5], "source": "a test"}
+        events = pd.DataFrame({"onset": onset})
+        write_recording(folder / name, signal, channels, events, synthetic=True, **meta)
+        tables = []
+        for task, label in (("volume", loud), ("speech", rng.permutation(loud))):
+            table = pd.DataFrame({"task": task, "onset": onset, "label": label, **splits(80)})
+            tables.append(table)
+        pd.concat(tables).to_csv(folder / name / "neuroprobe.csv", index=False)
+    tasks = {"tasks": ["volume", "speech"], "across_people": NAMES[1]}
+    write_set(folder, NAMES, synthetic=True, **tasks)
+    return folder
+
+
+def options(benchmark, out, **changes):
+    given = {"dataset": str(benchmark), "out_dir": str(out), "task": "volume", "n_shifts": 50}
+    return {**given, "spectrum_max": 60.0, "device": "cpu", **changes}
+
+
+TESTED = {"within": NAMES, "session": NAMES[:2], "subject": NAMES[2:]}
+
+
+@pytest.mark.parametrize("split", TESTED)
+def test_it_runs_by_the_benchmarks_splits(benchmark, tmp_path, split, capsys):
+    given = options(benchmark, tmp_path, split=split)
+    decode_neuroprobe.main(Config(**given))
+    said = capsys.readouterr().out
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert set(results.recording) == set(TESTED[split])
+    assert results[["score", "chance", "low", "high", "n", "p"]].notna().all(axis=None)
+    assert results[results.metric == "roc_auc"].score.mean() > 0.65  # loudness was planted
+    assert "shifted labels" in said and ("left out" in said) == (split != "within")
+    file = next((tmp_path / "leaderboard").rglob("population_volume.json"))
+    evaluation = json.loads(file.read_text())["evaluation_results"]
+    names = {"sub_2_trial000": "btbank2_0", "sub_2_trial004": "btbank2_4"}
+    assert set(evaluation) == {names.get(name, "btbank3_1") for name in TESTED[split]}
+    folds = next(iter(evaluation.values()))["population"]["one_second_after_onset"]["folds"]
+    assert len(folds) == (2 if split == "within" else 1)
+    assert {"train_accuracy", "train_roc_auc", "test_accuracy", "test_roc_auc"} <= set(folds[0])
+    rows = (tmp_path / "results.part-0.jsonl").read_text()
+    decode_neuroprobe.main(Config(**given))  # everything is there
+    assert (tmp_path / "results.part-0.jsonl").read_text() == rows
+
+
+def test_voltages_and_trained_decoders(benchmark, tmp_path):
+    given = {"represent": "bins", "bins": 16, "subjects": [NAMES[0]], "epochs": 3}
+    for model in ("logistic", "pitom_model"):
+        out = tmp_path / model
+        decode_neuroprobe.main(Config(**options(benchmark, out, model=model, **given)))
+        results = pd.read_csv(out / "results.csv")
+        assert np.isfinite(results.score).all() and set(results.recording) == {NAMES[0]}
+
+
+def test_windows_read_one_by_one_are_those_of_cumulative_sums(benchmark):
+    import decode
+    from data.montage import Montage
+    from data.recording import Recording
+
+    config = Config(represent="bins", bins=16)
+    montage = Montage([(Recording(benchmark / NAMES[0]), np.arange(4))], "laplacian")
+    windows = decode.Windows(montage, config, None)
+    rows = montage.rows(np.array([3.1, 70.2]))
+    by_sums = windows.at(rows, [500.0])[0]
+    one_by_one = decode_neuroprobe.bins_of_few(windows, windows.first(rows, 500.0))
+    assert np.allclose(by_sums, one_by_one, atol=1e-5)
+
+
+def test_a_frozen_encoder_reads_people_with_other_electrodes(benchmark, tmp_path):
+    shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 6, "width": 16}
+    shape = EncoderConfig(**shape, n_layer=1, n_head=2, patch=16)
+    recipe = {"sfreq": 64.0, "window": 1.0, "patch": 16, "bands": [], "clamp": 8.0, "grid": ""}
+    recipe |= {"subjects": [], "recordings": []}
+    weights = {f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}
+    state = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
+    save_checkpoint(tmp_path / "best.pt", {**state, "model": weights})
+    scores = []
+    for untrained in (0, 1):
+        given = {"split": "subject", "preprocess": "foundation_model_preprocessing_fn"}
+        params = {"model_dir": str(tmp_path), "untrained": untrained}
+        out = tmp_path / str(untrained) / "out"
+        given |= {"preprocessor_params": params, "reference": "none"}
+        decode_neuroprobe.main(Config(**options(benchmark, out, **given)))
+        scores.append(pd.read_csv(out / "results.csv").set_index("metric").score.roc_auc)
+    assert scores[0] != scores[1]
+
+
+def test_bad_input_is_refused_in_a_sentence(benchmark, tmp_path):
+    refused = [
+        ({"task": "nosuch"}, "none of all, volume, speech"),
+        ({"subjects": ["sub_9"]}, "no recording to be tested"),
+        ({"window": 20.0}, "beyond the recording"),
+        ({"dataset": str(benchmark / "nosuch")}, "nosuch"),
+    ]
+    for changes, words in refused:
+        with pytest.raises(InputError, match=words):
+            decode_neuroprobe.main(Config(**options(benchmark, tmp_path / "out", **changes)))
