@@ -259,10 +259,7 @@ class Trials:
         parts = []
         for number, rec in enumerate(self.recordings):
             if rec.sfreq != self.sfreq:
-                raise InputError(
-                    f"{rec.path} has {rec.sfreq:g} Hz, others {self.sfreq:g}: "
-                    "prepare all with one sfreq="
-                )
+                raise InputError(f"{rec.path} has another rate: prepare all with one sfreq=")
             if "recording" in pretrained:
                 self.match_channels(rec, pretrained["recording"])
             self.check_channels(rec)
@@ -273,7 +270,12 @@ class Trials:
         self.recording = self.table.recording.to_numpy()
         self.row = self.table.row.to_numpy()
         self.number_subjects(held_out=())
-        self.place_channels()
+        shape = (len(self.recordings), max(len(rec.names) for rec in self.recordings))
+        self.xyz = np.full((*shape, 3), np.nan, np.float32)
+        self.scale = np.ones(shape, np.float32)
+        self.white = np.zeros((*shape, shape[1]), np.float32)
+        for i, rec in enumerate(self.recordings):
+            self.xyz[i, : len(rec.names)] = np.where(rec.good[:, None], rec.xyz, np.nan)
 
     def number_subjects(self, held_out):
         """Training subjects are numbers from 0 on, held-out ones -1."""
@@ -281,32 +283,17 @@ class Trials:
         numbers = {name: i for i, name in enumerate(self.subjects)}
         self.subject = self.table.subject.map(numbers).fillna(-1).astype(int).to_numpy()
 
-    def place_channels(self):
-        n_channels = max(len(rec.names) for rec in self.recordings)
-        shape = (len(self.recordings), n_channels)
-        self.xyz = np.full((*shape, 3), np.nan, np.float32)
-        self.scale = np.ones(shape, np.float32)
-        self.white = np.zeros((*shape, n_channels), np.float32)
-        for i, rec in enumerate(self.recordings):
-            self.xyz[i, : len(rec.names)] = np.where(rec.good[:, None], rec.xyz, np.nan)
-
     def match_channels(self, rec, recipe):
         """Give channels without a place the one that a pretrained encoder knows by their name."""
         if recipe["bands"]:
-            raise InputError(
-                f"encoder={self.config.encoder} was pretrained on bands side by side, and windows "
-                "here are the signal: give one of bands=[]"
-            )
-        every = np.ones(len(rec.names), bool)
-        xyz = places(rec.names, rec.xyz, every, recipe["grid"])
+            raise InputError("encoder=: pretrained on bands side by side; give one of bands=[]")
+        xyz = places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"])
         rec.xyz, counts = named_places(rec.names, xyz, recipe)
-        note = (
+        self.notes.append(
             f"channels of {rec.subject}: {counts['name']} known by name, {counts['position']} by "
-            f"position only, {counts['absent']} without a place"
+            f"position only, {counts['absent']} without a place; pretrained at "
+            f"{recipe['sfreq']:g} Hz, these are {self.sfreq:g} Hz"
         )
-        if recipe["sfreq"] != self.sfreq:
-            note += f"; pretrained at {recipe['sfreq']:g} Hz, these are {self.sfreq:g} Hz"
-        self.notes.append(note)
 
     def check_channels(self, rec):
         """Mark channels bad that are flat or hold nan; refuse those without a place."""
@@ -323,12 +310,12 @@ class Trials:
             self.notes.append(f"{rec.path.name}: {names} flat or with nan, left out")
         if not rec.good.any():
             raise InputError(f"{rec.path} has no good channel")
-        for name, place, good in zip(rec.names, rec.xyz, rec.good):
-            if good and not np.isfinite(place).all():
-                raise InputError(
-                    f"{rec.path / 'channels.csv'}: channel {name} has no position x, y, z in m: "
-                    "prepare it with montage=standard_1005, or mark it bad"
-                )
+        lost = rec.good & ~np.isfinite(rec.xyz).all(1)
+        if lost.any():
+            raise InputError(
+                f"{rec.path / 'channels.csv'}: channel {np.array(rec.names)[lost][0]} has no "
+                "position x, y, z in m: prepare it with montage=standard_1005, or mark it bad"
+            )
 
     def read_events(self, rec):
         """The trials of a recording whose window lies inside it, every column as it is typed."""
@@ -348,10 +335,8 @@ class Trials:
             begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
             end = begin + rec.meta["epoch_samples"]
             if first < begin or last >= end:
-                raise InputError(
-                    f"{rec.path} holds epochs of {begin / rec.sfreq} to {end / rec.sfreq} s: keep "
-                    "t_start, t_end, baseline and jitter inside"
-                )
+                holds = f"holds epochs of {begin / rec.sfreq} to {end / rec.sfreq} s"
+                raise InputError(f"{rec.path} {holds}: change t_start, t_end, baseline or jitter")
         inside = (events["row"] + first >= 0) & (events["row"] + last < len(rec.signal))
         if not inside.any():
             raise InputError(f"{rec.path}: the window lies outside the recording: change t_end")
@@ -404,7 +389,10 @@ class Trials:
             good = np.flatnonzero(rec.good)
             covariance = covariances.get(number)
             if covariance is None:
-                covariance = for_channels(mean, np.array(rec.names)[good])
+                names = np.array(rec.names)[good]
+                lacking = np.where(np.isin(names, mean.index), 0.0, np.diag(mean).mean())
+                covariance = mean.reindex(index=names, columns=names).fillna(0.0)
+                covariance = covariance + np.diag(lacking)
                 scales[number] = 1e-6 * np.sqrt(np.diag(covariance))
             self.scale[number] = np.median(scales[number])  # of absent channels, too
             self.scale[number, good] = scales[number]
@@ -435,14 +423,6 @@ def noise_covariance(x):
     limit = 10 * 1.4826 * np.median(np.abs(x)) + 1e-9
     x = x / np.maximum(1, np.abs(x).max(1, keepdims=True) / limit)  # a blink must not own it
     return sklearn.covariance.ledoit_wolf(x[::2])[0]
-
-
-def for_channels(covariance, names):
-    """A covariance (DataFrame) for other channels: those it lacks get the mean variance."""
-    lacking = ~np.isin(names, covariance.index)
-    variance = np.diag(covariance).mean()
-    wanted = covariance.reindex(index=names, columns=names).fillna(0.0)
-    return wanted + np.diag(np.where(lacking, variance, 0.0))
 
 
 # ---- data: splits
@@ -520,10 +500,7 @@ def deal_pictures(trials, rng, share):
     if n_groups >= 6:  # pictures and blocks fall into groups that share nothing
         return deal(rng, group[blocks], share)
     if n_blocks < 6 or n_images < 6:
-        raise InputError(
-            f"{trials.source} has {n_blocks} blocks and {n_images} pictures: 6 of each are needed "
-            "to split it"
-        )
+        raise InputError(f"{trials.source}: a split needs 6 blocks and 6 pictures at least")
     by_block = deal(rng, blocks, share)
     by_image = deal(rng, images, share)
     return np.where(by_block == by_image, by_block, -1)
@@ -563,12 +540,10 @@ def check_split(trials, sets):
     remedy = "change held_out_trials, held_out_objects or held_out_subjects"
     if trials.table.groupby("word").image.nunique().max() == 1:
         remedy = "every word has one picture: tell pictures apart when preparing (image_column=)"
-    n_evaluation = sum(len(sets[name]) for name in SETS)
-    for name, n_trials in (("train", len(sets["train"])), ("val", len(sets["val"]))):
-        if not n_trials:
+    evaluation = np.concatenate([sets[name] for name in SETS])
+    for name, ids in (("train", sets["train"]), ("val", sets["val"]), ("evaluation", evaluation)):
+        if not len(ids):
             raise InputError(f"{trials.source}: the split leaves no trial in '{name}': {remedy}")
-    if not n_evaluation:
-        raise InputError(f"{trials.source}: the split leaves nothing to evaluate: {remedy}")
 
 
 # ---- data: augmentation
@@ -729,21 +704,18 @@ class Loader:
         self.waited = 0.0  # seconds that the training loop waited
         self.threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
 
-    def order(self, subject, epoch):
-        """The order of a subject's trials in an epoch."""
-        if (subject, epoch) not in self.orders:
-            rng = np.random.default_rng(key_seed(self.config.seed, "epoch", subject, epoch))
-            self.orders[subject, epoch] = rng.permutation(self.by_subject[subject])
-        return self.orders[subject, epoch]
-
     def ids(self, step, micro):
         """Trial numbers of a micro-batch."""
         S, B = len(self.by_subject), self.config.batch_size
         first = (step * self.n_micro + micro) * B
         chosen = []
         for i in range(first, first + B):
-            epoch, j = divmod(i // S, len(self.by_subject[i % S]))
-            chosen.append(self.order(i % S, epoch)[j])
+            trials = self.by_subject[i % S]
+            epoch, j = divmod(i // S, len(trials))
+            if (i % S, epoch) not in self.orders:
+                rng = np.random.default_rng(key_seed(self.config.seed, "epoch", i % S, epoch))
+                self.orders[i % S, epoch] = rng.permutation(trials)
+            chosen.append(self.orders[i % S, epoch][j])
         return np.array(chosen)
 
     def make(self, step, micro):
@@ -797,10 +769,7 @@ class Text:
         self.prompt = self.encode(config.prompt)
         stop = self.encode(config.stop)
         if not self.prompt or len(stop) != 1:
-            raise InputError(
-                f"prompt={config.prompt!r} is {len(self.prompt)} tokens and stop={config.stop!r} "
-                f"{len(stop)}: one or more, and one, are needed"
-            )
+            raise InputError(f"stop={config.stop!r} must be one token, prompt= one or more")
         self.stop = stop[0]
         held_out = {same_word(word) for word in held_out}
         self.ids, self.synonyms, self.trained = {}, {}, {}
@@ -941,10 +910,8 @@ def build(run, config, trials):
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
     for key in FIXED.split() if config.init_from == "resume" else ():
         if state["config"][key] != getattr(config, key):
-            raise InputError(
-                f"{path} was trained with {key}={state['config'][key]}, the options say "
-                f"{getattr(config, key)}: resume with the options of its own config.yaml"
-            )
+            was = f"{path} was trained with {key}={state['config'][key]}"
+            raise InputError(f"{was}, the options say {getattr(config, key)}: resume with its own")
     lm = GPT(GPTConfig(**state["lm_args"]))
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     model = NeuralGPT(lm, encoder, **state["fusion_args"])
@@ -977,10 +944,7 @@ def load_pretrained(run, config, encoder, state):
         if name.startswith("encoder."):
             weights[name.removeprefix("encoder.")] = value
     share, new = load_matching(encoder, weights, MATCH, config.encoder)
-    run.print(
-        f"{config.encoder}: {share:.1%} of the encoder's weights are pretrained; new: "
-        f"{', '.join(new) or 'none'}"
-    )
+    run.print(f"{config.encoder}: {share:.1%} of the encoder is pretrained; new: {', '.join(new)}")
 
 
 def check_pretrained(config, trials, sets, manifest):
@@ -988,29 +952,27 @@ def check_pretrained(config, trials, sets, manifest):
     state = pretrained_state(config)
     if state is None:
         return
-    evaluation = np.concatenate([sets[name] for name in SETS])
     table = trials.table
-    held = table.image.isin(table.image.iloc[evaluation])
+    held = table.image.isin(table.image.iloc[np.concatenate([sets[name] for name in SETS])])
     held |= table.word.isin(manifest["held_out_words"])
     held |= table.subject.isin(manifest["held_out_subjects"])
     held = np.flatnonzero(held)
+    names = trial_names(trials, held)
     if state["kind"] == "telepath":
-        seen = set()
-        if state["trained_on"]["dataset"] == manifest["dataset"]:
-            seen = set(state["trained_on"]["trials"])
-        saw = [name in seen for name in trial_names(trials, held)]
+        known = state["trained_on"]["dataset"] == manifest["dataset"]
+        n_seen = len(set(names) & set(state["trained_on"]["trials"])) * known
     else:
-        spans = {}
+        spans = {}  # of time that it was trained on, s
         for recording in state["recording"]["recordings"]:
             if Path(recording["dataset"]).name == manifest["dataset"]:
                 spans[recording["name"]] = recording["seen"]
-        saw = []
-        for number, row in zip(trials.recording[held], trials.row[held]):
-            first, last = spans.get(trials.recordings[number].path.name, (math.inf, -math.inf))
-            saw.append(first <= row / trials.sfreq <= last)
-    if any(saw):
+        n_seen = 0
+        for name, row in zip(names, trials.row[held]):
+            first, last = spans.get(name.rpartition(":")[0], (math.inf, -math.inf))
+            n_seen += first <= row / trials.sfreq <= last
+    if n_seen:
         raise InputError(
-            f"encoder={config.encoder} saw the EEG of {sum(saw)} trials whose people, words or "
+            f"encoder={config.encoder} saw the EEG of {n_seen} trials whose people, words or "
             "pictures are held out here: pretrain on other recordings"
         )
 
@@ -1117,10 +1079,7 @@ class Training:
         self.resumed = self.step
         per_step = config.trials_per_step or config.batch_size * self.world
         if per_step % (config.batch_size * self.world):
-            raise InputError(
-                f"trials_per_step={per_step} must be a multiple of batch_size x ranks = "
-                f"{config.batch_size} x {self.world}"
-            )
+            raise InputError(f"trials_per_step={per_step} is no multiple of batch_size x ranks")
         n_micro = per_step // config.batch_size
         self.micros = range(self.rank, n_micro, self.world)
         plan = ((step, micro) for step in itertools.count(self.step) for micro in self.micros)
@@ -1162,10 +1121,7 @@ class Training:
         parameters = [p for group in self.groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not self.scaler.is_enabled() and not norm.isfinite():
-            raise InputError(
-                f"the gradient is not finite at step {self.step + 1}: try "
-                "a smaller learning_rate, or dtype=float32"
-            )
+            raise InputError(f"the gradient is not finite at step {self.step + 1}: lower the rates")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * lr_share(self.step, self.config)
         self.scaler.step(self.optimizer)
@@ -1551,8 +1507,8 @@ def prior_of_names(run, config, experiment):
 
 def unsayable(config, experiment):
     """Words longer than max_new_tokens."""
-    text = experiment.text
-    return [w for w in experiment.trials.words if len(text.ids[w]) > config.max_new_tokens]
+    ids = experiment.text.ids
+    return [w for w in experiment.trials.words if len(ids[w]) > config.max_new_tokens]
 
 
 def probes(experiment):
@@ -1600,8 +1556,7 @@ def report(run, config, experiment):
         run.result(**keys, data=trials.data, unsayable=len(long))
     samples = pd.concat(samples)
     write_aside(run.out / "samples.csv", samples.to_csv(index=False))
-    for name, part in table.groupby("set", sort=False):
-        print_set(run, name, part.set_index(["metric", "control"]))
+    run.print(summary(table).to_string(float_format="{:.3f}".format))
     for row in samples.groupby("set", sort=False).head(3).itertuples():
         run.print(f"    {row.set}: saw {row.word!r}, said {row.said!r}, ranked {row.ranked}")
     title = f"{trials.data}; lm={config.lm}, {config.encoder} encoder, fusion={config.fusion}"
@@ -1609,21 +1564,14 @@ def report(run, config, experiment):
     plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
 
 
-def print_set(run, name, table):
-    """Say the scores of one set."""
-    top1 = table.loc[("top1", "eeg")]
-    sentence = f"{name}: top-1 {with_interval(top1)} beside {top1.chance:.3f} of chance"
+def summary(table):
+    """A line a set and metric: score, interval, chance and controls."""
+    keys = ["set", "metric"]
+    main = table[table.control == "eeg"].set_index(keys)
     for control in ("shuffled", "empty", "majority"):
-        sentence += f", {with_interval(table.loc[('top1', control)])} {control}"
-    sentence += f"; corrected p {top1.p_corrected:.3f}"
-    for metric in ("top5", "naive accuracy", "flexible accuracy", "said by search", "similarity"):
-        score, shuffled = (table.loc[(metric, control)].score for control in ("eeg", "shuffled"))
-        sentence += f" | {metric} {score:.3f} beside {shuffled:.3f} shuffled"
-    run.print(f"{sentence} | n = {top1.n} trials")
-
-
-def with_interval(row):
-    return f"{row.score:.3f} [{row.low:.3f}, {row.high:.3f}]"
+        main[control] = table[table.control == control].set_index(keys).score
+    columns = ["score", "low", "high", "chance", "shuffled", "empty", "majority", "p", "n"]
+    return main.loc[pd.IndexSlice[:, list(METRICS)], columns].rename(index=METRICS, level=1)
 
 
 # ---- plots
@@ -1657,15 +1605,17 @@ def plot_curves(path, log, title):
     save_figure(figure, path)
 
 
+METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
+METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
+METRICS |= {"similarity": "similarity of what is said"}
 COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majority": "#d9a441"}
 
 
 def plot_results(path, table, title):
     """Every set beside its controls: dots with 95 % intervals over objects."""
-    metrics = ("top1", "top5", "flexible accuracy", "said by search")
-    figure, axes = plt.subplots(1, len(metrics), figsize=(13, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, len(METRICS), figsize=(15, 3.8), layout="constrained")
     sets = list(dict.fromkeys(table.set))
-    for axis, metric in zip(axes, metrics):
+    for axis, metric in zip(axes, METRICS):
         for k, (control, colour) in enumerate(COLOURS.items()):
             rows = table[(table.metric == metric) & (table.control == control)]
             x = [sets.index(name) + 0.16 * (k - 1.5) for name in rows.set]
@@ -1674,8 +1624,7 @@ def plot_results(path, table, title):
         x = np.arange(len(rows))
         axis.hlines(rows.chance, x - 0.4, x + 0.4, "k", lw=0.8, ls=":", label="chance")
         axis.set_xticks(range(len(sets)), [name.replace("_", "\n") for name in sets], fontsize=8)
-        axis.set_title(metric, fontsize=10)
-        axis.set_ylim(-0.02, None)
+        axis.set_title(METRICS[metric], fontsize=10)
     labels = axes[0].get_legend_handles_labels()
     figure.legend(*labels, fontsize=8, frameon=False, loc="outside lower center", ncols=5)
     figure.suptitle(title, fontsize=10)
