@@ -691,18 +691,25 @@ class Loader:
 
     Trial number i of the run, counted over all ranks, is of subject i mod S, whose trials come in
     an order keyed by (seed, epoch). Noise, jitter and synonyms are keyed by (step, micro-batch).
-    plan: (step, micro-batch) pairs in order.
+    n_micro: micro-batches of a step; micros: numbers of those of this rank; step: the first.
     """
 
-    def __init__(self, config, experiment, ids, n_micro, plan):
-        self.config, self.experiment = config, experiment
-        self.n_micro, self.plan = n_micro, plan
+    def __init__(self, config, experiment, ids, n_micro, micros, step):
+        self.config = config
+        self.experiment = experiment
+        self.n_micro = n_micro
+        self.plan = iter(self.micro_batches(micros, step))
         subject = experiment.trials.subject[ids]
         self.by_subject = [ids[subject == number] for number in np.unique(subject)]
         self.orders = {}
         self.ahead = deque()
         self.waited = 0.0  # seconds that the training loop waited
         self.threads = ThreadPoolExecutor(config.num_workers) if config.num_workers else None
+
+    def micro_batches(self, micros, first):
+        for step in itertools.count(first):
+            for micro in micros:
+                yield step, micro
 
     def ids(self, step, micro):
         """Trial numbers of a micro-batch."""
@@ -789,7 +796,9 @@ class Text:
         for i, part in enumerate(text.split("<|endoftext|>")):
             if i and self.tokenizer.eot is None:
                 raise InputError("the tokenizer of lm= has no <|endoftext|>: give prompt=, stop=")
-            ids += [self.tokenizer.eot] * (i > 0) + (self.tokenizer.encode(part) if part else [])
+            if i:
+                ids.append(self.tokenizer.eot)
+            ids += self.tokenizer.encode(part)
         return ids
 
     def name(self, word):
@@ -808,7 +817,7 @@ class Text:
         T is the prompt and K slots of W tokens. A slot sees the prompt and itself.
         """
         P, K = len(self.prompt), len(rows[0])
-        W = max(len(ids) for names in rows for ids in names)
+        W = max(len(ids) for ids in itertools.chain(*rows))
         idx = torch.zeros(len(rows), P + K * W, dtype=torch.long)
         target = torch.full((len(rows), K, W + 1), -1)
         idx[:, :P] = torch.tensor(self.prompt)
@@ -1068,7 +1077,10 @@ class Training:
         self.groups = freeze(experiment.model, config)
         self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98))
         self.step = 0
-        self.best, self.best_step = math.inf, 0
+        self.best = math.inf  # ranking loss, and its step
+        self.best_step = 0
+        self.durations: list[float] = []  # s of the steps, and of a validation
+        self.validation = 0.0
         self.reference = {}  # dpo: what the weights that learn were at first
         if config.stage == "dpo":
             for name, p in experiment.model.named_parameters():
@@ -1082,8 +1094,7 @@ class Training:
             raise InputError(f"trials_per_step={per_step} is no multiple of batch_size x ranks")
         n_micro = per_step // config.batch_size
         self.micros = range(self.rank, n_micro, self.world)
-        plan = ((step, micro) for step in itertools.count(self.step) for micro in self.micros)
-        self.loader = Loader(config, experiment, ids, n_micro, plan)
+        self.loader = Loader(config, experiment, ids, n_micro, self.micros, self.step)
         self.net = experiment.model
         if self.world > 1:
             devices = [run.device] if run.device.type == "cuda" else None
@@ -1118,7 +1129,7 @@ class Training:
     def update(self):
         """One optimiser step; returns the gradient's norm."""
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.groups for p in group["params"]]
+        parameters = itertools.chain(*(group["params"] for group in self.groups))
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         if not self.scaler.is_enabled() and not norm.isfinite():
             raise InputError(f"the gradient is not finite at step {self.step + 1}: lower the rates")
@@ -1141,7 +1152,7 @@ def lr_share(step, config):
 
 
 def supervised_step(run, config, experiment, training):
-    """One step towards the names of what was seen: {what: mean over micro-batches}."""
+    """One step towards the names of what was seen: losses of each micro-batch, gradient norm."""
     experiment.model.train()
     parts = []
     for _, batch in training.batches():
@@ -1156,7 +1167,7 @@ def supervised_step(run, config, experiment, training):
             loss = loss + config.align * part["align"]
         training.backward(loss)
         parts.append({"loss": loss.detach(), **part})
-    return mean_of(parts), training.update()
+    return parts, training.update()
 
 
 def preference_step(run, config, experiment, training):
@@ -1182,7 +1193,7 @@ def preference_step(run, config, experiment, training):
         training.backward(loss)
         right = (margin > 0).float().mean()
         parts.append({"loss": loss.detach(), "margin": margin.mean(), "preferred": right})
-    return mean_of(parts), training.update()
+    return parts, training.update()
 
 
 def packed(text, rows, device):
@@ -1192,17 +1203,13 @@ def packed(text, rows, device):
     return keys, target
 
 
-def mean_of(parts):
-    return {key: sum(part[key].detach() for part in parts) / len(parts) for key in parts[0]}
-
-
 def align_loss(first, batch, experiment):
     """Cross-entropy of the first neural token (B, C) among the training words' embeddings.
 
     Silent trials do not count: they know no word.
     """
     space, names = experiment.space, experiment.train_points.to(first.device)
-    words = [experiment.trials.words[number] for number in batch.word]
+    words = [experiment.trials.words[number] for number in batch.word.tolist()]
     target = np.searchsorted(experiment.train_words, words)
     target = torch.from_numpy(target).to(first.device)
     first = unit(first.float() - space.mean.to(first.device), 0.01 * space.size)
@@ -1263,30 +1270,33 @@ def rank(run, experiment, ids, names, silenced=()):
     silenced: numbers of the window's samples that are set to 0. In float32 from the last layer
     on: half precision would tie names.
     """
-    model, trials = experiment.model.eval(), experiment.trials
+    trials = experiment.trials
     packs = pack_names(experiment, names, run.device)
-    head = model.lm.transformer.wte.weight.float()
-    start = len(experiment.text.prompt) - 1
-
-    def score(signal, xyz, subject):
-        with run.autocast():
-            n = model.prefix(signal.to(run.device), xyz.to(run.device), subject.to(run.device))
-        scores = []
-        for idx, position, mask, target in packs:
-            with run.autocast():
-                x = model.trunk(n, idx.expand(len(n), -1), position, mask)[:, start:]
-            lp = log_probs(F.linear(x.float(), head), target.expand(len(n), -1, -1))
-            scores.append(lp.sum(-1))
-        return torch.cat(scores, dim=1).double().cpu().numpy()
-
     rows = []
     for part in np.split(ids, range(32, len(ids), 32)):
         signal, xyz, subject = trials.batch(part)
         signal[..., list(silenced)] = 0
-        rows.append(score(signal, xyz, subject))
+        rows.append(score_packs(run, experiment, packs, signal, xyz, subject))
     signal, xyz, subject = trials.batch(ids[:1])
-    empty = score(torch.zeros_like(signal), xyz, torch.full_like(subject, -1))
+    silence, nobody = torch.zeros_like(signal), torch.full_like(subject, -1)
+    empty = score_packs(run, experiment, packs, silence, xyz, nobody)
     return np.concatenate(rows), empty[0]
+
+
+def score_packs(run, experiment, packs, *signals):
+    """Log-probability (N, K) of packed names after signals."""
+    model = experiment.model.eval()
+    head = model.lm.transformer.wte.weight.float()
+    start = len(experiment.text.prompt) - 1
+    with run.autocast():
+        n = model.prefix(*(tensor.to(run.device) for tensor in signals))
+    scores = []
+    for idx, position, mask, target in packs:
+        with run.autocast():
+            x = model.trunk(n, idx.expand(len(n), -1), position, mask)[:, start:]
+        lp = log_probs(F.linear(x.float(), head), target.expand(len(n), -1, -1))
+        scores.append(lp.sum(-1))
+    return torch.cat(scores, dim=1).double().cpu().numpy()
 
 
 def pack_names(experiment, names, device):
@@ -1463,16 +1473,11 @@ def score_said(card, text, table, majority, said, nothing):
     """Accuracy of the texts that were said, to the letter and flexibly."""
     names = sorted(set(table.word))
     own = np.searchsorted(names, table.word)
-    for metric in ("naive accuracy", "flexible accuracy"):
-
-        def right(answer, word, metric=metric):
-            if metric == "naive accuracy":
-                return naive(answer, word)
-            return flexible(answer, word, text.synonyms[word])
-
+    for metric, right in (("naive accuracy", naive), ("flexible accuracy", flexible)):
         good = np.zeros((len(said), len(names)))
-        for i, answer in enumerate(said):
-            good[i] = [right(answer, name) for name in names]
+        for j, name in enumerate(names):
+            answers = (name, text.synonyms[name]) if right is flexible else (name,)
+            good[:, j] = [right(answer, *answers) for answer in said]
         most = [right(majority, word) for word in table.word]
         card.add_with_shuffled(metric, good, own, np.mean(most))
         card.add(metric, [right(nothing, word) for word in table.word], np.mean(most), "empty")
@@ -1483,7 +1488,7 @@ def best_names(scores, names, words):
     """The five best of a set's names for each trial, as a text."""
     columns = np.searchsorted(words, names)
     best = np.argsort(-scores[:, columns], axis=1, kind="stable")[:, :5]
-    return [" ".join(names[j] for j in row) for row in best]
+    return [" ".join(row) for row in np.array(names)[best]]
 
 
 def validate(run, config, experiment):
@@ -1505,12 +1510,6 @@ def prior_of_names(run, config, experiment):
     return np.logaddexp.reduce(scores, axis=0) - math.log(len(ids))
 
 
-def unsayable(config, experiment):
-    """Words longer than max_new_tokens."""
-    ids = experiment.text.ids
-    return [w for w in experiment.trials.words if len(ids[w]) > config.max_new_tokens]
-
-
 def probes(experiment):
     """Validation trials whose neural tokens are kept: one each of some words."""
     ids = experiment.sets["val"]
@@ -1529,14 +1528,39 @@ def keep_tokens(run, experiment, step):
         np.save(file, tokens.float().cpu().numpy())
 
 
-def report(run, config, experiment):
-    """Score the evaluation sets, once, and draw the figures."""
-    trials = experiment.trials
-    long = unsayable(config, experiment)
-    if long:
+def report(run, config, experiment, training):
+    """Score the evaluation sets with the best model, once, and draw the figures."""
+    run.barrier()
+    experiment.model.load_state_dict(run.load("best.pt")["model"])
+    if run.master:
+        rows, samples = evaluate_sets(run, config, experiment)
+        table = pd.DataFrame(rows)
+        decisive = (table.metric == "top1") & (table.control == "eeg")
+        corrected = mne.stats.bonferroni_correction(table.p[decisive])[1]
+        table.loc[decisive, "p_corrected"] = corrected.clip(max=1)
+        for row in table.to_dict("records"):
+            run.result(**{key: value for key, value in row.items() if value == value})  # no nan
+        write_aside(run.out / "samples.csv", samples.to_csv(index=False))
+        run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
+        run.print(summary(table).to_string(float_format="{:.3f}".format))
+        title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
+        plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
+        plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
+    run.merge()
+    run.print(
+        f"step {training.best_step} was chosen on validation (ranking loss {training.best:.3f}); "
+        f"{training.loader.waited:.2f} s were spent waiting for data"
+    )
+
+
+def evaluate_sets(run, config, experiment):
+    """Rows and samples of all evaluation sets that have trials."""
+    words, ids = experiment.trials.words, experiment.text.ids
+    unsayable = [word for word in words if len(ids[word]) > config.max_new_tokens]
+    if unsayable:
         run.print(
-            f"{len(long)} of {len(trials.words)} names are longer than max_new_tokens="
-            f"{config.max_new_tokens} and cannot be said: {', '.join(long[:10])}"
+            f"{len(unsayable)} of {len(words)} names are longer than max_new_tokens="
+            f"{config.max_new_tokens} and cannot be said: {', '.join(unsayable[:10])}"
         )
     prior = prior_of_names(run, config, experiment)
     rows, samples = [], []
@@ -1545,23 +1569,10 @@ def report(run, config, experiment):
             run.print(f"set {name} is empty with these data and options")
             continue
         set_rows, set_samples = evaluate(run, config, experiment, name, prior)
-        rows += set_rows
         samples.append(set_samples)
-    table = pd.DataFrame(rows)
-    decisive = (table.metric == "top1") & (table.control == "eeg")
-    corrected = mne.stats.bonferroni_correction(table.p[decisive])[1]
-    table.loc[decisive, "p_corrected"] = corrected.clip(max=1)
-    for row in table.to_dict("records"):
-        keys = {key: value for key, value in row.items() if value == value}  # no nan
-        run.result(**keys, data=trials.data, unsayable=len(long))
-    samples = pd.concat(samples)
-    write_aside(run.out / "samples.csv", samples.to_csv(index=False))
-    run.print(summary(table).to_string(float_format="{:.3f}".format))
-    for row in samples.groupby("set", sort=False).head(3).itertuples():
-        run.print(f"    {row.set}: saw {row.word!r}, said {row.said!r}, ranked {row.ranked}")
-    title = f"{trials.data}; lm={config.lm}, {config.encoder} encoder, fusion={config.fusion}"
-    plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
-    plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
+        for row in set_rows:
+            rows.append({**row, "data": experiment.trials.data, "unsayable": len(unsayable)})
+    return rows, pd.concat(samples)
 
 
 def summary(table):
@@ -1637,24 +1648,28 @@ UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 WARM_UP = 3  # steps that are not measured
 
 
-def settle(run, config, training, durations, validation):
+def settle(run, config, training):
     """With `minutes`, settle max_iters once enough steps were measured.
 
-    durations: s of the steps so far; validation: s of one. The last evaluation takes about ten.
+    The last evaluation takes as long as some ten validations.
     """
-    measured = run.reduce(sum(durations[WARM_UP:]), "max")
+    durations = training.durations[WARM_UP:]
+    measured = run.reduce(sum(durations), "max")
     if config.max_iters != UNSETTLED or measured < min(20.0, 3 * config.minutes):
         return
-    step = measured / len(durations[WARM_UP:])
-    left = 60 * config.minutes - run.reduce(time.time() - run.start, "max") - 10 * validation
-    n_steps = left / (step + validation / config.eval_interval)
+    step = measured / len(durations)
+    elapsed = run.reduce(time.time() - run.start, "max")
+    left = 60 * config.minutes - elapsed - 10 * training.validation
+    n_steps = left / (step + training.validation / config.eval_interval)
     config.max_iters = training.step + max(1, int(n_steps))
     run.save_config()
     run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
 
 
 def describe(run, experiment):
-    """Say what is trained on what."""
+    """Say what is trained on what, and write splits.json."""
+    if run.master:
+        write_aside(run.out / "splits.json", json.dumps(experiment.manifest, indent=1))
     trials = experiment.trials
     run.print("\n".join(dict.fromkeys(trials.notes)))
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
@@ -1696,13 +1711,35 @@ def save(run, config, experiment, training, name):
     run.save(name, state)
 
 
+def validate_and_choose(run, config, experiment, training):
+    """Score validation trials, keep the probes' neural tokens, and the model if it is the best."""
+    start = time.time()
+    scores = validate(run, config, experiment)
+    training.validation = run.reduce(time.time() - start, "max")
+    run.log(training.step, **scores)
+    if run.master:
+        keep_tokens(run, experiment, training.step)
+    if scores["val_rank_loss"] < training.best:
+        training.best = scores["val_rank_loss"]
+        training.best_step = training.step
+        save(run, config, experiment, training, "best.pt")
+
+
+def log_step(run, config, training, parts, norm):
+    """Log what the losses (a dict of each micro-batch) were made of, mean over ranks."""
+    if training.step % config.log_interval == 0 or training.step == 1:
+        numbers = {}
+        for key in parts[0]:
+            mean = torch.stack([part[key].detach() for part in parts]).mean()
+            numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
+        run.log(training.step, **numbers, grad_norm=norm.item())
+
+
 def main(config):
     config.out_dir = config.out_dir or "out/telepath" + "_dpo" * (config.stage == "dpo")
     run = Run(config)
     experiment = prepare(run, config, run.dataset(config.dataset))
     training = Training(run, config, experiment, experiment.sets["train"])
-    if run.master:
-        write_aside(run.out / "splits.json", json.dumps(experiment.manifest, indent=1))
     describe(run, experiment)
     run.rewind(training.step)
     if config.minutes and not training.step:
@@ -1710,48 +1747,28 @@ def main(config):
     if config.compile:
         experiment.model.lm.compile_blocks()
     train_step = preference_step if config.stage == "dpo" else supervised_step
-    durations = []
     bar = run.progress(config.max_iters, training.step, config.stage)
     run.stopping()  # from here on a signal waits for the end of a step
     while True:
         finished = training.step >= config.max_iters
         moved = training.step != training.resumed
-        start = time.time()
-        if finished or (moved and training.step % config.eval_interval == 0) or not training.step:
-            scores = validate(run, config, experiment)
-            validation = time.time() - start
-            run.log(training.step, **scores)
-            if run.master:
-                keep_tokens(run, experiment, training.step)
-            if scores["val_rank_loss"] < training.best:
-                training.best, training.best_step = scores["val_rank_loss"], training.step
-                save(run, config, experiment, training, "best.pt")
+        if (moved and (finished or training.step % config.eval_interval == 0)) or not training.step:
+            validate_and_choose(run, config, experiment, training)
         if moved and (finished or run.stopped or training.step % config.save_interval == 0):
             save(run, config, experiment, training, "ckpt.pt")
         if finished or run.stopped:
             break
         start = time.time()
-        losses, norm = train_step(run, config, experiment, training)
+        parts, norm = train_step(run, config, experiment, training)
         bar.update()
         run.stopping()
-        if training.step % config.log_interval == 0 or training.step == 1:
-            numbers = run.reduce(torch.stack(list(losses.values()))) / run.world
-            losses = {f"train_{key}": value.item() for key, value in zip(losses, numbers)}
-            run.log(training.step, **losses, grad_norm=norm.item())
-        durations.append(time.time() - start)
-        settle(run, config, training, durations, validation)
+        log_step(run, config, training, parts, norm)
+        training.durations.append(time.time() - start)
+        settle(run, config, training)
         bar.total = config.max_iters
     bar.close()
     if not run.stopped:
-        run.barrier()
-        experiment.model.load_state_dict(run.load("best.pt")["model"])
-        run.print(
-            f"step {training.best_step} was chosen on validation (ranking loss "
-            f"{training.best:.3f}); {training.loader.waited:.2f} s were spent waiting for data"
-        )
-        if run.master:
-            report(run, config, experiment)
-        run.merge()
+        report(run, config, experiment, training)
     run.close()
 
 

@@ -332,8 +332,7 @@ def same(a, b):
 
 
 def a_loader(config, experiment, micros=(0, 1), step=0):
-    plan = [(s, micro) for s in range(step, step + 40) for micro in micros]
-    return T.Loader(config, experiment, experiment.sets["train"], 2, iter(plan))
+    return T.Loader(config, experiment, experiment.sets["train"], 2, micros, step)
 
 
 def test_any_workers_and_ranks_make_the_same_batches(given):
