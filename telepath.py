@@ -39,6 +39,7 @@ import mne
 import numpy as np
 import pandas as pd
 import scipy.sparse
+import scipy.spatial
 import scipy.stats
 import sklearn.covariance
 import torch
@@ -266,7 +267,7 @@ class Trials:
             parts.append(self.read_events(rec).assign(recording=number, subject=rec.subject))
         self.table = complete_table(pd.concat(parts, ignore_index=True), self.sfreq)
         self.words = sorted(set(self.table.word))
-        self.word = self.table.word.map({w: i for i, w in enumerate(self.words)}).to_numpy()
+        self.word = np.searchsorted(self.words, self.table.word)
         self.recording = self.table.recording.to_numpy()
         self.row = self.table.row.to_numpy()
         self.number_subjects(held_out=())
@@ -280,8 +281,7 @@ class Trials:
     def number_subjects(self, held_out):
         """Training subjects are numbers from 0 on, held-out ones -1."""
         self.subjects = sorted(set(self.table.subject) - set(held_out))
-        numbers = {name: i for i, name in enumerate(self.subjects)}
-        self.subject = self.table.subject.map(numbers).fillna(-1).astype(int).to_numpy()
+        self.subject = pd.Index(self.subjects).get_indexer(self.table.subject)
 
     def match_channels(self, rec, recipe):
         """Give channels without a place the one that a pretrained encoder knows by their name."""
@@ -362,9 +362,10 @@ class Trials:
         x = np.clip(self.white[self.recording[ids]] @ x, -CLAMP, CLAMP)
         return torch.from_numpy(x), torch.from_numpy(xyz), torch.from_numpy(self.subject[ids])
 
-    def batch(self, ids):
+    def batch(self, ids, device="cpu"):
         """The windows of trials as tensors, without augmentation."""
-        return self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids)
+        signals = self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids)
+        return [tensor.to(device) for tensor in signals]
 
     def learn(self, train):
         """Multivariate noise normalisation and channel scales, from the trials `train` alone.
@@ -523,13 +524,9 @@ def purge(trials, mask, others):
     for number in range(len(trials.recordings)):
         here = trials.recording == number
         ids = np.flatnonzero(mask & here)
-        rows = np.sort(trials.row[others & here])
+        rows = trials.row[others & here]
         if len(ids) and len(rows):
-            after = np.searchsorted(rows, trials.row[ids])
-            nearest = np.minimum(
-                np.abs(trials.row[ids] - rows[np.maximum(after - 1, 0)]),
-                np.abs(trials.row[ids] - rows[np.minimum(after, len(rows) - 1)]),
-            )
+            nearest = scipy.spatial.KDTree(rows[:, None]).query(trials.row[ids, None])[0]
             mask[ids[nearest <= length]] = False
             n_purged += int((nearest <= length).sum())
     return n_purged
@@ -628,7 +625,8 @@ def pop(x, rng, scale, xyz, sfreq):
     t = np.arange(x.shape[2]) / sfreq
     late = t - rng.uniform(0, t[-1], (len(x), 1))
     jump = np.where(late >= 0, np.exp(-np.maximum(late, 0) / 0.1), 0.0)
-    rows, electrode = np.arange(len(x)), one_electrode(rng, xyz)
+    rows = np.arange(len(x))
+    electrode = one_electrode(rng, xyz)
     size = rng.choice([-10, 10], len(x)) * scale[rows, electrode]
     x = x.copy()
     x[rows, electrode] += size[:, None] * jump
@@ -713,10 +711,10 @@ class Loader:
 
     def ids(self, step, micro):
         """Trial numbers of a micro-batch."""
-        S, B = len(self.by_subject), self.config.batch_size
-        first = (step * self.n_micro + micro) * B
+        S = len(self.by_subject)
+        first = (step * self.n_micro + micro) * self.config.batch_size
         chosen = []
-        for i in range(first, first + B):
+        for i in range(first, first + self.config.batch_size):
             trials = self.by_subject[i % S]
             epoch, j = divmod(i // S, len(trials))
             if (i % S, epoch) not in self.orders:
@@ -800,6 +798,10 @@ class Text:
                 ids.append(self.tokenizer.eot)
             ids += self.tokenizer.encode(part)
         return ids
+
+    def of(self, names):
+        """Token ids of each of some names."""
+        return [self.ids[name] for name in names]
 
     def name(self, word):
         """Token ids of a name behind a space."""
@@ -1007,11 +1009,11 @@ def freeze(model, config):
     for name, parameters in parameter_sets(model).items():
         if name in learns[config.train]:
             peak = config.learning_rate if name == "encoder" else config.expert_lr
-            matrices = [p.requires_grad_(True) for p in parameters if p.dim() >= 2]
-            vectors = [p.requires_grad_(True) for p in parameters if p.dim() < 2]
-            groups.append({"params": matrices, "weight_decay": 0.05, "peak": peak})
-            groups.append({"params": vectors, "weight_decay": 0.0, "peak": peak})
-    return [group for group in groups if group["params"]]
+            for decay, matrices in ((0.05, True), (0.0, False)):
+                some = [p.requires_grad_(True) for p in parameters if (p.dim() > 1) == matrices]
+                if some:
+                    groups.append({"params": some, "weight_decay": decay, "peak": peak})
+    return groups
 
 
 @dataclass
@@ -1033,7 +1035,7 @@ class Experiment:
     @functools.cached_property
     def train_points(self):
         """The training words (K, C) in token space."""
-        return self.space.names([self.text.ids[word] for word in self.train_words])
+        return self.space.names(self.text.of(self.train_words))
 
 
 def split_trials(folder, config):
@@ -1073,9 +1075,11 @@ class Training:
     def __init__(self, run, config, experiment, ids, alone=False):
         self.config = config
         self.rank, self.world = (0, 1) if alone else (run.rank, run.world)
-        self.run, self.scaler = run, run.scaler
-        self.groups = freeze(experiment.model, config)
-        self.optimizer = torch.optim.AdamW(self.groups, betas=(0.9, 0.98))
+        self.run = run
+        self.scaler = run.scaler
+        groups = freeze(experiment.model, config)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
+        self.learned = [p for p in experiment.model.parameters() if p.requires_grad]
         self.step = 0
         self.best = math.inf  # ranking loss, and its step
         self.best_step = 0
@@ -1105,11 +1109,8 @@ class Training:
         self.best, self.best_step = state["best"], state["best_step"]
         if self.config.minutes == state["config"]["minutes"]:
             self.config.max_iters = state["config"]["max_iters"]
-        decays = [group["weight_decay"] for group in self.groups]
-        peaks = [group["peak"] for group in self.groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group, decay, peak in zip(self.optimizer.param_groups, decays, peaks):
-            group.update(weight_decay=decay, peak=peak)
+        groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         for name, value in state["reference"].items():
@@ -1129,8 +1130,7 @@ class Training:
     def update(self):
         """One optimiser step; returns the gradient's norm."""
         self.scaler.unscale_(self.optimizer)
-        parameters = itertools.chain(*(group["params"] for group in self.groups))
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
         if not self.scaler.is_enabled() and not norm.isfinite():
             raise InputError(f"the gradient is not finite at step {self.step + 1}: lower the rates")
         for group in self.optimizer.param_groups:
@@ -1208,7 +1208,8 @@ def align_loss(first, batch, experiment):
 
     Silent trials do not count: they know no word.
     """
-    space, names = experiment.space, experiment.train_points.to(first.device)
+    space = experiment.space
+    names = experiment.train_points.to(first.device)
     words = [experiment.trials.words[number] for number in batch.word.tolist()]
     target = np.searchsorted(experiment.train_words, words)
     target = torch.from_numpy(target).to(first.device)
@@ -1229,8 +1230,7 @@ def dpo_loss(policy, reference, beta):
 
 def draw_negatives(rng, words, experiment):
     """A training word for each of `words` (B,), unlike it and no synonym of it."""
-    names, text = experiment.train_words, experiment.text
-    points = experiment.train_points
+    text, names, points = experiment.text, experiment.train_words, experiment.train_points
     drawn = []
     for number in words:
         word = experiment.trials.words[number]
@@ -1274,13 +1274,18 @@ def rank(run, experiment, ids, names, silenced=()):
     packs = pack_names(experiment, names, run.device)
     rows = []
     for part in np.split(ids, range(32, len(ids), 32)):
-        signal, xyz, subject = trials.batch(part)
+        signal, xyz, subject = trials.batch(part, run.device)
         signal[..., list(silenced)] = 0
         rows.append(score_packs(run, experiment, packs, signal, xyz, subject))
-    signal, xyz, subject = trials.batch(ids[:1])
-    silence, nobody = torch.zeros_like(signal), torch.full_like(subject, -1)
-    empty = score_packs(run, experiment, packs, silence, xyz, nobody)
+    silence = silent_batch(trials, ids[:1], run.device)
+    empty = score_packs(run, experiment, packs, *silence)
     return np.concatenate(rows), empty[0]
+
+
+def silent_batch(trials, ids, device):
+    """No EEG, of nobody."""
+    signal, xyz, subject = trials.batch(ids, device)
+    return torch.zeros_like(signal), xyz, torch.full_like(subject, -1)
 
 
 def score_packs(run, experiment, packs, *signals):
@@ -1289,7 +1294,7 @@ def score_packs(run, experiment, packs, *signals):
     head = model.lm.transformer.wte.weight.float()
     start = len(experiment.text.prompt) - 1
     with run.autocast():
-        n = model.prefix(*(tensor.to(run.device) for tensor in signals))
+        n = model.prefix(*signals)
     scores = []
     for idx, position, mask, target in packs:
         with run.autocast():
@@ -1301,7 +1306,7 @@ def score_packs(run, experiment, packs, *signals):
 
 def pack_names(experiment, names, device):
     """Names packed some at a time, as many as fit into the GPT's block where that counts."""
-    ids = [experiment.text.ids[name] for name in names]
+    ids = experiment.text.of(names)
     chunk = 64
     if experiment.model.fusion == "cross":
         room = experiment.model.lm.config.block_size - len(experiment.text.prompt)
@@ -1319,12 +1324,12 @@ def say(run, config, experiment, ids, silent=False, temperature=0.0):
     model, text = experiment.model.eval(), experiment.text
     said = []
     for part in np.split(ids, range(64, len(ids), 64)):
-        signal, xyz, subject = (t.to(run.device) for t in experiment.trials.batch(part))
+        signals = experiment.trials.batch(part, run.device)
         if silent:
-            signal, subject = torch.zeros_like(signal), torch.full_like(subject, -1)
+            signals = silent_batch(experiment.trials, part, run.device)
         options = {"temperature": temperature, "seed": key_seed(config.seed, int(part[0]))}
         with run.autocast():
-            n = model.prefix(signal, xyz, subject)
+            n = model.prefix(*signals)
             rows = model.generate(
                 n, text.prompt, config.max_new_tokens, stop=[text.stop], **options
             )
@@ -1394,7 +1399,8 @@ class Card:
     """The scores of one evaluation set, as rows of results.csv."""
 
     def __init__(self, config, name, table):
-        self.config, self.name = config, name
+        self.config = config
+        self.name = name
         self.objects = table.object.to_numpy()
         self.strata = strata(table)
         self.rows = []
@@ -1402,8 +1408,8 @@ class Card:
     def add(self, metric, values, chance, control="eeg", **more):
         """values (N,): what each trial scores."""
         values = np.asarray(values, float)
-        shuffles, seed = self.config.shuffles, self.config.seed
-        mean, low, high = over_objects(values, self.objects, shuffles, seed)
+        config = self.config
+        mean, low, high = over_objects(values, self.objects, config.shuffles, config.seed)
         row = {"score": mean, "chance": float(chance), "low": low, "high": high, "n": len(values)}
         self.rows.append({"set": self.name, "metric": metric, "control": control, **row, **more})
 
@@ -1412,9 +1418,8 @@ class Card:
 
         sign -1: less is better. chance: of shuffled EEG, where none is known.
         """
-        shuffles, seed = self.config.shuffles, self.config.seed
         right = sign * good[:, own].T
-        expected, p = permuted(right, self.strata, shuffles, seed)
+        expected, p = permuted(right, self.strata, self.config.shuffles, self.config.seed)
         if chance is None:
             chance = (sign * expected).mean()
         self.add(metric, good[np.arange(len(own)), own], chance, p=p)
@@ -1438,7 +1443,7 @@ def evaluate(run, config, experiment, name, prior):
     said = say(run, config, experiment, ids)
     nothing = say(run, config, experiment, ids[:1], silent=True)[0]
     score_said(card, text, table, common[0], said, nothing)
-    points = experiment.space.names([text.ids[word] for word in trials.words])
+    points = experiment.space.names(text.of(trials.words))
     answers = [text.tokenizer.encode(" " + (answer or "?")) for answer in said]
     similar = (experiment.space.names(answers) @ points.T).numpy()  # (N, all names)
     card.add_with_shuffled("similarity", similar, trials.word[ids])
@@ -1457,9 +1462,10 @@ def rank_closed_set(card, text, table, common, scores, empty, words):
     columns = np.searchsorted(words, names)
     scores, empty = scores[:, columns], empty[columns]
     own = np.searchsorted(names, table.word)
-    lengths = np.array([len(text.ids[name]) + 1 for name in names])
+    lengths = 1 + np.array(list(map(len, text.of(names))))
     information = scores - empty  # pointwise mutual information of name and EEG
-    one, five = 1 / len(names), min(1.0, 5 / len(names))
+    one = 1 / len(names)
+    five = min(1.0, 5 * one)
     card.add_with_shuffled("top1", top_k(information, 1), own, one)
     card.add_with_shuffled("top5", top_k(information, 5), own, five)
     card.add_with_shuffled("top1 by pmi per token", top_k(information / lengths, 1), own, one)
@@ -1520,9 +1526,9 @@ def probes(experiment):
 @torch.no_grad()
 def keep_tokens(run, experiment, step):
     """Keep the neural tokens of the probes (N, P, C) for telepath_questions.py."""
-    signals = experiment.trials.batch(probes(experiment))
+    signals = experiment.trials.batch(probes(experiment), run.device)
     with run.autocast():
-        tokens = experiment.model.eval().prefix(*(t.to(run.device) for t in signals))
+        tokens = experiment.model.eval().prefix(*signals)
     (run.out / "tokens").mkdir(exist_ok=True)
     with aside(run.out / "tokens" / f"{step:07d}.npy") as file:
         np.save(file, tokens.float().cpu().numpy())
@@ -1601,7 +1607,7 @@ def spread(rows):
 
 def plot_curves(path, log, title):
     """Training and validation over steps, from the log."""
-    table = pd.DataFrame([json.loads(line) for line in log.read_text().splitlines()])
+    table = pd.read_json(log, lines=True)
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, keys in zip(axes, (("train_loss", "val_rank_loss"), ("val_top1", "val_chance"))):
         for key in keys:
@@ -1649,17 +1655,16 @@ WARM_UP = 3  # steps that are not measured
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured.
-
-    The last evaluation takes as long as some ten validations.
-    """
+    """With `minutes`, settle max_iters once enough steps were measured."""
+    if config.max_iters != UNSETTLED:
+        return
     durations = training.durations[WARM_UP:]
     measured = run.reduce(sum(durations), "max")
-    if config.max_iters != UNSETTLED or measured < min(20.0, 3 * config.minutes):
+    if measured < min(20.0, 3 * config.minutes):
         return
     step = measured / len(durations)
     elapsed = run.reduce(time.time() - run.start, "max")
-    left = 60 * config.minutes - elapsed - 10 * training.validation
+    left = 60 * config.minutes - elapsed - 10 * training.validation  # the last evaluation
     n_steps = left / (step + training.validation / config.eval_interval)
     config.max_iters = training.step + max(1, int(n_steps))
     run.save_config()

@@ -407,7 +407,7 @@ def trajectory(experiment, source):
         raise InputError(f"{source / 'tokens'} holds no neural tokens: train with telepath.py")
     space, text = experiment.space, experiment.text
     vocabulary = space.clean(space.wte)
-    names = space.names([text.ids[word] for word in experiment.trials.words])
+    names = space.names(text.of(experiment.trials.words))
     rows = []
     for file in files:
         for trial, tokens in zip(telepath.probes(experiment), torch.from_numpy(np.load(file))):
@@ -437,7 +437,7 @@ def neural_states(run, experiment, ids):
     for part in np.split(ids, range(64, len(ids), 64)):
         states = []
         with run.autocast():
-            n = model.prefix(*(t.to(run.device) for t in experiment.trials.batch(part)))
+            n = model.prefix(*experiment.trials.batch(part, run.device))
             model.trunk(n, idx.expand(len(n), -1), position, mask, states=states)
         layers.append([neural[:, 1:].float() for neural, _ in states])
     return [torch.cat(parts) for parts in zip(*layers)]
