@@ -92,6 +92,7 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     right = good[np.arange(len(ids)), own]
     row = measured(right, 1 / len(words), table.object.to_numpy(), config)
     row |= {"set": name, "metric": "top1", "shuffled": expected.mean(), "p": p}
+    row["data"] = experiment.trials.data
     run.print(
         f"    {name}: top-1 {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
         f"{row['chance']:.3f} of chance, {row['shuffled']:.3f} shuffled, n = {row['n']}"
@@ -117,9 +118,9 @@ def sweep(run, config, jobs, work, draw):
         for key, value in job.items():
             known = known & (done[key] == value) if key in done else False
         if not np.any(known):
-            run.print(", ".join(f"{key}={value}" for key, value in job.items()))
+            run.print(job)
             for row in work(job):
-                run.result(**row, **{key: job[key] for key in job.keys() - row.keys()})
+                run.result(**{**job, **row})
     table = run.merge()
     if run.master and len(table):
         figure = draw(table)
@@ -158,15 +159,14 @@ def analyse_window(run, config):
         fit(run, one, experiment)
         trials = experiment.trials
         if job["kind"] != "silenced":
-            return [{**top1(run, one, experiment, "trial"), "data": trials.data}]
+            return [top1(run, one, experiment, "trial")]
         rows = []
         for start in starts:
             first, last = round(start * trials.sfreq), round((start + SLICE) * trials.sfreq)
             samples = np.flatnonzero((trials.offsets >= first) & (trials.offsets < last))
             if len(samples):
                 row = top1(run, one, experiment, "trial", silenced=samples)
-                place_of = {"start": start, "end": round(start + SLICE, 3)}
-                rows.append({**row, **place_of, "data": trials.data})
+                rows.append({**row, "start": start, "end": round(start + SLICE, 3)})
         return rows
 
     sweep(run, config, jobs, work, draw_window)
@@ -207,16 +207,17 @@ def analyse_frozen(run, config):
         rows = []
 
         def at(step):
+            facts = {"step": step, "data": experiment.trials.data}
             for row in held_out_names(run, one, experiment):
-                rows.append({**row, "step": step, "set": "object"})
+                rows.append({**row, **facts, "set": "object"})
             row = drift_on(neutral, original, experiment.model.lm)
-            rows.append({**row, "step": step, "set": "neutral text"})
+            rows.append({**row, **facts, "set": "neutral text"})
             run.print(f"    step {step}: drift {row['score']:.4f} nats")
 
         fit(run, one, experiment, at=at)
         for name in ("trial", "object"):
             rows.append(top1(run, one, experiment, name))
-        return [{**row, "data": experiment.trials.data} for row in rows]
+        return rows
 
     sweep(run, config, [{"train": "encoder+expert"}, {"train": "all"}], work, draw_frozen)
 
@@ -239,14 +240,16 @@ def held_out_names(run, config, experiment):
     held = experiment.manifest["held_out_words"]
     own = trials.word[ids]
     scores, _ = rank(run, experiment, ids, trials.words)
-    n_tokens = np.mean([len(text.ids[trials.words[number]]) + 1 for number in own])
+    n_tokens = 1 + np.mean(list(map(len, text.of(trials.table.word.iloc[ids]))))
     uniform = -math.log(experiment.model.lm.config.vocab_size) * n_tokens
     each = np.arange(len(ids))
     values = {"log-probability": (scores[each, own], uniform)}
     values["place among all names"] = (place(scores)[each, own], 0.5)
     for metric, silent in (("said", False), ("said without EEG", True)):
         answers = telepath.say(run, config, experiment, ids, silent, temperature=1.0)
-        said = [any(telepath.flexible(answer, word) for word in held) for answer in answers]
+        said = np.zeros(len(answers), bool)
+        for word in held:
+            said |= [telepath.flexible(answer, word) for answer in answers]
         values[metric] = (said, len(held) / len(trials.words))
     rows = []
     for metric, (value, chance) in values.items():
@@ -286,10 +289,11 @@ def analyse_generalise(run, config):
     """How well does it carry over to objects never seen? Top-1 among equally many seen and unseen
     words, by how many words were trained on."""
     trials, sets, _ = telepath.split_trials(config.dataset, config)
-    words = {name: sorted(set(trials.table.word.iloc[sets[name]])) for name in ("train", "object")}
+    seen = sorted(set(trials.table.word.iloc[sets["train"]]))
+    unseen = sorted(set(trials.table.word.iloc[sets["object"]]))
     rng = np.random.default_rng(key_seed(config.split_seed, "generalise"))
-    order = rng.permutation(words["train"]).tolist()
-    least = min(map(len, words.values()))
+    order = rng.permutation(seen).tolist()
+    least = min(len(seen), len(unseen))
     sizes = np.unique(np.geomspace(least, len(order), 4).round().astype(int)).tolist()
 
     def work(job):
@@ -297,9 +301,10 @@ def analyse_generalise(run, config):
         ids = experiment.sets["train"]
         trained = experiment.trials.table.word.iloc[ids].isin(order[: job["trained"]])
         fit(run, one, experiment, ids[trained.to_numpy()])
-        rows = [top1(run, one, experiment, "trial", order[:least])]
-        rows.append(top1(run, one, experiment, "object", words["object"][:least]))
-        return [{**row, "data": trials.data} for row in rows]
+        return [
+            top1(run, one, experiment, "trial", order[:least]),
+            top1(run, one, experiment, "object", unseen[:least]),
+        ]
 
     sweep(run, config, [{"trained": n} for n in sizes], work, draw_generalise)
 
@@ -341,7 +346,7 @@ def analyse_architecture(run, config):
         rows = []
         for name in ("trial", "object"):
             row = top1(run, one, experiment, name)
-            rows.append({**row, "learned": learned, "data": experiment.trials.data})
+            rows.append({**row, "learned": learned})
         return rows
 
     def draw(table):
@@ -495,8 +500,12 @@ def name_states(run, lm, text, words):
     hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
     each = torch.arange(len(rows), device=run.device)
     in_context = [hidden[i][each, last] for i in range(lm.config.n_layer)]
-    wte = lm.transformer.wte.weight
-    return in_context, torch.stack([wte[text.ids[word]].mean(0) for word in words])
+    return in_context, mean_embeddings(lm, text.of(words))
+
+
+def mean_embeddings(lm, ids):
+    """The token embeddings of names (K lists of token ids), each a mean over its tokens: (K, C)."""
+    return torch.stack([lm.transformer.wte.weight[tokens].mean(0) for tokens in ids])
 
 
 def against_shuffled(values, own, shuffled):
@@ -521,8 +530,7 @@ def logit_lens(run, config, experiment, ids):
     training words, by mean logit, with its interval over objects. Null: words shuffled.
     """
     lm, text = experiment.model.lm, experiment.text
-    wte = lm.transformer.wte.weight
-    names = torch.stack([wte[text.ids[word]].mean(0) for word in experiment.train_words])
+    names = mean_embeddings(lm, text.of(experiment.train_words))
     own, shuffled = shuffled_words(config, experiment, ids)
     objects = experiment.trials.table.object.iloc[ids].to_numpy()
     rows = []
