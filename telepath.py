@@ -104,7 +104,6 @@ class Config:
     prefix_attention: Literal["causal", "full"] = "causal"  # among neural tokens
     train: Literal["encoder", "encoder+expert", "all"] = "encoder+expert"  # what learns
     prompt: str = "<|endoftext|>The"  # text before the word; <|endoftext|> is the token
-    stop: str = "<|endoftext|>"  # text that ends a word, one token
     # ---- objective and optimiser
     stage: Literal["sft", "dpo"] = "sft"  # supervised, or preferences (init_from= a run)
     align: float = 0.5  # weight of the loss of the first neural token's way to its word; 0: none
@@ -763,7 +762,7 @@ class Loader:
 
 
 class Text:
-    """Names as tokens of the language model: prompt + ' name' + stop.
+    """Names as tokens of the language model: prompt + ' name' + <|endoftext|>, or a line break.
 
     ids: {name: token ids}; synonyms: {word: other right answers}; trained: {word: names that its
     trials are trained on}, none of which is a held-out word in any spelling.
@@ -772,10 +771,11 @@ class Text:
     def __init__(self, tokenizer, trials, held_out, config):
         self.tokenizer = tokenizer
         self.prompt = self.encode(config.prompt)
-        stop = self.encode(config.stop)
-        if not self.prompt or len(stop) != 1:
-            raise InputError(f"stop={config.stop!r} must be one token, prompt= one or more")
-        self.stop = stop[0]
+        if not self.prompt:
+            raise InputError("prompt= must be one token at least")
+        self.stop = tokenizer.eot
+        if self.stop is None:
+            self.stop = tokenizer.encode("\n")[-1]
         held_out = {same_word(word) for word in held_out}
         self.ids, self.synonyms, self.trained = {}, {}, {}
         for word, synonyms in trials.table.groupby("word").synonyms.unique().items():
@@ -793,7 +793,7 @@ class Text:
         ids = []
         for i, part in enumerate(text.split("<|endoftext|>")):
             if i and self.tokenizer.eot is None:
-                raise InputError("the tokenizer of lm= has no <|endoftext|>: give prompt=, stop=")
+                raise InputError("the tokenizer of lm= has no <|endoftext|>: give prompt=The")
             if i:
                 ids.append(self.tokenizer.eot)
             ids += self.tokenizer.encode(part)

@@ -765,8 +765,8 @@ def test_names_and_tokenizers(given, whole):
     trials, tokenizer = experiment.trials, experiment.text.tokenizer
     characters = Tokenizer(character_state("abc T h e<|endoftext|>"))
     with pytest.raises(ValueError, match="has no character"):
-        T.Text(characters, trials, set(), replace(config, prompt="The", stop="a"))
-    with pytest.raises(InputError, match="must be one token, prompt= one or more"):
-        T.Text(tokenizer, trials, set(), replace(config, stop="ab"))
+        T.Text(characters, trials, set(), replace(config, prompt="The"))
+    with pytest.raises(InputError, match="prompt= must be one token"):
+        T.Text(tokenizer, trials, set(), replace(config, prompt=""))
     with pytest.raises(InputError, match="no run of telepath.py"):
         prepared(given, init_from=str(given / "lm.pt"))
