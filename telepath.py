@@ -181,6 +181,7 @@ def singular(word):
     return PLURALS.singular_noun(word) or word
 
 
+@functools.cache
 def words_of(text):
     """Words of a name or an answer: lower case, no marks, no article in front, singular."""
     text = unicodedata.normalize("NFKC", text).casefold()
@@ -1529,8 +1530,12 @@ def keep_tokens(run, experiment, step):
     signals = experiment.trials.batch(probes(experiment), run.device)
     with run.autocast():
         tokens = experiment.model.eval().prefix(*signals)
-    (run.out / "tokens").mkdir(exist_ok=True)
-    with aside(run.out / "tokens" / f"{step:07d}.npy") as file:
+    folder = run.out / "tokens"
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("*.npy"):
+        if int(file.stem) >= step:  # of an earlier run, or beyond the checkpoint
+            file.unlink()
+    with aside(folder / f"{step:07d}.npy") as file:
         np.save(file, tokens.float().cpu().numpy())
 
 
