@@ -139,8 +139,8 @@ class Config:
     )
     SHARES = "held_out_subjects held_out_objects held_out_trials augment_share dropout"
     SIGNED = "t_start t_end"
-    RENAMED = {"tokens": "encoder", "strength": "augment_share", "core_lr": "expert_lr"}
-    RENAMED |= {"checkpoint": "encoder"}
+    RENAMED = {"tokens": "encoder", "checkpoint": "encoder", "core_lr": "expert_lr"}
+    RENAMED |= {"widen": "t_end", "analysis": "analysis of telepath_questions.py"}
 
     def check(self):
         if self.t_end <= self.t_start:
