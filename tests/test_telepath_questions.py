@@ -35,7 +35,7 @@ def test_slices_and_silenced_samples_are_those_named(given, tmp_path, monkeypatc
     def top1(run, config, experiment, name, words=None, silenced=()):
         seen.append((experiment.trials.offsets / 50, config, silenced))
         row = {"score": 0.0, "chance": 0.1, "low": 0.0, "high": 0.1, "n": 1, "shuffled": 0.1}
-        return {**row, "set": name}
+        return {**row, "set": name, "data": "made up, synthetic"}
 
     monkeypatch.setattr(Q, "fit", lambda *args: None)
     monkeypatch.setattr(Q, "top1", top1)
