@@ -1,0 +1,615 @@
+"""The questions behind telepath.py, each a table and a figure with its null.
+
+    python telepath_questions.py analysis=window        # does EEG before the picture matter, too?
+    python telepath_questions.py analysis=frozen        # does a fine-tuned GPT unlearn other names?
+    python telepath_questions.py analysis=generalise    # do objects carry over to unseen ones?
+    python telepath_questions.py analysis=architecture  # are there better architectures?
+    python telepath_questions.py analysis=tokens init_from=out/telepath   # after telepath.py
+
+The first four train small models of their own, a job each, dealt over ranks. `tokens` follows the
+neural tokens of a run through token space (trajectory.csv), compares neural queries with the keys
+of names (query_key.csv), and reads every layer through the head (logit_lens.csv). Every option of
+telepath.py counts here, too.
+
+nostalgebraist 2020 (logit lens).
+"""
+
+import copy
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from torch.nn import functional as F
+
+import telepath
+from configurator import Run, configure, key_seed
+from data import InputError, write_aside
+from telepath import over_objects, permuted, place, rank, save_figure, spread, strata, subset, top_k
+
+NULLS = 500  # shuffles of the words, for query-key and logit lens
+SLICE = 0.1  # s of EEG, in analysis=window
+
+
+@dataclass
+class Config(telepath.Config):
+    analysis: Literal["window", "frozen", "generalise", "architecture", "tokens"] = "window"
+    max_iters: int = 400  # optimiser steps of each model that is trained here
+
+    RENAMED = telepath.Config.RENAMED | {"analysis_iters": "max_iters"}
+
+    def check(self):
+        super().check()
+        if self.minutes:
+            raise InputError("minutes= is for telepath.py alone: give max_iters= here")
+        if (self.analysis == "tokens") != (self.init_from != "scratch"):
+            raise InputError(
+                "analysis=tokens reads a run of telepath.py (init_from=out/telepath), the others "
+                "train models of their own"
+            )
+        if self.analysis in ("frozen", "generalise", "architecture") and not self.held_out_objects:
+            raise InputError(f"analysis={self.analysis} needs held_out_objects= above 0")
+
+
+# ---- models of a job
+
+
+def fresh(run, config, **options):
+    """Config and Experiment of a new model under changed options."""
+    config = replace(config, **options)
+    return config, telepath.prepare(run, config, config.dataset)
+
+
+def fit(run, config, experiment, ids=None, at=None):
+    """Train for config.max_iters steps on this rank alone; at(step) every eval_interval steps."""
+    if ids is None:
+        ids = experiment.sets["train"]
+    training = telepath.Training(run, config, experiment, ids, alone=True)
+    while True:
+        finished = training.step == config.max_iters
+        if at and (finished or training.step % config.eval_interval == 0):
+            at(training.step)
+        if finished:
+            return
+        telepath.supervised_step(run, config, experiment, training)
+
+
+def top1(run, config, experiment, name, words=None, silenced=()):
+    """Closed-set top-1 of a set among `words` (all of the set's) beside shuffled EEG: a row."""
+    table = experiment.trials.table
+    ids = experiment.sets[name]
+    words = sorted(words or set(table.word.iloc[ids]))
+    ids = subset(ids[table.word.iloc[ids].isin(words).to_numpy()], config)
+    table = table.iloc[ids]
+    own = np.searchsorted(words, table.word)
+    scores, empty = rank(run, experiment, ids, words, silenced)
+    good = top_k(scores - empty, 1)
+    expected, p = permuted(good[:, own].T, strata(table), config.shuffles, config.seed)
+    right = good[np.arange(len(ids)), own]
+    row = measured(right, 1 / len(words), table.object.to_numpy(), config)
+    row |= {"set": name, "metric": "top1", "shuffled": expected.mean(), "p": p}
+    row["data"] = experiment.trials.data
+    run.print(
+        f"    {name}: top-1 {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
+        f"{row['chance']:.3f} of chance, {row['shuffled']:.3f} shuffled, n = {row['n']}"
+    )
+    return row
+
+
+def measured(values, chance, objects, config):
+    """Mean of values (N,) with chance, interval over objects (N,) and n."""
+    values = np.asarray(values, float)
+    mean, low, high = over_objects(values, objects, config.shuffles, config.seed)
+    return {"score": mean, "chance": chance, "low": low, "high": high, "n": len(values)}
+
+
+def sweep(run, config, jobs, work, draw):
+    """Deal jobs (dicts of keys) over ranks, skip those whose rows are there, draw the table.
+
+    work(job) returns a job's rows, which are written together: a job cut short is done again.
+    """
+    done = run.rows()
+    for job in run.share(jobs):
+        known = len(done) > 0
+        for key, value in job.items():
+            known = known & (done[key] == value) if key in done else False
+        if not np.any(known):
+            run.print(job)
+            for row in work(job):
+                run.result(**{**job, **row})
+    table = run.merge()
+    if run.master and len(table):
+        figure = draw(table)
+        figure.suptitle(
+            f"analysis={config.analysis}, {config.max_iters} steps each; {table.data.iloc[0]} "
+            "(95 % over objects)",
+            fontsize=10,
+        )
+        save_figure(figure, run.out / f"{config.analysis}.png")
+        run.print(f"{config.analysis}.png and results.csv in {run.out}")
+
+
+def error_bars(axis, part, x, label, **style):
+    axis.errorbar(x, part.score, spread(part), fmt="-o", ms=4, capsize=2, label=label, **style)
+
+
+# ---- window
+
+
+def analyse_window(run, config):
+    """Does EEG from before or after the picture matter? Models of slices, of growing windows, and
+    of the whole window with a slice silenced. Before the picture it must be chance."""
+    starts = np.arange(-2 * SLICE, config.t_end - SLICE / 2, SLICE).round(3).tolist()
+    jobs = []
+    for start in starts:
+        jobs.append({"kind": "slice", "start": start, "end": round(start + SLICE, 3)})
+    for end in np.arange(2 * SLICE, config.t_end + SLICE / 2, SLICE).round(3).tolist():
+        jobs.append({"kind": "growing", "start": 0.0, "end": end})
+    jobs.append({"kind": "silenced"})
+
+    def work(job):
+        options = {}
+        if job["kind"] != "silenced":
+            options = {"t_start": job["start"], "t_end": job["end"]}
+        one, experiment = fresh(run, config, **options)
+        fit(run, one, experiment)
+        trials = experiment.trials
+        if job["kind"] != "silenced":
+            return [top1(run, one, experiment, "trial")]
+        rows = []
+        for start in starts:
+            first, last = round(start * trials.sfreq), round((start + SLICE) * trials.sfreq)
+            samples = np.flatnonzero((trials.offsets >= first) & (trials.offsets < last))
+            if len(samples):
+                row = top1(run, one, experiment, "trial", silenced=samples)
+                rows.append({**row, "start": start, "end": round(start + SLICE, 3)})
+        return rows
+
+    sweep(run, config, jobs, work, draw_window)
+
+
+def draw_window(table):
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    labels = {"slice": "trained on these 100 ms", "growing": "trained from 0 to here"}
+    labels["silenced"] = "trained on all, these 100 ms silenced"
+    for kind, label in labels.items():
+        part = table[table.kind == kind].sort_values("end")
+        x = 1e3 * (part.end if kind == "growing" else (part.start + part.end) / 2)
+        error_bars(axis, part, x, label)
+        if kind == "slice":
+            axis.plot(x, part.shuffled, c="0.6", label="shuffled EEG")
+    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+    axis.axvline(0, c="0.8", zorder=0)
+    axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+# ---- frozen
+
+
+def analyse_frozen(run, config):
+    """Does fine-tuning a GPT make names that were not in training unsayable?
+
+    The same run with the GPT frozen and learning: log-probability and place of held-out names for
+    EEG of their objects, how often one is sampled, and the drift from the GPT on its own text.
+    """
+
+    def work(job):
+        interval = max(1, config.max_iters // 5)
+        one, experiment = fresh(run, config, train=job["train"], eval_interval=interval)
+        original = copy.deepcopy(experiment.model.lm).eval()
+        neutral = neutral_text(run, one, experiment, original)
+        rows = []
+
+        def at(step):
+            facts = {"step": step, "data": experiment.trials.data}
+            for row in held_out_names(run, one, experiment):
+                rows.append({**row, **facts, "set": "object"})
+            row = drift_on(neutral, original, experiment.model.lm)
+            rows.append({**row, **facts, "set": "neutral text"})
+            run.print(f"    step {step}: drift {row['score']:.4f} nats")
+
+        fit(run, one, experiment, at=at)
+        for name in ("trial", "object"):
+            rows.append(top1(run, one, experiment, name))
+        return rows
+
+    sweep(run, config, [{"train": "encoder+expert"}, {"train": "all"}], work, draw_frozen)
+
+
+def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
+    """Text (n_texts, length) that the GPT itself writes."""
+    text = experiment.text
+    begin = text.prompt
+    if text.tokenizer.eot is not None:
+        begin = [text.tokenizer.eot]
+    rows = lm.generate([begin] * n_texts, length, seed=key_seed(config.seed, "neutral"))
+    return torch.tensor([begin + row for row in rows], device=run.device)
+
+
+def held_out_names(run, config, experiment):
+    """Rows: log-probability, place and sampled share of held-out names for EEG of their objects."""
+    trials, text = experiment.trials, experiment.text
+    ids = subset(experiment.sets["object"], config)
+    objects = trials.table.object.iloc[ids].to_numpy()
+    held = experiment.manifest["held_out_words"]
+    own = trials.word[ids]
+    scores, _ = rank(run, experiment, ids, trials.words)
+    n_tokens = 1 + np.mean(list(map(len, text.of(trials.table.word.iloc[ids]))))
+    uniform = -math.log(experiment.model.lm.config.vocab_size) * n_tokens
+    each = np.arange(len(ids))
+    values = {"log-probability": (scores[each, own], uniform)}
+    values["place among all names"] = (place(scores)[each, own], 0.5)
+    for metric, silent in (("said", False), ("said without EEG", True)):
+        answers = telepath.say(run, config, experiment, ids, silent, temperature=1.0)
+        said = np.zeros(len(answers), bool)
+        for word in held:
+            said |= [telepath.flexible(answer, word) for answer in answers]
+        values[metric] = (said, len(held) / len(trials.words))
+    rows = []
+    for metric, (value, chance) in values.items():
+        rows.append({**measured(value, chance, objects, config), "metric": metric})
+    return rows
+
+
+@torch.no_grad()
+def drift_on(neutral, original, lm):
+    """KL (nats per token) from the original GPT on its own text: a row, interval over texts."""
+    p = original(neutral).logits.float().log_softmax(-1)
+    q = lm(neutral).logits.float().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
+    half = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl))
+    low, high = kl.mean() - half, kl.mean() + half
+    row = {"score": kl.mean(), "chance": 0.0, "low": low, "high": high, "n": len(kl)}
+    return {**row, "metric": "drift"}
+
+
+def draw_frozen(table):
+    metrics = ("log-probability", "place among all names", "said", "drift")
+    figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    for axis, metric in zip(axes, metrics):
+        for arm, label in (("encoder+expert", "frozen GPT"), ("all", "fine-tuned GPT")):
+            part = table[(table.metric == metric) & (table.train == arm)]
+            error_bars(axis, part, part.step, label)
+        axis.set(xlabel="step", title=f"{metric} (held-out names)")
+    axes[3].set_title("KL from the GPT, neutral text (nats)")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+# ---- generalise
+
+
+def analyse_generalise(run, config):
+    """How well does it carry over to objects never seen? Top-1 among equally many seen and unseen
+    words, by how many words were trained on."""
+    trials, sets, _ = telepath.split_trials(config.dataset, config)
+    seen = sorted(set(trials.table.word.iloc[sets["train"]]))
+    unseen = sorted(set(trials.table.word.iloc[sets["object"]]))
+    rng = np.random.default_rng(key_seed(config.split_seed, "generalise"))
+    order = rng.permutation(seen).tolist()
+    least = min(len(seen), len(unseen))
+    sizes = np.unique(np.geomspace(least, len(order), 4).round().astype(int)).tolist()
+
+    def work(job):
+        one, experiment = fresh(run, config)
+        ids = experiment.sets["train"]
+        trained = experiment.trials.table.word.iloc[ids].isin(order[: job["trained"]])
+        fit(run, one, experiment, ids[trained.to_numpy()])
+        return [
+            top1(run, one, experiment, "trial", order[:least]),
+            top1(run, one, experiment, "object", unseen[:least]),
+        ]
+
+    sweep(run, config, [{"trained": n} for n in sizes], work, draw_generalise)
+
+
+def draw_generalise(table):
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, label in (("trial", "seen words"), ("object", "unseen words")):
+        part = table[table.set == name].sort_values("trained")
+        error_bars(axis, part, part.trained, label)
+    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+    axis.set(xlabel="words in training", ylabel=f"top-1 among {1 / table.chance.iloc[0]:.0f} words")
+    axis.legend(frameon=False)
+    return figure
+
+
+# ---- architecture
+
+
+def analyse_architecture(run, config):
+    """Are there better architectures? Encoders, fusions, positions and masks at equal steps."""
+    keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
+    base = {key: getattr(config, key) for key in keys}
+    changes = [{"encoder": kind} for kind in ("linear", "electrodes", "conv", "tsconv")]
+    changes += [{"encoder": "transformer"}, {"fusion": "expert"}]
+    changes += [{"fusion": "prefix"}, {"fusion": "cross"}, {"text_positions": "after_prefix"}]
+    changes += [{"prefix_attention": "full"}, {"train": "encoder"}]
+    jobs = [base]
+    for change in changes:
+        if {**base, **change} not in jobs:
+            jobs.append({**base, **change})
+
+    def work(job):
+        one, experiment = fresh(run, config, **job)
+        start = time.perf_counter()
+        fit(run, one, experiment)
+        ms = 1e3 * (time.perf_counter() - start) / one.max_iters
+        learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
+        run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms per step")
+        rows = []
+        for name in ("trial", "object"):
+            row = top1(run, one, experiment, name)
+            rows.append({**row, "learned": learned})
+        return rows
+
+    def draw(table):
+        return draw_architecture(table, base)
+
+    sweep(run, config, jobs, work, draw)
+
+
+def draw_architecture(table, base):
+    labels = []
+    for row in table.to_dict("records"):
+        changed = [f"{key}={row[key]}" for key in base if row[key] != base[key]]
+        labels.append(f"{', '.join(changed) or 'as it is'} ({row['learned'] / 1e6:.2f} M)")
+    table = table.assign(label=labels)
+    size = (11, 0.16 * len(table) + 1.6)
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    for axis, name in zip(axes, ("trial", "object")):
+        part = table[table.set == name].iloc[::-1]
+        axis.errorbar(part.score, part.label, xerr=spread(part), fmt="o", capsize=2)
+        axis.plot(part.shuffled, part.label, "x", c="0.6", label="shuffled EEG")
+        axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+        axis.set(xlabel=f"closed-set top-1, {name} set (parameters that learn)")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+# ---- tokens: the way through token space
+
+
+def analyse_tokens(run, config):
+    """Where do the neural tokens of a run go, and what do they ask for?"""
+    experiment = telepath.prepare(run, config, config.dataset)
+    if not run.master:
+        return
+    source = telepath.checkpoint_path(config.init_from).parent
+    title = f"{experiment.trials.data}; {config.init_from}"
+    ids = experiment.sets["trial"]
+    if not len(ids):
+        ids = experiment.sets["val"]
+    ids = subset(ids, config)
+    tables = {"trajectory": (trajectory(experiment, source), plot_way)}
+    if experiment.model.fusion != "cross":  # there neural tokens never ask
+        tables["query_key"] = (query_key(run, config, experiment, ids), plot_query_key)
+        tables["logit_lens"] = (logit_lens(run, config, experiment, ids), plot_lens)
+    for name, (table, plot) in tables.items():
+        table = table.assign(data=experiment.trials.data)
+        write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
+        figure = plot(table, experiment)
+        figure.suptitle(title, fontsize=10)
+        save_figure(figure, run.out / f"{name}.png")
+        run.print(f"{name}.csv and {name}.png in {run.out}")
+
+
+def trajectory(experiment, source):
+    """Rows (step, trial, token): where the neural tokens of the probes were.
+
+    nearest: the five nearest tokens by cleaned cosine; entropy: nats, of their softmax at a
+    temperature of 0.1 (1.61 at most); distance: 1 - cosine to the word's own embedding, others:
+    mean to all other names; pc1, pc2: on the first axes of the token embedding.
+    """
+    files = sorted((source / "tokens").glob("*.npy"))
+    if not files:
+        raise InputError(f"{source / 'tokens'} holds no neural tokens: train with telepath.py")
+    space, text = experiment.space, experiment.text
+    vocabulary = space.clean(space.wte)
+    names = space.names(text.of(experiment.trials.words))
+    rows = []
+    for file in files:
+        for trial, tokens in zip(telepath.probes(experiment), torch.from_numpy(np.load(file))):
+            own = experiment.trials.word[trial]
+            away = 1 - space.clean(tokens) @ names.T  # (P, K)
+            others = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
+            near = (space.clean(tokens) @ vocabulary.T).topk(5)
+            p = (near.values / 0.1).softmax(-1)
+            entropy = -(p * p.log()).sum(-1)
+            at = (tokens - space.mean) @ space.axes
+            for j, nearest in enumerate(near.indices.tolist()):
+                decoded = "|".join(repr(text.tokenizer.decode([t]))[1:-1] for t in nearest)
+                row = {"step": int(file.stem), "trial": int(trial), "token": j}
+                row |= {"word": experiment.trials.words[own], "nearest": decoded}
+                row |= {"entropy": entropy[j].item(), "distance": away[j, own].item()}
+                row |= {"others": others[j].item(), "pc1": at[j, 0].item(), "pc2": at[j, 1].item()}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def neural_states(run, experiment, ids):
+    """Input of every layer in the neural stream: n_layer tensors (N, P, C)."""
+    model, text = experiment.model.eval(), experiment.text
+    idx, position, mask, _ = (t.to(run.device) for t in text.pack([[text.prompt]]))
+    layers = []
+    for part in np.split(ids, range(64, len(ids), 64)):
+        states = []
+        with run.autocast():
+            n = model.prefix(*experiment.trials.batch(part, run.device))
+            model.trunk(n, idx.expand(len(n), -1), position, mask, states=states)
+        layers.append([neural[:, 1:].float() for neural, _ in states])
+    return [torch.cat(parts) for parts in zip(*layers)]
+
+
+def shuffled_words(config, experiment, ids):
+    """Numbers (N,) of the trials' words among the training words, and NULLS shuffles of them."""
+    own = np.searchsorted(experiment.train_words, experiment.trials.table.word.iloc[ids])
+    rng = np.random.default_rng(key_seed(config.seed, "words"))
+    return own, np.stack([rng.permutation(own) for _ in range(NULLS)])
+
+
+@torch.no_grad()
+def query_key(run, config, experiment, ids):
+    """Do neural queries look for the key of the word that was seen?
+
+    Rows (layer, head, key): cosine of the mean neural query with the key of the trial's word, less
+    the mean over all other names. Null: words shuffled; p_corrected against the largest |z| of all
+    rows. key 'context': the name read by the GPT after the prompt; 'embedding': its token embedding
+    alone. Causally neural tokens come before text: this is likeness, not attention paid.
+    """
+    model, text, words = experiment.model, experiment.text, experiment.train_words
+    states = neural_states(run, experiment, ids)
+    own, shuffled = shuffled_words(config, experiment, ids)
+    in_context, alone = name_states(run, model.lm, text, words)
+    rows, nulls = [], []
+    for i, block in enumerate(model.lm.transformer.h[:-1]):  # nobody hears the last layer ask
+        attention = block.attn
+        if model.experts is not None and i >= model.first:
+            attention = model.experts[i - model.first].attn
+        q = attention.qkv(block.ln_1(states[i]))[0].mean(2)  # (N, H, hd), over neural tokens
+        for kind, h in (("context", in_context[i]), ("embedding", alone)):
+            k = block.attn.qkv(block.ln_1(h)[:, None])[1][:, :, 0]  # (K, H, hd)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            cosines = torch.einsum("nhd,khd->hnk", q, k).double().cpu().numpy()
+            for head, cosine in enumerate(cosines):
+                n_others = max(1, len(words) - 1)
+                excess = cosine - (cosine.sum(1, keepdims=True) - cosine) / n_others
+                row, null = against_shuffled(excess, own, shuffled)
+                rows.append({"layer": i, "head": head, "key": kind, **row})
+                nulls.append(null)
+    table = pd.DataFrame(rows)
+    largest = np.abs(nulls).max(0)
+    reached = (largest >= table.z.abs().to_numpy()[:, None]).sum(1)
+    return table.assign(p_corrected=(1 + reached) / (1 + NULLS))
+
+
+def name_states(run, lm, text, words):
+    """Each name (K, C) read after the prompt, at every layer, and its token embedding alone."""
+    rows = [text.prompt + text.ids[word] for word in words]
+    last = torch.tensor([len(row) - 1 for row in rows], device=run.device)
+    idx = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long, device=run.device)
+    for i, row in enumerate(rows):
+        idx[i, : len(row)] = torch.tensor(row)
+    hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
+    each = torch.arange(len(rows), device=run.device)
+    in_context = [hidden[i][each, last] for i in range(lm.config.n_layer)]
+    return in_context, mean_embeddings(lm, text.of(words))
+
+
+def mean_embeddings(lm, ids):
+    """The token embeddings of names (K lists of token ids), each a mean over its tokens: (K, C)."""
+    return torch.stack([lm.transformer.wte.weight[tokens].mean(0) for tokens in ids])
+
+
+def against_shuffled(values, own, shuffled):
+    """values (N, K) of the trials' own words beside shuffled ones: a row, and the null's z."""
+    each = np.arange(len(values))
+    mean = values[each, own].mean()
+    null = values[each, shuffled].mean(1)
+    low, high = np.quantile(null, [0.025, 0.975])
+    spread_of_null = null.std() + 1e-12
+    z = (mean - null.mean()) / spread_of_null
+    nulls = (null - null.mean()) / spread_of_null
+    p = (1 + (np.abs(nulls) >= abs(z)).sum()) / (1 + len(null))
+    row = {"score": mean, "null": null.mean(), "null_low": low, "null_high": high}
+    return {**row, "z": z, "p": p, "n": len(values)}, nulls
+
+
+@torch.no_grad()
+def logit_lens(run, config, experiment, ids):
+    """What would the head read off the neural tokens themselves, layer by layer?
+
+    Rows (layer, token): place (0 best, 0.5 chance) of the seen word's tokens among those of all
+    training words, by mean logit, with its interval over objects. Null: words shuffled.
+    """
+    lm, text = experiment.model.lm, experiment.text
+    names = mean_embeddings(lm, text.of(experiment.train_words))
+    own, shuffled = shuffled_words(config, experiment, ids)
+    objects = experiment.trials.table.object.iloc[ids].to_numpy()
+    rows = []
+    for layer, n in enumerate(neural_states(run, experiment, ids)):
+        logits = F.linear(lm.transformer.ln_f(n), names).double().cpu().numpy()  # (N, P, K)
+        logits = (logits - logits.mean(0)).round(5)  # what every trial says is no reading
+        for token in range(logits.shape[1]):
+            places = place(logits[:, token])
+            row, _ = against_shuffled(places, own, shuffled)
+            right = places[np.arange(len(own)), own]
+            row |= measured(right, row["null"], objects, config)
+            rows.append({"layer": layer, "token": token, **row})
+    return pd.DataFrame(rows)
+
+
+# ---- plots of tokens
+
+
+def plot_way(table, experiment):
+    """The first neural token on the plane of the embedding's first axes, and its distance."""
+    table = table[table.token == 0]
+    space = experiment.space
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
+    cloud = ((space.wte - space.mean) @ space.axes).numpy()[:: max(1, len(space.wte) // 3000)]
+    left.scatter(*cloud.T, s=2, c="0.8", lw=0, rasterized=True)
+    for word, part in table.groupby("word"):
+        way = left.plot(part.pc1, part.pc2, "-o", ms=2.5)[0]
+        left.annotate(word, part[["pc1", "pc2"]].iloc[-1], color=way.get_color())
+        nearest = part.nearest.iloc[-1].split("|")[0].strip()
+        right.plot(part.step, part.distance, "-o", ms=3, label=f"{word}: {nearest}")
+    mean = table.groupby("step").others.mean()
+    right.plot(mean.index, mean, c="k", ls=":", label="all other names, mean")
+    left.set(xlabel="first axis of the token embedding", ylabel="second axis")
+    right.set(xlabel="step", ylabel="1 − cosine to the seen word's embedding")
+    right.legend(fontsize=8, frameon=False, title="word: nearest token")
+    return figure
+
+
+def plot_query_key(table, experiment):
+    """Likeness of neural queries and the key of the word, by layer and head; * corrected p < .05"""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    limit = max(4, table.z.abs().max())
+    for axis, kind in zip(axes, ("context", "embedding")):
+        part = table[table.key == kind]
+        grid = part.pivot(index="layer", columns="head", values="z")
+        image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        for row in part.itertuples():
+            star = "*" * (row.p_corrected < 0.05)
+            axis.text(row.head, row.layer, f"{row.score:+.2f}{star}", ha="center", va="center")
+        axis.set(xlabel="head", ylabel="layer", title=f"key: {kind} (* corrected p < .05)")
+        axis.set(xticks=grid.columns, yticks=grid.index)
+    figure.colorbar(image, ax=axes, label="z against shuffled words")
+    return figure
+
+
+def plot_lens(table, experiment):
+    """Place of the true word among all, read off each layer."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for layer, part in table.groupby("layer"):
+        axis.plot(part.token, part.score, "-o", ms=4, label=f"before layer {layer}")
+    null = table.groupby("token").agg({"null_low": "min", "null_high": "max"})
+    axis.fill_between(null.index, null.null_low, null.null_high, color="0.85", label="shuffled")
+    axis.invert_yaxis()
+    axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+ANALYSES = {"window": analyse_window, "frozen": analyse_frozen, "generalise": analyse_generalise}
+ANALYSES |= {"architecture": analyse_architecture, "tokens": analyse_tokens}
+
+
+def main(config):
+    config.out_dir = config.out_dir or f"out/telepath_{config.analysis}"
+    run = Run(config)
+    config.dataset = str(run.dataset(config.dataset))
+    ANALYSES[config.analysis](run, config)
+    run.close()
+
+
+if __name__ == "__main__":
+    main(configure(Config))

@@ -1,0 +1,113 @@
+"""telepath_questions.py: tables with chance, interval and n, jobs done once, the right samples."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_telepath import FAST, Here, given, whole  # noqa: F401 (fixtures)
+
+import telepath_questions as Q
+from configurator import check
+from data import InputError
+
+
+def a_config(given, **options):  # noqa: F811
+    files = {"dataset": str(given / "eeg"), "lm": str(given / "lm.pt")}
+    few = {"max_iters": 2, "eval_trials": 12, "shuffles": 10}
+    return Q.Config(**{**FAST, **files, **few, **options})
+
+
+@pytest.mark.parametrize("analysis", ["frozen", "generalise", "architecture"])
+def test_analyses(given, tmp_path, analysis):  # noqa: F811
+    Q.main(a_config(given, analysis=analysis, out_dir=str(tmp_path)))
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert (tmp_path / f"{analysis}.png").exists() and len(table) > 3
+    assert table[["score", "chance", "low", "high", "n"]].notna().all().all()
+    assert table.data.str.contains("synthetic").all()
+    Q.main(a_config(given, analysis=analysis, out_dir=str(tmp_path)))  # all rows are there
+    lines = (tmp_path / "results.part-0.jsonl").read_text().splitlines()
+    assert len(lines) == len(table)
+
+
+def test_slices_and_silenced_samples_are_those_named(given, tmp_path, monkeypatch):  # noqa: F811
+    seen = []
+
+    def top1(run, config, experiment, name, words=None, silenced=()):
+        seen.append((experiment.trials.offsets / 50, config, silenced))
+        row = {"score": 0.0, "chance": 0.1, "low": 0.0, "high": 0.1, "n": 1, "shuffled": 0.1}
+        return {**row, "set": name, "data": "made up, synthetic"}
+
+    monkeypatch.setattr(Q, "fit", lambda *args: None)
+    monkeypatch.setattr(Q, "top1", top1)
+    Q.main(a_config(given, analysis="window", out_dir=str(tmp_path)))
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert set(table.kind) == {"slice", "growing", "silenced"}
+    for row, (seconds, _, silenced) in zip(table.itertuples(), seen):
+        if row.kind == "silenced":
+            seconds = seconds[list(silenced)]
+        assert np.allclose(seconds, np.arange(row.start, row.end - 1e-6, 0.02))
+
+
+def test_a_job_that_was_cut_short_is_done_again(given, tmp_path, monkeypatch):  # noqa: F811
+    done, real = [], Q.top1
+
+    def top1(*args):
+        done.append(args[3])
+        return real(*args) if len(done) != 2 else 1 / 0
+
+    monkeypatch.setattr(Q, "top1", top1)
+    monkeypatch.setattr(Q, "fit", lambda *args: None)
+    config = a_config(given, analysis="generalise", out_dir=str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        Q.main(config)
+    (tmp_path / ".lock").unlink()
+    Q.main(config)
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert (table.groupby("trained").size() == 2).all() and len(done) == len(table) + 2
+
+
+def test_where_the_tokens_of_a_run_go(given, whole, tmp_path):  # noqa: F811
+    options = {"analysis": "tokens", "init_from": str(whole), "eval_trials": 40}
+    Q.main(a_config(given, out_dir=str(tmp_path), **options))
+    way, keys, lens = (
+        pd.read_csv(tmp_path / f"{name}.csv") for name in ("trajectory", "query_key", "logit_lens")
+    )
+    assert set(way.step) == {0, 90, 180}
+    first = way[way.token == 0].groupby("step").distance.mean()
+    assert first[180] < first[0]  # towards the word
+    assert (keys.p_corrected >= keys.p).all() and (keys.n == 40).all()
+    whole_window = lens[(lens.layer == 0) & (lens.token == 0)].iloc[0]
+    assert whole_window.score < whole_window.null_low
+    assert (lens.low <= lens.score).all() and (lens.n == 40).all()
+    for name, table in (("trajectory", way), ("query_key", keys), ("logit_lens", lens)):
+        assert (tmp_path / f"{name}.png").exists() and table.data.str.contains("synthetic").all()
+
+
+def test_drift_is_nothing_for_the_same_model(given):  # noqa: F811
+    config = a_config(given)
+    run = Here(config)
+    _, experiment = Q.fresh(run, config)  # ranks have different jobs: nothing here may wait
+    lm = experiment.model.lm
+    neutral = Q.neutral_text(run, config, experiment, lm, n_texts=2, length=5)
+    assert neutral.shape[0] == 2 and abs(Q.drift_on(neutral, lm, lm)["score"]) < 1e-6
+    values = np.eye(4)[[0, 1, 2, 3] * 10]
+    own = np.arange(40) % 4
+    rng = np.random.default_rng(0)
+    shuffled = np.stack([rng.permutation(own) for _ in range(100)])
+    row, nulls = Q.against_shuffled(values, own, shuffled)
+    assert row["score"] == 1 and row["p"] == 1 / 101 and abs(nulls.mean()) < 1e-9
+    assert torch.is_tensor(neutral)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"analysis": "tokens"}, "init_from=out/telepath"),
+        ({"init_from": "out/telepath"}, "models of their own"),
+        ({"analysis": "frozen", "held_out_objects": 0.0}, "held_out_objects"),
+        ({"minutes": 2.0}, "max_iters"),
+    ],
+)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(InputError, match=words):
+        check(Q.Config(**options))
