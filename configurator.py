@@ -270,7 +270,6 @@ NOT_REWRITTEN = {
     "demo.py",
     "foundation.py",
     "probe.py",
-    "telepath.py",
     "warp.py",
 }
 
