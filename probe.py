@@ -47,10 +47,11 @@ import scipy.stats
 import torch
 from sklearn import metrics
 from sklearn.base import clone
+from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis  # noqa: F401
 from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import ParameterGrid, StratifiedGroupKFold
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
@@ -159,14 +160,13 @@ class NLPDataset:
         encoding = Encoding(folder)
         if encoding.kind != "text":
             raise InputError(f"{folder} holds responses to pictures: language models read texts")
-        stimulus = encoding.presentations.stimulus.to_numpy()
-        y = pd.DataFrame(np.asarray(encoding.responses)).groupby(stimulus).mean().to_numpy()
-        about = {"name": folder.name, "task": "Regression"}
-        about["synthetic"] = bool(encoding.meta["synthetic"])
-        return cls.__new__(cls)._set(folder.name, encoding.stimuli, y, None, about)
+        meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
+        y = encoding.mean_responses()
+        return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
 
     def _set(self, name, frame, y, label_names, meta):
-        self.name, self.frame, self.y, self.label_names = name, frame, y, label_names
+        self.name, self.frame, self.label_names = name, frame, label_names
+        self.y = np.array(y)
         self.meta = {**meta, "size": len(frame)}
         self.texts = frame.text.tolist()
         for i, text in enumerate(self.texts):
@@ -199,28 +199,25 @@ class NLPDataset:
         part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
         return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
 
-    def load_embeds_into_memory(self, model, pooler, cache=None, batch_tokens=4096):
+    def load_embeds_into_memory(self, model, pooler, cache=None):
         """Embed and pool the whole dataset: X (N', H) float32, y (N',).
 
         self.index (N',) is the text of each row: with 'concat' a text has several, which no split
-        may part (self.row_groups). cache: a folder; without one nothing is written.
+        may part (self.row_groups). cache: the folder of pooled states; without one nothing is kept.
         """
         if cache and pooler.cacheable:
             layers = sorted(set(pooler.layers(model.n_layer)))
-            args = (layers, pooler.poolings(), cache, batch_tokens)
-            X, index = pooler.from_states(pooled_states(model, self.texts, *args))
+            states = pooled_states(model, self.texts, layers, pooler.poolings(), cache)
+            X, self.index = pooler.from_states(states)
         else:
-            rows, texts = [], []
-            lengths = np.array([len(row) for row in model.encode(self.texts)[0]])
-            for batch in length_batches(np.argsort(lengths), lengths, batch_tokens):
-                x, of = pooler.pool(model([self.texts[i] for i in batch]))
-                rows.append(x.cpu().numpy())
-                texts.append(batch[of.cpu().numpy()])
-            index = np.concatenate(texts)
-            order = np.argsort(index, kind="stable")
-            X, index = np.concatenate(rows)[order], index[order]
-        self.index, self.row_groups = index, self.groups[index]
-        return X, self.y[index]
+            parts, index = [], []
+            for start in range(0, len(self), 64):
+                x, text = pooler.pool(model(self.texts[start : start + 64]))
+                parts.append(x.cpu().numpy())
+                index.append(text.cpu().numpy() + start)
+            X, self.index = np.concatenate(parts), np.concatenate(index)
+        self.row_groups = self.groups[self.index]
+        return X, self.y[self.index]
 
 
 def join_equal_texts(groups, texts):
@@ -378,17 +375,15 @@ class PoolToken:
         self.layer, self.layer_method = layer, layer_method
         self.quantile, self.quantile_method = quantile, quantile_method
         self.dedupe = dedupe
-        methods = [*REDUCE, "extend", "concat"]
+        methods = ", ".join([*REDUCE, "extend", "concat"])
         for what in ("layer", "quantile"):
             value, method = getattr(self, what), getattr(self, f"{what}_method")
-            if method not in (None, *methods):
-                names = ", ".join(methods)
-                raise InputError(f"{what}_method must be one of {names}, not '{method}'")
+            if method is not None and method not in methods.split(", "):
+                raise InputError(f"{what}_method must be one of {methods}, not '{method}'")
             if isinstance(value, str) and value != "all":
                 raise InputError(f"{what} must be a number, a list or 'all', not '{value}'")
             if method is None and (value == "all" or len(as_list(value)) > 1):
-                names = ", ".join(methods)
-                raise InputError(f"{what}={value} selects several: give {what}_method= {names}")
+                raise InputError(f"{what}={value} selects several: give {what}_method= {methods}")
         if layer_method == quantile_method == "concat":
             raise InputError("layer_method and quantile_method are both concat: only one can be")
         self.quantiles = []
@@ -438,45 +433,44 @@ class PoolToken:
         parts = []
         for pooling in self.poolings():
             parts.append(torch.stack([pool_tokens(state, real, pooling) for state in x], 1))
-        return self._combine(torch.stack(parts, 2), self._first_of_equals(real.sum(1)))
+        return self._combine(torch.stack(parts, 2), self._unequal(real.sum(1)))
 
     def from_states(self, states):
         """The same from cached States: X (R, H') and index (R,), as arrays."""
         layers = [states.layers.index(layer) for layer in self.layers(states.n_layer)]
         parts = [states.arrays[pooling][:, layers] for pooling in self.poolings()]
         x = torch.from_numpy(np.stack(parts, 2).astype(np.float32))
-        x, index = self._combine(x, self._first_of_equals(torch.from_numpy(states.lengths)))
+        x, index = self._combine(x, self._unequal(torch.from_numpy(states.lengths)))
         return x.numpy(), index.numpy()
 
-    def _first_of_equals(self, lengths):
+    def _unequal(self, lengths):
         """(B, Q): False where an earlier quantile of the text is the same token."""
-        if not self.quantiles:
-            return torch.ones_like(lengths[:, None], dtype=torch.bool)
-        at = torch.stack([token_at(lengths, q) for q in self.quantiles], 1)
-        again = (at[:, :, None] == at[:, None, :]).tril(-1).any(2)
-        return ~again if self.dedupe else torch.ones_like(again)
+        unequal = torch.ones(len(lengths), len(self.poolings()), dtype=torch.bool)
+        if self.dedupe and self.quantiles:
+            at = torch.stack([token_at(lengths, q) for q in self.quantiles], 1)
+            unequal = ~(at[:, :, None] == at[:, None, :]).tril(-1).any(2)
+        return unequal.to(lengths.device)
 
     def _combine(self, x, keep):
         """x (B, L, Q, H) of which keep (B, Q) counts -> rows and their texts."""
-        index = torch.arange(len(x), device=x.device)
-        if x.size(2) == 1:
-            x = x[:, :, 0]
-        elif self.quantile_method in REDUCE:
-            x = REDUCE[self.quantile_method](x, keep[:, None, :, None])
-        elif self.quantile_method == "concat":
-            index = index[:, None].expand_as(keep)[keep]
-            x = x.transpose(1, 2)[keep]
-        elif self.quantiles or keep.all():
-            x = x.flatten(2)
-        else:
+        if self.quantile == "all" and self.quantile_method == "extend" and not keep.all():
             raise InputError("quantile='all' with extend wants texts of one length")
-        if x.size(1) == 1:
-            return x[:, 0], index
-        if self.layer_method == "extend":
-            return x.flatten(1), index
-        if self.layer_method == "concat":
-            return x.flatten(0, 1), index.repeat_interleave(x.size(1))
-        return REDUCE[self.layer_method](x, torch.ones_like(x[..., :1], dtype=torch.bool)), index
+        x, texts = combine(x, keep, self.quantile_method)  # (R, L, H')
+        every = torch.ones_like(x[:, :, 0], dtype=torch.bool)
+        x, rows = combine(x[:, None], every, self.layer_method)
+        return x[:, 0], texts[rows]
+
+
+def combine(x, keep, method):
+    """x (B, L, S, H) over S, of which keep (B, S) counts: (R, L, H'), and which of B each is."""
+    index = torch.arange(len(x), device=x.device)
+    if x.size(2) == 1:
+        return x[:, :, 0], index
+    if method in REDUCE:
+        return REDUCE[method](x, keep[:, None, :, None]), index
+    if method == "extend":
+        return x.flatten(2), index
+    return x.transpose(1, 2)[keep], index[:, None].expand_as(keep)[keep]
 
 
 def as_list(value):
@@ -685,12 +679,12 @@ CLOSED = {"LDA": lda, "Ridge": ridge}
 class SingleStepOpt:
     """A probe in the manner of scikit-learn.
 
-    A subclass sets self.name, self.discrete_targets (targets are classes) and self.classifier.
-    fit(X, y), then probe(X) gives scores: (n,), or (n, K) of several classes. The thresholds of two
-    classes are found on a validation fold.
+    A subclass sets self.name, self.discrete_targets (targets are classes) and self.classifier, and
+    may set self.grid, parameters of the classifier to choose from. fit(X, y), then probe(X) gives
+    scores: (n,), or (n, K) of several classes. Thresholds are found on a validation fold.
     """
 
-    name, discrete_targets, classifier = "", True, None
+    name, discrete_targets, classifier, grid = "", True, None, {}
 
     def fit(self, X, y):
         self.classifier.fit(X, np.round(y).astype(int) if self.discrete_targets else y)
@@ -708,12 +702,12 @@ class SingleStepOpt:
     __call__ = forward
 
 
-def sklearn_probe(name, classifier):
+def sklearn_probe(name, classifier, **grid):
     """The constructor, input_size -> probe, for a classifier of scikit-learn."""
 
     def make(input_size):
         probe = SingleStepOpt()
-        probe.name = name
+        probe.name, probe.grid = name, grid
         probe.classifier = make_pipeline(StandardScaler(), clone(classifier))
         return probe
 
@@ -791,11 +785,10 @@ class AttentionPool(MultiStepOpt):
         return self.linear((weight[:, :, None] * X).sum(1))
 
 
-LOGISTIC = LogisticRegressionCV(
-    Cs=[1e-3, 1e-2, 1e-1], cv=3, scoring="neg_log_loss", max_iter=1000, use_legacy_attributes=False
-)
+C = [1e-3, 1e-2, 1e-1]
+LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
-    "Logistic": sklearn_probe("Logistic", LOGISTIC),
+    "Logistic": sklearn_probe("Logistic", LOGISTIC, logisticregression__C=C),
     "SingleLayer": SingleLayer,
     "DoubleLayer": DoubleLayer,
     "GatedLayer": GatedLayer,
@@ -830,7 +823,7 @@ def reads_tokens(probe):
 
 @dataclass
 class Task:
-    """What a probe is asked; a row is a text, or one of a text's rows where a pooler has several."""
+    """What a probe is asked. A row is a text, or one of several of a text where it has them."""
 
     kind: str
     y: np.ndarray  # (N,) classes or values, or (N, V) values
@@ -926,14 +919,24 @@ def fit_closed(probe, X, task, fit, choose, test):
 
 
 def fit_sklearn(probe, X, task, fit, choose, test):
-    """Scores of a scikit-learn probe at each site, fitted again with the rows to choose on."""
+    """Scores of a scikit-learn probe at each site: the best of its grid on the rows to choose on (by
+    squared error of the scores), fitted again with them."""
+    targets = task.targets()[choose].numpy()
     train = np.concatenate([fit, choose])
     chosen, tested = [], []
     for x in X.numpy():
-        model = build(probe, x.shape[1], task).fit(x[fit], task.y[fit])
-        chosen.append(model(x[choose]).reshape(len(choose), -1))
-        model = build(probe, x.shape[1], task).fit(x[train], task.y[train])
-        tested.append(model(x[test]).reshape(len(test), -1))
+        best = (math.inf, None, None)
+        for parameters in ParameterGrid(build(probe, x.shape[1], task).grid):
+            model = build(probe, x.shape[1], task)
+            model.classifier.set_params(**parameters)
+            scores = model.fit(x[fit], task.y[fit])(x[choose]).reshape(len(choose), -1)
+            loss = np.square(scores - targets[:, -scores.shape[1] :]).mean()
+            if loss < best[0]:
+                best = (loss, parameters, scores)
+        model = build(probe, x.shape[1], task)
+        model.classifier.set_params(**best[1])
+        tested.append(model.fit(x[train], task.y[train])(x[test]).reshape(len(test), -1))
+        chosen.append(best[2])
     return [np.stack(chosen), np.stack(tested)]
 
 
@@ -1100,7 +1103,7 @@ def online_code(X, y, groups, n_classes, seed):
 
 
 class AllTokens(PoolToken):
-    """Every token of a layer: what probes read that pool the tokens themselves."""
+    """Every token of a layer, for probes that pool tokens themselves."""
 
     def __init__(self, layer):
         super().__init__(layer, "all", None, "concat")
@@ -1129,23 +1132,23 @@ class Sites:
         """X (N', H), of AllTokens (N, T, H) with NaN for pads, and the text (N',) of each row."""
         if pooler.cacheable:
             return pooler.from_states(self.states)
-        size = self.config.batch_tokens
-        rows, _ = self.dataset.load_embeds_into_memory(self.model, pooler, batch_tokens=size)
+        X, _ = self.dataset.load_embeds_into_memory(self.model, pooler)
         index = self.dataset.index
-        if not isinstance(pooler, AllTokens):
-            return rows, index
-        place = pd.Series(index).groupby(index).cumcount().to_numpy()
-        X = np.full((len(self.dataset), place.max() + 1, rows.shape[1]), np.nan, np.float32)
-        X[index, place] = rows
-        return X, np.arange(len(X))
+        if isinstance(pooler, AllTokens):
+            place = pd.Series(index).groupby(index).cumcount().to_numpy()
+            shape = (len(self.dataset), place.max() + 1, self.model.width)
+            tokens = np.full(shape, np.nan, np.float32)
+            tokens[index, place] = X
+            X, index = tokens, np.arange(len(tokens))
+        return X, index
 
     def batches(self):
         """X (G, N, H) and index (N,) of neighbouring sites of equal shape, up to 256 MB of them."""
         group, index = [], None
         for pooler in self.poolers:
             X, texts = self.vectors(pooler)
-            full = group and (len(group) + 1) * X.nbytes > 2**28
-            if group and (full or X.shape != group[0].shape or not np.array_equal(texts, index)):
+            alike = group and X.shape == group[0].shape and np.array_equal(texts, index)
+            if group and not (alike and (len(group) + 1) * X.nbytes < 2**28):
                 yield torch.from_numpy(np.stack(group)), index
                 group = []
             group.append(X)
@@ -1155,31 +1158,29 @@ class Sites:
 
 def measure(sites, probe, task):
     """A DataFrame of measures and chance levels, a row for each site and fold; and one of scores, a
-    row for each text that was tested in the first repetition, unless there are several a text."""
+    row for each text tested in the first repetition (None of several classes or columns)."""
     rows, scores = [], []
     first = 0
     for X, index in sites.batches():
         part = task.take(index)
         texts_per_row = len(np.unique(index)) / len(index)
         for repetition, folds in enumerate(part.folds):
-            fold_size = part.learn.sum() / (folds.max() + 1)
             for fold, outcome in enumerate(fit_folds(probe, X, part, folds)):
                 about = {"repetition": repetition, "fold": fold}
-                sizes = {"ratio": fold_size / outcome.n_train}
-                sizes["n_train"] = outcome.n_train * texts_per_row
-                sizes["n_test"] = len(outcome.test) * texts_per_row
-                sizes["n"] = len(np.unique(index[part.judge]))
+                about["n"] = len(np.unique(index[part.judge]))
+                about["n_train"] = outcome.n_train * texts_per_row
+                about["n_test"] = len(outcome.test) * texts_per_row
+                about["ratio"] = part.learn.sum() / (folds.max() + 1) / outcome.n_train
                 for name, value in chance_measures(part, outcome.test).items():
-                    sizes[f"chance {name}"] = value
+                    about[f"chance {name}"] = value
                 for g in range(len(X)):
-                    about["site"] = first + g
                     measures, threshold = judge(part, outcome, g)
-                    rows.append({**about, **sizes, **measures})
+                    rows.append({"site": first + g, **about, **measures})
                     tested = outcome.scores[1][g]
                     if repetition == 0 and tested.shape[1] == 1:
                         texts = {"index": index[outcome.test], "y": part.y[outcome.test]}
                         texts |= {"score": tested[:, 0], "threshold": threshold}
-                        scores.append(pd.DataFrame({**about, **texts}))
+                        scores.append(pd.DataFrame({"site": first + g, "fold": fold, **texts}))
         first += len(X)
     return pd.DataFrame(rows), pd.concat(scores) if scores else None
 
@@ -1195,42 +1196,147 @@ def judge(task, outcome, g):
     if task.kind == "binary":
         thresholds = best_thresholds(y_choose, chosen)
     measures = evaluator(y_test, tested, task.kind, thresholds)
-    primary = PRIMARY[task.kind]
-    measures["validation"] = evaluator(y_choose, chosen, task.kind, thresholds)[primary]
+    validation = evaluator(y_choose, chosen, task.kind, thresholds)
+    measures["validation"] = validation[PRIMARY[task.kind]]
     return measures, thresholds["accuracy"]
 
 
+def measures_of(folds):
+    return [name.removeprefix("chance ") for name in folds if name.startswith("chance ")]
+
+
 def statistics(folds, metric):
-    """Columns of results.csv out of the folds of one site: p is None where nothing is tested."""
+    """Columns of results.csv out of the folds of one site."""
     chance, n_test = folds[f"chance {metric}"].mean(), folds.n_test.mean()
     score, low, high, p = corrected_t(folds[metric], chance, folds.ratio.mean(), n_test)
     low, high = np.clip([low, high], *BOUNDS.get(metric, (0, 1)))
-    p = None if metric == "mse" else float(p)
     row = {"score": score, "chance": chance, "low": low, "high": high, "n": folds.n.iloc[0]}
     return {**row, "metric": metric, "n_train": round(folds.n_train.mean()), "p": p}
 
 
-def write_rows(run, folds, labels, keys, primary):
-    """Rows of every site, p corrected over all of them, and of the layer that the rows to choose on
-    liked best, fold by fold; returns that one, or the only site's."""
-    tested = keys["baseline"] == ""
-    names = [name.removeprefix("chance ") for name in folds if name.startswith("chance ")]
-    for metric in names:
+def write_rows(run, folds, labels, keys, metrics):
+    """Rows of every site; p is corrected over all of them, and tests nothing for a baseline."""
+    for metric in metrics:
         rows = [statistics(part, metric) for _, part in folds.groupby("site")]
-        p_holm = holm([np.nan if row["p"] is None else row["p"] for row in rows])
-        for row, label, corrected in zip(rows, labels, p_holm):
-            if not tested:
-                row["p"] = None
-            p = None if row["p"] is None else float(corrected)
-            run.result(**{**row, **keys, **label, "p_holm": p})
+        for row, label, p in zip(rows, labels, holm([row["p"] for row in rows])):
+            row["p_holm"] = p
+            if keys["baseline"] or metric == "mse":
+                row |= {"p": None, "p_holm": None}
+            run.result(**row, **keys, **label)
+
+
+def write_best(run, folds, labels, keys, metric):
+    """The row of the site that the rows to choose on liked best, fold by fold; in words."""
     best = folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
-    row = statistics(best, primary)
-    if not tested:
-        row["p"] = None
+    row = statistics(best, metric)
+    row["p_holm"] = row["p"] = None if keys["baseline"] else row["p"]
+    label = {"layer": "best", "quantile": "best", "layer_method": "", "quantile_method": ""}
+    words = f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
     if len(labels) > 1:
-        label = {"layer": "best", "quantile": "best", "layer_method": "", "quantile_method": ""}
-        run.result(**{**row, **keys, **label, "p_holm": row["p"]})
-    return {**row, "layer": labels[best.site.mode()[0]]["layer"]}
+        run.result(**row, **keys, **label)
+        words += f" (most often layer {labels[best.site.mode()[0]]['layer']})"
+    return words
+
+
+def probe_pair(run, model, dataset, probes, poolers):
+    """Everything about one model and one dataset. The majority's rows come last for each probe."""
+    config, metric = run.config, PRIMARY[dataset.kind]
+    task, keys = make_task(dataset, config), {"model": model.name, "dataset": dataset.name}
+    keys |= {"params": model.params, "synthetic": bool(dataset.meta.get("synthetic"))}
+    pooled = sites_of(model, dataset, poolers, config)
+    if config.keep_predictions:
+        keep_projections(run, pooled[""])
+    is_first = {"closed": True, "pooled": True}
+    for probe in probes:
+        sites = pooled
+        if reads_tokens(probe):
+            layers = [AllTokens(layer) for layer in model.layers(config.layers)]
+            sites = sites_of(model, dataset, layers, config)
+        keys["probe"] = name_of(probe)
+        words = []
+        for baseline, part in sites.items():
+            keys["baseline"] = baseline
+            folds, scores = measure(part, probe, task)
+            write_rows(run, folds, part.labels, keys, measures_of(folds))
+            best = write_best(run, folds, part.labels, keys, metric)
+            words.append(f"{baseline.replace('_', ' ') or keys['probe']} {best}")
+            if not baseline:
+                real = folds
+                keep_for_app(run, part, keys["probe"], folds, scores)
+        keys["baseline"] = ""
+        if sites is pooled and is_first["pooled"]:
+            is_first["pooled"] = False
+            if "control" in config.baselines:
+                measure_control(run, sites[""], probe, keys)
+            if "compression" in config.baselines and dataset.kind != "regression":
+                measure_compression(run, pooled, task, keys)
+        if probe in CLOSED and is_first["closed"]:
+            is_first["closed"] = False
+            measure_sizes(run, sites[""], probe, keys, real.n_train.mean())
+        one = real[real.site == 0]
+        for name in measures_of(one):
+            one = one.assign(**{name: one[f"chance {name}"]})
+        label = dict.fromkeys(sites[""].labels[0], "")
+        write_rows(run, one, [label], {**keys, "baseline": "majority"}, measures_of(one))
+        words.append(f"majority {one[metric].mean():.3f} ({metric}, n = {len(dataset)})")
+        run.print(f"{model.name} {dataset.name}, layer by validation: {', '.join(words)}")
+
+
+def sites_of(model, dataset, poolers, config):
+    """{baseline: Sites} of the model ('') and of what is measured as it is."""
+    sites = {"": Sites(model, dataset, poolers, config)}
+    if "random_init" in config.baselines:
+        sites["random_init"] = Sites(model.random_twin(config.seed), dataset, poolers, config)
+    if "layer0" in config.baselines and not isinstance(poolers[0], AllTokens):
+        sites["layer0"] = Sites(model, dataset, [PoolToken(0, "all", None, "mean")], config)
+    return sites
+
+
+def measure_control(run, sites, probe, keys):
+    """Control task and selectivity, both labels learnt and judged where texts share their words."""
+    dataset, metric = sites.dataset, PRIMARY[sites.dataset.kind]
+    y = control_labels(dataset, run.seed)
+    real, _ = measure(sites, probe, make_task(dataset, run.config, within=True))
+    control, _ = measure(sites, probe, make_task(dataset, run.config, y, within=True))
+    control_keys = {**keys, "baseline": "control"}
+    write_rows(run, control, sites.labels, control_keys, measures_of(control))
+    write_best(run, control, sites.labels, control_keys, metric)
+    real["selectivity"] = real[metric] - control[metric]
+    real["chance selectivity"] = 0.0
+    write_rows(run, real, sites.labels, keys, ["selectivity"])
+
+
+def measure_compression(run, sites, task, keys):
+    """n log2 K over the bits of the online code, with a normal interval over texts."""
+    n_classes = task.targets().size(1)
+    for baseline in {"", "random_init"} & set(sites):
+        labels = iter(sites[baseline].labels)
+        for X, index in sites[baseline].batches():
+            learn = task.learn[index]
+            texts = index[learn]
+            groups = sites[baseline].dataset.groups[texts]
+            for x in X[:, learn].numpy():
+                bits = online_code(x, task.y[texts], groups, n_classes, run.seed)
+                spread = 1.96 * bits.std() * math.sqrt(len(bits))
+                sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
+                score, low, high = len(bits) * math.log2(n_classes) / sums.clip(1e-9)
+                about = {**keys, **next(labels), "probe": "Logistic", "baseline": baseline}
+                about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
+                run.result(score, 1.0, low, high, len(bits), **about)
+
+
+def measure_sizes(run, sites, probe, keys, most):
+    """The sample-size curve."""
+    dataset, config = sites.dataset, run.config
+    few = 4 * config.n_folds * len(dataset.label_names or "1")
+    for n in config.train_sizes:
+        if few <= n < 0.9 * most:
+            folds, _ = measure(sites, probe, make_task(dataset, config, n_train=n))
+            write_rows(run, folds, sites.labels, keys, measures_of(folds))
+            write_best(run, folds, sites.labels, keys, PRIMARY[dataset.kind])
+
+
+# ---- what the app reads
 
 
 def slug(*names):
@@ -1240,32 +1346,35 @@ def slug(*names):
 
 def keep_for_app(run, sites, name, folds, scores):
     """Logs in JSON, and the out-of-fold scores of each site."""
-    model, dataset = sites.model.name, sites.dataset
+    names = [sites.model.name, sites.dataset.name, name]
+    columns = {"mse": "MSE", "accuracy": "Accuracy", "f1": "F1"}
     logs = {}
-    for site, (pooler, label) in enumerate(zip(sites.poolers, sites.labels)):
+    for site, pooler in enumerate(sites.poolers):
         part = folds[folds.site == site]
-        about = {"model": model, "classifier": name}
+        about = {"model": names[0], "classifier": name, "attention": isinstance(pooler, AllTokens)}
         for key in ("layer", "quantile", "layer_method", "quantile_method"):
             about[key] = getattr(pooler, key)
-        about["attention"] = isinstance(pooler, AllTokens)
-        columns = {"accuracy": "Accuracy", "f1": "F1"}
-        if dataset.kind == "regression":
-            columns = {"mse": "MSE"}
-        data = {title: part[column].tolist() for column, title in columns.items()}
-        logs[f"experiment_{site}"] = {"metadata": dataset.meta, "expdata": about, "data": data}
+        data = {title: part[key].tolist() for key, title in columns.items() if key in part}
+        meta = sites.dataset.meta
+        logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data}
         if run.config.keep_predictions and scores is not None:
             kept = scores[scores.site == site]
-            place = []
-            for what in ("layer", "quantile"):
-                method = label[f"{what}_method"]
-                plain = method in ("", "mean", "attention", label[what])
-                place.append(label[what] if plain else f"{label[what]}-{method}")
-            path = folder(run, "predictions") / f"{slug(model, dataset.name, name, *place)}.npz"
             arrays = {key: kept[key].to_numpy() for key in ("index", "y", "score", "fold")}
+            arrays["threshold"] = kept.threshold.mean()
+            path = folder(run, "predictions") / f"{slug(*names, *place(sites.labels[site]))}.npz"
             with aside(path) as file:
-                np.savez(file, **arrays, threshold=kept.threshold.mean())
-    path = folder(run, "logs") / f"{slug(model, dataset.name, name)}.json"
-    write_aside(path, json.dumps(logs))
+                np.savez(file, **arrays)
+    write_aside(folder(run, "logs") / f"{slug(*names)}.json", json.dumps(logs))
+
+
+def place(label):
+    """Layer and quantile of a site, with their methods, as they stand in file names."""
+    names = []
+    for what in ("layer", "quantile"):
+        method = label[f"{what}_method"]
+        plain = method in ("", "mean", "attention")
+        names.append(label[what] if plain else f"{label[what]}-{method}")
+    return names
 
 
 def folder(run, name):
@@ -1275,179 +1384,32 @@ def folder(run, name):
 
 
 def keep_projections(run, sites):
-    """The texts, and the first two principal components of every site of one row a text."""
+    """The texts, and the first two principal components of each site of a single layer."""
     dataset = sites.dataset
-    labels = dataset.y
-    if dataset.label_names:
-        labels = np.array(dataset.label_names)[dataset.y]
-    if labels.ndim == 1:
-        texts = pd.DataFrame({"index": range(len(dataset)), "text": dataset.texts, "label": labels})
-        path = folder(run, "texts") / f"{slug(dataset.name)}.csv"
-        write_aside(path, texts.to_csv(index=False))
+    if dataset.y.ndim == 1:
+        names = np.array(dataset.label_names)[dataset.y] if dataset.label_names else dataset.y
+        table = pd.DataFrame({"text": dataset.texts, "label": names}).rename_axis("index")
+        write_aside(folder(run, "texts") / f"{slug(dataset.name)}.csv", table.to_csv())
     for pooler, label in zip(sites.poolers, sites.labels):
-        if label["layer_method"] or len(pooler.quantiles) > 1:
-            continue
-        X = torch.from_numpy(sites.vectors(pooler)[0])
-        X = X - X.mean(0)
-        value, vector = torch.linalg.eigh(X.T @ X)
-        vector = vector[:, [-1, -2]]
-        xy = X @ (vector * vector.sum(0).sign())  # the same signs on every machine
-        method = label["quantile_method"]
-        quantile = label["quantile"] if method in ("", "mean") else f"all-{method}"
-        name = slug(sites.model.name, dataset.name, label["layer"], quantile)
-        explained = (value[[-1, -2]] / value.sum()).numpy()
-        with aside(folder(run, "projections") / f"{name}.npz") as file:
-            np.savez(file, xy=xy.numpy(), index=np.arange(len(X)), explained=explained)
+        if pooler.cacheable and not label["layer_method"] and len(pooler.quantiles) < 2:
+            X, index = sites.vectors(pooler)
+            pca = PCA(2, svd_solver="covariance_eigh")
+            arrays = {"xy": pca.fit_transform(X).astype(np.float32), "index": index}
+            name = slug(sites.model.name, dataset.name, *place(label))
+            with aside(folder(run, "projections") / f"{name}.npz") as file:
+                np.savez(file, **arrays, explained=pca.explained_variance_ratio_)
 
 
-def usable_probes(dataset, probes):
-    """The probes that can answer: no classifier does a regression, only ridge several columns."""
-    if dataset.kind != "regression":
-        return probes
-    usable = []
-    for probe in probes:
-        is_class = isinstance(PROBES.get(probe, probe), type)
-        discrete = probe == "LDA" or (probe in PROBES and not is_class)
-        if probe == "Ridge" or (dataset.y.ndim == 1 and not discrete):
-            usable.append(probe)
-    return usable or ["Ridge"]
+# ---- the experiment
 
 
-class Pair:
-    """One model on one dataset: everything that is measured."""
-
-    def __init__(self, run, model, twin, dataset, poolers):
-        self.run, self.config = run, run.config
-        self.model, self.twin, self.dataset, self.poolers = model, twin, dataset, poolers
-        self.primary = PRIMARY[dataset.kind]
-        self.task = make_task(dataset, self.config)
-        self.sites = Sites(model, dataset, poolers, self.config)
-        if self.config.keep_predictions:
-            keep_projections(run, self.sites)
-
-    def keys(self, probe, baseline=""):
-        model, dataset = self.model, self.dataset
-        keys = {"model": model.name, "dataset": dataset.name, "probe": name_of(probe)}
-        keys |= {"baseline": baseline, "params": model.params}
-        return {**keys, "synthetic": bool(dataset.meta.get("synthetic"))}
-
-    def sites_of(self, probe, model):
-        """Of the model or its twin; a probe that reads all tokens has a site for each layer."""
-        poolers = self.poolers
-        if reads_tokens(probe):
-            poolers = [AllTokens(layer) for layer in model.layers(self.config.layers)]
-        elif model is self.model:
-            return self.sites
-        return Sites(model, self.dataset, poolers, self.config)
-
-    def measure(self, probe, is_first, is_first_closed):
-        """Everything about one probe; the majority's rows come last, and say that all is there."""
-        run, config, primary = self.run, self.config, self.primary
-        sites = self.sites_of(probe, self.model)
-        folds, scores = measure(sites, probe, self.task)
-        best = write_rows(run, folds, sites.labels, self.keys(probe), primary)
-        said = f"{name_of(probe)} {in_words(best)} (most often layer {best['layer']})"
-        keep_for_app(run, sites, name_of(probe), folds, scores)
-        if self.twin is not None:
-            said += f", random weights {in_words(self.measure_twin(probe))}"
-        if "layer0" in config.baselines and not reads_tokens(probe):
-            bag = Sites(self.model, self.dataset, [PoolToken(0, "all", None, "mean")], config)
-            part, _ = measure(bag, probe, self.task)
-            row = write_rows(run, part, bag.labels, self.keys(probe, "layer0"), primary)
-            said += f", bag of embeddings {row['score']:.3f}"
-        if "control" in config.baselines and is_first:
-            said += f", control task {self.measure_control(probe):.3f}"
-        if "compression" in config.baselines and is_first and self.dataset.kind != "regression":
-            self.measure_compression()
-        if is_first_closed:
-            self.measure_sizes(probe, folds.n_train.mean())
-        label = dict.fromkeys(("layer", "quantile", "layer_method", "quantile_method"), "")
-        one = folds[folds.site == 0]
-        for name in [name for name in folds if name.startswith("chance ")]:
-            row = statistics(one.assign(**{name[7:]: one[name]}), name[7:])
-            row |= {"p": None, "p_holm": None}
-            run.result(**{**row, **self.keys(probe, "majority"), **label})
-        said += f", majority {one[f'chance {primary}'].mean():.3f}"
-        end = f"({primary}, n = {len(self.dataset)})"
-        run.print(f"{self.model.name} {self.dataset.name}: best layer on validation: {said} {end}")
-
-    def measure_twin(self, probe):
-        sites = self.sites_of(probe, self.twin)
-        folds, _ = measure(sites, probe, self.task)
-        keys = self.keys(probe, "random_init")
-        return write_rows(self.run, folds, sites.labels, keys, self.primary)
-
-    def measure_control(self, probe):
-        """Control task and selectivity, both learnt and judged where texts share their words."""
-        labels, primary = self.sites.labels, self.primary
-        y = control_labels(self.dataset, self.config.seed)
-        real, _ = measure(self.sites, probe, make_task(self.dataset, self.config, within=True))
-        other, _ = measure(self.sites, probe, make_task(self.dataset, self.config, y, within=True))
-        write_rows(self.run, other, labels, self.keys(probe, "control"), primary)
-        gap = real.assign(selectivity=real[primary] - other[primary])
-        gap["chance selectivity"] = 0.0
-        rows = [statistics(part, "selectivity") for _, part in gap.groupby("site")]
-        p_holm = holm([row["p"] for row in rows])
-        for row, label, p in zip(rows, labels, p_holm):
-            self.run.result(**{**row, **self.keys(probe), **label, "p_holm": p})
-        return other.groupby("site")[primary].mean().max()
-
-    def measure_compression(self):
-        """n log2 K over the bits of the online code, with a normal interval over texts."""
-        task, groups = self.task, self.dataset.groups
-        n_classes = task.targets().size(1)
-        for baseline, model in (("", self.model), ("random_init", self.twin)):
-            if model is None:
-                continue
-            sites = self.sites_of("Logistic", model)
-            labels = iter(sites.labels)
-            for X, index in sites.batches():
-                learn = index[task.learn[index]]
-                for x in X[:, task.learn[index]].numpy():
-                    seed = self.config.seed
-                    bits = online_code(x, task.y[learn], groups[learn], n_classes, seed)
-                    spread = 1.96 * bits.std() * math.sqrt(len(bits))
-                    uniform = len(bits) * math.log2(n_classes)
-                    row = {"score": uniform / bits.sum(), "chance": 1.0, "n": len(bits)}
-                    row["low"] = uniform / (bits.sum() + spread)
-                    row["high"] = uniform / max(bits.sum() - spread, 1e-9)
-                    row |= {"metric": "compression", "n_train": len(bits), "p": None}
-                    keys = {**self.keys("Logistic", baseline), **next(labels), "p_holm": None}
-                    self.run.result(**row, **keys)
-
-    def measure_sizes(self, probe, most):
-        """The sample-size curve."""
-        few = 4 * self.config.n_folds * self.task.targets().size(1)
-        for n in self.config.train_sizes:
-            if few <= n < 0.9 * most:
-                folds, _ = measure(
-                    self.sites, probe, make_task(self.dataset, self.config, n_train=n)
-                )
-                write_rows(self.run, folds, self.sites.labels, self.keys(probe), self.primary)
-
-
-def in_words(row):
-    return f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-
-def all_poolers(config, model, extra):
-    """Each layer x each quantile, then the ones written out; of equal ones the first."""
-    poolers = {}
-    plain = []
-    for layer in model.layers(config.layers):
-        plain += [token_pooler(layer, quantile) for quantile in config.quantiles]
-    for pooler in [*plain, *[PoolToken(**options) for options in config.poolers], *extra]:
-        poolers.setdefault(str(pooler.label(model.n_layer)), pooler)
-    return list(poolers.values())
-
-
-def experiment(config, lms=None, datasets=None, probes=None, poolers=()):
+def experiment(config, lms=None, datasets=None, probes=None):
     """The sweep: models x datasets dealt over the ranks. Returns the results as a DataFrame."""
     run = Run(config)
     lms, probes = lms or config.lm, probes or config.probe
     loaded = []
     for spec in datasets or config.dataset:
-        loaded += [part.first(config.max_texts) for part in load_dataset(run, config, spec)]
+        loaded += [dataset.first(config.max_texts) for dataset in load_dataset(run, config, spec)]
     content = hashlib.sha256()
     for dataset in loaded:
         if config.split == "cv":
@@ -1456,17 +1418,22 @@ def experiment(config, lms=None, datasets=None, probes=None, poolers=()):
         content.update(repr([dataset.texts, dataset.y.tolist(), dataset.groups.tolist()]).encode())
         if config.shuffle_labels:
             dataset.y = shuffled(dataset, np.random.default_rng(key_seed(config.seed, "shuffle")))
-    models = {}
-    for number, spec in enumerate(lms):
-        models = {number: LMModel(spec, run.device, run.dtype, bos=config.bos)}
-        all_poolers(config, models[number], poolers)  # an unknown layer is told before any work
-        content.update(models[number].fingerprint().encode())
+    for spec in lms:
+        model = LMModel(spec, run.device, run.dtype, bos=config.bos)
+        all_poolers(config, model)  # so is a layer that there is not
+        content.update(model.fingerprint().encode())
     run.content = content.hexdigest()[:8]
-    rows = run.rows()
-    for number, dataset in run.share([(m, d) for m in range(len(lms)) for d in loaded]):
-        if number not in models:
-            models = {number: LMModel(lms[number], run.device, run.dtype, bos=config.bos)}
-        probe_pair(run, models[number], dataset, probes, poolers, rows)
+    finished = finished_units(run.rows())
+    last = spec
+    for spec, dataset in run.share([(spec, dataset) for spec in lms for dataset in loaded]):
+        if spec is not last:
+            model, last = LMModel(spec, run.device, run.dtype, bos=config.bos), spec
+        todo = []
+        for probe in usable_probes(dataset, probes):
+            if (model.name, dataset.name, name_of(probe)) not in finished:
+                todo.append(probe)
+        if todo:
+            probe_pair(run, model, dataset, todo, all_poolers(config, model))
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
@@ -1475,23 +1442,35 @@ def experiment(config, lms=None, datasets=None, probes=None, poolers=()):
     return table
 
 
-def probe_pair(run, model, dataset, probes, poolers, rows):
-    """Whatever is not among the rows of one model and one dataset."""
-    config = run.config
-    probes = usable_probes(dataset, probes)
-    first = [probe for probe in probes if not reads_tokens(probe)][:1]
-    closed = [probe for probe in probes if probe in CLOSED][:1]
-    todo = []
+def all_poolers(config, model):
+    """Each layer x each quantile, then the ones written out; of equal ones the first."""
+    poolers = []
+    for layer in model.layers(config.layers):
+        poolers += [token_pooler(layer, quantile) for quantile in config.quantiles]
+    poolers += [PoolToken(**options) for options in config.poolers]
+    unequal = {}
+    for pooler in poolers:
+        unequal.setdefault(str(pooler.label(model.n_layer)), pooler)
+    return list(unequal.values())
+
+
+def finished_units(rows):
+    """(model, dataset, probe) whose rows are all there: the majority's come last."""
+    if not len(rows):
+        return set()
+    last = rows[rows.baseline == "majority"]
+    return set(zip(last.model, last.dataset, last.probe))
+
+
+def usable_probes(dataset, probes):
+    """Those that can answer: classifiers do no regression, and only ridge does several columns."""
+    usable = []
     for probe in probes:
-        keys = (model.name, dataset.name, name_of(probe), "majority")
-        columns = ["model", "dataset", "probe", "baseline"]
-        if not len(rows) or not (rows[columns] == keys).all(axis=1).any():
-            todo.append(probe)
-    if todo:
-        twin = model.random_twin(config.seed) if "random_init" in config.baselines else None
-        pair = Pair(run, model, twin, dataset, all_poolers(config, model, poolers))
-        for probe in todo:
-            pair.measure(probe, probe in first, probe in closed)
+        is_torch = isinstance(PROBES.get(probe), type)
+        fits_values = probe == "Ridge" or is_torch or not isinstance(probe, str)
+        if dataset.kind != "regression" or probe == "Ridge" or fits_values and dataset.y.ndim == 1:
+            usable.append(probe)
+    return usable or ["Ridge"]
 
 
 def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), **options):
@@ -1499,86 +1478,79 @@ def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), **opti
 
     dataset_paths: data-json files, dicts, NLPDatasets or NAME/TASK; model_names: names, folders or
     {'model', 'tokenizer'}; poolers: PoolTokens; classifiers: names, or constructors input_size ->
-    SingleStepOpt or MultiStepOpt; options: fields of Config, logs_folder is out_dir.
+    SingleStepOpt or MultiStepOpt; options: fields of Config, and logs_folder for its out_dir.
     """
-    if "logs_folder" in options:
-        options["out_dir"] = str(options.pop("logs_folder"))
+    options["out_dir"] = str(options.pop("logs_folder", "out/probe"))
     if poolers:
         options.setdefault("quantiles", [])
-    names = []
-    for model in model_names:
-        names.append(
-            str(model.get("name", type(model["model"]).__name__))
-            if isinstance(model, dict)
-            else str(model)
-        )
-    datasets = [getattr(data, "name", None) or str(data)[:200] for data in dataset_paths]
-    config = Config(lm=names, dataset=datasets, **options)
+    config = Config(**options)
     config.probe = [probe for probe in classifiers if isinstance(probe, str)]
     check(config)
     config.probe = [name_of(probe) for probe in classifiers]
-    config.poolers = [str(vars(pooler)) for pooler in poolers]
-    return experiment(config, list(model_names), list(dataset_paths), list(classifiers), poolers)
+    config.lm = []
+    for model in model_names:
+        config.lm.append(model.get("name", "") if isinstance(model, dict) else str(model))
+    config.dataset = [getattr(data, "name", str(data)[:200]) for data in dataset_paths]
+    for pooler in poolers:
+        names = inspect.signature(PoolToken).parameters
+        config.poolers.append({name: getattr(pooler, name) for name in names})
+    return experiment(config, list(model_names), list(dataset_paths), list(classifiers))
 
 
 # ---- plots
 
-COLOURS = ["#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#dfab01"]
+LINES = {
+    "random_init": ("--", "#888888", "random weights"),
+    "control": (":", "#888888", "control task"),
+    "layer0": ("-.", "#b08900", "bag of embeddings"),
+    "majority": ("-", "#000000", "majority"),
+}
 
 
 def plot_layers(out, table):
     """layers_MODEL.png: scores over layers at one pooling with 95 % bands, a panel a dataset."""
-    usual = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
-    table = table[(table.n_train == usual) & table.metric.isin(list(PRIMARY.values()))]
+    kind = ["model", "dataset", "probe", "baseline"]
+    usual = table.n_train == table.groupby(kind).n_train.transform("max")
+    table = table[usual & table.metric.isin(PRIMARY.values()) & (table.layer_method == "")]
     table = table.assign(number=pd.to_numeric(table.layer, errors="coerce"))
-    for model, part in table[table.number.notna() | (table.baseline == "majority")].groupby(
-        "model"
-    ):
-        datasets = list(part.dataset.unique())
+    for model, rows in table.groupby("model"):
+        datasets = list(rows.dataset.unique())
         columns = min(len(datasets), 3)
-        n_rows = -(-len(datasets) // columns)
-        size = (3.6 * columns, 2.8 * n_rows + 0.9)
-        figure, axes = plt.subplots(
-            n_rows, columns, figsize=size, squeeze=False, layout="constrained"
-        )
+        height = -(-len(datasets) // columns)
+        size = (3.6 * columns, 2.8 * height + 0.9)
+        figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False)
+        for ax, dataset in zip(axes.flat, datasets):
+            draw_panel(ax, rows[rows.dataset == dataset])
+            ax.set_title(dataset, fontsize=9)
         for ax in axes.flat[len(datasets) :]:
             ax.set_visible(False)
-        handles = {}
-        for ax, dataset in zip(axes.flat, datasets):
-            draw_panel(ax, part[part.dataset == dataset])
-            ax.set_title(dataset, fontsize=9)
-            for handle, label in zip(*ax.get_legend_handles_labels()):
-                handles[label] = handle
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=8)
-        note = "; synthetic sentences" if part.synthetic.astype(bool).any() else ""
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        note = "; synthetic sentences" if rows.synthetic.any() else ""
         figure.suptitle(f"{model}: what each layer knows (95 % bands){note}", fontsize=10)
+        figure.set_layout_engine("constrained")
         with aside(out / f"layers_{slug(model)}.png") as file:
             figure.savefig(file, dpi=130, format="png")
         plt.close(figure)
 
 
 def draw_panel(ax, rows):
-    """One dataset: probes in colour, the baselines of the first probe in grey."""
-    real = rows[(rows.baseline == "") & (rows.layer_method == "")]
-    quantiles = [q for q in real["quantile"].unique() if q != "attention"] or ["attention"]
-    quantile = "1.0" if "1.0" in quantiles else quantiles[-1]
-    at_quantile = rows["quantile"].isin([quantile, "attention"])
-    for colour, (probe, part) in zip(COLOURS, real[at_quantile].groupby("probe", sort=False)):
-        part = part.drop_duplicates("number").sort_values("number")
-        ax.plot(part.number, part.score, "o-", ms=3, c=colour, label=probe)
-        ax.fill_between(part.number, part.low, part.high, color=colour, alpha=0.13, lw=0)
-    first = rows[(rows.probe == real.probe.iloc[0])]
-    styles = {"random_init": ("--", "random weights"), "control": (":", "control task")}
-    for baseline, (style, name) in styles.items():
-        part = first[(first.baseline == baseline) & at_quantile].sort_values("number")
-        if len(part):
-            label = f"{name} ({part.probe.iloc[0]})"
-            ax.plot(part.number, part.score, style, c="#888888", label=label)
-    levels = {"layer0": ("-.", "bag of embeddings"), "majority": ("-", "majority")}
-    for baseline, (style, name) in levels.items():
+    """One dataset: the probes in colour, and the baselines of the first one."""
+    real = rows[(rows.baseline == "") & rows.number.notna()]
+    quantiles = real["quantile"].unique()
+    quantile = "1.0" if "1.0" in quantiles else quantiles[0]
+    single = rows.baseline.isin(["layer0", "majority"])
+    rows = rows[single | rows["quantile"].isin([quantile, "attention"])].sort_values("number")
+    for probe, part in rows[rows.baseline == ""].groupby("probe", sort=False):
+        line = ax.plot(part.number, part.score, "o-", ms=3, label=probe)[0]
+        ax.fill_between(part.number, part.low, part.high, color=line.get_color(), alpha=0.13, lw=0)
+    first = rows[rows.probe == real.probe.iloc[0]]
+    for baseline, (style, colour, name) in LINES.items():
         part = first[first.baseline == baseline]
-        if len(part):
-            ax.axhline(part.score.iloc[0], ls=style, lw=1, c="#b08900", label=name)
+        if baseline in ("layer0", "majority") and len(part):
+            ax.axhline(part.score.iloc[0], ls=style, c=colour, lw=1, label=name)
+        elif len(part):
+            ax.plot(part.number, part.score, style, c=colour, lw=1, label=name)
     ax.set_xlabel("layer", fontsize=8)
     ax.set_ylabel(real.metric.iloc[0], fontsize=8)
     ax.tick_params(labelsize=7)
