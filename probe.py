@@ -161,7 +161,7 @@ class NLPDataset:
         if encoding.kind != "text":
             raise InputError(f"{folder} holds responses to pictures: language models read texts")
         meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
-        y = encoding.mean_responses()
+        y = encoding.mean_responses().squeeze()
         return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
 
     def _set(self, name, frame, y, label_names, meta):
@@ -234,9 +234,10 @@ def load_dataset(run, config, spec):
     """The datasets of one entry: NLPDataset, dict, data-json file, NAME/TASK or NAME."""
     if isinstance(spec, NLPDataset):
         return [spec]
-    if isinstance(spec, dict) or str(spec).endswith(".json"):
-        bundled = HERE / "data" / str(spec)[:200]
-        path = bundled if isinstance(spec, str) and bundled.is_file() else spec
+    if isinstance(spec, dict):
+        return [NLPDataset(spec, config.force_classification)]
+    if str(spec).endswith(".json"):
+        path = Path(spec) if Path(spec).exists() else HERE / "data" / spec
         return [NLPDataset(path, config.force_classification)]
     name, task = spec, ""
     if not Path(spec).is_dir() and not (HERE / "data" / spec / "prepare.py").exists():
@@ -602,21 +603,18 @@ def length_batches(order, lengths, batch_tokens):
 
 
 class Moments:
-    """Means and covariances out of summed products of [1, X, Y], (G, 1 + H + C, 1 + H + C).
+    """Means and covariances from summed products (G, 1 + H, 1 + H + C), features standardised."""
 
-    The sums of several folds add up to those of all their rows. Features are standardised.
-    """
-
-    def __init__(self, sums, n_targets):
-        H = sums.size(1) - 1 - n_targets
+    def __init__(self, sums):
+        H = sums.size(1) - 1
         self.n = sums[0, 0, 0]
         mean = sums[:, :1, 1:] / self.n
-        covariance = sums[:, 1:, 1:] / self.n - mean.mT * mean
-        scale = covariance.diagonal(dim1=1, dim2=2)[:, :H, None].clamp_min(0).sqrt()
+        covariance = sums[:, 1:, 1:] / self.n - mean[:, :, :H].mT * mean
+        scale = covariance.diagonal(dim1=1, dim2=2)[:, :, None].clamp_min(0).sqrt()
         scale = torch.where(scale > 1e-6, scale, 1.0)  # a feature that never varies
         self.mean, self.target_mean, self.scale = mean[:, :, :H], mean[:, :, H:], scale
-        self.XX = covariance[:, :H, :H] / (scale * scale.mT)
-        self.XY = covariance[:, :H, H:] / scale
+        self.XX = covariance[:, :, :H] / (scale * scale.mT)
+        self.XY = covariance[:, :, H:] / scale
         self.eye = torch.eye(H, dtype=sums.dtype)
 
     def weights(self, coefficients, intercept):
@@ -626,9 +624,9 @@ class Moments:
 
 
 def summed_products(X, Y):
-    """Sums over rows of products of [1, X, Y]: X (G, n, H), Y (n, C)."""
-    Z = torch.cat([torch.ones_like(X[:, :, :1]), X, Y.expand(len(X), -1, -1)], 2)
-    return (Z.mT @ Z).double()
+    """Sums over rows of products of [1, X] with [1, X, Y]; those of two sets of rows add up."""
+    Z = torch.cat([torch.ones_like(X[:, :, :1]), X], 2)
+    return torch.cat([Z.mT @ Z, Z.mT @ Y.expand(len(X), -1, -1)], 2).double()
 
 
 def solve(A, B):
@@ -636,9 +634,9 @@ def solve(A, B):
     return torch.cholesky_solve(B, torch.linalg.cholesky(A))
 
 
-def ridge(sums, n_targets, alphas=(1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)):
+def ridge(sums, alphas=(1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)):
     """sklearn's Ridge(alpha) behind StandardScaler: weights (G, 1 + H, alphas, C)."""
-    m = Moments(sums, n_targets)
+    m = Moments(sums)
     weights = []
     for alpha in alphas:
         coefficients = solve(m.XX + (alpha / m.n + 1e-6) * m.eye, m.XY)
@@ -646,12 +644,12 @@ def ridge(sums, n_targets, alphas=(1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)):
     return torch.stack(weights, 2)
 
 
-def lda(sums, n_targets, shrinkages=(0.003, 0.03, 0.1, 0.3, 0.7)):
+def lda(sums, shrinkages=(0.003, 0.03, 0.1, 0.3, 0.7)):
     """sklearn's LinearDiscriminantAnalysis("lsqr", shrinkage) behind StandardScaler, as `ridge`.
 
     Targets are one-hot; outputs are log-posteriors up to a constant.
     """
-    m = Moments(sums, n_targets)
+    m = Moments(sums)
     prior = m.target_mean.clamp_min(1e-12)
     means = m.XY / prior  # of the classes, (G, H, K)
     within = m.XX - (means * prior) @ means.mT
@@ -902,14 +900,14 @@ def fit_closed(probe, X, task, fit, choose, test):
     solve_all, Y = CLOSED[probe], task.targets()
     X = X - X[:, fit].mean(1, keepdim=True)  # any shift: it keeps the sums small
     sums = summed_products(X[:, fit], Y[fit])
-    outputs = apply(solve_all(sums, Y.size(1)), X[:, choose])  # (G, n, penalties, C)
+    outputs = apply(solve_all(sums), X[:, choose])  # (G, n, penalties, C)
     losses = (outputs - Y[choose][:, None]).square().sum(3)
     if probe == "LDA":
         losses = -(outputs.log_softmax(3) * Y[choose][:, None]).sum(3)
     best = losses.mean(1).argmin(1)
     sites = torch.arange(len(X))
     sums += summed_products(X[:, choose], Y[choose])
-    weights = solve_all(sums, Y.size(1))[sites, :, best]
+    weights = solve_all(sums)[sites, :, best]
     scores = [outputs[sites, :, best], apply(weights[:, :, None], X[:, test])[:, :, 0]]
     if probe == "LDA":
         scores = [part.double().softmax(2) for part in scores]
@@ -919,19 +917,21 @@ def fit_closed(probe, X, task, fit, choose, test):
 
 
 def fit_sklearn(probe, X, task, fit, choose, test):
-    """Scores of a scikit-learn probe at each site: the best of its grid on the rows to choose on (by
-    squared error of the scores), fitted again with them."""
+    """Scores of a scikit-learn probe at each site.
+
+    The rows to choose on pick the best of its grid, by squared error, and are learnt from, too.
+    """
     targets = task.targets()[choose].numpy()
     train = np.concatenate([fit, choose])
     chosen, tested = [], []
     for x in X.numpy():
-        best = (math.inf, None, None)
+        best = (None, None, None)
         for parameters in ParameterGrid(build(probe, x.shape[1], task).grid):
             model = build(probe, x.shape[1], task)
             model.classifier.set_params(**parameters)
             scores = model.fit(x[fit], task.y[fit])(x[choose]).reshape(len(choose), -1)
             loss = np.square(scores - targets[:, -scores.shape[1] :]).mean()
-            if loss < best[0]:
+            if best[1] is None or loss < best[0]:
                 best = (loss, parameters, scores)
         model = build(probe, x.shape[1], task)
         model.classifier.set_params(**best[1])
@@ -1309,7 +1309,7 @@ def measure_control(run, sites, probe, keys):
 def measure_compression(run, sites, task, keys):
     """n log2 K over the bits of the online code, with a normal interval over texts."""
     n_classes = task.targets().size(1)
-    for baseline in {"", "random_init"} & set(sites):
+    for baseline in [name for name in sites if name != "layer0"]:
         labels = iter(sites[baseline].labels)
         for X, index in sites[baseline].batches():
             learn = task.learn[index]
@@ -1429,7 +1429,7 @@ def experiment(config, lms=None, datasets=None, probes=None):
         if spec is not last:
             model, last = LMModel(spec, run.device, run.dtype, bos=config.bos), spec
         todo = []
-        for probe in usable_probes(dataset, probes):
+        for probe in usable_probes(run, dataset, probes):
             if (model.name, dataset.name, name_of(probe)) not in finished:
                 todo.append(probe)
         if todo:
@@ -1462,15 +1462,22 @@ def finished_units(rows):
     return set(zip(last.model, last.dataset, last.probe))
 
 
-def usable_probes(dataset, probes):
+def usable_probes(run, dataset, probes):
     """Those that can answer: classifiers do no regression, and only ridge does several columns."""
+    if dataset.kind != "regression":
+        return probes
     usable = []
     for probe in probes:
-        is_torch = isinstance(PROBES.get(probe), type)
-        fits_values = probe == "Ridge" or is_torch or not isinstance(probe, str)
-        if dataset.kind != "regression" or probe == "Ridge" or fits_values and dataset.y.ndim == 1:
+        discrete = probe == "LDA"
+        if probe not in CLOSED:
+            discrete = getattr(PROBES.get(probe, probe)(4), "discrete_targets", False)
+        if probe == "Ridge" or not (discrete or dataset.y.ndim > 1):
             usable.append(probe)
-    return usable or ["Ridge"]
+    usable = usable or ["Ridge"]
+    if usable != probes:
+        names = ", ".join(name_of(probe) for probe in usable)
+        run.print(f"{dataset.name} is a regression: it is probed by {names}")
+    return usable
 
 
 def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), **options):
