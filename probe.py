@@ -560,7 +560,8 @@ def fill(model, rows, layers, poolings, folder, batch_tokens):
             pooled = pool_batch(model, [rows[i] for i in batch], layers, poolings)
             for pooling, part in zip(poolings, pooled):
                 array = np.load(folder / f"{pooling}.npy", mmap_mode="r+")
-                array[batch] = part
+                with np.errstate(over="ignore"):
+                    array[batch] = part
                 if not np.isfinite(array[batch]).all():
                     what = f"hidden states are not finite as {array.dtype}"
                     cure = "give cache_dtype=float32, dtype=float32"
@@ -720,7 +721,7 @@ class MultiStepOpt(nn.Module):
     validation fold is kept. The probes of all sites are stacked and trained together.
     """
 
-    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 300, 3e-3
+    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 1000, 3e-3
     attention = False  # X is (n, T, H), the states of all tokens; pads are NaN
 
 
@@ -768,7 +769,7 @@ class AttentionPool(MultiStepOpt):
     The states of all tokens of one layer are in memory while it learns.
     """
 
-    max_epoch, attention = 10, True
+    max_epoch, min_steps, attention = 10, 300, True
 
     def __init__(self, input_size, output_size=1):
         super().__init__()
@@ -783,10 +784,10 @@ class AttentionPool(MultiStepOpt):
         return self.linear((weight[:, :, None] * X).sum(1))
 
 
-C = [1e-3, 1e-2, 1e-1]
+PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
 LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
-    "Logistic": sklearn_probe("Logistic", LOGISTIC, logisticregression__C=C),
+    "Logistic": sklearn_probe("Logistic", LOGISTIC, logisticregression__C=PENALTIES),
     "SingleLayer": SingleLayer,
     "DoubleLayer": DoubleLayer,
     "GatedLayer": GatedLayer,
@@ -1005,7 +1006,9 @@ PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 def best_thresholds(y, score):
     """The thresholds that are best for accuracy and for F1: score >= threshold says 1."""
-    fpr, tpr, cuts = metrics.roc_curve(y, score, drop_intermediate=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a fold may lack a class
+        fpr, tpr, cuts = metrics.roc_curve(y, score, drop_intermediate=False)
     n_positive = np.sum(y == 1)
     tp = np.nan_to_num(tpr) * n_positive
     fp = np.nan_to_num(fpr) * (len(y) - n_positive)
@@ -1015,27 +1018,36 @@ def best_thresholds(y, score):
     return {"accuracy": cuts[np.argmax(tp - fp)], "f1": cuts[np.argmax(f1)]}
 
 
+def primary_measure(y, score, kind, thresholds=None):
+    """Accuracy of classes; Pearson's r of values, the mean over columns."""
+    if kind == "multi":
+        return np.mean(score.argmax(1) == y)
+    if kind == "binary":
+        return np.mean((score >= thresholds["accuracy"]) == y)
+    a, b = score - score.mean(0), y - y.mean(0)
+    norm = np.sqrt(np.square(a).sum(0) * np.square(b).sum(0))
+    return np.mean((a * b).sum(0) / np.maximum(norm, 1e-12))
+
+
 def evaluator(y, score, kind="binary", thresholds=None):
     """Measures of scores: MSE, R² and Pearson's r of a regression; MSE, accuracy and F1 (each at
     its threshold) and more of two classes; of several classes, score (n, K), no MSE."""
+    thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
+    primary = primary_measure(y, score, kind, thresholds)
     if kind == "regression":
-        a, b = score - score.mean(0), y - y.mean(0)
-        norm = np.sqrt(np.square(a).sum(0) * np.square(b).sum(0))
-        r = np.mean((a * b).sum(0) / np.maximum(norm, 1e-12))  # mean over columns
         mse, r2 = metrics.mean_squared_error(y, score), metrics.r2_score(y, score)
-        return {"mse": mse, "r2": r2, "pearson": r}
+        return {"mse": mse, "r2": r2, "pearson": primary}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold may lack a class
         if kind == "multi":
             said = score.argmax(1)
             f1 = metrics.f1_score(y, said, labels=np.unique(y), average="macro")
             balanced = metrics.balanced_accuracy_score(y, said)
-            return {"accuracy": np.mean(said == y), "balanced_accuracy": balanced, "f1": f1}
-        thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
+            return {"accuracy": primary, "balanced_accuracy": balanced, "f1": f1}
         said = score >= thresholds["accuracy"]
         return {
             "mse": np.mean(np.square(score - y)),
-            "accuracy": np.mean(said == y),
+            "accuracy": primary,
             "balanced_accuracy": metrics.balanced_accuracy_score(y, said),
             "mcc": metrics.matthews_corrcoef(y, said),
             "f1": metrics.f1_score(y, score >= thresholds["f1"]),
@@ -1054,16 +1066,18 @@ def chance_measures(task, test):
     return evaluator(task.y[test], score, task.kind, thresholds)
 
 
-def corrected_t(scores, chance, ratio, n_test):
+def corrected_t(scores, chance, ratio, n_test, n_folds):
     """Mean, 95 % interval and p (above chance) of the scores of folds that share training texts.
 
-    ratio: a fold's size over that of what is learnt from (Nadeau & Bengio 2003). Folds that agree
-    by luck are no surer than half a text.
+    ratio: a fold's size over that of what is learnt from (Nadeau & Bengio 2003). Repetitions have
+    no texts of their own and add no degree of freedom; folds that agree by luck are no surer than
+    half a text.
     """
     J, mean = len(scores), np.mean(scores)
     error = max(math.sqrt((1 / J + ratio) * np.var(scores, ddof=1)), 0.5 / (n_test * J))
-    half = scipy.stats.t.ppf(0.975, J - 1) * error
-    return mean, mean - half, mean + half, scipy.stats.t.sf((mean - chance) / error, J - 1)
+    half = scipy.stats.t.ppf(0.975, n_folds - 1) * error
+    p = scipy.stats.t.sf((mean - chance) / error, n_folds - 1)
+    return mean, mean - half, mean + half, p
 
 
 def holm(p):
@@ -1078,25 +1092,30 @@ def holm(p):
 def online_code(X, y, groups, n_classes, seed):
     """Bits (N,) of each label of X (N, H) in Voita & Titov's online code.
 
-    Labels are sent block by block, each coded by a logistic probe that has learnt the blocks
-    before; one guess in n + 1 is left to chance, so a label never seen costs finite bits.
+    Labels are sent block by block, each coded by a logistic probe that has learnt those before, with
+    the penalty that has coded best so far. One guess in n + 1 is left to chance, so a label never
+    seen costs finite bits.
     """
     names, member = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(key_seed(seed, "online"))
     order = np.argsort(rng.permutation(len(names))[member], kind="stable")
     shares = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50, 100]) / 100
     ends = np.unique(np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int)))
-    bits = np.full(len(y), math.log2(n_classes))
+    bits = np.full((len(PENALTIES), len(y)), math.log2(n_classes))
+    code_length = np.full(len(y), math.log2(n_classes))
     for start, end in pairwise(ends):
-        learn, code = order[:start], order[start:end]
+        learn, block = order[:start], order[start:end]
+        best = bits[:, learn].sum(1).argmin()
         classes = np.unique(y[learn])
-        if len(classes) < 2:
-            continue
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-        p = np.full((len(code), n_classes), 1 / n_classes)
-        p[:, classes] += start * model.fit(X[learn], y[learn]).predict_proba(X[code])
-        bits[code] = -np.log2(p[np.arange(len(code)), y[code]] / (start + 1))
-    return bits
+        for number, C in enumerate(PENALTIES):
+            p = np.full((len(block), n_classes), 1 / n_classes)
+            if len(classes) > 1:
+                model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+                p[:, classes] += start * model.fit(X[learn], y[learn]).predict_proba(X[block])
+            p = p / p.sum(1, keepdims=True)
+            bits[number, block] = -np.log2(p[np.arange(len(block)), y[block]])
+        code_length[block] = bits[best, block]
+    return code_length
 
 
 # ---- the sweep
@@ -1196,8 +1215,7 @@ def judge(task, outcome, g):
     if task.kind == "binary":
         thresholds = best_thresholds(y_choose, chosen)
     measures = evaluator(y_test, tested, task.kind, thresholds)
-    validation = evaluator(y_choose, chosen, task.kind, thresholds)
-    measures["validation"] = validation[PRIMARY[task.kind]]
+    measures["validation"] = primary_measure(y_choose, chosen, task.kind, thresholds)
     return measures, thresholds["accuracy"]
 
 
@@ -1208,7 +1226,8 @@ def measures_of(folds):
 def statistics(folds, metric):
     """Columns of results.csv out of the folds of one site."""
     chance, n_test = folds[f"chance {metric}"].mean(), folds.n_test.mean()
-    score, low, high, p = corrected_t(folds[metric], chance, folds.ratio.mean(), n_test)
+    sizes = (folds.ratio.mean(), n_test, folds.fold.nunique())
+    score, low, high, p = corrected_t(folds[metric], chance, *sizes)
     low, high = np.clip([low, high], *BOUNDS.get(metric, (0, 1)))
     row = {"score": score, "chance": chance, "low": low, "high": high, "n": folds.n.iloc[0]}
     return {**row, "metric": metric, "n_train": round(folds.n_train.mean()), "p": p}
