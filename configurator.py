@@ -322,9 +322,14 @@ def hash_code(Config):
 
     Layout and comments do not count: an edited decoder is another experiment, a comment is not.
     """
+    return _hash_code(Config, tuple(_user_code))
+
+
+@functools.cache  # once a run: to parse a script takes as long as to fit many a model
+def _hash_code(Config, user_code):
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
-    texts = list(_user_code)
+    texts = list(user_code)
     for path in {script, parent}:
         if path.is_file():
             texts.append(_hash_script(path))

@@ -1,392 +1,501 @@
-"""probe.py against naive oracles and scikit-learn, on models of a few thousand weights; null and truth on a stub whose states are made by rule."""
+"""probe.py against plain oracles and scikit-learn, on models of a few thousand weights; null and
+truth on a stub whose states are made by rule."""
+
 import json
 import types
 import weakref
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
-from helpers import byte_tokenizer, refused
+from helpers import ROOT, byte_tokenizer, refused
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from streamlit.testing.v1 import AppTest
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 import probe
-from configurator import configure
-from data.tokens import state_of
-from model import GPT, GPTConfig, Tokenizer, lm_state, save_checkpoint
-from probe import LMModel, MultiStepOpt, NLPDataset, PoolToken, SingleStepOpt, best_thresholds, evaluator, run_exp
+from configurator import InputError, configure
+from data.stimuli import write_encoding
+from data.tokens import Tokenizer, state_of
+from model import GPT, GPTConfig, lm_state, save_checkpoint
+from probe import (
+    LMModel,
+    MultiStepOpt,
+    NLPDataset,
+    PoolToken,
+    SingleStepOpt,
+    best_thresholds,
+    evaluator,
+    run_exp,
+)
 
 TOKENIZER = Tokenizer(state_of(byte_tokenizer()))
 TEXTS = ["a", "bc d", "the cat sat on the mat", "to be, or not", "xyz" * 5, "ab"]
 
 
 def gpt(**options):
-    return GPT(GPTConfig(**{**dict(block_size=64, vocab_size=257, n_layer=3, n_head=2, n_embd=16), **options}))
+    shape = {"block_size": 64, "vocab_size": 257, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    return GPT(GPTConfig(**{**shape, **options}))
 
 
-def models(side="right"):
-    """Our GPT, a causal and a masked model of transformers."""
+@pytest.fixture(scope="module")
+def models():
+    """Our GPT, a causal and a masked model of transformers, all of three layers."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=257, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, max_position_embeddings=64)
-    theirs = dict(ours=gpt(), gpt2=GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=3, n_head=2)),
-                  bert=BertForMaskedLM(BertConfig(**shape)))
-    for model in theirs.values():  # weights large enough for positions and neighbours to matter
-        for p in model.parameters():
-            p.data.mul_(4) if p.dim() > 1 else None
-    return {name: LMModel(dict(model=model, tokenizer=TOKENIZER, name=name), padding_side=side) for name, model in theirs.items()}
+    gpt2 = GPT2Config(vocab_size=257, n_positions=64, n_embd=16, n_layer=3, n_head=2)
+    bert = BertConfig(
+        vocab_size=257,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    made = {"ours": gpt(), "gpt2": GPT2LMHeadModel(gpt2), "bert": BertForMaskedLM(bert)}
+    models = {}
+    for name, model in made.items():
+        for weights in model.parameters():
+            if weights.dim() > 1:
+                weights.data.mul_(4)  # large enough for neighbours to matter
+        models[name] = LMModel({"model": model, "tokenizer": TOKENIZER, "name": name})
+    return models
 
 
 # ---- models and the one pass
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_is_its_texts_one_by_one(side):
-    for name, lm in models(side).items():
-        together, mask = lm(TEXTS)["hidden_states"], lm(TEXTS)["attention_mask"].bool()
-        assert lm.causal == (name != "bert") and len(together) == lm.n_layer + 1 and lm.blocks is not None
-        assert not mask.all() and mask[0, -1 if lm.padding_side == "left" else 0]
-        for i, text in enumerate(TEXTS):
-            alone = lm([text])["hidden_states"]
-            for a, b in zip(together, alone):
-                assert torch.allclose(a[i][mask[i]], b[0], atol=1e-4), (name, side, text)
+
+def test_a_model_called_with_texts(models):
+    for lm in models.values():
+        outputs = lm(TEXTS)
+        mask = outputs["attention_mask"].bool()
+        assert len(outputs["hidden_states"]) == lm.n_layer + 1
+        assert mask.sum(1).tolist() == [len(text) for text in TEXTS]
+        alone = lm(TEXTS[1])["hidden_states"][-1][0]
+        assert torch.allclose(outputs["hidden_states"][-1][1][mask[1]], alone, atol=1e-4)
 
 
-def test_hooks_hear_what_transformers_says():
-    for name, lm in models().items():
-        if name == "ours":
-            continue
-        ids, real = lm.pad(lm.encode(TEXTS)[0])
-        said = lm.model(input_ids=ids, attention_mask=real.long(), output_hidden_states=True).hidden_states
-        for a, b in zip(lm.run(ids, real, keep=True)["hidden_states"], said, strict=True):
-            assert torch.allclose(a[real], b[real], atol=1e-4)
-
-
-def naive_pool(states, mask, layer, q):
+def pooled_by_hand(outputs, layer, pooling):
     """One text at a time."""
+    mask = outputs["attention_mask"].bool()
     rows = []
     for i in range(len(mask)):
-        tokens = states[layer][i][mask[i]]
-        how = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "min": lambda x: x.amin(0)}.get(q, lambda x: x[int(np.round(q * (len(x) - 1)))])
-        rows.append(how(tokens))
+        tokens = outputs["hidden_states"][layer][i][mask[i]]
+        if pooling == "mean":
+            rows.append(tokens.mean(0))
+        elif pooling in ("max", "min"):
+            rows.append(tokens.amax(0) if pooling == "max" else tokens.amin(0))
+        else:
+            rows.append(tokens[int(np.round(float(pooling) * (len(tokens) - 1)))])
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_one_pass_is_pooling_afterwards(side, tmp_path):
-    for name, lm in models(side).items():
-        states = probe.pooled_states(lm, TEXTS, [0, 1, 3], ["0.0", "0.25", "1.0", "mean", "max", "min"], tmp_path / name, batch_tokens=24)
-        out = lm(TEXTS)
-        for k, layer in enumerate([0, 1, 3]):
-            for p, array in states.arrays.items():
-                wanted = naive_pool(out["hidden_states"], out["attention_mask"].bool(), layer, p if p in probe.REDUCE else float(p))
-                assert np.abs(array[:, k] - wanted.numpy()).max() < 1e-4, (name, layer, p)
+@pytest.mark.parametrize("name", ["ours", "gpt2", "bert"])
+def test_one_pass_is_pooling_afterwards(models, name, tmp_path):
+    lm, layers = models[name], [0, 1, 3]
+    poolings = ["0.0", "0.25", "1.0", "mean", "max", "min"]
+    states = probe.pooled_states(lm, TEXTS, layers, poolings, tmp_path, batch_tokens=24)
+    outputs = lm(TEXTS)
+    for pooling, array in states.arrays.items():
+        for place, layer in enumerate(layers):
+            wanted = pooled_by_hand(outputs, layer, pooling).numpy()
+            assert np.abs(array[:, place] - wanted).max() < 1e-4, (layer, pooling)
 
 
-def test_nothing_is_computed_twice_and_an_interrupted_pass_goes_on(tmp_path, monkeypatch):
-    lm, seen = models()["ours"], []
-    run = lm.run
+def count_texts(lm, monkeypatch, stop_after=10**9):
+    """Make lm count the texts that it runs, and stop as if killed."""
+    seen, run = [], LMModel.run
 
-    def counted(ids, *args, **kwargs):
-        seen.append(len(ids))
-        if sum(seen) > 3 and fail:
+    def counted(ids, *args):
+        if sum(seen) + len(ids) > stop_after:
             raise KeyboardInterrupt
-        return run(ids, *args, **kwargs)
-    monkeypatch.setattr(lm, "run", counted)
-    fail = True
+        seen.append(len(ids))
+        return run(lm, ids, *args)
+
+    monkeypatch.setattr(lm, "run", counted, raising=False)
+    return seen
+
+
+def test_nothing_is_computed_twice_and_a_killed_pass_goes_on(models, tmp_path, monkeypatch):
+    lm = models["ours"]
+    count_texts(lm, monkeypatch, stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path, batch_tokens=8)
-    flags = next(tmp_path.glob("*/1.0.done")).read_bytes()
-    done = sum(flags)
-    assert 0 < done < len(TEXTS)
-    fail = False
-    seen.clear()
+    finished = int(next(tmp_path.glob("*/1.0.done")).read_text())
+    assert 0 < finished < len(TEXTS)
+    seen = count_texts(lm, monkeypatch)
     first = probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path, batch_tokens=8)
-    assert sum(seen) == len(TEXTS) - done
+    assert sum(seen) == len(TEXTS) - finished
+    wanted = pooled_by_hand(lm(TEXTS), 3, "1.0").numpy()
+    assert np.abs(first.arrays["1.0"][:, 1] - wanted).max() < 1e-4
     seen.clear()
     again = probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path)
     assert not seen and np.array_equal(first.arrays["1.0"], again.arrays["1.0"])
-    probe.pooled_states(lm, TEXTS, [0, 3], ["1.0", "mean"], tmp_path)  # another pooling: one pass for it alone
+    probe.pooled_states(lm, TEXTS, [0, 3], ["1.0", "mean"], tmp_path)  # a pass for mean alone
     assert sum(seen) == len(TEXTS) and len(list(tmp_path.glob("*/*.npy"))) == 3
-    out = lm(TEXTS)
-    assert np.abs(first.arrays["1.0"][:, 1] - naive_pool(out["hidden_states"], out["attention_mask"].bool(), 3, 1.0).numpy()).max() < 1e-4
-    with torch.no_grad():
-        lm.model.transformer.wte.weight += 1
-    seen.clear()
-    probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path)  # other weights, other cache
+    other = LMModel({"model": gpt(n_layer=3), "tokenizer": TOKENIZER})
+    seen = count_texts(other, monkeypatch)
+    probe.pooled_states(other, TEXTS, [0, 3], ["1.0"], tmp_path)  # other weights, other cache
     assert sum(seen) == len(TEXTS)
 
 
-def test_hidden_states_are_never_held(tmp_path):
+def test_hidden_states_are_never_held(models, tmp_path, monkeypatch):
     """While the pass takes a layer, the layers before the last one are gone."""
-    lm, alive, most = models()["gpt2"], [], []
-    run = lm.run
+    lm, run, alive, most = models["gpt2"], LMModel.run, [], []
 
-    def watched(ids, real, layers=(), take=None, keep=False):
-        def wrapped(i, x):
-            take(i, x)
-            most.append(sum(r() is not None for r in alive))
-            alive.append(weakref.ref(x))
-        return run(ids, real, layers, wrapped, keep)
-    lm.run = watched
-    with torch.no_grad():
-        probe.pooled_states(lm, TEXTS * 3, [0, 1, 2, 3], ["1.0", "mean"], tmp_path, batch_tokens=24)
+    def watched(ids, real, layers, take):
+        def wrapped(layer, state):
+            take(layer, state)
+            most.append(sum(ref() is not None for ref in alive))
+            alive.append(weakref.ref(state))
+
+        return run(lm, ids, real, layers, wrapped)
+
+    monkeypatch.setattr(lm, "run", watched, raising=False)
+    layers = [0, 1, 2, 3]
+    probe.pooled_states(lm, TEXTS * 3, layers, ["1.0", "mean"], tmp_path, batch_tokens=24)
     assert len(most) > 12 and max(most) <= 2, most
 
 
-def test_the_model_stops_at_the_deepest_layer_asked_for(tmp_path):
-    lm, heard = models()["gpt2"], []
-    lm.blocks[2].register_forward_pre_hook(lambda *a: heard.append(1))
+def test_the_model_stops_at_the_deepest_layer_asked_for(models, tmp_path):
+    lm, heard = models["gpt2"], []
+    handle = lm.blocks[2].register_forward_pre_hook(lambda *args: heard.append(1))
     probe.pooled_states(lm, TEXTS, [0, 2], ["1.0"], tmp_path)
+    handle.remove()
     assert not heard
 
 
-def test_long_texts_are_cut_counted_and_said(tmp_path):
-    lm, said = LMModel(dict(model=gpt(block_size=8), tokenizer=TOKENIZER)), []
-    states = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path, say=said.append)
-    assert states.truncated == 3 and "3 of 6 texts are longer than its 8 tokens" in said[0] and states.lengths.max() == 8
+def test_long_texts_are_cut_counted_and_said(tmp_path, capsys):
+    lm = LMModel({"model": gpt(block_size=8), "tokenizer": TOKENIZER})
+    states = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path)
+    assert states.lengths.max() == 8
+    assert "3 of 6 texts are longer than its 8 tokens" in capsys.readouterr().out
 
 
-def test_begin_with_end_of_text_is_context_and_never_pooled():
-    lm = LMModel(dict(model=gpt(), tokenizer=TOKENIZER), bos=True)
-    out = lm(TEXTS)
-    assert out["attention_mask"].sum(1).tolist() == [len(t) for t in TEXTS] and (out["input_ids"][:, 0] == TOKENIZER.eot).all()
+def test_the_first_token_of_bos_is_context_and_never_pooled(tmp_path):
+    lm = LMModel({"model": gpt(), "tokenizer": TOKENIZER}, bos=True)
+    outputs = lm(TEXTS)
+    assert outputs["attention_mask"].sum(1).tolist() == [len(text) for text in TEXTS]
+    assert (outputs["input_ids"][:, 0] == TOKENIZER.eot).all()
+    states = probe.pooled_states(lm, TEXTS, [1], ["mean"], tmp_path)
+    wanted = pooled_by_hand(outputs, 1, "mean").numpy()
+    assert np.abs(states.arrays["mean"][:, 0] - wanted).max() < 1e-4
+
+
+def test_states_beyond_the_range_of_float16_are_refused(models, tmp_path):
+    lm = LMModel({"model": gpt(), "tokenizer": TOKENIZER})
+    lm.model.transformer.wte.weight.data.mul_(1e7)
+    with pytest.raises(InputError, match="not finite as float16"):
+        probe.pooled_states(lm, TEXTS, [0], ["1.0"], tmp_path, dtype="float16")
 
 
 # ---- PoolToken
 
-def outputs(lengths=(1, 3, 5), n_layer=4, H=3, side="right"):
-    g, T = torch.Generator().manual_seed(0), max(lengths)
-    mask = torch.stack([torch.arange(T) < n if side == "right" else torch.arange(T) >= T - n for n in lengths])
-    return {"hidden_states": tuple(torch.randn(len(lengths), T, H, generator=g) for _ in range(n_layer + 1)), "attention_mask": mask.long()}
+
+def outputs_of(lengths=(1, 3, 5), n_layer=4, H=3, side="right"):
+    generator, T = torch.Generator().manual_seed(0), max(lengths)
+    rows = [torch.arange(T) < n if side == "right" else torch.arange(T) >= T - n for n in lengths]
+    shape = (n_layer + 1, len(lengths), T, H)
+    states = tuple(torch.randn(shape, generator=generator))
+    return {"hidden_states": states, "attention_mask": torch.stack(rows).long()}
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pool_selects_as_resolved(side):
-    out = outputs(side=side)
-    states, mask = out["hidden_states"], out["attention_mask"].bool()
+def test_pool_selects_layers_and_tokens(side):
+    outputs = outputs_of(side=side)
+    states, mask = outputs["hidden_states"], outputs["attention_mask"].bool()
     last = torch.stack([states[4][i][mask[i]][-1] for i in range(3)])
-    assert torch.equal(PoolToken()(out), last) and torch.equal(PoolToken(4, 1.0)(out), last)  # -1: the last layer, the last token
-    assert torch.equal(PoolToken(-2, 0)(out), naive_pool(states, mask, 3, 0.0))
-    inner = [naive_pool(states, mask, i, 1.0) for i in (1, 2, 3)]  # 'all': without the first and the last
-    assert torch.equal(PoolToken("all", layer_method="extend")(out), torch.cat(inner, 1))
-    assert torch.allclose(PoolToken("all", layer_method="mean")(out), torch.stack(inner).mean(0))
-    assert torch.equal(PoolToken([0, 4], 0.5, "max")(out), torch.maximum(naive_pool(states, mask, 0, 0.5), naive_pool(states, mask, 4, 0.5)))
-    assert torch.allclose(PoolToken(2, "all", None, "mean")(out), naive_pool(states, mask, 2, "mean"), atol=1e-6)
-    x, index = PoolToken(2, "all", None, "concat").pool(out)
+    assert torch.equal(PoolToken()(outputs), last)  # -1: the last layer, the last token
+    assert torch.equal(PoolToken(4, 1.0)(outputs), last)
+    assert torch.equal(PoolToken(-2, 0)(outputs), pooled_by_hand(outputs, 3, 0.0))
+    inner = [pooled_by_hand(outputs, i, 1.0) for i in (1, 2, 3)]  # 'all': neither first nor last
+    extended = PoolToken("all", layer_method="extend")(outputs)
+    assert torch.equal(extended, torch.cat(inner, 1))
+    mean = PoolToken("all", layer_method="mean")(outputs)
+    assert torch.allclose(mean, torch.stack(inner).mean(0))
+    maximum = torch.maximum(pooled_by_hand(outputs, 0, 0.5), pooled_by_hand(outputs, 4, 0.5))
+    assert torch.equal(PoolToken([0, 4], 0.5, "max")(outputs), maximum)
+    assert PoolToken()(outputs_of((4,))).shape == (1, 3)
+    last_tokens = PoolToken(1, [0, 1.0], None, "extend")(outputs)
+    first = pooled_by_hand(outputs, 1, 0.0)
+    assert torch.equal(last_tokens, torch.cat([first, inner[0]], 1))
+
+
+def test_pool_makes_rows_and_drops_duplicates():
+    outputs = outputs_of()
+    states, mask = outputs["hidden_states"], outputs["attention_mask"].bool()
+    x, index = PoolToken(2, "all", None, "concat").pool(outputs)
     assert index.tolist() == [0, 1, 1, 1, 2, 2, 2, 2, 2] and torch.equal(x, states[2][mask])
-    x, index = PoolToken([1, 2], 1.0, "concat").pool(out)
-    assert index.tolist() == [0, 0, 1, 1, 2, 2] and torch.equal(x[::2], inner[0]) and torch.equal(x[1::2], inner[1])
-    x, index = PoolToken([1, 2], [0, 1.0], "extend", "concat").pool(out)
-    assert x.shape == (5, 6) and index.tolist() == [0, 1, 1, 2, 2]  # the text of one token counts once
-    assert len(PoolToken(1, [0, 1.0], None, "concat", dedupe=False)(out)) == 6
-    assert torch.allclose(PoolToken(1, [0, 0.1, 1.0], None, "mean")(out)[2], (states[1][2][mask[2]][[0, 4]]).mean(0))
+    x, index = PoolToken([1, 2], 1.0, "concat").pool(outputs)
+    assert index.tolist() == [0, 0, 1, 1, 2, 2]
+    assert torch.equal(x[1::2], pooled_by_hand(outputs, 2, 1.0))
+    x, index = PoolToken([1, 2], [0, 1.0], "extend", "concat").pool(outputs)
+    assert x.shape == (5, 6) and index.tolist() == [0, 1, 1, 2, 2]  # a text of one token: once
+    assert len(PoolToken(1, [0, 1.0], None, "concat", dedupe=False)(outputs)) == 6
+    mean = PoolToken(1, [0, 0.1, 1.0], None, "mean")(outputs)[2]  # 0 and 0.1 are one token
+    assert torch.allclose(mean, states[1][2][mask[2]][[0, 4]].mean(0))
 
 
-def test_pool_of_one_text_keeps_its_shape():
-    assert PoolToken()(outputs((4,))).shape == (1, 3)
+def test_a_reduction_is_one_entry_of_one_table(models, tmp_path, monkeypatch):
+    def std(x, real):
+        mean = (x * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+        return (((x - mean).square() * real).sum(-2) / real.sum(-2)).sqrt()
+
+    with pytest.raises(InputError, match="quantiles: 'std'"):
+        probe.Config(quantiles=["std"]).check()
+    monkeypatch.setitem(probe.REDUCE, "std", std)
+    probe.Config(quantiles=["std"], poolers=[{"layer": "all", "layer_method": "std"}]).check()
+    with pytest.raises(InputError, match="mean, max, min, std, extend or concat|std, extend"):
+        PoolToken([1, 2], layer_method="sum")
+    lm = models["ours"]
+    states = probe.pooled_states(lm, TEXTS, [2], ["std"], tmp_path)
+    wanted = lm(TEXTS[2])["hidden_states"][2][0].std(0, correction=0)
+    assert np.abs(states.arrays["std"][2, 0] - wanted.numpy()).max() < 1e-4
+    assert PoolToken(2, "all", None, "std").from_states(states)[0].shape == (6, 16)
+    assert len(list(tmp_path.glob("*/std.npy"))) == 1
 
 
-def test_the_cache_pools_as_the_outputs_do(tmp_path):
-    lm = models()["ours"]
-    data = NLPDataset(dict(name="x", data=dict(sentences=TEXTS, labels=[0, 1] * 3)))
-    for pooler in (PoolToken(), PoolToken([1, 2], [0, 0.5, 1.0], "mean", "mean"), PoolToken("all", [0, 1.0], "extend", "concat"),
-                   PoolToken(2, "all", None, "max"), PoolToken([0, 3], [0, 1.0], "concat", "extend"), PoolToken(1, "all", None, "concat")):
+def test_the_cache_pools_as_the_outputs_do(models, tmp_path):
+    lm = models["ours"]
+    data = NLPDataset({"name": "x", "data": {"sentences": TEXTS, "labels": [0, 1] * 3}})
+    poolers = [
+        PoolToken(),
+        PoolToken([1, 2], [0, 0.5, 1.0], "mean", "mean"),
+        PoolToken("all", [0, 1.0], "extend", "concat"),
+        PoolToken(2, "all", None, "max"),
+        PoolToken([0, 3], [0, 1.0], "concat", "extend"),
+        PoolToken(1, "all", None, "concat"),
+    ]
+    for pooler in poolers:
         x, index = pooler.pool(lm(TEXTS))
         for cache in (None, tmp_path):
-            X, y = data.load_embeds_into_memory(lm, pooler, cache, batch_tokens=24)
-            assert np.abs(X - x.numpy()).max() < 1e-4 and np.array_equal(data.index, index) and np.array_equal(y, data.y[index])
+            X, y = data.load_embeds_into_memory(lm, pooler, cache)
+            assert np.abs(X - x.numpy()).max() < 1e-4
+            assert np.array_equal(data.index, index) and np.array_equal(y, data.y[index])
             assert np.array_equal(data.row_groups, data.groups[index])
 
 
 def test_pool_refuses():
-    for wrong, says in ((dict(layer=[1, 2], quantile=[0, 1], layer_method="concat", quantile_method="concat"), "both concat"),
-                        (dict(layer=[1, 2]), "layer_method"), (dict(quantile=2.0), "between 0 and 1"),
-                        (dict(layer_method="sum"), "layer_method"), (dict(layer="last"), "'all'")):
-        with pytest.raises(ValueError, match=says):
-            PoolToken(**wrong)
-    with pytest.raises(ValueError, match="no layer 9"):
-        PoolToken(9)(outputs())
+    concat = {"layer_method": "concat", "quantile_method": "concat"}
+    refusals = {
+        "both concat": {"layer": [1, 2], "quantile": [0, 1], **concat},
+        "layer_method": {"layer": [1, 2]},
+        "between 0 and 1": {"quantile": 2.0},
+        "not 'sum'": {"layer_method": "sum"},
+        "'all'": {"layer": "last"},
+    }
+    for message, options in refusals.items():
+        with pytest.raises(InputError, match=message):
+            PoolToken(**options)
+    with pytest.raises(InputError, match="no layer 9"):
+        PoolToken(9)(outputs_of())
 
 
 # ---- data
 
+
+def data_json(sentences, values, **keys):
+    return {"name": "x", "data": {"sentences": sentences, "labels": values}, **keys}
+
+
 def test_the_schema_in_lists_and_dicts():
-    lists = dict(name="x", task="Classification", labels={"0": "no", "1": "yes"}, data=dict(sentences=["a", "b", "A "], labels=[0, 1, 0]))
-    dicts = {**lists, "data": dict(sentences={"0": "a", "1": "b", "2": "A "}, labels={"0": 0, "1": 1, "2": 0})}
+    names = {"0": "no", "1": "yes"}
+    lists = data_json(["a", "b", "A "], [0, 1, 0], labels=names)
+    shuffled_keys = {"2": 0, "0": 0, "1": 1}
+    dicts = data_json({"0": "a", "1": "b", "2": "A "}, shuffled_keys, labels=names)
     for data in map(NLPDataset, (lists, dicts)):
-        assert len(data) == 3 and data[1] == ("b", 1) and data.kind == "binary" and data.label_names == ["no", "yes"]
+        assert len(data) == 3 and data[1] == ("b", 1) and data.kind == "binary"
+        assert data.label_names == ["no", "yes"]
         assert data.groups[0] == data.groups[2] != data.groups[1]  # equal texts stay together
-    rated = NLPDataset({**lists, "task": "Regression", "data": dict(sentences=["a", "b", "c"], labels=[1, 3, 5.0])})
+    rated = NLPDataset(data_json(["a", "b", "c"], [1, 3, 5.0], task="Regression"))
     assert rated.kind == "regression" and rated.y.tolist() == [0, 0.5, 1]
-    assert NLPDataset({**lists, "task": "Regression", "data": dict(sentences=["a", "b"], labels=[.2, .9])}, force_classification=True).y.tolist() == [0, 1]
+    rated = data_json(["a", "b"], [0.2, 0.9], task="Regression")
+    assert NLPDataset(rated, force_classification=True).y.tolist() == [0, 1]
+    mixed = NLPDataset(data_json(["a", "b", "c", "d"], [True, False, 2.0, "two"], labels=names))
+    assert mixed.label_names == ["no", "yes", "2", "two"] and mixed.y.tolist() == [1, 0, 2, 3]
 
 
-def test_bad_data_is_refused(tmp_path):
-    good = dict(name="x", data=dict(sentences=["a", "b"], labels=[0, 1]))
-    (tmp_path / "broken.json").write_text(json.dumps(good)[:-9])
-    with pytest.raises(ValueError, match="broken.json is not JSON"):
-        NLPDataset(tmp_path / "broken.json")
-    for data, says in ((dict(sentences=["a", " "], labels=[0, 1]), "sentence 1 is empty"),
-                       (dict(sentences=["a", "b"], labels=[1, 1]), "all 2 labels are the same"),
-                       (dict(sentences=["a"], labels=[0, 1]), "1 sentences and 2 labels"), (dict(sentences=["a"]), "no data: sentences and labels")):
-        with pytest.raises(ValueError, match=says):
-            NLPDataset({**good, "data": data})
-    with pytest.raises((OSError, ValueError), match="get_data.py"):
+def test_labels_are_matched_by_key_and_never_by_order():
+    sentences = {str(i): f"text {i}" for i in range(6)}
+    labels = {str(i): i % 2 for i in (5, 3, 1, 0, 2, 4)}
+    data = NLPDataset(data_json(sentences, labels))
+    assert data.y.tolist() == [0, 1, 0, 1, 0, 1]
+    labels["9"] = labels.pop("0")
+    with pytest.raises(InputError, match="6 sentences and 6 labels.*keys"):
+        NLPDataset(data_json(sentences, labels))
+
+
+def test_bad_data_is_refused(tmp_path, models):
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps(data_json(["a", "b"], [0, 1]))[:-9])
+    with pytest.raises(InputError, match="broken.json is not JSON"):
+        NLPDataset(broken)
+    with pytest.raises(InputError, match="get_data.py"):
         NLPDataset(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="text 1 of 2 is empty"):
-        models()["ours"].encode(["a", ""])
+    refusals = {
+        "sentence 1 is empty": data_json(["a", " "], [0, 1]),
+        "all 2 labels are the same": data_json(["a", "b"], [1, 1]),
+        "1 sentences and 2 labels": data_json(["a"], [0, 1]),
+        "the label None": data_json(["a", "b"], [0, None]),
+        "not all of its labels": data_json(["a", "b"], [0, "x"], task="Regression"),
+        "no data: sentences and labels": {"name": "x", "data": {"sentences": ["a"]}},
+    }
+    for message, data in refusals.items():
+        with pytest.raises(InputError, match=message):
+            NLPDataset(data)
 
 
-def toy(n=120, seed=0, groups=3):
-    rng = np.random.default_rng(seed)
-    data = NLPDataset(dict(name="toy", synthetic=True, data=dict(sentences=[f"{i} {rng.integers(1e6)}" for i in range(n)], labels=(np.arange(n) % 2).tolist())))
-    data.groups = np.arange(n) // groups
+def toy(n=120):
+    rng = np.random.default_rng(0)
+    sentences = [f"{i} {rng.integers(1e6)}" for i in range(n)]
+    data = NLPDataset(data_json(sentences, (np.arange(n) % 2).tolist(), synthetic=True))
+    data.groups = np.arange(n) // 3
     return data
 
 
 def test_groups_never_split_and_labels_spread_evenly():
     data = toy()
     for seed in range(3):
-        folds = probe.folds_of(data, data.y, 5, seed)
-        assert all(len(set(folds[data.groups == g])) == 1 for g in set(data.groups)) and set(folds) == set(range(5))
-        assert max(abs(data.y[folds == f].mean() - 0.5) for f in range(5)) < 0.1
-        y = probe.shuffled(data, data.y, np.random.default_rng(seed))
+        folds = pd.Series(probe.make_folds(data, 5, seed))
+        assert (folds.groupby(data.groups).nunique() == 1).all() and folds.nunique() == 5
+        assert (pd.Series(data.y).groupby(folds).mean().sub(0.5).abs() < 0.1).all()
+        y = probe.shuffled(data, np.random.default_rng(seed))
         assert sorted(y) == sorted(data.y) and not np.array_equal(y, data.y)
+
+
+def test_shuffled_labels_stay_in_their_part_of_a_split():
+    data = toy()
+    data.split = np.repeat(["train", "test"], 60)
+    data.y = np.repeat([0, 1], 60)
+    assert np.array_equal(probe.shuffled(data, np.random.default_rng(0)), data.y)
+
+
+def test_the_first_texts_are_the_first_of_each_part():
+    splits = ["train"] * 40 + ["val"] * 40 + ["test"] * 40
+    sentences = [f"text {i}" for i in range(120)]
+    raw = data_json(sentences, [0, 1] * 60)
+    raw["data"]["splits"] = splits
+    part = NLPDataset(raw).first(30)
+    assert len(part) == 30
+    assert pd.Series(part.split).value_counts().to_dict() == {"train": 10, "val": 10, "test": 10}
+    assert part.texts[10] == "text 40"
 
 
 # ---- probes against scikit-learn
 
+
 def sites(G=3, n=90, H=12, K=2, seed=0):
     rng = np.random.default_rng(seed)
     y = rng.integers(0, K, n)
-    X = rng.normal(size=(G, n, H)) * rng.uniform(0.2, 5, (G, 1, H)) + rng.normal(size=(G, 1, H)) * 3
+    X = rng.normal(size=(G, n, H)) * rng.uniform(0.2, 5, (G, 1, H)) + 3 * rng.normal(size=(G, 1, H))
     X += 0.8 * np.eye(K, H)[y] * np.arange(1, G + 1)[:, None, None]
     return torch.from_numpy(X.astype(np.float32)), y
 
 
 @pytest.mark.parametrize("K", [2, 4])
-def test_lda_is_scikit_learns_at_every_site(K):
+def test_lda_is_that_of_scikit_learn_at_every_site(K):
     X, y = sites(K=K)
     Y = nn.functional.one_hot(torch.as_tensor(y), K).float()
-    for s, (W, b) in zip((0.05, 0.5), probe.lda(probe.moments(X, Y), (0.05, 0.5))):
+    weights = probe.lda(probe.summed_products(X, Y), (0.05, 0.5))
+    probabilities = probe.apply(weights, X).double().softmax(3)
+    for number, shrinkage in enumerate((0.05, 0.5)):
         for g in range(len(X)):
-            theirs = make_pipeline(StandardScaler(), LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)).fit(X[g], y)
-            ours = (X[g] @ W[g] + b[g]).double()
-            p = torch.cat([1 - ours.sigmoid(), ours.sigmoid()], 1) if K == 2 else ours.softmax(1)
-            assert np.abs(p.numpy() - theirs.predict_proba(X[g])).max() < 1e-3
+            lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+            wanted = make_pipeline(StandardScaler(), lda).fit(X[g], y).predict_proba(X[g])
+            assert np.abs(probabilities[g, :, number].numpy() - wanted).max() < 1e-3
 
 
-def test_ridge_is_scikit_learns_and_folds_add_up():
+def test_ridge_is_that_of_scikit_learn_and_sums_add_up():
     X, _ = sites()
     Y = torch.randn(90, 2, generator=torch.Generator().manual_seed(0))
-    parts = [probe.moments(X[:, i::3], Y[i::3]) for i in range(3)]
-    for alpha, (W, b) in zip((0.1, 30.0), probe.ridge(probe.add(parts), (0.1, 30.0))):
+    sums = sum(probe.summed_products(X[:, i::3], Y[i::3]) for i in range(3))
+    outputs = probe.apply(probe.ridge(sums, (0.1, 30.0)), X)
+    for number, alpha in enumerate((0.1, 30.0)):
         for g in range(len(X)):
-            theirs = make_pipeline(StandardScaler(), Ridge(alpha)).fit(X[g], Y).predict(X[g])
-            assert np.abs((X[g] @ W[g] + b[g]).numpy() - theirs).max() < 1e-3
+            wanted = make_pipeline(StandardScaler(), Ridge(alpha)).fit(X[g], Y).predict(X[g])
+            assert np.abs(outputs[g, :, number].numpy() - wanted).max() < 1e-3
 
 
-@pytest.mark.parametrize("K", [2, 4])
-@pytest.mark.parametrize("C", [0.01, 1.0])
-def test_logistic_is_scikit_learns_at_every_site(K, C):
-    X, y = sites(K=K)
-    Z = (X - X.mean(1, keepdim=True)) / X.std(1, correction=0, keepdim=True)
-    Y = nn.functional.one_hot(torch.as_tensor(y), K).float()
-    W, b = probe.logistic(Z, Y if K > 2 else Y[:, 1:], C, tol=1e-5)
-    for g in range(len(X)):
-        theirs = LogisticRegression(C=C, tol=1e-7, max_iter=5000).fit(Z[g], y)
-        out = (Z[g] @ W[g] + b[g]).double()
-        p = torch.cat([1 - out.sigmoid(), out.sigmoid()], 1) if K == 2 else out.softmax(1)
-        assert np.abs(p.numpy() - theirs.predict_proba(Z[g])).max() < 2e-3
-
-
-def test_torch_probes_of_all_sites_are_each_alone():
+@pytest.mark.parametrize("make", [probe.SingleLayer, probe.DoubleLayer, probe.GatedLayer])
+def test_torch_probes_of_all_sites_are_each_alone(make):
     X, y = sites(n=80)
-    X = (X - X.mean(1, keepdim=True)) / X.std(1, correction=0, keepdim=True)
-    for make in (probe.SingleLayer, probe.DoubleLayer, probe.GatedLayer):
-        def several(G, make=make):
-            found = []
-            for _ in range(G):
-                torch.manual_seed(5)
-                found.append(make(12))
-                found[-1].max_epoch, found[-1].min_steps, found[-1].batch_size = 4, 0, 16
-            return found
-        y_t = torch.as_tensor(y)
-        together = probe.train_multistep(several(3), X[:, :60], y_t[:60], X[:, 60:], y_t[60:], "binary", 0)
-        for g in range(3):
-            alone = probe.train_multistep(several(1), X[g:g + 1, :60], y_t[:60], X[g:g + 1, 60:], y_t[60:], "binary", 0)
-            assert all(torch.allclose(together[k][g], alone[k][0], atol=1e-4) for k in alone)
+    task = probe.Task("binary", y, None, None, [], 0)
+    rows = [np.arange(0, 50), np.arange(50, 65), np.arange(65, 80)]
+
+    def fitted(X):
+        torch.manual_seed(5)
+        model = make(12)
+        model.max_epoch, model.min_steps, model.batch_size = 4, 0, 16
+        return probe.fit_torch(model, X, task, *rows)[1]
+
+    together = fitted(X)
+    for g in range(3):
+        assert np.abs(together[g] - fitted(X[g : g + 1])[0]).max() < 1e-4
 
 
 def test_attention_pooling_looks_only_at_real_tokens():
     torch.manual_seed(0)
-    pool, x, mask = probe.AttentionPool(4), torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
-    out = pool(x, mask)
-    x[1, 2:] = 99
-    assert torch.equal(out, pool(x, mask))
+    pool, x = probe.AttentionPool(4), torch.randn(2, 5, 4)
+    x[1, 2:] = torch.nan
+    assert torch.allclose(pool(x)[1], pool(x[1:, :2])[0], atol=1e-6)
 
 
 # ---- measures
 
+
 def test_thresholds_are_the_best_there_are():
     rng = np.random.default_rng(0)
-    for seed in range(20):
-        y, score = rng.integers(0, 2, 25), rng.normal(size=(2, 25)).round(seed % 3)  # with ties
-        found = best_thresholds(y, score)
-        for g in range(2):
-            cuts = [*np.unique(score[g]) - 1e-9, np.inf]
-            assert ((score[g] >= found["accuracy"][g]) == y).mean() == max(((score[g] >= c) == y).mean() for c in cuts)
-            assert np.isclose(f1_score(y, score[g] >= found["f1"][g], zero_division=0), max(f1_score(y, score[g] >= c, zero_division=0) for c in cuts))
+    for digits in (0, 1, 2, 0, 1, 2):
+        y, score = rng.integers(0, 2, 25), rng.normal(size=25).round(digits)  # with ties
+        thresholds = best_thresholds(y, score)
+        cuts = [*np.unique(score) - 1e-9, np.inf]
+        best = max(np.mean((score >= cut) == y) for cut in cuts)
+        assert np.mean((score >= thresholds["accuracy"]) == y) == best
+        best = max(f1_score(y, score >= cut, zero_division=0) for cut in cuts)
+        assert np.isclose(f1_score(y, score >= thresholds["f1"]), best)
 
 
 def test_a_constant_answer_scores_as_the_majority():
     y = np.array([1] * 70 + [0] * 30)
+    rows = np.arange(100)
+    task = probe.Task("binary", y, rows >= 0, rows >= 0, [], 0)
+    chance = probe.chance_measures(task, rows)
     for value in (0.0, 0.7):
-        found = evaluator(y, np.full(100, value), "binary", best_thresholds(y, np.full(100, value)))
-        chance = probe.constants(y, y, "binary")
-        assert found["accuracy"] == chance["accuracy"] == 0.7 and found["auc"] == 0.5 and found["mcc"] == 0
-        assert np.isclose(found["f1"], chance["f1"]) and found["balanced_accuracy"] == 0.5
+        score = np.full(100, value)
+        measures = evaluator(y, score, "binary", best_thresholds(y, score))
+        assert measures["accuracy"] == chance["accuracy"] == 0.7
+        assert measures["f1"] == chance["f1"] and measures["auc"] == chance["auc"] == 0.5
+        assert measures["mcc"] == 0 and measures["balanced_accuracy"] == 0.5
     assert evaluator(y, np.tile([0.9, 0.1], (100, 1)), "multi")["accuracy"] == 0.3
 
 
-def test_measures_are_scikit_learns():
+def test_measures():
     rng = np.random.default_rng(0)
-    y, score = rng.integers(0, 2, 60), rng.random((3, 60)).round(2)
-    found = evaluator(y, score)
-    for g in range(3):
-        said = score[g] >= 0.5
-        assert np.isclose(found["auc"][g], roc_auc_score(y, score[g])) and np.isclose(found["mcc"][g], matthews_corrcoef(y, said))
-        assert np.isclose(found["f1"][g], f1_score(y, said)) and np.isclose(found["mse"][g], np.square(score[g] - y).mean())
-    value = rng.normal(size=60)
-    assert np.isclose(evaluator(value, score, "regression")["pearson"][1], scipy.stats.pearsonr(value, score[1])[0])
+    y, score = rng.integers(0, 2, 60), rng.random(60).round(2)
+    measures = evaluator(y, score)
+    assert measures["auc"] == roc_auc_score(y, score)
+    assert measures["mcc"] == matthews_corrcoef(y, score >= 0.5)
+    assert np.isclose(measures["mse"], np.square(score - y).mean())
+    values = rng.normal(size=(60, 2))
+    wanted = [scipy.stats.pearsonr(values[:, i], score)[0] for i in (0, 1)]
+    columns = evaluator(values, np.stack([score, score], 1), "regression")
+    assert np.isclose(columns["pearson"], np.mean(wanted))
+    assert np.isclose(evaluator(values[:, 0], score, "regression")["pearson"], wanted[0])
 
 
 def test_a_fold_without_one_of_the_classes_is_at_chance():
-    found = evaluator(np.ones(10, int), np.random.default_rng(0).random((1, 10)))
-    assert found["auc"] == 0.5 and np.isclose(found["balanced_accuracy"], found["accuracy"])
-
-
-def test_other_texts_or_weights_are_no_results_to_go_on_with(tmp_path):
-    stub_run(tmp_path, Stub(1), stub_data(60))
-    stub_run(tmp_path, Stub(1), stub_data(60))  # the same again is
-    with pytest.raises(ValueError, match="other weights, texts or labels"):
-        stub_run(tmp_path, Stub(1), stub_data(80))
-    other = Stub(1)
-    other.weight.data += 1
-    with pytest.raises(ValueError, match="other weights, texts or labels"):
-        stub_run(tmp_path, other, stub_data(60))
-
-
-def test_the_first_texts_are_the_first_of_each_part():
-    data = toy(120)
-    data.split = np.repeat(["train", "val", "test"], 40)
-    part = data.first(30)
-    assert len(part) == 30 and [int((part.split == name).sum()) for name in ("train", "val", "test")] == [10, 10, 10]
+    score = np.random.default_rng(0).random(10)
+    y = np.ones(10, int)
+    measures = evaluator(y, score)
+    assert measures["auc"] == 0.5
+    assert np.isclose(measures["balanced_accuracy"], measures["accuracy"])
+    assert best_thresholds(y, score)["accuracy"] <= score.min()
 
 
 def test_holm():
@@ -396,25 +505,28 @@ def test_holm():
 def test_the_code_of_noise_is_no_shorter_than_uniform_and_that_of_a_rule_is():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 400)
-    X = torch.from_numpy(rng.normal(size=(2, 400, 8)).astype(np.float32))
-    X[1, :, 3] += torch.as_tensor(6.0 * y)
-    bits = probe.online_code(X, y, np.arange(400), "binary", 2, 0).sum(1)
-    assert bits[0] > 0.98 * 400 and bits[1] < 0.4 * 400
+    X = rng.normal(size=(400, 8))
+    assert probe.online_code(X, y, np.arange(400), 2, 0).sum() > 0.98 * 400
+    X[:, 3] += 6.0 * y
+    assert probe.online_code(X, y, np.arange(400), 2, 0).sum() < 0.5 * 400
 
 
 # ---- null and truth, on a stub whose hidden states are made by rule
 
+
 class Stub(nn.Module):
-    """States are noise, drawn for each text; what is planted is added to one layer alone. Text: 'NUMBER LABEL'."""
+    """States are noise drawn for each text; one layer alone knows the label. Text: 'i label'."""
 
     def __init__(self, layer=None, n_layer=4, H=12, seed=0):
         super().__init__()
-        self.layer, self.n_layer, self.H, self.seed, self.weight = layer, n_layer, H, seed, nn.Parameter(torch.zeros(1))
+        self.layer, self.n_layer, self.H, self.seed = layer, n_layer, H, seed
+        self.weight = nn.Parameter(torch.tensor([float(seed)]))
 
     def forward(self, input_ids, attention_mask=None, output_hidden_states=True):
         states = torch.empty(self.n_layer + 1, *input_ids.shape, self.H)
         for i, row in enumerate(input_ids.tolist()):
-            states[:, i] = torch.randn(self.n_layer + 1, 1, self.H, generator=torch.Generator().manual_seed(1000 * self.seed + row[0]))
+            generator = torch.Generator().manual_seed(1000 * self.seed + row[0])
+            states[:, i] = torch.randn(self.n_layer + 1, 1, self.H, generator=generator)
             if self.layer is not None:
                 states[self.layer, i, :, 2] += 3.0 * row[1]
         return types.SimpleNamespace(hidden_states=tuple(states))
@@ -427,61 +539,63 @@ class Numbers:
         return list(map(int, text.split()))
 
 
-def stub_data(n=200, seed=0):
-    y = np.random.default_rng(seed).permutation(np.arange(n) % 2)
-    return NLPDataset(dict(name="numbers", synthetic=True, data=dict(sentences=[f"{i} {v}" for i, v in enumerate(y)], labels=y.tolist())))
+def stub_model(stub):
+    return {"model": stub, "tokenizer": Numbers(), "name": "stub"}
+
+
+def stub_data(n=200):
+    y = np.random.default_rng(0).permutation(np.arange(n) % 2)
+    sentences = [f"{i} {label}" for i, label in enumerate(y)]
+    raw = data_json(sentences, y.tolist(), synthetic=True)
+    return NLPDataset({**raw, "name": "numbers"})
 
 
 def stub_run(tmp_path, stub, data, **options):
-    return run_exp([data], [dict(model=stub, tokenizer=Numbers(), name="stub")], logs_folder=tmp_path / "out", cache=str(tmp_path / "cache"), device="cpu",
-                   **{**dict(quantiles=["1.0"], baselines=[], train_sizes=[], keep_predictions=False), **options})
+    usual = {"quantiles": ["1.0"], "baselines": [], "train_sizes": [], "keep_predictions": False}
+    usual |= {"logs_folder": tmp_path / "out", "cache": str(tmp_path / "cache"), "device": "cpu"}
+    return run_exp([data], [stub_model(stub)], **{**usual, **options})
 
 
 def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
     table = stub_run(tmp_path, Stub(layer=2), stub_data(), classifiers=["LDA", "Logistic"])
     for name in ("LDA", "Logistic"):
-        auc = table[(table.probe == name) & (table.metric == "auc") & (table.baseline == "")].set_index("layer")
-        assert auc.loc[2, "p_holm"] < 0.001 and auc.loc[2, "score"] > 0.9
-        assert (auc.drop(2).p_holm > 0.05).all() and (auc.drop(2).score < 0.65).all()
+        rows = table[(table.probe == name) & (table.metric == "auc") & (table.baseline == "")]
+        auc = rows.set_index("layer")
+        assert auc.loc["2", "p_holm"] < 0.001 and auc.loc["2", "score"] > 0.9
+        others = auc.drop("2")
+        assert (others.p_holm > 0.05).all() and (others.score < 0.65).all()
         best = table[(table.probe == name) & (table.layer == "best")].iloc[0]
         assert best.score > 0.85 and best.chance == 0.5
 
 
+def p_values(seed, cache):
+    """Of the AUC of LDA at each layer of a stub, for shuffled labels."""
+    data = stub_data(120)
+    data.y = probe.shuffled(data, np.random.default_rng(seed))
+    config = probe.Config(cache=str(cache))
+    lm = LMModel(stub_model(Stub(layer=2, seed=seed)))
+    layers = probe.Sites(lm, data, [PoolToken(i, 1.0) for i in range(5)], config)
+    folds, _ = probe.measure(layers, "LDA", probe.make_task(data, config))
+    return [probe.statistics(part, "auc")["p"] for _, part in folds.groupby("site")]
+
+
 def test_nothing_is_found_in_shuffled_labels(tmp_path):
-    """20 seeds: p-values of one site are uniform, and the family-wise corrected ones find something no more often than they may."""
-    p, smallest = [], []
-    for seed in range(20):
-        data = stub_data(120)
-        data.y = probe.shuffled(data, data.y, np.random.default_rng(seed))
-        found = measured(Stub(layer=2, seed=seed), data, tmp_path)
-        p.append(found[2][3])
-        smallest.append(probe.holm([f[3] for f in found]).min())
-    assert scipy.stats.kstest(p, "uniform").pvalue > 0.05, sorted(p)
-    assert np.mean(np.array(smallest) < 0.05) <= 0.15 and np.median(smallest) > 0.05
+    """20 seeds: p of one site is uniform, and the family-wise p finds no more than it may."""
+    p = np.array([p_values(seed, tmp_path) for seed in range(20)])
+    assert scipy.stats.kstest(p[:, 2], "uniform").pvalue > 0.05, sorted(p[:, 2])
+    smallest = np.array([probe.holm(row).min() for row in p])
+    assert np.mean(smallest < 0.05) <= 0.15 and np.median(smallest) > 0.05
 
 
-def measured(stub, data, tmp_path, probe_name="LDA"):
-    """corrected_t of the AUC at each layer, without the files of a run."""
-    lm = LMModel(dict(model=stub, tokenizer=Numbers(), name="stub"))
-    config = probe.Config(cache=str(tmp_path), n_folds=5)
-    run = types.SimpleNamespace(progress=lambda *a, **k: types.SimpleNamespace(update=lambda n: None, close=lambda: None), print=print)
-    here = probe.Sites(lm, data, [PoolToken(i, 1.0) for i in range(lm.n_layer + 1)], config, run, "")
-    found = probe.measure(here, probe_name, data.y, config, 2)
-    return [probe.corrected_t(found[i]["test"]["auc"], 0.5, found[i]["ratio"], found[i]["n_test"]) for i in range(lm.n_layer + 1)]
-
-
-def test_permutations_give_p_and_a_family_wise_one(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=1, n_layer=2), stub_data(80), permutations=19)
-    auc = table[(table.metric == "auc")].set_index("layer")
-    assert auc.loc[1, "p"] == auc.loc[1, "p_holm"] == 0.05 and auc.loc[2, "p_holm"] >= auc.loc[2, "p"] > 0.05
+def test_shuffled_labels_as_an_option(tmp_path):
+    table = stub_run(tmp_path, Stub(layer=2), stub_data(), shuffle_labels=True)
+    auc = table[(table.metric == "auc") & (table.layer == "2") & (table.baseline == "")]
+    assert auc.score.iloc[0] < 0.7
 
 
 # ---- the seed's examples, as printed there
 
-def test_the_examples_of_the_document_run(tmp_path):
-    space = {}
-    exec("from probe import *", space)
-    exec('''
+EXAMPLES = """
 class LDA(SingleStepOpt):
     def __init__(self, input_size):
         super().__init__()
@@ -497,77 +611,157 @@ class SingleLayer(MultiStepOpt):
 
     def forward(self, X):
         return self.linear(X)
-''', space)
-    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), classifiers=[space["LDA"], space["SingleLayer"]], quantiles=[],
-                     poolers=[PoolToken(1), PoolToken(2), PoolToken([1, 2], layer_method="extend"), PoolToken([1, 2], layer_method="concat")])
-    score = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer != "best")].set_index(["probe", "layer", "layer_method"]).score
+"""
+
+
+def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 200)
+    space = {}
+    exec("from probe import *", space)
+    exec(EXAMPLES, space)
+    classifiers = [space["LDA"], space["SingleLayer"]]
+    assert issubclass(classifiers[0], SingleStepOpt) and issubclass(classifiers[1], MultiStepOpt)
+    poolers = [PoolToken(1), PoolToken(2)]
+    poolers += [PoolToken([1, 2], layer_method=method) for method in ("extend", "concat")]
+    options = {"classifiers": classifiers, "poolers": poolers, "quantiles": []}
+    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), **options)
+    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer != "best")]
+    score = rows.set_index(["probe", "layer", "layer_method"]).score
     for name in ("LDA", "SingleLayer"):
-        assert score[name, 2, ""] > 0.75 > 0.65 > score[name, 1, ""] and score[name, "1-2", "extend"] > 0.65
+        assert score[name, "2", ""] > 0.75 > 0.65 > score[name, "1", ""]
+        assert score[name, "1-2", "extend"] > 0.65 and (name, "1-2", "concat") in score
     log = json.loads((tmp_path / "out/logs/stub__numbers__LDA.json").read_text())["experiment_0"]
-    assert log.keys() == {"metadata", "expdata", "data"} and len(log["data"]["Accuracy"]) == len(log["data"]["F1"]) == 5
-    assert set(log["expdata"]) == {"model", "classifier", "layer", "quantile", "layer_method", "quantile_method", "attention"}
-    own = space["SingleLayer"](3).fit(np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2, np.zeros((4, 3)), np.arange(4) % 2)
-    assert isinstance(own, MultiStepOpt) and own.predict(np.zeros((2, 3))).shape == (2, 1) and issubclass(space["LDA"], SingleStepOpt)
+    assert log.keys() == {"metadata", "expdata", "data"}
+    assert len(log["data"]["Accuracy"]) == len(log["data"]["F1"]) == 5
+    where = {"layer", "quantile", "layer_method", "quantile_method"}
+    assert set(log["expdata"]) == {"model", "classifier", "attention", *where}
 
 
 def test_every_probe_finds_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe.AttentionPool, "min_steps", 60)
-    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), classifiers=list(probe.PROBES), n_folds=4)
-    score = table[(table.metric == "accuracy") & (table.baseline == "")].set_index(["layer", "probe"]).score
-    assert set(score[1].index) == set(probe.PROBES) and (score[1] > 0.7).all() and (score[0] < 0.7).all(), score.to_dict()
+    monkeypatch.setattr(probe.AttentionPool, "min_steps", 100)
+    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 100)
+    forest = probe.sklearn_probe("RandomForest", probe.RandomForestClassifier(20, random_state=0))
+    monkeypatch.setitem(probe.PROBES, "RandomForest", forest)
+    names = [*probe.CLOSED, *probe.PROBES]
+    options = {"classifiers": names, "n_folds": 4}
+    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), **options)
+    rows = table[(table.metric == "accuracy") & (table.baseline == "")]
+    score = rows.pivot(index="probe", columns="layer", values="score")
+    assert set(score.index) == set(names)
+    assert (score["1"] > 0.7).all() and (score["0"] < 0.7).all(), score
+
+
+def test_several_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 200)
+    y = np.arange(150) % 3
+    sentences = [f"{i} {label}" for i, label in enumerate(y)]
+    data = NLPDataset({**data_json(sentences, y.tolist()), "name": "numbers"})
+    options = {"classifiers": ["LDA", "Ridge", "Logistic", "SingleLayer"]}
+    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), data, **options)
+    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == "1")]
+    assert len(rows) == 4 and (rows.score > 0.6).all() and (rows.chance < 0.4).all()
 
 
 def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), keep_predictions=True, baselines=probe.BASELINES, train_sizes=[60])
-    main = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == 2)]
-    assert {"majority", "layer0", "random_init", "control"} <= set(table.baseline) and {"compression", "selectivity"} <= set(table.metric)
-    assert table[["score", "chance", "low", "high", "n"]].notna().all().all() and table[table.baseline != ""].p.isna().all()
-    assert sorted(main.n_train) == [60, 160]
-    kept = np.load(tmp_path / "out/predictions/stub__numbers__LDA__2__1.0.npz")
-    assert sorted(kept["index"]) == list(range(200)) and roc_auc_score(kept["y"], kept["score"]) > 0.9 and kept["threshold"].shape == ()
-    xy = np.load(tmp_path / "out/projections/stub__numbers__2__1.0.npz")
-    assert xy["xy"].shape == (200, 2) and xy["explained"].sum() < 1
-    assert (tmp_path / "out/texts/numbers.csv").exists() and list((tmp_path / "out").glob("layers_*.png"))
+    options = {"keep_predictions": True, "baselines": probe.BASELINES, "train_sizes": [60]}
+    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), **options)
+    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == "2")]
+    assert {"majority", "layer0", "random_init", "control"} <= set(table.baseline)
+    assert {"compression", "selectivity"} <= set(table.metric)
+    assert table[["score", "chance", "low", "high", "n"]].notna().all().all()
+    assert table[table.baseline != ""].p.isna().all()
+    assert sorted(rows.n_train) == [60, 160]
+    out = tmp_path / "out"
+    kept = np.load(out / "predictions/stub__numbers__LDA__2__1.0.npz")
+    assert sorted(kept["index"]) == list(range(200)) and kept["threshold"].shape == ()
+    assert roc_auc_score(kept["y"], kept["score"]) > 0.9
+    plane = np.load(out / "projections/stub__numbers__2__1.0.npz")
+    assert plane["xy"].shape == (200, 2) and plane["explained"].sum() < 1
+    assert (out / "texts/numbers.csv").exists() and list(out.glob("layers_*.png"))
+
+
+def test_responses_of_brains_are_columns(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
+    known = np.arange(80) % 5
+    responses = np.stack([known + rng.normal(size=80), rng.normal(size=80)], 1)
+    about = {"modality": "fMRI", "species": "human", "source": "a test", "synthetic": True}
+    write_encoding(tmp_path / "brains", stimuli, responses, **about)
+    options = {"classifiers": ["LDA"], "baselines": ["layer0", "control"]}
+    stub = Stub(layer=1, n_layer=1)
+    table = stub_run(tmp_path, stub, str(tmp_path / "brains"), **options)
+    rows = table[(table.metric == "pearson") & (table.baseline == "") & (table.layer != "best")]
+    score = rows.set_index("layer").score
+    assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
+    assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
+
+
+def test_other_texts_or_weights_are_no_results_to_go_on_with(tmp_path, capsys):
+    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60))
+    for stub, data, reused in (
+        (Stub(1, n_layer=1), stub_data(60), True),
+        (Stub(1, n_layer=1), stub_data(80), False),
+        (Stub(1, n_layer=1, seed=2), stub_data(60), False),
+    ):
+        capsys.readouterr()
+        stub_run(tmp_path, stub, data)
+        assert ("layer by validation" not in capsys.readouterr().out) == reused
 
 
 # ---- the command
 
+
 @pytest.fixture(scope="module")
 def lm_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lm")
-    save_checkpoint(folder / "best.pt", {**lm_state(gpt(block_size=16)), "tokenizer": TOKENIZER.state})
+    state = {**lm_state(gpt(block_size=16)), "tokenizer": TOKENIZER.state}
+    save_checkpoint(folder / "best.pt", state)
     return folder
 
 
 def write_json(path, texts, labels):
-    path.write_text(json.dumps(dict(name="mine", task="Classification", data=dict(sentences=texts, labels=labels))))
+    path.write_text(json.dumps(data_json(texts, labels)))
     return path
 
 
 def test_bad_input_ends_in_one_sentence(lm_folder, tmp_path):
-    good = write_json(tmp_path / "good.json", [f"{'xy'[i % 2]} text {i}" for i in range(30)], [i % 2 for i in range(30)])
-    base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}", "device=cpu"]
-    refused("probe", *base, f"dataset={good}", "layers=[9]", says=["no layer 9", "0 (embeddings) to 3"])  # as a user sees it; the others in this process
-    broken = tmp_path / "broken.json"
-    broken.write_text(good.read_text()[:40])
-    for data, more, says in (
-            (write_json(tmp_path / "empty.json", ["a", ""], [0, 1]), [], ["empty.json", "sentence 1 is empty"]),
-            (write_json(tmp_path / "one.json", ["a", "b"], [1, 1]), [], ["one.json", "all 2 labels are the same"]),
-            (broken, [], ["broken.json", "is not JSON"]),
-            (good, ["poolers=[{layer: [1, 2], layer_method: concat, quantile: [0, 1.0], quantile_method: concat}]"], ["both concat"]),
-            (good, ["poolers=[{layer: 9}]"], ["no layer 9"]), (good, ["quantiles=last"], ["'last'", "mean, max or min"]),
-            (good, ["probe=SVM"], ["'SVM'", "LDA, Ridge"]), (good, ["n_folds=16"], ["a label has 15 texts", "n_folds"])):
-        with pytest.raises((ValueError, FileNotFoundError)) as error:
-            probe.main(configure(probe.Config, [*base, f"dataset={data}", *more]))
-        assert all(words in str(error.value) for words in says), error.value
+    texts = [f"{'xy'[i % 2]} text {i}" for i in range(30)]
+    good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
+    base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
+    base += ["device=cpu", f"dataset={good}"]
+    refused("probe", *base, "layers=[9]", says=["no layer 9", "0 (embeddings) to 3"])
+    empty = write_json(tmp_path / "empty.json", ["a", ""], [0, 1])
+    refusals = {
+        f"dataset={empty}": "sentence 1 is empty",
+        "dataset=nosuch.json": "no dataset .*nosuch.json",
+        "poolers=[{layer: 9}]": "no layer 9",
+        "poolers=[{layer: [1, 2]}]": "selects several",
+        "poolers=[{layr: 9}]": "did you mean 'layer'",
+        "quantiles=last": "'last'.*mean, max, min",
+        "probe=SVM": "'SVM', only LDA, Ridge",
+        "n_folds=16": "a label has 15 texts",
+        "n_folds=2": "takes three",
+    }
+    for option, message in refusals.items():
+        with pytest.raises(InputError, match=message):
+            probe.main(configure(probe.Config, [*base, option]))
 
 
 def test_a_sweep_started_again_skips_what_it_has(lm_folder, tmp_path, monkeypatch):
-    data = write_json(tmp_path / "good.json", [f"{'xy'[i % 2]} text {i} which is long" for i in range(40)], [i % 2 for i in range(40)])
-    config = lambda: probe.Config(lm=[str(lm_folder)], dataset=[str(data)], out_dir=str(tmp_path / "out"), cache=str(tmp_path / "cache"), device="cpu",
-                                  probe=["LDA"], train_sizes=[], n_folds=4)
-    first = probe.experiment(config())
-    monkeypatch.setattr(probe, "nested", None)  # and would fail, were it called
-    monkeypatch.setattr(probe, "_fill", None)
-    again = probe.experiment(config())
+    texts = [f"{'xy'[i % 2]} text {i} which is long" for i in range(40)]
+    data = write_json(tmp_path / "good.json", texts, [0, 1] * 20)
+    options = {"lm": [str(lm_folder)], "dataset": [str(data)], "probe": ["LDA"], "n_folds": 4}
+    options |= {"out_dir": str(tmp_path / "out"), "cache": str(tmp_path / "cache")}
+    options |= {"device": "cpu", "train_sizes": [], "quantiles": ["1.0"]}
+    first = probe.experiment(probe.Config(**options))
+    monkeypatch.setattr(probe, "measure", None)  # would fail, were it called
+    monkeypatch.setattr(probe, "fill", None)
+    again = probe.experiment(probe.Config(**options))
     assert first.equals(again) and len(first) > 50
+
+
+def test_streamlit_run_probe_names_the_app():
+    app = AppTest.from_file(str(ROOT / "probe.py"), default_timeout=120).run()
+    assert not app.exception and app.code[0].value == "streamlit run probe_app.py"
