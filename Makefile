@@ -23,7 +23,7 @@ demo: setup
 
 # listens on this machine only; shows what is in out/, and a small example until there is something
 app: setup
-	$(BIN)/streamlit run probe.py --server.address localhost --browser.gatherUsageStats false
+	$(BIN)/streamlit run probe_app.py --server.address localhost --browser.gatherUsageStats false
 
 # Podcast ECoG to word embeddings; once before: python data/podcast/prepare.py subjects=3.  OPTIONS="seed=2 trial_name=again" goes on to the script
 neural-conv: setup

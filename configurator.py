@@ -269,7 +269,6 @@ NOT_REWRITTEN = {
     "bench.py",
     "demo.py",
     "foundation.py",
-    "probe.py",
     "warp.py",
 }
 
@@ -322,22 +321,17 @@ def hash_code(Config):
 
     Layout and comments do not count: an edited decoder is another experiment, a comment is not.
     """
-    return _hash_code(Config, tuple(_user_code))
-
-
-@functools.cache  # once a run: to parse a script takes as long as to fit many a model
-def _hash_code(Config, user_code):
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
-    texts = list(user_code)
+    hashes = list(_user_code)
     for path in {script, parent}:
         if path.is_file():
-            texts.append(_hash_script(path))
-    return _hash("".join(sorted(texts)))[:6]
+            hashes.append(_hash_script(path, path.stat().st_mtime_ns))
+    return _hash("".join(sorted(hashes)))[:6]
 
 
-@functools.cache  # a row of results asks for it, and parsing a script takes 0.1 s
-def _hash_script(path):
+@functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
+def _hash_script(path, modified):
     return _hash(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
 
 

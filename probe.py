@@ -1092,9 +1092,9 @@ def holm(p):
 def online_code(X, y, groups, n_classes, seed):
     """Bits (N,) of each label of X (N, H) in Voita & Titov's online code.
 
-    Labels are sent block by block, each coded by a logistic probe that has learnt those before, with
-    the penalty that has coded best so far. One guess in n + 1 is left to chance, so a label never
-    seen costs finite bits.
+    Labels are sent block by block, each coded by a logistic probe that has learnt those before,
+    with the penalty that has coded best so far. One guess in n + 1 is left to chance, so a label
+    never seen costs finite bits.
     """
     names, member = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(key_seed(seed, "online"))
