@@ -522,7 +522,8 @@ class GPT(nn.Module):
                 x, cache = (start or self._start)(rows, min(size, length))
             else:
                 x = self._step([row[-1] for row in rows], cache)
-            tokens = how.pick(F.linear(x, head).float(), generator).tolist()
+            logits = (head @ x.T).T.float()  # for a few rows quicker on CPUs than x @ head.T
+            tokens = how.pick(logits, generator).tolist()
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop
                 rows[i].append(token)
