@@ -662,7 +662,7 @@ BAD = [
     ({"batch_size": 0}, ["batch_size"]),
     ({"beta2": 1.0}, ["beta2"]),
     ({"vocab_size": 64}, ["vocab_size"]),
-    ({"init_from": "resume"}, ["ckpt.pt", "train first"]),
+    ({"init_from": "resume"}, ["ckpt.pt", "python train.py"]),
     ({"init_from": "out/nosuchrun"}, ["nosuchrun"]),
     ({"device": "tpu"}, ["device"]),
     ({"dtype": "float16"}, ["dtype"]),
