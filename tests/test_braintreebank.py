@@ -1,5 +1,5 @@
-"""data/braintreebank: the files of a small copy in the real layout come out as they are, labels and
-splits are Neuroprobe's; and decode_neuroprobe.py reads them."""
+"""data/braintreebank: the files of a small copy in the real layout come out as they are, and labels
+and splits are Neuroprobe's."""
 
 import functools
 import importlib.util
@@ -17,7 +17,6 @@ import pytest
 from helpers import refused
 from sklearn.model_selection import KFold
 
-import decode_neuroprobe
 from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
@@ -279,22 +278,6 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
                 samples = np.round(theirs["onset"] * btb.SFREQ).astype(int).tolist()
                 expected = samples, theirs["label"].tolist()
                 assert items_of(fold["train_dataset"], 10) == expected, (task, train)
-
-
-# ---- decode_neuroprobe.py
-
-
-@pytest.mark.parametrize("split", ["within", "session", "subject"])
-def test_the_set_goes_through_the_benchmark(made, tmp_path, split):
-    options = {"dataset": str(made), "out_dir": str(tmp_path), "task": "volume", "split": split}
-    config = decode_neuroprobe.Config(**options, spectrum_max=40, n_shifts=50, device="cpu")
-    decode_neuroprobe.main(config)
-    results = pd.read_csv(tmp_path / "results.csv")
-    assert results["score"][results["metric"] == "roc_auc"].mean() > 0.6  # loudness was planted
-    path = next((tmp_path / "leaderboard").rglob("population_volume.json"))
-    people_2 = {"btbank2_0", "btbank2_4"}
-    expected = {"within": people_2 | {"btbank3_1"}, "session": people_2, "subject": {"btbank3_1"}}
-    assert set(json.loads(path.read_text())["evaluation_results"]) == expected[split]
 
 
 # ---- fetching and bad input
