@@ -25,7 +25,6 @@ Hewitt & Liang 2019 (control tasks); Voita & Titov 2020 (online code); Nadeau & 
 (corrected t); Conneau et al. 2018 (SentEval).
 """
 
-import copy
 import fcntl
 import hashlib
 import inspect
@@ -42,7 +41,6 @@ from typing import Literal
 import matplotlib
 import numpy as np
 import pandas as pd
-import scipy.sparse
 import scipy.stats
 import torch
 from sklearn import metrics
@@ -63,8 +61,8 @@ from tqdm import tqdm
 from configurator import InputError, Run, aside, check, check_keys, configure, key_seed, write_aside
 from convert import HiddenStates
 from data import read_yaml
-from data.data_json import read_data_json
-from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
+from data.labelled_texts import LabelledTexts
+from data.stimuli import ENCODING_FORMAT, read_meta
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -129,75 +127,12 @@ class Config:
 # ---- data
 
 
-class NLPDataset:
-    """Labelled texts: len(), [i] -> (text, label).
+class NLPDataset(LabelledTexts):
+    """Labelled texts (data/labelled_texts.py) that a model can be run on.
 
-    source: a data-json file or dict (data/data_json.py). Attributes: name, texts, y (N,), or (N, V)
-    of V brain responses, kind (binary, multi, regression), label_names, meta, groups (N,) of what
-    no split may part (equal texts always), split (N,) of train, val, test, or None.
+    Attributes: name, texts, y (N,), kind (binary, multi, regression), label_names, groups, split,
+    meta; len(), [i] -> (text, label).
     """
-
-    def __init__(self, source, force_classification=False):
-        frame, names, meta = read_data_json(source, force_classification)
-        name = source.get("name", "dict") if isinstance(source, dict) else Path(source).stem
-        self._set(str(name), frame, frame.y.to_numpy(), names, meta)
-
-    @classmethod
-    def from_task(cls, folder, task):
-        """A task of a folder of labelled sentences (data/stimuli.py)."""
-        frame, meta = read_task(folder, task), read_meta(folder)
-        entry = meta["tasks"][task]
-        names = entry["labels"] if entry["kind"] == "classification" else None
-        name = f"{Path(folder).name}/{task}"
-        about = {"name": name, "topic": task, "task": entry["kind"].capitalize()}
-        about |= {"link": meta.get("source", ""), "synthetic": bool(meta.get("synthetic"))}
-        about["labels"] = dict(enumerate(names or []))
-        return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
-
-    @classmethod
-    def from_encoding(cls, folder):
-        """Texts with the responses of brains to them (data/stimuli.py): a column for each unit."""
-        encoding = Encoding(folder)
-        if encoding.kind != "text":
-            raise InputError(f"{folder} holds responses to pictures: language models read texts")
-        meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
-        y = encoding.mean_responses().squeeze()
-        return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
-
-    def _set(self, name, frame, y, label_names, meta):
-        self.name, self.frame, self.label_names = name, frame, label_names
-        self.y = np.array(y)
-        self.meta = {**meta, "size": len(frame)}
-        self.texts = frame.text.tolist()
-        for i, text in enumerate(self.texts):
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{name}: sentence {i} is empty or no text: leave it out")
-        if len(np.unique(y, axis=0)) < 2:
-            raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
-        self.kind = "regression"
-        if label_names:
-            self.kind = "binary" if len(label_names) == 2 else "multi"
-        self.split = None
-        if {"train", "test"} <= set(frame.split):
-            self.split = frame.split.to_numpy()
-        self.groups = join_equal_texts(frame.group, frame.text)
-        return self
-
-    def __len__(self):
-        return len(self.texts)
-
-    def __getitem__(self, i):
-        return self.texts[i], self.y[i]
-
-    def first(self, n):
-        """The first n texts (0: all); of a given split, of each part its share."""
-        if not n:
-            return copy.copy(self)
-        parts = self.frame.split.fillna("")
-        share = n * parts.map(parts.value_counts(normalize=True))
-        rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
-        part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
-        return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
 
     def load_embeds_into_memory(self, model, pooler, cache=None):
         """Embed and pool the whole dataset: X (N', H) float32, y (N',).
@@ -218,16 +153,6 @@ class NLPDataset:
             X, self.index = np.concatenate(parts), np.concatenate(index)
         self.row_groups = self.groups[self.index]
         return X, self.y[self.index]
-
-
-def join_equal_texts(groups, texts):
-    """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
-    n = len(texts)
-    groups = pd.Series(range(n)) if groups.isna().all() else groups.astype(str)
-    groups = pd.factorize(groups)[0]
-    same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
-    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
-    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
 
 
 def load_dataset(run, config, spec):

@@ -1,0 +1,184 @@
+"""Labelled texts out of a JSON file, a task of data/stimuli.py, or brain responses to texts.
+
+The JSON file has the schema of data/probing/readme.md, whose get_data.py writes such files:
+
+    {"data": {"sentences": {"0": text, ...}, "labels": {"0": label, ...}, groups and splits alike},
+     "name": ..., "task": "Classification" or "Regression", "labels": {"0": name, ...}, ...}
+
+The four parts are matched by key; each may be a list, whose keys are the places.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.sparse
+
+from data import InputError
+from data.stimuli import Encoding, read_meta, read_task
+
+
+class LabelledTexts:
+    """Labelled texts: len(), [i] -> (text, label).
+
+    source: a data-json file or dict. Attributes: name, texts, y (N,), or (N, V) of V brain
+    responses, kind (binary, multi, regression), label_names, meta, groups (N,) of what no split may
+    part (equal texts always), split (N,) of train, val, test, or None. Raises InputError.
+    """
+
+    def __init__(self, source, force_classification=False):
+        frame, names, meta = read_data_json(source, force_classification)
+        name = source.get("name", "dict") if isinstance(source, dict) else Path(source).stem
+        self._set(str(name), frame, frame.y.to_numpy(), names, meta)
+
+    @classmethod
+    def from_task(cls, folder, task):
+        """A task of a folder of labelled sentences (data/stimuli.py)."""
+        frame, meta = read_task(folder, task), read_meta(folder)
+        entry = meta["tasks"][task]
+        names = entry["labels"] if entry["kind"] == "classification" else None
+        name = f"{Path(folder).name}/{task}"
+        about = {"name": name, "topic": task, "task": entry["kind"].capitalize()}
+        about |= {"link": meta.get("source", ""), "synthetic": bool(meta.get("synthetic"))}
+        about["labels"] = dict(enumerate(names or []))
+        return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
+
+    @classmethod
+    def from_encoding(cls, folder):
+        """Texts with the responses of brains to them (data/stimuli.py): a column for each unit."""
+        encoding = Encoding(folder)
+        if encoding.kind != "text":
+            raise InputError(f"{folder} holds responses to pictures: language models read texts")
+        meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
+        y = encoding.mean_responses().squeeze()
+        return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
+
+    def _set(self, name, frame, y, label_names, meta):
+        self.name, self.frame, self.label_names = name, frame, label_names
+        self.y = np.array(y)
+        self.meta = {**meta, "size": len(frame)}
+        self.texts = frame.text.tolist()
+        for i, text in enumerate(self.texts):
+            if not isinstance(text, str) or not text.strip():
+                raise InputError(f"{name}: sentence {i} is empty or no text: leave it out")
+        if len(np.unique(y, axis=0)) < 2:
+            raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
+        self.kind = "regression"
+        if label_names:
+            self.kind = "binary" if len(label_names) == 2 else "multi"
+        self.split = None
+        if {"train", "test"} <= set(frame.split):
+            self.split = frame.split.to_numpy()
+        self.groups = join_equal_texts(frame.group, frame.text)
+        return self
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, i):
+        return self.texts[i], self.y[i]
+
+    def first(self, n):
+        """The first n texts (0: all); of a given split, of each part its share."""
+        if not n:
+            return copy.copy(self)
+        parts = self.frame.split.fillna("")
+        share = n * parts.map(parts.value_counts(normalize=True))
+        rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
+        part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
+        return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
+
+
+def join_equal_texts(groups, texts):
+    """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
+    n = len(texts)
+    groups = pd.Series(range(n)) if groups.isna().all() else groups.astype(str)
+    groups = pd.factorize(groups)[0]
+    same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
+    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
+
+
+def read_data_json(source, force_classification=False):
+    """A data-json, file or dict, as (frame, names of the classes or None, meta).
+
+    frame has text, y, group and split (None where it has none). y is the number of the class, or
+    the value of a regression, scaled to [0, 1] where it is not in it; force_classification rounds
+    it to 0 and 1. meta is all but the data. Raises InputError.
+    """
+    where = source.get("name", "the dict") if isinstance(source, dict) else source
+    raw = source if isinstance(source, dict) else _load(Path(source))
+    columns = _columns(raw, where)
+    meta = {key: value for key, value in raw.items() if key != "data"}
+    named = meta.get("labels") or {}
+    if isinstance(named, list):
+        named = dict(enumerate(named))
+    named = {str(key): str(name) for key, name in named.items()}
+    if meta.get("task") != "Regression":
+        y, names = _numbered(columns.pop("labels"), named, where)
+    else:
+        y, names = _scaled(columns.pop("labels"), where), None
+        if force_classification:
+            y, names = np.round(y).astype(int), [named.get("0", "0"), named.get("1", "1")]
+    return pd.DataFrame(columns).assign(y=y), names, meta
+
+
+def _load(path):
+    if not path.exists():
+        command = f"python data/probing/get_data.py -data_save_path {path.parent}"
+        raise InputError(f"no dataset {path}: write it with {command}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): download it again") from None
+
+
+def _columns(raw, where):
+    """{text, labels, group, split} as lists in the order of the sentences' keys."""
+    data = raw.get("data") if isinstance(raw, dict) else None
+    if not isinstance(data, dict) or not {"sentences", "labels"} <= set(data):
+        schema = "see the schema in data/probing/readme.md"
+        raise InputError(f"{where} has no data: sentences and labels: {schema}")
+    columns, keys = {}, []
+    parts = {"sentences": "text", "labels": "labels", "groups": "group", "splits": "split"}
+    for part, column in parts.items():
+        values = data.get(part)
+        if not values and part in ("groups", "splits"):
+            columns[column] = None
+            continue
+        if isinstance(values, list):
+            values = dict(enumerate(values))
+        values = {str(key): value for key, value in values.items()}
+        keys = keys or list(values)
+        if set(values) != set(keys):
+            raise InputError(
+                f"{where} has {len(keys)} sentences and {len(values)} {part}, or their keys "
+                "differ: give each sentence its own under the same key"
+            )
+        columns[column] = [values[key] for key in keys]
+    return columns
+
+
+def _numbered(labels, named, where):
+    """Labels as numbers from 0 (numbers in order, then words), and the names of the classes."""
+    for label in labels:
+        if not isinstance(label, (str, int, float)) or label != label:
+            raise InputError(f"{where} has the label {label}: labels are numbers or names")
+    classes = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    names = []
+    for label in classes:
+        key = label if isinstance(label, str) else str(label + 0).removesuffix(".0")  # True: 1
+        names.append(named.get(key, key))
+    number = {label: i for i, label in enumerate(classes)}
+    return [number[label] for label in labels], names
+
+
+def _scaled(labels, where):
+    y = pd.to_numeric(pd.Series(labels), errors="coerce").to_numpy(float)
+    if not np.isfinite(y).all():
+        raise InputError(f"{where} is a regression, and not all of its labels are numbers")
+    if y.min() < 0 or y.max() > 1:
+        y = (y - y.min()) / max(np.ptp(y), 1e-12)
+    return y
