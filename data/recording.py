@@ -225,6 +225,25 @@ def complete(folder):
     return True
 
 
+def made_recordings(folder, options, defaults=None):
+    """Names of the recordings of a whole dataset, [] where there is none.
+
+    Raises InputError where it was made with other options; defaults: values of those that older
+    versions did not have.
+    """
+    if not complete(folder):
+        return []
+    meta = read_set(folder)
+    made_with = {**(defaults or {}), **(meta.get("options") or {})}
+    for key, value in options.items():
+        if made_with.get(key) != value:
+            raise InputError(
+                f"{folder} was made with {key}={made_with.get(key)}: give overwrite=True to make "
+                f"it again with {key}={value}, or another out_dir"
+            )
+    return meta["recordings"]
+
+
 def _read_csv(path):
     """A table in which only an empty number is missing: 'null', 'NA' and '007' may be words."""
     missing = dict.fromkeys(("x", "y", "z", "onset", "duration"), [""])

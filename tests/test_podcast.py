@@ -705,9 +705,13 @@ def test_missing_layers_and_features(tree, tmp_path):
         prepare(tree, tmp_path / "a", features=["glove"])
 
 
-def test_samples_that_are_no_numbers(tree, tmp_path):
+def test_samples_that_are_no_numbers_or_microvolts(tree, tmp_path):
     path = tree / FIF.format(n=1)
     raw = mne.io.read_raw_fif(path, preload=True, verbose="error")
+    path.unlink()
+    raw.copy().apply_function(lambda x: 1e6 * x).save(path, verbose="error")
+    with pytest.raises(InputError, match="V is no brain's: save it in V"):
+        prepare(tree, tmp_path / "a", subjects=[1], **BARE)
     raw._data[3, 1000] = np.nan
     path.unlink()
     raw.save(path, verbose="error")

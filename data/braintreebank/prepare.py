@@ -12,7 +12,7 @@ binary tasks, and which split has each. A recording is never in memory as a whol
 """
 
 import ast
-import html.parser
+import html
 import importlib.util
 import os
 import re
@@ -32,23 +32,12 @@ from configurator import configure
 from data import InputError, check_content, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, download, look_up, reason_of, request
 from data.raw import read_json
-from data.recording import complete, read_set, write_recording, write_set
+from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SFREQ = 2048
 RECORDING = re.compile(r"(?:sub_|btbank)(\d+)_(?:trial)?(\d+)")
-SETTINGS = (  # of the package's config.py
-    "NEUROPROBE_GLOBAL_RANDOM_SEED",
-    "NEUROPROBE_LITE_SUBJECT_TRIALS",
-    "NEUROPROBE_LITE_MAX_SAMPLES",
-    "NEUROPROBE_LITE_N_FOLDS",
-    "NEUROPROBE_LITE_ELECTRODES",
-    "BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING",
-    "DS_DM_TRAIN_SUBJECT_ID",
-    "DS_DM_TRAIN_TRIAL_ID",
-)
-
 # Neuroprobe's tasks. Those that tell the upper quarter of a column from its lower one:
 QUARTERS = {
     "volume": "rms",
@@ -89,29 +78,35 @@ class Config:
 
 def find_package(package):
     """Folder of the neuroprobe package, installed or given; a clone has it one level down."""
-    folders = [Path(package), Path(package) / "neuroprobe"]
     if not package:
         spec = importlib.util.find_spec("neuroprobe")
-        folders = [Path(spec.origin).parent] if spec else []
-    for folder in folders:
+        if spec is None:
+            raise InputError(
+                "the word tables, tasks and splits come with the package neuroprobe: pip install "
+                "neuroprobe, or give package= a clone of it"
+            )
+        package = Path(spec.origin).parent
+    for folder in (Path(package), Path(package) / "neuroprobe"):
         if (folder / "braintreebank_features_time_alignment").is_dir():
             return folder
-    if package:
-        raise InputError(f"package={package} holds no braintreebank_features_time_alignment/")
-    raise InputError(
-        "the word tables, tasks and splits come with the package neuroprobe: pip install "
-        "neuroprobe, or give package= a clone of it"
-    )
+    raise InputError(f"package={package} holds no braintreebank_features_time_alignment/")
+
+
+class Settings(dict):
+    """The constants of the package's config.py by name."""
+
+    def __missing__(self, key):
+        raise InputError(f"config.py of neuroprobe has no {key}: this reads its version 0.1")
 
 
 def read_settings(package):
-    """{name: value} of the constants in the package's config.py; nothing of it is run."""
+    """Settings of the package, whose config.py is parsed and not run."""
     path = package / "config.py"
     try:
         statements = ast.parse(check_content(path).read_text(encoding="utf-8")).body
     except SyntaxError as error:
         raise InputError(f"{path} is no Python ({error}): give package= a whole copy") from None
-    settings = {}
+    settings = Settings()
     for statement in statements:
         if not isinstance(statement, ast.Assign):
             continue
@@ -123,11 +118,9 @@ def read_settings(package):
         if isinstance(target, ast.Name):
             settings[target.id] = value
         elif isinstance(target, ast.Tuple):
-            settings.update({name.id: v for name, v in zip(target.elts, value)})
+            for name, item in zip(target.elts, value):
+                settings[name.id] = item
         # others, such as os.environ["..."] = "...", set no constant
-    for key in SETTINGS:
-        if key not in settings:
-            raise InputError(f"{path} has no {key}: this reads neuroprobe 0.1")
     return settings
 
 
@@ -253,8 +246,8 @@ def read_contacts(root, person, settings, electrodes):
     subject = f"sub_{person}"
     labels = read_json(root / "electrode_labels" / subject / "electrode_labels.json")
     corrupted = read_json(root / "corrupted_elec.json").get(subject, [])
-    table = pd.DataFrame({"name": [clean(label) for label in labels], "type": "seeg"})
-    is_bad = table["name"].isin([clean(name) for name in corrupted])
+    table = pd.DataFrame({"name": list(map(clean, labels)), "type": "seeg"})
+    is_bad = table["name"].isin(list(map(clean, corrupted)))
     table["status"] = np.where(is_bad, "bad", "good")
     table["series"] = table.index
     if electrodes == "lite":
@@ -298,9 +291,8 @@ def make_recording(root, folder, recording, channels, events, **meta):
     try:
         with h5py.File(path, "r") as file:
             series = [file[f"data/electrode_{number}"] for number in channels["series"]]
-            lengths = {len(one) for one in series}
-            if len(lengths) != 1:
-                raise OSError(f"series of {len(lengths)} different lengths")
+            if len(set(map(len, series))) != 1:
+                raise OSError("series of different lengths")
             blocks = read_blocks(series, recording)
             return write_recording(
                 folder / recording,
@@ -327,20 +319,6 @@ def read_blocks(series, name, step=30 * SFREQ):
 # ---- fetching
 
 
-class Links(html.parser.HTMLParser):
-    """Addresses of a page's links."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.addresses = []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        address = dict(attributes).get("href")
-        if tag == "a" and address:
-            self.addresses.append(address)
-
-
 def fetch_missing(root, url, recordings):
     """Fetch and unpack what these recordings need and is not there.
 
@@ -359,8 +337,8 @@ def fetch_missing(root, url, recordings):
     names += ["localization", "electrode_labels", "transcripts", "corrupted_elec.json"]
     missing = [name.split(".")[0] for name in names if not (root / name).exists()]
     files = []
-    for link in Links(page).addresses:
-        address = urllib.parse.urljoin(url, link)
+    for link in re.findall(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", page, re.IGNORECASE):
+        address = urllib.parse.urljoin(url, html.unescape(link))
         path = root / Path(urllib.parse.urlparse(address).path).name
         name = path.name.split(".")[0]
         file = look_up(address, path) if name in missing else None
@@ -386,21 +364,6 @@ def unpack(path):
 
 
 # ---- main
-
-
-def finished_recordings(folder, config):
-    """Names of the recordings that are there already, made with the same electrodes."""
-    if config.overwrite:
-        (folder / "meta.yaml").unlink(missing_ok=True)
-    if not complete(folder):
-        return []
-    made = read_set(folder)
-    if made.get("options") != {"electrodes": config.electrodes}:
-        raise InputError(
-            f"{folder} was made with {made.get('options')}: give overwrite=True to make it again "
-            f"with electrodes={config.electrodes}, or another out_dir"
-        )
-    return made["recordings"]
 
 
 def chosen_recordings(config, settings):
@@ -442,7 +405,10 @@ def main(config):
     package = find_package(config.package)
     settings = read_settings(package)
     chosen = chosen_recordings(config, settings)
-    kept = finished_recordings(folder, config)
+    options = {"electrodes": config.electrodes}
+    if config.overwrite:
+        (folder / "meta.yaml").unlink(missing_ok=True)
+    kept = made_recordings(folder, options)
     todo = {recording: pair for recording, pair in chosen.items() if recording not in kept}
     if not todo:
         print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
@@ -460,7 +426,7 @@ def main(config):
             folder,
             kept,
             synthetic=False,
-            options={"electrodes": config.electrodes},
+            options=options,
             source="BrainTreebank (braintreebank.dev), tasks and splits of neuroprobe",
             across_people=f"sub_{train}",
             tasks=TASKS,

@@ -157,7 +157,9 @@ def _translate_one(options, table, key, value, place):
         return
     if key not in table:
         nearest = difflib.get_close_matches(key, table, 1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"it knows {', '.join(table)}"
+        hint = f"it knows {', '.join(table)}"
+        if nearest:
+            hint = f"did you mean '{nearest[0]}'?"
         raise InputError(f"{place} is not a setting that decode.py can express: {hint}")
     if key in VALUES:
         value = _renamed(value, key, place)
@@ -198,8 +200,10 @@ def command_line(argv):
     (--training_params.batch_size=64) and trial_name=...; all else stays as it is. A dotted
     setting overrides the files; without a file it changes nothing but what it names.
     """
-    settings, files, arguments = {}, [], []
+    settings = {}
+    source = "command line"
     position = None
+    arguments = []
     for argument in argv:
         if argument == "--config":
             continue
@@ -209,13 +213,13 @@ def command_line(argv):
             arguments.append(argument)
             continue
         if "=" not in argument:
-            files.append(argument)
+            source = argument
         if position is None:
             position = len(arguments)
         settings = _merged(settings, found)
     if position is None:
         return arguments
-    options = translate(settings, files[0] if files else "command line", defaults=bool(files))
+    options = translate(settings, source, defaults=source != "command line")
     translated = []
     for key, value in options.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -232,7 +236,9 @@ def _settings_in(argument):
             content = read_yaml(Path(argument).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError):
             return None  # configure says what is wrong with it
-        return content if is_benchmark(content) else None
+        if not is_benchmark(content):
+            return None
+        return content
     key, _, text = argument.removeprefix("--").partition("=")
     group, _, name = key.partition(".")
     if not is_benchmark({group: None}) or bool(name) != (group in TABLES):
@@ -284,7 +290,9 @@ def settings_of(experiment, option):
         values = getattr(experiment, group, None)
         if values is None:
             raise InputError(f"{option} must return the configuration it was given")
-        settings[group] = dict(values) if isinstance(values, dict) else dict(vars(values))
+        if not isinstance(values, dict):
+            values = vars(values)
+        settings[group] = dict(values)
     return settings
 
 

@@ -31,8 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from configurator import configure
 from data import InputError, check_content, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
-from data.raw import METRES, clock_spans, encoding_of, inside_spans, open_raw, read_json
-from data.recording import complete, read_set, write_recording, write_set
+from data.raw import (
+    METRES,
+    clock_spans,
+    encoding_of,
+    inside_spans,
+    open_raw,
+    read_json,
+    sd_within_seconds,
+)
+from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
@@ -235,7 +243,9 @@ def read_words(path, config):
         raise InputError(f"{path}: no word has an onset (column 'start')")
     words["norm_word"] = words["word"].map(normalised)
     words["sentence"], rule = number_sentences(words, config)
-    words["pos"] = parts_of_speech(words, config.pos) if config.pos else ""
+    words["pos"] = ""
+    if config.pos:
+        words["pos"] = parts_of_speech(words, config.pos)
     words["content"] = words["norm_word"].map(content_class)
     facts = {
         "words": len(words),
@@ -261,9 +271,11 @@ def content_class(word):
     """
     if not word:
         return ""
-    stem = word.removesuffix("n't") if word.endswith("n't") else word.split("'")[0]
+    stem = word.removesuffix("n't").split("'")[0]
     contraction = "'" in word and (stem in FUNCTION_WORDS or stem in ("ca", "wo", "let"))
-    return "function" if word in FUNCTION_WORDS or contraction else "content"
+    if word in FUNCTION_WORDS or contraction:
+        return "function"
+    return "content"
 
 
 def number_sentences(words, config):
@@ -315,7 +327,9 @@ def parts_of_speech(words, path):
     known = {}
     for key, tag in zip(word_keys(table, onset_column), tags):
         known.setdefault(key, tag)
-    keys = word_keys(words if "word" in table else words[["start"]], "start")
+    if "word" not in table:
+        words = words[["start"]]
+    keys = word_keys(words, "start")
     matched = [known.get(key, "") for key in keys]
     if not any(matched):
         raise InputError(f"pos={path} knows no word of the transcript at its onset")
@@ -333,8 +347,9 @@ def first_column(table, names, path):
 def word_keys(table, onset_column):
     """(normalised word, '' where the table has none; onset in 10 ms) of each row."""
     onsets = table[onset_column].fillna(-1).mul(100).round().astype(int)
-    norm_words = table["word"].map(normalised) if "word" in table else [""] * len(table)
-    return zip(norm_words, onsets)
+    if "word" not in table:
+        return zip([""] * len(table), onsets)
+    return zip(table["word"].map(normalised), onsets)
 
 
 # ---- released features, and the audio
@@ -345,7 +360,8 @@ def layer_keys(file, path, layers):
     available = [int(key.removeprefix("layer-")) for key in file if key.startswith("layer-")]
     if not available:
         return sorted(file)
-    if missing := set(layers) - set(available):
+    missing = set(layers) - set(available)
+    if missing:
         there = ", ".join(map(str, sorted(available)))
         raise InputError(f"{path} has no layer {min(missing)}, only {there}: choose with layers=")
     return [f"layer-{layer}" for layer in layers]
@@ -423,8 +439,10 @@ def subject_ids(root, numbers, signal):
     there = ", ".join(available) or "nobody"
     for subject in subjects:
         need(root, signal_names(subject, signal), f"signal={signal} is there for {there}")
-    nyu_ids = table["nyu_id"].astype(str) if "nyu_id" in table else []
-    return subjects, dict(zip(nyu_ids, known))
+    nyu_ids = {}
+    if "nyu_id" in table:
+        nyu_ids = dict(zip(table["nyu_id"].astype(str), known))
+    return subjects, nyu_ids
 
 
 def electrode_table(path, nyu_ids):
@@ -476,14 +494,17 @@ def read_positions(root, subject, space):
 
 def choose_channels(channels, subject, nyu_ids, config):
     """(the rows of `channels` that are kept, {reason: what was dropped})."""
-    names, listed = channels["name"], []
+    names = channels["name"]
+    listed = []
     if config.electrodes.endswith(".csv"):
         listed = electrode_table(config.electrodes, nyu_ids).get(subject, [])
         selected = names.isin(listed)
     else:
         selected = names.str.match(config.electrodes)
     good = channels["status"] == "good"
-    kept = channels[selected & good] if config.bads == "drop" else channels[selected]
+    kept = channels[selected]
+    if config.bads == "drop":
+        kept = channels[selected & good]
     if not len(kept):
         stems = Counter(names[good].str.replace(r"\d+$", "", regex=True))
         there = ", ".join(f"{stem} ({count})" for stem, count in stems.items())
@@ -516,6 +537,9 @@ def open_signal(path, root):
         whole = False
     if not whole:
         raise InputError(f"{path} is not a whole FIF file: fetch it again")
+    sd = np.nanmedian(sd_within_seconds(raw))
+    if sd > 1e-2:
+        raise InputError(f"{path}: a standard deviation of {sd:.2g} V is no brain's: save it in V")
     return raw
 
 
@@ -592,21 +616,6 @@ def is_synthetic(root):
     return bool(read_json(find(root, ["dataset_description.json"])).get("Synthetic", False))
 
 
-def finished_recordings(folder, options):
-    """Names of the recordings that are there already, made with the same options."""
-    if not complete(folder):
-        return []
-    meta = read_set(folder)
-    made_with = {**asdict(Config()), **(meta.get("options") or {})}
-    for key, value in options.items():
-        if made_with[key] != value:
-            raise InputError(
-                f"{folder} was made with {key}={made_with[key]}: give overwrite=True to make it "
-                f"again with {key}={value}, or another out_dir"
-            )
-    return meta["recordings"]
-
-
 def find_tree(folder, kept, config):
     """(the tree of ds005574, the subjects to make, {nyu_id: subject}): a local copy or fetched."""
     where = config.root or os.environ.get("PODCAST_ROOT", "")
@@ -670,7 +679,7 @@ def main(config):
     options = asdict(config)
     for key in ("subjects", "root", "url", "out_dir", "overwrite"):
         del options[key]
-    kept = [] if config.overwrite else finished_recordings(folder, options)
+    kept = [] if config.overwrite else made_recordings(folder, options, asdict(Config()))
     root, subjects, nyu_ids = find_tree(folder, kept, config)
     if not subjects:
         print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
@@ -701,7 +710,7 @@ def main(config):
     print(
         f"{folder}: {', '.join(recordings)}; {facts['words']:,} words, {facts['without_onset']} "
         f"without onset, {facts['sentences']} sentences ({facts['sentences_by']}), "
-        f"features {', '.join(meta['arrays'])}{', synthetic' if is_synthetic(root) else ''}"
+        f"features {', '.join(meta['arrays']) or 'none'}; {meta['source']}"
     )
 
 

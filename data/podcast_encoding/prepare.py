@@ -149,8 +149,8 @@ def main(config):
     )
     print(
         f"{folder}: {meta['sizes']['stimuli']:,} words in {group[inside].nunique()} stretches of "
-        f"{config.block:g} s, {len(units):,} electrodes; {meta['left_out'][0]} left out"
-        f"{'; synthetic' if meta['synthetic'] else ''}"
+        f"{config.block:g} s, {len(units):,} electrodes; {meta['left_out'][0]} left out; "
+        f"{meta['source']}"
     )
 
 
