@@ -1,5 +1,5 @@
-"""data/braintreebank: the files of a small copy in the real layout come out as they are, labels and
-splits are Neuroprobe's; and decode.py on them."""
+"""data/braintreebank: the files of a small copy in the real layout come out as they are, and labels
+and splits are Neuroprobe's."""
 
 import functools
 import importlib.util
@@ -7,7 +7,6 @@ import json
 import shutil
 import threading
 import zipfile
-from dataclasses import asdict
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -18,11 +17,9 @@ import pytest
 from helpers import refused
 from sklearn.model_selection import KFold
 
-import decode as D
 from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
-from model import EncoderConfig, NeuralEncoder, save_checkpoint
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
@@ -281,76 +278,6 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
                 samples = np.round(theirs["onset"] * btb.SFREQ).astype(int).tolist()
                 expected = samples, theirs["label"].tolist()
                 assert items_of(fold["train_dataset"], 10) == expected, (task, train)
-
-
-# ---- decode.py
-
-
-@pytest.mark.parametrize("split", ["within", "session", "subject"])
-def test_benchmark_runs_by_its_splits(made, tmp_path, split, capsys):
-    out = tmp_path / "linear"
-    config = D.Config(
-        direction="neuroprobe",
-        dataset=str(made),
-        out_dir=str(out),
-        task="volume",
-        window=1.0,
-        model="logistic",
-        represent="spectrum",
-        spectrum_segment=0.25,
-        spectrum_max=40,
-        reference="laplacian",
-        split=split,
-        n_shifts=50,
-        device="cpu",
-    )
-    D.main(config)
-    assert "shifted labels" in capsys.readouterr().out
-    results = pd.read_csv(out / "results.csv")
-    assert results[["score", "chance", "low", "high", "n"]].notna().all().all()
-    path = next((out / "leaderboard").rglob("population_volume.json"))
-    scores = json.loads(path.read_text())["evaluation_results"]
-    people_2 = {"btbank2_0", "btbank2_4"}
-    expected = {"within": people_2 | {"btbank3_1"}, "session": people_2, "subject": {"btbank3_1"}}
-    assert set(scores) == expected[split]
-    folds = scores[min(scores)]["population"]["one_second_after_onset"]["folds"]
-    assert len(folds) == (2 if split == "within" else 1)
-    assert {"train_accuracy", "train_roc_auc", "test_accuracy", "test_roc_auc"} <= set(folds[0])
-    assert results["score"][results["metric"] == "roc_auc"].mean() > 0.6  # loudness was planted
-    D.main(config)  # everything is there
-    assert len((out / "results.part-0.jsonl").read_text().splitlines()) == len(results)
-
-
-def test_a_frozen_encoder_reads_people_with_other_electrodes(made, tmp_path):
-    shape = EncoderConfig(
-        kind="transformer", tokens="electrode", n_embd=6, width=16, n_layer=1, n_head=2, patch=16
-    )
-    recipe = {"sfreq": 64.0, "window": 1.0, "patch": 16, "bands": [], "clamp": 8.0, "grid": ""}
-    recipe |= {"subjects": [], "recordings": []}
-    weights = {f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}
-    checkpoint = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
-    save_checkpoint(tmp_path / "best.pt", {**checkpoint, "model": weights})
-    scores = []
-    for untrained in (0, 1):
-        out = tmp_path / str(untrained)
-        config = D.Config(
-            direction="neuroprobe",
-            dataset=str(made),
-            out_dir=str(out),
-            task="speech",
-            window=1.0,
-            model="logistic",
-            split="subject",
-            device="cpu",
-            preprocess="foundation_model_preprocessing_fn",
-            preprocessor_params={"model_dir": str(tmp_path), "untrained": untrained},
-            n_shifts=50,
-            cache="",
-        )
-        D.main(config)
-        scores.append(pd.read_csv(out / "results.csv").set_index("metric")["score"])
-        assert (out / "leaderboard/Cross-Subject/population_speech.json").is_file()
-    assert scores[0]["roc_auc"] != scores[1]["roc_auc"]
 
 
 # ---- fetching and bad input
