@@ -1708,7 +1708,8 @@ def plot_lags(path, table, controls, title, planted):
                 band = one.null_low, one.null_high
                 axis.fill_between(one.lag, *band, color="0.85", lw=0, label="95 % of shifts")
             bars = [one.score - one.low, one.high - one.score]
-            axis.errorbar(one.lag, one.score, bars, fmt="-o", ms=3.5, color=f"C{i}", label=decoder)
+            style = {"fmt": "-o", "ms": 3.5, "lw": 1.3, "capsize": 2, "color": f"C{i}"}
+            axis.errorbar(one.lag, one.score, bars, label=decoder, **style)
             for column, marker in (("q", "|"), ("p_max", "s")):
                 for lag in one.lag[one[column] < FDR]:
                     under = {"transform": axis.get_xaxis_transform(), "clip_on": False}
