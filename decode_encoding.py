@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from himalaya.ridge import GroupRidgeCV, solve_ridge_cv_svd
-from himalaya.scoring import correlation_score_split
+from himalaya.scoring import correlation_score_split, r2_score
 
 import decode
 from configurator import Run, configure
@@ -71,7 +71,7 @@ class Config:
 
 
 def fit_ridge(X, Y, fold):
-    """(predictions for the test words, score of the validation words, None) of ridge.
+    """(predictions for the test words, R2 of the validation words, None) of ridge.
 
     X (words, features), Y (words, targets); a target's alpha is the one that predicts the
     validation words best, and the fit is on training and validation words.
@@ -79,7 +79,7 @@ def fit_ridge(X, Y, fold):
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
     split = [(np.arange(n), np.arange(n, len(rows)))]
-    options = {"fit_intercept": True, "cv": split, "warn": False}
+    options = {"fit_intercept": True, "cv": split, "score_func": r2_score, "warn": False}
     _, weights, scores, offset = solve_ridge_cv_svd(X[rows], Y[rows], ALPHAS, **options)
     return X[fold.test] @ weights + offset, scores, None
 
@@ -98,7 +98,13 @@ def fit_banded_ridge(spaces, Y, fold, seed):
         groups=groups,
         cv=[(np.arange(n), np.arange(n, len(rows)))],
         random_state=seed % 2**32,
-        solver_params={"n_iter": 20, "alphas": ALPHAS, "progress_bar": False, "warn": False},
+        solver_params={
+            "n_iter": 20,
+            "alphas": ALPHAS,
+            "score_func": r2_score,
+            "progress_bar": False,
+            "warn": False,
+        },
     )
     model.fit(X[rows] - centre, Y[rows] - offset)
     parts = model.predict(X[fold.test] - centre, split=True)
@@ -145,7 +151,7 @@ def summarise(folds_arrays, lags, names, n):
     """(encoding table, electrode table, r (lags, electrodes), family-wise threshold).
 
     The first has a row for each electrode and lag; the second each electrode at the lag that its
-    validation words choose, fold by fold.
+    validation words choose, fold by fold. q is FDR, p_max family-wise (against the null's maximum).
     """
     shape = len(lags), len(names)
     r = np.mean([arrays["r"] for arrays in folds_arrays], axis=0).reshape(-1, *shape)
@@ -168,6 +174,8 @@ def summarise(folds_arrays, lags, names, n):
     electrodes.insert(1, "lag", np.median(chosen, axis=0))
     electrodes["p"] = p_value(at_chosen[0], at_chosen[1:])
     electrodes["q"] = fdr_q(electrodes.p.to_numpy())
+    largest_at_chosen = at_chosen[1:].max(axis=1)
+    electrodes["p_max"] = p_value(at_chosen[0], largest_at_chosen[:, None])
     return table, electrodes, r[0], np.quantile(largest, 0.95)
 
 
@@ -246,10 +254,10 @@ def report(run, config, podcast, folds_arrays, n):
     decode.plot_electrodes(run.out / "electrodes.png", electrodes, 0.0, title, label)
     best = electrodes.sort_values("score").iloc[-1]
     run.print(
-        f"{(electrodes.q < FDR).sum()} of {len(names)} electrodes follow the embeddings "
-        f"(FDR {FDR:g}); the best, {best.electrode}, with r = {best.score:.3f} [{best.low:.3f}, "
-        f"{best.high:.3f}] at {best.lag:g} ms (shifted words {best.chance:.3f}), n = {n:,} words "
-        f"taken as independent; family-wise threshold {threshold:.3f}"
+        f"{(electrodes.p_max < FDR).sum()} of {len(names)} electrodes follow the embeddings "
+        f"(family-wise {FDR:g}; FDR {FDR:g}: {(electrodes.q < FDR).sum()}); the best, "
+        f"{best.electrode}, with r = {best.score:.3f} [{best.low:.3f}, {best.high:.3f}] at "
+        f"{best.lag:g} ms (shifted words {best.chance:.3f}), n = {n:,} words taken as independent"
     )
     decode.say_few_shifts(run, electrodes.p, electrodes.q, config.n_shifts)
     run.print(f"encoding.png, electrodes.png, encoding.csv, electrodes.csv in {run.out}")
