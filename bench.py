@@ -27,6 +27,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from tqdm import tqdm
+
 import positions
 from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT, lm_state, save_checkpoint
 
@@ -147,6 +149,9 @@ class Here:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32)
 
+    def progress(self, *args, **options):
+        return tqdm(disable=True)
+
 
 class Words:
     """A tokenizer whose texts are numbers: what encoding costs is left out on both sides."""
@@ -161,12 +166,16 @@ def minimal_pairs(turns=5, pairs=500):
     """Log-probabilities of both sentences of minimal pairs of 6 to 16 tokens under the embedded model's shape: in batches by length, against one
     sentence at a time, in the same precision."""
     import topography
+    from convert import HiddenStates
     model = GPT(GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256, bias=False)).to(Here.device).eval()
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(1, 4096, n))) for n in rng.integers(6, 17, 2 * pairs)]
 
+    lm = HiddenStates({"model": model, "tokenizer": Words()}, Here.device, Here.dtype, bos=True, head=True)
+    rows = lm.encode(texts)[0]
+
     def score(budget):
-        return topography.sentence_logprobs(Here(), model, Words(), texts, budget)
+        return topography.sentence_scores(Here(), lm, rows, budget)
 
     score(2048), score(1)  # warm up
     ours, other = [], []
@@ -403,13 +412,12 @@ def probe_pass(turns=3, texts=2000, tokens=24, share=10, quantiles=(0.0, 0.25, 0
                f"{share}; peak memory {small:,.0f} MB at {few:,} texts, {large:,.0f} MB at {texts:,}")
 
 
-def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, shrinkage=0.1):
-    """LDA with shrinkage and logistic regression at 60 sites, against scikit-learn site by site, both float32 on standardised features, with the same
-    shrinkage, C (scikit-learn's default) and tolerance. Features have a decaying spectrum, as hidden states do. Scikit-learn runs every `share`-th
-    site, times `share`."""
+def probe_fit(turns=3, sites=60, n=2000, width=768, share=6):
+    """LDA with shrinkage and ridge at 60 sites, all penalties at once in closed form, against scikit-learn site by site and penalty by penalty, both float32 on
+    standardised features. Features have a decaying spectrum, as hidden states do. Scikit-learn runs every `share`-th site, times `share`."""
     import probe
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.linear_model import Ridge
     from sklearn.preprocessing import StandardScaler
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, n)
@@ -421,24 +429,27 @@ def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, sh
         site[:] = z @ mix
     train, test = slice(0, n * 4 // 5), slice(n * 4 // 5, n)
     labels = F.one_hot(torch.as_tensor(y), 2).float()
+    shrinkages, alphas = (0.003, 0.03, 0.1, 0.3, 0.7), (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 
     def ours():
-        found = []
-        for x in torch.from_numpy(X).split(1):  # as probe.measure does: what a CPU's cache holds
-            z = probe.standardise(x, torch.arange(train.stop))
-            m = probe.moments(z[:, train], labels[train])
-            fits = probe.lda(m, [shrinkage])[0], probe.logistic(z[:, train], labels[train, 1:], C, tol, gram=m["S"].float())
-            found.append(np.stack([((probe.times(z[:, test], W) + b)[..., 0].numpy() > 0) == y[test] for W, b in fits]).mean(-1))
-        return np.concatenate(found, 1)  # (2, sites)
+        scores = []
+        for x in torch.from_numpy(X).split(1):  # what a CPU's cache holds
+            sums = probe.summed_products(x[:, train], labels[train])
+            outs = probe.apply(probe.lda(sums, shrinkages), x[:, test]), probe.apply(probe.ridge(sums, alphas), x[:, test])
+            scores.append(np.concatenate([(out[0].argmax(-1).numpy() == y[test, None]).mean(0) for out in outs]))
+        return np.stack(scores)  # (sites, penalties)
 
     def theirs():
-        found = []
+        scores = []
         for site in X[::share]:
             scale = StandardScaler().fit(site[train])
             z, zt = scale.transform(site[train]), scale.transform(site[test])
-            fits = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage), LogisticRegression(C=C, tol=tol, max_iter=1000)
-            found.append([fit.fit(z, y[train]).score(zt, y[test]) for fit in fits])
-        return np.transpose(found)
+            right = [LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s).fit(z, y[train]).score(zt, y[test]) for s in shrinkages]
+            for alpha in alphas:
+                out = Ridge(alpha).fit(z, labels[train].numpy()).predict(zt)
+                right.append((out.argmax(-1) == y[test]).mean())
+            scores.append(right)
+        return np.array(scores)
 
     ours()
     times, other = [], []
@@ -447,98 +458,16 @@ def probe_fit(turns=3, sites=60, n=2000, width=768, share=6, C=1.0, tol=1e-4, sh
         times.append(taken)
         taken, reference = seconds(theirs)
         other.append(taken * share)
-    gap = np.abs(scores[:, ::share] - reference).max()
+    gap = np.abs(scores[::share] - reference).max()
     assert gap < 0.011, f"scores differ by {gap}"
-    return row("probe_fit", times, other, ">= 3", cpu(), f"LDA and logistic at {sites} sites of {n:,} × {width}, float32; test accuracy "
-               f"{scores[:, ::share].mean():.3f} and {reference.mean():.3f}, largest difference {gap:.3f}; scikit-learn on every {share}th site, times {share}")
-
-
-class Decoder(torch.nn.Module):
-    """The convolutional decoder of decode.py as one writes it down."""
-
-    def __init__(self, E, W, D):
-        super().__init__()
-        nn = torch.nn
-        self.net = nn.Sequential(nn.Conv1d(E, W, 3, bias=False), nn.ReLU(), nn.BatchNorm1d(W), nn.Dropout(0.2), nn.MaxPool1d(2, 2, 1),
-                                 nn.Conv1d(W, W, 2, bias=False), nn.ReLU(), nn.BatchNorm1d(W), nn.Dropout(0.2),
-                                 nn.Conv1d(W, W, 2), nn.BatchNorm1d(W), nn.ReLU())
-        self.linear, self.norm = nn.Linear(W, D), nn.LayerNorm(D)
-
-    def forward(self, x):
-        return self.norm(torch.tanh(self.linear(self.net(x).amax(2))))
-
-
-def decode_group(words=5000, electrodes=128, bins=10, dims=50, members=10, folds=5, turns=5, epochs=1):
-    """Training of 10 members x 5 folds at one lag a turn (5 lags), validation each epoch and the test words at the end included: stacks, against a loop
-    over folds and members on prebuilt tensors with torch's fused AdamW. The arithmetic is the same; so must the scores be."""
-    import pandas as pd
-    import decode
-    rng = np.random.default_rng(0)
-    config = decode.Config(n_folds=folds, epochs=epochs, model="independent_pitom_model", model_params=dict(num_models=members, conv_filters=128))
-    start, ours, other, scores = np.cumsum(rng.uniform(0.2, 0.4, words)), [], [], []
-    splits, W = decode.make_folds(config, start, np.arange(words).astype(str), 0.6), 128
-    Y = rng.normal(size=(words, dims)).astype(np.float32)
-    target = decode.Target("vectors", pd.DataFrame(dict(start=start, label=np.arange(words).astype(str))), Y)
-
-    class On:
-        device = Here.device
-
-    def cosine(out, fold):  # (members, n, D)
-        return float((decode.unit(out) * decode.unit(Y[fold.test])).sum(-1).mean())
-
-    def stacked(X, jobs):
-        outs = []
-        for at in range(0, len(jobs), size := 5 if Here.device.type == "cpu" else len(jobs)):
-            outs += decode.train_stack(On(), config, config.model, target, X[None], jobs[at:at + size], [str(i) for i in range(electrodes)], splits)
-        return np.mean([cosine(out[1], job.fold) for out, job in zip(outs, jobs)])
-
-    def looping(X, jobs):
-        found, y = [], torch.as_tensor(Y, device=Here.device)
-        for job in jobs:
-            x = (X - torch.as_tensor(job.mean, device=Here.device)) * torch.as_tensor(job.factor, device=Here.device)
-            train, val, test = (torch.as_tensor(part, device=Here.device) for part in (job.fold.train, job.fold.val, job.fold.test))
-            outs = []
-            for _ in range(members):
-                net = Decoder(electrodes, W, dims).to(Here.device)
-                optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True)
-                for _ in range(epochs):
-                    net.train()
-                    order = train[torch.randperm(len(train), device=Here.device)]
-                    for batch in order[:len(order) // 32 * 32].split(32):
-                        loss = F.mse_loss(net(x[batch]), y[batch])
-                        optimizer.zero_grad(set_to_none=True)
-                        loss.backward()
-                        optimizer.step()
-                    net.eval()
-                    with torch.no_grad():
-                        net(x[val])
-                with torch.no_grad():
-                    outs.append(net(x[test]).cpu().numpy())
-            found.append(cosine(np.stack(outs), job.fold))
-        return np.mean(found)
-
-    for turn in range(turns + 1):
-        X = rng.normal(size=(words, electrodes, bins)).astype(np.float32)
-        X[:, :dims] += Y[:, :, None]
-        jobs = [decode.Job(float(turn), 0, fold, Y, *decode.input_scale(config, X, fold, target, Y)) for fold in splits]
-        X = torch.as_tensor(X, device=Here.device)
-        if turn == 0:  # warm up
-            stacked(X, jobs[:1]), looping(X, jobs[:1])
-            continue
-        taken, mine = seconds(partial(stacked, X, jobs))
-        ours.append(taken)
-        taken, theirs = seconds(partial(looping, X, jobs))
-        other.append(taken)
-        scores.append((mine, theirs))
-        assert abs(mine - theirs) < 0.02 + 0.1 * abs(theirs), f"cosines differ: {mine:.3f} and {theirs:.3f}"
-    note = "{} models a turn, test cosine {:.3f} ours, {:.3f} looping".format(members * folds, *np.mean(scores, 0))
-    return row("decode_group", ours, other, ">= 2 (CPU), >= 20 (GPU)", device(), note)
+    return row("probe_fit", times, other, ">= 3", cpu(), f"LDA and ridge with 11 penalties at {sites} sites of {n:,} × {width}, float32; test accuracy "
+               f"{scores[::share].mean():.3f} and {reference.mean():.3f}, largest difference {gap:.3f}; scikit-learn on every {share}th site, times {share}")
 
 
 def lag_windows(turns=3, minutes=30, electrodes=32, words=5000, sfreq=512, bins=10):
     """Bin means of 0.625 s windows at 21 lags: cumulative sums over the recording once, against mne.Epochs at each lag, from memory in both cases."""
     import mne
-    import decode
+    from data import montage
     rng = np.random.default_rng(0)
     signal = rng.normal(size=(minutes * 60 * sfreq, electrodes)).astype(np.float32) + 3
     raw = mne.io.RawArray(signal.T.astype(float), mne.create_info(electrodes, sfreq), verbose="error")
@@ -548,7 +477,7 @@ def lag_windows(turns=3, minutes=30, electrodes=32, words=5000, sfreq=512, bins=
     events = np.column_stack([rows, 0 * rows, 1 + 0 * rows])
 
     def cut():
-        return decode.lag_windows(signal, np.arange(electrodes), rows, offsets, edges)
+        return montage.lag_windows(signal, np.arange(electrodes), rows, offsets, edges)
 
     def epochs():
         made = []
@@ -582,17 +511,14 @@ DECODING = f"""
 import sys
 import decode
 config = decode.configure(decode.Config, sys.argv[1:])
-run = decode.Run(config)
-sweep = decode.Sweep(run, config)
-bar = run.progress(len(sweep.lags))
-sweep.do([(config.model, lag, 0) for lag in sweep.lags], bar)
-print("peak", {PEAK} / 1e9, "GB of", len(sweep.start), "words")
+decode.main(config)
+print("peak", {PEAK} / 1e9, "GB")
 """
 
 
 def decode_memory(electrodes=183, words=5136, minutes=30, dims=1600):
-    """Resident memory at its peak, in a process of its own, mapped pages of the recording included: 21 lags of the whole recording, ten convolutional
-    decoders trained for an epoch on one fold of each."""
+    """Resident memory at its peak, in a process of its own, mapped pages of the recording included: 21 lags of the whole recording, ten small convolutional
+    decoders trained for an epoch on two folds of each."""
     import pandas as pd
     from data.recording import write_recording, write_set
     rng, sfreq = np.random.default_rng(0), 512
@@ -609,7 +535,7 @@ def decode_memory(electrodes=183, words=5136, minutes=30, dims=1600):
         write_set(folder, ["sub-01"], synthetic=True, words="words.csv", tokens={"gpt2-xl": "tokens.csv"}, features={"gpt2-xl": {"layer-24": "features.f16"}},
                   arrays={"features.f16": {"shape": [words, dims], "dtype": "float16"}})
         options = [f"dataset={folder}", f"out_dir={folder / 'out'}", "min_lag=-2000", "max_lag=2001", "lag_step=200", "window=0.625", "pca=50", "epochs=1",
-                   'model_params={"num_models": 10, "conv_filters": 128}', "save_models=False"]
+                   'model_params={"num_models": 10, "conv_filters": 16}', "save_models=False", "n_folds=2", "beside=[]", "controls=[]"]
         out = subprocess.run([sys.executable, "-c", DECODING, *options], capture_output=True, text=True, cwd=Path(__file__).parent)
         if out.returncode:
             raise RuntimeError(out.stderr)
@@ -692,18 +618,23 @@ def loader_wait(turns=3, steps=40):
     with tempfile.TemporaryDirectory() as folder:
         lm = GPT(GPTConfig(block_size=128, vocab_size=4096, n_layer=4, n_head=4, n_embd=256, bias=False))
         save_checkpoint(f"{folder}/lm.pt", dict(**lm_state(lm), tokenizer=tokenizer_state(data.parent / "pydocs")))
-        config = telepath.Config(dataset=str(data), lm=f"{folder}/lm.pt", out_dir=folder, augment={name: 1.0 for name in telepath.AUGMENT}, jitter=0.02,
+        config = telepath.Config(dataset=str(data), lm=f"{folder}/lm.pt", out_dir=folder, augment=list(telepath.AUGMENT), augment_share=1.0, jitter=0.02,
                                  synonyms=True, device=Here.device.type)
         run = Run(config)
-        trials, sets, _ = telepath.prepare(config, data)
-        model, tokenizer, _ = telepath.build(config, trials, run)
-        text, space = telepath.Text(tokenizer, trials, set(), config), telepath.WordSpace(model.lm.transformer.wte.weight)
-        fit = partial(telepath.fit, run, model, text, trials, sets["train"], config, space=space, alone=True)
-        fit(steps=5)
-        times = [seconds(partial(fit, steps=steps)) for _ in range(turns)]
+        experiment = telepath.prepare(run, config, data)
+        training = telepath.Training(run, config, experiment, experiment.sets["train"], alone=True)
+
+        def steps_of(count):
+            waited = training.loader.waited
+            for _ in range(count):
+                telepath.supervised_step(run, config, experiment, training)
+            return training.loader.waited - waited
+
+        steps_of(5)
+        times = [seconds(partial(steps_of, steps)) for _ in range(turns)]
         run.close()
-    return row("loader_wait", [loader.waited / steps for _, loader in times], [0.05 * taken / steps for taken, _ in times], "<= 1", device(),
-               f"{statistics.median(loader.waited / taken for taken, loader in times):.1%} of a step of "
+    return row("loader_wait", [waited / steps for _, waited in times], [0.05 * taken / steps for taken, _ in times], "<= 1", device(),
+               f"{statistics.median(waited / taken for taken, waited in times):.1%} of a step of "
                f"{1e3 * statistics.median(taken for taken, _ in times) / steps:.0f} ms, {config.num_workers} threads; other is 5 % of it")
 
 
@@ -888,7 +819,7 @@ def warp_memory(turns=2, d=1000, n_layer=12, n_embd=768, vocab=50304):
 CLAIMS = {claim.__name__: claim for claim in (
     train_step, train_memory, spatial_share, swap, generate, generate_half, minimal_pairs,
     probe_pass, probe_fit, app_rerun,
-    decode_group, lag_windows, word_auc, decode_memory,
+    lag_windows, word_auc, decode_memory,
     expert_step, prefix_decode, loader_wait, mask_step,
     fastfood, warp_step, warp_sweep, warp_memory,
 )}

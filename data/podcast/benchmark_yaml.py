@@ -42,7 +42,6 @@ TRAINING = {
     "lag_step_size": "lag_step",
     "lag": "lags",
     "min_train_freq_auc": "min_count",
-    "top_k": "top_k",
     "random_seed": "seed",
     "loss_name": "loss",
 }
@@ -101,6 +100,7 @@ VALUES = {
 
 # Settings of later versions of the benchmark that decode.py knows only one value of.
 ONLY = {
+    "top_k": ([1, 5, 10], "decode.py reports top-1, top-5 and top-10"),
     "losses": (["mse"], "choose one loss with loss_name"),
     "loss_weights": ([1], "choose one loss with loss_name"),
     "grad_accumulation_steps": (1, "set batch_size"),

@@ -20,10 +20,11 @@ def part_of_speech(podcast, window):
 
 def sentence_onsets(podcast, window):
     """First words of sentences, against words that begin at least half a second after one."""
-    first = podcast.words.start.groupby(podcast.words.sentence).transform("min")
-    is_onset = podcast.words.start == first
-    kept = is_onset | (podcast.words.start >= first + 0.5)
-    return podcast.words[kept], np.where(is_onset, "onset", "inside")[kept]
+    words = podcast.words[podcast.words.sentence >= 0]  # -1: a word in no sentence
+    first = words.start.groupby(words.sentence).transform("min")
+    is_onset = words.start == first
+    kept = is_onset | (words.start >= first + 0.5)
+    return words[kept], np.where(is_onset, "onset", "inside")[kept]
 
 
 def surprisal(podcast, window):
