@@ -646,7 +646,7 @@ class MultiStepOpt(nn.Module):
     validation fold is kept. The probes of all sites are stacked and trained together.
     """
 
-    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 1000, 3e-3
+    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 300, 3e-3
     attention = False  # X is (n, T, H), the states of all tokens; pads are NaN
 
 
@@ -694,7 +694,7 @@ class AttentionPool(MultiStepOpt):
     The states of all tokens of one layer are in memory while it learns.
     """
 
-    max_epoch, min_steps, attention = 10, 300, True
+    max_epoch, attention = 10, True
 
     def __init__(self, input_size, output_size=1):
         super().__init__()
