@@ -130,7 +130,11 @@ class Attention(nn.Module):
         mask (.., T, K): True where a query looks, or numbers that are added to the scores.
         """
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        if q.device.type == "cpu" and half and causal and not dropout and q.size(2) <= 512:
+            y = written_out_attention(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         y = y.transpose(1, 2).flatten(2)  # heads side by side
         return F.dropout(self.attn_proj(self.c_proj(y)), self.dropout, self.training)
 
@@ -139,6 +143,18 @@ class Attention(nn.Module):
         k, v = remember(k, v, context)
         causal = context.mask is None and x.size(1) > 1
         return self.read(q, k, v, context.mask, causal)
+
+
+def written_out_attention(q, k, v):
+    """Causal F.scaled_dot_product_attention, for half precision on CPUs.
+
+    With torch's fused kernel the compiled training step takes 1.3 times as long there (4 layers x
+    256, 128 tokens); in float32 that kernel is the quicker one.
+    """
+    T = q.size(2)
+    later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5
+    return scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def remember(k, v, context):

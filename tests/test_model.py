@@ -26,6 +26,7 @@ from model import (
     lm_state,
     load_checkpoint,
     save_checkpoint,
+    written_out_attention,
 )
 
 SMALL = {"block_size": 32, "vocab_size": 100, "n_layer": 2, "n_head": 4, "n_embd": 64}
@@ -296,6 +297,19 @@ def test_rotary_positions_touch_two_places(monkeypatch):
 
 
 # ---- precision
+
+
+def test_attention_in_half_precision_is_that_of_float32():
+    model = small()
+    idx = ids(2, 24)
+    exact = model(idx).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(idx).logits
+    assert (half.float() - exact).norm() < 0.02 * exact.norm()
+    q, k, v = torch.randn(3, 2, 4, 24, 16).bfloat16()
+    y = written_out_attention(q, k, v).float()
+    oracle = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert (y - oracle).norm() < 0.01 * oracle.norm()
 
 
 class SixteenBit(TorchDispatchMode):
