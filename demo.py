@@ -6,10 +6,10 @@
 Stages, their commands and their budgets stand in config/demo.yaml. A stage is finished when its script's own results.csv carries the hash of the options that
 the stage asks for now, is younger than the results of the models it reads, and its figures are there; whatever else is done again, or gone on with.
 """
-import ast
 import base64
 import codecs
 import dataclasses
+import importlib.util
 import datetime
 import html
 import importlib.metadata
@@ -29,7 +29,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 matplotlib.use("Agg")
@@ -110,18 +109,19 @@ def read_stages(stages):
 
 
 def job_of(command):
-    """A command line with its options resolved. Only the fields of the script's Config are evaluated: nothing of a script is imported."""
+    """A command line with its options resolved by the script's own Config."""
     name, *args = shlex.split(command)
     script = HERE / name
     if not script.is_file():
         raise FileNotFoundError(f"stages: there is no script {name} (of '{command}')")
     if script.name == "prepare.py":
         return Job(command, script, args, script.parent, None)
-    config = next(node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Config")
-    config.body = [node for node in config.body if isinstance(node, ast.AnnAssign)]
-    names = {"dataclass": dataclass, "field": field, "Literal": Literal, "__name__": __name__}
-    exec(compile(ast.Module([config], []), str(script), "exec"), names)
-    options = dataclasses.asdict(configure(names["Config"], args))
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = sys.modules.setdefault(script.stem, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "Config"):
+        spec.loader.exec_module(module)
+    config = module.Config
+    options = dataclasses.asdict(configure(config, args))
     return Job(command, script, args, Path(options["out_dir"]), options)
 
 

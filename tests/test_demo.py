@@ -192,7 +192,7 @@ def tiny(tmp_path_factory):
                 *(f"warp.py {of['warp']} lm={lm} models={both} shuffled=False out_dir={out}" for lm, out in (
                     (folder / "train", folder / "warp"), (twin, folder / "warp_alpha0"))),
                 *(f"{script}.py {of[script]} lm={lm} {more} out_dir={folder}/{script}{end}" for script, more in (
-                    ("decode", "model=ridge beside=[] embedding=lm layer=1"), ("telepath", "max_iters=4"))
+                    ("decode", "model=ridge 'model_params={}' beside=[] embedding=lm layer=1"), ("telepath", "max_iters=4"))
                   for lm, end in ((folder / "train", ""), (twin, "_alpha0")))]
     stages = [dict(name=f"stage <{i}>", budget=9, run=[command]) for i, command in enumerate(commands)]
     (folder / "stages.yaml").write_text(yaml.safe_dump(dict(stages=stages)))

@@ -93,7 +93,7 @@ def test_damage_is_a_sentence(tmp_path):
     recording.write_set(tmp_path, ["r"], synthetic=True)
     assert not recording.complete(tmp_path)
     (tmp_path / "r/meta.yaml").write_text("format: other\n")
-    with pytest.raises(InputError, match="'other' where 'recording-1'"):
+    with pytest.raises(InputError, match="'other', not 'recording-1'"):
         recording.Recording(tmp_path / "r")
     with pytest.raises(InputError, match="at least one recording"):
         recording.write_set(tmp_path, [], synthetic=True)
