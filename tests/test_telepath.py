@@ -467,7 +467,8 @@ def test_half_precision_follows_float32(given):
     first, last, _ = validation_curve(given, torch.float32)
     assert last < first - 0.15
     first_half, last_half, _ = validation_curve(given, torch.bfloat16)
-    assert np.allclose([first, last], [first_half, last_half], rtol=0.03)
+    assert np.isclose(first, first_half, rtol=0.01)
+    assert np.isclose(last, last_half, rtol=0.06)  # training magnifies bfloat16's rounding
     _, last_16, scale = validation_curve(given, torch.float16)  # steps that overflow are skipped
     assert scale < 2.0**40 and last_16 < first - 0.05
 
