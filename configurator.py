@@ -62,6 +62,7 @@ def configure(Config, argv=None):
     Raises InputError for an unknown key, a wrong type, a missing file.
     """
     sys.excepthook = _print_one_sentence
+    _user_code.clear()  # another script in this process may have loaded some
     if argv is None:
         argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
