@@ -212,10 +212,10 @@ def _wanted_range(config, field, value):
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
-    if field.name in getattr(config, "SHARES", "").split():
-        return "" if 0 <= value <= 1 else "between 0 and 1"
-    if field.name in getattr(config, "POSITIVE", "").split():
-        return "" if value > 0 else "above 0"
+    if field.name in getattr(config, "POSITIVE", "").split() and value <= 0:
+        return "above 0"
+    if field.name in getattr(config, "SHARES", "").split() and not 0 <= value <= 1:
+        return "between 0 and 1"
     if field.name in getattr(config, "SIGNED", "").split() or default < 0:
         return ""
     return "" if value >= 0 else "at least 0"
