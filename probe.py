@@ -175,26 +175,30 @@ def load_dataset(run, config, spec):
     return [NLPDataset.from_task(folder, task) for task in tasks]
 
 
+def check_folds(dataset, n_folds):
+    """Refuse a dataset with too few texts of a label, or groups to test on, for so many folds."""
+    tested = dataset.groups
+    if dataset.split is not None:
+        tested = tested[dataset.split == "test"]
+    counts = {"groups of texts to test on": len(set(tested))}
+    if dataset.kind != "regression":
+        counts["texts of one label"] = np.bincount(dataset.y).min()
+    for what, count in counts.items():
+        if count < n_folds:
+            few = f"there are {count} {what}, fewer than {n_folds} folds"
+            raise InputError(f"{dataset.name}: {few}: give fewer n_folds=, or split=cv")
+
+
 def make_folds(dataset, n_folds, seed):
     """Fold (N,) of each text: groups whole, labels (tenths of a regression's) spread evenly."""
-    strata, tested = np.zeros(len(dataset), int), dataset.groups
-    remedy = "give fewer n_folds=, or split=cv"
+    strata = np.zeros(len(dataset), int)
     if dataset.kind != "regression":
         strata = dataset.y
-        rarest = np.bincount(strata).min()
-        if rarest < n_folds:
-            few = f"a label has {rarest} texts, fewer than {n_folds} folds"
-            raise InputError(f"{dataset.name}: {few}: {remedy}, or drop the label")
     elif dataset.y.ndim == 1:
         parts = np.clip(len(dataset) // (2 * n_folds), 1, 10)
         strata = pd.qcut(dataset.y, parts, labels=False, duplicates="drop")
     if dataset.split is not None:
         strata = 2 * strata + (dataset.split == "test")
-        tested = dataset.groups[dataset.split == "test"]
-    n_groups = len(set(tested))
-    if n_groups < n_folds:
-        few = f"{n_groups} groups of texts to test on, fewer than {n_folds} folds"
-        raise InputError(f"{dataset.name}: {few}: {remedy}")
     folds = np.zeros(len(dataset), int)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
@@ -769,26 +773,17 @@ class Task:
         return F.one_hot(y.long()).float()
 
 
-def make_task(dataset, config, y=None, within=False, n_train=0):
-    """The task of a dataset. within: learn from and judge the same part of a given split."""
+def make_task(dataset, config):
+    """Learn from all but the test part of a given split, judge the test part; or all in folds."""
     test = np.zeros(len(dataset), bool)
     if dataset.split is not None:
         test = dataset.split == "test"
-    learn, judge = ~test, test
-    if within or not test.any():
-        judge = learn
-    if n_train:  # whole groups at random, so many that n_train are left without one fold
-        rng = np.random.default_rng(key_seed(config.seed, "size"))
-        sizes = pd.Series(dataset.groups[learn]).value_counts().sort_index()
-        sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum()
-        kept = sizes.index[sizes <= n_train * config.n_folds / (config.n_folds - 1)]
-        learn = learn & np.isin(dataset.groups, kept)
     folds = []
     for repetition in range(config.n_seeds):
         seed = key_seed(config.seed, repetition) % 2**31
         folds.append(make_folds(dataset, config.n_folds, seed))
-    y = dataset.y if y is None else y
-    return Task(dataset.kind, y, learn, judge, folds, config.seed)
+    judge = test if test.any() else ~test
+    return Task(dataset.kind, dataset.y, ~test, judge, folds, config.seed)
 
 
 @dataclass
@@ -1204,11 +1199,11 @@ def probe_pair(run, model, dataset, probes, finished):
             sites = sites_of(model, dataset, layers, config)
         folds = measure_baselines(run, sites, probe, task, keys)
         if probe in first and "control" in config.baselines:
-            measure_control(run, sites[""], probe, keys)
+            measure_control(run, sites[""], probe, task, keys)
         if probe in first and "compression" in config.baselines and dataset.kind != "regression":
             measure_compression(run, sites, task, keys)
         if probe in first_closed:
-            measure_sizes(run, sites[""], probe, keys, folds.n_train.mean())
+            measure_sizes(run, sites[""], probe, task, keys)
         write_majority(run, folds, keys)
 
 
@@ -1249,13 +1244,13 @@ def sites_of(model, dataset, poolers, config):
     return sites
 
 
-def measure_control(run, sites, probe, keys):
+def measure_control(run, sites, probe, task, keys):
     """Control task and selectivity, both labels learnt and judged where texts share their words."""
-    dataset, metric = sites.dataset, PRIMARY[sites.dataset.kind]
-    y = control_labels(dataset, run.seed)
-    real, _ = measure(sites, probe, make_task(dataset, run.config, within=True))
-    control, _ = measure(sites, probe, make_task(dataset, run.config, y, within=True))
-    keys = {**keys, "baseline": "control"}
+    metric, keys = PRIMARY[task.kind], {**keys, "baseline": "control"}
+    task = replace(task, judge=task.learn)
+    real, _ = measure(sites, probe, task)
+    y = control_labels(sites.dataset, run.seed)
+    control, _ = measure(sites, probe, replace(task, y=y))
     write_rows(run, control, sites.labels, keys, measures_of(control))
     write_best(run, control, sites.labels, keys, metric)
     real["selectivity"] = real[metric] - control[metric]
@@ -1282,15 +1277,20 @@ def measure_compression(run, sites, task, keys):
                 run.result(score, 1.0, low, high, len(bits), **about)
 
 
-def measure_sizes(run, sites, probe, keys, most):
-    """The sample-size curve."""
-    dataset, config = sites.dataset, run.config
-    few = 4 * config.n_folds * len(dataset.label_names or "1")
+def measure_sizes(run, sites, probe, task, keys):
+    """The sample-size curve: whole groups at random, n texts of which are outside a fold."""
+    config, keys = run.config, {**keys, "baseline": ""}
+    rng = np.random.default_rng(key_seed(config.seed, "size"))
+    groups = sites.dataset.groups
+    sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
+    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / config.n_folds)
+    few = 4 * config.n_folds * task.targets().size(1)
     for n in config.train_sizes:
-        if few <= n < 0.9 * most:
-            folds, _ = measure(sites, probe, make_task(dataset, config, n_train=n))
-            write_rows(run, folds, sites.labels, {**keys, "baseline": ""}, measures_of(folds))
-            write_best(run, folds, sites.labels, {**keys, "baseline": ""}, PRIMARY[dataset.kind])
+        if few <= n < 0.9 * sizes.max():
+            learn = task.learn & np.isin(groups, sizes.index[sizes <= n])
+            folds, _ = measure(sites, probe, replace(task, learn=learn))
+            write_rows(run, folds, sites.labels, keys, measures_of(folds))
+            write_best(run, folds, sites.labels, keys, PRIMARY[task.kind])
 
 
 # ---- what the app reads
@@ -1371,7 +1371,7 @@ def experiment(config, lms=None, datasets=None, probes=None):
     for dataset in loaded:
         if config.split == "cv":
             dataset.split = None
-        make_folds(dataset, config.n_folds, 0)  # a rare label is better known now than in an hour
+        check_folds(dataset, config.n_folds)
         parts = [] if dataset.split is None else dataset.split.tolist()
         facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist(), parts]
         content.update(repr(facts).encode())
@@ -1379,7 +1379,7 @@ def experiment(config, lms=None, datasets=None, probes=None):
             dataset.y = shuffled(dataset, np.random.default_rng(key_seed(config.seed, "shuffle")))
     for spec in lms:
         model = LMModel(spec, run.device, run.dtype, bos=config.bos)
-        all_poolers(config, model)  # so is a layer that there is not
+        all_poolers(config, model)  # a layer that is not there is told before any work
         content.update(model.fingerprint().encode())
     run.content = content.hexdigest()[:8]
     finished = finished_units(run.rows())
