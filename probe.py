@@ -34,7 +34,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -150,7 +150,8 @@ class NLPDataset(LabelledTexts):
                 x, text = pooler.pool(model(self.texts[start : start + 64]))
                 parts.append(x.cpu().numpy())
                 index.append(text.cpu().numpy() + start)
-            X, self.index = np.concatenate(parts), np.concatenate(index)
+            X = np.concatenate(parts)
+            self.index = np.concatenate(index)
         self.row_groups = self.groups[self.index]
         return X, self.y[self.index]
 
@@ -302,12 +303,15 @@ class PoolToken:
     """
 
     def __init__(self, layer=-1, quantile=-1, layer_method=None, quantile_method=None, dedupe=True):
-        self.layer, self.layer_method = layer, layer_method
-        self.quantile, self.quantile_method = quantile, quantile_method
+        self.layer = layer
+        self.layer_method = layer_method
+        self.quantile = quantile
+        self.quantile_method = quantile_method
         self.dedupe = dedupe
         methods = ", ".join([*REDUCE, "extend", "concat"])
         for what in ("layer", "quantile"):
-            value, method = getattr(self, what), getattr(self, f"{what}_method")
+            value = getattr(self, what)
+            method = getattr(self, f"{what}_method")
             if method is not None and method not in methods.split(", "):
                 raise InputError(f"{what}_method must be one of {methods}, not '{method}'")
             if isinstance(value, str) and value != "all":
@@ -438,7 +442,8 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
     One layer of one batch is held at a time. The format is in the head of this file.
     """
     rows, truncated = model.encode(texts)
-    layers, poolings = list(layers), list(dict.fromkeys(poolings))
+    layers = list(layers)
+    poolings = list(dict.fromkeys(poolings))
     digest = hashlib.sha256(json.dumps([model.fingerprint(), layers, dtype, rows]).encode())
     folder = Path(cache) / digest.hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
@@ -542,7 +547,9 @@ class Moments:
         covariance = sums[:, 1:, 1:] / self.n - mean[:, :, :H].mT * mean
         scale = covariance.diagonal(dim1=1, dim2=2)[:, :, None].clamp_min(0).sqrt()
         scale = torch.where(scale > 1e-6, scale, 1.0)  # a feature that never varies
-        self.mean, self.target_mean, self.scale = mean[:, :, :H], mean[:, :, H:], scale
+        self.mean = mean[:, :, :H]
+        self.target_mean = mean[:, :, H:]
+        self.scale = scale
         self.XX = covariance[:, :, :H] / (scale * scale.mT)
         self.XY = covariance[:, :, H:] / scale
         self.eye = torch.eye(H, dtype=sums.dtype)
@@ -612,7 +619,10 @@ class SingleStepOpt:
     scores: (n,), or (n, K) of several classes. Thresholds are found on a validation fold.
     """
 
-    name, discrete_targets, classifier, grid = "", True, None, {}
+    name = ""
+    discrete_targets = True
+    classifier = None
+    grid = {}
 
     def fit(self, X, y):
         self.classifier.fit(X, np.round(y).astype(int) if self.discrete_targets else y)
@@ -650,7 +660,11 @@ class MultiStepOpt(nn.Module):
     validation fold is kept. The probes of all sites are stacked and trained together.
     """
 
-    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 300, 3e-3
+    name = ""
+    batch_size = 128
+    max_epoch = 30
+    min_steps = 300  # a few hundred texts need more epochs
+    learning_rate = 3e-3
     attention = False  # X is (n, T, H), the states of all tokens; pads are NaN
 
 
@@ -698,7 +712,8 @@ class AttentionPool(MultiStepOpt):
     The states of all tokens of one layer are in memory while it learns.
     """
 
-    max_epoch, attention = 10, True
+    max_epoch = 10
+    attention = True
 
     def __init__(self, input_size, output_size=1):
         super().__init__()
@@ -806,9 +821,10 @@ def fit_folds(probe, X, task, folds):
         test = np.flatnonzero(task.judge & (folds == outer))
         n_train = len(fit) + len(choose)
         torch.manual_seed(key_seed(task.seed, outer))
+        model = None if probe in CLOSED else build(probe, X.size(-1), task)
         if probe in CLOSED:
             scores = fit_closed(probe, X, task, fit, choose, test)
-        elif isinstance(model := build(probe, X.size(-1), task), MultiStepOpt):
+        elif isinstance(model, MultiStepOpt):
             scores = fit_torch(model, X, task, fit, choose, test)
             n_train = len(fit)
         else:
@@ -818,7 +834,8 @@ def fit_folds(probe, X, task, folds):
 
 def fit_closed(probe, X, task, fit, choose, test):
     """Scores of LDA or ridge, fitted again with the rows that chose the penalty."""
-    solve_all, Y = CLOSED[probe], task.targets()
+    solve_all = CLOSED[probe]
+    Y = task.targets()
     X = X - X[:, fit].mean(1, keepdim=True)  # any shift: it keeps the sums small
     sums = summed_products(X[:, fit], Y[fit])
     outputs = apply(solve_all(sums), X[:, choose])  # (G, n, penalties, C)
@@ -955,8 +972,8 @@ def evaluator(y, score, kind="binary", thresholds=None):
     thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
     primary = primary_measure(y, score, kind, thresholds)
     if kind == "regression":
-        mse, r2 = metrics.mean_squared_error(y, score), metrics.r2_score(y, score)
-        return {"mse": mse, "r2": r2, "pearson": primary}
+        mse = metrics.mean_squared_error(y, score)
+        return {"mse": mse, "r2": metrics.r2_score(y, score), "pearson": primary}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold may lack a class
         if kind == "multi":
@@ -993,7 +1010,8 @@ def corrected_t(scores, chance, ratio, n_test, n_folds):
     no texts of their own and add no degree of freedom; folds that agree by luck are no surer than
     half a text.
     """
-    J, mean = len(scores), np.mean(scores)
+    J = len(scores)
+    mean = np.mean(scores)
     error = max(math.sqrt((1 / J + ratio) * np.var(scores, ddof=1)), 0.5 / (n_test * J))
     half = scipy.stats.t.ppf(0.975, n_folds - 1) * error
     p = scipy.stats.t.sf((mean - chance) / error, n_folds - 1)
@@ -1056,9 +1074,13 @@ class Sites:
     """Where one model is read on one dataset: a site for each pooler."""
 
     def __init__(self, model, dataset, poolers, config):
-        self.model, self.dataset, self.poolers, self.config = model, dataset, poolers, config
+        self.model = model
+        self.dataset = dataset
+        self.poolers = poolers
+        self.config = config
         self.labels = [pooler.label(model.n_layer) for pooler in poolers]
-        layers, poolings = set(), []
+        layers = set()
+        poolings = []
         for pooler in poolers:
             if pooler.cacheable:
                 layers.update(pooler.layers(model.n_layer))
@@ -1145,8 +1167,8 @@ def measures_of(folds):
 
 def statistics(folds, metric):
     """Columns of results.csv out of the folds of one site."""
-    chance, n_test = folds[f"chance {metric}"].mean(), folds.n_test.mean()
-    sizes = (folds.ratio.mean(), n_test, folds.fold.nunique())
+    chance = folds[f"chance {metric}"].mean()
+    sizes = (folds.ratio.mean(), folds.n_test.mean(), folds.fold.nunique())
     score, low, high, p = corrected_t(folds[metric], chance, *sizes)
     low, high = np.clip([low, high], *BOUNDS.get(metric, (0, 1)))
     row = {"score": score, "chance": chance, "low": low, "high": high, "n": folds.n.iloc[0]}
@@ -1168,7 +1190,9 @@ def write_best(run, folds, labels, keys, metric):
     """The row of the site that the rows to choose on liked best, fold by fold; in words."""
     best = folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
     row = statistics(best, metric)
-    row["p_holm"] = row["p"] = None if keys["baseline"] else row["p"]
+    if keys["baseline"]:
+        row["p"] = None
+    row["p_holm"] = row["p"]
     label = {"layer": "best", "quantile": "best", "layer_method": "", "quantile_method": ""}
     words = f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
     if len(labels) > 1:
@@ -1209,7 +1233,8 @@ def probe_pair(run, model, dataset, probes, finished):
 
 def measure_baselines(run, sites, probe, task, keys):
     """Rows of the model, its random twin and its bag of embeddings; the folds of the model."""
-    metric, words = PRIMARY[task.kind], []
+    metric = PRIMARY[task.kind]
+    words = []
     for baseline, part in sites.items():
         keys = {**keys, "baseline": baseline}
         folds, scores = measure(part, probe, task)
@@ -1246,7 +1271,8 @@ def sites_of(model, dataset, poolers, config):
 
 def measure_control(run, sites, probe, task, keys):
     """Control task and selectivity, both labels learnt and judged where texts share their words."""
-    metric, keys = PRIMARY[task.kind], {**keys, "baseline": "control"}
+    metric = PRIMARY[task.kind]
+    keys = {**keys, "baseline": "control"}
     task = replace(task, judge=task.learn)
     real, _ = measure(sites, probe, task)
     y = control_labels(sites.dataset, run.seed)
@@ -1279,7 +1305,8 @@ def measure_compression(run, sites, task, keys):
 
 def measure_sizes(run, sites, probe, task, keys):
     """The sample-size curve: whole groups at random, n texts of which are outside a fold."""
-    config, keys = run.config, {**keys, "baseline": ""}
+    config = run.config
+    keys = {**keys, "baseline": ""}
     rng = np.random.default_rng(key_seed(config.seed, "size"))
     groups = sites.dataset.groups
     sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
@@ -1363,37 +1390,48 @@ def keep_projections(run, sites):
 def experiment(config, lms=None, datasets=None, probes=None):
     """The sweep: models x datasets dealt over the ranks. Returns the results as a DataFrame."""
     run = Run(config)
-    lms, probes = lms or config.lm, probes or config.probe
-    loaded = []
-    for spec in datasets or config.dataset:
-        loaded += [dataset.first(config.max_texts) for dataset in load_dataset(run, config, spec)]
+    lms = lms or config.lm
+    loaded = load_all(run, config, datasets or config.dataset)
     content = hashlib.sha256()
     for dataset in loaded:
-        if config.split == "cv":
-            dataset.split = None
-        check_folds(dataset, config.n_folds)
-        parts = [] if dataset.split is None else dataset.split.tolist()
-        facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist(), parts]
+        facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist()]
+        if dataset.split is not None:
+            facts.append(dataset.split.tolist())
         content.update(repr(facts).encode())
-        if config.shuffle_labels:
-            dataset.y = shuffled(dataset, np.random.default_rng(key_seed(config.seed, "shuffle")))
-    for spec in lms:
-        model = LMModel(spec, run.device, run.dtype, bos=config.bos)
+    for last in lms:
+        model = LMModel(last, run.device, run.dtype, bos=config.bos)
         all_poolers(config, model)  # a layer that is not there is told before any work
         content.update(model.fingerprint().encode())
     run.content = content.hexdigest()[:8]
     finished = finished_units(run.rows())
-    last = spec
-    for spec, dataset in run.share([(spec, dataset) for spec in lms for dataset in loaded]):
+    for spec, dataset in run.share(product(lms, loaded)):
         if spec is not last:
-            model, last = LMModel(spec, run.device, run.dtype, bos=config.bos), spec
-        probe_pair(run, model, dataset, usable_probes(run, dataset, probes), finished)
+            model = LMModel(spec, run.device, run.dtype, bos=config.bos)
+            last = spec
+        usable = usable_probes(run, dataset, probes or config.probe)
+        probe_pair(run, model, dataset, usable, finished)
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
         run.print(f"results.csv, logs and figures in {run.out}: streamlit run probe_app.py")
     run.close()
     return table
+
+
+def load_all(run, config, specs):
+    """The datasets that specs name, as the options want them."""
+    loaded = []
+    for spec in specs:
+        for dataset in load_dataset(run, config, spec):
+            dataset = dataset.first(config.max_texts)
+            if config.split == "cv":
+                dataset.split = None
+            check_folds(dataset, config.n_folds)
+            if config.shuffle_labels:
+                rng = np.random.default_rng(key_seed(config.seed, "shuffle"))
+                dataset.y = shuffled(dataset, rng)
+            loaded.append(dataset)
+    return loaded
 
 
 def all_poolers(config, model):
