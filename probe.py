@@ -54,6 +54,7 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -729,6 +730,8 @@ class AttentionPool(MultiStepOpt):
 
 
 PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
+# its vectors are short: threads that wait for one another make a fit take several times as long
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
     "Logistic": sklearn_probe("Logistic", LOGISTIC, logisticregression__C=PENALTIES),
@@ -854,6 +857,7 @@ def fit_closed(probe, X, task, fit, choose, test):
     return [part.numpy() for part in scores]
 
 
+@one_thread
 def fit_sklearn(probe, X, task, fit, choose, test):
     """Scores of a scikit-learn probe at each site.
 
@@ -1027,6 +1031,7 @@ def holm(p):
     return corrected
 
 
+@one_thread
 def online_code(X, y, groups, n_classes, seed):
     """Bits (N,) of each label of X (N, H) in Voita & Titov's online code.
 
