@@ -34,7 +34,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +54,7 @@ from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import NearestCentroid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -150,7 +151,8 @@ class NLPDataset(LabelledTexts):
                 x, text = pooler.pool(model(self.texts[start : start + 64]))
                 parts.append(x.cpu().numpy())
                 index.append(text.cpu().numpy() + start)
-            X, self.index = np.concatenate(parts), np.concatenate(index)
+            X = np.concatenate(parts)
+            self.index = np.concatenate(index)
         self.row_groups = self.groups[self.index]
         return X, self.y[self.index]
 
@@ -175,26 +177,30 @@ def load_dataset(run, config, spec):
     return [NLPDataset.from_task(folder, task) for task in tasks]
 
 
+def check_folds(dataset, n_folds):
+    """Refuse a dataset with too few texts of a label, or groups to test on, for so many folds."""
+    tested = dataset.groups
+    if dataset.split is not None:
+        tested = tested[dataset.split == "test"]
+    counts = {"groups of texts to test on": len(set(tested))}
+    if dataset.kind != "regression":
+        counts["texts of one label"] = np.bincount(dataset.y).min()
+    for what, count in counts.items():
+        if count < n_folds:
+            few = f"there are {count} {what}, fewer than {n_folds} folds"
+            raise InputError(f"{dataset.name}: {few}: give fewer n_folds=, or split=cv")
+
+
 def make_folds(dataset, n_folds, seed):
     """Fold (N,) of each text: groups whole, labels (tenths of a regression's) spread evenly."""
-    strata, tested = np.zeros(len(dataset), int), dataset.groups
-    remedy = "give fewer n_folds=, or split=cv"
+    strata = np.zeros(len(dataset), int)
     if dataset.kind != "regression":
         strata = dataset.y
-        rarest = np.bincount(strata).min()
-        if rarest < n_folds:
-            few = f"a label has {rarest} texts, fewer than {n_folds} folds"
-            raise InputError(f"{dataset.name}: {few}: {remedy}, or drop the label")
     elif dataset.y.ndim == 1:
         parts = np.clip(len(dataset) // (2 * n_folds), 1, 10)
         strata = pd.qcut(dataset.y, parts, labels=False, duplicates="drop")
     if dataset.split is not None:
         strata = 2 * strata + (dataset.split == "test")
-        tested = dataset.groups[dataset.split == "test"]
-    n_groups = len(set(tested))
-    if n_groups < n_folds:
-        few = f"{n_groups} groups of texts to test on, fewer than {n_folds} folds"
-        raise InputError(f"{dataset.name}: {few}: {remedy}")
     folds = np.zeros(len(dataset), int)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
@@ -298,12 +304,15 @@ class PoolToken:
     """
 
     def __init__(self, layer=-1, quantile=-1, layer_method=None, quantile_method=None, dedupe=True):
-        self.layer, self.layer_method = layer, layer_method
-        self.quantile, self.quantile_method = quantile, quantile_method
+        self.layer = layer
+        self.layer_method = layer_method
+        self.quantile = quantile
+        self.quantile_method = quantile_method
         self.dedupe = dedupe
         methods = ", ".join([*REDUCE, "extend", "concat"])
         for what in ("layer", "quantile"):
-            value, method = getattr(self, what), getattr(self, f"{what}_method")
+            value = getattr(self, what)
+            method = getattr(self, f"{what}_method")
             if method is not None and method not in methods.split(", "):
                 raise InputError(f"{what}_method must be one of {methods}, not '{method}'")
             if isinstance(value, str) and value != "all":
@@ -434,7 +443,8 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
     One layer of one batch is held at a time. The format is in the head of this file.
     """
     rows, truncated = model.encode(texts)
-    layers, poolings = list(layers), list(dict.fromkeys(poolings))
+    layers = list(layers)
+    poolings = list(dict.fromkeys(poolings))
     digest = hashlib.sha256(json.dumps([model.fingerprint(), layers, dtype, rows]).encode())
     folder = Path(cache) / digest.hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
@@ -538,7 +548,9 @@ class Moments:
         covariance = sums[:, 1:, 1:] / self.n - mean[:, :, :H].mT * mean
         scale = covariance.diagonal(dim1=1, dim2=2)[:, :, None].clamp_min(0).sqrt()
         scale = torch.where(scale > 1e-6, scale, 1.0)  # a feature that never varies
-        self.mean, self.target_mean, self.scale = mean[:, :, :H], mean[:, :, H:], scale
+        self.mean = mean[:, :, :H]
+        self.target_mean = mean[:, :, H:]
+        self.scale = scale
         self.XX = covariance[:, :, :H] / (scale * scale.mT)
         self.XY = covariance[:, :, H:] / scale
         self.eye = torch.eye(H, dtype=sums.dtype)
@@ -608,7 +620,10 @@ class SingleStepOpt:
     scores: (n,), or (n, K) of several classes. Thresholds are found on a validation fold.
     """
 
-    name, discrete_targets, classifier, grid = "", True, None, {}
+    name = ""
+    discrete_targets = True
+    classifier = None
+    grid = {}
 
     def fit(self, X, y):
         self.classifier.fit(X, np.round(y).astype(int) if self.discrete_targets else y)
@@ -646,7 +661,11 @@ class MultiStepOpt(nn.Module):
     validation fold is kept. The probes of all sites are stacked and trained together.
     """
 
-    name, batch_size, max_epoch, min_steps, learning_rate = "", 128, 30, 300, 3e-3
+    name = ""
+    batch_size = 128
+    max_epoch = 30
+    min_steps = 300  # a few hundred texts need more epochs
+    learning_rate = 3e-3
     attention = False  # X is (n, T, H), the states of all tokens; pads are NaN
 
 
@@ -694,7 +713,8 @@ class AttentionPool(MultiStepOpt):
     The states of all tokens of one layer are in memory while it learns.
     """
 
-    max_epoch, attention = 10, True
+    max_epoch = 10
+    attention = True
 
     def __init__(self, input_size, output_size=1):
         super().__init__()
@@ -710,6 +730,8 @@ class AttentionPool(MultiStepOpt):
 
 
 PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
+# its vectors are short: threads that wait for one another make a fit take several times as long
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
     "Logistic": sklearn_probe("Logistic", LOGISTIC, logisticregression__C=PENALTIES),
@@ -769,26 +791,17 @@ class Task:
         return F.one_hot(y.long()).float()
 
 
-def make_task(dataset, config, y=None, within=False, n_train=0):
-    """The task of a dataset. within: learn from and judge the same part of a given split."""
+def make_task(dataset, config):
+    """Learn from all but the test part of a given split, judge the test part; or all in folds."""
     test = np.zeros(len(dataset), bool)
     if dataset.split is not None:
         test = dataset.split == "test"
-    learn, judge = ~test, test
-    if within or not test.any():
-        judge = learn
-    if n_train:  # whole groups at random, so many that n_train are left without one fold
-        rng = np.random.default_rng(key_seed(config.seed, "size"))
-        sizes = pd.Series(dataset.groups[learn]).value_counts().sort_index()
-        sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum()
-        kept = sizes.index[sizes <= n_train * config.n_folds / (config.n_folds - 1)]
-        learn = learn & np.isin(dataset.groups, kept)
     folds = []
     for repetition in range(config.n_seeds):
         seed = key_seed(config.seed, repetition) % 2**31
         folds.append(make_folds(dataset, config.n_folds, seed))
-    y = dataset.y if y is None else y
-    return Task(dataset.kind, y, learn, judge, folds, config.seed)
+    judge = test if test.any() else ~test
+    return Task(dataset.kind, dataset.y, ~test, judge, folds, config.seed)
 
 
 @dataclass
@@ -811,9 +824,10 @@ def fit_folds(probe, X, task, folds):
         test = np.flatnonzero(task.judge & (folds == outer))
         n_train = len(fit) + len(choose)
         torch.manual_seed(key_seed(task.seed, outer))
+        model = None if probe in CLOSED else build(probe, X.size(-1), task)
         if probe in CLOSED:
             scores = fit_closed(probe, X, task, fit, choose, test)
-        elif isinstance(model := build(probe, X.size(-1), task), MultiStepOpt):
+        elif isinstance(model, MultiStepOpt):
             scores = fit_torch(model, X, task, fit, choose, test)
             n_train = len(fit)
         else:
@@ -823,7 +837,8 @@ def fit_folds(probe, X, task, folds):
 
 def fit_closed(probe, X, task, fit, choose, test):
     """Scores of LDA or ridge, fitted again with the rows that chose the penalty."""
-    solve_all, Y = CLOSED[probe], task.targets()
+    solve_all = CLOSED[probe]
+    Y = task.targets()
     X = X - X[:, fit].mean(1, keepdim=True)  # any shift: it keeps the sums small
     sums = summed_products(X[:, fit], Y[fit])
     outputs = apply(solve_all(sums), X[:, choose])  # (G, n, penalties, C)
@@ -842,6 +857,7 @@ def fit_closed(probe, X, task, fit, choose, test):
     return [part.numpy() for part in scores]
 
 
+@one_thread
 def fit_sklearn(probe, X, task, fit, choose, test):
     """Scores of a scikit-learn probe at each site.
 
@@ -960,8 +976,8 @@ def evaluator(y, score, kind="binary", thresholds=None):
     thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
     primary = primary_measure(y, score, kind, thresholds)
     if kind == "regression":
-        mse, r2 = metrics.mean_squared_error(y, score), metrics.r2_score(y, score)
-        return {"mse": mse, "r2": r2, "pearson": primary}
+        mse = metrics.mean_squared_error(y, score)
+        return {"mse": mse, "r2": metrics.r2_score(y, score), "pearson": primary}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fold may lack a class
         if kind == "multi":
@@ -998,7 +1014,8 @@ def corrected_t(scores, chance, ratio, n_test, n_folds):
     no texts of their own and add no degree of freedom; folds that agree by luck are no surer than
     half a text.
     """
-    J, mean = len(scores), np.mean(scores)
+    J = len(scores)
+    mean = np.mean(scores)
     error = max(math.sqrt((1 / J + ratio) * np.var(scores, ddof=1)), 0.5 / (n_test * J))
     half = scipy.stats.t.ppf(0.975, n_folds - 1) * error
     p = scipy.stats.t.sf((mean - chance) / error, n_folds - 1)
@@ -1014,6 +1031,7 @@ def holm(p):
     return corrected
 
 
+@one_thread
 def online_code(X, y, groups, n_classes, seed):
     """Bits (N,) of each label of X (N, H) in Voita & Titov's online code.
 
@@ -1061,9 +1079,13 @@ class Sites:
     """Where one model is read on one dataset: a site for each pooler."""
 
     def __init__(self, model, dataset, poolers, config):
-        self.model, self.dataset, self.poolers, self.config = model, dataset, poolers, config
+        self.model = model
+        self.dataset = dataset
+        self.poolers = poolers
+        self.config = config
         self.labels = [pooler.label(model.n_layer) for pooler in poolers]
-        layers, poolings = set(), []
+        layers = set()
+        poolings = []
         for pooler in poolers:
             if pooler.cacheable:
                 layers.update(pooler.layers(model.n_layer))
@@ -1150,8 +1172,8 @@ def measures_of(folds):
 
 def statistics(folds, metric):
     """Columns of results.csv out of the folds of one site."""
-    chance, n_test = folds[f"chance {metric}"].mean(), folds.n_test.mean()
-    sizes = (folds.ratio.mean(), n_test, folds.fold.nunique())
+    chance = folds[f"chance {metric}"].mean()
+    sizes = (folds.ratio.mean(), folds.n_test.mean(), folds.fold.nunique())
     score, low, high, p = corrected_t(folds[metric], chance, *sizes)
     low, high = np.clip([low, high], *BOUNDS.get(metric, (0, 1)))
     row = {"score": score, "chance": chance, "low": low, "high": high, "n": folds.n.iloc[0]}
@@ -1173,7 +1195,9 @@ def write_best(run, folds, labels, keys, metric):
     """The row of the site that the rows to choose on liked best, fold by fold; in words."""
     best = folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
     row = statistics(best, metric)
-    row["p_holm"] = row["p"] = None if keys["baseline"] else row["p"]
+    if keys["baseline"]:
+        row["p"] = None
+    row["p_holm"] = row["p"]
     label = {"layer": "best", "quantile": "best", "layer_method": "", "quantile_method": ""}
     words = f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
     if len(labels) > 1:
@@ -1204,17 +1228,18 @@ def probe_pair(run, model, dataset, probes, finished):
             sites = sites_of(model, dataset, layers, config)
         folds = measure_baselines(run, sites, probe, task, keys)
         if probe in first and "control" in config.baselines:
-            measure_control(run, sites[""], probe, keys)
+            measure_control(run, sites[""], probe, task, keys)
         if probe in first and "compression" in config.baselines and dataset.kind != "regression":
             measure_compression(run, sites, task, keys)
         if probe in first_closed:
-            measure_sizes(run, sites[""], probe, keys, folds.n_train.mean())
+            measure_sizes(run, sites[""], probe, task, keys)
         write_majority(run, folds, keys)
 
 
 def measure_baselines(run, sites, probe, task, keys):
     """Rows of the model, its random twin and its bag of embeddings; the folds of the model."""
-    metric, words = PRIMARY[task.kind], []
+    metric = PRIMARY[task.kind]
+    words = []
     for baseline, part in sites.items():
         keys = {**keys, "baseline": baseline}
         folds, scores = measure(part, probe, task)
@@ -1249,13 +1274,14 @@ def sites_of(model, dataset, poolers, config):
     return sites
 
 
-def measure_control(run, sites, probe, keys):
+def measure_control(run, sites, probe, task, keys):
     """Control task and selectivity, both labels learnt and judged where texts share their words."""
-    dataset, metric = sites.dataset, PRIMARY[sites.dataset.kind]
-    y = control_labels(dataset, run.seed)
-    real, _ = measure(sites, probe, make_task(dataset, run.config, within=True))
-    control, _ = measure(sites, probe, make_task(dataset, run.config, y, within=True))
+    metric = PRIMARY[task.kind]
     keys = {**keys, "baseline": "control"}
+    task = replace(task, judge=task.learn)
+    real, _ = measure(sites, probe, task)
+    y = control_labels(sites.dataset, run.seed)
+    control, _ = measure(sites, probe, replace(task, y=y))
     write_rows(run, control, sites.labels, keys, measures_of(control))
     write_best(run, control, sites.labels, keys, metric)
     real["selectivity"] = real[metric] - control[metric]
@@ -1282,15 +1308,21 @@ def measure_compression(run, sites, task, keys):
                 run.result(score, 1.0, low, high, len(bits), **about)
 
 
-def measure_sizes(run, sites, probe, keys, most):
-    """The sample-size curve."""
-    dataset, config = sites.dataset, run.config
-    few = 4 * config.n_folds * len(dataset.label_names or "1")
+def measure_sizes(run, sites, probe, task, keys):
+    """The sample-size curve: whole groups at random, n texts of which are outside a fold."""
+    config = run.config
+    keys = {**keys, "baseline": ""}
+    rng = np.random.default_rng(key_seed(config.seed, "size"))
+    groups = sites.dataset.groups
+    sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
+    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / config.n_folds)
+    few = 4 * config.n_folds * task.targets().size(1)
     for n in config.train_sizes:
-        if few <= n < 0.9 * most:
-            folds, _ = measure(sites, probe, make_task(dataset, config, n_train=n))
-            write_rows(run, folds, sites.labels, {**keys, "baseline": ""}, measures_of(folds))
-            write_best(run, folds, sites.labels, {**keys, "baseline": ""}, PRIMARY[dataset.kind])
+        if few <= n < 0.9 * sizes.max():
+            learn = task.learn & np.isin(groups, sizes.index[sizes <= n])
+            folds, _ = measure(sites, probe, replace(task, learn=learn))
+            write_rows(run, folds, sites.labels, keys, measures_of(folds))
+            write_best(run, folds, sites.labels, keys, PRIMARY[task.kind])
 
 
 # ---- what the app reads
@@ -1363,37 +1395,48 @@ def keep_projections(run, sites):
 def experiment(config, lms=None, datasets=None, probes=None):
     """The sweep: models x datasets dealt over the ranks. Returns the results as a DataFrame."""
     run = Run(config)
-    lms, probes = lms or config.lm, probes or config.probe
-    loaded = []
-    for spec in datasets or config.dataset:
-        loaded += [dataset.first(config.max_texts) for dataset in load_dataset(run, config, spec)]
+    lms = lms or config.lm
+    loaded = load_all(run, config, datasets or config.dataset)
     content = hashlib.sha256()
     for dataset in loaded:
-        if config.split == "cv":
-            dataset.split = None
-        make_folds(dataset, config.n_folds, 0)  # a rare label is better known now than in an hour
-        parts = [] if dataset.split is None else dataset.split.tolist()
-        facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist(), parts]
+        facts = [dataset.texts, dataset.y.tolist(), dataset.groups.tolist()]
+        if dataset.split is not None:
+            facts.append(dataset.split.tolist())
         content.update(repr(facts).encode())
-        if config.shuffle_labels:
-            dataset.y = shuffled(dataset, np.random.default_rng(key_seed(config.seed, "shuffle")))
-    for spec in lms:
-        model = LMModel(spec, run.device, run.dtype, bos=config.bos)
-        all_poolers(config, model)  # so is a layer that there is not
+    for last in lms:
+        model = LMModel(last, run.device, run.dtype, bos=config.bos)
+        all_poolers(config, model)  # a layer that is not there is told before any work
         content.update(model.fingerprint().encode())
     run.content = content.hexdigest()[:8]
     finished = finished_units(run.rows())
-    last = spec
-    for spec, dataset in run.share([(spec, dataset) for spec in lms for dataset in loaded]):
+    for spec, dataset in run.share(product(lms, loaded)):
         if spec is not last:
-            model, last = LMModel(spec, run.device, run.dtype, bos=config.bos), spec
-        probe_pair(run, model, dataset, usable_probes(run, dataset, probes), finished)
+            model = LMModel(spec, run.device, run.dtype, bos=config.bos)
+            last = spec
+        usable = usable_probes(run, dataset, probes or config.probe)
+        probe_pair(run, model, dataset, usable, finished)
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
         run.print(f"results.csv, logs and figures in {run.out}: streamlit run probe_app.py")
     run.close()
     return table
+
+
+def load_all(run, config, specs):
+    """The datasets that specs name, as the options want them."""
+    loaded = []
+    for spec in specs:
+        for dataset in load_dataset(run, config, spec):
+            dataset = dataset.first(config.max_texts)
+            if config.split == "cv":
+                dataset.split = None
+            check_folds(dataset, config.n_folds)
+            if config.shuffle_labels:
+                rng = np.random.default_rng(key_seed(config.seed, "shuffle"))
+                dataset.y = shuffled(dataset, rng)
+            loaded.append(dataset)
+    return loaded
 
 
 def all_poolers(config, model):

@@ -745,7 +745,7 @@ def test_bad_input_ends_in_one_sentence(lm_folder, tmp_path):
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
         "probe=SVM": "'SVM', only LDA, Ridge",
-        "n_folds=16": "a label has 15 texts",
+        "n_folds=16": "15 texts of one label",
         "n_folds=2": "takes three",
     }
     for option, message in refusals.items():
