@@ -18,21 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plotly.express as px
 import plotly.graph_objects as go
 import streamlit as st
 from sklearn import metrics
 
 EXAMPLE = Path(__file__).resolve().parent / "data/probing/example"
 NAMES = ["model", "dataset", "probe", "baseline", "layer", "quantile", "metric"]
+METHODS = ["layer_method", "quantile_method"]
 NUMBERS = ["score", "chance", "low", "high", "n", "n_train", "params", "p", "p_holm"]
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8172B3", "#937860"]
 GREY = "#888888"
-DASHES = {
-    "random_init": "dash",
-    "control": "dot",
-    "layer0": "dashdot",
-    "majority": "longdash",
-}
+DASHES = {"random_init": "dash", "control": "dot", "layer0": "dashdot", "majority": "longdash"}
 
 
 # ---- reading; the time a file was written is an argument, so that a new file is read again
@@ -46,22 +43,16 @@ def mtime(path):
 
 def find_runs(out):
     """{name: folder} of `out` itself and the runs in it, newest first, and the bundled example."""
-    paths = [out / "results.csv", *out.glob("*/results.csv")]
-    paths = [path for path in paths if path.exists() and is_of_probe(path, mtime(path))]
     runs = {}
+    paths = [*out.glob("results.csv"), *out.glob("*/results.csv")]
     for path in sorted(paths, key=mtime, reverse=True):
-        runs[os.path.relpath(path.parent)] = path.parent
-    if (EXAMPLE / "results.csv").exists():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            header = file.readline().strip().split(",")
+        if {*NAMES, *NUMBERS[:5]} <= set(header):  # other scripts write such tables, too
+            runs[os.path.relpath(path.parent)] = path.parent
+    if EXAMPLE.exists():
         runs["bundled example"] = EXAMPLE
     return runs
-
-
-@cached
-def is_of_probe(path, stamp):
-    """Whether the header of a results.csv is probe.py's: other scripts write such tables, too."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        header = file.readline().strip().split(",")
-    return {*NAMES, *NUMBERS[:5]} <= set(header)
 
 
 @cached
@@ -74,24 +65,22 @@ def read_results(path, stamp):
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is broken ({reason}): write it again with probe.py") from None
+    columns = table.columns.union([*METHODS, *NUMBERS, "synthetic"], sort=False)
+    table = table.reindex(columns=columns, fill_value="")
     for column in NUMBERS:
-        numbers = table.get(column, pd.Series(np.nan, table.index))
-        table[column] = pd.to_numeric(numbers, errors="coerce")
-    for column in ("layer_method", "quantile_method", "synthetic"):
-        table[column] = table[column].replace("None", "") if column in table else ""
-    table["synthetic"] = table.synthetic.isin(["True", "true", "1"])
-    how = ["quantile", "quantile_method", "layer_method"]
-    pooling = table[how].drop_duplicates()
-    pooling["pooling"] = [pooling_name(*names) for names in pooling.itertuples(index=False)]
-    table = table.merge(pooling, how="left", on=how)
-    for column in table.columns.difference([*NUMBERS, "synthetic"]):
-        table[column] = table[column].astype("category")
+        table[column] = pd.to_numeric(table[column], errors="coerce")
+    table["synthetic"] = table.synthetic == "True"
+    how = table[["quantile", *METHODS]].drop_duplicates()
+    how["pooling"] = [pooling_name(*names) for names in how.itertuples(index=False)]
+    table = table.merge(how)
+    names = table.columns.difference([*NUMBERS, "synthetic"])
+    table[names] = table[names].astype("category")
     return table[np.isfinite(table.score)]
 
 
-def pooling_name(quantile, quantile_method, layer_method):
+def pooling_name(quantile, layer_method, quantile_method):
     words = {"": "none", "all": "all tokens", "0.0": "first token", "1.0": "last token"}
-    words |= {"best": "best", "attention": ""}
+    words |= {"best": "best", "attention": "attention"}
     parts = [words.get(quantile, f"quantile {quantile}"), quantile_method]
     if layer_method:
         parts.append(f"layers {layer_method}")
@@ -106,35 +95,34 @@ def read_arrays(path, stamp):
 
 @cached
 def read_texts(path, stamp):
-    """texts/DATASET.csv: text and label, by index; empty where there is none."""
-    if not path.exists():
-        empty = pd.Index([], dtype="int64")
-        return pd.DataFrame({"text": [], "label": []}, dtype=str, index=empty)
+    """texts/DATASET.csv: text and label, by index."""
     text = {"text": str, "label": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False).set_index("index")
+    return pd.read_csv(path, dtype=text, keep_default_na=False, index_col="index")
 
 
 def read_scores(run, path):
     """Out-of-fold scores of one site with text and label, and the probe's own threshold or NaN."""
-    arrays = read_arrays(path, mtime(path))
-    columns = {name: arrays[name] for name in ("index", "y", "score", "fold") if name in arrays}
+    arrays = dict(read_arrays(path, mtime(path)))
+    threshold = float(arrays.pop("threshold", np.nan))
     texts = run / "texts" / f"{path.stem.rsplit('__', 4)[1]}.csv"
-    table = pd.DataFrame(columns).join(read_texts(texts, mtime(texts)), on="index")
-    return table, float(np.mean(arrays.get("threshold", np.nan)))
+    return pd.DataFrame(arrays).join(read_texts(texts, mtime(texts)), on="index"), threshold
 
 
-def find_sites(folder, columns):
-    """DataFrame of the files of a folder whose names are these columns joined by '__'."""
+def find_sites(folder, columns, choice):
+    """DataFrame of the files of a folder, whose names are these columns joined by '__'.
+
+    Those of the models, the dataset and the probes that are chosen.
+    """
     rows = []
     for path in sorted(folder.glob("*.npz")):
         names = path.stem.rsplit("__", len(columns) - 1)
         if len(names) == len(columns):
-            rows.append([*names, str(path)])
-    return pd.DataFrame(rows, columns=[*columns, "path"])
-
-
-def slug(name):
-    return str(name).replace("/", "-")
+            rows.append([*names, path])
+    sites = pd.DataFrame(rows, columns=[*columns, "path"])
+    for column, chosen in choice.items():
+        if column in columns:
+            sites = sites[sites[column].isin([name.replace("/", "-") for name in chosen])]
+    return sites
 
 
 # ---- choosing rows
@@ -152,49 +140,71 @@ def values_of(column):
 
 def full_size(rows):
     """Rows at the usual number of training texts of their kind: no points of a size curve."""
-    kind = ["model", "probe", "baseline"]
-    counts = rows.groupby([*kind, "n_train"], observed=True).size().reset_index(name="count")
-    counts = counts.sort_values(["count", "n_train"]).drop_duplicates(kind, keep="last")
-    usual = rows[kind].merge(counts, how="left", on=kind).n_train.to_numpy()
-    return rows[np.isnan(usual) | rows.n_train.isna() | (rows.n_train == usual)]
+    usual = rows.groupby(["model", "probe", "baseline"], observed=True).n_train
+    usual = usual.transform(lambda sizes: sizes.mode().max())
+    return rows[usual.isna() | rows.n_train.isna() | (rows.n_train == usual)]
 
 
 def last_layer(rows):
     """The deepest single layer among the rows; 1 where there is none."""
     layers = pd.to_numeric(rows.layer.astype(str), errors="coerce")
-    return max(layers.max(), 1.0) if layers.notna().any() else 1.0
+    return np.nanmax([1.0, *layers])
 
 
 def with_places(rows):
     """Rows with x, the place of their layers, and their reach: '4' 4 ± 0, '3-5' 4 ± 1."""
     depth = last_layer(rows)
-    middle, reach = {}, {}
+    ends = {}
     for layer in rows.layer.unique():
-        ends = [float(number) for number in re.findall(r"\d+\.?\d*", str(layer))] or [1.0, depth]
-        middle[layer] = (min(ends) + max(ends)) / 2
-        reach[layer] = (max(ends) - min(ends)) / 2
-    layer = rows.layer.astype(object)
-    return rows.assign(x=layer.map(middle).astype(float), reach=layer.map(reach).astype(float))
+        numbers = [float(number) for number in re.findall(r"\d+\.?\d*", layer)] or [1.0, depth]
+        ends[layer] = (min(numbers), max(numbers))
+    ends = pd.DataFrame(ends, index=["first", "last"]).T.reindex(rows.layer.astype(str))
+    x = (ends["first"] + ends["last"]).to_numpy() / 2
+    return rows.assign(x=x, reach=ends["last"].to_numpy() - x)
 
 
 # ---- figures
 
 
-def canvas(title, x, y, height=420, **layout):
-    """An empty figure; the legend stands below it, where a phone has room."""
-    legend = {"orientation": "h", "y": -0.2}
+def show(figure, key, title, height=420):
+    """Draw a figure; its legend stands below it, where a phone has room."""
+    legend = {"orientation": "h", "y": -0.2, "title": None}
     margin = {"l": 50, "r": 10, "t": 60, "b": 40}
-    axes = {"xaxis_title": x, "yaxis_title": y, "legend": legend, "margin": margin}
-    return go.Figure(layout={"title": title, "height": height, **axes, **layout})
-
-
-def show(figure, key):
+    figure.update_layout(title=title, height=height, legend=legend, margin=margin)
     st.plotly_chart(figure, key=key, width="stretch")
 
 
-def faint(colour, alpha=0.15):
+def faint(colour):
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},{alpha})"
+    return f"rgba({red},{green},{blue},0.15)"
+
+
+def layer_figure(rows, choice, relative):
+    """Scores by layer, a colour for each model, probe and pooling; baselines are dashed."""
+    figure = go.Figure()
+    rows = with_places(rows)
+    real = rows[(rows.baseline == "") & rows.pooling.isin(choice["pooling"])]
+    for i, (names, part) in enumerate(real.groupby(["model", "probe", "pooling"], observed=True)):
+        name = " · ".join(names if len(choice["pooling"]) > 1 else names[:2])
+        depth = last_layer(part)
+        scale = depth if relative else 1.0
+        style = {"colour": COLOURS[i % len(COLOURS)], "name": name, "scale": scale}
+        draw_curve(figure, part.drop_duplicates("layer").sort_values("x"), **style)
+        beside = rows[(rows.model == names[0]) & (rows.probe == names[1]) & (rows.reach == 0)]
+        for baseline in set(choice["baseline"]) - {"majority"}:
+            extra = beside[beside.baseline == baseline]
+            if baseline != "layer0":
+                extra = extra[extra.pooling == names[2]]
+            draw_baseline(figure, extra, baseline, depth, **style)
+    levels = {"chance": real.chance.mean()}
+    if "majority" in choice["baseline"]:
+        levels["majority"] = rows.score[rows.baseline == "majority"].mean()
+    end = 1.0 if relative else last_layer(real)
+    for name, level in levels.items():
+        line = {"color": GREY, "dash": DASHES.get(name, "dot"), "width": 1.5}
+        figure.add_scatter(x=[0, end], y=[level] * 2, mode="lines", line=line, name=name)
+    x_title = "depth (share of layers)" if relative else "layer (0: embeddings)"
+    return figure.update_layout(xaxis_title=x_title, yaxis_title=choice["metric"])
 
 
 HOVER = (
@@ -203,40 +213,13 @@ HOVER = (
 )
 
 
-def layer_figure(rows, poolings, baselines, title, metric, relative):
-    """Scores by layer, a colour for each model, probe and pooling; baselines are dashed."""
-    x_title = "depth (share of layers)" if relative else "layer (0: embeddings)"
-    figure = canvas(title, x_title, metric, 480)
-    rows = with_places(rows)
-    real = rows[(rows.baseline == "") & rows.pooling.isin(poolings)]
-    for i, (names, part) in enumerate(real.groupby(["model", "probe", "pooling"], observed=True)):
-        name = " · ".join(names if len(poolings) > 1 else names[:2])
-        scale = last_layer(part) if relative else 1.0
-        colour = COLOURS[i % len(COLOURS)]
-        draw_curve(figure, part.drop_duplicates("layer").sort_values("x"), scale, name, colour)
-        beside = rows[(rows.model == names[0]) & (rows.probe == names[1])]
-        for baseline in set(baselines) - {"majority"}:
-            extra = beside[beside.baseline == baseline]
-            if baseline != "layer0":
-                extra = extra[extra.pooling == names[2]]
-            draw_baseline(figure, extra, baseline, last_layer(part), scale, name, colour)
-    end = [0, 1 if relative else last_layer(real)]
-    levels = {"chance": real.chance.mean()}
-    if "majority" in baselines:
-        levels["majority"] = rows.score[rows.baseline == "majority"].mean()
-    for name, level in levels.items():
-        if np.isfinite(level):
-            line = {"color": GREY, "dash": DASHES.get(name, "dot"), "width": 1.5}
-            figure.add_scatter(x=end, y=[level] * 2, mode="lines", line=line, name=name)
-    return figure
-
-
-def draw_curve(figure, part, scale, name, colour):
+def draw_curve(figure, rows, colour, name, scale):
     """Single layers as a line with a band, filled marks where p < .05; joined ones as bars."""
-    single, joined = part[part.reach == 0], part[part.reach > 0]
+    single = rows[rows.reach == 0]
+    joined = rows[rows.reach > 0]
     hover = ["layer", "low", "high", "n", "p_holm"]
-    x = single.x / scale
     same = {"legendgroup": name, "hovertemplate": f"{HOVER}<extra>{name}</extra>"}
+    x = single.x / scale
     figure.add_scatter(
         x=[*x, *x[::-1]],
         y=[*single.high, *single.low[::-1]],
@@ -259,129 +242,76 @@ def draw_curve(figure, part, scale, name, colour):
         customdata=single[hover].astype(object),
         **same,
     )
-    if len(joined):
-        figure.add_scatter(
-            x=joined.x / scale,
-            y=joined.score,
-            mode="markers",
-            marker={"symbol": "line-ew-open", "color": colour},
-            error_x={"array": joined.reach / scale, "thickness": 2},
-            showlegend=False,
-            customdata=joined[hover].astype(object),
-            **same,
-        )
-
-
-def draw_baseline(figure, rows, baseline, depth, scale, name, colour):
-    """A dashed line over layers, or all the way where it is one number."""
-    rows = rows[(rows.layer != "best") & (rows.reach == 0)].groupby("x").score.mean()
-    if len(rows) == 1:
-        rows = pd.Series([rows.iloc[0]] * 2, index=[0.0, depth])
-    if len(rows):
-        figure.add_scatter(
-            x=rows.index / scale,
-            y=rows,
-            mode="lines",
-            line={"color": colour, "dash": DASHES[baseline], "width": 1.5},
-            name=baseline.replace("_", " "),
-            legendgroup=name,
-            hovertemplate="%{y:.3f}",
-        )
-
-
-def heat_figure(rows, title, metric):
-    """Layer x pooling, the score of each cell."""
-    grid = rows.pivot_table(
-        index="pooling", columns="layer", values="score", aggfunc="mean", observed=True
+    figure.add_scatter(
+        x=joined.x / scale,
+        y=joined.score,
+        mode="markers",
+        marker={"symbol": "line-ew-open", "color": colour},
+        error_x={"array": joined.reach / scale, "thickness": 2},
+        showlegend=False,
+        customdata=joined[hover].astype(object),
+        **same,
     )
+
+
+def draw_baseline(figure, rows, baseline, depth, colour, name, scale):
+    """A dashed line over layers, or all the way where it is one number."""
+    scores = rows[rows.layer != "best"].groupby("x").score.mean()
+    if len(scores) == 1:
+        scores = pd.Series(scores.iloc[0], index=[0.0, depth])
+    if len(scores):
+        line = {"color": colour, "dash": DASHES[baseline], "width": 1.5}
+        names = {"name": baseline.replace("_", " "), "legendgroup": name}
+        figure.add_scatter(x=scores.index / scale, y=scores, mode="lines", line=line, **names)
+
+
+def heat_figure(rows, metric):
+    """Layer x pooling, the score of each cell."""
+    grid = rows.pivot_table("score", "pooling", "layer", observed=True)
     quantile = rows.drop_duplicates("pooling").set_index("pooling")["quantile"]
     poolings = sorted(grid.index, key=lambda pooling: natural(quantile[pooling]))
     grid = grid.loc[poolings, sorted(grid.columns, key=natural)]
-    figure = canvas(title, "layer", "", 380, xaxis_type="category", yaxis_type="category")
-    return figure.add_heatmap(
-        z=grid.to_numpy(),
-        x=[str(layer) for layer in grid.columns],
-        y=[str(pooling) for pooling in grid.index],
-        colorscale="Viridis",
-        colorbar_title=metric,
-        texttemplate="%{z:.2f}" if grid.size <= 150 else None,
-        hovertemplate="layer %{x}, %{y}: <b>%{z:.3f}</b><extra></extra>",
-    )
+    text = ".2f" if grid.size <= 150 else False
+    options = {"origin": "lower", "aspect": "auto", "color_continuous_scale": "Viridis"}
+    figure = px.imshow(grid, text_auto=text, labels={"color": metric}, **options)
+    return figure.update_xaxes(type="category").update_yaxes(title=None)
 
 
-def size_figure(rows, x, title, label, metric):
+def size_figure(rows, x, label, metric):
     """Scores over a size, on a logarithmic axis; of models, a line for each probe."""
-    figure = canvas(title, label, metric, xaxis_type="log")
-    kind = ["probe"] if x == "params" else ["model", "probe"]
-    for i, (names, part) in enumerate(rows.groupby(kind, observed=True)):
-        part, colour = part.sort_values(x), COLOURS[i % len(COLOURS)]
-        up, down = part.high - part.score, part.score - part.low
-        figure.add_scatter(
-            x=part[x],
-            y=part.score,
-            name=" · ".join(names),
-            mode="lines+markers",
-            line_color=colour,
-            error_y={"array": up, "arrayminus": down, "color": faint(colour, 0.6)},
-            customdata=part[["model", "layer"]].astype(object),
-            hovertemplate="%{customdata[0]}, layer %{customdata[1]}: <b>%{y:.3f}</b>",
-        )
+    rows = rows.sort_values(x).assign(up=rows.high - rows.score, down=rows.score - rows.low)
+    rows["curve"] = rows.probe.astype(str)
+    if x != "params":
+        rows["curve"] = rows.model.astype(str) + " · " + rows.curve
+    errors = {"error_y": "up", "error_y_minus": "down", "hover_data": ["model", "layer"]}
+    labels = {x: label, "score": metric}
+    colours = {"color": "curve", "color_discrete_sequence": COLOURS}
+    figure = px.line(rows, x, "score", log_x=True, markers=True, labels=labels, **errors, **colours)
     line = {"color": GREY, "dash": "dot"}
-    figure.add_hline(rows.chance.mean(), line=line, annotation_text="chance")
-    return figure
+    return figure.add_hline(rows.chance.mean(), line=line, annotation_text="chance")
 
 
-def roc_figure(y, score, at, note):
+def roc_figure(y, score, at):
     """The ROC curve, and the place (fpr, tpr) of the threshold on it."""
     fpr, tpr, _ = metrics.roc_curve(y, score)
     thin = np.unique(np.linspace(0, len(fpr) - 1, 2000).astype(int))
-    title = f"ROC, area {metrics.roc_auc_score(y, score):.3f}{note}"
-    figure = canvas(title, "false positive rate", "true positive rate", showlegend=False)
+    figure = px.line(x=fpr[thin], y=tpr[thin], color_discrete_sequence=COLOURS)
     figure.add_scatter(x=[0, 1], y=[0, 1], line={"color": GREY, "dash": "dot"}, hoverinfo="skip")
-    figure.add_scatter(x=fpr[thin], y=tpr[thin], line={"color": COLOURS[0], "width": 2.5})
-    marker = {"size": 13, "color": COLOURS[1]}
-    return figure.add_scatter(x=[at[0]], y=[at[1]], marker=marker, mode="markers")
+    figure.add_scatter(x=[at[0]], y=[at[1]], marker={"size": 13, "color": COLOURS[1]})
+    axes = {"xaxis_title": "false positive rate", "yaxis_title": "true positive rate"}
+    return figure.update_layout(showlegend=False, **axes)
 
 
-def histogram_figure(table, threshold, low, high, note):
-    """Scores of both classes, and the threshold."""
-    edges = np.linspace(low, high, 41)
-    title = f"out-of-fold scores, n = {len(table)}{note}"
-    figure = canvas(title, "score", "texts", barmode="overlay", bargap=0)
-    for label in (0, 1):
-        part = table[table.y == label]
-        names = part.label.dropna().unique()
-        figure.add_bar(
-            x=(edges[1:] + edges[:-1]) / 2,
-            y=np.histogram(part.score, edges)[0],
-            opacity=0.6,
-            marker_color=COLOURS[1 - label],
-            name=names[0] if len(names) == 1 else str(label),
-        )
-    figure.add_vline(threshold, line={"color": "#333333", "dash": "dash"})
-    return figure
-
-
-def agreement_figure(table, note):
+def agreement_figure(table):
     """Predictions against labels: a confusion matrix of classes, a cloud of values."""
-    if are_classes(table) and table.y.nunique() <= 50:
-        counts = pd.crosstab(table.y, table.score)
-        names = dict(zip(table.y, table.label))
-        title = f"predicted label against label, n = {len(table)}{note}"
-        axes = {"xaxis_type": "category", "yaxis_type": "category"}
-        return canvas(title, "predicted", "label", 520, **axes).add_heatmap(
-            z=counts,
-            x=[str(names.get(number, number)) for number in counts.columns],
-            y=[str(names.get(number, number)) for number in counts.index],
-            colorscale="Blues",
-            texttemplate="%{z}",
-        )
-    r = table.y.corr(table.score)
-    title = f"prediction against label, Pearson r = {r:.3f}, n = {len(table)}{note}"
-    marker = {"size": 5, "color": COLOURS[0], "opacity": 0.5}
-    return canvas(title, "label", "prediction", 520).add_scattergl(
-        x=table.y, y=table.score, mode="markers", marker=marker, text=hover_texts(table)
-    )
+    if not are_classes(table):
+        text = hover_texts(table)
+        labels = {"y": "label", "score": "prediction"}
+        return px.scatter(table, "y", "score", hover_name=text, opacity=0.5, labels=labels)
+    names = dict(zip(table.y, table.label))
+    counts = pd.crosstab(table.y, table.score).rename(index=names, columns=names)
+    labels = {"x": "predicted", "y": "label", "color": "texts"}
+    return px.imshow(counts, origin="lower", text_auto=True, labels=labels)
 
 
 def are_classes(table):
@@ -406,9 +336,7 @@ def layers_tab(rows, choice):
     rows = rows[rows.layer != "best"]
     label = "depth as a share of the model's layers"
     relative = st.toggle(label, key="relative", bind="query-params")
-    title, metric = choice["title"], choice["metric"]
-    curves = (choice["poolings"], choice["baselines"], title, metric, relative)
-    show(layer_figure(rows, *curves), "layer_curve")
+    show(layer_figure(rows, choice, relative), "layer_curve", choice["title"], 480)
     st.caption(
         "Bands are 95 % intervals. Filled marks: p < .05 after Holm's correction over all layers "
         "and poolings. Dashed: the same model with random weights; a control task, whose labels "
@@ -422,8 +350,8 @@ def layers_tab(rows, choice):
     cells = cells[cells["quantile"] != "attention"]
     for (model, probe), part in cells.groupby(["model", "probe"], observed=True):
         if part.pooling.nunique() > 1:
-            figure = heat_figure(part, f"{title}: {model}, {probe}", metric)
-            show(figure, f"heat_{model}_{probe}")
+            title = f"{choice['title']}: {model}, {probe}"
+            show(heat_figure(part, choice["metric"]), f"heat_{model}_{probe}", title)
 
 
 def pick(sites, columns, empty):
@@ -437,31 +365,36 @@ def pick(sites, columns, empty):
         names = {"key": f"site_{column}", "bind": "query-params"}
         choice = box.selectbox(column.capitalize(), options, index=last, **names)
         sites = sites[sites[column] == choice]
-    return Path(sites.path.iloc[0])
+    return sites.path.iloc[0]
 
 
 def decision_tab(run, path, note):
     """ROC, and the scores of both classes under a threshold that the user moves."""
     table, start = read_scores(run, path)
+    title = f"out-of-fold scores, n = {len(table)}{note}"
     if set(table.y.unique()) != {0, 1}:
-        show(agreement_figure(table, note), "agreement")
+        if not are_classes(table):
+            title = f"Pearson r = {table.y.corr(table.score):.3f}, {title}"
+        show(agreement_figure(table), "agreement", title, 520)
         return
-    low, high = float(table.score.min()), float(table.score.max())
+    low = float(table.score.min())
+    high = float(table.score.max())
+    if high == low:
+        high = low + 1.0
     if not np.isfinite(start):
         start = (low + high) / 2
-    start = min(max(start, low), high)
-    high = high if high > low else low + 1.0
     threshold = st.slider(
         "Threshold (the probe's own was found on its validation texts)",
         low,
         high,
-        start,
+        min(max(start, low), high),
         step=(high - low) / 500,
         format="%.3f",
         key="threshold",
         bind="query-params",
     )
-    y, predicted = table.y, (table.score >= threshold).astype(int)
+    y = table.y
+    predicted = (table.score >= threshold).astype(int)
     tpr = metrics.recall_score(y, predicted)
     fpr = 1 - metrics.recall_score(y, predicted, pos_label=0)
     numbers = {
@@ -475,9 +408,13 @@ def decision_tab(run, path, note):
         box.metric(name, f"{value:.3f}")
     left, right = st.columns(2)
     with left:
-        show(roc_figure(y, table.score, (fpr, tpr), note), "roc")
+        area = metrics.roc_auc_score(y, table.score)
+        show(roc_figure(y, table.score, (fpr, tpr)), "roc", f"ROC, area {area:.3f}{note}")
     with right:
-        show(histogram_figure(table, threshold, low, high, note), "histogram")
+        options = {"color": "label", "nbins": 40, "barmode": "overlay", "opacity": 0.6}
+        table["label"] = table.label.fillna(y.astype(str))
+        figure = px.histogram(table.sort_values("y"), "score", **options)
+        show(figure.add_vline(threshold, line_dash="dash"), "histogram", title)
 
 
 def examples_tab(run, path):
@@ -509,28 +446,20 @@ def show_table(table, file, label):
     st.download_button(label, lambda: table.to_csv(index=False), file, **names)
 
 
-def projection_tab(run, path, dataset, note):
+def projection_tab(run, path, note):
     """Texts in the plane of a layer's first two components; a browser shows 5,000 of them."""
     arrays = read_arrays(path, mtime(path))
-    x, y = arrays["xy"].T
-    texts = run / "texts" / f"{dataset}.csv"
-    table = pd.DataFrame({"x": x, "y": y, "index": arrays["index"]})
+    texts = run / "texts" / f"{path.stem.rsplit('__', 3)[1]}.csv"
+    table = pd.DataFrame(arrays["xy"], columns=["x", "y"]).assign(index=arrays["index"])
     table = table.sample(min(len(table), 5000), random_state=0)
-    table = table.join(read_texts(texts, mtime(texts)), on="index").fillna({"label": ""})
-    shares = "{:.0%} and {:.0%} of the variance".format(*arrays["explained"])
-    title = f"first two principal components, {shares}{note}"
-    figure = canvas(title, "component 1", "component 2", 620)
+    table = table.join(read_texts(texts, mtime(texts)), on="index").fillna("")
     numbers = pd.to_numeric(table.label, errors="coerce")
-    groups = [(label, table[table.label == label]) for label in values_of(table.label)]
-    colours = [{"color": COLOURS[i % len(COLOURS)]} for i in range(len(groups))]
     if numbers.notna().all() and numbers.nunique() > 20:
-        groups = [("", table)]
-        colours = [{"color": numbers, "colorscale": "Viridis", "showscale": True}]
-    for (label, part), colour in zip(groups or [("", table)], colours or [{}]):
-        marker = {"size": 6, "opacity": 0.75, **colour}
-        points = {"x": part.x, "y": part.y, "text": hover_texts(part), "hoverinfo": "text+name"}
-        figure.add_scattergl(**points, mode="markers", name=label, marker=marker)
-    show(figure, "projection")
+        table["label"] = numbers
+    options = {"color": "label", "opacity": 0.75, "render_mode": "webgl"}
+    figure = px.scatter(table, "x", "y", hover_name=hover_texts(table), **options)
+    shares = "{:.0%} and {:.0%} of the variance".format(*arrays["explained"])
+    show(figure, "projection", f"first two principal components, {shares}{note}", 620)
 
 
 def sizes_tab(rows, choice):
@@ -541,16 +470,15 @@ def sizes_tab(rows, choice):
     title, metric = choice["title"], choice["metric"]
     full = full_size(real)
     if full.groupby("model", observed=True).params.first().nunique() > 1:
-        figure = size_figure(full, "params", f"{title}: size of the model", "parameters", metric)
-        show(figure, "model_size")
+        figure = size_figure(full, "params", "parameters", metric)
+        show(figure, "model_size", f"{title}: size of the model")
     else:
         command = "`python probe.py lm=gpt2,gpt2-medium`"
         st.info(f"A curve over model sizes needs two models of different size: {command}.")
     many = real.groupby(["model", "probe"], observed=True).n_train.transform("nunique") > 1
     if many.any():
-        name = f"{title}: number of training texts"
-        figure = size_figure(real[many], "n_train", name, "training texts", metric)
-        show(figure, "sample_size")
+        figure = size_figure(real[many], "n_train", "training texts", metric)
+        show(figure, "sample_size", f"{title}: number of training texts")
     else:
         command = "`python probe.py train_sizes=100,300,1000`"
         st.info(f"A curve over numbers of training texts needs several: {command}.")
@@ -587,11 +515,6 @@ def choose_run(bar):
 
 def choose_rows(bar, table):
     """The rows that the side bar narrows the table down to, and its choices."""
-
-    def choose(label, options, default):
-        key = {"key": label.lower(), "bind": "query-params"}
-        return bar.multiselect(label, options, default=default, **key)
-
     names = values_of(table.dataset)
     dataset = bar.selectbox("Dataset", names, key="dataset", bind="query-params")
     rows = table[table.dataset == dataset]
@@ -600,53 +523,53 @@ def choose_rows(bar, table):
     metric = bar.selectbox("Metric", names, index=index, key="metric", bind="query-params")
     rows = rows[rows.metric == metric]
     real = rows[(rows.baseline == "") & (rows.layer != "best")]
-    models, probes, poolings = (values_of(real[key]) for key in ("model", "probe", "pooling"))
-    choice = {"dataset": dataset, "metric": metric}
-    choice["models"] = choose("Model", models, models[:3])
-    choice["probes"] = choose("Probe", probes, probes[:2])
-    usual = ["last token"] if "last token" in poolings else poolings[:1]
-    choice["poolings"] = choose("Pooling", poolings, usual)
     baselines = [name for name in DASHES if (rows.baseline == name).any()]
-    choice["baselines"] = choose("Baseline", baselines, baselines)
-    rows = rows[rows.model.isin([*choice["models"], ""])]
-    return rows[rows.probe.isin([*choice["probes"], ""])], choice
+    options = {key: values_of(real[key]) for key in ("model", "probe", "pooling")}
+    usual = [name for name in options["pooling"] if name == "last token"]
+    start = {"model": options["model"][:3], "probe": options["probe"][:2]}
+    start |= {"pooling": usual or options["pooling"][:1], "baseline": baselines}
+    choice = {"dataset": [dataset], "metric": metric}
+    for key, names in {**options, "baseline": baselines}.items():
+        bind = {"key": key, "bind": "query-params"}
+        choice[key] = bar.multiselect(key.capitalize(), names, default=start[key], **bind)
+    chosen = rows.model.isin(choice["model"]) & rows.probe.isin(choice["probe"])
+    return rows[chosen], choice
+
+
+def site_tab(run, name, choice, note):
+    """A tab about one site, which is picked first."""
+    columns = ["model", "dataset", "probe", "layer", "quantile"]
+    if name == "Projection":
+        columns.remove("probe")
+    folder = run / ("projections" if name == "Projection" else "predictions")
+    sites = find_sites(folder, columns, choice)
+    columns.remove("dataset")
+    path = pick(sites, columns, f"No {folder.name} are kept for this choice of model and probe.")
+    if path and name == "Decision":
+        decision_tab(run, path, note)
+    elif path and name == "Examples":
+        examples_tab(run, path)
+    elif path:
+        projection_tab(run, path, note)
 
 
 def draw_tabs(run, rows, choice, note):
     """Six tabs, of which only the open one is drawn."""
     names = ["Layers", "Decision", "Examples", "Projection", "Sizes", "Table"]
     tabs = st.tabs(names, key="view", bind="query-params", on_change="rerun")
-    is_open = [name for name, tab in zip(names, tabs) if tab.open]
-    dataset = slug(choice["dataset"])
-    models = [slug(model) for model in choice["models"]]
-    for name in is_open:
-        with tabs[names.index(name)]:
+    for name, tab in zip(names, tabs):
+        if not tab.open:
+            continue
+        with tab:
             if name == "Layers":
                 layers_tab(rows, choice)
-            elif name in ("Decision", "Examples"):
-                columns = ["model", "dataset", "probe", "layer", "quantile"]
-                sites = find_sites(run / "predictions", columns)
-                sites = sites[(sites.dataset == dataset) & sites.model.isin(models)]
-                sites = sites[sites.probe.isin([slug(probe) for probe in choice["probes"]])]
-                empty = "No predictions are kept for this choice of model and probe."
-                path = pick(sites, ["model", "probe", "layer", "quantile"], empty)
-                if path and name == "Decision":
-                    decision_tab(run, path, note)
-                elif path:
-                    examples_tab(run, path)
-            elif name == "Projection":
-                sites = find_sites(run / "projections", ["model", "dataset", "layer", "quantile"])
-                sites = sites[(sites.dataset == dataset) & sites.model.isin(models)]
-                empty = "No projection is kept for this choice of model."
-                path = pick(sites, ["model", "layer", "quantile"], empty)
-                if path:
-                    projection_tab(run, path, dataset, note)
             elif name == "Sizes":
                 sizes_tab(rows, choice)
-            else:
-                hidden = ["options", "pooling"]
-                table = rows.drop(columns=[column for column in hidden if column in rows])
+            elif name == "Table":
+                table = rows.drop(columns=rows.columns.intersection(["options", "pooling"]))
                 show_table(table, "probe.csv", "Download this selection as CSV")
+            else:
+                site_tab(run, name, choice, note)
 
 
 def app():
@@ -661,9 +584,9 @@ def app():
         st.info("This is the small example that comes with the code. Your own: `python probe.py`.")
     if rows.synthetic.any():
         note = " (synthetic data)"
-        st.caption(f"**{choice['dataset']}** is synthetic: its sentences are written by rule.")
-    choice["title"] = choice["dataset"] + note
-    if choice["models"] and choice["probes"] and choice["poolings"]:
+        st.caption(f"**{choice['dataset'][0]}** is synthetic: its sentences are written by rule.")
+    choice["title"] = choice["dataset"][0] + note
+    if choice["model"] and choice["probe"] and choice["pooling"]:
         draw_tabs(run, rows, choice, note)
     else:
         st.warning("Choose at least one model, one probe and one pooling in the side bar.")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from streamlit.testing.v1 import AppTest
 SCRIPT = ROOT / "probe_app.py"
 TABS = ["Layers", "Decision", "Examples", "Projection", "Sizes", "Table"]
 MODELS = {"tiny": (4, 1e6), "org/big": (6, 8e6)}  # layers, parameters
+CLASSES = {"grammar/polarity": 2, "tense": 3}
 DATASETS = {"grammar/polarity": ["accuracy", "auc"], "tense": ["accuracy"], "concreteness": ["r2"]}
 
 
@@ -28,12 +30,13 @@ def rows_of(rng, common, model, probe):
     """Rows of one model and probe: three poolings, joined layers, baselines, size curves."""
     depth, params = MODELS[model]
     chance = common["chance"]
-    common = {**common, "model": model, "probe": probe, "params": params, "p": 0.01, "p_holm": 0.2}
     rows = []
 
     def add(layer, quantile, score, **keys):
-        row = {"baseline": "", "layer": layer, "quantile": quantile, "score": score}
-        rows.append({**common, **row, "low": score - 0.05, "high": score + 0.05, **keys})
+        row = {"model": model, "probe": probe, "params": params, "p": 0.01, "p_holm": 0.2}
+        row |= {"layer": layer, "quantile": quantile, "baseline": "", "layer_method": ""}
+        row |= {"score": score, "low": score - 0.05, "high": score + 0.05}
+        rows.append({**common, **row, **keys})
 
     for quantile in ("0.0", "0.5", "1.0"):
         for layer in range(depth + 1):
@@ -43,48 +46,42 @@ def rows_of(rng, common, model, probe):
     for layer in range(depth + 1):
         add(layer, "1.0", chance + 0.02, baseline="random_init")
         add(layer, "1.0", chance + 0.02, baseline="control")
-        for n in (8, 16):
-            add(layer, "1.0", 0.1, n_train=n)
+        add(layer, "1.0", 0.1, n_train=8)
     add(0, "all", chance + 0.01, baseline="layer0", quantile_method="mean")
+    add("", "", chance, baseline="majority")
     for n in (8, 16, 48):
         add("best", "best", chance + 0.01 * np.log(n), n_train=n)
     return rows
 
 
-def make_results(folder, seed=0):
+def make_results(folder):
     """A run of two models on a task of two labels, one of three and a regression."""
-    rng, rows = np.random.default_rng(seed), []
+    rng = np.random.default_rng(0)
+    rows = []
     for name in ("predictions", "texts", "projections"):
         (folder / name).mkdir(parents=True)
-    n = 60
+    index = np.arange(60)
     for dataset, metrics in DATASETS.items():
-        slug, values = dataset.replace("/", "-"), metrics == ["r2"]
-        chance = 0.0 if values else 0.5
-        y = rng.random(n) if values else rng.integers(0, 2 if "auc" in metrics else 3, n)
-        labels = y if values else np.array(["bad", "good", "mixed"])[y]
-        texts = [f"sentence {i} with <b>signs</b> & more" for i in range(n)]
-        texts = pd.DataFrame({"index": range(n), "text": texts, "label": labels})
+        slug = dataset.replace("/", "-")
+        y = rng.random(60) if dataset == "concreteness" else rng.integers(0, CLASSES[dataset], 60)
+        labels = y if dataset == "concreteness" else np.array(["bad", "good", "mixed"])[y]
+        texts = [f"sentence {i} with <b>signs</b> & more" for i in index]
+        texts = pd.DataFrame({"index": index, "text": texts, "label": labels})
         texts.to_csv(folder / "texts" / f"{slug}.csv", index=False)
-        for metric in metrics:
-            common = {"dataset": dataset, "metric": metric, "chance": chance, "n": n}
-            common |= {"n_train": 48, "synthetic": True}
-            level = {"score": chance, "low": chance - 0.05, "high": chance + 0.05}
-            majority = dict.fromkeys(("model", "probe", "layer", "quantile"), "")
-            rows.append({**common, **majority, **level, "baseline": "majority"})
-            for model in MODELS:
-                for probe in ("LDA", "logistic"):
-                    rows += rows_of(rng, common, model, probe)
+        common = {"dataset": dataset, "n": 60, "n_train": 48, "synthetic": True}
+        common["chance"] = 0.0 if dataset == "concreteness" else 0.5
+        for metric, model, probe in product(metrics, MODELS, ("LDA", "logistic")):
+            rows += rows_of(rng, {**common, "metric": metric}, model, probe)
         for model, (depth, _) in MODELS.items():
             for layer in (0, depth):
-                score = y + rng.normal(0, 0.4, n)
+                score = y + rng.normal(0, 0.4, 60)
                 if dataset == "tense":
-                    score = rng.integers(0, 3, n)
+                    score = rng.integers(0, 3, 60)
                 key = f"{model.replace('/', '-')}__{slug}"
-                index = np.arange(n)
                 scores = {"index": index, "y": y, "score": score, "fold": index % 5}
                 path = folder / "predictions" / f"{key}__LDA__{layer}__1.0.npz"
                 np.savez(path, **scores, threshold=0.5)
-                plane = {"index": index, "xy": rng.normal(size=(n, 2)), "explained": [0.4, 0.2]}
+                plane = {"index": index, "xy": rng.normal(size=(60, 2)), "explained": [0.4, 0.2]}
                 np.savez(folder / "projections" / f"{key}__{layer}__1.0.npz", **plane)
     table = pd.DataFrame(rows)
     table.to_csv(folder / "results.csv", index=False)
@@ -100,12 +97,18 @@ def results(tmp_path_factory):
     return folder, table
 
 
-def start(folder, monkeypatch, script=SCRIPT, **address):
-    monkeypatch.setattr(sys, "argv", ["probe_app.py", f"out_dir={folder}"])
-    app = AppTest.from_file(str(script), default_timeout=60)
-    for key, value in address.items():
-        app.query_params[key] = value
-    return good(app.run())
+@pytest.fixture
+def start(results, monkeypatch):
+    """The app on a folder of runs, at an address."""
+
+    def run(folder=results[0], script=SCRIPT, **address):
+        monkeypatch.setattr(sys, "argv", ["probe_app.py", f"out_dir={folder}"])
+        app = AppTest.from_file(str(script), default_timeout=60)
+        for key, value in address.items():
+            app.query_params[key] = value
+        return good(app.run())
+
+    return run
 
 
 def good(app):
@@ -131,45 +134,44 @@ def lines_of(chart, mode):
     return {line["name"]: line for line in chart["data"] if line.get("mode") == mode}
 
 
-def test_layer_curve_is_the_table(results, monkeypatch):
+def dashed_of(chart):
+    return {line["name"] for line in chart["data"] if "dash" in line.get("line", {})}
+
+
+def test_layer_curve_is_the_table(start, results):
     folder, table = results
-    app = start(folder, monkeypatch, dataset="grammar/polarity", metric="auc")
+    app = start(dataset="grammar/polarity", metric="auc")
     runs = [os.path.relpath(folder / "probe"), "bundled example"]
     assert app.selectbox(key="results").options == runs
     chart = figure(app, "layer_curve")
     assert "synthetic" in chart["layout"]["title"]["text"]
     lines = lines_of(chart, "lines+markers")
-    assert set(lines) == {f"{m} · {p}" for m in MODELS for p in ("LDA", "logistic")}
-    rows = table.query(
-        "dataset == 'grammar/polarity' and metric == 'auc' and model == 'org/big' and "
-        "probe == 'LDA' and quantile == '1.0' and layer != '2-4' and baseline == '' and "
-        "n_train == 48"
-    )
-    rows = rows.set_index("layer").score
+    assert set(lines) == set(map(" · ".join, product(MODELS, ("LDA", "logistic"))))
+    where = {"dataset": "grammar/polarity", "metric": "auc", "model": "org/big", "probe": "LDA"}
+    where |= {"quantile": "1.0", "layer_method": "", "baseline": "", "n_train": 48}
+    rows = table[(table[list(where)] == pd.Series(where)).all(axis=1)].set_index("layer").score
     line = lines["org/big · LDA"]
     assert list(rows.index) == list("0123456") and np.allclose(values(line["x"]), range(7))
     assert np.allclose(values(line["y"]), rows.to_numpy())
     filled = line["line"]["color"]  # the last layer alone is significant
     assert list(line["marker"]["color"]) == ["white"] * 6 + [filled]
-    bands = [line for line in chart["data"] if line.get("fill") == "toself"]
-    band = next(line for line in bands if line["legendgroup"] == "org/big · LDA")
+    traces = chart["data"]
+    band = traces[traces.index(line) - 1]
+    assert band["fill"] == "toself" and band["legendgroup"] == "org/big · LDA"
     assert np.allclose(values(band["y"]), [*rows + 0.05, *(rows - 0.05)[::-1]])
-    dashed = {line["name"] for line in chart["data"] if "dash" in line.get("line", {})}
-    assert dashed == {"random init", "control", "layer0", "majority", "chance"}
+    assert dashed_of(chart) == {"random init", "control", "layer0", "majority", "chance"}
     heat = figure(app, "heat_org/big_LDA")["data"][0]
     assert heat["y"] == ["first token", "quantile 0.5", "last token"]
     assert heat["x"] == list("0123456")
 
 
-def test_filters_narrow_and_forget_what_no_longer_exists(results, monkeypatch):
-    folder, _ = results
-    app = start(folder, monkeypatch, dataset="grammar/polarity", metric="auc")
+def test_filters_narrow_and_forget_what_no_longer_exists(start):
+    app = start(dataset="grammar/polarity", metric="auc")
     good(app.multiselect(key="model").set_value(["tiny"]).run())
     good(app.multiselect(key="baseline").set_value(["random_init"]).run())
     chart = figure(app, "layer_curve")
     assert set(lines_of(chart, "lines+markers")) == {"tiny · LDA", "tiny · logistic"}
-    dashed = {line["name"] for line in chart["data"] if "dash" in line.get("line", {})}
-    assert dashed == {"random init", "chance"}
+    assert dashed_of(chart) == {"random init", "chance"}
     good(app.selectbox(key="dataset").set_value("concreteness").run())
     assert app.selectbox(key="metric").value == "r2"
     assert figure(app, "layer_curve")["layout"]["yaxis"]["title"]["text"] == "r2"
@@ -177,10 +179,10 @@ def test_filters_narrow_and_forget_what_no_longer_exists(results, monkeypatch):
     assert "at least one" in app.warning[0].value
 
 
-def test_threshold_moves_the_numbers(results, monkeypatch):
+def test_threshold_moves_the_numbers(start, results):
     folder, _ = results
     site = {"site_model": "tiny", "site_layer": "4"}
-    app = start(folder, monkeypatch, dataset="grammar/polarity", view="Decision", **site)
+    app = start(dataset="grammar/polarity", view="Decision", **site)
     arrays = np.load(folder / "probe/predictions/tiny__grammar-polarity__LDA__4__1.0.npz")
     y, score = arrays["y"], arrays["score"]
     assert f"{roc_auc_score(y, score):.3f}" in figure(app, "roc")["layout"]["title"]["text"]
@@ -191,40 +193,38 @@ def test_threshold_moves_the_numbers(results, monkeypatch):
     assert shown["Balanced accuracy"] == f"{balanced_accuracy_score(y, predicted):.3f}"
     assert shown["F1"] == f"{f1_score(y, predicted):.3f}"
     bars = figure(app, "histogram")["data"]
-    assert [bar["name"] for bar in bars] == ["bad", "good"]
-    assert [values(bar["y"]).sum() for bar in bars] == [(y == 0).sum(), (y == 1).sum()]
+    for label, (bar, name) in enumerate(zip(bars, ("bad", "good"))):
+        assert bar["name"] == name and len(values(bar["x"])) == np.sum(y == label)
 
 
-def test_no_threshold_where_there_is_none(results, monkeypatch):
-    folder, _ = results
-    app = start(folder, monkeypatch, dataset="tense", view="Decision")
+def test_no_threshold_where_there_is_none(start):
+    app = start(dataset="tense", view="Decision")
     assert not app.slider and figure(app, "agreement")["data"][0]["type"] == "heatmap"
-    app = start(folder, monkeypatch, dataset="concreteness", view="Decision")
+    app = start(dataset="concreteness", view="Decision")
     title = figure(app, "agreement")["layout"]["title"]["text"]
     assert not app.slider and "Pearson" in title
 
 
-def test_examples_and_projection(results, monkeypatch):
+def test_examples_and_projection(start, results):
     folder, _ = results
     site = {"site_model": "tiny", "site_layer": "0", "mistakes": "true"}
-    app = start(folder, monkeypatch, dataset="grammar/polarity", view="Examples", **site)
+    app = start(dataset="grammar/polarity", view="Examples", **site)
     arrays = np.load(folder / "probe/predictions/tiny__grammar-polarity__LDA__0__1.0.npz")
     wrong = np.flatnonzero((arrays["score"] >= 0.5) != arrays["y"])
     assert list(app.dataframe[0].value["index"]) == list(wrong)
     good(app.text_input(key="contains").set_value(f"SENTENCE {wrong[0]} ").run())
     assert list(app.dataframe[0].value["index"]) == [wrong[0]]
     view = {"view": "Projection", "site_model": "tiny"}
-    app = start(folder, monkeypatch, dataset="grammar/polarity", **view)
+    app = start(dataset="grammar/polarity", **view)
     points = figure(app, "projection")["data"]
-    texts = [text for part in points for text in part["text"]]
-    assert {part["name"] for part in points} == {"bad", "good"} and len(texts) == 60
-    assert all("&lt;b&gt;signs&lt;/b&gt; &amp; more" in text for text in texts)
+    points = pd.DataFrame(points).explode("hovertext")
+    assert set(points.name) == {"bad", "good"} and len(points) == 60
+    assert points.hovertext.str.contains("&lt;b&gt;signs&lt;/b&gt; &amp; more").all()
 
 
-def test_size_curves(results, monkeypatch):
-    folder, _ = results
+def test_size_curves(start):
     view = {"metric": "accuracy", "view": "Sizes"}
-    app = start(folder, monkeypatch, dataset="grammar/polarity", **view)
+    app = start(dataset="grammar/polarity", **view)
     line = lines_of(figure(app, "model_size"), "lines+markers")["LDA"]
     assert list(values(line["x"])) == [1e6, 8e6]
     assert np.allclose(values(line["y"]), 0.5 + 0.01 * np.log(48))
@@ -235,53 +235,52 @@ def test_size_curves(results, monkeypatch):
     assert "two models" in app.info[0].value
 
 
-def test_address_holds_the_state(results, monkeypatch):
-    folder, _ = results
+def test_address_holds_the_state(start):
     asked = {"dataset": "tense", "model": ["org/big"], "probe": ["logistic"]}
-    app = start(folder, monkeypatch, **asked, view="Table")
+    app = start(**asked, view="Table")
     shown = app.dataframe[0].value
-    assert set(shown.dataset) == {"tense"} and set(shown.model) == {"org/big", ""}
-    assert app.download_button and set(shown.probe) == {"logistic", ""}
+    assert set(shown.dataset) == {"tense"} and set(shown.model) == {"org/big"}
+    assert app.download_button and set(shown.probe) == {"logistic"}
     for widget in [*app.selectbox, *app.multiselect]:
         assert widget.proto.query_param_key == widget.key  # the browser writes it into the address
     wrong = {"dataset": "nosuch", "model": ["nosuch"], "view": "nosuch", "threshold": "x"}
-    app = start(folder, monkeypatch, **wrong)
+    app = start(**wrong)
     assert app.selectbox(key="dataset").value == "concreteness"
     assert len(app.multiselect(key="model").value) == 2
 
 
-def test_written_again_is_read_again(results, monkeypatch, tmp_path):
+def test_written_again_is_read_again(start, results, tmp_path):
     folder, table = results
     shutil.copytree(folder / "probe", tmp_path / "probe")
-    app = start(tmp_path, monkeypatch, dataset="tense", view="Table")
+    app = start(tmp_path, dataset="tense", view="Table")
     path = tmp_path / "probe/results.csv"
     table[table.dataset != "tense"].to_csv(path, index=False)
     good(app.run())
     assert app.selectbox(key="dataset").options == ["concreteness", "grammar/polarity"]
 
 
-def test_empty_broken_and_foreign(results, monkeypatch, tmp_path):
+def test_empty_broken_and_foreign(start, results, tmp_path):
     folder, _ = results
     alone = shutil.copy(SCRIPT, tmp_path / "alone.py")  # away from the bundled example
     (tmp_path / "out").mkdir()
-    app = start(tmp_path / "out", monkeypatch, alone)
+    app = start(tmp_path / "out", alone)
     assert "no results" in app.info[0].value and app.code[0].value == "python probe.py"
     header = (folder / "probe/results.csv").read_text().splitlines()[0]
     path = tmp_path / "out/results.csv"
     path.write_text(header + "\n")
-    app = start(tmp_path / "out", monkeypatch, alone)
+    app = start(tmp_path / "out", alone)
     assert "no scores" in app.info[0].value and app.code[0].value == "python probe.py"
     path.write_text(header + "\n" + "1," * 90 + "\n")
-    app = start(tmp_path / "out", monkeypatch, alone)
+    app = start(tmp_path / "out", alone)
     assert "results.csv is broken" in app.error[0].value
     shutil.copytree(folder / "probe", tmp_path / "some/probe")
     for view, name in (("Decision", "predictions"), ("Projection", "projections")):
         shutil.rmtree(tmp_path / "some/probe" / name)
-        app = start(tmp_path / "some", monkeypatch, view=view)
+        app = start(tmp_path / "some", view=view)
         assert "kept for this choice" in app.info[0].value
 
 
-def test_a_hundred_thousand_rows_and_ten_thousand_texts(results, monkeypatch, tmp_path):
+def test_a_hundred_thousand_rows_and_ten_thousand_texts(start, results, tmp_path):
     """Large tables are handed to the browser piece by piece, a projection as 5,000 points."""
     folder, table = results
     shutil.copytree(folder / "probe", tmp_path / "probe")
@@ -293,17 +292,17 @@ def test_a_hundred_thousand_rows_and_ten_thousand_texts(results, monkeypatch, tm
     plane = {"index": np.arange(n), "xy": np.zeros((n, 2)), "explained": [0.4, 0.2]}
     np.savez(tmp_path / "probe/projections/tiny-0__tense__9__1.0.npz", **plane)
     address = {"dataset": "tense", "model": ["tiny-0"]}
-    app = start(tmp_path, monkeypatch, **address, view="Projection")
-    assert sum(len(part["text"]) for part in figure(app, "projection")["data"]) == 5000
-    app = start(tmp_path, monkeypatch, dataset="tense", view="Table")
+    app = start(tmp_path, **address, view="Projection")
+    assert sum(len(part["hovertext"]) for part in figure(app, "projection")["data"]) == 5000
+    app = start(tmp_path, dataset="tense", view="Table")
     assert len(app.dataframe[0].value) > 100
 
 
 @pytest.mark.parametrize("view", TABS)
-def test_bundled_example_opens_everywhere(view, monkeypatch, tmp_path):
+def test_bundled_example_opens_everywhere(view, start, tmp_path):
     example = ROOT / "data/probing/example"
-    assert sum(path.stat().st_size for path in example.rglob("*") if path.is_file()) < 200_000
-    app = start(tmp_path, monkeypatch, view=view)
+    assert sum(path.stat().st_size for path in example.rglob("*")) < 250_000
+    app = start(tmp_path, view=view)
     assert "example" in app.info[0].value and any("synthetic" in c.value for c in app.caption)
     assert app.get("plotly_chart") or app.dataframe
 
@@ -364,16 +363,15 @@ def test_server_listens_on_this_machine_only(server):
 @pytest.mark.parametrize("width", [1400, 390])  # a desk, a phone
 def test_in_a_browser(server, tmp_path, width):
     """Headless Chromium draws it without an error, within its width; tmp_path/app.png shows it."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="needs playwright and a Chromium"
-    )
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs a Chromium")
     with playwright.sync_playwright() as engine:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         try:
             browser = engine.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         except playwright.Error:
             pytest.skip("playwright finds no Chromium: playwright install chromium")
-        page, errors = browser.new_page(viewport={"width": width, "height": 1000}), []
+        page = browser.new_page(viewport={"width": width, "height": 1000})
+        errors = []
         page.on("pageerror", errors.append)
         page.goto(f"http://localhost:{server}")
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace", timeout=60_000)

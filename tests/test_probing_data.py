@@ -9,6 +9,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -53,23 +54,24 @@ def write_tar(path, files):
 
 
 def pairs_of(uid):
-    pairs = []
+    lines = ""
     for i in (1, 2):
         pair = {"sentence_good": f"Cats {i} sleep.", "sentence_bad": f"Cats {i} sleeps."}
-        pairs.append(json.dumps({**pair, "UID": uid, "linguistics_term": "subject_verb"}) + "\n")
-    return "".join(pairs)
+        lines += json.dumps({**pair, "UID": uid, "linguistics_term": "subject_verb"}) + "\n"
+    return lines
 
 
-HUB_LABELS = {  # two raw labels for each set
-    "amazon_polarity": [0, 1],
-    "app_reviews": [1, 5],
-    "humor": [True, False],
-    "dutch_social": ["neg", "pos"],
-    "hate_speech18": [0, 1],
-    "liar": [5, 3],
-    "humicroedit": [0.0, 1.5],
-    "sst": [0.25, 0.75],
-    "tweets_hate_speech": [0, 1],
+# two raw labels for each set of the hub, and what becomes of them
+HUB_LABELS = {
+    "amazon_polarity": ([0, 1], [0, 1]),
+    "app_reviews": ([1, 5], [0.0, 1.0]),
+    "humor": ([True, False], [1, 0]),
+    "dutch_social": (["neg", "pos"], [0.0, 1.0]),
+    "hate_speech18": ([0, 1], [0, 1]),
+    "liar": ([5, 3], [0.0, 1.0]),
+    "humicroedit": ([0.0, 1.5], [0.0, 0.5]),
+    "sst": ([0.25, 0.75], [0.25, 0.75]),
+    "tweets_hate_speech": ([0, 1], [0, 1]),
 }
 
 
@@ -101,7 +103,7 @@ def copies(tmp_path_factory):
     for name, about in HUB.items():
         for split in about["splits"]:
             texts = [f"first {split} <cats/>", f"second {split} <cats/>"]
-            frame = pd.DataFrame({about["text"]: texts, about["label"]: HUB_LABELS[name]})
+            frame = pd.DataFrame({about["text"]: texts, about["label"]: HUB_LABELS[name][0]})
             frame["edit"] = "dogs"
             if name == "hate_speech18":
                 frame.loc[2] = ["a relation", 2, ""]
@@ -128,24 +130,21 @@ def made(copies, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name, labels",
-    [
-        ("sst2", {'a "fine" film': 1, "a dull film": 0, "so-so": 0}),
-        ("cola", {"He left.": 1, "Left he has.": 0, "She left.": 1}),
-        ("senteval_tree_depth", {"One tree_depth .": 1, "Two .": 0, "Three .": 0}),
-        ("concreteness", {"roadsweeper": 0.9625, "idea": 0.125}),
-        ("ethics", {"I fed the cat, twice.": 0, "I kicked the cat.": 1}),
-        ("amazon_polarity", {"first test <cats/>": 0, "second test <cats/>": 1}),
-        ("app_reviews", {"first train <cats/>": 0.0, "second train <cats/>": 1.0}),
-        ("humor", {"first train <cats/>": 1, "second train <cats/>": 0}),
-        ("dutch_social", {"first train <cats/>": 0.0, "second train <cats/>": 1.0}),
-        ("hate_speech18", {"first train <cats/>": 0, "second train <cats/>": 1}),
-        ("tweets_hate_speech", {"first train <cats/>": 0, "second train <cats/>": 1}),
-    ],
-)
-def test_texts_and_labels(made, name, labels):
-    assert read(made, name)[1] == labels
+def test_texts_and_labels(made):
+    expected = {
+        "sst2": {'a "fine" film': 1, "a dull film": 0, "so-so": 0},
+        "cola": {"He left.": 1, "Left he has.": 0, "She left.": 1},
+        "senteval_tree_depth": {"One tree_depth .": 1, "Two .": 0, "Three .": 0},
+        "concreteness": {"roadsweeper": 0.9625, "idea": 0.125},
+        "ethics": {"I fed the cat, twice.": 0, "I kicked the cat.": 1},
+    }
+    for name, (_, labels) in HUB_LABELS.items():
+        noun = "dogs" if name == "humicroedit" else "<cats/>"  # the funny word is put in
+        expected[name] = {}
+        for split, place in product(HUB[name]["splits"], (0, 1)):
+            expected[name][f"{['first', 'second'][place]} {split} {noun}"] = labels[place]
+    for name, labels in expected.items():
+        assert read(made, name)[1] == labels, name
 
 
 def test_what_the_files_say_about_themselves(made):
@@ -161,18 +160,11 @@ def test_what_the_files_say_about_themselves(made):
     assert read(made, "dutch_social")[0]["language"] == "Nl"
     assert read(made, "ethics")[0]["size"] == 4  # the short ones of both files
     assert not list(made.glob("**/evil*"))
-    truth = read(made, "liar")[1]
-    assert truth["first test <cats/>"] == 0.0 and truth["second validation <cats/>"] == 1.0
-    assert read(made, "humicroedit")[1]["second train dogs"] == 0.5
 
 
 def test_minimal_pairs_stay_together(made):
     content, labels = read(made, "blimp_agr")
-    assert labels == {"Cats 1 sleep.": 1, "Cats 1 sleeps.": 0} | {
-        "Cats 2 sleep.": 1,
-        "Cats 2 sleeps.": 0,
-    }
-    assert content["topic"] == "subject verb"
+    assert content["topic"] == "subject verb" and labels["Cats 1 sleep."] == 1
     groups = dict(zip(content["data"]["sentences"].values(), content["data"]["groups"].values()))
     assert groups["Cats 1 sleep."] == groups["Cats 1 sleeps."] != groups["Cats 2 sleep."]
 
@@ -218,18 +210,10 @@ def test_a_missing_set_stops_no_other(copies, tmp_path):
     assert "published file has 9,594" in said and read(tmp_path / "out", "cola")
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (["sets=nosuch"], ["nosuch", "blimp"]),
-        (["root=nosuch"], ["root=nosuch", "SST-2.zip"]),
-        (["-data_save_path"], ["-data_save_path", "folder"]),
-    ],
-)
-def test_bad_options(options, words):
-    said = script(*options, status=2)
-    for word in words:
-        assert word in said
+def test_bad_options():
+    assert "'nosuch', only grammar" in script("sets=nosuch", status=2)
+    assert "root=nosuch is no folder" in script("root=nosuch", status=2)
+    assert "wants a folder" in script("-data_save_path", status=2)
 
 
 def test_the_folder_in_every_spelling():

@@ -59,9 +59,7 @@ class Config:
             if name not in SETS:
                 raise InputError(f"sets: there is no '{name}', only {', '.join(SETS)}")
         if self.root and not Path(self.root).is_dir():
-            raise InputError(
-                f"root={self.root} is no folder: give that of SST-2.zip, ethics.tar ..."
-            )
+            raise InputError(f"root={self.root} is no folder: give that of SST-2.zip, ethics.tar")
 
 
 @dataclass
@@ -137,15 +135,13 @@ def draw(frame, n, seed):
 
     Groups stay together.
     """
-    groups = frame.group if "group" in frame else range(len(frame))
-    groups = list(map(str, groups))
+    groups = frame.group if "group" in frame else pd.Series(range(len(frame)), frame.index)
+    groups = groups.astype(str)
     order = sorted(set(groups))
     random.Random(seed).shuffle(order)
-    place = dict(zip(order, range(len(order))))
-    frame = frame.assign(place=list(map(place.get, groups))).sort_values("place", kind="stable")
-    rows_until = frame.groupby("place").size().cumsum()  # the end of each group included
-    kept = frame.place.map(rows_until) <= (n or len(frame))
-    return frame[kept].drop(columns="place").reset_index(drop=True)
+    place = groups.map({group: i for i, group in enumerate(order)}).sort_values(kind="stable")
+    until = place.map(place.value_counts().sort_index().cumsum())  # rows, this group included
+    return frame.loc[place.index[until <= (n or len(frame))]].reset_index(drop=True)
 
 
 # ---- files
@@ -174,9 +170,7 @@ def take(root, archive, name):
 
 
 def missing(root, files):
-    return InputError(
-        f"{root} has no {files}: give root= the folder that does, or leave this set out of sets="
-    )
+    return InputError(f"{root} has no {files}: give root= the folder that does, or leave it out")
 
 
 def read_rows(raw, name, columns, header=True, **dialect):
@@ -272,7 +266,15 @@ def grammar(root):
 
 def in_splits(parts):
     """One frame of {split: frame}."""
-    return pd.concat([frame.assign(split=split) for split, frame in parts.items()])
+    frames = [frame.assign(split=split) for split, frame in parts.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def binary(file, parts, names, *about):
+    """The Table of {split: frame} whose labels are 0 and 1."""
+    frame = in_splits(parts)
+    frame["label"] = frame.label.replace({"0": names[0], "1": names[1]})
+    return Table(file, frame[["text", "label", "split"]], *about, names)
 
 
 def sst2(root):
@@ -280,31 +282,25 @@ def sst2(root):
     parts = {}
     for split, file in {"train": "train", "test": "dev"}.items():
         raw = take(root, "SST-2.zip", f"SST-2/{file}.tsv")
-        parts[split] = read_rows(raw, f"SST-2/{file}.tsv", ["sentence", "label"])
-    frame = in_splits(parts).rename(columns={"sentence": "text"})
-    names = ["Negative", "Positive"]
-    frame["label"] = frame.label.replace(dict(zip("01", names)))
-    yield Table("sst2.json", frame, "SST-2", "https://gluebenchmark.com", "Sentiment", names)
+        frame = read_rows(raw, f"SST-2/{file}.tsv", ["sentence", "label"])
+        parts[split] = frame.rename(columns={"sentence": "text"})
+    about = ("SST-2", "https://gluebenchmark.com", "Sentiment")
+    yield binary("sst2.json", parts, ["Negative", "Positive"], *about)
 
 
 def cola(root):
     """Warstadt et al. 2019, in GLUE's form or as its makers publish it (in two dev parts)."""
-    columns = ["source", "label", "mark", "text"]
+    files = {"train": ["CoLA/train.tsv"], "test": ["CoLA/dev.tsv"]}
     if (root / "in_domain_train.tsv").is_file():
         files = {"train": ["in_domain_train.tsv"]}
         files["test"] = ["in_domain_dev.tsv", "out_of_domain_dev.tsv"]
-    else:
-        files = {"train": ["CoLA/train.tsv"], "test": ["CoLA/dev.tsv"]}
     parts = {}
     for split, names in files.items():
         raw = b"".join(take(root, "CoLA.zip", name) for name in names)
+        columns = ["source", "label", "mark", "text"]
         parts[split] = read_rows(raw, names[0], columns, header=False)
-    names = ["Unacceptable", "Acceptable"]
-    frame = in_splits(parts)[["text", "label", "split"]]
-    frame["label"] = frame.label.replace(dict(zip("01", names)))
-    yield Table(
-        "cola.json", frame, "CoLA", "https://nyu-mll.github.io/CoLA", "Acceptability", names
-    )
+    about = ("CoLA", "https://nyu-mll.github.io/CoLA", "Acceptability")
+    yield binary("cola.json", parts, ["Unacceptable", "Acceptable"], *about)
 
 
 SENTEVAL = """
@@ -317,20 +313,17 @@ def senteval(root):
     """Conneau et al. 2018: split, label and text by tabs, ten files."""
     for task in SENTEVAL:
         path = root / f"{task}.txt"
-        for folder in (root / "probing", root / "data/probing"):
-            if (folder / f"{task}.txt").is_file():
-                path = folder / f"{task}.txt"
+        if not path.is_file():
+            path = root / "data/probing" / f"{task}.txt"
         if not path.is_file():
             raise missing(root, f"{task}.txt (nor data/probing/{task}.txt)")
         frame = read_rows(path.read_bytes(), path, ["split", "label", "text"], header=False)
         frame["split"] = frame.split.map({"tr": "train", "va": "val", "te": "test"})
         if frame.split.isna().any():
             raise InputError(f"{path}: a line begins with none of tr, va, te")
-        labels = sorted(frame.label.unique())
-        kind = "Nominal"
-        if all(label.isdigit() for label in labels):
-            labels.sort(key=int)
-            kind = "Ordinal"
+        numbers = frame.label.str.isdigit().all()
+        labels = sorted(frame.label.unique(), key=int if numbers else str)
+        kind = "Ordinal" if numbers else "Nominal"
         link = "https://github.com/facebookresearch/SentEval"
         about = (f"SentEval {task}", link, task.replace("_", " "))
         yield Table(f"senteval_{task}.json", frame, *about, labels, type=kind)
@@ -393,13 +386,11 @@ def ethics(root):
         name = f"ethics/commonsense/cm_{split}.csv"
         comma = {"delimiter": ",", "quoting": csv.QUOTE_MINIMAL}
         raw = take(root, "ethics.tar", name)
-        parts[split] = read_rows(raw, name, ["label", "input", "is_short"], **comma)
-    frame = in_splits(parts)
-    frame = frame[frame.is_short == "True"].rename(columns={"input": "text"})
-    names = ["Normative", "Non-normative"]
-    frame["label"] = frame.label.replace(dict(zip("01", names)))
+        frame = read_rows(raw, name, ["label", "input", "is_short"], **comma)
+        parts[split] = frame[frame.is_short == "True"].rename(columns={"input": "text"})
     link = "https://people.eecs.berkeley.edu/~hendrycks/ethics.tar"
-    yield Table("ethics.json", frame, "ETHICS Commonsense", link, "Normativity", names)
+    about = ("ETHICS Commonsense", link, "Normativity")
+    yield binary("ethics.json", parts, ["Normative", "Non-normative"], *about)
 
 
 HUB = read_yaml((HERE / "hub.yaml").read_text())
@@ -591,8 +582,8 @@ def main(config):
         write_yaml(note, sources)
     if failed:
         raise InputError(
-            f"{', '.join(failed)} could not be had (the lines above say why): go where there is "
-            f"network, or give root= a folder with copies; what could be had is in {folder}"
+            f"{', '.join(failed)} could not be had (the lines above say why): give root= a folder "
+            f"with copies; what could be had is in {folder}"
         )
     print(f"{folder}: dataset=FILE.json of probe.py")
 
