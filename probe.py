@@ -270,11 +270,11 @@ def token_at(lengths, quantile):
 
 
 def pool_tokens(x, real, pooling):
-    """x (B, L, T, H) pooled over its real (B, T) tokens, pads on either side: (B, L, H)."""
+    """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H)."""
     if pooling in REDUCE:
-        return REDUCE[pooling](x, real[:, None, :, None])
+        return REDUCE[pooling](x, real[:, :, None])
     first = real.int().argmax(1)
-    return x[torch.arange(len(x)), :, first + token_at(real.sum(1), float(pooling))]
+    return x[torch.arange(len(x)), first + token_at(real.sum(1), float(pooling))]
 
 
 @dataclass
@@ -350,11 +350,14 @@ class PoolToken:
         """Rows (R, H') and the text of each (R,), from {'hidden_states', 'attention_mask'}."""
         real = torch.as_tensor(outputs["attention_mask"]).bool()
         states = outputs["hidden_states"]
-        x = torch.stack([states[layer].float() for layer in self.layers(len(states) - 1)], 1)
-        if not self.cacheable:
-            return self._combine(x, real)
-        parts = [pool_tokens(x, real, pooling) for pooling in self.poolings]
-        return self._combine(torch.stack(parts, 2), self._unequal(real.sum(1)))
+        layers = []
+        for layer in self.layers(len(states) - 1):
+            x = states[layer].float()
+            if self.cacheable:
+                x = torch.stack([pool_tokens(x, real, pooling) for pooling in self.poolings], 1)
+            layers.append(x)
+        keep = self._unequal(real.sum(1)) if self.cacheable else real
+        return self._combine(torch.stack(layers, 1), keep)
 
     def from_states(self, states):
         """The same from cached States: X (R, H') and index (R,), as arrays."""
@@ -463,9 +466,8 @@ def pool_batch(model, rows, layers, poolings):
     pooled = torch.empty(len(poolings), len(rows), len(layers), model.width)
 
     def take(layer, state):
-        x = state[:, None].float()
         for number, pooling in enumerate(poolings):
-            pooled[number, :, layers.index(layer)] = pool_tokens(x, mask, pooling)[:, 0]
+            pooled[number, :, layers.index(layer)] = pool_tokens(state.float(), mask, pooling)
 
     model.run(ids, real, layers, take)
     return pooled.numpy()
@@ -552,7 +554,6 @@ class SingleStepOpt:
 
     name = ""
     discrete_targets = True
-    classifier = None
     grid = {}
 
     def fit(self, X, y):
@@ -746,38 +747,6 @@ def make_task(dataset, config):
             folds[rows] = fold
         task.folds.append(folds)
     return task
-
-
-@dataclass
-class Outcome:
-    """One outer fold: the rows to choose on, the rows of the test, and their scores at G sites."""
-
-    choose: np.ndarray
-    test: np.ndarray
-    chosen: np.ndarray  # (G, rows), or (G, rows, C) of several classes or columns
-    tested: np.ndarray
-    n_train: int
-
-
-def fit_fold(probe, X, task, folds, outer):
-    """The Outcome of one outer fold; the next one is to choose on, the others are learnt from."""
-    inner = (outer + 1) % (folds.max() + 1)
-    fit = np.flatnonzero(task.learn & (folds != outer) & (folds != inner))
-    choose = np.flatnonzero(task.learn & (folds == inner))
-    test = np.flatnonzero(task.judge & (folds == outer))
-    n_train = len(fit) + len(choose)
-    torch.manual_seed(key_seed(task.seed, outer))
-    model = None if probe in CLOSED else build(probe, X.size(-1), task)
-    if model is None:
-        scores = fit_closed(probe, X, task, fit, choose, test)
-    elif isinstance(model, MultiStepOpt):
-        scores = fit_torch(model, X, task, fit, choose, test)
-        n_train = len(fit)
-    else:
-        scores = fit_sklearn(probe, X, task, fit, choose, test)
-    if scores.shape[2] == 1:
-        scores = scores[:, :, 0]
-    return Outcome(choose, test, *np.split(scores, [len(choose)], 1), n_train)
 
 
 def fit_closed(probe, X, task, fit, choose, test):
@@ -1051,42 +1020,60 @@ def measure(sites, probe, task):
     first = 0
     for X, index in sites.batches():
         part = task.take(index)
-        n_folds = part.folds[0].max() + 1
+        n = len(np.unique(index[part.judge]))
         texts_per_row = len(np.unique(index)) / len(index)
-        for repetition, fold in product(range(len(part.folds)), range(n_folds)):
-            outcome = fit_fold(probe, X, part, part.folds[repetition], fold)
-            about = {"repetition": repetition, "fold": fold}
-            about["n"] = len(np.unique(index[part.judge]))
-            about["n_train"] = outcome.n_train * texts_per_row
-            about["ratio"] = part.learn.sum() / n_folds / outcome.n_train
-            for name, value in chance_measures(part, outcome.test).items():
-                about[f"chance {name}"] = value
-            for g in range(len(X)):
-                about["site"] = first + g
-                rows.append({**about, **judge(part, outcome, g)})
-                score = outcome.tested[g].argmax(1) if task.kind == "multi" else outcome.tested[g]
-                if repetition == 0 and score.ndim == 1:
-                    texts = {"index": index[outcome.test], "y": part.y[outcome.test]}
-                    texts |= {"score": score, "site": first + g, "fold": fold}
-                    scores.append(pd.DataFrame(texts))
+        for repetition, folds in enumerate(part.folds):
+            for fold in range(folds.max() + 1):
+                measured, test, tested = measure_fold(probe, X, part, folds, fold)
+                for g, row in enumerate(measured):
+                    row |= {"repetition": repetition, "site": first + g, "n": n}
+                    row["n_train"] *= texts_per_row
+                    score = tested[g].argmax(1) if task.kind == "multi" else tested[g]
+                    if repetition == 0 and score.ndim == 1:
+                        texts = {"index": index[test], "y": part.y[test], "score": score}
+                        scores.append(pd.DataFrame({**texts, "site": first + g, "fold": fold}))
+                rows += measured
         first += len(X)
     return pd.DataFrame(rows), pd.concat(scores) if scores else None
 
 
-def judge(task, outcome, g):
-    """Measures of site g in one fold; thresholds are found on the rows to choose on.
+def measure_fold(probe, X, task, folds, outer):
+    """Measures of each of G sites in one outer fold, the rows of its test, and their scores.
 
-    `validation` is the primary measure on those rows, `threshold` that of accuracy.
+    The next fold is to choose on, the others are learnt from. `validation` is the primary measure
+    of the rows to choose on, which give the thresholds. Scores are (G, n), or (G, n, C).
     """
-    chosen, tested = outcome.chosen[g], outcome.tested[g]
-    y_choose = task.y[outcome.choose]
-    thresholds = {"accuracy": np.nan}
-    if task.kind == "binary":
-        thresholds = best_thresholds(y_choose, chosen)
-    measures = evaluator(task.y[outcome.test], tested, task.kind, thresholds)
-    measures["validation"] = primary_measure(y_choose, chosen, task.kind, thresholds)
-    measures["threshold"] = thresholds["accuracy"]
-    return measures
+    n_folds = folds.max() + 1
+    inner = (outer + 1) % n_folds
+    fit = np.flatnonzero(task.learn & (folds != outer) & (folds != inner))
+    choose = np.flatnonzero(task.learn & (folds == inner))
+    test = np.flatnonzero(task.judge & (folds == outer))
+    n_train = len(fit) + len(choose)
+    torch.manual_seed(key_seed(task.seed, outer))
+    model = None if probe in CLOSED else build(probe, X.size(-1), task)
+    if model is None:
+        scores = fit_closed(probe, X, task, fit, choose, test)
+    elif isinstance(model, MultiStepOpt):
+        scores = fit_torch(model, X, task, fit, choose, test)
+        n_train = len(fit)
+    else:
+        scores = fit_sklearn(probe, X, task, fit, choose, test)
+    if scores.shape[2] == 1:
+        scores = scores[:, :, 0]
+    chosen, tested = np.split(scores, [len(choose)], 1)
+    about = {"fold": outer, "n_train": n_train, "ratio": task.learn.sum() / n_folds / n_train}
+    for name, value in chance_measures(task, test).items():
+        about[f"chance {name}"] = value
+    rows = []
+    for g in range(len(X)):
+        thresholds = {"accuracy": np.nan}
+        if task.kind == "binary":
+            thresholds = best_thresholds(task.y[choose], chosen[g])
+        row = {**about, **evaluator(task.y[test], tested[g], task.kind, thresholds)}
+        row["validation"] = primary_measure(task.y[choose], chosen[g], task.kind, thresholds)
+        row["threshold"] = thresholds["accuracy"]
+        rows.append(row)
+    return rows, test, tested
 
 
 def statistics(folds, metric):
@@ -1335,13 +1322,10 @@ def hash_content(run, lms, datasets):
 
 
 def all_poolers(config, model):
-    """Each layer x each quantile, then the ones written out; of equal ones the first."""
+    """Each layer x each quantile, then the ones written out; of equal ones one."""
     poolers = [PoolToken(*site) for site in product(model.layers(config.layers), config.quantiles)]
     poolers += [PoolToken(**options) for options in config.poolers]
-    unequal = {}
-    for pooler in poolers:
-        unequal.setdefault(str(pooler.label(model.n_layer)), pooler)
-    return list(unequal.values())
+    return list({str(pooler.label(model.n_layer)): pooler for pooler in poolers}.values())
 
 
 def usable_probes(run, dataset, probes):
