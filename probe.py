@@ -660,7 +660,7 @@ PROBES = {
     "DoubleLayer": DoubleLayer,
     "GatedLayer": GatedLayer,
     "AttentionPool": AttentionPool,
-    "QDA": sklearn_probe(QuadraticDiscriminantAnalysis(reg_param=0.1)),
+    "QDA": sklearn_probe(QuadraticDiscriminantAnalysis(solver="eigen", shrinkage=0.1)),
     "NaiveBayes": sklearn_probe(GaussianNB()),
     "NearestCentroid": sklearn_probe(NearestCentroid()),
     "RandomForest": sklearn_probe(RandomForestClassifier(200, random_state=0)),
@@ -953,29 +953,30 @@ def online_code(X, y, groups, n_classes, seed):
 
 # ---- the sweep
 
-
 NO_SITE = dict.fromkeys(("layer", "quantile", "layer_method", "quantile_method"), "")
 
 
-class AllTokens(PoolToken):
-    """Every token of a layer, for probes that pool tokens themselves."""
-
-    def label(self, n_layer):
-        return {**super().label(n_layer), "quantile": "attention", "quantile_method": ""}
-
-
 class Sites:
-    """Where one model is read on one dataset: a site for each pooler."""
+    """Where one model is read on one dataset: a site for each pooler.
+
+    Without poolers it is every token of each layer, for probes that pool tokens themselves.
+    """
 
     def __init__(self, model, dataset, poolers, config):
         self.model = model
         self.dataset = dataset
+        self.all_tokens = not poolers
         self.poolers = poolers
-        self.labels = [pooler.label(model.n_layer) for pooler in poolers]
+        if self.all_tokens:
+            layers = model.layers(config.layers)
+            self.poolers = [PoolToken(layer, "all", None, "concat") for layer in layers]
+        self.labels = [pooler.label(model.n_layer) for pooler in self.poolers]
+        for label in self.labels if self.all_tokens else ():
+            label |= {"quantile": "attention", "quantile_method": ""}
         self.states = None
         layers = set()
         poolings = set()
-        for pooler in poolers:
+        for pooler in self.poolers:
             if pooler.cacheable:
                 layers.update(pooler.layers(model.n_layer))
                 poolings.update(pooler.poolings)
@@ -984,10 +985,10 @@ class Sites:
             self.states = pooled_states(model, dataset.texts, sorted(layers), poolings, *args)
 
     def vectors(self, pooler):
-        """X (N', H), of AllTokens (N, T, H) with NaN for pads, and the text (N',) of each row."""
+        """X (N', H), of all tokens (N, T, H) with NaN for pads, and the text (N',) of each row."""
         X, _ = self.dataset.load_embeds_into_memory(self.model, pooler, self.states)
         index = self.dataset.index
-        if not isinstance(pooler, AllTokens):
+        if not self.all_tokens:
             return X, index
         place = pd.Series(index).groupby(index).cumcount().to_numpy()
         tokens = np.full((index[-1] + 1, place.max() + 1, X.shape[1]), np.nan, np.float32)
@@ -1093,28 +1094,28 @@ def statistics(folds, metric):
     return {**row, "n_train": round(folds.n_train.mean()), "p": scipy.stats.t.cdf(chance, **t)}
 
 
-def write_rows(run, folds, labels, keys):
-    """A row of each measure for each site; p is corrected over sites, and no baseline has one.
+def chosen_by_validation(folds):
+    """Of each fold, the site that its rows to choose on like best."""
+    return folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
 
-    Returned is a row more, of the primary measure at the site that each fold's validation likes
-    best.
+
+def write_rows(run, folds, labels, keys):
+    """A row of each measure for each site; of the primary one, also for the site that is chosen.
+
+    p is corrected over all sites, and tests nothing for a baseline.
     """
-    chosen = None
-    best = folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
     for metric in folds.filter(like="chance ").columns.str.removeprefix("chance "):
         rows = [statistics(part, metric) for _, part in folds.groupby("site")]
         for row, label, p in zip(rows, labels, holm([row["p"] for row in rows])):
             row |= {**label, "p_holm": p}
-        if metric in PRIMARY.values():
-            chosen = statistics(best, metric)
-            chosen |= {**NO_SITE, "layer": "best", "quantile": "best", "p_holm": chosen["p"]}
-            if len(rows) > 1:
-                rows.append(chosen)
+        if metric in PRIMARY.values() and len(labels) > 1:
+            best = statistics(chosen_by_validation(folds), metric)
+            rows.append({**best, **NO_SITE, "layer": "best", "quantile": "best"})
+            rows[-1]["p_holm"] = best["p"]
         for row in rows:
             if keys["baseline"] or metric == "mse":
                 row |= {"p": None, "p_holm": None}
             run.result(**row, **keys)
-    return chosen
 
 
 def sites_of(model, dataset, poolers, config):
@@ -1123,7 +1124,7 @@ def sites_of(model, dataset, poolers, config):
     if "random_init" in config.baselines:
         twin = model.random_twin(key_seed(config.seed, "random twin"))
         sites["random_init"] = Sites(twin, dataset, poolers, config)
-    if "layer0" in config.baselines and not isinstance(poolers[0], AllTokens):
+    if "layer0" in config.baselines and poolers:
         sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
     return sites
 
@@ -1141,11 +1142,7 @@ def probe_pair(run, model, dataset, probes, finished):
         keep_projections(run, pooled[""])
     for probe in todo:
         keys["probe"] = name_of(probe)
-        sites = pooled
-        if reads_tokens(probe):
-            layers = model.layers(config.layers)
-            tokens = [AllTokens(layer, "all", None, "concat") for layer in layers]
-            sites = sites_of(model, dataset, tokens, config)
+        sites = sites_of(model, dataset, None, config) if reads_tokens(probe) else pooled
         folds = measure_baselines(run, sites, probe, keys)
         if probe == probes[0]:
             if "control" in config.baselines:
@@ -1160,13 +1157,16 @@ def measure_baselines(run, sites, probe, keys):
     """Rows of the model, its random twin and its bag of embeddings; the folds of the model."""
     words = []
     for baseline, part in sites.items():
-        folds, scores = measure(part, probe, part.dataset.task)
-        best = write_rows(run, folds, part.labels, {**keys, "baseline": baseline})
-        interval = "{score:.3f} [{low:.3f}, {high:.3f}]".format(**best)
-        words.append(f"{baseline or keys['probe']} {interval}")
+        task = part.dataset.task
+        folds, scores = measure(part, probe, task)
+        write_rows(run, folds, part.labels, {**keys, "baseline": baseline})
+        best = chosen_by_validation(folds)
+        row = statistics(best, PRIMARY[task.kind])
+        row |= {"name": baseline or keys["probe"], **part.labels[best.site.mode()[0]]}
+        words.append("{name} {score:.3f} [{low:.3f}, {high:.3f}] (layer {layer})".format(**row))
         if not baseline:
             real = folds
-            words.append("chance {chance:.3f} ({metric}, n = {n})".format(**best))
+            words.append("chance {chance:.3f} ({metric}, n = {n})".format(**row))
             keep_for_app(run, part, keys["probe"], folds, scores)
     run.print(f"{keys['model']} {keys['dataset']}, layer by validation: {', '.join(words)}")
     return real
@@ -1248,7 +1248,7 @@ def keep_for_app(run, sites, name, folds, scores):
     logs = {}
     for site, pooler in enumerate(sites.poolers):
         part = folds[folds.site == site]
-        about = {"model": names[0], "classifier": name, "attention": isinstance(pooler, AllTokens)}
+        about = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
         for key in NO_SITE:
             about[key] = getattr(pooler, key)
         data = {title: part[key].tolist() for key, title in columns.items() if key in part}
