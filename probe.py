@@ -1376,8 +1376,9 @@ def plot_layers(out, table):
         panels = list(rows.groupby("dataset", sort=False))
         n_columns = min(len(panels), 3)
         n_rows = -(-len(panels) // n_columns)
-        options = {"figsize": (3.6 * n_columns, 2.8 * n_rows + 0.9), "layout": "constrained"}
-        figure, axes = plt.subplots(n_rows, n_columns, squeeze=False, **options)
+        size = (max(3.6 * n_columns, 7.2), 2.8 * n_rows + 0.9)
+        options = {"figsize": size, "squeeze": False, "layout": "constrained"}
+        figure, axes = plt.subplots(n_rows, n_columns, **options)
         for ax in axes.flat[len(panels) :]:
             ax.remove()
         for ax, (dataset, part) in zip(axes.flat, panels):
