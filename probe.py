@@ -124,6 +124,8 @@ class Config:
         check_keys(self.baselines, BASELINES, "baselines")
         if self.n_folds < 3:
             raise InputError(f"n_folds={self.n_folds}: to test, to choose and to learn takes three")
+        if not self.quantiles and not self.poolers:
+            raise InputError("quantiles and poolers are empty: give one of them")
         for quantile in self.quantiles:
             PoolToken(0, quantile)
         for pooler in self.poolers:
@@ -965,15 +967,17 @@ class Sites:
     def __init__(self, model, dataset, poolers, config):
         self.model = model
         self.dataset = dataset
-        self.all_tokens = not poolers
         self.poolers = poolers
+        self.states = None
+        self.all_tokens = poolers is None
         if self.all_tokens:
             layers = model.layers(config.layers)
             self.poolers = [PoolToken(layer, "all", None, "concat") for layer in layers]
-        self.labels = [pooler.label(model.n_layer) for pooler in self.poolers]
-        for label in self.labels if self.all_tokens else ():
-            label |= {"quantile": "attention", "quantile_method": ""}
-        self.states = None
+        self.labels = []
+        for pooler in self.poolers:
+            self.labels.append(pooler.label(model.n_layer))
+            if self.all_tokens:
+                self.labels[-1] |= {"quantile": "attention", "quantile_method": ""}
         layers = set()
         poolings = set()
         for pooler in self.poolers:
@@ -1124,7 +1128,7 @@ def sites_of(model, dataset, poolers, config):
     if "random_init" in config.baselines:
         twin = model.random_twin(key_seed(config.seed, "random twin"))
         sites["random_init"] = Sites(twin, dataset, poolers, config)
-    if "layer0" in config.baselines and poolers:
+    if "layer0" in config.baselines and poolers is not None:
         sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
     return sites
 
