@@ -71,16 +71,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 GRAMMAR = ["tense", "subj_number", "depth", "bigram_shift", "coord_inversion", "odd_man_out"]
 BASELINES = ["layer0", "random_init", "control", "compression"]
-# a fold may lack a class, and an answer be constant
-for lacks in (
-    "The least pop",
-    "y_pred cont",
-    "No (posi|nega)tive",
-    "F-score",
-    "A single",
-    "An input",
-):
-    warnings.filterwarnings("ignore", lacks)
+LACKS = (
+    "The least populated|y_pred contains|No (posi|nega)tive|F-score|A single label|An input array"
+)
+warnings.filterwarnings("ignore", LACKS)  # a fold may lack a class, an answer may be constant
 
 
 def default(*values):
@@ -1240,8 +1234,9 @@ def measure_sizes(run, sites, probe, keys):
 def slug(*names, label=None):
     """One file name out of several, and of a site's layer and quantile with their methods."""
     names = list(names)
-    for what in ("layer", "quantile") if label else ():
-        names.append("-".join(filter(None, [label[what], label[f"{what}_method"]])))
+    if label:
+        for what in ("layer", "quantile"):
+            names.append("-".join(filter(None, [label[what], label[f"{what}_method"]])))
     return "__".join(names).replace("/", "-")
 
 

@@ -383,16 +383,10 @@ def decision_tab(run, path, note):
         high = low + 1.0
     if not np.isfinite(start):
         start = (low + high) / 2
-    threshold = st.slider(
-        "Threshold (the probe's own was found on its validation texts)",
-        low,
-        high,
-        min(max(start, low), high),
-        step=(high - low) / 500,
-        format="%.3f",
-        key="threshold",
-        bind="query-params",
-    )
+    start = min(max(start, low), high)
+    label = "Threshold (the probe's own was found on its validation texts)"
+    options = {"step": (high - low) / 500, "format": "%.3f", "bind": "query-params"}
+    threshold = st.slider(label, low, high, start, key="threshold", **options)
     y = table.y
     predicted = (table.score >= threshold).astype(int)
     tpr = metrics.recall_score(y, predicted)
