@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.signal
 
 from data import InputError, read_table
 from data.recording import Recording
@@ -72,6 +73,34 @@ class Montage:
                 windows = person.mixing @ windows
             parts.append(windows)
         return np.concatenate(parts, axis=1)
+
+    def pieces(self, first, width, size=256):
+        """samples() of a few events at a time."""
+        for begin in range(0, first.shape[1], size):
+            yield self.samples(first[:, begin : begin + size], width)
+
+    def bins(self, first, width, n_bins):
+        """(events, electrodes, bins) float32: means over the parts of windows, as samples()."""
+        edges = np.round(np.linspace(0, width, n_bins + 1)).astype(int)
+        sizes = np.diff(edges).astype(np.float32)
+        pieces = self.pieces(first, width)
+        return np.concatenate([np.add.reduceat(x, edges[:-1], axis=2) / sizes for x in pieces])
+
+    def spectra(self, first, width, segment, highest):
+        """(events, electrodes * frequencies, segments) float32: log power of windows.
+
+        segment: s of a Hann window, half overlapping; highest: Hz, from the first above 0 on.
+        """
+        size = max(4, min(width, round(segment * self.sfreq)))
+        parts = []
+        for x in self.pieces(first, width):
+            f, _, power = scipy.signal.spectrogram(x, self.sfreq, "hann", size, size // 2)
+            kept = (f > 0) & (f <= highest)
+            if not kept.any():
+                raise InputError(f"spectrum_max={highest:g} is below {f[1]:g} Hz, the lowest")
+            power = np.log(np.maximum(power[:, :, kept], np.finfo(np.float32).tiny))
+            parts.append(power.reshape(len(x), -1, power.shape[-1]).astype(np.float32))
+        return np.concatenate(parts)
 
     def bin_means(self, rows, offsets, edges):
         """(lags, events, electrodes, bins): lag_windows of everyone."""
