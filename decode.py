@@ -898,15 +898,15 @@ def with_intervals(measure, fold, n):
     95 % intervals: jackknife over ten stretches of the test words.
     """
     rows = np.arange(len(fold.test))
-    whole = measure(rows >= 0, fold.shifts)
-    values = pd.DataFrame(np.stack(list(whole.values())), list(whole)).rename(columns=str)
+    values = measure(rows >= 0, fold.shifts)
     parts = []
     for stretch in np.array_split(rows, min(10, len(rows))):
         parts.append(pd.DataFrame(measure(~np.isin(rows, stretch), NO_SHIFTS)))
     half = 1.96 * np.sqrt((len(parts) - 1) * pd.concat(parts).var(ddof=0))
-    score = values.pop("0")
+    table = pd.DataFrame(np.stack(list(values.values())), list(values)).rename(columns=str)
+    score, null = table["0"], table.iloc[:, 1:]
     columns = {"score": score, "low": score - half, "high": score + half, "n": n}
-    return pd.concat([pd.DataFrame(columns), values], axis=1)
+    return pd.concat([pd.DataFrame(columns), null], axis=1)
 
 
 def p_value(observed, null, lower=False):

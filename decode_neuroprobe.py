@@ -195,7 +195,7 @@ def make_folds(tables, first, config):
     columns = ["across"]
     if config.split == "within":
         columns = sorted(table.filter(like="within_"))
-    y = pd.concat(tables).label.to_numpy(np.int64)
+    y = np.array(pd.concat(tables).label, np.int64)
     folds = []
     for k, column in enumerate(columns):
         part = table[column].to_numpy()
