@@ -909,10 +909,10 @@ def with_intervals(measure, fold, n):
     return pd.concat([pd.DataFrame(columns), null], axis=1)
 
 
-def p_value(observed, null, lower=False):
-    """One-sided p of observed (...) under null (P, ...); NaN where either is not a number."""
+def p_value(observed, null):
+    """One-sided p of observed (...) under null (P, ...), NaN where either is not a number."""
     observed = np.asarray(observed)
-    as_good = (null <= observed) if lower else (null >= observed)
+    as_good = null >= observed - 1e-8 * np.abs(observed)  # ties count, whatever their rounding
     p = (1 + as_good.sum(axis=0)) / (len(null) + 1)
     return np.where(np.isfinite(observed) & np.isfinite(null).all(axis=0), p, np.nan)
 

@@ -82,9 +82,11 @@ class Montage:
     def bins(self, first, width, n_bins):
         """(events, electrodes, bins) float32: means over the parts of windows, as samples()."""
         edges = np.round(np.linspace(0, width, n_bins + 1)).astype(int)
-        sizes = np.diff(edges).astype(np.float32)
-        pieces = self.pieces(first, width)
-        return np.concatenate([np.add.reduceat(x, edges[:-1], axis=2) / sizes for x in pieces])
+        parts = []
+        for x in self.pieces(first, width):
+            sums = np.add.reduceat(x, edges[:-1], axis=2, dtype=np.float64)
+            parts.append((sums / np.diff(edges)).astype(np.float32))
+        return np.concatenate(parts)
 
     def spectra(self, first, width, segment, highest):
         """(events, electrodes * frequencies, segments) float32: log power of windows.
