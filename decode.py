@@ -1245,21 +1245,19 @@ def worth_of_pretraining(chosen, metric):
 def single_electrodes(run, config, experiment, lags):
     """Ridge on each electrode alone, at each fold's lag of `lags`: a job a fold."""
     target, windows = experiment.target, experiment.inputs[""]
-    todo = run.share(zip(experiment.folds, lags))
-    bar = run.progress(len(todo), desc="single electrodes, fold by fold")
-    for fold, lag in todo:
-        if not job_file(run, "electrodes", fold).exists():
-            X = torch.as_tensor(windows.at(experiment.rows, lag))
-            scores = {}
-            for i, electrode in enumerate(windows.montage.names):
-                x = X[:, i : i + 1]
-                decoder, _ = fit_decoder("ridge", {}, x, target, fold, config)
-                parts = predict(decoder, x[fold.test]), fold.test, target, fold, config
-                scores[electrode, PRIMARY[target.kind]] = primary_scores(*parts, fold.shifts)
-            scores = pd.DataFrame(scores).T.rename(columns={0: "score"})
-            write_aside(job_file(run, "electrodes", fold), scores.to_csv(float_format=DIGITS))
-        bar.update()
-    bar.close()
+    for fold, lag in run.share(zip(experiment.folds, lags)):
+        file = job_file(run, "electrodes", fold)
+        if file.exists():
+            continue
+        X = torch.as_tensor(windows.at(experiment.rows, lag))
+        scores = {}
+        for i, electrode in enumerate(windows.montage.names):
+            x = X[:, i : i + 1]
+            decoder, _ = fit_decoder("ridge", {}, x, target, fold, config)
+            parts = predict(decoder, x[fold.test]), fold.test, target, fold, config
+            scores[electrode, PRIMARY[target.kind]] = primary_scores(*parts, fold.shifts)
+        scores = pd.DataFrame(scores).T.rename(columns={0: "score"})
+        write_aside(file, scores.to_csv(float_format=DIGITS))
     run.barrier()
 
 
