@@ -1317,7 +1317,8 @@ def report(run, config, experiment):
     by_fold = intervals_of(scores.drop("val", level="metric"))
     write_results(run, by_fold.reset_index().astype({"n": int}), **keys)
     title = f"{podcast.source}: {keys['target']} from {len(experiment.montage.names)} electrodes"
-    planted = podcast.meta.get("planted", {}).get("lag_ms", np.nan)
+    key = "volume_lag_ms" if config.task == "volume" else "lag_ms"
+    planted = podcast.meta.get("planted", {}).get(key, np.nan)
     plot_lags(run.out / "lags.png", table, title, planted)
     if are_bins:
         electrodes = electrode_table(run, experiment)
@@ -1340,20 +1341,20 @@ PLOTTED += ["corr", "r2", "mse"]  # of numbers
 def plot_lags(path, table, title, planted):
     """lags.png: metrics over lag, the null's band, what is significant; controls are dotted."""
     metrics = [metric for metric in PLOTTED if metric in set(table.metric)]
+    colors = {model: f"C{i}" for i, model in enumerate(table.model.unique())}
     size = 4.4 * len(metrics), 4.2
     figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):
-        models = table[table.metric == metric].groupby("model", sort=False)
-        for i, (model, part) in enumerate(models):
-            color = f"C{i}"
+        for model, part in table[table.metric == metric].groupby("model", sort=False):
+            color = colors[model]
             if part.lag.isna().all():
                 axis.axhline(part.score.iloc[0], ls=":", color=color, label=model)
                 continue
-            if i == 0:
+            if color == "C0":
                 band = part.null_low, part.null_high
                 axis.fill_between(part.lag, *band, color="0.85", lw=0, label="95 % of shifts")
-            axis.plot(part.lag, part.score, color=color, label=model)
-            axis.fill_between(part.lag, part.low, part.high, color=color, alpha=0.2, lw=0)
+            bars = [part.score - part.low, part.high - part.score]
+            axis.errorbar(part.lag, part.score, bars, capsize=2, color=color, label=model)
             for column, marker, fill in (("q", "o", "w"), ("p_max", "s", color)):
                 passed = part[part[column] < FDR]
                 axis.plot(passed.lag, passed.score, marker, ms=5, color=color, mfc=fill)
