@@ -1289,7 +1289,7 @@ def say_results(run, config, table, summary, lags):
         f"{metric} at the lag that each fold's validation words chose, n = {table.n.iloc[0]:,}; "
         f"chance: shifted words; beyond it: family-wise {FDR:g}\n{closing.to_string(na_rep='')}"
     )
-    for _, part in of_metric.groupby("model"):
+    for _, part in of_metric[of_metric.lag.notna()].groupby("model"):
         say_few_shifts(run, part.p, part.q, config.n_shifts)
     controls = table[table.lag.isna() & table.metric.isin([metric, "top1"])]
     if len(controls):

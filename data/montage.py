@@ -74,19 +74,22 @@ class Montage:
             parts.append(windows)
         return np.concatenate(parts, axis=1)
 
-    def pieces(self, first, width, size=256):
-        """samples() of a few events at a time."""
-        for begin in range(0, first.shape[1], size):
-            yield self.samples(first[:, begin : begin + size], width)
-
     def bins(self, first, width, n_bins):
-        """(events, electrodes, bins) float32: means over the parts of windows, as samples()."""
+        """(events, electrodes, bins) float32: means over parts of the windows of samples()."""
         edges = np.round(np.linspace(0, width, n_bins + 1)).astype(int)
         parts = []
-        for x in self.pieces(first, width):
-            sums = np.add.reduceat(x, edges[:-1], axis=2, dtype=np.float64)
-            parts.append((sums / np.diff(edges)).astype(np.float32))
-        return np.concatenate(parts)
+        for person, begins in zip(self.people, first):
+            signal = person.recording.signal
+            sums = np.empty((len(begins), n_bins, signal.shape[1]))
+            for n, begin in enumerate(begins):
+                window = signal[begin : begin + width]
+                np.add.reduceat(window, edges[:-1], axis=0, dtype=np.float64, out=sums[n])
+            means = sums[:, :, person.channels] / np.diff(edges)[:, None]
+            means = means.transpose(0, 2, 1).astype(np.float32)
+            if person.mixing is not None:
+                means = person.mixing @ means
+            parts.append(means)
+        return np.concatenate(parts, axis=1)
 
     def spectra(self, first, width, segment, highest):
         """(events, electrodes * frequencies, segments) float32: log power of windows.
@@ -95,7 +98,8 @@ class Montage:
         """
         size = max(4, min(width, round(segment * self.sfreq)))
         parts = []
-        for x in self.pieces(first, width):
+        for begin in range(0, first.shape[1], 256):
+            x = self.samples(first[:, begin : begin + 256], width)
             f, _, power = scipy.signal.spectrogram(x, self.sfreq, "hann", size, size // 2)
             kept = (f > 0) & (f <= highest)
             if not kept.any():
