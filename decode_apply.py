@@ -37,8 +37,9 @@ def load_decoders(folder):
             f"apply={folder} holds no decoder in models/: give the out folder of a finished run "
             "with save_models=True"
         )
-    if any(state["config"] != states[0]["config"] for state in states):
-        raise InputError(f"apply={folder}: models/ holds decoders of runs with different options")
+    for state in states:
+        if state["config"] != states[0]["config"]:
+            raise InputError(f"apply={folder}: models/ holds decoders of runs with other options")
     return states
 
 
@@ -116,7 +117,7 @@ def apply_decoders(config):
     montage, events = same_electrodes(config.recording, states[0], trained.reference)
     n_events = len(events)
     events, scores = decode_events(states, montage, events, trained, run.out.parent / "cache")
-    table = events[[name for name in ("onset", "word", trained.word) if name in events]]
+    table = events.filter(list(dict.fromkeys(["onset", "word", trained.word])))
     if len(scores.columns) > 1:
         table = table.assign(best=scores.columns[scores.to_numpy().argmax(axis=1)])
     table = pd.concat([table, scores.add_prefix("score ")], axis=1)
