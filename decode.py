@@ -19,11 +19,12 @@ decode_encoding.py asks the reverse; decode_neuroprobe.py runs the Neuroprobe be
 Goldstein et al. 2022 (Nat Neurosci 25:369, the decoder); Zada et al. 2025 (Sci Data 12:1135).
 """
 
+import functools
 import hashlib
 import inspect
+import itertools
 import math
 import sys
-import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -32,27 +33,22 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import mne
 import numpy as np
 import pandas as pd
-import scipy.signal
-import scipy.special
-import scipy.stats
 import torch
 import torch.nn as nn
 import yaml
 from himalaya.ridge import solve_ridge_cv_svd, solve_ridge_svd
+from scipy import spatial, special, stats
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch.nn import functional as F
 
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 from convert import HiddenStates
-from data import aside, read_table, write_aside
+from data import aside, vectors, write_aside
 from data.montage import Montage, choose_electrodes
 from data.podcast import benchmark_yaml, registry
-from data.podcast.tasks import TASKS
-from data.recording import Recording, read_set
-from data.vectors import contextual_vectors, look_up, released_features, static_vectors
+from data.podcast.speech import TASKS, Podcast, Target, as_target, read_podcast
 from model import save_checkpoint
 
 
@@ -112,7 +108,9 @@ class Config:
     seed: int = 1337
     device: str = "auto"  # cuda, mps, cpu
 
-    POSITIVE = "bins spectrum_segment spectrum_max batch_size epochs learning_rate n_shifts"
+    POSITIVE = (
+        "lag_step bins spectrum_segment spectrum_max batch_size epochs learning_rate n_shifts"
+    )
     SIGNED = "max_lag window"
     RENAMED = {"direction": "decode_encoding.py or decode_neuroprobe.py"}
 
@@ -121,6 +119,8 @@ class Config:
         if len(self.embedding) != 1:
             raise InputError("embedding: decoding has one target; decode_encoding.py takes several")
         check_keys(self.controls, CONTROLS, "controls")
+        if self.untrained and self.preprocess != "foundation_model_preprocessing_fn":
+            raise InputError("untrained= needs preprocess=foundation_model_preprocessing_fn")
         if bool(self.apply) != bool(self.recording):
             raise InputError("apply= and recording= go together: the run folder, the recording")
 
@@ -143,122 +143,100 @@ def check_folds_and_lags(config):
 
 def all_lags(config):
     """Lags in ms, as numpy.arange has them: the end is left out."""
-    if config.lags or config.lag_step <= 0:
-        return list(config.lags)
-    return np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
+    return config.lags or np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
 
 
 def resolve(spec, known, option):
-    """What an option names: an entry of `known`, or my_file.py:name.
-
-    What lies beside that file can be imported by it, and so can podcast-benchmark's registry.
-    """
+    """What an option names: one of `known`, or my_file.py:name, which may import its neighbours."""
     spec = known.get(spec, spec)
     if not isinstance(spec, str):
         return spec
     if ":" not in spec:
         raise InputError(f"{option}={spec} is none of {', '.join(known)}, and no my_file.py:name")
-    for folder in (Path(spec.partition(":")[0]).resolve().parent, HERE / "data" / "podcast"):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
-    return load_function(spec, option)
+    sys.path += [str(Path(spec).resolve().parent), str(HERE / "data" / "podcast")]
+    return load_once(spec, option)
 
+
+load_once = functools.cache(load_function)  # code of a user's file names the run's jobs, once
 
 # ---- recordings and words
 
 
-@dataclass
-class Podcast:
-    """What was said and heard: words (DataFrame), recordings, and what figures call the data."""
-
-    folder: Path
-    meta: dict
-    words: pd.DataFrame
-    montage: Montage
-    source: str
-
-
 def load_podcast(run, config):
-    """The Podcast of dataset=, with the chosen people and electrodes. Raises InputError."""
-    folder = run.dataset(config.dataset)
-    meta = read_set(folder)
-    if "words" not in meta:
-        raise InputError(
-            f"{folder / 'meta.yaml'} names no words: decode.py reads sets of speech with a "
-            "transcript, as data/podcast/prepare.py makes them"
-        )
-    path = folder / meta["words"]
-    words = read_table(path, na_values={"start": [""], "end": [""]})
-    if config.word not in words:
-        raise InputError(f"word={config.word} is no column of {path}: {', '.join(words)}")
-    recordings = [Recording(folder / name) for name in meta["recordings"]]
-    chosen = choose_electrodes(recordings, config.subjects, config.channels, config.electrodes)
-    montage = Montage(chosen, config.reference)
+    """(Podcast, Montage) of dataset=, with the chosen people and electrodes. Raises InputError."""
+    podcast = read_podcast(run.dataset(config.dataset), config.dataset)
+    if config.word not in podcast.words:
+        raise InputError(f"word={config.word} is no column, only {', '.join(podcast.words)}")
+    names = config.subjects, config.channels, config.electrodes
+    montage = Montage(choose_electrodes(podcast.recordings, *names), config.reference)
     if montage.gaps:
         run.print(f"left out, since samples are missing (NaN): {', '.join(montage.gaps)}")
-    source = config.dataset
-    if meta["synthetic"] and "synthetic" not in source:
-        source += ", synthetic"
-    return Podcast(folder, meta, words, montage, source)
+    return podcast, montage
+
+
+PREPROCESSORS = {
+    "preprocess_neural_data": registry.preprocess_neural_data,
+    "foundation_model_preprocessing_fn": f"{FOUNDATION}:frozen_latents",
+    "foundation_model_input": f"{FOUNDATION}:EncoderInput",
+}
 
 
 class Windows:
-    """What decoders read of every event at any lag, as the options represent it.
+    """What decoders read of every word at a lag: bins, spectra, or what preprocess= makes.
 
-    preprocess= may name f(windows, preprocessor_params) -> array: the windows (words, electrodes,
-    samples) of one lag go in; the array's first dimension is still the words. Or, for encoders that
-    must see the whole recording, a function or class of three arguments, f(montage,
-    preprocessor_params, device) -> reader: reader(first, width) gives the array for windows of
-    `width` samples from rows `first` (people, words) on; reader.key names its weights,
-    reader.description is printed, and reader.model_params go to the decoder.
+    preprocess=my_file.py:f: f(windows (words, electrodes, samples), preprocessor_params) gives an
+    array whose first dimension is the words. Readers of decode_foundation.py see the whole
+    recording: reader(first, width), the same of windows from rows `first` on.
     """
 
     def __init__(self, montage, config, cache):
-        self.montage = montage
-        self.config = config
-        self.cache = cache
+        self.montage, self.config, self.cache = montage, config, cache
         self.width = round(config.window * montage.sfreq)
         self.function = self.reader = None
-        bins = config.bins
-        if config.preprocess:
+        n_bins = config.bins
+        if config.preprocess == "preprocess_neural_data":  # bins, counted in samples
+            step = config.preprocessor_params.get("num_average_samples", 32)
+            if self.width % step:
+                raise InputError(f"num_average_samples={step} does not divide {self.width} samples")
+            n_bins = self.width // step
+        elif config.preprocess:
             self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess")
-            parameters = inspect.signature(self.function).parameters.values()
-            if [p.default for p in parameters].count(inspect.Parameter.empty) == 3:
+            if config.preprocess in PREPROCESSORS:
                 self.reader = self.function(montage, config.preprocessor_params, config.device)
-        if self.function is registry.preprocess_neural_data:  # bins
-            bins, self.function = benchmark_bins(self.width, config), None
-        if self.width < bins:
+        if self.width < n_bins:
             size = f"{self.width} samples at {montage.sfreq:g} Hz"
-            raise InputError(f"window={config.window} s has {size}: too few for {bins} bins")
-        self.edges = np.round(np.linspace(0, self.width, bins + 1)).astype(int)
-        self.key = self.reader.key if self.reader else content_of_function(config)
+            raise InputError(f"window={config.window} s has {size}: too few for {n_bins} bins")
+        self.n_bins = n_bins
         self.are_bins = self.function is None and config.represent == "bins"
 
     def first(self, rows, lag):
-        """Row of the first sample of each window, for events at `rows` and a lag (ms)."""
+        """Row of the first sample of each window, for words at `rows` and a lag (ms)."""
         return rows + round(self.montage.sfreq * (lag / 1000 - self.config.window / 2))
 
-    def at(self, rows, lags):
-        """[(words, ...) float32 at each lag] for events at rows (people, words)."""
+    def at(self, rows, lag):
+        """(words, ...) float32 at a lag (ms), for words at rows (people, words)."""
+        first = self.first(rows, lag)
+        if self.function:
+            return self.preprocessed(first)
         if self.are_bins:
-            offsets = [self.first(0, lag) for lag in lags]
-            return self.montage.bin_means(rows, offsets, self.edges)
-        make = self.spectra if self.function is None else self.preprocessed
-        return [make(self.first(rows, lag)) for lag in lags]
+            return self.montage.bins(first, self.width, self.n_bins)
+        spectrum = self.config.spectrum_segment, self.config.spectrum_max
+        return self.montage.spectra(first, self.width, *spectrum)
 
-    def spectra(self, first):
-        """spectrum() of windows that begin at rows `first`, a few words at a time."""
-        parts = []
-        for begin in range(0, first.shape[1], 256):
-            samples = self.montage.samples(first[:, begin : begin + 256], self.width)
-            parts.append(spectrum(samples, self.montage.sfreq, self.config))
-        return np.concatenate(parts)
+    def content(self):
+        """What windows depend on, as text: signals, parameters, the files they name, code."""
+        montage, params = self.montage, self.config.preprocessor_params
+        content = [montage.names, montage.checksums(), self.config.reference, self.width, params]
+        content.append(self.config.preprocess)
+        if self.reader is None:
+            content += files_in([*params.values(), self.config.preprocess.partition(":")[0]])
+        else:
+            content.append(self.reader.key)
+        return repr(content)
 
     def preprocessed(self, first):
         """What preprocess= makes of every window; kept on disk by content, since it may be slow."""
-        content = [self.key, self.montage.names, self.montage.checksums()]
-        content += [self.config.reference, self.width]
-        key = hashlib.sha256(repr(content).encode() + first.tobytes()).hexdigest()[:20]
+        key = hashlib.sha256(self.content().encode() + first.tobytes()).hexdigest()[:20]
         path = self.cache / f"{key}.npy"
         if not path.is_file():
             array = self.reader(first, self.width) if self.reader else self.call(first)
@@ -273,101 +251,25 @@ class Windows:
         params = {"ch_names": names, "sfreq": self.montage.sfreq, **self.config.preprocessor_params}
         array = self.function(self.montage.samples(first, self.width), params)
         array = torch.as_tensor(array).detach().cpu().float().numpy()
-        option = f"preprocess={self.config.preprocess}"
-        if array.ndim < 2 or len(array) != first.shape[1]:
+        if array.ndim < 2 or len(array) != first.shape[1] or not np.isfinite(array).all():
             raise InputError(
-                f"{option} returned shape {array.shape} for {first.shape[1]} words: its first "
-                "dimension must stay the words, with at least one feature behind it"
+                f"preprocess={self.config.preprocess} returned shape {array.shape} for "
+                f"{first.shape[1]} words: its first dimension must stay the words, with features "
+                "behind it, all of them finite"
             )
-        if not np.isfinite(array).all():
-            raise InputError(f"{option} returned a number that is not finite")
         return array
 
 
-def content_of_function(config):
-    """What a user's preprocessor depends on: its parameters, the files they name, its code."""
-    params = config.preprocessor_params
-    file = Path(config.preprocess.partition(":")[0])
-    return repr((params, files_in(params), file.read_text() if file.is_file() else ""))
-
-
-def benchmark_bins(width, config):
-    """How many bins a window of `width` samples has for preprocess=preprocess_neural_data."""
-    step = config.preprocessor_params.get("num_average_samples", 32)
-    if width % step:
-        raise InputError(f"num_average_samples={step} does not divide a window of {width} samples")
-    return width // step
-
-
-PREPROCESSORS = {
-    "preprocess_neural_data": registry.preprocess_neural_data,
-    "foundation_model_preprocessing_fn": f"{FOUNDATION}:frozen_latents",
-    "foundation_model_input": f"{FOUNDATION}:EncoderInput",
-}
-
-
-def spectrum(samples, sfreq, config):
-    """(words, electrodes * frequencies, segments): log power of samples (words, electrodes, T)."""
-    size = max(4, min(samples.shape[2], round(config.spectrum_segment * sfreq)))
-    frequencies, _, power = scipy.signal.spectrogram(samples, sfreq, "hann", size, size // 2)
-    kept = (frequencies > 0) & (frequencies <= config.spectrum_max)
-    if not kept.any():
-        lowest = f"{frequencies[1]:g} Hz, the lowest frequency of spectrum_segment="
-        raise InputError(f"spectrum_max={config.spectrum_max:g} Hz is below {lowest}")
-    power = np.log(np.maximum(power[:, :, kept], np.finfo(np.float32).tiny))
-    return power.reshape(len(samples), -1, power.shape[-1]).astype(np.float32)
-
-
-def lag_by_lag(inputs, rows, lags):
-    """(lag, {name: windows (words, ...)}) of {name: Windows}, one lag after the other.
-
-    Bins are cut at as many lags at once as half a gigabyte holds, all else lag by lag.
-    """
-    size = 1
-    if all(windows.are_bins for windows in inputs.values()):
-        windows = next(iter(inputs.values()))
-        n_values = rows.shape[1] * len(windows.montage.names) * len(windows.edges)
-        size = max(1, int(5e8 / (4 * n_values)))
-    for begin in range(0, len(lags), size):
-        some = lags[begin : begin + size]
-        cut = {name: windows.at(rows, some) for name, windows in inputs.items()}
-        for i, lag in enumerate(some):
-            yield lag, {name: arrays[i] for name, arrays in cut.items()}
-
-
-def files_in(params):
-    """(path, size, time of change) of every file that parameters name: a new file, new content."""
+def files_in(values):
+    """(path, size, time of change) of every file that values name: a new file, new content."""
     files = []
-    for value in params.values():
+    for value in values:
         if isinstance(value, str) and value and Path(value).exists():
             files += [Path(value), *sorted(Path(value).rglob("*"))]
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 # ---- targets
-
-
-@dataclass
-class Target:
-    """What is read out of the recordings: one row an event, in the order of time.
-
-    kind: vectors, values (N, D) float32; classes, values (N,) int64; or number, (N, 1) float32.
-    start: (N,) s; labels: (N,) which events are the same word; names: of the classes; notes:
-    {reason: how many events were left out for it}.
-    """
-
-    kind: str
-    values: np.ndarray
-    start: np.ndarray
-    labels: np.ndarray
-    names: list = field(default_factory=list)
-    notes: dict = field(default_factory=dict)
-
-    def only(self, kept, reason):
-        """The target of the events `kept` (N,) bool; the others are counted under `reason`."""
-        notes = {**self.notes, reason: int((~kept).sum())}
-        values, start, labels = self.values[kept], self.start[kept], self.labels[kept]
-        return replace(self, values=values, start=start, labels=labels, notes=notes)
 
 
 def make_target(run, config, podcast):
@@ -382,48 +284,17 @@ def make_target(run, config, podcast):
     return as_target(events, values, config.word)
 
 
-def as_target(events, values, word):
-    """A Target of values, one an event; events without an onset or a value are left out.
-
-    events: DataFrame with start (s) and, where they are words, the column `word`.
-    """
-    values = np.asarray(values)
-    if values.ndim == 2:
-        kind, known = "vectors", np.isfinite(values).all(axis=1)
-    elif values.dtype.kind == "f":
-        kind, known, values = "number", np.isfinite(values), values[:, None]
-    else:
-        kind, known = "classes", ~np.isin(values.astype(str), ["", "nan", "None"])
-    labels = np.arange(len(events)).astype(str)
-    if word in events:
-        labels = events[word].to_numpy(str)
-    if kind == "vectors":
-        known &= labels != ""
-    start = events.start.to_numpy(float)
-    order = np.argsort(start, kind="stable")
-    known = known[order]
-    target = Target(kind, values[order], start[order], labels[order])
-    timed = np.isfinite(target.start)
-    target = target.only(timed, "without onset").only(known[timed], "without target")
-    if len(target.start) == 0:
-        raise InputError("no word has an onset and a target: look at task= and embedding=")
-    if kind == "classes":
-        names, target.values = np.unique(target.values.astype(str), return_inverse=True)
-        return replace(target, names=names.tolist())
-    return replace(target, values=target.values.astype(np.float32))
-
-
 def own_task(config, podcast):
     """(events, values) that a user's function(words, task_params) gives, checked."""
-    result = resolve(config.task, TASKS, "task")(podcast.words.copy(), config.task_params)
-    if isinstance(result, pd.DataFrame):
-        check_keys(["start", "target"], result, f"task={config.task}")
-        return result, np.stack(list(result.target))
-    values = np.asarray(result)
+    events = resolve(config.task, TASKS, "task")(podcast.words.copy(), config.task_params)
+    if isinstance(events, pd.DataFrame):
+        check_keys(["start", "target"], events, f"task={config.task}")
+        return events, np.stack(list(events.target))
+    values = np.asarray(events)
     if len(values) != len(podcast.words) or values.ndim > 2:
         raise InputError(
             f"task={config.task} returned shape {values.shape} for {len(podcast.words)} words: "
-            "return a target a word, (words,) or (words, D), or a table with start and target"
+            "return a target a word, or a table with start and target"
         )
     return podcast.words, values
 
@@ -431,36 +302,29 @@ def own_task(config, podcast):
 def word_vectors(run, config, podcast, name):
     """(words, D) float32, NaN where there is none, of one entry of embedding=.
 
-    name: released features of the set (gpt2-xl), lm (states of lm= at layer= as it reads the
-    transcript), static (lm='s embeddings of tokens), arbitrary (a random vector a word), or a file.
+    lm: states of lm= at layer= as it reads the transcript; static: its embeddings of tokens;
+    arbitrary: a random vector a word; released features of the set (gpt2-xl), or a file (GloVe).
     """
     words = podcast.words
     features = podcast.meta.get("features", {})
-    spoken = words.word.astype(str).tolist()
     labels = words[config.word].astype(str)
     if name == "arbitrary":
-        return arbitrary_vectors(labels, config.pca or 50, config.seed)
-    if name == "lm":
-        return contextual_vectors(HiddenStates(config.lm, run.device), spoken, config.layer)
-    if name == "static":
-        return static_vectors(HiddenStates(config.lm, run.device), spoken)
+        return vectors.arbitrary_vectors(labels, config.pca or 50, config.seed)
+    if name in ("lm", "static"):
+        lm = HiddenStates(config.lm, run.device)
+        spoken = words.word.astype(str).tolist()
+        if name == "static":
+            return vectors.static_vectors(lm, spoken)
+        return vectors.contextual_vectors(lm, spoken, config.layer)
     if name in features:
-        return released_features(podcast.folder, podcast.meta, name, config.layer, words.word_idx)
+        parts = name, config.layer, words.word_idx
+        return vectors.released_features(podcast.folder, podcast.meta, *parts)
     if Path(name).is_file():
-        return look_up(labels, name)
+        return vectors.look_up(labels, name)
     raise InputError(
         f"embedding={name} is neither lm, static or arbitrary, nor one of the set's features "
         f"({', '.join(features)}), nor a file of vectors (glove.6B.50d.txt, say)"
     )
-
-
-def arbitrary_vectors(labels, n_dims, seed):
-    """(words, n_dims) uniform in (-1, 1): a random vector a word, whatever else is drawn."""
-    vectors = {}
-    for label in set(labels):
-        rng = np.random.default_rng(key_seed(seed, "arbitrary", str(label)))
-        vectors[label] = rng.uniform(-1, 1, n_dims).astype(np.float32)
-    return np.stack([vectors[label] for label in labels])
 
 
 # ---- folds
@@ -520,30 +384,24 @@ def deal_words(labels, n_parts, seed):
 
 def embargo(rows, others, start, width):
     """Those of `rows` whose windows share no sample with a window of `others`."""
-    if len(others) == 0:
-        return rows
-    times = np.sort(start[others])
-    at = np.searchsorted(times, start[rows])
-    after = times[np.clip(at, 0, len(times) - 1)]
-    before = times[np.clip(at - 1, 0, len(times) - 1)]
-    distance = np.minimum(np.abs(start[rows] - after), np.abs(start[rows] - before))
+    distance, _ = spatial.KDTree(start[others, None]).query(start[rows, None])
     return rows[distance >= width - 1e-9]
 
 
 def set_target(fold, target, config):
     """Set fold.Y: the target as this fold's decoders see it, by the training words alone."""
-    if target.kind == "classes":
-        fold.Y = target.values
-        for part in ("train", "val", "test"):
-            classes = np.unique(fold.Y[getattr(fold, part)])
-            if len(classes) < 2:
-                raise InputError(
-                    f"task={config.task}: the {part} events of fold {fold.number} are all "
-                    f"'{target.names[classes[0]]}': take fewer n_folds, or another task"
-                )
-    else:
+    if target.kind != "classes":
         n_dims = config.pca if target.kind == "vectors" else 0
         fold.Y, fold.projection = project(target.values, fold.train, n_dims)
+        return
+    fold.Y = target.values
+    for part in ("train", "val", "test"):
+        classes = np.unique(fold.Y[getattr(fold, part)])
+        if len(classes) < 2:
+            raise InputError(
+                f"task={config.task}: the {part} events of fold {fold.number} are all "
+                f"'{target.names[classes[0]]}': take fewer n_folds, or another task"
+            )
 
 
 def project(values, train, n_dims):
@@ -606,28 +464,16 @@ class EnsemblePitomModel(nn.Module):
         return x
 
     def penalty(self):
-        if self.reg == self.reg_head == 0:
-            return 0.0
+        convs = self.conv1.weight, self.conv2.weight, self.conv3.weight
         penalty = self.reg_head * self.head.weight.square().sum()
-        for conv in (self.conv1, self.conv2, self.conv3):
-            penalty = penalty + self.reg * conv.weight.square().sum()
-        return penalty
+        return penalty + self.reg * sum(weight.square().sum() for weight in convs)
 
 
-class PitomModel(EnsemblePitomModel):
-    """One member."""
-
-    def __init__(
-        self, input_channels=64, output_dim=50, conv_filters=32, reg=0.0, reg_head=0.0, dropout=0.2
-    ):
-        super().__init__(1, input_channels, output_dim, conv_filters, reg, reg_head, dropout)
+PitomModel = functools.partial(EnsemblePitomModel, 1)  # one member
 
 
 class MLP(nn.Module):
-    """Linear and layer norm in turns, ReLU and dropout: (words, ...) -> (words, output_dim).
-
-    layer_sizes: from the number of inputs to that of outputs; none: one layer of 128 between.
-    """
+    """(words, ...) -> (words, output_dim); layer_sizes begin with inputs and end with outputs."""
 
     norm_output = True  # layer norm at the end; off where the target is no embedding
 
@@ -645,21 +491,9 @@ class MLP(nn.Module):
         return self.norm(x) if self.norm_output else x
 
 
-class LinearDecoder(nn.Module):
+def linear_decoder(input_shape=(), output_dim=50):
     """(words, ...) -> (words, output_dim), for the closed forms: they set its weights."""
-
-    def __init__(self, input_shape=(), output_dim=50):
-        super().__init__()
-        self.linear = nn.Linear(math.prod(input_shape), output_dim)
-
-    def forward(self, x):
-        return self.linear(x.flatten(1))
-
-    def set(self, weights, offset):
-        """weights: (inputs, output_dim); offset: (output_dim,)."""
-        with torch.no_grad():
-            self.linear.weight.copy_(torch.as_tensor(weights).T)
-            self.linear.bias.copy_(torch.as_tensor(offset))
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), output_dim))
 
 
 # A decoder is a torch module: (words, *input_shape) -> (words, output_dim), or (words, members,
@@ -673,9 +507,9 @@ DECODERS = {
     "pitom_model": PitomModel,
     "foundation_mlp": MLP,
     "foundation_finetune": f"{FOUNDATION}:FineTune",
-    "ridge": LinearDecoder,
-    "linear": LinearDecoder,
-    "logistic": LinearDecoder,
+    "ridge": linear_decoder,
+    "linear": linear_decoder,
+    "logistic": linear_decoder,
 }
 
 
@@ -687,23 +521,17 @@ def build_network(spec, model_params, input_shape, output_dim):
         "input_channels": input_shape[0],
         "output_dim": output_dim,
         "embedding_dim": output_dim,  # podcast-benchmark's name of it
+        **model_params,
     }
     if spec not in DECODERS:
-        network = constructor({**params, **model_params})
-        if not isinstance(network, nn.Module):
-            raise InputError(f"model={spec} returned {type(network).__name__}, no torch.nn.Module")
-        return network
+        return constructor(params)
     named = inspect.signature(constructor).parameters
-    check_keys(model_params, {*params, *named}, "model_params")
-    params.update(model_params)
+    check_keys(model_params, {*named, "input_channels", "embedding_dim"}, "model_params")
     return constructor(**{key: params[key] for key in named if key in params})
 
 
 class Decoder(nn.Module):
-    """A network behind the z-scores of its inputs, from any unit: what is trained, saved, applied.
-
-    (words, *input_shape) -> (words, members, output_dim).
-    """
+    """A network behind the z-scores of its inputs: (words, *input_shape) -> (words, members, D)."""
 
     def __init__(self, spec, model_params, input_shape, output_dim, kind):
         super().__init__()
@@ -715,62 +543,57 @@ class Decoder(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         try:
-            self.eval()(torch.zeros(2, *input_shape))
-        except RuntimeError as error:
+            out = self.eval()(torch.zeros(2, *input_shape))
+        except (RuntimeError, TypeError) as error:
             shape = "x".join(str(n) for n in input_shape)
             raise InputError(
                 f"model={spec} cannot read {shape} inputs a word "
                 f"({' '.join(str(error).split())}): set bins=, window= or model_params="
             ) from None
+        if out.ndim != 3 or out.shape[::2] != (2, output_dim):
+            raise InputError(
+                f"model={spec} returned shape {tuple(out.shape)} for 2 words: "
+                f"(words, {output_dim}) or (words, members, {output_dim}) is wanted"
+            )
 
     def set_scale(self, x):
         """z-scores of training words x (words, ...): a channel's where there is time, else all."""
         axes = (0, 2) if x.ndim == 3 else 0
-        scale = x.std(axes, keepdims=True, dtype=np.float64)[0]
-        self.mean.copy_(torch.as_tensor(x.mean(axes, keepdims=True, dtype=np.float64)[0]))
-        self.scale.copy_(torch.as_tensor(np.where(scale > 0, scale, 1)))
+        scale, mean = torch.std_mean(x.cpu().double(), axes, correction=0, keepdim=True)
+        self.mean.copy_(mean[0])
+        self.scale.copy_(torch.where(scale > 0, scale, 1)[0])
 
     def forward(self, x):
         out = self.network((x - self.mean) / self.scale)
-        if out.ndim == 1:
-            out = out[:, None]
-        if out.ndim == 2:
-            out = out[:, None]
-        if out.ndim != 3 or (len(out), out.shape[2]) != (len(x), self.output_dim):
-            raise InputError(
-                f"model={self.spec} returned shape {tuple(out.shape)} for {len(x)} words: "
-                f"(words, {self.output_dim}) or (words, members, {self.output_dim}) is wanted"
-            )
-        return out
+        return out if out.ndim > 2 else out.reshape(len(x), 1, -1)
 
 
 # ---- training
 
 
 def fit_decoder(spec, model_params, X, target, fold, config):
-    """(Decoder, its outputs for the validation words, epochs); X: (words, ...), a tensor."""
+    """(Decoder, its outputs for the validation words); X: (words, ...), a tensor."""
     output_dim = len(target.names) or fold.Y.shape[1]
     torch.manual_seed(key_seed(config.seed, spec, fold.number))
     decoder = Decoder(spec, model_params, X.shape[1:], output_dim, target.kind).to(X.device)
     if config.preprocess != "foundation_model_input":  # which has units of its own
-        decoder.set_scale(X[fold.train].cpu().numpy())
+        decoder.set_scale(X[fold.train])
     if spec not in CLOSED_FORM:
-        epochs = train(decoder, X, target, fold, config)
-        return decoder, predict(decoder, X[fold.val]), epochs
+        train(decoder, X, target, fold, config)
+        return decoder, predict(decoder, X[fold.val])
     if spec == "logistic" and target.kind != "classes":
         raise InputError("model=logistic is for classes (task=content, say): take ridge")
     x = ((X - decoder.mean) / decoder.scale).flatten(1).cpu().numpy()
-    y = fold.Y
-    if target.kind == "classes" and spec != "logistic":
-        y = np.eye(output_dim, dtype=np.float32)[y]
-    return decoder, CLOSED_FORM[spec](decoder, x, y, fold)[:, None], 0
+    y = np.eye(output_dim, dtype=np.float32)[fold.Y] if target.kind == "classes" else fold.Y
+    weights, offset, val = CLOSED_FORM[spec](x, y, fold)
+    linear = decoder.network[1].state_dict()  # its tensors: (outputs, inputs), (outputs,)
+    linear["weight"].copy_(torch.as_tensor(weights).T)
+    linear["bias"].copy_(torch.as_tensor(offset))
+    return decoder, val[:, None]
 
 
 def train(decoder, X, target, fold, config):
-    """Train by AdamW until patience= epochs have not improved the validation words.
-
-    The best epoch's weights stay; its number is returned.
-    """
+    """AdamW; the weights of the epoch that is best for the validation words stay."""
     y = torch.as_tensor(fold.Y, device=X.device)
     weights = None
     if target.kind == "classes":  # all classes count the same
@@ -779,33 +602,29 @@ def train(decoder, X, target, fold, config):
     optimizer = torch.optim.AdamW(
         decoder.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
-    penalty = getattr(decoder.network, "penalty", None)
     size = min(config.batch_size, len(fold.train))
-    best, best_epoch = -math.inf, 0
+    best = -math.inf
     for epoch in range(1, config.epochs + 1):
         decoder.train()
         rng = np.random.default_rng(key_seed(config.seed, "order", fold.number, epoch))
         order = torch.as_tensor(rng.permutation(fold.train), device=X.device)
         for rows in order[: len(order) // size * size].split(size):
             loss = loss_of(decoder(X[rows]), y[rows], target.kind, config, weights)
-            if penalty is not None:
-                loss = loss + penalty()
+            if hasattr(decoder.network, "penalty"):
+                loss = loss + decoder.network.penalty()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
         score = validation_score(predict(decoder, X[fold.val]), fold.Y[fold.val], target.kind)
         if not math.isfinite(score):
-            raise InputError(
-                f"model={decoder.spec}: not finite in epoch {epoch} of fold {fold.number}: try a "
-                "smaller learning_rate"
-            )
+            raise InputError(f"model={decoder.spec} diverges: try a smaller learning_rate")
         if score > best:
-            best, best_epoch = score, epoch
+            best = score
+            decoder.best_epoch = epoch
             best_state = {name: value.clone() for name, value in decoder.state_dict().items()}
-        elif epoch - best_epoch >= config.patience:
+        elif epoch - decoder.best_epoch >= config.patience:
             break
     decoder.load_state_dict(best_state)
-    return best_epoch
 
 
 def loss_of(out, y, kind, config=None, weights=None):
@@ -832,54 +651,53 @@ def predict(decoder, X):
     return torch.cat([decoder(x) for x in X.split(512)]).float().cpu().numpy()
 
 
-def fit_ridge(decoder, x, y, fold):
-    """himalaya's ridge: each output's alpha is the one that predicts the validation words best.
+def fit_ridge(x, y, fold):
+    """(weights, offset, predictions for the validation words) of himalaya's ridge.
 
-    The fit is on training and validation words; returned are the validation words' predictions by
-    a fit on the training words.
+    An output's alpha is the one by which a fit on training words predicts the validation words
+    best: those predictions. The weights are fitted on both.
     """
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
     split = [(np.arange(n), np.arange(n, len(rows)))]
     options = {"fit_intercept": True, "warn": False}
     alphas, weights, _, offset = solve_ridge_cv_svd(x[rows], y[rows], ALPHAS, cv=split, **options)
-    decoder.network.set(weights, offset)
-    weights, offset = solve_ridge_svd(x[fold.train], y[fold.train], alphas, **options)
-    return x[fold.val] @ weights + offset
+    trained, intercept = solve_ridge_svd(x[fold.train], y[fold.train], alphas, **options)
+    return weights, offset, x[fold.val] @ trained + intercept
 
 
-def fit_least_squares(decoder, x, y, fold):
+def fit_least_squares(x, y, fold):
     """As fit_ridge, without a penalty."""
     rows = np.concatenate([fold.train, fold.val])
     fit = LinearRegression().fit(x[rows], y[rows])
-    decoder.network.set(fit.coef_.T, fit.intercept_)
-    return LinearRegression().fit(x[fold.train], y[fold.train]).predict(x[fold.val])
+    trained = LinearRegression().fit(x[fold.train], y[fold.train])
+    return fit.coef_.T, fit.intercept_, trained.predict(x[fold.val])
 
 
-def fit_logistic(decoder, x, y, fold):
+def fit_logistic(x, y, fold):
     """scikit-learn's logistic regression of training words, its C chosen on validation words."""
     basis = np.eye(x.shape[1], dtype=x.dtype)
     if x.shape[1] > len(fold.train):  # the solution lies in the span of the training rows
         basis = np.linalg.qr(x[fold.train].T)[0]
     x = x @ basis
+    labels = y.argmax(axis=1)
     best = -math.inf
     for C in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         fit = LogisticRegression(C=C, max_iter=2000, class_weight="balanced")
-        fit.fit(x[fold.train], y[fold.train])
-        weights = np.zeros((x.shape[1], decoder.output_dim))
-        offset = np.full(decoder.output_dim, -30.0)  # a class that no training word has
+        fit.fit(x[fold.train], labels[fold.train])
+        coef, intercept = fit.coef_, fit.intercept_
         if len(fit.classes_) == 2:  # scikit-learn gives the second one's
-            weights[:, fit.classes_[1]] = fit.coef_[0]
-            offset[fit.classes_] = 0.0, fit.intercept_[0]
-        else:
-            weights[:, fit.classes_] = fit.coef_.T
-            offset[fit.classes_] = fit.intercept_
+            coef, intercept = np.concatenate([0 * coef, coef]), np.append(0, intercept)
+        weights = np.zeros((x.shape[1], y.shape[1]))
+        weights[:, fit.classes_] = coef.T
+        offset = np.full(y.shape[1], -30.0)  # a class that no training word has
+        offset[fit.classes_] = intercept
         logits = x[fold.val] @ weights + offset
-        score = validation_score(logits[:, None], y[fold.val], "classes")
+        score = validation_score(logits[:, None], labels[fold.val], "classes")
         if score > best:
-            best, best_logits = score, logits
-            decoder.network.set(basis @ weights, offset)
-    return best_logits
+            best = score
+            best_fit = basis @ weights, offset, logits
+    return best_fit
 
 
 CLOSED_FORM = {"ridge": fit_ridge, "linear": fit_least_squares, "logistic": fit_logistic}
@@ -888,19 +706,8 @@ CLOSED_FORM = {"ridge": fit_ridge, "linear": fit_least_squares, "logistic": fit_
 # ---- scores
 
 
-@dataclass
-class Score:
-    """A metric's value with its 95 % interval, its values for shifted words, and n."""
-
-    value: float
-    low: float
-    high: float
-    null: np.ndarray
-    n: int
-
-
 PRIMARY = {"vectors": "auc", "classes": "roc_auc", "number": "corr"}  # chooses the lag
-LOWER_IS_BETTER = {"word_rank", "perplexity", "occ_perplexity", "mse", "cross_entropy"}
+LOWER_IS_BETTER = ["perplexity", "occ_perplexity", "mse", "cross_entropy"]
 NO_SHIFTS = np.zeros(0)
 
 
@@ -916,7 +723,7 @@ def circular(shifts, n, gap):
     """
     gap = min(gap, n // 4)
     steps = gap + (shifts * max(1, n - 2 * gap)).astype(int)
-    return (np.arange(n) + np.concatenate([[0], steps])[:, None]) % n
+    return (np.arange(n) + np.append(0, steps)[:, None]) % n
 
 
 def word_auc(scores, y, orders):
@@ -927,13 +734,18 @@ def word_auc(scores, y, orders):
     AUC = (sum of the class's ranks - n (n + 1) / 2) / (n (N - n)), tied items sharing their rank.
     """
     N, V = scores.shape
-    ranks = scipy.stats.rankdata(scores, axis=0)
+    ranks = stats.rankdata(scores, axis=0)
     labels = y[orders]
     cells = labels + V * np.arange(len(orders))[:, None]
     sums = np.bincount(cells.ravel(), ranks[np.arange(N), labels].ravel(), V * len(orders))
     n = np.bincount(y, minlength=V)
     with np.errstate(all="ignore"):
         return (sums.reshape(-1, V) - n * (n + 1) / 2) / (n * (N - n))
+
+
+def word_means(Y, labels, rows):
+    """DataFrame with a row a word: the mean of its unit vectors among the rows."""
+    return pd.DataFrame(unit(Y[rows])).groupby(labels[rows]).mean()
 
 
 class WordScorer:
@@ -947,7 +759,7 @@ class WordScorer:
     def __init__(self, fold, rows, labels, config):
         zero_shot = config.fold_type == "zero_shot"
         source = rows if zero_shot else fold.train
-        means = pd.DataFrame(unit(fold.Y[source])).groupby(labels[source]).mean()
+        means = word_means(fold.Y, labels, source)
         self.words = np.intersect1d(labels[rows], means.index)
         if len(self.words) == 0:
             raise InputError(f"fold {fold.number}: no word was in training: take fewer n_folds")
@@ -967,38 +779,23 @@ class WordScorer:
         mean = unit(out).mean(axis=1)
         return mean[self.has_word] @ self.vectors.T, mean @ self.occurrences.T
 
-    def frequencies(self):
-        """In place of similarities: for whoever says the most frequent words, whatever is heard."""
-        words = np.tile(np.log(self.n_trained + 0.5), (len(self.y), 1))
-        return words, np.tile(np.log(self.n_trained_of_rows + 0.5), (len(self.has_word), 1))
-
     def aucs(self, words, shifts, kept=slice(None)):
-        """{metric: (1 + shifts,)}: mean AUC of words, plain and weighted by their frequency.
-
-        words: (n, V) similarities; kept: of its rows.
-        """
-        log_p = scipy.special.log_softmax(words[kept], axis=1)
+        """{metric: (1 + shifts,)} of rows `kept` of words (n, V): mean AUC, plain and weighted."""
         y = self.y[kept]
-        each = word_auc(log_p, y, circular(shifts, len(y), self.gap))
-        weights = {"auc": np.ones(len(self.words)), "auc_train": self.n_trained}
-        weights["auc_test"] = self.n_spoken
+        log_p = special.log_softmax(words[kept], axis=1)
+        each = np.ma.masked_invalid(word_auc(log_p, y, circular(shifts, len(y), self.gap)))
+        weights = {"auc": 1, "auc_train": self.n_trained, "auc_test": self.n_spoken}
         values = {}
         for metric, weight in weights.items():
-            weight = weight * self.counted * np.isfinite(each)
-            total = weight.sum(axis=1)
-            values[metric] = np.nansum(each * weight, axis=1) / np.maximum(total, 1e-12)
-            values[metric][total == 0] = 0.5
+            mean = np.ma.average(each, axis=1, weights=weight * self.counted)
+            values[metric] = mean.filled(0.5)
         return values
 
-    def all_metrics(self, words, pairs, temperatures):
-        """measure(kept, shifts) -> {metric: (1 + shifts,)} over the rows `kept`, (N,) bool.
-
-        words, pairs: similarities to words and to rows; temperatures: factors on them.
-        """
-        word_table = rank_table(words, temperatures[0])
-        word_table["word_rank"] = word_table.pop("rank")
-        pair_table = {f"occ_{name}": x for name, x in rank_table(pairs, temperatures[1]).items()}
-        pair_table["two_afc"] = 1 - (pair_table.pop("occ_rank") - 1) / max(1, len(pairs) - 1)
+    def metrics(self, words, pairs):
+        """measure(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words and to rows."""
+        word_table = rank_table(words)
+        pair_table = {f"occ_{metric}": values for metric, values in rank_table(pairs).items()}
+        pair_table["two_afc"] = (stats.rankdata(pairs, axis=1) - 1) / max(1, len(pairs) - 1)
         pair_table["cosine"] = pairs
 
         def measure(kept, shifts):
@@ -1010,14 +807,13 @@ class WordScorer:
         return measure
 
 
-def rank_table(scores, temperature):
+def rank_table(scores):
     """{metric: (rows, candidates)}: what each candidate would score if it were the right one."""
-    lowest = scipy.stats.rankdata(-scores, method="min", axis=1)
-    tied = scipy.stats.rankdata(-scores, method="max", axis=1) - lowest + 1
-    table = {"rank": lowest + (tied - 1) / 2}
+    lowest = stats.rankdata(-scores, method="min", axis=1)
+    tied = stats.rankdata(-scores, method="max", axis=1) - lowest + 1
+    table = {"perplexity": -special.log_softmax(scores, axis=1)}
     for k in TOP_K:  # ties share, as if they were broken at random
         table[f"top{k}"] = np.clip((k + 1 - lowest) / tied, 0, 1)
-    table["perplexity"] = -scipy.special.log_softmax(temperature * scores, axis=1)
     return table
 
 
@@ -1033,32 +829,15 @@ def shifted_means(table, right, kept, shifts, gap):
     return values
 
 
-def likeliest_temperature(scores, right):
-    """The factor on scores (rows, candidates) that makes the right candidates likeliest."""
-    factors = np.geomspace(0.1, 100, 40)
-    likelihood = []
-    for factor in factors:
-        log_p = scipy.special.log_softmax(factor * scores, axis=1)
-        likelihood.append(log_p[np.arange(len(right)), right].mean())
-    return factors[np.argmax(likelihood)]
-
-
 def measure_classes(out, y, names, orders):
-    """{metric: (P,)} of outputs (n, K) for classes y (n,), reordered by orders (P, n).
-
-    ROC-AUC is that of the second of two classes, or the mean over classes, each against the rest.
-    """
-    n_classes = len(names)
-    log_p = scipy.special.log_softmax(out, axis=1)
+    """{metric: (P,)} of outputs (n, K) for classes y (n,), reordered by orders (P, n)."""
+    log_p = special.log_softmax(out, axis=1)
     auc = word_auc(log_p, y, orders)
-    if n_classes == 2:
+    if len(names) == 2:
         auc = auc[:, 1:]
-    truth = y[orders]
-    answers = log_p.argmax(axis=1)
-    cells = (np.arange(len(orders))[:, None] * n_classes + truth) * n_classes + answers
-    confusion = np.bincount(cells.ravel(), minlength=len(orders) * n_classes**2)
-    confusion = confusion.reshape(-1, n_classes, n_classes).astype(float)  # (P, truth, answers)
-    hits = confusion.diagonal(axis1=1, axis2=2)
+    one_hot = np.eye(len(names))
+    confusion = one_hot[y[orders]].transpose(0, 2, 1) @ one_hot[log_p.argmax(axis=1)]
+    hits = confusion.diagonal(axis1=1, axis2=2)  # confusion: (P, truth, answers)
     n_true, n_answers = confusion.sum(axis=2), confusion.sum(axis=1)
     recall, precision = hits / np.maximum(n_true, 1), hits / np.maximum(n_answers, 1)
     present = n_true[0] > 0
@@ -1068,9 +847,9 @@ def measure_classes(out, y, names, orders):
         "accuracy": hits.sum(axis=1) / len(y),
         "balanced_accuracy": recall[:, present].mean(axis=1),
         "f1": f1[:, present].mean(axis=1),
-        "cross_entropy": -log_p[np.arange(len(y)), truth].mean(axis=1),
+        "cross_entropy": -log_p[np.arange(len(y)), y[orders]].mean(axis=1),
     }
-    if n_classes == 2:
+    if len(names) == 2:
         for k, name in enumerate(names):
             values[f"recall_{name}"] = recall[:, k]
             values[f"precision_{name}"] = precision[:, k]
@@ -1086,18 +865,12 @@ def measure_numbers(out, y, orders):
     return {"corr": corr, "r2": 1 - mse / np.maximum(y.var(axis=1), 1e-12), "mse": mse}
 
 
-def other_metrics(out, rows, target, fold):
-    """measure(kept, shifts), as WordScorer.all_metrics, for targets that are no vectors."""
-    out = out.mean(axis=1)
-    y = fold.Y[rows]
-
-    def measure(kept, shifts):
-        orders = circular(shifts, int(kept.sum()), fold.gap)
-        if target.kind == "classes":
-            return measure_classes(out[kept], y[kept], target.names, orders)
-        return measure_numbers(out[kept, 0], y[kept, 0], orders)
-
-    return measure
+def measure_others(out, y, target, gap, kept, shifts):
+    """{metric: (1 + shifts,)} over rows `kept`, where the target is no vector."""
+    orders = circular(shifts, int(kept.sum()), gap)
+    if target.kind == "classes":
+        return measure_classes(out[kept], y[kept], target.names, orders)
+    return measure_numbers(out[kept, 0], y[kept, 0], orders)
 
 
 def primary_scores(out, rows, target, fold, config, shifts=NO_SHIFTS):
@@ -1105,46 +878,41 @@ def primary_scores(out, rows, target, fold, config, shifts=NO_SHIFTS):
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
         return scorer.aucs(scorer.similarities(out)[0], shifts)["auc"]
-    measure = other_metrics(out, rows, target, fold)
-    return measure(np.ones(len(rows), bool), shifts)[PRIMARY[target.kind]]
+    everyone = np.ones(len(rows), bool)
+    scores = measure_others(out.mean(axis=1), fold.Y[rows], target, fold.gap, everyone, shifts)
+    return scores[PRIMARY[target.kind]]
 
 
-def evaluate(val, test, target, fold, config):
-    """{metric: Score} of outputs (words, members, D) for the test events.
-
-    Those for the validation events (val) set the temperature of the perplexities.
-    """
+def evaluate(out, target, fold, config):
+    """with_intervals of outputs (words, members, D) for the test events."""
     if target.kind != "vectors":
-        return with_intervals(other_metrics(test, fold.test, target, fold), fold, len(test))
-    on_val = WordScorer(fold, fold.val, target.labels, config)
-    words, pairs = on_val.similarities(val)
-    temperatures = [likeliest_temperature(words, on_val.y)]
-    temperatures.append(likeliest_temperature(pairs, np.arange(len(pairs))))
-    on_test = WordScorer(fold, fold.test, target.labels, config)
-    measure = on_test.all_metrics(*on_test.similarities(test), temperatures)
-    return with_intervals(measure, fold, len(on_test.y))
+        parts = out.mean(axis=1), fold.Y[fold.test], target, fold.gap
+        return with_intervals(functools.partial(measure_others, *parts), fold, len(out))
+    scorer = WordScorer(fold, fold.test, target.labels, config)
+    return with_intervals(scorer.metrics(*scorer.similarities(out)), fold, len(scorer.y))
 
 
 def with_intervals(measure, fold, n):
-    """{metric: Score} of measure(kept, shifts): jackknife over ten stretches of the test words."""
-    everyone = np.ones(len(fold.test), bool)
-    values = measure(everyone, fold.shifts)
+    """A row a metric of measure(kept, shifts): score, low, high, n, then that of every shift.
+
+    95 % intervals: jackknife over ten stretches of the test words.
+    """
+    rows = np.arange(len(fold.test))
+    values = measure(rows >= 0, fold.shifts)
     parts = []
-    for stretch in np.array_split(np.arange(len(fold.test)), min(10, len(fold.test))):
-        kept = everyone.copy()
-        kept[stretch] = False
-        parts.append(measure(kept, NO_SHIFTS))
-    scores = {}
-    for metric, (value, *null) in values.items():
-        left = np.array([part[metric][0] for part in parts])
-        half = 1.96 * math.sqrt((len(left) - 1) * left.var())
-        scores[metric] = Score(value, value - half, value + half, np.array(null), n)
-    return scores
+    for stretch in np.array_split(rows, min(10, len(rows))):
+        parts.append(pd.DataFrame(measure(~np.isin(rows, stretch), NO_SHIFTS)))
+    half = 1.96 * np.sqrt((len(parts) - 1) * pd.concat(parts).var(ddof=0))
+    table = pd.DataFrame(np.stack(list(values.values())), list(values)).rename(columns=str)
+    score, null = table["0"], table.iloc[:, 1:]
+    columns = {"score": score, "low": score - half, "high": score + half, "n": n}
+    return pd.concat([pd.DataFrame(columns), null], axis=1)
 
 
-def p_value(observed, null, lower=False):
-    """One-sided p of observed (...) under null (P, ...); NaN where either is not a number."""
-    as_good = (null <= observed) if lower else (null >= observed)
+def p_value(observed, null):
+    """One-sided p of observed (...) under null (P, ...), NaN where either is not a number."""
+    observed = np.asarray(observed)
+    as_good = null >= observed - 1e-8 * np.abs(observed)  # ties count, whatever their rounding
     p = (1 + as_good.sum(axis=0)) / (len(null) + 1)
     return np.where(np.isfinite(observed) & np.isfinite(null).all(axis=0), p, np.nan)
 
@@ -1153,8 +921,7 @@ def fdr_q(p):
     """q of p values (Benjamini and Hochberg); NaN stays NaN and does not count."""
     q = np.full(np.shape(p), np.nan)
     known = np.isfinite(p)
-    if known.any():
-        q[known] = mne.stats.fdr_correction(p[known])[1]
+    q[known] = stats.false_discovery_control(p[known])
     return q
 
 
@@ -1170,50 +937,44 @@ def say_few_shifts(run, p, q, n_shifts):
 
 def over_folds(scores):
     """(mean, low, high): 95 % t interval over folds."""
-    half = scipy.stats.t.ppf(0.975, len(scores) - 1) * scipy.stats.sem(scores)
+    half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
     return np.mean(scores), np.mean(scores) - half, np.mean(scores) + half
 
 
-# ---- controls
+# ---- controls, which read no brain
 
 
-def mean_vector(target, fold):
+def mean_vector(target, fold, config):
     """The mean of the training words, whatever is heard (of classes, their frequencies)."""
     y = fold.Y[fold.train]
+    guess = unit(y).mean(axis=0) if target.kind == "vectors" else y.mean(axis=0)
     if target.kind == "classes":
         guess = np.log(np.bincount(y, minlength=len(target.names)) + 0.5)
-    elif target.kind == "vectors":
-        guess = unit(y).mean(axis=0)
-    else:
-        guess = y.mean(axis=0)
-    return np.tile(guess, (len(fold.val), 1, 1)), np.tile(guess, (len(fold.test), 1, 1))
-
-
-def preceding_words(target, fold):
-    """Ridge on the embeddings of the three words before, no brain."""
-    before = []
-    for k in (1, 2, 3):
-        before.append(np.zeros_like(fold.Y))
-        before[-1][k:] = fold.Y[:-k]
-    x = torch.as_tensor(np.concatenate(before, axis=1))
-    decoder = Decoder("ridge", {}, x.shape[1:], fold.Y.shape[1], target.kind)
-    val = fit_ridge(decoder, x.numpy(), fold.Y, fold)
-    return val[:, None], predict(decoder, x[fold.test])
-
-
-def oracle(target, fold):
-    """The true embedding: what the scorer can give at most."""
-    return fold.Y[fold.val][:, None], fold.Y[fold.test][:, None]
+    return evaluate(np.tile(guess, (len(fold.test), 1, 1)), target, fold, config)
 
 
 def most_frequent_words(target, fold, config):
-    """{metric: Score} of whoever says the most frequent training words, whatever is heard."""
+    """Whoever says the most frequent training words, whatever is heard."""
     scorer = WordScorer(fold, fold.test, target.labels, config)
-    measure = scorer.all_metrics(*scorer.frequencies(), (1.0, 1.0))
-    scores = with_intervals(measure, fold, len(scorer.y))
-    for metric in ("cosine", "perplexity", "occ_perplexity"):  # frequencies are no cosines
-        del scores[metric]
-    return scores
+    words = np.tile(np.log(scorer.n_trained + 0.5), (len(scorer.y), 1))
+    pairs = np.tile(np.log(scorer.n_trained_of_rows + 0.5), (len(fold.test), 1))
+    scores = with_intervals(scorer.metrics(words, pairs), fold, len(words))
+    return scores.drop(["cosine", "perplexity", "occ_perplexity"])  # frequencies are no cosines
+
+
+def preceding_words(target, fold, config):
+    """Ridge on the embeddings of the three words before."""
+    x = np.zeros((len(fold.Y), 3, fold.Y.shape[1]), np.float32)
+    for k in (1, 2, 3):
+        x[k:, k - 1] = fold.Y[:-k]
+    x = x.reshape(len(x), -1)
+    weights, offset, _ = fit_ridge(x, fold.Y, fold)
+    return evaluate((x[fold.test] @ weights + offset)[:, None], target, fold, config)
+
+
+def oracle(target, fold, config):
+    """The true embedding: what the scorer can give at most."""
+    return evaluate(fold.Y[fold.test][:, None], target, fold, config)
 
 
 CONTROLS = {
@@ -1221,20 +982,20 @@ CONTROLS = {
     "unigram": most_frequent_words,
     "preceding": preceding_words,
     "oracle": oracle,
-    "arbitrary": "ridge from the brain to a random vector a word, at every lag",
+    "arbitrary": None,  # ridge from the brain to a random vector a word, at every lag
 }
 
 
-def run_controls(config, target, fold):
-    """{control: ({metric: Score}, 0)} of the controls that read no brain, and so have no lag."""
-    results = {}
-    for name in config.controls:
-        if name == "unigram" and target.kind == "vectors":
-            results[name] = most_frequent_words(target, fold, config), 0.0
-        elif name == "mean" or (name in ("preceding", "oracle") and target.kind == "vectors"):
-            val, test = CONTROLS[name](target, fold)
-            results[name] = evaluate(val, test, target, fold, config), 0.0
-    return results
+def run_controls(config, target, folds):
+    """Scores, with rows (lag, fold, model, metric), of the controls that read no brain."""
+    jobs = {}
+    for fold, name in itertools.product(folds, config.controls):
+        if CONTROLS[name] and (target.kind == "vectors" or name == "mean"):
+            jobs[fold.number, name] = CONTROLS[name](target, fold, config)
+    if not jobs:
+        return pd.DataFrame()
+    scores = pd.concat(jobs, names=INDEX[1:]).assign(lag=np.nan)
+    return scores.set_index("lag", append=True).reorder_levels(INDEX)
 
 
 # ---- every lag and fold
@@ -1244,11 +1005,12 @@ def run_controls(config, target, fold):
 class Experiment:
     """What all lags and folds share.
 
-    inputs: {name: Windows}, what decoders read under '', what twins of untrained= read under their
-    names; rows: (people, words) where the words begin; keys: what rows of results.csv say of it.
+    inputs: {name: Windows}, '' for all decoders, others for twins; rows: (people, words) where the
+    words begin; keys: what rows of results.csv say of it.
     """
 
     podcast: Podcast
+    montage: Montage
     target: Target
     inputs: dict
     rows: np.ndarray
@@ -1258,35 +1020,27 @@ class Experiment:
 
 def prepare(run, config):
     """The Experiment that the options describe."""
-    podcast = load_podcast(run, config)
+    for name in (config.model, *config.beside):
+        resolve(name, DECODERS, "model")
+    podcast, montage = load_podcast(run, config)
     target = make_target(run, config, podcast)
     if config.config_setter:
-        change_settings(config, podcast.montage, target)
-    inputs = make_inputs(run, config, podcast.montage)
+        setter = resolve(config.config_setter, SETTERS, "config_setter")
+        for option, value in registry.call_setter(setter, config, montage, target).items():
+            setattr(config, option, value)
+    inputs = make_inputs(run, config, montage)
     target, rows = keep_words(target, inputs[""], all_lags(config), config)
-    width = inputs[""].width / podcast.montage.sfreq
-    folds = make_folds(config, target.start, target.labels, width)
+    folds = make_folds(config, target.start, target.labels, inputs[""].width / montage.sfreq)
     for fold in folds:
         set_target(fold, target, config)
-    run.print(describe(podcast, target, folds))
+    run.print(describe(podcast, montage, target))
     run.content = content_of(config, inputs[""], target, rows)
-    keys = {"data": podcast.source, "target": name_of_target(config, podcast)}
-    return Experiment(podcast, target, inputs, rows, folds, keys)
-
-
-def change_settings(config, montage, target):
-    """Let a config setter, f(config, raws, words, embeddings) -> config, change the options.
-
-    config is podcast-benchmark's nested one; what the setter leaves alone stays as it is.
-    """
-    setter = resolve(config.config_setter, SETTERS, "config_setter")
-    experiment = benchmark_yaml.experiment_config(asdict(config))
-    words = pd.DataFrame({"word": target.labels, "start": target.start})
-    experiment = registry.call_setter(setter, experiment, montage, words, target.values)
-    settings = benchmark_yaml.settings_of(experiment, f"config_setter={config.config_setter}")
-    options = benchmark_yaml.translate(settings, config.config_setter, defaults=False)
-    for option, value in options.items():
-        setattr(config, option, value)
+    name = config.embedding[0] if config.task == "embedding" else config.task
+    layers = podcast.meta.get("features", {}).get(name, {})
+    if name == "lm" or f"layer-{config.layer}" in layers:
+        name += f" layer {config.layer}"
+    keys = {"data": podcast.source, "target": name}
+    return Experiment(podcast, montage, target, inputs, rows, folds, keys)
 
 
 SETTERS = {
@@ -1297,23 +1051,19 @@ SETTERS = {
 
 def make_inputs(run, config, montage):
     """Experiment.inputs. Ridge alone reads the twins: untrained encoders, windows as they are."""
-    cache = run.out.parent / "cache"
-    inputs = {"": Windows(montage, config, cache)}
-    reader = inputs[""].reader
-    if reader and reader.description:
-        run.print(reader.description)
-    config.model_params = {**getattr(reader, "model_params", {}), **config.model_params}
-    if config.untrained and reader is None:
-        raise InputError(
-            f"untrained={config.untrained} needs preprocess=foundation_model_preprocessing_fn and "
-            "a run folder of foundation.py"
-        )
+    configs = {"": config}
     for k in range(1, config.untrained + 1):
         params = {**config.preprocessor_params, "untrained": k}
-        twin = replace(config, preprocessor_params=params)
-        inputs[f"untrained {k}"] = Windows(montage, twin, cache)
+        configs[f"untrained {k}"] = replace(config, preprocessor_params=params)
     if config.untrained:
-        inputs["raw signal"] = Windows(montage, replace(config, preprocess=""), cache)
+        configs["raw signal"] = replace(config, preprocess="")
+    inputs = {}
+    for name, options in configs.items():
+        inputs[name] = Windows(montage, options, run.out.parent / "cache")
+    reader = inputs[""].reader
+    if reader is not None:
+        run.print(reader.description)
+        config.model_params = {**reader.model_params, **config.model_params}
     return inputs
 
 
@@ -1322,147 +1072,77 @@ def keep_words(target, windows, lags, config):
     rows = windows.montage.rows(target.start)
     inside = np.ones(len(target.start), bool)
     for lag in lags:
-        at_lag = windows.montage.inside(windows.first(rows, lag), windows.width)
-        if not at_lag.any():
-            raise InputError(
-                f"at lag {lag:g} ms no word's window lies in the recording: narrow min_lag= and "
-                "max_lag=, or window="
-            )
-        inside &= at_lag
+        inside &= windows.montage.inside(windows.first(rows, lag), windows.width)
     if inside.sum() < 10 * config.n_folds:
         raise InputError(
             f"{inside.sum()} words have their window in the recording at every lag from "
-            f"{min(lags):g} to {max(lags):g} ms: too few for {config.n_folds} folds"
+            f"{min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} folds: narrow "
+            "min_lag= and max_lag=, or window="
         )
     return target.only(inside, "with a window outside a recording at some lag"), rows[:, inside]
 
 
-def describe(podcast, target, folds):
+def describe(podcast, montage, target):
     """What is decoded from what, in a sentence."""
     left_out = [f"{n} {reason}" for reason, n in target.notes.items() if n]
-    sizes = [(len(fold.train), len(fold.val), len(fold.test)) for fold in folds]
     return (
-        f"{podcast.source}: {len(podcast.montage.names)} electrodes of "
-        f"{len(podcast.montage.people)} people, {len(target.start):,} events at every lag, "
-        f"{len(set(target.labels)):,} types ({', '.join(left_out) or 'none'} left out); per fold "
-        "{:.0f} to train, {:.0f} to validate, {:.0f} to test".format(*np.mean(sizes, axis=0))
+        f"{podcast.source}: {len(montage.names)} electrodes of {len(montage.people)} people, "
+        f"{len(target.start):,} events at every lag, {len(set(target.labels)):,} types "
+        f"({', '.join(left_out) or 'none'} left out)"
     )
-
-
-def name_of_target(config, podcast):
-    """How tables call what is decoded."""
-    if config.task != "embedding":
-        return config.task
-    (name,) = config.embedding
-    layers = podcast.meta.get("features", {}).get(name, {})
-    if name == "lm" or any(key.startswith("layer-") for key in layers):
-        return f"{name} layer {config.layer}"
-    return name
 
 
 def content_of(config, windows, target, rows):
     """A hash of what a result depends on and options only name: recordings, targets, files."""
-    montage = windows.montage
-    content = repr((montage.names, montage.checksums(), windows.key))
-    digest = hashlib.sha256(content.encode())
-    digest.update(rows.tobytes())
+    digest = hashlib.sha256(windows.content().encode() + rows.tobytes())
     if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
-        digest.update(repr(files_in({"lm": config.lm})).encode())
+        digest.update(repr(files_in([config.lm])).encode())
     else:
         digest.update(target.values.tobytes())
     return digest.hexdigest()[:6]
 
 
-class Store:
-    """Finished jobs, a file each, so that a stopped run goes on and ranks share the work."""
-
-    def __init__(self, run, keys):
-        self.run, self.keys = run, keys
-        self.folder = run.out / "jobs" / run.options_hash()
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def path(self, lag, fold):
-        return self.folder / f"lag_{lag}_fold_{fold}.npz"
-
-    def write(self, lag, fold, results):
-        """results: {decoder: ({metric: Score}, validation score)}; the lag of controls is None."""
-        arrays = {}
-        for decoder, (scores, val_score) in results.items():
-            arrays[f"{decoder}|val"] = np.array([val_score])
-            for metric, score in scores.items():
-                keys = {"model": decoder, "lag": lag, "fold": fold, "metric": metric, **self.keys}
-                chance = score.null.mean()
-                self.run.result(score.value, chance, score.low, score.high, score.n, **keys)
-                arrays[f"{decoder}|{metric}"] = np.array([score.value, *score.null])
-        with aside(self.path(lag, fold)) as file:
-            np.savez(file, **arrays)
-
-    def read(self, lags, n_folds):
-        """{decoder: {metric: (lags, folds, 1 + shifts)}}; metric val: the validation scores."""
-        files = []
-        for lag in lags:
-            files.append([dict(np.load(self.path(lag, fold))) for fold in range(n_folds)])
-        results = {}
-        for key in files[0][0]:
-            decoder, metric = key.split("|")
-            values = [[file[key] for file in row] for row in files]
-            results.setdefault(decoder, {})[metric] = np.array(values)
-        return results
-
-
-def decoders_of(config, target, inputs):
-    """[(its name in tables, decoder, name of its input)] of every lag and fold."""
-    names = [config.model, *config.beside]
-    if config.untrained:
-        names.append("ridge")
-    decoders = [(name, name, "") for name in dict.fromkeys(names)]
-    decoders += [(f"ridge, {source}", "ridge", source) for source in inputs if source]
-    if "arbitrary" in config.controls and target.kind == "vectors":
-        decoders.append(("arbitrary", "ridge", ""))
-    return decoders
-
-
 def fit_and_score(run, config, experiment, X, fold, lag):
-    """{decoder: ({metric: Score}, validation score)} of every decoder at one lag in one fold.
-
-    X: {input: windows (words, ...)}.
-    """
+    """Scores, with rows (model, metric), of every decoder; X: {input: windows (words, ...)}."""
     target = experiment.target
+    decoders = {name: (name, "") for name in [config.model, *config.beside]}
+    if config.untrained:
+        decoders["ridge"] = "ridge", ""
+        decoders.update({f"ridge, {source}": ("ridge", source) for source in X if source})
+    if "arbitrary" in config.controls and target.kind == "vectors":
+        decoders["arbitrary"] = "ridge", ""
     results = {}
-    for name, spec, source in decoders_of(config, target, X):
-        x = torch.as_tensor(X[source], device=run.device)
+    for name, (spec, source) in decoders.items():
         job = fold
         if name == "arbitrary":
-            vectors = arbitrary_vectors(target.labels, 50, config.seed)
-            job = replace(fold, Y=vectors - vectors[fold.train].mean(axis=0))
+            y = vectors.arbitrary_vectors(target.labels, 50, config.seed)
+            job = replace(fold, Y=y - y[fold.train].mean(axis=0))
         params = config.model_params if name == config.model else {}
-        decoder, val, epochs = fit_decoder(spec, params, x, target, job, config)
+        decoder, val = fit_decoder(spec, params, X[source], target, job, config)
         val_score = float(primary_scores(val, fold.val, target, job, config)[0])
-        scores = evaluate(val, predict(decoder, x[fold.test]), target, job, config)
-        results[name] = scores, val_score
+        results[name] = evaluate(predict(decoder, X[source][fold.test]), target, job, config)
+        results[name].loc["val", "score"] = val_score
         if config.save_models and name == config.model:
-            facts = {"lag": float(lag), "epochs": epochs, "val": val_score}
+            facts = {"lag": float(lag), "val": val_score}
             save_decoder(run, config, experiment, decoder, fold, facts)
-    return results
+    return pd.concat(results)
 
 
 def save_decoder(run, config, experiment, decoder, fold, facts):
     """models/lag_L_fold_K.pt for decode_apply.py: weights and z-scores, PCA, words, electrodes."""
-    target = experiment.target
-    vectors = pd.DataFrame()
+    target, montage = experiment.target, experiment.montage
+    of_words = pd.DataFrame()
     if target.kind == "vectors":
-        vectors = pd.DataFrame(unit(fold.Y[fold.train]))
-        vectors = vectors.groupby(target.labels[fold.train]).mean()
+        of_words = word_means(fold.Y, target.labels, fold.train)
     mean, components, scale = fold.projection
-    montage = experiment.podcast.montage
     state = {
         "kind": "decoder",
         "spec": decoder.spec,
         "weights": decoder.state_dict(),
         "output_dim": decoder.output_dim,
         "target": target.kind,
-        "names": target.names or vectors.index.tolist() or ["value"],
-        "vectors": torch.tensor(vectors.to_numpy(np.float32)),
+        "names": target.names or of_words.index.tolist() or ["value"],
+        "vectors": torch.tensor(of_words.to_numpy(np.float32)),
         "pca": {"mean": torch.as_tensor(mean), "components": torch.as_tensor(components)},
         "scale": scale,
         "electrodes": montage.names,
@@ -1472,191 +1152,180 @@ def save_decoder(run, config, experiment, decoder, fold, facts):
         **facts,
     }
     (run.out / "models").mkdir(exist_ok=True)
-    path = run.out / "models" / f"lag_{facts['lag']:g}_fold_{fold.number}.pt"
-    save_checkpoint(path, state)
+    save_checkpoint(run.out / "models" / f"lag_{facts['lag']:g}_fold_{fold.number}.pt", state)
 
 
-def single_electrodes(run, config, experiment, lags):
-    """Ridge on each electrode alone, at each fold's lag of `lags`: a row of results.csv each."""
-    target = experiment.target
-    windows = experiment.inputs[""]
-    names = windows.montage.names
-    done = run.rows()
-    done = set(done.electrode.dropna()) if "electrode" in done else set()
-    todo = [i for i in run.share(range(len(names))) if names[i] not in done]
-    if not todo or not windows.are_bins:
-        return
-    scores = np.zeros((len(todo), len(experiment.folds), 1 + config.n_shifts))
-    bar = run.progress(len(lags), desc="single electrodes, fold by fold")
-    for fold, lag in zip(experiment.folds, lags):
-        X = torch.as_tensor(windows.at(experiment.rows, [lag])[0])
-        for i, electrode in enumerate(todo):
-            x = X[:, electrode : electrode + 1]
-            decoder, _, _ = fit_decoder("ridge", {}, x, target, fold, config)
-            out = predict(decoder, x[fold.test])
-            null = primary_scores(out, fold.test, target, fold, config, fold.shifts)
-            scores[i, fold.number] = null
-        bar.update()
-    bar.close()
-    for i, electrode in enumerate(todo):
-        mean, low, high = over_folds(scores[i, :, 0])
-        null = scores[i, :, 1:].mean(axis=0)
-        row = {"electrode": names[electrode], "metric": PRIMARY[target.kind], **experiment.keys}
-        row |= {"model": "ridge, one electrode", "lag": "chosen", "fold": "mean"}
-        p = float(p_value(mean, null))
-        run.result(mean, null.mean(), low, high, len(target.start), p=p, **row)
+# ---- finished jobs: a file each, so that a stopped run goes on and ranks share the work
+
+INDEX = ["lag", "fold", "model", "metric"]  # of the rows of scores
+DIGITS = "%.9g"
+
+
+def job_file(run, lag, fold):
+    """Where the scores of a lag (or those of electrodes) and fold are kept."""
+    folder = run.out / "jobs" / run.options_hash()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"lag_{lag}_fold_{fold.number}.csv"
+
+
+def read_jobs(run, lags, folds):
+    """The scores of jobs: a DataFrame with rows (lag, fold, model, metric)."""
+    jobs = {}
+    for lag, fold in itertools.product(lags, folds):
+        jobs[lag, fold.number] = pd.read_csv(job_file(run, lag, fold), index_col=[0, 1])
+    return pd.concat(jobs, names=INDEX)
 
 
 # ---- report
 
 
-def chosen_lags(metrics):
-    """(folds,) numbers of the lags that the validation words of each fold choose."""
-    return metrics["val"][:, :, 0].argmax(axis=0)
+def null_of(scores):
+    """Those columns of scores that are of shifted words."""
+    return scores.drop(columns=["score", "low", "high", "n"], errors="ignore")
 
 
-def at_chosen_lags(metrics, metric):
-    """(folds, 1 + shifts) of a metric, each fold at its chosen lag."""
-    numbers = chosen_lags(metrics)
-    return metrics[metric][numbers, np.arange(len(numbers))]
+def intervals_of(scores):
+    """score, low, high, n and chance of scores."""
+    return scores[["score", "low", "high", "n"]].assign(chance=null_of(scores).mean(axis=1))
 
 
-def interval_of(values):
-    """Mean over folds of values (folds, 1 + shifts), its interval, the null's level and band."""
-    score, low, high = over_folds(values[:, 0])
-    null = values[:, 1:].mean(axis=0)
-    band = dict(zip(("null_low", "null_high"), np.quantile(null, [0.025, 0.975])))
-    return {"score": score, "low": low, "high": high, "chance": null.mean(), **band}
+def write_results(run, table, **keys):
+    """Rows of results.csv: those of a table with score, chance, low, high and n."""
+    for row in table.to_dict("records"):
+        run.result(**row, **keys)
 
 
-def summarise(results, lags):
-    """Means over folds of what Store.read gives: a row a decoder, metric and lag (None: controls).
+def summarise(scores):
+    """Means over folds: a row a model, metric and lag, with 95 % t intervals over folds.
 
-    q is FDR over lags, p_max family-wise: against the null's maximum over lags.
+    q is FDR over lags, p_max family-wise: against the best lag of every shift.
     """
-    columns = ["model", "metric", "lag", "score", "low", "high", "chance", "null_low", "null_high"]
+    groups = scores.drop("val", level="metric", errors="ignore")
+    groups = groups.groupby(["model", "metric", "lag"], sort=False, dropna=False)
+    means = groups.mean()
+    half = groups.score.sem() * stats.t.ppf(0.975, groups.size() - 1)
+    low, high = means.score - half, means.score + half
+    null = null_of(means)
+    table = pd.DataFrame({"score": means.score, "low": low, "high": high})
+    table["chance"] = null.mean(axis=1)
+    table["null_low"], table["null_high"] = null.quantile([0.025, 0.975], axis=1).to_numpy()
+    sign = np.where(table.index.isin(LOWER_IS_BETTER, level="metric"), -1, 1)
+    null = null.mul(sign, axis=0)
+    by_metric = ["model", "metric"]
+    best = null.groupby(by_metric).transform("max")
+    table["p"] = p_value(sign * table.score, null.T.to_numpy())
+    table["q"] = table.groupby(by_metric).p.transform(fdr_q)
+    table["p_max"] = p_value(sign * table.score, best.T.to_numpy())
+    return table.reset_index()
+
+
+def at_chosen_lags(scores):
+    """(scores at the lag that each fold's validation words choose, the lags (model, fold))."""
+    lags = scores.score.xs("val", level="metric").unstack("lag").idxmax(axis=1)
+    lags = lags.swaplevel()
+    chosen = lags.reindex(scores.index.droplevel(["lag", "metric"]).swaplevel()).to_numpy()
+    scores = scores[scores.index.get_level_values("lag") == chosen].droplevel("lag")
+    return pd.concat({"chosen": scores}, names=INDEX), lags
+
+
+def worth_of_pretraining(chosen, metric):
+    """Ridge on a pretrained encoder less that on each of its twins, in pairs over folds."""
+    scores = chosen.score.xs(metric, level="metric").unstack("model")
+    twins = scores.filter(like="ridge, untrained")
+    if twins.shape[1] > 1:
+        scores[f"ridge, mean of {twins.shape[1]} untrained"] = twins.mean(axis=1)
     rows = []
-    for decoder, metrics in results.items():
-        for metric, values in metrics.items():
-            if metric == "val":
-                continue
-            lower = metric in LOWER_IS_BETTER
-            score = values[:, :, 0].mean(axis=1)
-            null = values[:, :, 1:].mean(axis=1)  # (lags, shifts)
-            extreme = null.min(axis=0) if lower else null.max(axis=0)
-            p = p_value(score, null.T, lower)
-            p_max = p_value(score, extreme[:, None], lower)
-            for lag, *tests, of_lag in zip(lags, p, fdr_q(p), p_max, values):
-                row = {"model": decoder, "metric": metric, "lag": lag, **interval_of(of_lag)}
-                rows.append({**row, **dict(zip(("p", "q", "p_max"), tests))})
-    return pd.DataFrame(rows, columns=[*columns, "p", "q", "p_max"]).astype({"lag": float})
+    for name in scores.filter(like="ridge, "):
+        score, low, high = over_folds(scores["ridge"] - scores[name])
+        interval = {"score": score, "low": low, "high": high, "chance": 0.0}
+        rows.append({"model": name.replace("ridge,", "ridge, pretrained -"), **interval})
+    return pd.DataFrame(rows).assign(metric=metric, lag="chosen")
 
 
-def worth_of_pretraining(results, metric):
-    """{what less what: (mean, low, high)} over folds, in pairs, each at its own chosen lags."""
-    scores = {}
-    for decoder, metrics in results.items():
-        if decoder.startswith("ridge"):
-            scores[decoder] = at_chosen_lags(metrics, metric)[:, 0]
-    twins = [value for name, value in scores.items() if "untrained" in name]
-    if len(twins) > 1:
-        scores[f"ridge, mean of {len(twins)} untrained"] = np.mean(twins, axis=0)
-    differences = {}
-    for name, value in scores.items():
-        if twins and name != "ridge":
-            label = f"ridge, pretrained - {name.removeprefix('ridge, ')}"
-            differences[label] = over_folds(scores["ridge"] - value)
-    return differences
+def single_electrodes(run, config, experiment, lags):
+    """Ridge on each electrode alone, at each fold's lag of `lags`: a job a fold."""
+    target, windows = experiment.target, experiment.inputs[""]
+    for fold, lag in run.share(zip(experiment.folds, lags)):
+        file = job_file(run, "electrodes", fold)
+        if file.exists():
+            continue
+        X = torch.as_tensor(windows.at(experiment.rows, lag))
+        scores = {}
+        for i, electrode in enumerate(windows.montage.names):
+            x = X[:, i : i + 1]
+            decoder, _ = fit_decoder("ridge", {}, x, target, fold, config)
+            parts = predict(decoder, x[fold.test]), fold.test, target, fold, config
+            scores[electrode, PRIMARY[target.kind]] = primary_scores(*parts, fold.shifts)
+        scores = pd.DataFrame(scores).T.rename(columns={0: "score"})
+        write_aside(file, scores.to_csv(float_format=DIGITS))
+    run.barrier()
 
 
-def write_means(run, table, results, differences, metric):
-    """lags.csv, and rows of results.csv: means over folds, at every lag and at the chosen ones."""
-    write_aside(run.out / "lags.csv", table.to_csv(index=False))
-    n = int(table.n.iloc[0])
-    keys = table[["data", "target"]].iloc[0].to_dict()
-    rows = table[["model", "metric", "lag", "score", "low", "high", "chance"]].to_dict("records")
-    for decoder, metrics in results.items():
-        for name in metrics:
-            if name != "val":
-                row = interval_of(at_chosen_lags(metrics, name))
-                rows.append({"model": decoder, "metric": name, "lag": "chosen", **row})
-    for name, (score, low, high) in differences.items():
-        row = {"model": name, "metric": metric, "lag": "chosen", "chance": 0.0}
-        rows.append({**row, "score": score, "low": low, "high": high})
-    for row in rows:
-        interval = row["score"], row["chance"], row["low"], row["high"], n
-        names = {key: row[key] for key in ("model", "metric", "lag")}
-        run.result(*interval, fold="mean", **names, **keys)
-
-
-def electrode_table(run, montage):
-    """electrodes.csv: ridge on each electrode alone; None where the windows are no bins."""
-    rows = run.merge()
-    if "electrode" not in rows:
-        return None
-    table = rows[rows.electrode.notna()].set_index("electrode").loc[montage.names].reset_index()
-    table[["x", "y", "z"]] = montage.xyz
-    table["q"] = fdr_q(table.p.to_numpy(float))
+def electrode_table(run, experiment):
+    """electrodes.csv, and rows of results.csv, of single_electrodes."""
+    table = summarise(read_jobs(run, ["electrodes"], experiment.folds))
+    table = table.rename(columns={"model": "electrode"}).assign(n=len(experiment.target.start))
+    keys = {**experiment.keys, "model": "ridge, one electrode", "lag": "chosen", "fold": "mean"}
+    columns = ["electrode", "metric", "score", "low", "high", "chance", "p", "n"]
+    write_results(run, table[columns], **keys)
+    table["q"] = fdr_q(table.p)
     table["subject"] = table.electrode.str.split(" ").str[0]
-    columns = ["subject", "electrode", "x", "y", "z", "metric", "score", "low", "high", "chance"]
-    table = table[[*columns, "p", "q", "n", "data"]]
+    table["data"] = experiment.keys["data"]
+    table[["x", "y", "z"]] = experiment.montage.xyz
+    table = table[["subject", *columns, "q", "x", "y", "z", "data"]]
     write_aside(run.out / "electrodes.csv", table.to_csv(index=False))
     return table
 
 
-def say_results(run, config, table, results, metric):
-    """The closing lines: at the lags chosen on validation words, beside shifted words."""
-    lags = all_lags(config)
-    name = METRIC_NAMES[metric]
-    for decoder, metrics in results.items():
-        row = interval_of(at_chosen_lags(metrics, metric))
-        chosen = ", ".join(f"{lags[i]:g}" for i in chosen_lags(metrics))
-        one = table[(table.model == decoder) & (table.metric == metric)]
-        beyond = [f"{lag:g} ms" for lag in one.lag[one.p_max < FDR]]
-        run.print(
-            f"{decoder}: {name} {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] at the "
-            f"lag chosen on validation words ({chosen} ms by fold), shifted words "
-            f"{row['chance']:.3f}, n = {table.n.iloc[0]:,}; beyond chance (family-wise {FDR:g}) at "
-            f"{', '.join(beyond) or 'no lag'}"
-        )
-        say_few_shifts(run, one.p, one.q, config.n_shifts)
-    for key in (metric, "top1"):
-        controls = table[table.lag.isna() & (table.metric == key)]
-        scores = [f"{row.model} {row.score:.3f}" for row in controls.itertuples()]
-        if scores:
-            run.print(f"controls, {METRIC_NAMES[key]}: {', '.join(scores)}")
+def say_results(run, config, table, summary, lags):
+    """The closing table: at the lags chosen on validation words, beside shifted words."""
+    metric = summary.metric.iloc[0]
+    of_metric = table[table.metric == metric]
+    closing = summary.set_index("model")[["score", "low", "high", "chance"]].round(3)
+    closing["lags (ms)"] = lags.map("{:g}".format).groupby(level="model").agg(" ".join)
+    beyond = of_metric[of_metric.p_max < FDR]
+    closing["beyond it at (ms)"] = beyond.lag.map("{:g}".format).groupby(beyond.model).agg(" ".join)
+    run.print(
+        f"{metric} at the lag that each fold's validation words chose, n = {table.n.iloc[0]:,}; "
+        f"chance: shifted words; beyond it: family-wise {FDR:g}\n{closing.to_string(na_rep='')}"
+    )
+    for _, part in of_metric[of_metric.lag.notna()].groupby("model"):
+        say_few_shifts(run, part.p, part.q, config.n_shifts)
+    controls = table[table.lag.isna() & table.metric.isin([metric, "top1"])]
+    if len(controls):
+        run.print(f"controls\n{controls.pivot(index='model', columns='metric', values='score')}")
 
 
-def report(run, config, experiment, store):
+def report(run, config, experiment):
     """Single electrodes, tables, figures and the closing lines, when every job is done."""
-    podcast = experiment.podcast
-    metric = PRIMARY[experiment.target.kind]
-    results = store.read(all_lags(config), config.n_folds)
-    table = summarise(results, all_lags(config))
-    controls = summarise(store.read([None], config.n_folds), [None])
-    differences = worth_of_pretraining(results, metric)
-    both = pd.concat([table, controls]).assign(n=len(experiment.target.start), **experiment.keys)
-    if run.master:
-        write_means(run, both, results, differences, metric)
-    chosen = np.array(all_lags(config))[chosen_lags(results[config.model])]
-    single_electrodes(run, config, experiment, chosen)
-    electrodes = electrode_table(run, podcast.montage)
+    podcast, target, keys = experiment.podcast, experiment.target, experiment.keys
+    metric = PRIMARY[target.kind]
+    scores = read_jobs(run, all_lags(config), experiment.folds)
+    chosen, lags = at_chosen_lags(scores)
+    are_bins = experiment.inputs[""].are_bins
+    if are_bins:
+        single_electrodes(run, config, experiment, lags[config.model])
     if not run.master:
         return
-    title = (
-        f"{podcast.source}: {experiment.keys['target']} from {len(podcast.montage.names)} "
-        f"electrodes, windows of {1000 * config.window:.0f} ms"
-    )
-    planted = planted_span(podcast, config.window, config.task)
-    plot_lags(run.out / "lags.png", table, controls, title, planted)
-    if electrodes is not None:
-        chance = float(electrodes.chance.mean())
+    scores = pd.concat([scores, run_controls(config, target, experiment.folds)])
+    table = summarise(scores).assign(n=len(target.start), **keys)
+    write_aside(run.out / "lags.csv", table.to_csv(index=False))
+    summary = pd.concat([summarise(chosen), worth_of_pretraining(chosen, metric)])
+    columns = ["model", "metric", "lag", "score", "low", "high", "chance"]
+    means = pd.concat([table, summary])[columns].assign(n=len(target.start))
+    write_results(run, means, fold="mean", **keys)
+    by_fold = intervals_of(scores.drop("val", level="metric"))
+    write_results(run, by_fold.reset_index().astype({"n": int}), **keys)
+    title = f"{podcast.source}: {keys['target']} from {len(experiment.montage.names)} electrodes"
+    key = "volume_lag_ms" if config.task == "volume" else "lag_ms"
+    planted = podcast.meta.get("planted", {}).get(key, np.nan)
+    plot_lags(run.out / "lags.png", table, title, planted)
+    if are_bins:
+        electrodes = electrode_table(run, experiment)
         title = f"{podcast.source}: ridge on one electrode at the lag chosen on validation words"
-        plot_electrodes(run.out / "electrodes.png", electrodes, chance, title, METRIC_NAMES[metric])
+        plot_electrodes(run.out / "electrodes.png", electrodes, title, metric)
         say_few_shifts(run, electrodes.p, electrodes.q, config.n_shifts)
-    say_results(run, config, both, results, metric)
-    for name, (mean, low, high) in differences.items():
-        run.print(f"{name}: {mean:+.3f} [{low:+.3f}, {high:+.3f}] {METRIC_NAMES[metric]}, in pairs")
+    say_results(run, config, table, summary[summary.metric == metric], lags)
     if not podcast.meta["synthetic"]:
         run.print(registry.PUBLISHED)
     run.print(f"lags.png, electrodes.png, lags.csv, electrodes.csv, results.csv in {run.out}")
@@ -1664,114 +1333,69 @@ def report(run, config, experiment, store):
 
 # ---- plots
 
-METRIC_NAMES = {
-    "auc": "word ROC-AUC",
-    "top1": "right word of all (top-1)",
-    "two_afc": "right of two occurrences (2AFC)",
-    "cosine": "cosine",
-    "roc_auc": "ROC-AUC",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1",
-    "cross_entropy": "cross-entropy (nats)",
-    "corr": "correlation",
-    "r2": "R²",
-    "mse": "squared error",
-}
+PLOTTED = ["auc", "top1", "two_afc", "cosine"]  # of vectors
+PLOTTED += ["roc_auc", "balanced_accuracy", "f1", "cross_entropy"]  # of classes
+PLOTTED += ["corr", "r2", "mse"]  # of numbers
 
 
-def planted_span(podcast, window, task):
-    """(from, to) in ms of the lags whose windows overlap what was planted, or None."""
-    planted = podcast.meta.get("planted")
-    if not planted or task not in ("embedding", "content", "pos", "volume"):
-        return None
-    lag = planted["volume_lag_ms" if task == "volume" else "lag_ms"]
-    reach = 500 * window + planted.get("kernel_ms", 0) / 2
-    return lag - reach, lag + reach
-
-
-def plot_lags(path, table, controls, title, planted):
-    """lags.png: metrics over lag with intervals, the null's band, significant lags, and controls.
-
-    table, controls: of summarise; controls have no lag and are lines.
-    """
-    metrics = [metric for metric in METRIC_NAMES if metric in set(table.metric)]
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.4 * len(metrics), 4.2), layout="constrained", squeeze=False
-    )
+def plot_lags(path, table, title, planted):
+    """lags.png: metrics over lag, the null's band, what is significant; controls are dotted."""
+    metrics = [metric for metric in PLOTTED if metric in set(table.metric)]
+    colors = {model: f"C{i}" for i, model in enumerate(table.model.unique())}
+    size = 4.4 * len(metrics), 4.2
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
     for axis, metric in zip(axes[0], metrics):
-        if planted is not None:
-            label = "a window here holds planted words"
-            axis.axvspan(*planted, color="C8", alpha=0.18, lw=0, label=label)
-        part = table[table.metric == metric]
-        for i, (decoder, one) in enumerate(part.groupby("model", sort=False)):
-            if i == 0:
-                band = one.null_low, one.null_high
-                axis.fill_between(one.lag, *band, color="0.85", lw=0, label="95 % of shifts")
-            bars = [one.score - one.low, one.high - one.score]
-            style = {"fmt": "-o", "ms": 3.5, "lw": 1.3, "capsize": 2, "color": f"C{i}"}
-            axis.errorbar(one.lag, one.score, bars, label=decoder, **style)
-            for column, marker in (("q", "|"), ("p_max", "s")):
-                for lag in one.lag[one[column] < FDR]:
-                    under = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-                    axis.plot(lag, -0.02 - 0.03 * i, marker, color=f"C{i}", ms=4, **under)
-        for i, control in enumerate(controls.model.unique()):
-            for score in controls.score[(controls.model == control) & (controls.metric == metric)]:
-                axis.axhline(score, ls=":", lw=1.4, color=f"C{9 - i}", label=control)
-        axis.axvline(0, c="0.6", lw=0.8, zorder=0)
-        axis.tick_params(axis="x", pad=4 + 5 * part.model.nunique())
-        axis.set(xlabel="lag of the window's middle from word onset (ms)")
-        axis.set(title=METRIC_NAMES[metric])
-        axis.spines[["top", "right"]].set_visible(False)
+        for model, part in table[table.metric == metric].groupby("model", sort=False):
+            color = colors[model]
+            if part.lag.isna().all():
+                axis.axhline(part.score.iloc[0], ls=":", color=color, label=model)
+                continue
+            if color == "C0":
+                band = part.null_low, part.null_high
+                axis.fill_between(part.lag, *band, color="0.85", lw=0, label="95 % of shifts")
+            bars = [part.score - part.low, part.high - part.score]
+            axis.errorbar(part.lag, part.score, bars, capsize=2, color=color, label=model)
+            for column, marker, fill in (("q", "o", "w"), ("p_max", "s", color)):
+                passed = part[part[column] < FDR]
+                axis.plot(passed.lag, passed.score, marker, ms=5, color=color, mfc=fill)
+        axis.axvline(0, c="0.6", lw=0.8)
+        axis.axvline(planted, c="C8", lw=3, alpha=0.4, label="planted")
+        axis.set(xlabel="lag of the window's middle (ms)", title=metric)
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right center", fontsize=8, frameon=False)
-    marks = f"below: | FDR {FDR:g} over lags, ■ family-wise {FDR:g} (maximum over lags)"
+    marks = f"ring: FDR {FDR:g} over lags, square: family-wise {FDR:g}"
     figure.suptitle(f"{title}\nmean of folds, 95 % intervals over folds; {marks}", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def plot_electrodes(path, table, chance, title, label):
-    """electrodes.png: every electrode in its place, from three sides, and the best ones' scores.
-
-    table: electrode, x, y, z (m), score, low, high, q; black edges where q < FDR.
-    """
-    figure, axes = plt.subplots(
-        1, 4, figsize=(15, 4.2), layout="constrained", width_ratios=[1, 1, 1, 0.9]
-    )
-    known = table[np.isfinite(table[["x", "y", "z"]]).all(axis=1)]
-    known = known.iloc[(known.score - chance).abs().argsort()]
+def plot_electrodes(path, table, title, label):
+    """electrodes.png: electrodes in their places (x, y, z in m), and the best ones' scores."""
+    size = {"figsize": (15, 4.2), "width_ratios": [1, 1, 1, 0.9]}
+    figure, axes = plt.subplots(1, 4, layout="constrained", **size)
+    table = table.sort_values("score")
+    chance = table.chance.mean()
     limit = max((table.score - chance).abs().max(), 1e-6)
-    significant = (known.q < FDR).to_numpy()
-    head = {"x": (70, 0), "y": (88, -18), "z": (62, 12)}  # mm, half width and middle of MNI's brain
-    angle = np.linspace(0, 2 * np.pi, 200)
-    views = (("y", "z", "from the side"), ("x", "y", "from above"), ("x", "z", "from the front"))
-    for axis, (a, b, view) in zip(axes, views):
-        outline = head[a][1] + head[a][0] * np.cos(angle), head[b][1] + head[b][0] * np.sin(angle)
-        axis.plot(*outline, c="0.8", lw=1, zorder=0)
+    for axis, (a, b) in zip(axes, ("yz", "xy", "xz")):
         image = axis.scatter(
-            1000 * known[a],
-            1000 * known[b],
-            c=known.score,
-            s=16 + 60 * (known.score - chance).abs() / limit,
+            1000 * table[a],
+            1000 * table[b],
+            c=table.score,
+            s=16 + 60 * (table.score - chance).abs() / limit,
             cmap="RdBu_r",
             vmin=chance - limit,
             vmax=chance + limit,
-            edgecolors=np.where(significant, "k", "0.75"),
-            linewidths=np.where(significant, 1.0, 0.5),
+            edgecolors=np.where(table.q < FDR, "k", "0.75"),
         )
         axis.set(xlabel=f"{a} (mm)", ylabel=f"{b} (mm)", aspect="equal")
-        axis.set_title(view, fontsize=9)
     figure.colorbar(image, ax=axes[:3], shrink=0.5, aspect=40, location="bottom", label=label)
-    best = table.sort_values("score", ascending=False).head(16).iloc[::-1]
+    best = table.tail(16)
     bars = [best.score - best.low, best.high - best.score]
-    axes[3].errorbar(best.score, range(len(best)), xerr=bars, fmt="o", ms=4, capsize=2)
-    axes[3].set_yticks(range(len(best)), best.electrode, fontsize=7)
+    axes[3].errorbar(best.score, best.electrode, xerr=bars, fmt="o", ms=4, capsize=2)
     axes[3].axvline(chance, c="0.6", lw=0.8)
-    axes[3].set_xlabel(label)
-    axes[3].set_title("the best", fontsize=9)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    axes[3].tick_params(axis="y", labelsize=7)
+    axes[3].set(xlabel=label, title="the best")
+    figure.suptitle(f"{title}; black edges: FDR {FDR:g}", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -1784,29 +1408,24 @@ def main(config):
         return load_function(f"{HERE / 'decode_apply.py'}:apply_decoders", "apply")(config)
     run = Run(config)
     experiment = prepare(run, config)
-    store = Store(run, experiment.keys)
-    lags, folds = all_lags(config), experiment.folds
-
-    for fold in run.share(folds):
-        if not store.path(None, fold.number).exists():
-            store.write(None, fold.number, run_controls(config, experiment.target, fold))
-    jobs = run.share([(lag, fold.number) for lag in lags for fold in folds])
-    todo = [job for job in jobs if not store.path(*job).exists()]
-    bar = run.progress(len(jobs), initial=len(jobs) - len(todo), desc="lags and folds")
-    start = time.time()
-    todo_lags = list(dict.fromkeys(lag for lag, _ in todo))
-    for lag, X in lag_by_lag(experiment.inputs, experiment.rows, todo_lags):
-        for fold in folds:
-            if (lag, fold.number) in todo:
-                results = fit_and_score(run, config, experiment, X, fold, lag)
-                store.write(lag, fold.number, results)
-                bar.update()
-            if (lag, fold.number) == todo[0]:
-                minutes = (time.time() - start) * len(todo) / 60
-                run.print(f"{len(todo)} fits of every decoder, about {minutes:.1f} minutes here")
+    jobs = run.share(itertools.product(all_lags(config), range(config.n_folds)))
+    bar = run.progress(len(jobs), desc="lags and folds")
+    for lag in all_lags(config):
+        folds = [fold for fold in experiment.folds if (lag, fold.number) in jobs]
+        todo = [fold for fold in folds if not job_file(run, lag, fold).exists()]
+        X = {}
+        for name, windows in experiment.inputs.items():
+            if todo:
+                X[name] = torch.as_tensor(windows.at(experiment.rows, lag), device=run.device)
+        for fold in todo:
+            scores = fit_and_score(run, config, experiment, X, fold, lag)
+            write_aside(job_file(run, lag, fold), scores.to_csv(float_format=DIGITS))
+            bar.update()
+        bar.update(len(folds) - len(todo))
     bar.close()
     run.barrier()
-    report(run, config, experiment, store)
+    report(run, config, experiment)
+    run.merge()
     run.close()
 
 

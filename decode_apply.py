@@ -14,22 +14,12 @@ import pandas as pd
 import scipy.special
 import torch
 
+import decode
 from configurator import InputError, Run, key_seed
 from data import write_aside
 from data.montage import Montage
 from data.recording import Recording, read_set
-from decode import (
-    Config,
-    Decoder,
-    Fold,
-    Windows,
-    circular,
-    p_value,
-    predict,
-    unit,
-    with_intervals,
-    word_auc,
-)
+from decode import Config, Decoder, Windows
 from model import load_checkpoint
 
 
@@ -47,8 +37,9 @@ def load_decoders(folder):
             f"apply={folder} holds no decoder in models/: give the out folder of a finished run "
             "with save_models=True"
         )
-    if any(state["config"] != states[0]["config"] for state in states):
-        raise InputError(f"apply={folder}: models/ holds decoders of runs with different options")
+    for state in states:
+        if state["config"] != states[0]["config"]:
+            raise InputError(f"apply={folder}: models/ holds decoders of runs with other options")
     return states
 
 
@@ -57,29 +48,27 @@ def same_electrodes(path, state, reference):
     folders = [Path(path)]
     if not (folders[0] / "signal.f32").exists():
         folders = [folders[0] / name for name in read_set(path)["recordings"]]
-    recordings = {folder.name: Recording(folder) for folder in folders}
-    electrodes = {}
-    for name in state["electrodes"]:
-        person, _, electrode = name.partition(" ")
-        electrodes.setdefault(person, []).append(electrode)
+    electrodes = pd.Series(state["electrodes"]).str.split(" ", n=1, expand=True)
+    people = electrodes.groupby(0, sort=False)[1]
     chosen = []
-    for person, names in electrodes.items():
-        recording = recordings.get(person)
-        if recording is None and len(recordings) == len(electrodes) == 1:
-            recording = next(iter(recordings.values()))  # another recording of theirs
-        missing = sorted(set(names) - set(recording.names if recording else []))
-        if missing:
+    for person, names in people:
+        by_name = [folder for folder in folders if folder.name == person]
+        if len(folders) == len(people) == 1:
+            by_name = folders  # another recording of theirs
+        recording = Recording(by_name[0]) if by_name else None
+        there = pd.Index(recording.names if by_name else [])
+        missing = names[~names.isin(there)]
+        if len(missing):
             raise InputError(
                 f"recording={path} lacks electrodes of {person} that the decoders read: "
                 f"{', '.join(missing[:5])}"
             )
-        chosen.append((recording, np.array([recording.names.index(name) for name in names])))
+        chosen.append((recording, there.get_indexer(names)))
     montage = Montage(chosen, reference)
-    if montage.gaps:
-        raise InputError(f"recording={path}: samples are missing (NaN) in {montage.gaps[0]}")
-    if montage.sfreq != state["sfreq"]:
+    if montage.gaps or montage.sfreq != state["sfreq"]:
         raise InputError(
-            f"recording={path} has {montage.sfreq:g} Hz, the decoders read {state['sfreq']:g} Hz"
+            f"recording={path} has {montage.sfreq:g} Hz and {len(montage.gaps)} electrodes with "
+            f"missing samples: the decoders read {state['sfreq']:g} Hz, and every sample"
         )
     return montage, chosen[0][0].events
 
@@ -90,7 +79,7 @@ def scores_of(out, state):
     The cosine of outputs and a word's vector, probabilities of classes, or the number itself.
     """
     if state["target"] == "vectors":
-        scores = unit(out).mean(axis=1) @ state["vectors"].numpy().T
+        scores = decode.unit(out).mean(axis=1) @ state["vectors"].numpy().T
     elif state["target"] == "classes":
         scores = scipy.special.softmax(out.mean(axis=1), axis=1)
     else:
@@ -109,11 +98,11 @@ def decode_events(states, montage, events, config, cache):
         raise InputError("no event has its window in the recording")
     tables = []
     for state in states:
-        X = torch.as_tensor(windows.at(rows[:, inside], [state["lag"]])[0])
+        X = torch.as_tensor(windows.at(rows[:, inside], state["lag"]))
         shape, output_dim = X.shape[1:], state["output_dim"]
         decoder = Decoder(state["spec"], config.model_params, shape, output_dim, state["target"])
         decoder.load_state_dict(state["weights"])
-        tables.append(scores_of(predict(decoder, X), state))
+        tables.append(scores_of(decode.predict(decoder, X), state))
     scores = pd.concat(tables).groupby(level=0).mean()
     return events[inside].reset_index(drop=True), scores
 
@@ -128,16 +117,16 @@ def apply_decoders(config):
     montage, events = same_electrodes(config.recording, states[0], trained.reference)
     n_events = len(events)
     events, scores = decode_events(states, montage, events, trained, run.out.parent / "cache")
-    table = events[[name for name in ("onset", "word", trained.word) if name in events]]
+    table = events.filter(list(dict.fromkeys(["onset", "word", trained.word])))
     if len(scores.columns) > 1:
         table = table.assign(best=scores.columns[scores.to_numpy().argmax(axis=1)])
     table = pd.concat([table, scores.add_prefix("score ")], axis=1)
     write_aside(run.out / "scores.csv", table.to_csv(index=False))
+    lags = ", ".join(f"{state['lag']:g}" for state in states)
     run.print(
         f"{config.recording}: {len(events):,} events, {n_events - len(events)} with a window "
-        f"outside left out; {len(states)} decoders, of "
-        f"{', '.join(format(state['lag'], 'g') for state in states)} ms; {len(scores.columns):,} "
-        f"scores an event in {run.out / 'scores.csv'}"
+        f"outside left out; {len(states)} decoders, of {lags} ms; {len(scores.columns):,} scores "
+        f"an event in {run.out / 'scores.csv'}"
     )
     if set(montage.checksums()) & set(states[0]["recordings"]):
         run.print("the decoders were trained on this very recording: its scores are no test")
@@ -153,16 +142,18 @@ def score_words(run, config, scores, labels):
     log_p = scipy.special.log_softmax(scores.to_numpy()[known], axis=1)
 
     def measure(kept, shifts):
-        each = word_auc(log_p[kept], y[kept], circular(shifts, int(kept.sum()), 5))
-        return {"auc": np.nanmean(each, axis=1)}
+        orders = decode.circular(shifts, int(kept.sum()), 5)
+        return {"auc": np.nanmean(decode.word_auc(log_p[kept], y[kept], orders), axis=1)}
 
     shifts = np.random.default_rng(key_seed(config.seed, "shift")).random(config.n_shifts)
-    score = with_intervals(measure, Fold(0, y, y, np.arange(len(y)), shifts), len(y))["auc"]
-    p, chance = float(p_value(score.value, score.null)), score.null.mean()
+    fold = decode.Fold(0, y, y, np.arange(len(y)), shifts)
+    scores = decode.with_intervals(measure, fold, len(y))
+    row = decode.intervals_of(scores).loc["auc"]
+    p = float(decode.p_value(scores.score, decode.null_of(scores).T.to_numpy())[0])
     keys = {"data": config.recording, "model": config.apply, "metric": "auc", "p": p}
-    run.result(score.value, chance, score.low, score.high, score.n, **keys)
+    run.result(row.score, row.chance, row.low, row.high, len(y), **keys)
     run.merge()
     run.print(
-        f"word ROC-AUC {score.value:.3f} [{score.low:.3f}, {score.high:.3f}], shifted words "
-        f"{chance:.3f}, p = {p:.4f}, n = {score.n:,}"
+        f"word ROC-AUC {row.score:.3f} [{row.low:.3f}, {row.high:.3f}], shifted words "
+        f"{row.chance:.3f}, p = {p:.4f}, n = {len(y):,}"
     )

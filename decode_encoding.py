@@ -20,7 +20,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from himalaya.ridge import GroupRidgeCV, solve_ridge_cv_svd
+from himalaya.ridge import GroupRidgeCV
 from himalaya.scoring import correlation_score_split, r2_score
 
 import decode
@@ -44,9 +44,7 @@ class Config:
     lags: list[float] = field(default_factory=list)  # ms, instead of the three above
     window: float = 0.2  # s, whose mean is predicted
     # ---- features
-    embedding: list[str] = field(
-        default_factory=lambda: ["gpt2-xl"]
-    )  # decode.word_vectors; several
+    embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # see decode.word_vectors
     layer: int = 24  # of features that have layers, and of lm=
     lm: str = "out/train"  # embedding=lm: its contextual embeddings; static: those of its tokens
     pca: int = 16  # dimensions of each space, fitted on training words; 0: all
@@ -71,17 +69,9 @@ class Config:
 
 
 def fit_ridge(X, Y, fold):
-    """(predictions for the test words, R2 of the validation words, None) of ridge.
-
-    X (words, features), Y (words, targets); a target's alpha is the one that predicts the
-    validation words best, and the fit is on training and validation words.
-    """
-    rows = np.concatenate([fold.train, fold.val])
-    n = len(fold.train)
-    split = [(np.arange(n), np.arange(n, len(rows)))]
-    options = {"fit_intercept": True, "cv": split, "score_func": r2_score, "warn": False}
-    _, weights, scores, offset = solve_ridge_cv_svd(X[rows], Y[rows], ALPHAS, **options)
-    return X[fold.test] @ weights + offset, scores, None
+    """(predictions for the test words, R2 of the validation words): X (words, features), Y."""
+    weights, offset, val = decode.fit_ridge(X, Y, fold)
+    return X[fold.test] @ weights + offset, r2_score(Y[fold.val], val)
 
 
 def fit_banded_ridge(spaces, Y, fold, seed):
@@ -92,19 +82,13 @@ def fit_banded_ridge(spaces, Y, fold, seed):
     X = np.concatenate(spaces, axis=1)
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
-    groups = np.repeat(np.arange(len(spaces)), [space.shape[1] for space in spaces])
     centre, offset = X[rows].mean(axis=0), Y[rows].mean(axis=0)
+    solver = {"n_iter": 20, "alphas": ALPHAS, "score_func": r2_score}
     model = GroupRidgeCV(
-        groups=groups,
+        groups=np.repeat(np.arange(len(spaces)), [space.shape[1] for space in spaces]),
         cv=[(np.arange(n), np.arange(n, len(rows)))],
         random_state=seed % 2**32,
-        solver_params={
-            "n_iter": 20,
-            "alphas": ALPHAS,
-            "score_func": r2_score,
-            "progress_bar": False,
-            "warn": False,
-        },
+        solver_params={**solver, "progress_bar": False, "warn": False},
     )
     model.fit(X[rows] - centre, Y[rows] - offset)
     parts = model.predict(X[fold.test] - centre, split=True)
@@ -117,14 +101,13 @@ def encode_fold(spaces, Y, fold, config):
     features = [decode.project(space, fold.train, config.pca)[0] for space in spaces]
     sd = Y[fold.train].std(axis=0)
     y = ((Y - Y[fold.train].mean(axis=0)) / np.where(sd > 0, sd, 1)).astype(np.float32)
+    arrays = {}
     if len(spaces) == 1:
-        predicted, val, alone = fit_ridge(features[0], y, fold)
+        predicted, arrays["val"] = fit_ridge(features[0], y, fold)
     else:
-        predicted, val, alone = fit_banded_ridge(features, y, fold, config.seed)
+        predicted, arrays["val"], arrays["alone"] = fit_banded_ridge(features, y, fold, config.seed)
     orders = circular(fold.shifts, len(fold.test), fold.gap)
-    arrays = {"r": correlations(predicted, y[fold.test], orders), "val": np.asarray(val)}
-    if alone is not None:
-        arrays["alone"] = np.asarray(alone)
+    arrays["r"] = correlations(predicted, y[fold.test], orders)
     return arrays
 
 
@@ -147,111 +130,60 @@ def correlations(a, b, orders):
 # ---- evaluate
 
 
-def summarise(folds_arrays, lags, names, n):
-    """(encoding table, electrode table, r (lags, electrodes), family-wise threshold).
+def table_of(r, n, columns):
+    """DataFrame of columns and score, low, high, chance, p, q, p_max, n of r (1 + P, targets).
 
-    The first has a row for each electrode and lag; the second each electrode at the lag that its
-    validation words choose, fold by fold. q is FDR, p_max family-wise (against the null's maximum).
+    Intervals are Fisher's z, words as independent; q is FDR, p_max family-wise (against the
+    largest r of every shift).
     """
-    shape = len(lags), len(names)
-    r = np.mean([arrays["r"] for arrays in folds_arrays], axis=0).reshape(-1, *shape)
-    largest = r[1:].max(axis=(1, 2))
-    p = p_value(r[0], r[1:])
-    table = interval_table(r.reshape(-1, len(lags) * len(names)), n)
-    table.insert(0, "electrode", np.tile(names, len(lags)))
-    table.insert(1, "lag", np.repeat(lags, len(names)))
-    table["p"] = p.ravel()
-    table["q"] = fdr_q(p).ravel()
-    table["p_max"] = p_value(r[0], largest[:, None, None]).ravel()
-    chosen, at_chosen = [], []
-    for arrays in folds_arrays:
-        best = arrays["val"].reshape(shape).argmax(axis=0)  # a lag for each electrode
-        chosen.append(np.array(lags)[best])
-        at_chosen.append(arrays["r"].reshape(-1, *shape)[:, best, np.arange(len(names))])
-    at_chosen = np.mean(at_chosen, axis=0)  # (1 + shifts, electrodes)
-    electrodes = interval_table(at_chosen, n).rename(columns={"r": "score"})
-    electrodes.insert(0, "electrode", names)
-    electrodes.insert(1, "lag", np.median(chosen, axis=0))
-    electrodes["p"] = p_value(at_chosen[0], at_chosen[1:])
-    electrodes["q"] = fdr_q(electrodes.p.to_numpy())
-    largest_at_chosen = at_chosen[1:].max(axis=1)
-    electrodes["p_max"] = p_value(at_chosen[0], largest_at_chosen[:, None])
-    return table, electrodes, r[0], np.quantile(largest, 0.95)
-
-
-def interval_table(r, n):
-    """r (1 + P, targets) with 95 % intervals (Fisher's z, words as independent) and chance."""
     half = 1.96 / math.sqrt(max(n - 3, 1))
     z = np.arctanh(np.clip(r[0], -0.999999, 0.999999))
-    columns = {"r": r[0], "low": np.tanh(z - half), "high": np.tanh(z + half)}
-    return pd.DataFrame({**columns, "chance": r[1:].mean(axis=0), "n": n})
+    table = pd.DataFrame({**columns, "score": r[0]})
+    table = table.assign(low=np.tanh(z - half), high=np.tanh(z + half), chance=r[1:].mean(axis=0))
+    table["p"] = p_value(r[0], r[1:])
+    table["q"] = fdr_q(table.p)
+    table["p_max"] = p_value(r[0], r[1:].max(axis=1)[:, None])
+    return table.assign(n=n)
 
 
-# ---- plots
+def at_chosen_lags(arrays, lags, n_electrodes):
+    """(r (1 + P, electrodes), median lag): each at the lag that its validation words choose."""
+    chosen, scores = [], []
+    for r, val in zip(arrays["r"], arrays["val"]):
+        best = val.reshape(len(lags), n_electrodes).argmax(axis=0)
+        chosen.append(np.array(lags)[best])
+        r = r.reshape(-1, len(lags), n_electrodes)
+        scores.append(r[:, best, np.arange(n_electrodes)])
+    return np.mean(scores, axis=0), np.median(chosen, axis=0)
 
 
-def plot_encoding(path, lags, r, threshold, title, planted):
-    """encoding.png: correlation of every electrode at every lag, and its mean; r (L, E)."""
-    figure, (image_axis, axis) = plt.subplots(
-        2, 1, figsize=(7.5, 6.5), layout="constrained", sharex=True, height_ratios=[1.4, 1]
-    )
-    half = (np.median(np.diff(lags)) if len(lags) > 1 else 100) / 2
-    limit = max(np.abs(r).max(), 1e-6)
-    image = image_axis.imshow(
-        r[:, np.argsort(-r.max(axis=0))].T,
-        aspect="auto",
-        cmap="RdBu_r",
-        vmin=-limit,
-        vmax=limit,
-        extent=[lags[0] - half, lags[-1] + half, r.shape[1], 0],
-        interpolation="nearest",
-    )
-    figure.colorbar(image, ax=image_axis, label="held-out correlation")
-    image_axis.set_ylabel("electrodes, best first")
-    mean = r.mean(axis=1)
-    sem = r.std(axis=1) / math.sqrt(r.shape[1])
-    axis.fill_between(lags, mean - sem, mean + sem, alpha=0.3, lw=0)
-    axis.plot(lags, mean, label="mean of electrodes (± SEM)")
-    axis.plot(lags, r.max(axis=1), c="C3", lw=1, label="best electrode")
-    axis.axhline(threshold, ls=":", c="0.4", label="family-wise 5 % threshold")
-    if planted is not None:
-        axis.axvspan(*planted, color="C8", alpha=0.18, lw=0, label="planted")
-    for each in (image_axis, axis):
-        each.axvline(0, c="k", lw=0.8)
-    axis.set(xlabel="lag (ms)", ylabel="correlation")
-    axis.legend(fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def report(run, config, podcast, folds_arrays, n):
+def report(run, config, podcast, montage, arrays, n):
     """Tables, figures and the closing lines."""
-    lags = all_lags(config)
-    names = podcast.montage.names
-    table, electrodes, r, threshold = summarise(folds_arrays, lags, names, n)
-    for i, name in enumerate(config.embedding):
-        if "alone" in folds_arrays[0]:
-            alone = np.mean([arrays["alone"][i] for arrays in folds_arrays], axis=0)
+    lags, names = all_lags(config), montage.names
+    r = np.mean(arrays["r"], axis=0)  # (1 + P, lags * electrodes)
+    columns = {"electrode": np.tile(names, len(lags)), "lag": np.repeat(lags, len(names))}
+    table = table_of(r, n, columns).rename(columns={"score": "r"})
+    if "alone" in arrays:
+        for name, alone in zip(config.embedding, np.mean(arrays["alone"], axis=0)):
             table[f"r_{Path(name).stem}"] = alone
     write_aside(run.out / "encoding.csv", table.assign(data=podcast.source).to_csv(index=False))
-    keys = {"model": "ridge, encoding", "metric": "corr", "fold": "mean", "data": podcast.source}
-    keys["target"] = " + ".join(config.embedding)
-    for row in electrodes.itertuples():
-        interval = row.score, row.chance, row.low, row.high, n
-        run.result(*interval, electrode=row.electrode, lag=row.lag, p=row.p, **keys)
-    electrodes[["x", "y", "z"]] = podcast.montage.xyz
+    at_chosen, median_lags = at_chosen_lags(arrays, lags, len(names))
+    electrodes = table_of(at_chosen, n, {"electrode": names, "lag": median_lags})
+    target = " + ".join(config.embedding)
+    keys = {"model": "ridge, encoding", "metric": "corr", "fold": "mean", "target": target}
+    rows = electrodes.drop(columns=["q", "p_max"])
+    decode.write_results(run, rows, data=podcast.source, **keys)
+    electrodes[["x", "y", "z"]] = montage.xyz
     electrodes["subject"] = electrodes.electrode.str.split(" ").str[0]
     electrodes["data"] = podcast.source
     write_aside(run.out / "electrodes.csv", electrodes.to_csv(index=False))
-    title = (
-        f"{podcast.source}: {keys['target']} to {len(names)} electrodes, windows of "
-        f"{1000 * config.window:.0f} ms, {n:,} words"
-    )
-    planted = decode.planted_span(podcast, config.window, "embedding")
-    plot_encoding(run.out / "encoding.png", lags, r, threshold, title, planted)
+    title = f"{podcast.source}: {target} to {len(names)} electrodes, {n:,} words"
+    threshold = np.quantile(r[1:].max(axis=1), 0.95)
+    planted = podcast.meta.get("planted", {}).get("lag_ms", np.nan)
+    by_lag = r[0].reshape(len(lags), len(names))
+    plot_encoding(run.out / "encoding.png", lags, by_lag, threshold, planted, title)
     label = "correlation at the lag chosen on validation words"
-    decode.plot_electrodes(run.out / "electrodes.png", electrodes, 0.0, title, label)
+    decode.plot_electrodes(run.out / "electrodes.png", electrodes, title, label)
     best = electrodes.sort_values("score").iloc[-1]
     run.print(
         f"{(electrodes.p_max < FDR).sum()} of {len(names)} electrodes follow the embeddings "
@@ -263,40 +195,73 @@ def report(run, config, podcast, folds_arrays, n):
     run.print(f"encoding.png, electrodes.png, encoding.csv, electrodes.csv in {run.out}")
 
 
+def plot_encoding(path, lags, r, threshold, planted, title):
+    """encoding.png: correlation of every electrode at every lag, and its mean; r (L, E)."""
+    figure, (image_axis, axis) = plt.subplots(
+        2, 1, figsize=(7.5, 6.5), layout="constrained", sharex=True, height_ratios=[1.4, 1]
+    )
+    limit = max(np.abs(r).max(), 1e-6)
+    order = np.argsort(-r.max(axis=0))
+    step = lags[1] - lags[0] if len(lags) > 1 else 100
+    edges = np.append(lags, lags[-1] + step) - step / 2, np.arange(r.shape[1] + 1)
+    colors = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    image = image_axis.pcolormesh(*edges, r[:, order].T, **colors)
+    figure.colorbar(image, ax=image_axis, label="held-out correlation")
+    image_axis.set(ylabel="electrodes, best first", ylim=(r.shape[1], 0))
+    mean = r.mean(axis=1)
+    sem = r.std(axis=1) / math.sqrt(r.shape[1])
+    axis.fill_between(lags, mean - sem, mean + sem, alpha=0.3, lw=0)
+    axis.plot(lags, mean, label="mean of electrodes (± SEM)")
+    axis.plot(lags, r.max(axis=1), c="C3", lw=1, label="best electrode")
+    axis.axhline(threshold, ls=":", c="0.4", label="family-wise 5 % threshold")
+    axis.axvline(planted, c="C8", lw=3, alpha=0.4, label="planted")
+    axis.axvline(0, c="k", lw=0.8)
+    axis.set(xlabel="lag (ms)", ylabel="correlation")
+    axis.legend(fontsize=7, frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(config):
     run = Run(config)
-    podcast = decode.load_podcast(run, config)
-    spaces = [decode.word_vectors(run, config, podcast, name) for name in config.embedding]
-    n_dims = np.cumsum([space.shape[1] for space in spaces])
+    podcast, montage = decode.load_podcast(run, config)
+    spaces, n_dims = [], []
+    for name in config.embedding:
+        spaces.append(decode.word_vectors(run, config, podcast, name))
+        n_dims.append(spaces[-1].shape[1])
     target = decode.as_target(podcast.words, np.concatenate(spaces, axis=1), config.word)
-    one_bin = decode.Config(window=config.window, bins=1)
-    windows = decode.Windows(podcast.montage, one_bin, run.out.parent / "cache")
+    one_bin = decode.Config(window=config.window, reference=config.reference, bins=1)
+    windows = decode.Windows(montage, one_bin, run.out.parent / "cache")
     lags = all_lags(config)
     target, rows = decode.keep_words(target, windows, lags, config)
-    spaces = np.split(target.values, n_dims[:-1], axis=1)
-    width = windows.width / podcast.montage.sfreq
+    spaces = np.split(target.values, np.cumsum(n_dims)[:-1], axis=1)
+    width = windows.width / montage.sfreq
     folds = decode.make_folds(config, target.start, target.labels, width)
-    run.print(decode.describe(podcast, target, folds))
+    run.print(decode.describe(podcast, montage, target))
     run.content = decode.content_of(config, windows, target, rows)
 
     folder = run.out / "jobs" / run.options_hash()
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [fold for fold in run.share(folds) if not (folder / f"fold_{fold.number}.npz").exists()]
-    bar = run.progress(len(todo), desc="folds")
-    Y = None
+    files = [folder / f"fold_{fold.number}.npz" for fold in folds]
+    todo = [fold for fold in run.share(folds) if not files[fold.number].exists()]
     if todo:
-        Y = windows.at(rows, lags)[..., 0]  # (lags, words, electrodes)
-        Y = Y.transpose(1, 0, 2).reshape(len(target.start), -1)
+        offsets = [windows.first(0, lag) for lag in lags]
+        Y = montage.bin_means(rows, offsets, [0, windows.width]).squeeze(-1)
+        Y = Y.transpose(1, 0, 2).reshape(len(target.start), -1)  # (words, lags * electrodes)
+    bar = run.progress(len(todo), desc="folds")
     for fold in todo:
-        arrays = encode_fold(spaces, Y, fold, config)
-        with aside(folder / f"fold_{fold.number}.npz") as file:
-            np.savez(file, **arrays)
+        with aside(files[fold.number]) as file:
+            np.savez(file, **encode_fold(spaces, Y, fold, config))
         bar.update()
     bar.close()
     run.barrier()
     if run.master:
-        arrays = [dict(np.load(folder / f"fold_{fold.number}.npz")) for fold in folds]
-        report(run, config, podcast, arrays, len(target.start))
+        arrays = {}
+        for file in files:
+            for name, array in np.load(file).items():
+                arrays.setdefault(name, []).append(array)
+        report(run, config, podcast, montage, arrays, len(target.start))
     run.merge()
     run.close()
 

@@ -18,6 +18,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn as nn
 
@@ -66,7 +67,9 @@ def foundation_model(experiment_config, raws, df_word, word_embeddings):
     """podcast-benchmark's setter of that name: channel names, and the pretrained model's window."""
     data_params = experiment_config.data_params
     params = data_params.preprocessor_params
-    params["ch_names"] = [name for raw in raws for name in raw.ch_names]
+    params["ch_names"] = []
+    for raw in raws:
+        params["ch_names"] += raw.ch_names
     folder = model_folder(params)
     if is_foreign(folder):
         data_params.window_width = read_ini(folder).ecog_data_config.sample_length
@@ -88,21 +91,22 @@ class EncoderInput:
     def __init__(self, montage, params, device):
         self.encoder, self.recipe = pretrained(params)
         self.params = params
-        self.people = []
+        self.people, places, subjects, seen = [], [], [], []
         for person in montage.people:
             if person.mixing is not None:
                 raise InputError("reference=laplacian is for windows, not for an encoder: leave it")
-            self.people.append(self.match(person.recording, person.channels))
-        weights = [value.numpy().tobytes() for value in self.encoder.state_dict().values()]
-        facts = [(p["xyz"].tolist(), p["subject"], p["seen"]) for p in self.people]
-        facts = repr((type(self).__name__, self.recipe, facts)).encode()
-        self.key = hashlib.sha256(facts + b"".join(weights)).hexdigest()
-        self.model_params = {
-            "model_dir": params["model_dir"],
-            "untrained": params.get("untrained", 0),
-            "places": [p["xyz"].tolist() for p in self.people],
-            "subjects": [p["subject"] for p in self.people],
-        }
+            person = self.match(person.recording, person.channels)
+            self.people.append(person)
+            places.append(person["xyz"].tolist())
+            subjects.append(person["subject"])
+            seen.append(person["seen"])
+        facts = repr((type(self).__name__, self.recipe, places, subjects, seen))
+        digest = hashlib.sha256(facts.encode())
+        for value in self.encoder.state_dict().values():
+            digest.update(value.numpy().tobytes())
+        self.key = digest.hexdigest()
+        self.model_params = {"model_dir": params["model_dir"], "places": places}
+        self.model_params |= {"untrained": params.get("untrained", 0), "subjects": subjects}
         self.description = self.describe()
 
     def describe(self):
@@ -244,23 +248,21 @@ class ForeignLatents:
         self.montage = montage
         self.params = params
         self.config = read_ini(folder).ecog_data_config
-        if params.get("untrained"):
-            raise InputError(f"untrained= is for encoders of foundation.py, not for {folder}")
-        if ":" not in str(params.get("model", "")):
+        if params.get("untrained") or ":" not in str(params.get("model", "")):
             raise InputError(
                 f"{folder} holds a model of another code: give preprocessor_params.model="
-                "my_file.py:constructor, which makes the module of model.pth"
+                "my_file.py:constructor, which makes the module of model.pth, and no untrained="
             )
         if montage.sfreq != self.config.original_fs:
+            rates = f"{self.config.original_fs:g} Hz, not {montage.sfreq:g} Hz"
+            raise InputError(f"{folder} reads recordings at {rates}")
+        names = pd.Series(montage.names).str.partition(" ")[2]
+        cells = pd.Index([f"G{number}" for number in range(1, 65)])
+        self.cells = cells.get_indexer(names)  # -1: not of the grid
+        if self.cells.max() < 0:
             raise InputError(
-                f"{folder} reads recordings at {self.config.original_fs:g} Hz, not "
-                f"{montage.sfreq:g} Hz"
-            )
-        self.cells = [self.cell(name.partition(" ")[2]) for name in montage.names]
-        if not any(cell is not None for cell in self.cells):
-            raise InputError(
-                f"{folder} reads electrodes G1 to G64, and there are "
-                f"{', '.join(montage.names[:6])}: choose others with subjects= or channels="
+                f"{folder} reads electrodes G1 to G64, and there are {', '.join(names[:6])}: "
+                "choose others with subjects= or channels="
             )
         self.model = load_function(params["model"], "preprocessor_params.model")(read_ini(folder))
         self.key = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
@@ -277,12 +279,6 @@ class ForeignLatents:
         self.device = device
         self.model.to(device).eval()
 
-    @staticmethod
-    def cell(name):
-        """Number in the grid of an electrode, None where it is not of it."""
-        number = int(name[1:]) if name[:1] == "G" and name[1:].isdigit() else 0
-        return number - 1 if 1 <= number <= 64 else None
-
     @torch.no_grad()
     def __call__(self, first, width):
         """(words, latents): windows of `width` samples from rows `first` (people, words) on."""
@@ -298,9 +294,8 @@ class ForeignLatents:
             samples = self.montage.samples(first[:, begin : begin + size], width)
             means = samples.reshape(*samples.shape[:2], -1, step).mean(axis=3)
             grid = np.zeros((len(means), means.shape[2], 64), np.float32)
-            for electrode, cell in enumerate(self.cells):
-                if cell is not None:
-                    grid[:, :, cell] = means[:, electrode]
+            on_grid = self.cells >= 0
+            grid[:, :, self.cells[on_grid]] = means[:, on_grid].transpose(0, 2, 1)
             batch = torch.as_tensor(grid, device=self.device).view(len(grid), 1, -1, 8, 8)
             latents = self.model(batch, forward_features=True)
             parts.append(latents.flatten(1).float().cpu().numpy())

@@ -12,18 +12,21 @@ here chooses a window or a split; validation windows choose the penalty or the e
 """
 
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 
 import decode
 from configurator import InputError, Run, configure, key_seed
 from data import read_table, write_aside
 from data.montage import Montage, is_subject
+from data.podcast.speech import Target
 from data.recording import Recording, read_set
 
 
@@ -32,10 +35,8 @@ class Config:
     dataset: str = "braintreebank"  # name under data/, or a folder of data/braintreebank/prepare.py
     subjects: list[str] = field(default_factory=list)  # people or recordings to test; none: all
     task: str = "all"  # or one of the set's
-    split: Literal["within", "session", "subject"] = (
-        "within"  # train on the film itself, on another
-    )
-    # film of the same person, or on another person
+    split: Literal["within", "session", "subject"] = "within"  # train on the film itself, on
+    # another of the same person, or on another person
     # ---- windows, as in decode.py
     window: float = 1.0  # s from the onset on, the benchmark's
     represent: Literal["bins", "spectrum"] = "spectrum"  # bin means, or log power over time
@@ -89,55 +90,38 @@ class Benchmark:
         self.folder = run.dataset(config.dataset)
         meta = read_set(self.folder)
         if "tasks" not in meta:
-            raise InputError(
-                f"{self.folder / 'meta.yaml'} names no tasks: decode_neuroprobe.py reads sets made "
-                "by data/braintreebank/prepare.py"
-            )
-        self.tasks = meta["tasks"]
-        if config.task != "all":
-            if config.task not in meta["tasks"]:
-                raise InputError(f"task={config.task} is none of all, {', '.join(meta['tasks'])}")
-            self.tasks = [config.task]
+            raise InputError(f"{self.folder}: no tasks; take one of data/braintreebank/prepare.py")
+        if config.task not in ["all", *meta["tasks"]]:
+            raise InputError(f"task={config.task} is none of all, {', '.join(meta['tasks'])}")
+        self.tasks = meta["tasks"] if config.task == "all" else [config.task]
         self.recordings = {}
         for name in meta["recordings"]:
             if (self.folder / name / "neuroprobe.csv").is_file():
                 self.recordings[name] = Recording(self.folder / name)
-        self.sources = self.choose_sources(meta["across_people"])
-        self.opened = {}  # recordings whose windows are being cut
-
-    def choose_sources(self, across_people):
-        """What each tested recording is trained on; those with nothing are left out and named."""
-        sources, without = {}, []
+        self.sources = {}
         for name, recording in self.recordings.items():
-            asked = [s == name or is_subject(s, recording) for s in self.config.subjects]
-            if self.config.subjects and not any(asked):
+            asked = [is_subject(subject, recording) for subject in config.subjects]
+            if asked and not any(asked):
                 continue
-            source = self.source(name, across_people)
-            if source is None:
-                without.append(name)
+            source = self.source(name, meta["across_people"])
+            if source:
+                self.sources[name] = source
             else:
-                sources[name] = source
-        if without:
-            self.run.print(
-                f"split={self.config.split}: nothing to train {', '.join(without)} on, left out"
-            )
-        if not sources:
+                run.print(f"split={config.split}: nothing to train {name} on, left out")
+        if not self.sources:
             raise InputError(
-                f"split={self.config.split} subjects={self.config.subjects}: {self.folder} leaves "
-                f"no recording to be tested; it has {', '.join(self.recordings)}"
+                f"split={config.split} subjects={config.subjects}: {self.folder} leaves no "
+                f"recording to be tested; it has {', '.join(self.recordings)}"
             )
-        return sources
+        self.opened = {}  # recordings whose windows are being cut
 
     def source(self, name, across_people):
         """The recording that one is trained on, None where it is not prepared."""
-        subject = self.recordings[name].subject
-        if self.config.split == "within":
-            return name
-        if self.config.split == "subject":
-            other = self.recordings.get(across_people)
-            return across_people if other is not None and other.subject != subject else None
         for other, recording in self.recordings.items():
-            if other != name and recording.subject == subject:
+            same_person = recording.subject == self.recordings[name].subject
+            fits = {"within": other == name, "session": other != name and same_person}
+            fits["subject"] = other == across_people and not same_person
+            if fits[self.config.split]:
                 return other
         return None
 
@@ -148,60 +132,43 @@ class Benchmark:
 
     def windows(self, name, onset):
         """((N, channels, ...) float32, regions of the channels) of windows that begin at onsets."""
+        recording = self.recordings[name]
         if name not in self.opened:
             if len(self.opened) > 1:
                 self.opened.clear()  # a recording and what trains it, not all
-            recording = self.recordings[name]
             montage = Montage([(recording, np.flatnonzero(recording.good))], self.config.reference)
             if montage.gaps:
-                gaps = ", ".join(montage.gaps)
-                self.run.print(f"left out, since samples are missing (NaN): {gaps}")
+                self.run.print(f"left out, since samples are missing (NaN): {montage.gaps}")
             cache = self.run.out.parent / "cache"
             self.opened[name] = decode.Windows(montage, self.config, cache)
         windows = self.opened[name]
-        montage = windows.montage
-        rows = montage.rows(onset)
-        if not montage.inside(rows, windows.width).all():
-            raise InputError(
-                f"{name}: a window of {self.config.window} s goes beyond the recording: the "
-                "benchmark's is 1 s"
-            )
-        lag = 500 * self.config.window  # from the onset on
-        if windows.are_bins:
-            x = bins_of_few(windows, windows.first(rows, lag))
-        else:
-            x = windows.at(rows, [lag])[0]
-        regions = dict(zip(self.recordings[name].names, self.recordings[name].channels.region))
-        return x, [regions[channel.partition(" ")[2]] for channel in montage.names]
+        rows = windows.montage.rows(onset)
+        if not windows.montage.inside(rows, windows.width).all():
+            raise InputError(f"{name}: windows of {self.config.window} s go beyond the recording")
+        names = pd.Series(windows.montage.names).str.partition(" ")[2]
+        x = windows.at(rows, 500 * self.config.window)  # from the onset on
+        regions = recording.channels.set_index("name").region
+        return x, regions[regions.index.isin(names)].tolist()
 
     def inputs(self, name, task):
         """(windows (N, ...), [table], number of the first test window) for a recording and task.
 
         What it is trained on comes first, where it is another recording.
         """
-        names = list(dict.fromkeys([self.sources[name], name]))
-        tables = [self.table(n, task) for n in names]
-        parts = [self.windows(n, t.onset.to_numpy()) for n, t in zip(names, tables)]
-        arrays = [x for x, _ in parts]
+        tables, parts, arrays = [], [], []
+        for recording in dict.fromkeys([self.sources[name], name]):
+            tables.append(self.table(recording, task))
+            parts.append(self.windows(recording, tables[-1].onset.to_numpy()))
+            arrays.append(parts[-1][0])
         if self.config.split == "subject" and not self.config.preprocess:
             arrays = means_of_regions(*parts)
-        if len({x.shape[1:] for x in arrays}) > 1:
+        if arrays[0].shape[1:] != arrays[-1].shape[1:]:
             raise InputError(
-                f"split={self.config.split}: the inputs of {names[0]} and {name} have shapes "
-                f"{arrays[0].shape[1:]} and {arrays[1].shape[1:]}: take preprocess= an encoder "
-                "that makes the same of all"
+                f"split={self.config.split}: {self.sources[name]} and {name} give inputs of "
+                "different shapes: take preprocess= an encoder that makes the same of all"
             )
-        return np.concatenate(arrays), tables, len(np.concatenate(arrays)) - len(tables[-1])
-
-
-def bins_of_few(windows, first):
-    """(words, electrodes, bins): window by window, since films are long and windows few."""
-    widths = np.diff(windows.edges).astype(np.float32)
-    parts = []
-    for begin in range(0, first.shape[1], 256):
-        samples = windows.montage.samples(first[:, begin : begin + 256], windows.width)
-        parts.append(np.add.reduceat(samples, windows.edges[:-1], axis=2) / widths)
-    return np.concatenate(parts)
+        x = np.concatenate(arrays)
+        return x, tables, len(x) - len(tables[-1])
 
 
 def means_of_regions(one, other):
@@ -214,9 +181,9 @@ def means_of_regions(one, other):
         return [one[0], other[0]]
     arrays = []
     for x, regions in (one, other):
+        of_region = pd.get_dummies(regions)[shared].to_numpy(np.float32)  # (channels, regions)
         x = x.reshape(len(x), len(regions), -1)
-        means = [x[:, np.array(regions) == region].mean(axis=1) for region in shared]
-        arrays.append(np.stack(means, axis=1))
+        arrays.append(np.einsum("ncf,cr->nrf", x, of_region / of_region.sum(axis=0)))
     return arrays
 
 
@@ -227,8 +194,8 @@ def make_folds(tables, first, config):
     gap = int(np.ceil(config.window / max(np.median(np.diff(onset)), 1e-3))) + 1
     columns = ["across"]
     if config.split == "within":
-        columns = sorted(c for c in table if c.startswith("within_"))
-    y = np.concatenate([t.label.to_numpy() for t in tables]).astype(np.int64)
+        columns = sorted(table.filter(like="within_"))
+    y = np.array(pd.concat(tables).label, np.int64)
     folds = []
     for k, column in enumerate(columns):
         part = table[column].to_numpy()
@@ -244,34 +211,28 @@ def make_folds(tables, first, config):
 
 def score_task(run, config, benchmark, name, task):
     """Rows of results.csv for a recording and task, written when all folds are done."""
-    rows = []
     X, tables, first = benchmark.inputs(name, task)
     X = torch.as_tensor(X, device=run.device)
-    onset = tables[-1].onset.to_numpy()
+    rows = []
     for fold in make_folds(tables, first, config):
-        target = decode.Target("classes", fold.Y, fold.Y, fold.Y, ["0", "1"])
-        decoder, val, _ = decode.fit_decoder(
-            config.model, config.model_params, X, target, fold, config
-        )
-        test = decode.predict(decoder, X[fold.test])
-        scores = decode.evaluate(val, test, target, fold, config)
+        target = Target("classes", fold.Y, fold.Y, fold.Y, ["0", "1"])
+        decoder, _ = decode.fit_decoder(config.model, config.model_params, X, target, fold, config)
+        scores = decode.evaluate(decode.predict(decoder, X[fold.test]), target, fold, config)
+        scores = scores.loc[["roc_auc", "accuracy"]]
         train = decode.predict(decoder, X[fold.train]).mean(axis=1)
         identity = np.arange(len(train))[None]
         trained = decode.measure_classes(train, fold.Y[fold.train], target.names, identity)
-        n_near = 0
+        table = decode.intervals_of(scores)
+        table["p"] = decode.p_value(scores.score, decode.null_of(scores).T.to_numpy())
+        table["train_score"] = pd.DataFrame(trained).loc[0]
+        table["test_near_train"] = 0
         if not first:
+            onset = tables[-1].onset.to_numpy()
             far = decode.embargo(fold.test, fold.train, onset, config.window)
-            n_near = len(fold.test) - len(far)
-        for metric in ("roc_auc", "accuracy"):
-            score = scores[metric]
-            keys = {"recording": name, "task": task, "split": config.split, "fold": fold.number}
-            keys |= {"metric": metric, "model": config.model, "data": "BrainTreebank"}
-            keys |= {"train_score": trained[metric][0], "test_near_train": n_near}
-            keys["p"] = float(decode.p_value(score.value, score.null))
-            interval = score.value, score.null.mean(), score.low, score.high, score.n
-            rows.append((interval, keys))
-    for interval, keys in rows:
-        run.result(*interval, **keys)
+            table["test_near_train"] = len(fold.test) - len(far)
+        rows.append(table.assign(fold=fold.number).rename_axis("metric").reset_index())
+    keys = {"recording": name, "task": task, "split": config.split, "model": config.model}
+    decode.write_results(run, pd.concat(rows), data="BrainTreebank", **keys)
 
 
 def write_leaderboard(folder, description, name, results):
@@ -281,23 +242,17 @@ def write_leaderboard(folder, description, name, results):
         evaluation = {}
         for (recording, fold), rows in part.groupby(["recording", "fold"]):
             person, trial = re.fullmatch(r"sub_(\d+)_trial(\d+)", recording).groups()
-            empty = {"time_bin_start": 0.0, "time_bin_end": 1.0, "folds": []}
-            population = {"population": {"one_second_after_onset": empty}}
-            entry = evaluation.setdefault(f"btbank{person}_{int(trial)}", population)
             scores = {"fold_idx": int(fold)}
             for row in rows.itertuples():
                 scores[f"train_{row.metric}"] = float(row.train_score)
                 scores[f"test_{row.metric}"] = float(row.score)
+            second = {"time_bin_start": 0.0, "time_bin_end": 1.0, "folds": []}
+            entry = {"population": {"one_second_after_onset": second}}
+            entry = evaluation.setdefault(f"btbank{person}_{int(trial)}", entry)
             entry["population"]["one_second_after_onset"]["folds"].append(scores)
-        content = {
-            "model_name": name,
-            "description": description,
-            "author": "",
-            "organization": "",
-            "organization_url": "",
-            "timestamp": 0,
-            "evaluation_results": evaluation,
-        }
+        content = {"model_name": name, "description": description, "author": ""}
+        content |= {"organization": "", "organization_url": "", "timestamp": 0}
+        content["evaluation_results"] = evaluation
         write_aside(folder / f"population_{task}.json", json.dumps(content, indent=2))
 
 
@@ -309,11 +264,8 @@ def report(run, config, results, n_expected):
     write_leaderboard(folder, f"decode_neuroprobe.py: {description}", run.out.name, results)
     auc = results[results.metric == "roc_auc"]
     each = auc.groupby(["recording", "task"], sort=False)[["score", "chance"]].mean()
-    for task, part in each.groupby("task", sort=False):
-        run.print(
-            f"{task}: ROC-AUC {part.score.mean():.3f} over {len(part)} recordings (shifted labels "
-            f"{part.chance.mean():.3f})"
-        )
+    by_task = each.rename(columns={"chance": "shifted labels"}).groupby("task", sort=False).mean()
+    run.print(f"mean test ROC-AUC over recordings:\n{by_task.round(3).to_string()}")
     by_recording = each.groupby("recording").score.mean().to_numpy()
     interval = ""
     if len(by_recording) > 1:
@@ -326,8 +278,8 @@ def report(run, config, results, n_expected):
         "which share samples with a training window (the split is the benchmark's)"
     )
     column = list(SPLITS).index(config.split)
-    published = [f"{model} {scores[column]:.3f}" for model, scores in LEADERBOARD.items()]
-    run.print(f"its leaderboard, mean over all rows: {', '.join(published)}")
+    published = ", ".join(f"{model} {scores[column]:.3f}" for model, scores in LEADERBOARD.items())
+    run.print(f"its leaderboard, mean over all rows: {published}")
     run.print(f"{folder}: one JSON a task, author and organization left for you; {run.out}")
 
 
@@ -335,9 +287,9 @@ def main(config):
     run = Run(config)
     benchmark = Benchmark(run, config)
     checksums = [r.meta.get("sha256") for r in benchmark.recordings.values()]
-    content = repr((checksums, decode.files_in(config.preprocessor_params)))
+    content = repr((checksums, decode.files_in(config.preprocessor_params.values())))
     run.content = hashlib.sha256(content.encode()).hexdigest()[:6]
-    jobs = [(name, task) for name in benchmark.sources for task in benchmark.tasks]
+    jobs = list(itertools.product(benchmark.sources, benchmark.tasks))
     rows = run.rows()
     done = set(zip(rows.recording, rows.task)) if len(rows) else set()
     todo = [job for job in run.share(jobs) if job not in done]

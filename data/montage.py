@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.signal
 
 from data import InputError, read_table
 from data.recording import Recording
@@ -72,6 +73,40 @@ class Montage:
                 windows = person.mixing @ windows
             parts.append(windows)
         return np.concatenate(parts, axis=1)
+
+    def bins(self, first, width, n_bins):
+        """(events, electrodes, bins) float32: means over parts of the windows of samples()."""
+        edges = np.round(np.linspace(0, width, n_bins + 1)).astype(int)
+        parts = []
+        for person, begins in zip(self.people, first):
+            signal = person.recording.signal
+            sums = np.empty((len(begins), n_bins, signal.shape[1]))
+            for n, begin in enumerate(begins):
+                window = signal[begin : begin + width]
+                np.add.reduceat(window, edges[:-1], axis=0, dtype=np.float64, out=sums[n])
+            means = sums[:, :, person.channels] / np.diff(edges)[:, None]
+            means = means.transpose(0, 2, 1).astype(np.float32)
+            if person.mixing is not None:
+                means = person.mixing @ means
+            parts.append(means)
+        return np.concatenate(parts, axis=1)
+
+    def spectra(self, first, width, segment, highest):
+        """(events, electrodes * frequencies, segments) float32: log power of windows.
+
+        segment: s of a Hann window, half overlapping; highest: Hz, from the first above 0 on.
+        """
+        size = max(4, min(width, round(segment * self.sfreq)))
+        parts = []
+        for begin in range(0, first.shape[1], 256):
+            x = self.samples(first[:, begin : begin + 256], width)
+            f, _, power = scipy.signal.spectrogram(x, self.sfreq, "hann", size, size // 2)
+            kept = (f > 0) & (f <= highest)
+            if not kept.any():
+                raise InputError(f"spectrum_max={highest:g} is below {f[1]:g} Hz, the lowest")
+            power = np.log(np.maximum(power[:, :, kept], np.finfo(np.float32).tiny))
+            parts.append(power.reshape(len(x), -1, power.shape[-1]).astype(np.float32))
+        return np.concatenate(parts)
 
     def bin_means(self, rows, offsets, edges):
         """(lags, events, electrodes, bins): lag_windows of everyone."""

@@ -1,5 +1,6 @@
 """Vectors for the words of a transcript: text files (GloVe), released features, language models."""
 
+import hashlib
 import math
 from itertools import islice
 
@@ -166,3 +167,16 @@ def states_of_words(lm, words, layer):
     word_of_token = np.searchsorted(word_start, start, side="right") - 1
     covers = end > start  # special tokens do not
     return mean_of_tokens(states[covers], word_of_token[covers], range(len(words)))
+
+
+# ---- no meaning at all
+
+
+def arbitrary_vectors(words, n_dims, seed):
+    """(words, n_dims) float32 uniform in (-1, 1): a word has its own, whatever else is drawn."""
+    vectors = {}
+    for word in set(words):
+        digest = hashlib.sha256(repr((seed, "arbitrary", str(word))).encode()).digest()
+        rng = np.random.default_rng(int.from_bytes(digest[:8], "little") >> 1)
+        vectors[word] = rng.uniform(-1, 1, n_dims).astype(np.float32)
+    return np.stack([vectors[word] for word in words])

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 import sklearn.linear_model
-import sklearn.metrics
+import sklearn.metrics.pairwise
 import torch
 import torch.nn as nn
 import yaml
@@ -46,7 +46,7 @@ def podcast(tmp_path_factory):
 
 def make_config(podcast, out, **options):
     fast = copy.deepcopy(FAST)
-    if options.get("model", "ensemble_pitom_model") not in ("ensemble_pitom_model",):
+    if "model" in options:
         fast["model_params"] = {}
     config = Config(**{**fast, "dataset": str(podcast), "out_dir": str(out), **options})
     configurator.check(config)
@@ -75,7 +75,7 @@ def finished(podcast, out, figures=False, **options):
 
 
 def windows_at(experiment, lag):
-    return experiment.inputs[""].at(experiment.rows, [lag])[0]
+    return experiment.inputs[""].at(experiment.rows, lag)
 
 
 def plain_fold(train, val, test, Y=None, n_shifts=0):
@@ -87,44 +87,32 @@ def plain_fold(train, val, test, Y=None, n_shifts=0):
 
 
 class Member(nn.Module):
-    """One convolutional decoder as one writes it down."""
+    """Member m of an ensemble as one writes it down, with its weights."""
 
-    def __init__(self, n_electrodes, filters, output_dim):
+    def __init__(self, ensemble, m, filters, output_dim):
         super().__init__()
-        self.conv1 = nn.Conv1d(n_electrodes, filters, 3, bias=False)
+        self.conv1 = nn.Conv1d(ensemble.conv1.in_channels, filters, 3, bias=False)
         self.conv2 = nn.Conv1d(filters, filters, 2, bias=False)
         self.conv3 = nn.Conv1d(filters, filters, 2)
         self.norms = nn.ModuleList([nn.BatchNorm1d(filters) for _ in range(3)])
-        self.linear, self.norm = nn.Linear(filters, output_dim), nn.LayerNorm(output_dim)
+        self.head, self.norm = nn.Conv1d(filters, output_dim, 1), nn.LayerNorm(output_dim)
+        theirs = ensemble.state_dict()
+        for name, value in self.state_dict().items():
+            if name.startswith(("conv", "head")):
+                value.copy_(theirs[name].unflatten(0, (-1, len(value)))[m])
 
     def forward(self, x):
         x = F.max_pool1d(self.norms[0](F.relu(self.conv1(x))), 2, 2, 1)
         x = self.norms[1](F.relu(self.conv2(x)))
-        x = F.relu(self.norms[2](self.conv3(x))).amax(2)
-        return torch.tanh(self.norm(self.linear(x)))
-
-
-def member_of(ensemble, m, filters, output_dim):
-    """A Member with the weights of member m of an ensemble."""
-    member = Member(ensemble.conv1.in_channels, filters, output_dim)
-    rows, outputs = (
-        slice(m * filters, (m + 1) * filters),
-        slice(m * output_dim, (m + 1) * output_dim),
-    )
-    with torch.no_grad():
-        for name in ("conv1", "conv2", "conv3"):
-            getattr(member, name).weight.copy_(getattr(ensemble, name).weight[rows])
-        member.conv3.bias.copy_(ensemble.conv3.bias[rows])
-        member.linear.weight.copy_(ensemble.head.weight[outputs, :, 0])
-        member.linear.bias.copy_(ensemble.head.bias[outputs])
-    return member
+        x = F.relu(self.norms[2](self.conv3(x))).amax(2, keepdim=True)
+        return torch.tanh(self.norm(self.head(x)[..., 0]))
 
 
 @pytest.mark.parametrize("bins", [6, 9, 10])
 def test_an_ensemble_is_its_members(bins):
     torch.manual_seed(0)
     ensemble = decode.EnsemblePitomModel(3, 7, 5, conv_filters=6, dropout=0.0)
-    members = [member_of(ensemble, m, 6, 5) for m in range(3)]
+    members = [Member(ensemble, m, 6, 5) for m in range(3)]
     x, y = torch.randn(4, 7, bins), torch.randn(4, 5)
     F.mse_loss(ensemble(x).mean(1), y).backward()
     F.mse_loss(torch.stack([member(x) for member in members]).mean(0), y).backward()
@@ -173,12 +161,12 @@ def test_early_stopping_keeps_the_best_epoch(podcast, tmp_path):
     X = torch.as_tensor(windows_at(experiment, 300.0))
     fold = experiment.folds[0]
     options = "ensemble_pitom_model", config.model_params, X, experiment.target, fold, config
-    decoder, val, best_epoch = decode.fit_decoder(*options)
-    again, same_val, same_epoch = decode.fit_decoder(*options)
-    assert best_epoch == same_epoch < 37 and np.array_equal(val, same_val)
-    config.epochs = best_epoch  # training that ends there gives the same
-    _, val_then, epoch_then = decode.fit_decoder(*options)
-    assert epoch_then == best_epoch and np.allclose(val_then, val, atol=1e-6)
+    decoder, val = decode.fit_decoder(*options)
+    again, same_val = decode.fit_decoder(*options)
+    assert decoder.best_epoch == again.best_epoch < 37 and np.array_equal(val, same_val)
+    config.epochs = decoder.best_epoch  # training that ends there gives the same
+    then, val_then = decode.fit_decoder(*options)
+    assert then.best_epoch == decoder.best_epoch and np.allclose(val_then, val, atol=1e-6)
 
 
 # ---- windows and targets
@@ -200,7 +188,7 @@ def test_windows_are_mne_epochs_and_published_bins(podcast, tmp_path):
     options = {"window": 0.25, "preprocess": "preprocess_neural_data", "subjects": ["1"]}
     params = {"num_average_samples": 4}
     _, experiment = prepared(podcast, tmp_path, preprocessor_params=params, **options)
-    person = experiment.podcast.montage.people[0]
+    person = experiment.montage.people[0]
     recording, channels = person.recording, person.channels
     signal = recording.signal[:, channels].T.astype(float)
     info = mne.create_info(len(channels), recording.sfreq)
@@ -221,8 +209,8 @@ def test_a_laplacian_takes_the_neighbours_on_the_shaft_away(podcast, tmp_path):
     assert np.allclose(mixing[3:], np.eye(5)[3:])
     options = {"reference": "laplacian", "channels": "LGA[23]", "subjects": ["1"]}
     _, experiment = prepared(podcast, tmp_path, **options)
-    recording = experiment.podcast.montage.people[0].recording
-    rows, edges = experiment.rows[0], experiment.inputs[""].edges
+    recording = experiment.montage.people[0].recording
+    rows, edges = experiment.rows[0], np.round(np.linspace(0, 26, 11)).astype(int)
     offset = [experiment.inputs[""].first(0, 300.0)]
     plain = montage.lag_windows(recording.signal, np.arange(4), rows, offset, edges)[0]
     expected = plain[:, 1] - (plain[:, 0] + plain[:, 2]) / 2
@@ -230,13 +218,13 @@ def test_a_laplacian_takes_the_neighbours_on_the_shaft_away(podcast, tmp_path):
 
 
 def test_spectra_are_the_log_power_of_every_electrode(podcast, tmp_path):
-    config, experiment = prepared(podcast, tmp_path, represent="spectrum", spectrum_max=40.0)
+    _, experiment = prepared(podcast, tmp_path, represent="spectrum", spectrum_max=40.0)
     X = windows_at(experiment, 300.0)
     assert X.shape == (len(experiment.target.start), 14 * 4, 2) and np.isfinite(X).all()
-    time = np.arange(26) / 128
-    tone = np.sin(2 * np.pi * 39.4 * time)[None, None]  # the fourth of 9.8, 19.7, 29.5, 39.4 Hz
-    config.spectrum_max = 64.0
-    assert decode.spectrum(tone, 128.0, config)[0, :, 1].argmax() == 3
+    tone = np.sin(2 * np.pi * 39.4 * np.arange(26) / 128)[None, None]
+    experiment.montage.samples = lambda first, width: tone
+    power = experiment.montage.spectra(experiment.rows[:, :1], 26, 0.1, 64.0)
+    assert power[0, :, 1].argmax() == 3  # of 9.8, 19.7, 29.5, 39.4 Hz and more
 
 
 def test_words_are_the_same_at_every_lag_and_drops_are_told(podcast, tmp_path, capsys):
@@ -266,8 +254,8 @@ def test_an_electrode_with_missing_samples_is_named_and_left_out(podcast, tmp_pa
     _, whole = prepared(podcast, tmp_path / "a", reference="laplacian")
     _, experiment = prepared(hurt, tmp_path / "b", reference="laplacian")
     assert "left out, since samples are missing (NaN): sub-01 LGA4" in capsys.readouterr().out
-    names = experiment.podcast.montage.names
-    assert names == [n for n in whole.podcast.montage.names if n != "sub-01 LGA4"]
+    names = experiment.montage.names
+    assert names == [n for n in whole.montage.names if n != "sub-01 LGA4"]
     X = windows_at(experiment, 300.0)
     assert np.isfinite(X).all() and np.allclose(X[:, :2], windows_at(whole, 300.0)[:, :2])
 
@@ -283,66 +271,47 @@ def test_files_of_word_vectors_in_every_form(tmp_path):
     lines = ["the 1 2\n", "do 0 2\n", "n't 4 0\n", "its 5 5\n"]
     odd = ["the a@b.org 9 9\n", ". . . 9 9\n", "it at 9 9\n"]
     words = ["the", "don't", "it's", "zebra"]
-    for name, text in (
-        ("plain", lines),
-        ("sized", ["4 2\n", *lines]),
-        ("odd", odd[:2] + lines + odd),
-    ):
+    texts = {"plain": lines, "sized": ["4 2\n", *lines], "odd": odd[:2] + lines + odd}
+    for name, text in texts.items():
         path = tmp_path / f"{name}.txt"
         path.write_text("".join(text))
         found = vectors.look_up(words, path)
-        assert np.allclose(found[:3], [[1, 2], [2, 1], [5, 5]]), name
-        assert np.isnan(found[3]).all()
+        assert np.allclose(found[:3], [[1, 2], [2, 1], [5, 5]]) and np.isnan(found[3]).all(), name
     path.write_text("the 1 b\n")
     with pytest.raises(InputError, match="odd.txt is not a text file of word vectors"):
         vectors.look_up(words, path)
 
 
 class Letters:
-    """A language model of letters, with one special token: a state sums what was read so far."""
+    """A language model of letters behind a special token; its state is how many it has read."""
 
     width, max_length, device = 1, 22, "cpu"
 
     def encode(self, texts):
-        return [[0, *(ord(c) for c in text)] for text in texts], 0
+        return [[0, *map(ord, text)] for text in texts], 0
 
     def offsets(self, text):
-        spans = [(0, 0)]
-        for i, letter in enumerate(text):
-            spans.append((i, i) if letter == " " else (i, i + 1))
-        return spans
+        return [(0, 0)] + [(i, i + (letter != " ")) for i, letter in enumerate(text)]
 
     def pad(self, rows):
-        assert len(rows[0]) <= self.max_length
-        return torch.tensor(rows), torch.ones(1, len(rows[0]), dtype=torch.bool)
+        ids = torch.tensor(rows)
+        assert ids.shape[1] <= self.max_length
+        return ids, ids >= 0
 
     def layers(self, asked):
         return asked
 
     def states(self, ids, real, layers):
-        return {layers[0]: ids.cumsum(1)[..., None].float()}
+        return {layers[0]: torch.arange(ids.shape[1])[None, :, None].float()}
 
 
 def test_words_are_read_behind_half_a_context_or_more():
     words = ["ab", "c", "bac"] * 10
-    found = vectors.contextual_vectors(Letters(), words, 1)[:, 0]
-    text, first = " " + " ".join(words), 1
-    for i, word in enumerate(words):
-        states = []
-        for letter in range(first, first + len(word)):
-            states.append(np.cumsum([ord(c) for c in text[: letter + 1]][::-1]))
-        # the sum of the last n letters, n being what was read: all at first, then half or more
-        possible = [
-            n for n in range(len(states[0])) if np.isclose(found[i], mean_of_last(states, n))
-        ]
-        assert possible and (i > 5 or max(possible) == len(states[0]) - 1), word
-        assert max(possible) >= min(len(states[0]) - 1, (Letters.max_length - 1) // 2 - 3), word
-        first += len(word) + 1
-
-
-def mean_of_last(states, n):
-    """Mean over a word's letters of the sum of letters from n before its first one on."""
-    return np.mean([sums[n + letter] for letter, sums in enumerate(states)])
+    lengths = np.array([len(word) for word in words])
+    spoken = np.cumsum(lengths + 1) - (lengths - 1) / 2  # before a word's middle letter
+    read = vectors.contextual_vectors(Letters(), words, 1)[:, 0]
+    assert np.allclose(read[:6], spoken[:6]) and read.max() < Letters.max_length
+    assert (read >= np.minimum(spoken, (Letters.max_length - 1) // 2 - 3)).all()
 
 
 def test_arbitrary_vectors_belong_to_the_word(podcast, tmp_path):
@@ -383,8 +352,9 @@ def test_what_is_fitted_does_not_depend_on_test_words(podcast, tmp_path):
     assert moves(np.arange(len(values)))  # the same check sees a PCA of all words
     X = windows_at(experiment, 300.0)
     decoder = decode.Decoder("ridge", {}, X.shape[1:], 3, "vectors")
-    decoder.set_scale(X[fold.train])
-    z = (torch.as_tensor(X[fold.train]) - decoder.mean) / decoder.scale
+    X = torch.as_tensor(X[fold.train])
+    decoder.set_scale(X)
+    z = (X - decoder.mean) / decoder.scale
     assert torch.allclose(z.mean((0, 2)), torch.zeros(14), atol=1e-4)
     assert torch.allclose(z.std((0, 2), unbiased=False), torch.ones(14), atol=1e-4)
 
@@ -404,10 +374,6 @@ def test_auc_is_scikit_learns_with_ties_and_under_reorderings():
     assert np.isnan(auc[:, 4]).all()  # a class that never comes
 
 
-def cosine(a, b):
-    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-
-
 def test_word_scores_are_the_naive_ones():
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 9, 90)
@@ -415,34 +381,28 @@ def test_word_scores_are_the_naive_ones():
     out += Y[60:, None]
     fold = plain_fold(range(40), range(40, 60), range(60, 90), Y)
     scorer = decode.WordScorer(fold, fold.test, labels, Config(min_count=4))
-    measure = scorer.all_metrics(*scorer.similarities(out), (2.0, 3.0))
+    measure = scorer.metrics(*scorer.similarities(out))
     metrics = measure(np.ones(30, bool), decode.NO_SHIFTS)
+    cosine = sklearn.metrics.pairwise.cosine_similarity
+    cosines = (cosine(out[:, 0], Y) + cosine(out[:, 1], Y)) / 2
     kinds = sorted(set(labels[:40]) & set(labels[60:]))
-    rows = [i for i in range(30) if labels[60 + i] in kinds]
-    S = np.zeros((len(rows), len(kinds)))
-    for i, row in enumerate(rows):
-        for j, kind in enumerate(kinds):
-            heard = [t for t in range(40) if labels[t] == kind]
-            S[i, j] = np.mean([cosine(out[row, m], Y[t]) for m in range(2) for t in heard])
-    right = np.array([kinds.index(labels[60 + i]) for i in rows])
+    known = np.isin(labels[60:], kinds)
+    S = np.stack([cosines[known, :40][:, labels[:40] == kind].mean(1) for kind in kinds], 1)
+    right = np.searchsorted(kinds, labels[60:][known])
     soft = np.exp(S) / np.exp(S).sum(1, keepdims=True)
     n_heard = np.array([(labels[:40] == kind).sum() for kind in kinds])
     n_spoken = np.array([(labels[60:] == kind).sum() for kind in kinds])
     counted = np.flatnonzero(n_heard >= 4)
     auc = np.array([sklearn.metrics.roc_auc_score(right == c, soft[:, c]) for c in counted])
     top5 = sklearn.metrics.top_k_accuracy_score(right, S, k=5, labels=np.arange(len(kinds)))
-    pairs = np.zeros((30, 30))
-    for i in range(30):
-        for j in range(30):
-            pairs[i, j] = np.mean([cosine(out[i, m], Y[60 + j]) for m in range(2)])
-    beaten = [pairs[i, i] > pairs[i, j] for i in range(30) for j in range(30) if i != j]
+    pairs = cosines[:, 60:]
     expected = {
         "auc": auc.mean(),
         "auc_train": np.average(auc, weights=n_heard[counted]),
         "auc_test": np.average(auc, weights=n_spoken[counted]),
         "top5": top5,
-        "perplexity": np.exp(F.cross_entropy(torch.tensor(2 * S), torch.tensor(right)).item()),
-        "two_afc": np.mean(beaten),
+        "perplexity": np.exp(sklearn.metrics.log_loss(right, soft)),
+        "two_afc": (np.diag(pairs)[:, None] > pairs).sum() / (30 * 29),
         "occ_top1": np.mean(pairs.argmax(1) == np.arange(30)),
         "cosine": np.trace(pairs) / 30,
     }
@@ -453,19 +413,16 @@ def test_word_scores_are_the_naive_ones():
 
 
 def test_ties_share_their_places():
-    table = decode.rank_table(np.zeros((3, 40)), 1.0)
+    table = decode.rank_table(np.zeros((3, 40)))
     assert np.allclose(table["top1"], 1 / 40) and np.allclose(table["top10"], 10 / 40)
-    assert np.allclose(table["rank"], 20.5)
-    table = decode.rank_table(np.array([[3.0, 2.0, 2.0, 1.0]]), 1.0)
-    assert np.allclose(table["top1"], [[1, 0, 0, 0]]) and np.allclose(
-        table["rank"], [[1, 2.5, 2.5, 4]]
-    )
+    table = decode.rank_table(np.array([[3.0, 2.0, 2.0, 1.0]]))
+    assert np.allclose(table["top1"], [[1, 0, 0, 0]])
     labels = np.tile([f"w{i:02}" for i in range(40)], 30)
     Y = np.random.default_rng(0).normal(size=(1200, 4))
     fold = plain_fold(range(800), range(800, 1000), range(1000, 1200), Y)
     target = decode.Target("vectors", Y, np.arange(1200.0), labels)
     scores = decode.most_frequent_words(target, fold, Config())
-    assert np.isclose(scores["top1"].value, 1 / 40) and np.isclose(scores["top10"].value, 0.25)
+    assert np.isclose(scores.score["top1"], 1 / 40) and np.isclose(scores.score["top10"], 0.25)
 
 
 def test_other_metrics_are_scikit_learns():
@@ -507,18 +464,17 @@ def test_closed_forms_are_scikit_learns_at_what_validation_words_choose():
     x, noise = rng.normal(size=(80, 12)).astype(np.float32), rng.normal(size=(80, 3))
     y = (x[:, :3] * [1, 0.3, 0] + noise).astype(np.float32)
     fold = plain_fold(range(40), range(40, 60), range(60, 80), y)
-    decoder = decode.Decoder("ridge", {}, (12,), 3, "vectors")
-    val = decode.fit_ridge(decoder, x, y, fold)
-    test = decode.predict(decoder, torch.as_tensor(x[60:]))[:, 0]
+    weights, offset, val = decode.fit_ridge(x, y, fold)
+    test = x[60:] @ weights + offset
     for t in range(3):
         fits = {a: sklearn.linear_model.Ridge(a).fit(x[:40], y[:40, t]) for a in decode.ALPHAS}
         best = min(fits, key=lambda a: np.square(fits[a].predict(x[40:60]) - y[40:60, t]).mean())
         again = sklearn.linear_model.Ridge(best).fit(x[:60], y[:60, t])
         assert np.allclose(test[:, t], again.predict(x[60:]), atol=1e-3)
         assert np.allclose(val[:, t], fits[best].predict(x[40:60]), atol=1e-3)
-    decode.fit_least_squares(decoder, x, y, fold)
+    weights, offset, _ = decode.fit_least_squares(x, y, fold)
     plain = sklearn.linear_model.LinearRegression().fit(x[:60], y[:60]).predict(x[60:])
-    assert np.allclose(decode.predict(decoder, torch.as_tensor(x[60:]))[:, 0], plain, atol=1e-4)
+    assert np.allclose(x[60:] @ weights + offset, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -526,10 +482,8 @@ def test_a_wide_logistic_regression_is_the_same_in_the_span_of_its_rows(n_classe
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(60, 200)).astype(np.float32), rng.integers(0, n_classes, 60)
     fold = plain_fold(range(30), range(30, 45), range(45, 60), y)
-    decoder = decode.Decoder("logistic", {}, (200,), n_classes, "classes")
-    decode.fit_logistic(decoder, x, y, fold)
-    log_p = decode.predict(decoder, torch.as_tensor(x[45:]))[:, 0]
-    log_p = scipy.special.log_softmax(log_p, axis=1)
+    weights, offset, _ = decode.fit_logistic(x, np.eye(n_classes)[y], fold)
+    log_p = scipy.special.log_softmax(x[45:] @ weights + offset, axis=1)
     distances = []
     for C in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         plain = sklearn.linear_model.LogisticRegression(
@@ -554,7 +508,7 @@ def test_p_values_are_uniform_where_nothing_is_planted():
         for fold in decode.make_folds(config, start, labels, 0.2):
             decode.set_target(fold, target, config)
             X = torch.as_tensor(noise)
-            decoder, _, _ = decode.fit_decoder("ridge", {}, X, target, fold, config)
+            decoder, _ = decode.fit_decoder("ridge", {}, X, target, fold, config)
             fold.shifts = np.random.default_rng(key_seed(seed, fold.number)).random(199)
             out = decode.predict(decoder, X[fold.test])
             parts = out, fold.test, target, fold, config, fold.shifts
@@ -566,8 +520,7 @@ def test_p_values_are_uniform_where_nothing_is_planted():
 
 def test_p_of_nan_is_nan_and_few_shifts_are_told(capsys):
     assert decode.p_value(0.9, np.linspace(0.4, 0.6, 99)) == 0.01
-    lower = decode.p_value(np.array([1.0]), np.array([[2.0], [0.5]]), lower=True)
-    assert lower == [2 / 3]
+    assert decode.p_value(0.5, np.full(99, 0.5 - 1e-12)) == 1  # ties count
     p = decode.p_value(np.array([0.9, np.nan, 0.1]), np.full((50, 3), 0.5))
     assert np.isclose(p[0], 1 / 51) and np.isnan(p[1]) and p[2] == 1
     q = decode.fdr_q(p)
@@ -611,12 +564,11 @@ def test_it_finds_what_was_planted_and_nothing_else(podcast, tmp_path, capsys):
     assert results.data.str.contains("synthetic").all()
     assert {"lags.png", "electrodes.png"} <= {path.name for path in (tmp_path / "run").iterdir()}
     said = capsys.readouterr().out
-    assert "at the lag chosen on validation words" in said and "minutes here" in said
+    assert "the lag that each fold's validation words chose" in said
 
 
-@pytest.mark.parametrize("change", ["scale", "order"])
 def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
-    podcast, tmp_path, monkeypatch, change
+    podcast, tmp_path, monkeypatch
 ):
     options = {"lags": [300.0], "model": "ridge", "beside": [], "controls": []}
     before = finished(podcast, tmp_path / "before", **options)
@@ -625,10 +577,8 @@ def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
     def changed(*args):
         chosen = choose(*args)
         for i, (recording, channels) in enumerate(chosen):
-            if change == "scale":
-                recording.signal = np.asarray(recording.signal) * np.float32(1e6)
-            else:
-                chosen[i] = recording, np.random.default_rng(i).permutation(channels)
+            recording.signal = np.asarray(recording.signal) * np.float32(1e6)
+            chosen[i] = recording, np.random.default_rng(i).permutation(channels)
         return chosen
 
     monkeypatch.setattr(decode, "choose_electrodes", changed)
@@ -639,18 +589,19 @@ def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
 
 def test_a_stopped_run_goes_on_where_it_was(podcast, tmp_path, monkeypatch):
     whole = finished(podcast, tmp_path / "whole", epochs=2)
-    write, done = decode.Store.write, []
+    fit, done = decode.fit_and_score, []
 
     def stop_after_five(*args):
         if len(done) == 5:
             raise SystemExit(143)
-        done.append(write(*args))
+        done.append(fit(*args))
+        return done[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode.Store, "write", stop_after_five)
+        patch.setattr(decode, "fit_and_score", stop_after_five)
         with pytest.raises(SystemExit):
             finished(podcast, tmp_path / "stopped", epochs=2)
-    files = list((tmp_path / "stopped/jobs").rglob("*.npz"))
+    files = list((tmp_path / "stopped/jobs").rglob("*.csv"))
     times = [path.stat().st_mtime_ns for path in files]
     stopped = finished(podcast, tmp_path / "stopped", epochs=2)
     assert len(files) == 5 and [path.stat().st_mtime_ns for path in files] == times
@@ -822,7 +773,7 @@ def test_a_users_recurrent_decoder_and_task(podcast, tmp_path, user_file):
 
 WRONG = [
     ("model", "wrong_model", ["returned shape (", "(words, 6)"]),
-    ("model", "no_model", ["returned int", "torch.nn.Module"]),
+    ("model", "no_model", ["cannot read", "'int' object"]),
     ("model", "nosuch", ["nosuch", "my_file.py:name"]),
     ("preprocess", "wrong_windows", ["first dimension must stay the words"]),
     ("task", "wrong_target", ["returned shape (7,)"]),
@@ -877,7 +828,6 @@ def test_a_nested_yaml_of_podcast_benchmark_runs(podcast, tmp_path):
 REFUSED = [
     ({"subjects": ["5"]}, ["has no 5", "sub-01, sub-02", "subjects=5"]),
     ({"channels": "XX"}, ["leave no electrode", "LGA, LGB"]),
-    ({"lags": [0.0, 500000.0]}, ["at lag 500000 ms no word's window"]),
     ({"lags": [-54000.0, 55000.0]}, ["too few", "-54000 to 55000"]),
     ({"layer": 3}, ["no layer-3", "layer-24"]),
     ({"embedding": ["nosuch.txt"]}, ["neither lm, static", "gpt2-xl"]),
@@ -889,7 +839,7 @@ REFUSED = [
     ({"model": "nosuch.py:f"}, ["nosuch.py"]),
     ({"model": "ridge", "task": "surprisal", "beside": ["logistic"]}, ["is for classes"]),
     ({"n_folds": 1}, ["n_folds=1"]),
-    ({"lags": [], "lag_step": 0.0}, ["no lag"]),
+    ({"lags": [], "max_lag": -500.0}, ["no lag"]),
     ({"controls": ["mena"]}, ["mena", "mean"]),
     ({"embedding": ["a", "b"]}, ["decoding has one target"]),
     ({"apply": "out/decode"}, ["recording="]),
@@ -918,4 +868,4 @@ def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):
     table = "subject,elec\n661,LGA2\nsub-02,LGB1\n2,LGA1\n1,nosuch\n"
     (tmp_path / "sig.csv").write_text(table)
     _, experiment = prepared(podcast, tmp_path / "run", electrodes=str(tmp_path / "sig.csv"))
-    assert experiment.podcast.montage.names == ["sub-01 LGA2", "sub-02 LGA1", "sub-02 LGB1"]
+    assert experiment.montage.names == ["sub-01 LGA2", "sub-02 LGA1", "sub-02 LGB1"]

@@ -53,7 +53,7 @@ def test_latents_are_the_encoders_and_cached_by_weights_and_window(podcast, tmp_
     assert X.shape == (len(experiment.target.start), 2 * 4 * 6)  # two people, 4 tokens of 6
     encoder, _ = load_encoder(folder)
     first = experiment.inputs[""].first(experiment.rows, 300.0)
-    for i, person in enumerate(experiment.podcast.montage.people):
+    for i, person in enumerate(experiment.montage.people):
         recording, channels = person.recording, person.channels
         x = recording.signal[: len(recording.signal) // 2 * 2, channels]
         x = x.reshape(-1, 2, len(channels)).mean(1)  # 128 to 64 Hz
@@ -94,7 +94,7 @@ def test_pretrained_beside_untrained_and_raw_in_pairs(podcast, tmp_path, capsys)
     difference = (by_fold["ridge"] - by_fold["ridge, raw signal"]).mean()
     assert abs(pair.score - difference) < 1e-6 and pair.low < pair.score < pair.high
     said = capsys.readouterr().out
-    assert "mean of 2 untrained: " in said and "known by name" in said
+    assert "mean of 2 untrained" in said and "known by name" in said
     assert "sub-01 from 0 to 55 s" in said
 
 

@@ -96,20 +96,6 @@ def test_voltages_and_trained_decoders(benchmark, tmp_path):
         assert np.isfinite(results.score).all() and set(results.recording) == {NAMES[0]}
 
 
-def test_windows_read_one_by_one_are_those_of_cumulative_sums(benchmark):
-    import decode
-    from data.montage import Montage
-    from data.recording import Recording
-
-    config = Config(represent="bins", bins=16)
-    montage = Montage([(Recording(benchmark / NAMES[0]), np.arange(4))], "laplacian")
-    windows = decode.Windows(montage, config, None)
-    rows = montage.rows(np.array([3.1, 70.2]))
-    by_sums = windows.at(rows, [500.0])[0]
-    one_by_one = decode_neuroprobe.bins_of_few(windows, windows.first(rows, 500.0))
-    assert np.allclose(by_sums, one_by_one, atol=1e-5)
-
-
 def test_a_frozen_encoder_reads_people_with_other_electrodes(benchmark, tmp_path):
     shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 6, "width": 16}
     shape = EncoderConfig(**shape, n_layer=1, n_head=2, patch=16)

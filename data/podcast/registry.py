@@ -7,6 +7,12 @@ it is, and what it has registered itself.
 model=my_file.py:name finds it; nothing else is registered.
 """
 
+from dataclasses import asdict
+
+import pandas as pd
+
+from data.podcast.benchmark_yaml import experiment_config, settings_of, translate
+
 
 def register_model_constructor(name=None):
     """A decorator that lets a function be found under a name in its file."""
@@ -34,8 +40,12 @@ def neural_conv(experiment_config, raws, df_word, word_embeddings):
     return experiment_config
 
 
-def call_setter(setter, experiment_config, montage, df_word, word_embeddings):
-    """What a config setter makes of experiment_config, given the recordings as MNE has them."""
+def call_setter(setter, config, montage, target):
+    """{option: value} that a config setter, f(config, raws, words, embeddings) -> config, sets.
+
+    It sees podcast-benchmark's nested config and the recordings as MNE has them; what it leaves
+    alone stays as it is.
+    """
     import mne
 
     raws = []
@@ -45,7 +55,10 @@ def call_setter(setter, experiment_config, montage, df_word, word_embeddings):
         info = mne.create_info(names, recording.sfreq, "ecog")
         signal = recording.signal[:, person.channels].T.astype(float)
         raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
-    return setter(experiment_config, raws, df_word, word_embeddings)
+    words = pd.DataFrame({"word": target.labels, "start": target.start})
+    experiment = setter(experiment_config(asdict(config)), raws, words, target.values)
+    settings = settings_of(experiment, f"config_setter={config.config_setter}")
+    return translate(settings, config.config_setter, defaults=False)
 
 
 PUBLISHED = """\

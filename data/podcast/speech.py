@@ -1,0 +1,152 @@
+"""A prepared podcast: what was said and heard, and what can be read out of it beside embeddings.
+
+A task gives (events, target of each): events is a DataFrame with start (s); a target that is NaN or
+'' is unknown.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data import InputError, read_table
+from data.recording import Recording, read_set
+
+
+@dataclass
+class Podcast:
+    """A prepared set of speech: words.csv, its recordings, and what figures call the data."""
+
+    folder: Path
+    meta: dict
+    words: pd.DataFrame
+    recordings: list
+    source: str
+
+
+def read_podcast(folder, name):
+    """The Podcast of a prepared folder that the user called `name`. Raises InputError."""
+    meta = read_set(folder)
+    if "words" not in meta:
+        raise InputError(
+            f"{folder / 'meta.yaml'} names no words: decode.py reads sets of speech with a "
+            "transcript, as data/podcast/prepare.py makes them"
+        )
+    words = read_table(folder / meta["words"], na_values={"start": [""], "end": [""]})
+    recordings = [Recording(folder / recording) for recording in meta["recordings"]]
+    if meta["synthetic"] and "synthetic" not in name:
+        name += ", synthetic"
+    return Podcast(folder, meta, words, recordings, name)
+
+
+@dataclass
+class Target:
+    """What is read out of the recordings: one row an event, in the order of time.
+
+    kind: vectors, values (N, D) float32; classes, values (N,) int64; or number, (N, 1) float32.
+    start: (N,) s; labels: (N,) which events are the same word; names: of the classes; notes:
+    {reason: how many events were left out for it}.
+    """
+
+    kind: str
+    values: np.ndarray
+    start: np.ndarray
+    labels: np.ndarray
+    names: list = field(default_factory=list)
+    notes: dict = field(default_factory=dict)
+
+    def only(self, kept, reason):
+        """The target of the events `kept` (N,) bool; the others are counted under `reason`."""
+        notes = {**self.notes, reason: int((~kept).sum())}
+        values, start, labels = self.values[kept], self.start[kept], self.labels[kept]
+        return replace(self, values=values, start=start, labels=labels, notes=notes)
+
+
+def as_target(events, values, word):
+    """A Target of values, one an event; events without an onset or a value are left out.
+
+    events: DataFrame with start (s) and, where they are words, the column `word`.
+    """
+    values = np.asarray(values)
+    labels = np.arange(len(events)).astype(str)
+    if word in events:
+        labels = events[word].to_numpy(str)
+    if values.ndim == 2:
+        kind, known = "vectors", np.isfinite(values).all(axis=1) & (labels != "")
+    elif values.dtype.kind == "f":
+        kind, known, values = "number", np.isfinite(values), values[:, None]
+    else:
+        kind, known = "classes", ~np.isin(values.astype(str), ["", "nan", "None"])
+    start = events.start.to_numpy(float)
+    timed = np.isfinite(start)
+    target = Target(kind, values, start, labels).only(timed, "without onset")
+    target = target.only(known[timed], "without target")
+    order = np.argsort(target.start, kind="stable")
+    target = replace(target, start=target.start[order], labels=target.labels[order])
+    values = target.values[order]
+    if len(values) == 0:
+        raise InputError("no word has an onset and a target: look at task= and embedding=")
+    if kind == "classes":
+        names, values = np.unique(values.astype(str), return_inverse=True)
+        return replace(target, values=values, names=names.tolist())
+    return replace(target, values=values.astype(np.float32))
+
+
+# ---- tasks
+
+
+def content_words(podcast, window):
+    """Content or function word."""
+    return podcast.words, podcast.words["content"]
+
+
+def part_of_speech(podcast, window):
+    return podcast.words, podcast.words["pos"]
+
+
+def sentence_onsets(podcast, window):
+    """First words of sentences, against words that begin at least half a second after one."""
+    words = podcast.words[podcast.words.sentence >= 0]  # -1: a word in no sentence
+    first = words.start.groupby(words.sentence).transform("min")
+    is_onset = words.start == first
+    kept = is_onset | (words.start >= first + 0.5)
+    return words[kept], np.where(is_onset, "onset", "inside")[kept]
+
+
+def surprisal(podcast, window):
+    """-ln of a word's probability, of all its tokens, under the model of the set's features."""
+    for file in podcast.meta.get("tokens", {}).values():
+        tokens = read_table(podcast.folder / file, na_values={"true_prob": [""]})
+        if "true_prob" in tokens:
+            nats = -np.log(tokens.true_prob.clip(lower=1e-12))
+            nats = nats.groupby(tokens.word_idx).sum(skipna=False)
+            return podcast.words, podcast.words.word_idx.map(nats).to_numpy(float)
+    raise InputError(
+        f"task=surprisal: {podcast.folder} has no probabilities of tokens (true_prob): prepare it "
+        "with features=gpt2-xl"
+    )
+
+
+def volume(podcast, window):
+    """Loudness (dB) of the audio in steps as wide as the window (s), one after the other."""
+    if "audio" not in podcast.meta:
+        raise InputError(
+            f"task=volume: {podcast.folder} has no loudness of its audio: prepare it with "
+            "audio_sfreq=100"
+        )
+    audio = podcast.meta["audio"]
+    power = np.square(np.fromfile(podcast.folder / audio["file"], "<f4").astype(float))
+    width = max(1, round(window * audio["sfreq"]))
+    power = power[: len(power) // width * width].reshape(-1, width).mean(axis=1)
+    start = (np.arange(len(power)) + 0.5) * width / audio["sfreq"]
+    return pd.DataFrame({"start": start}), 10 * np.log10(np.maximum(power, 1e-12))
+
+
+TASKS = {
+    "content": content_words,
+    "pos": part_of_speech,
+    "sentence_onset": sentence_onsets,
+    "surprisal": surprisal,
+    "volume": volume,
+}
