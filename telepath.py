@@ -42,8 +42,8 @@ import scipy.spatial
 import scipy.stats
 import sklearn.covariance
 import torch
+from sklearn.decomposition import PCA
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from configurator import Run, configure, key_seed
 from convert import load_lm
@@ -94,7 +94,7 @@ class Config:
     jitter: float = 0.01  # s, the window's onset is moved by up to this
     num_workers: int = 2  # threads that make batches ahead; any number makes the same ones
     # ---- encoder
-    encoder: str = "transformer"  # linear, electrodes, conv, tsconv; pretrained:PATH, ours
+    encoder: str = "transformer"  # any kind of model.ENCODERS, or pretrained:PATH, a run of ours
     patch: int = 10  # samples per neural token
     width: int = 128  # of the encoder; electrodes are mixed into a quarter as many channels
     encoder_layers: int = 2  # blocks, or convolutions
@@ -104,7 +104,7 @@ class Config:
     text_positions: Literal["zero", "after_prefix"] = "zero"  # where the text's positions begin
     prefix_attention: Literal["causal", "full"] = "causal"  # among neural tokens
     train: Literal["encoder", "encoder+expert", "all"] = "encoder+expert"  # what learns
-    prompt: str = "<|endoftext|>The"  # text before the word; <|endoftext|> is the token
+    prompt: str = "<|endoftext|>The"  # text before the word; in front, <|endoftext|> is the token
     # ---- objective and optimiser
     stage: Literal["sft", "dpo"] = "sft"  # supervised, or preferences (init_from= a run)
     align: float = 0.5  # weight of the loss of the first neural token's way to its word; 0: none
@@ -689,9 +689,10 @@ class Text:
 
     def __init__(self, tokenizer, trials, held_out, config):
         self.tokenizer = tokenizer
-        self.prompt = self.encode(config.prompt)
-        if not self.prompt:
-            raise InputError("prompt= must be one token at least")
+        text = config.prompt.removeprefix("<|endoftext|>")
+        self.prompt = [tokenizer.eot] * (text != config.prompt) + tokenizer.encode(text)
+        if not self.prompt or self.prompt[0] is None:
+            raise InputError("prompt= has no token, or lm= none for <|endoftext|>: give prompt=The")
         self.start = len(self.prompt) - 1  # whose logits say the first token of a name
         self.stop = tokenizer.eot
         if self.stop is None:
@@ -707,16 +708,6 @@ class Text:
                     self.trained[word].append(name)
             for name in self.trained[word]:
                 self.ids[name] = tokenizer.encode(" " + spelled(name))
-
-    def encode(self, text):
-        """Token ids of a text, in which <|endoftext|> is the token."""
-        first, *rest = text.split("<|endoftext|>")
-        if rest and self.tokenizer.eot is None:
-            raise InputError("the tokenizer of lm= has no <|endoftext|>: give prompt=The")
-        ids = self.tokenizer.encode(first)
-        for part in rest:
-            ids += [self.tokenizer.eot, *self.tokenizer.encode(part)]
-        return ids
 
     def pack(self, rows, device="cpu"):
         """B rows of K names, behind the prompt, in one pass.
@@ -768,12 +759,9 @@ class WordSpace:
 
     def __init__(self, wte):
         self.wte = wte.detach().float().cpu().clone()
-        self.mean = self.wte.mean(0)
-        centred = self.wte - self.mean
-        self.size = centred.norm(dim=1).mean().item()  # of a token
-        axes = torch.linalg.eigh(centred.T @ centred)[1][:, [-1, -2]]
-        sign = axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
-        self.axes = axes * sign  # (C, 2), of one sign, so that a resumed run draws the same picture
+        pca = PCA(2, svd_solver="covariance_eigh").fit(self.wte)
+        self.mean, self.axes = torch.from_numpy(pca.mean_), torch.from_numpy(pca.components_.T)
+        self.size = (self.wte - self.mean).norm(dim=1).mean().item()  # of a token
 
     def clean(self, x):
         x = x - self.mean
@@ -806,12 +794,12 @@ def pretrained_state(config):
 FIXED = "stage fusion text_positions prefix_attention encoder patch width encoder_layers train"
 
 
-def build(run, config, trials):
+def build(run, config, trials, manifest):
     """(NeuralGPT, tokenizer, checkpoint or None): of lm= and options, or as init_from says."""
     if config.init_from == "scratch":
         lm, tokenizer = load_lm(config.lm, dropout=0.0)
         fusion = {"fusion": config.fusion, "text_positions": config.text_positions}
-        encoder = build_encoder(run, config, trials, lm.config.n_embd)
+        encoder = build_encoder(run, config, trials, manifest, lm.config.n_embd)
         model = NeuralGPT(lm, encoder, **fusion, attention=config.prefix_attention)
         return model.to(run.device), tokenizer, None
     path = checkpoint_path(config.init_from)
@@ -821,9 +809,7 @@ def build(run, config, trials):
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
     for key in FIXED.split() if config.init_from == "resume" else ():
-        if state["config"][key] != getattr(config, key):
-            was = f"{path} was trained with {key}={state['config'][key]}"
-            raise InputError(f"{was}, the options say {getattr(config, key)}: resume with its own")
+        check_choice(f"{key} of the resumed run", getattr(config, key), [state["config"][key]])
     lm = GPT(GPTConfig(**state["lm_args"]))
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     model = NeuralGPT(lm, encoder, **state["fusion_args"])
@@ -831,7 +817,7 @@ def build(run, config, trials):
     return model.to(run.device), Tokenizer(state["tokenizer"]), state
 
 
-def build_encoder(run, config, trials, n_embd):
+def build_encoder(run, config, trials, manifest, n_embd):
     """NeuralEncoder of the options, or a pretrained one for these people and windows."""
     args = {"kind": config.encoder, "width": config.width, "n_layer": config.encoder_layers}
     args |= {"n_head": max(1, config.width // 32), "virtual": max(1, config.width // 4)}
@@ -843,6 +829,7 @@ def build_encoder(run, config, trials, n_embd):
     args["window"] = len(trials.offsets) // args["patch"]  # the first token reads all of it
     encoder = NeuralEncoder(EncoderConfig(**args))
     if pretrained:
+        check_pretrained(config, pretrained, manifest)
         weights = {}
         for name, value in pretrained["model"].items():
             if name.startswith("encoder."):
@@ -852,54 +839,32 @@ def build_encoder(run, config, trials, n_embd):
     return encoder
 
 
-def check_pretrained(config, trials, sets, manifest):
+def check_pretrained(config, state, manifest):
     """Refuse a pretrained encoder that may have seen what is held out of these recordings."""
-    state = pretrained_state(config)
-    if state is None:
-        return
-    if state["kind"] == "telepath":
-        same_data = Path(state["config"]["dataset"]).name == trials.source
-        leaks = same_data and state["split"] != manifest["hash"]
-    else:
-        held_out = np.ones(len(trials.row), bool)
-        held_out[np.concatenate([sets["train"], sets["val"]])] = False
-        names = np.array([rec.path.name for rec in trials.recordings])[trials.recording]
-        leaks = False
-        for recording in state["recording"]["recordings"]:
-            first, last = recording["seen"]  # s
-            seen = (first <= trials.row / trials.sfreq) & (trials.row / trials.sfreq <= last)
-            same_data = Path(recording["dataset"]).name == trials.source
-            leaks |= same_data and (held_out & seen & (names == recording["name"])).any()
-    if leaks:
+    recordings = [state["config"]]  # of telepath.py
+    if state["kind"] == "foundation":
+        recordings = state["recording"]["recordings"]
+    names = {Path(recording["dataset"]).name for recording in recordings}
+    if manifest["dataset"] in names and state.get("split") != manifest["hash"]:
         raise InputError(
-            f"encoder={config.encoder} saw EEG of {trials.source} that is held out here: pretrain "
-            "on other recordings, or on the same split"
+            f"encoder={config.encoder} saw EEG of {manifest['dataset']} that is held out here: "
+            "pretrain on other recordings, or on the same split"
         )
-
-
-def parameter_sets(model):
-    """{set: parameters}: encoder (with BON, EON), expert (or cross-attention), core (the GPT)."""
-    sets = {"encoder": [], "expert": [], "core": []}
-    names = {"experts": "expert", "crosses": "expert", "lm": "core"}
-    for name, p in model.named_parameters():
-        sets[names.get(name.split(".")[0], "encoder")].append(p)
-    return sets
 
 
 def freeze(model, config):
     """Let only what config.train names learn; returns the optimiser's groups."""
-    learns = {"encoder": ["encoder"], "encoder+expert": ["encoder", "expert"]}
-    learns["all"] = ["encoder", "expert", "core"]
-    model.requires_grad_(False)
-    groups = []
-    for name, parameters in parameter_sets(model).items():
-        if name in learns[config.train]:
-            peak = config.learning_rate if name == "encoder" else config.expert_lr
-            for decay, matrices in ((0.05, True), (0.0, False)):
-                some = [p.requires_grad_(True) for p in parameters if (p.dim() > 1) == matrices]
-                if some:
-                    groups.append({"params": some, "weight_decay": decay, "peak": peak})
-    return groups
+    parts = {"encoder": 0, "experts": 1, "crosses": 1, "lm": 2}
+    n_parts = {"encoder": 1, "encoder+expert": 2, "all": 3}[config.train]
+    groups = {}
+    for name, p in model.named_parameters():
+        part = parts.get(name.split(".")[0], 0)  # BON and EON learn with the encoder
+        p.requires_grad_(part < n_parts)
+        if p.requires_grad:
+            peak = config.expert_lr if part else config.learning_rate
+            group = {"params": [], "peak": peak, "weight_decay": 0.05 * (p.dim() > 1)}
+            groups.setdefault((part, p.dim() > 1), group)["params"].append(p)
+    return list(groups.values())
 
 
 @dataclass
@@ -953,9 +918,8 @@ def prepare(run, config, folder):
     trials = Trials(folder, config)
     sets, manifest = split(trials, config)
     trials.learn(sets["train"], manifest["held_out_subjects"])
-    check_pretrained(config, trials, sets, manifest)
     torch.manual_seed(key_seed(config.seed, "model"))
-    model, tokenizer, state = build(run, config, trials)
+    model, tokenizer, state = build(run, config, trials, manifest)
     if state and state["split"] != manifest["hash"]:
         raise InputError(
             f"init_from={config.init_from} was trained on another split than these data and "
@@ -983,33 +947,28 @@ class Training:
         n_micro = per_step // config.batch_size
         self.run, self.config = run, config
         self.optimizer = torch.optim.AdamW(freeze(experiment.model, config), betas=(0.9, 0.98))
-        learned = {}
+        self.learned = {}
         for name, p in experiment.model.named_parameters():
             if p.requires_grad:
-                learned[name] = p
-        self.learned = list(learned.values())
+                self.learned[name] = p
         self.step = 0
-        self.best, self.best_step = math.inf, 0  # ranking loss
+        self.best = math.inf  # ranking loss
         self.durations: list[float] = []  # s of the steps, and of a validation
         self.validation = 0.0
         self.waited = 0.0  # s, for data
         self.reference = {}  # dpo: what the weights that learn were at first
         if config.stage == "dpo":
-            self.reference = {name: p.detach().clone() for name, p in learned.items()}
+            self.reference = {name: p.detach().clone() for name, p in self.learned.items()}
         if config.init_from == "resume":
             self.resume(experiment.state)
         self.micros = range(rank, n_micro, self.world)
         self.ahead = make_batches(
             run.device, config, experiment, ids, n_micro, self.micros, self.step
         )
-        self.net = experiment.model
-        if self.world > 1:
-            devices = [run.device] if run.device.type == "cuda" else None
-            self.net = DistributedDataParallel(self.net, devices, broadcast_buffers=False)
 
     def resume(self, state):
         self.step = state["step"]
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best = state["best"]
         if self.config.minutes == state["config"]["minutes"]:
             self.config.max_iters = state["config"]["max_iters"]
         groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
@@ -1026,8 +985,6 @@ class Training:
             batch = next(self.ahead)
             self.waited += time.perf_counter() - start
             torch.manual_seed(key_seed(self.config.seed, self.step, micro, "dropout"))
-            if self.world > 1:  # gradients travel once a step
-                self.net.require_backward_grad_sync = micro == self.micros[-1]
             yield batch
 
     def backward(self, loss):
@@ -1035,9 +992,11 @@ class Training:
 
     def update(self):
         """One optimiser step; returns the gradient's norm."""
+        for p in self.learned.values() if self.world > 1 else ():
+            p.grad = self.run.reduce(p.grad) / self.world
         scaler = self.run.scaler
         scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.learned, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         if not scaler.is_enabled() and not norm.isfinite():
             raise InputError(f"the gradient is not finite at step {self.step + 1}: lower the rates")
         for group in self.optimizer.param_groups:
@@ -1070,10 +1029,7 @@ def align_loss(first, batch, experiment):
 
 
 def dpo_loss(policy, reference, beta):
-    """-log sigmoid of the margin, and the margin (B,).
-
-    policy, reference (B, 2): log-probabilities of the preferred and the dispreferred name.
-    """
+    """-log sigmoid of the margin, and the margin (B,); log-probabilities (B, 2) of right, wrong."""
     gained = policy - reference
     margin = beta * (gained[:, 0] - gained[:, 1])
     return -F.logsigmoid(margin).mean(), margin
@@ -1208,36 +1164,27 @@ def place(scores):
     return (scipy.stats.rankdata(-scores, axis=1) - 1) / max(1, scores.shape[1] - 1)
 
 
-class Card:
-    """The scores of one evaluation set, as rows of results.csv."""
+def score_rows(config, table, metric, good, names, chance=None, sign=1, **constants):
+    """A metric beside its controls, as rows of results.csv.
 
-    def __init__(self, config, name, table):
-        self.config = config
-        self.name = name
-        self.table = table
-        self.rows = []
-
-    def add(self, metric, good, names, chance=None, sign=1, **constants):
-        """A metric beside its controls.
-
-        good (N, K): what each trial's EEG gives for each of K names; sign -1: less is better.
-        chance: the majority word's or shuffled EEG's where none is given. constants, by control:
-        (K,) what each name gets whatever the EEG is.
-        """
-        config, table = self.config, self.table
-        own = np.searchsorted(names, table.word)
-        right = sign * good[:, own].T
-        expected, p = permuted(right, strata(table), config.shuffles, config.seed)
-        values = {"eeg": good[np.arange(len(own)), own], "shuffled": sign * expected}
-        for control, constant in constants.items():
-            values[control] = constant[own]
-        if chance is None:
-            chance = float(np.mean(values.get("majority", values["shuffled"])))
-        for control, value in values.items():
-            row = {"set": self.name, "metric": metric, "control": control}
-            row |= measured(value, chance, table.object, config)
-            self.rows.append(row)
-        self.rows[-len(values)]["p"] = p
+    good (N, K): what each trial's EEG gives for each of K names; sign -1: less is better. chance:
+    the majority word's or shuffled EEG's where none is given. constants, by control: (K,) what
+    each name gets whatever the EEG is.
+    """
+    own = np.searchsorted(names, table.word)
+    right = sign * good[:, own].T
+    expected, p = permuted(right, strata(table), config.shuffles, config.seed)
+    values = {"eeg": good[np.arange(len(own)), own], "shuffled": sign * expected}
+    for control, constant in constants.items():
+        values[control] = constant[own]
+    if chance is None:
+        chance = float(np.mean(values.get("majority", values["shuffled"])))
+    rows = []
+    for control, value in values.items():
+        row = {"metric": metric, "control": control}
+        rows.append(row | measured(value, chance, table.object, config))
+    rows[0]["p"] = p
+    return rows
 
 
 def evaluate(run, config, experiment, name, prior):
@@ -1245,70 +1192,46 @@ def evaluate(run, config, experiment, name, prior):
 
     prior (K,): log-probability of each of all names, averaged over validation trials.
     """
-    words = experiment.trials.words
+    words, text = experiment.trials.words, experiment.text
     ids = subset(experiment.sets[name], config)
     table = experiment.trials.table.iloc[ids]
     names = sorted(set(table.word))
-    card = Card(config, name, table)
+    columns = np.searchsorted(words, names)
+    score = functools.partial(score_rows, config, table)
     scores, empty = rank(run, experiment, ids, words)
     searched = scores - prior  # among all names, held out or not
-    card.add("said by search", top_k(searched, 1), words, 1 / len(words))
-    columns = np.searchsorted(words, names)
-    scores, empty = scores[:, columns], empty[columns]
-    score_ranks(card, experiment, names, scores, empty)
-    said = say(run, config, experiment, ids)
-    nothing = say(run, config, experiment, ids[:1], without_eeg=True)[0]
-    score_said(card, experiment, names, said, nothing)
-    answers = [experiment.text.tokenizer.encode(" " + (answer or "?")) for answer in said]
-    similar = (experiment.space.names(answers) @ experiment.points(words).T).numpy()
-    card.add("similarity", similar, words)
-    card.add("similarity rank", place(similar), words, sign=-1)  # 0 best
-    best = np.argsort(empty - scores, axis=1, kind="stable")[:, :5]
-    samples = table[["subject", "object", "word", "image"]].assign(
-        set=name,
-        said=said,
-        ranked=[" ".join(row) for row in np.array(names)[best]],
-        search=np.array(words)[searched.argmax(1)],
-        data=experiment.trials.data,
-    )
-    return card.rows, samples
-
-
-def score_ranks(card, experiment, names, scores, empty):
-    """Top-1 and top-5 among the names of the set, by scores (N, K) and those of silence (K,)."""
-    information = scores - empty  # pointwise mutual information of name and EEG
+    information = (scores - empty)[:, columns]  # pointwise mutual information of name and EEG
+    rows = score("said by search", top_k(searched, 1), words, 1 / len(words))
     for k in (1, 5):
-        majority = np.isin(names, experiment.commonest[:k])
-        controls = {"empty": top_k(empty[None], k)[0], "majority": majority}
-        chance = min(1.0, k / len(names))
-        card.add(f"top{k}", top_k(information, k), names, chance, **controls)
-    lengths = np.array([1 + len(experiment.text.ids[name]) for name in names])
-    by_token = top_k(information / lengths, 1)
-    card.add("top1 by pmi per token", by_token, names, 1 / len(names))
-    card.add("top1 by likelihood", top_k(scores, 1), names, 1 / len(names))
-
-
-def score_said(card, experiment, names, said, nothing):
-    """Accuracy of the texts that were said, to the letter and flexibly."""
-    answers = [*said, nothing, spelled(experiment.commonest[0])]
+        controls = {"empty": top_k(empty[None, columns], k)[0]}
+        controls["majority"] = np.isin(names, experiment.commonest[:k])
+        good = top_k(information, k)
+        rows += score(f"top{k}", good, names, min(1.0, k / len(names)), **controls)
+    by_token = information / [1 + len(text.ids[name]) for name in names]
+    rows += score("top1 by pmi per token", top_k(by_token, 1), names, 1 / len(names))
+    rows += score("top1 by likelihood", top_k(scores[:, columns], 1), names, 1 / len(names))
+    said = say(run, config, experiment, ids)
+    nothing = say(run, config, experiment, ids[:1], without_eeg=True)
     for metric, right in (("naive accuracy", naive), ("flexible accuracy", flexible)):
-        good = np.zeros((len(answers), len(names)))
-        for j, name in enumerate(names):
-            synonyms = experiment.text.synonyms[name]
-            good[:, j] = [right(answer, name, synonyms) for answer in answers]
-        card.add(metric, good[:-2], names, empty=good[-2], majority=good[-1])
+        good = right_answers(right, text, names, [*said, *nothing, experiment.commonest[0]])
+        rows += score(metric, good[:-2], names, empty=good[-2], majority=good[-1])
+    answers = [text.tokenizer.encode(" " + (answer or "?")) for answer in said]
+    similar = (experiment.space.names(answers) @ experiment.points(words).T).numpy()
+    rows += score("similarity", similar, words)
+    rows += score("similarity rank", place(similar), words, sign=-1)  # 0 best
+    best = np.array(names)[np.argsort(-information, axis=1, kind="stable")[:, :5]]
+    samples = table[["subject", "object", "word", "image"]].assign(set=name, said=said)
+    samples["ranked"] = [" ".join(row) for row in best]
+    samples["search"] = np.array(words)[searched.argmax(1)]
+    return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.data)
 
 
-def validate(run, config, experiment):
-    """Ranking of validation trials among the training words: cross-entropy and top-1."""
-    ids = subset(experiment.sets["val"], config)
-    words = experiment.train_words
-    scores, empty = rank(run, experiment, ids, words)
-    own = np.searchsorted(words, experiment.trials.table.word.iloc[ids])
-    information = scores - empty
-    loss = F.cross_entropy(torch.from_numpy(information), torch.from_numpy(own)).item()
-    right = top_k(information, 1)[np.arange(len(ids)), own].mean()
-    return {"val_rank_loss": loss, "val_top1": float(right), "val_chance": 1 / len(words)}
+def right_answers(right, text, names, answers):
+    """(N, K): is each of N answers right for each of K names?"""
+    good = np.zeros((len(answers), len(names)))
+    for j, name in enumerate(names):
+        good[:, j] = [right(answer, name, text.synonyms[name]) for answer in answers]
+    return good
 
 
 def probes(experiment):
@@ -1344,47 +1267,37 @@ def evaluate_sets(run, config, experiment):
         )
     scores, _ = rank(run, experiment, subset(experiment.sets["val"], config), words)
     prior = np.logaddexp.reduce(scores, axis=0) - math.log(len(scores))
-    rows, samples = [], []
+    tables = []
     for name in SETS:
         if len(experiment.sets[name]):
-            set_rows, set_samples = evaluate(run, config, experiment, name, prior)
-            rows += set_rows
-            samples.append(set_samples)
-    table = pd.DataFrame(rows).assign(data=experiment.trials.data, unsayable=len(unsayable))
+            tables.append(evaluate(run, config, experiment, name, prior))
+    table, samples = map(pd.concat, zip(*tables))
+    table = table.assign(data=experiment.trials.data, unsayable=len(unsayable))
     decisive = (table.metric == "top1") & (table.control == "eeg")
-    table.loc[decisive, "p_corrected"] = (decisive.sum() * table.p[decisive]).clip(upper=1)
-    return table, pd.concat(samples)
+    table["p_corrected"] = (decisive.sum() * table.p.where(decisive)).clip(upper=1)
+    return table, samples
 
 
-def report(run, config, experiment, training):
+def report(run, config, experiment):
     """Score the evaluation sets with the best model, once, and draw the figures."""
     run.barrier()
-    experiment.model.load_state_dict(run.load("best.pt")["model"])
+    best = run.load("best.pt")
+    experiment.model.load_state_dict(best["model"])
+    run.print(f"step {best['step']} was chosen on validation")
     if run.master:
         table, samples = evaluate_sets(run, config, experiment)
         for _, row in table.iterrows():
             run.result(**row.dropna())
         write_aside(run.out / "samples.csv", samples.to_csv(index=False))
         run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
-        run.print(summary(table).to_string(float_format="{:.3f}".format))
+        keys = ["set", "metric"]
+        lines = table[table.control == "eeg"].set_index(keys)[["low", "high", "chance", "p", "n"]]
+        lines = table.pivot(index=keys, columns="control", values="score").join(lines)
+        run.print(lines.to_string(float_format="{:.3f}".format))
         title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
         plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
         plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
     run.merge()
-    run.print(
-        f"step {training.best_step} was chosen on validation (ranking loss {training.best:.3f}); "
-        f"{training.waited:.2f} s were spent waiting for data"
-    )
-
-
-def summary(table):
-    """A line a set and metric: score, interval, chance and controls."""
-    table = table[table.metric.isin(METRICS)].set_index(["set", "metric"])
-    controls = {}
-    for control in ("shuffled", "empty", "majority"):
-        controls[control] = table.score[table.control == control]
-    columns = ["score", "low", "high", "chance", "p", "n"]
-    return table.loc[table.control == "eeg", columns].assign(**controls)
 
 
 # ---- plots
@@ -1396,23 +1309,13 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def spread(rows):
-    """Error bars (2, N) of rows with score, low and high."""
-    return np.abs(rows[["low", "high"]].T.to_numpy() - rows.score.to_numpy())
-
-
 def plot_curves(path, log, title):
     """Training and validation over steps, from the log."""
-    table = pd.read_json(log, lines=True).set_index("step")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, keys in zip(axes, (("train_loss", "val_rank_loss"), ("val_top1", "val_chance"))):
-        for key in table.columns.intersection(keys):
-            table[key].dropna().plot(ax=axis, label=key)
-        axis.legend()
-    axes[0].set_ylabel("nats")
-    axes[1].set_ylabel("top-1 among training words")
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    panels = [("train_loss", "val_rank_loss"), ("val_top1", "val_chance")]
+    table = pd.read_json(log, lines=True).set_index("step").reindex(columns=sum(panels, ()))
+    table = table.interpolate(limit_area="inside")
+    axes = table.plot(subplots=panels, layout=(1, 2), figsize=(10, 3.6), title=title)
+    save_figure(axes[0, 0].figure, path)
 
 
 METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
@@ -1422,22 +1325,16 @@ COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majorit
 
 
 def plot_results(path, table, title):
-    """Every set beside its controls: dots with 95 % intervals over objects."""
+    """Every set beside its controls, with 95 % intervals over objects."""
     figure, axes = plt.subplots(1, len(METRICS), figsize=(15, 3.8), layout="constrained")
-    sets = list(table.set.unique())
-    for axis, metric in zip(axes, METRICS):
-        for k, (control, colour) in enumerate(COLOURS.items()):
-            rows = table[(table.metric == metric) & (table.control == control)]
-            x = [sets.index(name) + 0.16 * (k - 1.5) for name in rows.set]
-            axis.errorbar(x, rows.score, spread(rows), fmt="o", capsize=2, c=colour, label=control)
-        rows = table[(table.metric == metric) & (table.control == "eeg")]
-        x = np.arange(len(rows))
-        axis.hlines(rows.chance, x - 0.4, x + 0.4, "k", lw=0.8, ls=":", label="chance")
-        axis.set_xticks(x, [name.replace("_", "\n") for name in sets], fontsize=8)
-        axis.set_title(METRICS[metric], fontsize=10)
-    labels = axes[0].get_legend_handles_labels()
-    figure.legend(*labels, fontsize=8, frameon=False, loc="outside lower center", ncols=5)
-    figure.suptitle(title, fontsize=10)
+    for axis, (metric, name) in zip(axes, METRICS.items()):
+        rows = table[table.metric == metric].pivot(index="set", columns="control")
+        rows = rows.loc[table.set.unique()]
+        errors = np.stack([rows.score - rows.low, rows.high - rows.score]).transpose(2, 0, 1)
+        options = {"yerr": errors, "color": COLOURS, "title": name, "legend": axis is axes[0]}
+        rows.score.plot.bar(ax=axis, xlabel="", rot=20, **options)
+        axis.plot(rows.chance.eeg.to_numpy(), "k_", ms=30)  # chance
+    figure.suptitle(f"{title}; -: chance", fontsize=10)
     save_figure(figure, path)
 
 
@@ -1467,16 +1364,16 @@ def describe(run, experiment):
     trials, manifest = experiment.trials, experiment.manifest
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
-    parts = [f"{name} {len(ids):,}" for name, ids in experiment.sets.items()]
-    for name, parameters in parameter_sets(experiment.model).items():
-        millions = sum(p.numel() for p in parameters) / 1e6
-        learns = any(p.requires_grad for p in parameters)
-        parts.append(f"{name} {millions:.2f} M" + " frozen" * (not learns))
-    run.print("\n".join(dict.fromkeys(trials.notes)))
+    counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
+    weights = list(experiment.model.parameters())
+    millions = sum(p.numel() for p in weights) / 1e6
+    learned = sum(p.numel() for p in weights if p.requires_grad) / 1e6
+    for note in trials.notes:
+        run.print(note)
     run.print(
-        f"{trials.data}: {len(trials.recordings)} recordings, split {manifest['hash']} "
-        f"({manifest['purged']} trials purged for overlap): {', '.join(parts)} | {run.device} "
-        f"{run.dtype}"
+        f"{trials.data}: {len(trials.recordings)} recordings, {counts} trials, "
+        f"{manifest['purged']} purged for overlap; {learned:.2f} M of {millions:.2f} M weights "
+        f"learn, {run.dtype} on {run.device}"
     )
 
 
@@ -1497,22 +1394,27 @@ def save(run, config, experiment, training, name):
     if name == "ckpt.pt":
         state |= {"optimizer": training.optimizer.state_dict(), "best": training.best}
         state |= {"scaler": run.scaler.state_dict(), "reference": training.reference}
-        state |= {"best_step": training.best_step, "wte": experiment.space.wte}
+        state["wte"] = experiment.space.wte
     run.save(name, state)
 
 
-def validate_and_choose(run, config, experiment, training):
-    """Score validation trials, keep the probes' neural tokens, and the model if it is the best."""
+def validate(run, config, experiment, training):
+    """Rank validation trials among the training words, keep their tokens, and the best model."""
     start = time.time()
-    scores = validate(run, config, experiment)
-    training.validation = run.reduce(time.time() - start, "max")
-    run.log(training.step, **scores)
+    ids = subset(experiment.sets["val"], config)
+    words = experiment.train_words
+    scores, empty = rank(run, experiment, ids, words)
+    information = torch.from_numpy(scores - empty)
+    own = torch.from_numpy(np.searchsorted(words, experiment.trials.table.word.iloc[ids]))
+    loss = F.cross_entropy(information, own).item()
+    right = top_k(scores - empty, 1)[np.arange(len(ids)), own].mean()
+    run.log(training.step, val_rank_loss=loss, val_top1=right, val_chance=1 / len(words))
     if run.master:
         keep_tokens(run, experiment, training.step)
-    if scores["val_rank_loss"] < training.best:
-        training.best = scores["val_rank_loss"]
-        training.best_step = training.step
+    if loss < training.best:
+        training.best = loss
         save(run, config, experiment, training, "best.pt")
+    training.validation = run.reduce(time.time() - start, "max")
 
 
 def log_step(run, training, losses, norm):
@@ -1530,7 +1432,7 @@ def supervised_step(run, config, experiment, training):
     losses = []
     for batch in training.batches():
         with run.autocast():  # [BON, neural tokens, EON | prompt, name]
-            logits, neural = training.net(*batch.inputs, start=experiment.text.start)
+            logits, neural = experiment.model(*batch.inputs, start=experiment.text.start)
         loss = log_probs(logits, batch.target).sum() / -(batch.target >= 0).sum()
         parts = {"word": loss}  # of word and stop alone
         if config.align:
@@ -1548,7 +1450,7 @@ def preference_step(run, config, experiment, training):
     for batch in training.batches():
         start = {"start": experiment.text.start}
         with run.autocast():
-            policy, _ = training.net(*batch.inputs, **start)
+            policy, _ = experiment.model(*batch.inputs, **start)
         with torch.no_grad(), run.autocast():  # the frozen GPT is shared
             weights, inputs = training.reference, tuple(batch.inputs)
             reference, _ = torch.func.functional_call(experiment.model, weights, inputs, start)
@@ -1571,7 +1473,7 @@ def main(config):
     if config.compile:
         experiment.model.lm.compile_blocks()
     if not training.step:
-        validate_and_choose(run, config, experiment, training)
+        validate(run, config, experiment, training)
         if config.minutes:
             config.max_iters = UNSETTLED
     train_step = preference_step if config.stage == "dpo" else supervised_step
@@ -1589,12 +1491,12 @@ def main(config):
         run.stopping()
         finished = training.step >= config.max_iters
         if finished or training.step % config.eval_interval == 0:
-            validate_and_choose(run, config, experiment, training)
+            validate(run, config, experiment, training)
         if finished or run.stopped or training.step % config.save_interval == 0:
             save(run, config, experiment, training, "ckpt.pt")
     bar.close()
     if not run.stopped:
-        report(run, config, experiment, training)
+        report(run, config, experiment)
     run.close()
 
 
