@@ -246,9 +246,10 @@ class Trials:
         names = dict.fromkeys(itertools.chain(*(rec.names for rec in self.recordings)))
         self.xyz = np.full((len(self.recordings), len(names), 3), np.nan, np.float32)
         self.columns = []  # where the channels of each recording are in x and xyz
+        recipe = (pretrained_state(config) or {}).get("recording")
         parts = []
         for number, rec in enumerate(self.recordings):
-            self.check_channels(rec, pretrained_state(config))
+            self.check_channels(rec, recipe)
             self.columns.append(pd.Index(list(names)).get_indexer(rec.names))
             self.xyz[number, self.columns[number]] = np.where(rec.good[:, None], rec.xyz, np.nan)
             parts.append(self.read_events(rec).assign(recording=number, subject=rec.subject))
@@ -258,12 +259,11 @@ class Trials:
         self.recording = self.table.recording.to_numpy()
         self.row = self.table.row.to_numpy()
 
-    def check_channels(self, rec, pretrained):
+    def check_channels(self, rec, recipe):
         """Mark channels bad that are flat or hold nan; refuse those without a place.
 
-        What a pretrained encoder knows by name gets the place that it had in pretraining.
+        With the recipe of a pretrained encoder, what it knows by name gets the place that it had.
         """
-        recipe = (pretrained or {}).get("recording")
         if recipe:
             if recipe["bands"]:
                 raise InputError("encoder=: pretrained on bands side by side; give one of bands=[]")
@@ -348,44 +348,37 @@ class Trials:
         rng = np.random.default_rng(0)
         R, C = self.xyz.shape[:2]
         present = np.isfinite(self.xyz[..., 0])
+        pairs = [np.ix_(channels, channels) for channels in present]
         covariances = np.zeros((R, C, C))
-        known = np.zeros((R, C, C), bool)
         for number in range(R):
             ids = train[self.recording[train] == number]
             if len(ids) > 1:
                 x = self.cut(np.sort(rng.permutation(ids)[:600]))[:, present[number]]
-                pairs = np.ix_(present[number], present[number])
-                covariances[number][pairs] = noise_covariance(x)
-                known[number][pairs] = True
-        mean = covariances.sum(0) / np.maximum(known.sum(0), 1)
+                covariances[number][pairs[number]] = noise_covariance(x)
+        mean = covariances.sum(0) / np.maximum((covariances != 0).sum(0), 1)
         variance = mean.diagonal()
-        if not variance.any():
-            raise InputError(f"{self.source}: no recording has two training trials")
         mean += np.diag(np.where(variance == 0, variance[variance > 0].mean(), 0))
         self.scale = np.zeros((R, C), np.float32)
         self.white = np.zeros((R, C, C), np.float32)
         for number in range(R):
-            pairs = np.ix_(present[number], present[number])
-            covariance = (covariances[number] if known[number].any() else mean)[pairs]
+            known = covariances[number].any()
+            covariance = (covariances[number] if known else mean)[pairs[number]]
             self.scale[number, present[number]] = 1e-6 * np.sqrt(covariance.diagonal())
             values, vectors = np.linalg.eigh(covariance)
             values = np.maximum(values, 1e-2 * np.median(values) + 1e-9)
             root = (vectors / np.sqrt(values)) @ vectors.T
-            self.white[number][pairs] = 1e6 * root  # V to SD of the noise
+            self.white[number][pairs[number]] = 1e6 * root  # V to SD of the noise
 
 
 def complete_table(table, sfreq):
     """The table of trials, with what the events leave open."""
-    for column in ("object", "synonyms", "image", "block"):
-        if column not in table:
-            table[column] = ""
-        table[column] = table[column].fillna("").astype(str)
+    table["word"] = table["word"].str.strip()
     minute = "minute " + (table.row // round(60 * sfreq)).astype(str)
-    table["object"] = table["object"].where(table["object"] != "", table["word"])
-    table["image"] = table["image"].where(table["image"] != "", table["trial"])
-    table["block"] = table["block"].where(table["block"] != "", minute)
-    table["word"] = one_spelling(table["word"].str.strip())
-    return table
+    defaults = {"object": table.word, "synonyms": "", "image": table.trial, "block": minute}
+    for column, default in defaults.items():
+        given = table.get(column, pd.Series("", table.index)).fillna("").astype(str)
+        table[column] = given.where(given != "", default)
+    return table.assign(word=one_spelling(table.word))
 
 
 def noise_covariance(x):
@@ -415,10 +408,11 @@ def split(trials, config):
     part = deal_pictures(trials, rng, config.held_out_trials)
     new_word = table.word.isin(held_words).to_numpy()
     new_subject = table.subject.isin(held_subjects).to_numpy()
+    seen = ~new_word & ~new_subject
     masks = {
-        "train": (part == 0) & ~new_word & ~new_subject,
-        "val": (part == 1) & ~new_word & ~new_subject,
-        "trial": (part == 2) & ~new_word & ~new_subject,
+        "train": (part == 0) & seen,
+        "val": (part == 1) & seen,
+        "trial": (part == 2) & seen,
         "object": (part == 2) & new_word & ~new_subject,
         "subject": (part == 2) & ~new_word & new_subject,
         "subject_object": (part == 2) & new_word & new_subject,
@@ -430,8 +424,7 @@ def split(trials, config):
         for name in ("val", *names):
             masks[name] &= trained
     sets = {name: np.flatnonzero(mask) for name, mask in masks.items()}
-    n_evaluation = sum(len(sets[name]) for name in SETS)
-    if not (len(sets["train"]) and len(sets["val"]) and n_evaluation):
+    if not all([len(sets["train"]), len(sets["val"]), sum(len(sets[name]) for name in SETS)]):
         raise InputError(
             f"{trials.source}: the split leaves no trial to train, validate or evaluate on; where "
             "every word has one picture, tell pictures apart when preparing (image_column=), else "
@@ -694,9 +687,7 @@ class Text:
         if not self.prompt or self.prompt[0] is None:
             raise InputError("prompt= has no token, or lm= none for <|endoftext|>: give prompt=The")
         self.start = len(self.prompt) - 1  # whose logits say the first token of a name
-        self.stop = tokenizer.eot
-        if self.stop is None:
-            self.stop = tokenizer.encode("\n")[-1]
+        self.stop = tokenizer.encode("\n")[-1] if tokenizer.eot is None else tokenizer.eot
         held_out = {same_word(word) for word in held_out}
         self.ids, self.synonyms, self.trained = {}, {}, {}
         for word, synonyms in trials.table.groupby("word").synonyms.unique().items():
@@ -892,10 +883,12 @@ class Experiment:
     @functools.cached_property
     def negatives(self):
         """(K, K): how often each training word is the negative of each, no synonyms among them."""
-        words, synonyms = self.train_words, self.text.synonyms
+        words = self.train_words
         similarity = (self.train_points @ self.train_points.T).double().numpy()
         same = [same_word(word) for word in words]
-        names = [{same_word(name) for name in (word, *synonyms[word])} for word in words]
+        names = []
+        for word in words:
+            names.append({same_word(name) for name in (word, *self.text.synonyms[word])})
         shares = np.zeros_like(similarity)
         for i, row in enumerate(similarity):
             others = []
@@ -947,10 +940,8 @@ class Training:
         n_micro = per_step // config.batch_size
         self.run, self.config = run, config
         self.optimizer = torch.optim.AdamW(freeze(experiment.model, config), betas=(0.9, 0.98))
-        self.learned = {}
-        for name, p in experiment.model.named_parameters():
-            if p.requires_grad:
-                self.learned[name] = p
+        named = experiment.model.named_parameters()
+        self.learned = {name: p for name, p in named if p.requires_grad}
         self.step = 0
         self.best = math.inf  # ranking loss
         self.durations: list[float] = []  # s of the steps, and of a validation
