@@ -334,9 +334,12 @@ class Trials:
         x = np.clip(self.white[self.recording[ids]] @ x, -CLAMP, CLAMP)
         return [torch.from_numpy(array).to(device) for array in (x, xyz, self.subject[ids])]
 
-    def batch(self, ids, device="cpu"):
-        """What the encoder takes of trials, without augmentation."""
-        return self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids, device)
+    def batch(self, ids, device="cpu", silent=False):
+        """What the encoder takes of trials, without augmentation; silent: no EEG, of nobody."""
+        x, xyz, subject = self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids, device)
+        if silent:
+            return torch.zeros_like(x), xyz, torch.full_like(subject, -1)
+        return x, xyz, subject
 
     def learn(self, train, held_out_subjects):
         """Number the people, and learn noise normalisation and scales from trials `train` alone.
@@ -801,6 +804,11 @@ def build(run, config, trials, manifest):
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
     for key in FIXED.split() if config.init_from == "resume" else ():
         check_choice(f"{key} of the resumed run", getattr(config, key), [state["config"][key]])
+    if state["split"] != manifest["hash"]:
+        raise InputError(
+            f"{path} was trained on another split than these data and options give, and may know "
+            "what is held out here: give those of its config.yaml"
+        )
     lm = GPT(GPTConfig(**state["lm_args"]))
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     model = NeuralGPT(lm, encoder, **state["fusion_args"])
@@ -858,23 +866,32 @@ def freeze(model, config):
     return list(groups.values())
 
 
-@dataclass
 class Experiment:
-    """What is trained and scored."""
+    """What is trained and scored on a dataset's folder. Waits for no other rank.
 
-    trials: Trials
-    sets: dict  # {set: trial numbers}
-    manifest: dict
-    model: NeuralGPT
-    text: Text
-    space: WordSpace
-    state: dict | None  # the checkpoint that init_from names
+    trials, text, model, space; sets {name: trial numbers}; manifest, of the split; state: the
+    checkpoint that init_from names, or None; commonest, train_words: training words by frequency,
+    and in order; train_points (K, C): these in token space.
+    """
 
-    def __post_init__(self):
+    def __init__(self, run, config, folder):
+        self.trials = Trials(folder, config)
+        self.sets, self.manifest = split(self.trials, config)
+        self.trials.learn(self.sets["train"], self.manifest["held_out_subjects"])
+        torch.manual_seed(key_seed(config.seed, "model"))
+        self.model, tokenizer, self.state = build(run, config, self.trials, self.manifest)
+        self.text = Text(tokenizer, self.trials, self.manifest["held_out_words"], config)
+        wte = self.model.lm.transformer.wte.weight
+        if self.state:
+            wte = self.state.get("wte", wte)
+        self.space = WordSpace(wte)
+        n_tokens = 1 + len(self.trials.offsets) // self.model.encoder.config.patch
+        longest = max(config.max_new_tokens, *map(len, self.text.ids.values()))
+        self.model.check_length(n_tokens, len(self.text.prompt) + longest)
         counts = self.trials.table.word.iloc[self.sets["train"]].value_counts()
         self.commonest = counts.index.tolist()
         self.train_words = sorted(self.commonest)
-        self.train_points = self.points(self.train_words)  # (K, C)
+        self.train_points = self.points(self.train_words)
 
     def points(self, names):
         """Names (N, C) in token space."""
@@ -904,26 +921,6 @@ def unlike(similarity):
     weight = np.exp(-(similarity - similarity.min()) / NEGATIVES_TAU)
     weight[similarity > np.quantile(similarity, NEGATIVES_BELOW)] = 0
     return weight / weight.sum()
-
-
-def prepare(run, config, folder):
-    """The Experiment of a dataset's folder. Waits for no other rank."""
-    trials = Trials(folder, config)
-    sets, manifest = split(trials, config)
-    trials.learn(sets["train"], manifest["held_out_subjects"])
-    torch.manual_seed(key_seed(config.seed, "model"))
-    model, tokenizer, state = build(run, config, trials, manifest)
-    if state and state["split"] != manifest["hash"]:
-        raise InputError(
-            f"init_from={config.init_from} was trained on another split than these data and "
-            "options give, and may know what is held out here: give those of its config.yaml"
-        )
-    text = Text(tokenizer, trials, manifest["held_out_words"], config)
-    wte = (state or {}).get("wte", model.lm.transformer.wte.weight)
-    n_tokens = 1 + len(trials.offsets) // model.encoder.config.patch
-    longest = max(config.max_new_tokens, *map(len, text.ids.values()))
-    model.check_length(n_tokens, len(text.prompt) + longest)
-    return Experiment(trials, sets, manifest, model, text, WordSpace(wte), state)
 
 
 # ---- training
@@ -982,7 +979,7 @@ class Training:
         self.run.scaler.scale(loss / len(self.micros)).backward()
 
     def update(self):
-        """One optimiser step; returns the gradient's norm."""
+        """One optimiser step, linear warm-up, then cosine to 0; returns the gradient's norm."""
         for p in self.learned.values() if self.world > 1 else ():
             p.grad = self.run.reduce(p.grad) / self.world
         scaler = self.run.scaler
@@ -990,22 +987,19 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(self.learned.values(), 1.0)
         if not scaler.is_enabled() and not norm.isfinite():
             raise InputError(f"the gradient is not finite at step {self.step + 1}: lower the rates")
+        config = self.config
+        warmup = min(config.warmup_iters, config.max_iters // 5)
+        done = (self.step - warmup) / max(1, config.max_iters - warmup)
+        share = 0.5 * (1 + math.cos(math.pi * done))  # of the peak
+        if self.step < warmup:
+            share = (self.step + 1) / (warmup + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * lr_share(self.step, self.config)
+            group["lr"] = group["peak"] * share
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return norm
-
-
-def lr_share(step, config):
-    """Learning rate at a step as a share of its peak: linear warm-up, then cosine to 0."""
-    warmup = min(config.warmup_iters, config.max_iters // 5)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, config.max_iters - warmup)
-    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 def align_loss(first, batch, experiment):
@@ -1036,12 +1030,6 @@ def subset(ids, config):
     return ids[np.linspace(0, len(ids) - 1, config.eval_trials).round().astype(int)]
 
 
-def silent(signals):
-    """The same without EEG, and of nobody."""
-    signal, xyz, subject = signals
-    return [torch.zeros_like(signal), xyz, torch.full_like(subject, -1)]
-
-
 @torch.no_grad()
 def rank(run, experiment, ids, names, silenced=()):
     """Log-probability (N, K) of each of K names after each trial's EEG, and after silence (K,).
@@ -1053,7 +1041,7 @@ def rank(run, experiment, ids, names, silenced=()):
         signals = experiment.trials.batch(part, run.device)
         signals[0][..., list(silenced)] = 0
         rows.append(score_names(run, experiment, signals, names))
-    empty = silent(experiment.trials.batch(ids[:1], run.device))
+    empty = experiment.trials.batch(ids[:1], run.device, silent=True)
     return np.concatenate(rows), score_names(run, experiment, empty, names)[0]
 
 
@@ -1085,9 +1073,7 @@ def say(run, config, experiment, ids, without_eeg=False, temperature=0.0):
     model, text = experiment.model.eval(), experiment.text
     said = []
     for part in np.split(ids, range(64, len(ids), 64)):
-        signals = experiment.trials.batch(part, run.device)
-        if without_eeg:
-            signals = silent(signals)
+        signals = experiment.trials.batch(part, run.device, without_eeg)
         options = {"temperature": temperature, "seed": key_seed(config.seed, int(part[0]))}
         options |= {"max_new_tokens": config.max_new_tokens, "stop": [text.stop]}
         with run.autocast():
@@ -1332,12 +1318,11 @@ def plot_results(path, table, title):
 # ---- the run
 
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
-WARM_UP = 3  # steps that are not measured
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured."""
-    durations = training.durations[WARM_UP:]
+    """With `minutes`, settle max_iters once enough steps were measured, but for the first ones."""
+    durations = training.durations[3:]
     measured_s = run.reduce(sum(durations), "max")
     if config.max_iters != UNSETTLED or measured_s < min(20.0, 3 * config.minutes):
         return
@@ -1457,7 +1442,7 @@ def preference_step(run, config, experiment, training):
 def main(config):
     config.out_dir = config.out_dir or "out/telepath" + "_dpo" * (config.stage == "dpo")
     run = Run(config)
-    experiment = prepare(run, config, run.dataset(config.dataset))
+    experiment = Experiment(run, config, run.dataset(config.dataset))
     training = Training(run, config, experiment, experiment.sets["train"])
     describe(run, experiment)
     run.rewind(training.step)

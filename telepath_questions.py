@@ -62,7 +62,7 @@ class Config(telepath.Config):
 def fresh(run, config, **options):
     """Config and Experiment of a new model under changed options."""
     config = replace(config, **options)
-    return config, telepath.prepare(run, config, config.dataset)
+    return config, telepath.Experiment(run, config, config.dataset)
 
 
 def fit(run, config, experiment, ids):
@@ -357,7 +357,7 @@ def draw_architecture(table):
 
 
 def analyse_tokens(run, config):
-    experiment = telepath.prepare(run, config, config.dataset)
+    experiment = telepath.Experiment(run, config, config.dataset)
     if not run.master:
         return
     source = telepath.checkpoint_path(config.init_from).parent

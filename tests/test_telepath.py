@@ -86,7 +86,7 @@ def prepared(given, **options):
     """config, run and experiment of a run that has not begun."""
     config = a_config(given, **options)
     run = Here(config)
-    return config, run, T.prepare(run, config, config.dataset)
+    return config, run, T.Experiment(run, config, config.dataset)
 
 
 def trained(run, config, experiment, n_steps, step=T.supervised_step):
