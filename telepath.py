@@ -44,6 +44,7 @@ import sklearn.covariance
 import torch
 from sklearn.decomposition import PCA
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import Run, configure, key_seed
 from convert import load_lm
@@ -270,9 +271,8 @@ class Trials:
             xyz = places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"])
             rec.xyz, counts = named_places(rec.names, xyz, recipe)
             self.notes.append(
-                f"channels of {rec.subject}: {counts['name']} known by name, {counts['position']} "
-                f"by position only, {counts['absent']} without a place; pretrained at "
-                f"{recipe['sfreq']:g} Hz, these are {self.sfreq:g} Hz"
+                f"{rec.path.name}: channels known to {recipe['sfreq']:g} Hz of pretraining, by: "
+                f"{counts}; these are {self.sfreq:g} Hz"
             )
         names = np.array(rec.names)
         span = np.ptp(rec.signal, axis=0)  # nan where a sample is
@@ -433,13 +433,9 @@ def split(trials, config):
             "every word has one picture, tell pictures apart when preparing (image_column=), else "
             "change held_out_trials, held_out_objects or held_out_subjects"
         )
-    manifest = {
-        "dataset": trials.source,
-        "held_out_words": sorted(held_words),
-        "held_out_subjects": sorted(held_subjects),
-        "purged": n_purged,
-        "sets": {name: table.trial.iloc[ids].tolist() for name, ids in sets.items()},
-    }
+    manifest = {"dataset": trials.source, "purged": n_purged}
+    manifest |= {"held_out_words": sorted(held_words), "held_out_subjects": sorted(held_subjects)}
+    manifest["sets"] = {name: table.trial.iloc[ids].tolist() for name, ids in sets.items()}
     text = json.dumps(manifest, sort_keys=True)
     manifest["hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return sets, manifest
@@ -618,11 +614,11 @@ def trial_order(trials, ids, seed):
     streams = []
     for i, number in enumerate(np.unique(subject)):
         streams.append(epochs(ids[subject == number], seed, i))
-    for turn in zip(*streams):
-        yield from turn
+    return itertools.chain.from_iterable(zip(*streams))
 
 
 def epochs(ids, seed, i):
+    """The trials of person number i, epoch after epoch."""
     for epoch in itertools.count():
         rng = np.random.default_rng(key_seed(seed, "epoch", i, epoch))
         yield from rng.permutation(ids)
@@ -709,16 +705,13 @@ class Text:
         Returns idx (B, T), position (T,), mask (T, T), target (B, K, W + 1) with -1 for nothing:
         T is the prompt and K slots of W tokens. A slot sees the prompt and itself.
         """
-        P, K = len(self.prompt), len(rows[0])
-        W = max(len(self.ids[name]) for name in itertools.chain(*rows))
-        idx = torch.zeros(len(rows), P + K * W, dtype=torch.long)
-        target = torch.full((len(rows), K, W + 1), -1)
-        idx[:, :P] = torch.tensor(self.prompt)
-        for b, names in enumerate(rows):
-            for k, name in enumerate(names):
-                ids = self.ids[name]
-                idx[b, P + k * W : P + k * W + len(ids)] = torch.tensor(ids)
-                target[b, k, : len(ids) + 1] = torch.tensor(ids + [self.stop])
+        P, B, K = len(self.prompt), len(rows), len(rows[0])
+        ids = [self.ids[name] for name in itertools.chain(*rows)]
+        slots = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
+        ends = [torch.tensor([*tokens, self.stop]) for tokens in ids]
+        target = pad_sequence(ends, batch_first=True, padding_value=-1).view(B, K, -1)
+        W = slots.size(1)
+        idx = torch.cat([torch.tensor(self.prompt).expand(B, -1), slots.view(B, K * W)], dim=1)
         slot = torch.cat([torch.full((P,), -1), torch.arange(K).repeat_interleave(W)])
         position = torch.cat([torch.arange(P), P + torch.arange(W).repeat(K)])
         mask = (slot[:, None] == slot) | (slot == -1)
@@ -1189,8 +1182,9 @@ def evaluate(run, config, experiment, name, prior):
     rows += score("top1 by likelihood", top_k(scores[:, columns], 1), names, 1 / len(names))
     said = say(run, config, experiment, ids)
     nothing = say(run, config, experiment, ids[:1], without_eeg=True)
+    majority = spelled(experiment.commonest[0])
     for metric, right in (("naive accuracy", naive), ("flexible accuracy", flexible)):
-        good = right_answers(right, text, names, [*said, *nothing, experiment.commonest[0]])
+        good = right_answers(right, text, names, [*said, *nothing, majority])
         rows += score(metric, good[:-2], names, empty=good[-2], majority=good[-1])
     answers = [text.tokenizer.encode(" " + (answer or "?")) for answer in said]
     similar = (experiment.space.names(answers) @ experiment.points(words).T).numpy()
@@ -1249,10 +1243,9 @@ def evaluate_sets(run, config, experiment):
         if len(experiment.sets[name]):
             tables.append(evaluate(run, config, experiment, name, prior))
     table, samples = map(pd.concat, zip(*tables))
-    table = table.assign(data=experiment.trials.data, unsayable=len(unsayable))
     decisive = (table.metric == "top1") & (table.control == "eeg")
     table["p_corrected"] = (decisive.sum() * table.p.where(decisive)).clip(upper=1)
-    return table, samples
+    return table.assign(data=experiment.trials.data, unsayable=len(unsayable)), samples
 
 
 def report(run, config, experiment):
@@ -1267,10 +1260,9 @@ def report(run, config, experiment):
             run.result(**row.dropna())
         write_aside(run.out / "samples.csv", samples.to_csv(index=False))
         run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
-        keys = ["set", "metric"]
-        lines = table[table.control == "eeg"].set_index(keys)[["low", "high", "chance", "p", "n"]]
-        lines = table.pivot(index=keys, columns="control", values="score").join(lines)
-        run.print(lines.to_string(float_format="{:.3f}".format))
+        lines = table[table.metric.isin(METRICS)].pivot(index=["set", "metric"], columns="control")
+        columns = [("low", "eeg"), ("high", "eeg"), ("chance", "eeg"), ("p", "eeg"), ("n", "eeg")]
+        run.print(lines[["score"]].join(lines[columns]).to_string(float_format="{:.3f}".format))
         title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
         plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
         plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
@@ -1344,8 +1336,7 @@ def describe(run, experiment):
     weights = list(experiment.model.parameters())
     millions = sum(p.numel() for p in weights) / 1e6
     learned = sum(p.numel() for p in weights if p.requires_grad) / 1e6
-    for note in trials.notes:
-        run.print(note)
+    run.print("\n".join(trials.notes))
     run.print(
         f"{trials.data}: {len(trials.recordings)} recordings, {counts} trials, "
         f"{manifest['purged']} purged for overlap; {learned:.2f} M of {millions:.2f} M weights "
@@ -1356,17 +1347,10 @@ def describe(run, experiment):
 def save(run, config, experiment, training, name):
     """Write a checkpoint; ckpt.pt has what a resumed run needs, too."""
     model = experiment.model
-    state = {
-        "kind": "telepath",
-        "lm_args": asdict(model.lm.config),
-        "encoder_args": asdict(model.encoder.config),
-        "fusion_args": model.args,
-        "model": model.state_dict(),
-        "tokenizer": experiment.text.tokenizer.state,
-        "step": training.step,
-        "split": experiment.manifest["hash"],
-        "config": asdict(config),
-    }
+    state = {"kind": "telepath", "step": training.step, "config": asdict(config)}
+    state |= {"lm_args": asdict(model.lm.config), "encoder_args": asdict(model.encoder.config)}
+    state |= {"fusion_args": model.args, "model": model.state_dict()}
+    state |= {"tokenizer": experiment.text.tokenizer.state, "split": experiment.manifest["hash"]}
     if name == "ckpt.pt":
         state |= {"optimizer": training.optimizer.state_dict(), "best": training.best}
         state |= {"scaler": run.scaler.state_dict(), "reference": training.reference}
