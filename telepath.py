@@ -833,8 +833,9 @@ def build_encoder(run, config, trials, manifest, n_embd):
 
 def check_pretrained(config, state, manifest):
     """Refuse a pretrained encoder that may have seen what is held out of these recordings."""
-    recordings = [state["config"]]  # of telepath.py
-    if state["kind"] == "foundation":
+    if state["kind"] == "telepath":
+        recordings = [state["config"]]
+    else:
         recordings = state["recording"]["recordings"]
     names = {Path(recording["dataset"]).name for recording in recordings}
     if manifest["dataset"] in names and state.get("split") != manifest["hash"]:

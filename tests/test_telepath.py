@@ -724,7 +724,7 @@ def foundation_checkpoint(path, dataset, bands=()):
     recipe = {"sfreq": 25.0, "bands": list(bands), "grid": "", "recordings": [recording]}
     weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     state = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
-    save_checkpoint(path, {**state, "model": weights, "config": {}})
+    save_checkpoint(path, {**state, "model": weights})
     return encoder, place
 
 
