@@ -1315,14 +1315,15 @@ UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 
 def settle(run, config, training):
     """With `minutes`, settle max_iters once enough steps were measured, but for the first ones."""
-    durations = training.durations[3:]
-    measured_s = run.reduce(sum(durations), "max")
-    if config.max_iters != UNSETTLED or measured_s < min(20.0, 3 * config.minutes):
+    if config.max_iters != UNSETTLED:
         return
-    step = measured_s / len(durations)
+    durations = training.durations[3:]
+    seconds = run.reduce(sum(durations), "max")
+    if seconds < min(20.0, 3 * config.minutes):
+        return
     elapsed = run.reduce(time.time() - run.start, "max")
     left = 60 * config.minutes - elapsed - 10 * training.validation  # the last evaluation
-    n_steps = left / (step + training.validation / config.eval_interval)
+    n_steps = left / (seconds / len(durations) + training.validation / config.eval_interval)
     config.max_iters = training.step + max(1, int(n_steps))
     run.save_config()
     run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
@@ -1365,10 +1366,10 @@ def validate(run, config, experiment, training):
     ids = subset(experiment.sets["val"], config)
     words = experiment.train_words
     scores, empty = rank(run, experiment, ids, words)
-    information = torch.from_numpy(scores - empty)
-    own = torch.from_numpy(np.searchsorted(words, experiment.trials.table.word.iloc[ids]))
-    loss = F.cross_entropy(information, own).item()
-    right = top_k(scores - empty, 1)[np.arange(len(ids)), own].mean()
+    information = scores - empty
+    own = np.searchsorted(words, experiment.trials.table.word.iloc[ids])
+    loss = F.cross_entropy(torch.from_numpy(information), torch.from_numpy(own)).item()
+    right = top_k(information, 1)[np.arange(len(ids)), own].mean()
     run.log(training.step, val_rank_loss=loss, val_top1=right, val_chance=1 / len(words))
     if run.master:
         keep_tokens(run, experiment, training.step)
