@@ -204,7 +204,9 @@ def frozen_rows(run, config, job):
             run.print(f"    step {step}: drift {drift['score']:.4f} nats")
             for row in [*held_out_names(run, one, experiment), drift]:
                 rows.append({**row, "step": step, "data": experiment.trials.data})
-    return [*rows, *[top1(run, one, experiment, name) for name in ("trial", "object")]]
+    for name in ("trial", "object"):
+        rows.append(top1(run, one, experiment, name))
+    return rows
 
 
 def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
@@ -317,7 +319,9 @@ def architecture_jobs(run, config):
     base = {key: getattr(config, key) for key in choices}
     jobs = [base]
     for key, values in choices.items():
-        jobs += [{**base, key: value} for value in values if value != base[key]]
+        for value in values:
+            if value != base[key]:
+                jobs.append({**base, key: value})
     return jobs
 
 
@@ -328,8 +332,10 @@ def architecture_rows(run, config, job):
     ms = 1e3 * (time.perf_counter() - start) / one.max_iters
     learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
     run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms per step")
-    rows = [top1(run, one, experiment, name) for name in ("trial", "object")]
-    return [{**row, "learned": learned} for row in rows]
+    rows = []
+    for name in ("trial", "object"):
+        rows.append({**top1(run, one, experiment, name), "learned": learned})
+    return rows
 
 
 def draw_architecture(table):
