@@ -746,7 +746,7 @@ class WordSpace:
 
     def __init__(self, wte):
         self.wte = wte.detach().float().cpu().clone()
-        pca = PCA(2, svd_solver="covariance_eigh").fit(self.wte)
+        pca = PCA(2, svd_solver="covariance_eigh").fit(self.wte.numpy())
         self.mean, self.axes = torch.from_numpy(pca.mean_), torch.from_numpy(pca.components_.T)
         self.size = (self.wte - self.mean).norm(dim=1).mean().item()  # of a token
 

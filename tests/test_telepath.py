@@ -418,7 +418,7 @@ def test_any_workers_and_ranks_make_the_same_batches(given):
 def test_synonyms_are_other_texts_of_the_same_trials(given):
     config, _, experiment = prepared(given, synonyms=True)
     text, trials = experiment.text, experiment.trials
-    last = [batch.target[:, 0, 2] for batch in islice(batches(config, experiment), 40)]
+    last = [batch.target[:, 0, 3] for batch in islice(batches(config, experiment), 40)]
     assert 0.4 < (torch.cat(last) == ord("x")).float().mean() < 0.6
     assert T.Text(text.tokenizer, trials, {"awx"}, config).trained["aw"] == ["aw"]
     trials.table["synonyms"] = "ax| bw,Bw|the bw|c_w"
