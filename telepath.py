@@ -1275,15 +1275,15 @@ def report(run, config, experiment):
 
 def save_figure(figure, path):
     with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+        figure.savefig(file, dpi=130, format="png", bbox_inches="tight")
     plt.close(figure)
 
 
 def plot_curves(path, log, title):
     """Training and validation over steps, from the log."""
     panels = [("train_loss", "val_rank_loss"), ("val_top1", "val_chance")]
-    table = pd.read_json(log, lines=True).set_index("step").reindex(columns=sum(panels, ()))
-    table = table.interpolate(limit_area="inside")
+    table = pd.read_json(log, lines=True).groupby("step").first()
+    table = table.reindex(columns=sum(panels, ())).interpolate("index", limit_area="inside")
     axes = table.plot(subplots=panels, layout=(1, 2), figsize=(10, 3.6), title=title)
     save_figure(axes[0, 0].figure, path)
 
@@ -1301,10 +1301,11 @@ def plot_results(path, table, title):
         rows = table[table.metric == metric].pivot(index="set", columns="control")
         rows = rows.loc[table.set.unique()]
         errors = np.stack([rows.score - rows.low, rows.high - rows.score]).transpose(2, 0, 1)
-        options = {"yerr": errors, "color": COLOURS, "title": name, "legend": axis is axes[0]}
+        options = {"yerr": errors, "color": COLOURS, "title": name, "legend": False}
         rows.score.plot.bar(ax=axis, xlabel="", rot=20, **options)
-        axis.plot(rows.chance.eeg.to_numpy(), "k_", ms=30)  # chance
-    figure.suptitle(f"{title}; -: chance", fontsize=10)
+        axis.plot(rows.chance.eeg.to_numpy(), "k_", ms=30, label="chance")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
