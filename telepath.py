@@ -222,11 +222,10 @@ def one_spelling(words):
 class Trials:
     """Windows of EEG around pictures that have a name, cut from continuous recordings.
 
-    table: a row a trial (recording, a number; subject, row of its signal, trial, a name; object,
-    word, synonyms, image, block). words, subjects: names in order; word, subject (N,): their
-    numbers, -1 for who is held out. xyz (R, C, 3) of R recordings and all their channels by name,
-    nan where one is absent. white (R, C, C), scale (R, C) in V: see learn. notes: what was left
-    out.
+    table: a row a trial (number of its recording, subject, row of its signal, trial: its name,
+    object, word, synonyms, image, block). words, subjects: names in order; word, subject (N,):
+    their numbers, -1 for who is held out. xyz (R, C, 3) of R recordings and all their channels,
+    nan where one is absent. white (R, C, C), scale (R, C) in V: see learn. notes: what is left out.
     """
 
     def __init__(self, folder, config):
@@ -399,10 +398,9 @@ def split(trials, config):
     """{set: sorted trial numbers}: train, val and the four evaluation sets; and a manifest of it.
 
     Words are held out whole, with all their objects; so are people. Pictures and the blocks they
-    are shown in go to training, validation or evaluation together: no repeat of a picture and no
-    stretch of EEG is on two sides. Left out are training and validation trials whose window
-    overlaps one of another side, and trials whose word or person counts as seen but has no trial
-    in training.
+    are shown in go to training, validation or evaluation together. Left out are training and
+    validation trials whose window overlaps one of another side, and trials whose word or person
+    counts as seen but has no trial in training.
     """
     table = trials.table
     rng = np.random.default_rng(key_seed(config.split_seed, "split"))
@@ -411,11 +409,10 @@ def split(trials, config):
     part = deal_pictures(trials, rng, config.held_out_trials)
     new_word = table.word.isin(held_words).to_numpy()
     new_subject = table.subject.isin(held_subjects).to_numpy()
-    seen = ~new_word & ~new_subject
     masks = {
-        "train": (part == 0) & seen,
-        "val": (part == 1) & seen,
-        "trial": (part == 2) & seen,
+        "train": (part == 0) & ~new_word & ~new_subject,
+        "val": (part == 1) & ~new_word & ~new_subject,
+        "trial": (part == 2) & ~new_word & ~new_subject,
         "object": (part == 2) & new_word & ~new_subject,
         "subject": (part == 2) & ~new_word & new_subject,
         "subject_object": (part == 2) & new_word & new_subject,
@@ -429,9 +426,9 @@ def split(trials, config):
     sets = {name: np.flatnonzero(mask) for name, mask in masks.items()}
     if not all([len(sets["train"]), len(sets["val"]), sum(len(sets[name]) for name in SETS)]):
         raise InputError(
-            f"{trials.source}: the split leaves no trial to train, validate or evaluate on; where "
-            "every word has one picture, tell pictures apart when preparing (image_column=), else "
-            "change held_out_trials, held_out_objects or held_out_subjects"
+            f"{trials.source}: the split leaves no trial to train, validate or evaluate on. If "
+            "every word has one picture, tell pictures apart when preparing (image_column=), else change "
+            "held_out_trials, held_out_objects or held_out_subjects"
         )
     manifest = {"dataset": trials.source, "purged": n_purged}
     manifest |= {"held_out_words": sorted(held_words), "held_out_subjects": sorted(held_subjects)}
@@ -894,19 +891,15 @@ class Experiment:
     @functools.cached_property
     def negatives(self):
         """(K, K): how often each training word is the negative of each, no synonyms among them."""
-        words = self.train_words
         similarity = (self.train_points @ self.train_points.T).double().numpy()
-        same = [same_word(word) for word in words]
-        names = []
-        for word in words:
-            names.append({same_word(name) for name in (word, *self.text.synonyms[word])})
+        same = [same_word(word) for word in self.train_words]
+        alike = np.zeros(similarity.shape, bool)
+        for i, word in enumerate(self.train_words):
+            names = [same_word(name) for name in (word, *self.text.synonyms[word])]
+            alike[i] = np.isin(same, names)
         shares = np.zeros_like(similarity)
-        for i, row in enumerate(similarity):
-            others = []
-            for j in range(len(words)):
-                if same[j] not in names[i] and same[i] not in names[j]:
-                    others.append(j)
-            shares[i, others] = unlike(row[others])
+        for i, others in enumerate(~(alike | alike.T)):
+            shares[i, others] = unlike(similarity[i, others])
         return shares
 
 
@@ -1380,8 +1373,10 @@ def validate(run, config, experiment, training):
     training.validation = run.reduce(time.time() - start, "max")
 
 
-def log_step(run, training, losses, norm):
+def log_step(run, config, training, losses, norm):
     """Log what the losses (a dict of each micro-batch) were made of, mean over ranks."""
+    if training.step % config.log_interval and training.step > 1:
+        return
     numbers = {}
     for key in losses[0]:
         mean = torch.stack([part[key].detach() for part in losses]).mean()
@@ -1445,8 +1440,7 @@ def main(config):
     while training.step < config.max_iters and not run.stopped:
         start = time.time()
         losses, norm = train_step(run, config, experiment, training)
-        if training.step % config.log_interval == 0 or training.step == 1:
-            log_step(run, training, losses, norm)
+        log_step(run, config, training, losses, norm)
         training.durations.append(time.time() - start)
         settle(run, config, training)
         bar.total = config.max_iters
