@@ -427,8 +427,8 @@ def split(trials, config):
     if not all([len(sets["train"]), len(sets["val"]), sum(len(sets[name]) for name in SETS)]):
         raise InputError(
             f"{trials.source}: the split leaves no trial to train, validate or evaluate on. If "
-            "every word has one picture, tell pictures apart when preparing (image_column=), else change "
-            "held_out_trials, held_out_objects or held_out_subjects"
+            "every word has one picture, tell pictures apart when preparing (image_column=), else "
+            "change held_out_trials, held_out_objects or held_out_subjects"
         )
     manifest = {"dataset": trials.source, "purged": n_purged}
     manifest |= {"held_out_words": sorted(held_words), "held_out_subjects": sorted(held_subjects)}
