@@ -586,9 +586,9 @@ def augmented(x, xyz, scale, rng, sfreq, config):
     for name in config.augment:
         for i in np.flatnonzero(rng.random(len(x)) < config.augment_share):
             present = np.flatnonzero(np.isfinite(xyz[i, :, 0]))
-            places = xyz[i, present]
-            x[i, present] = AUGMENT[name](x[i, present], rng, scale[i, present], places, sfreq)
-            xyz[i, present] = places
+            at = xyz[i, present]
+            x[i, present] = AUGMENT[name](x[i, present], rng, scale[i, present], at, sfreq)
+            xyz[i, present] = at
     return x, xyz
 
 
@@ -1088,11 +1088,10 @@ def strata(table, least=10):
     recording, and then of all: a trial that can only stay where it is tests nothing.
     """
     recording = table.recording.astype(str)
-    codes = (recording + "/" + table.block).to_numpy()
-    for wider in (recording.to_numpy(), "all"):
-        _, code, count = np.unique(codes, return_inverse=True, return_counts=True)
-        codes = np.where(count[code] < least, wider, codes)
-    return codes
+    codes = recording + "/" + table.block
+    for wider in (recording, "all"):
+        codes = codes.where(codes.map(codes.value_counts()) >= least, wider)
+    return codes.to_numpy()
 
 
 def permuted(right, places, draws, seed):
