@@ -873,9 +873,7 @@ class Experiment:
         self.model, tokenizer, self.state = build(run, config, self.trials, self.manifest)
         self.text = Text(tokenizer, self.trials, self.manifest["held_out_words"], config)
         wte = self.model.lm.transformer.wte.weight
-        if self.state:
-            wte = self.state.get("wte", wte)
-        self.space = WordSpace(wte)
+        self.space = WordSpace((self.state or {}).get("wte", wte))
         n_tokens = 1 + len(self.trials.offsets) // self.model.encoder.config.patch
         longest = max(config.max_new_tokens, *map(len, self.text.ids.values()))
         self.model.check_length(n_tokens, len(self.text.prompt) + longest)

@@ -30,7 +30,7 @@ import telepath
 from configurator import Run, configure, key_seed
 from data import InputError, write_aside
 from model import ENCODERS
-from telepath import measured, permuted, place, rank, save_figure, strata, subset, top_k
+from telepath import measured, place, rank, save_figure, score_rows, subset, top_k
 
 NULLS = 500  # shuffles of the words, for query-key and logit lens
 SLICE = 0.1  # s of EEG, in analysis=window
@@ -79,17 +79,15 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     words = sorted(words or set(table.word.iloc[ids]))
     ids = subset(ids[table.word.iloc[ids].isin(words).to_numpy()], config)
     table = table.iloc[ids]
-    own = np.searchsorted(words, table.word)
     scores, empty = rank(run, experiment, ids, words, silenced)
     good = top_k(scores - empty, 1)
-    expected, p = permuted(good[:, own].T, strata(table), config.shuffles, config.seed)
-    row = measured(good[np.arange(len(ids)), own], 1 / len(words), table.object, config)
-    row |= {"set": name, "metric": "top1", "shuffled": expected.mean(), "p": p}
+    row, shuffled = score_rows(config, table, "top1", good, words, 1 / len(words))
+    row |= {"set": name, "shuffled": shuffled["score"], "data": experiment.trials.data}
     run.print(
         f"    {name}: top-1 {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
         f"{row['chance']:.3f} of chance, {row['shuffled']:.3f} shuffled, n = {row['n']}"
     )
-    return {**row, "data": experiment.trials.data}
+    return row
 
 
 def sweep(run, config, jobs, work, draw):
