@@ -926,14 +926,15 @@ class Training:
         self.learned = {name: p for name, p in named if p.requires_grad}
         self.step = 0
         self.best = math.inf  # ranking loss
-        self.durations: list[float] = []  # s of the steps, and of a validation
-        self.validation = 0.0
+        self.began = time.time()
+        self.validation = 0.0  # s that one takes
         self.waited = 0.0  # s, for data
         self.reference = {}  # dpo: what the weights that learn were at first
         if config.stage == "dpo":
             self.reference = {name: p.detach().clone() for name, p in self.learned.items()}
         if config.init_from == "resume":
             self.resume(experiment.state)
+        self.first = self.step
         self.micros = range(rank, n_micro, self.world)
         self.ahead = make_batches(
             run.device, config, experiment, ids, n_micro, self.micros, self.step
@@ -1305,17 +1306,19 @@ UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured, but for the first ones."""
+    """With `minutes`, settle max_iters once enough steps were measured, but for the first three."""
     if config.max_iters != UNSETTLED:
         return
-    durations = training.durations[3:]
-    seconds = run.reduce(sum(durations), "max")
-    if seconds < min(20.0, 3 * config.minutes):
+    n_measured = training.step - training.first - 3
+    if n_measured == 0:
+        training.began = time.time()
+    seconds = run.reduce(time.time() - training.began, "max")
+    if n_measured <= 0 or seconds < min(20.0, 3 * config.minutes):
         return
+    per_step = seconds / n_measured + training.validation / config.eval_interval
     elapsed = run.reduce(time.time() - run.start, "max")
     left = 60 * config.minutes - elapsed - 10 * training.validation  # the last evaluation
-    n_steps = left / (seconds / len(durations) + training.validation / config.eval_interval)
-    config.max_iters = training.step + max(1, int(n_steps))
+    config.max_iters = training.step + max(1, int(left / per_step))
     run.save_config()
     run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
 
@@ -1435,10 +1438,8 @@ def main(config):
     bar = run.progress(config.max_iters, training.step, config.stage)
     run.stopping()  # from here on a signal waits for the end of a step
     while training.step < config.max_iters and not run.stopped:
-        start = time.time()
         losses, norm = train_step(run, config, experiment, training)
         log_step(run, config, training, losses, norm)
-        training.durations.append(time.time() - start)
         settle(run, config, training)
         bar.total = config.max_iters
         bar.update()
