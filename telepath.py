@@ -423,7 +423,9 @@ def split(trials, config):
         trained = table[column].isin(table[column][masks["train"]]).to_numpy()
         for name in ("val", *names):
             masks[name] &= trained
-    sets = {name: np.flatnonzero(mask) for name, mask in masks.items()}
+    sets = {}
+    for name, mask in masks.items():
+        sets[name] = np.flatnonzero(mask)
     if not all([len(sets["train"]), len(sets["val"]), sum(len(sets[name]) for name in SETS)]):
         raise InputError(
             f"{trials.source}: the split leaves no trial to train, validate or evaluate on. If "
@@ -643,8 +645,8 @@ def make_batch(device, config, experiment, step, micro, ids):
             row.append(rng.choice(experiment.train_words, p=shares))
     *packed, target = text.pack(names, device)
     inputs = [*trials.finish(x, xyz, ids, device), *packed]
-    word, heard = torch.from_numpy(word).to(device), torch.from_numpy(heard).to(device)
-    return Batch(inputs, target, word, heard)
+    word = torch.from_numpy(word).to(device)
+    return Batch(inputs, target, word, torch.from_numpy(heard).to(device))
 
 
 def make_batches(device, config, experiment, ids, n_micro, micros, step):
@@ -920,7 +922,8 @@ class Training:
         if per_step % (config.batch_size * self.world):
             raise InputError(f"trials_per_step={per_step} is no multiple of batch_size x ranks")
         n_micro = per_step // config.batch_size
-        self.run, self.config = run, config
+        self.run = run
+        self.config = config
         self.optimizer = torch.optim.AdamW(freeze(experiment.model, config), betas=(0.9, 0.98))
         named = experiment.model.named_parameters()
         self.learned = {name: p for name, p in named if p.requires_grad}
@@ -1329,9 +1332,10 @@ def describe(run, experiment):
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
-    weights = list(experiment.model.parameters())
-    millions = sum(p.numel() for p in weights) / 1e6
-    learned = sum(p.numel() for p in weights if p.requires_grad) / 1e6
+    millions, learned = 0.0, 0.0
+    for p in experiment.model.parameters():
+        millions += p.numel() / 1e6
+        learned += p.numel() / 1e6 * p.requires_grad
     run.print("\n".join(trials.notes))
     run.print(
         f"{trials.data}: {len(trials.recordings)} recordings, {counts} trials, "
