@@ -621,14 +621,14 @@ def loader_wait(turns=3, steps=40):
         config = telepath.Config(dataset=str(data), lm=f"{folder}/lm.pt", out_dir=folder, augment=list(telepath.AUGMENT), augment_share=1.0, jitter=0.02,
                                  synonyms=True, device=Here.device.type)
         run = Run(config)
-        experiment = telepath.prepare(run, config, data)
+        experiment = telepath.Experiment(run, config, data)
         training = telepath.Training(run, config, experiment, experiment.sets["train"], alone=True)
 
         def steps_of(count):
-            waited = training.loader.waited
+            waited = training.waited
             for _ in range(count):
                 telepath.supervised_step(run, config, experiment, training)
-            return training.loader.waited - waited
+            return training.waited - waited
 
         steps_of(5)
         times = [seconds(partial(steps_of, steps)) for _ in range(turns)]

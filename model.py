@@ -677,7 +677,7 @@ class Cache:
 class EncoderConfig:
     """Shape of a NeuralEncoder; travels in checkpoints as encoder_args."""
 
-    kind: str = "transformer"  # a key of ENCODERS: linear, transformer, conv, tsconv
+    kind: str = "transformer"  # a key of ENCODERS: linear, transformer, ...
     n_embd: int = 256  # width of the tokens that come out: the language model's
     width: int = 128  # inside
     n_layer: int = 2  # blocks of transformer, convolutions of conv
@@ -933,9 +933,9 @@ def encoder_blocks(c):
 ENCODERS: dict[str, Any] = {
     "linear": LinearEncoder,
     "transformer": TransformerEncoder,
-    "transformer of electrodes": ElectrodeEncoder,
     "conv": ConvEncoder,
     "tsconv": TSConvEncoder,
+    "electrodes": ElectrodeEncoder,
 }
 
 
@@ -949,11 +949,11 @@ class NeuralEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_choice("encoder", config.kind, ("linear", "transformer", "conv", "tsconv"))
+        check_choice("encoder", config.kind, ENCODERS)
         check_choice("tokens", config.tokens, ("time", "electrode"))
         kind = config.kind
         if kind == "transformer" and config.tokens == "electrode":
-            kind = "transformer of electrodes"
+            kind = "electrodes"
         self.config = config
         self.net = ENCODERS[kind](config)
         self.whole = None

@@ -29,7 +29,8 @@ from torch.nn import functional as F
 import telepath
 from configurator import Run, configure, key_seed
 from data import InputError, write_aside
-from telepath import over_objects, permuted, place, rank, save_figure, spread, strata, subset, top_k
+from model import ENCODERS
+from telepath import measured, place, rank, save_figure, score_rows, subset, top_k
 
 NULLS = 500  # shuffles of the words, for query-key and logit lens
 SLICE = 0.1  # s of EEG, in analysis=window
@@ -61,20 +62,13 @@ class Config(telepath.Config):
 def fresh(run, config, **options):
     """Config and Experiment of a new model under changed options."""
     config = replace(config, **options)
-    return config, telepath.prepare(run, config, config.dataset)
+    return config, telepath.Experiment(run, config, config.dataset)
 
 
-def fit(run, config, experiment, ids=None, at=None):
-    """Train for config.max_iters steps on this rank alone; at(step) every eval_interval steps."""
-    if ids is None:
-        ids = experiment.sets["train"]
+def fit(run, config, experiment, ids):
+    """Train on some trials for config.max_iters steps, on this rank alone."""
     training = telepath.Training(run, config, experiment, ids, alone=True)
-    while True:
-        finished = training.step == config.max_iters
-        if at and (finished or training.step % config.eval_interval == 0):
-            at(training.step)
-        if finished:
-            return
+    for _ in range(config.max_iters):
         telepath.supervised_step(run, config, experiment, training)
 
 
@@ -85,14 +79,10 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     words = sorted(words or set(table.word.iloc[ids]))
     ids = subset(ids[table.word.iloc[ids].isin(words).to_numpy()], config)
     table = table.iloc[ids]
-    own = np.searchsorted(words, table.word)
     scores, empty = rank(run, experiment, ids, words, silenced)
     good = top_k(scores - empty, 1)
-    expected, p = permuted(good[:, own].T, strata(table), config.shuffles, config.seed)
-    right = good[np.arange(len(ids)), own]
-    row = measured(right, 1 / len(words), table.object.to_numpy(), config)
-    row |= {"set": name, "metric": "top1", "shuffled": expected.mean(), "p": p}
-    row["data"] = experiment.trials.data
+    row, shuffled = score_rows(config, table, "top1", good, words, 1 / len(words))
+    row |= {"set": name, "shuffled": shuffled["score"], "data": experiment.trials.data}
     run.print(
         f"    {name}: top-1 {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
         f"{row['chance']:.3f} of chance, {row['shuffled']:.3f} shuffled, n = {row['n']}"
@@ -100,26 +90,18 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     return row
 
 
-def measured(values, chance, objects, config):
-    """Mean of values (N,) with chance, interval over objects (N,) and n."""
-    values = np.asarray(values, float)
-    mean, low, high = over_objects(values, objects, config.shuffles, config.seed)
-    return {"score": mean, "chance": chance, "low": low, "high": high, "n": len(values)}
-
-
 def sweep(run, config, jobs, work, draw):
     """Deal jobs (dicts of keys) over ranks, skip those whose rows are there, draw the table.
 
-    work(job) returns a job's rows, which are written together: a job cut short is done again.
+    work(run, config, job) returns a job's rows, which are written together: a job cut short is
+    done again.
     """
     done = run.rows()
     for job in run.share(jobs):
-        known = len(done) > 0
-        for key, value in job.items():
-            known = known & (done[key] == value) if key in done else False
-        if not np.any(known):
+        same = done.reindex(columns=list(job)) == pd.Series(job)
+        if not same.all(axis=1).any():
             run.print(job)
-            for row in work(job):
+            for row in work(run, config, job):
                 run.result(**{**job, **row})
     table = run.merge()
     if run.master and len(table):
@@ -133,43 +115,50 @@ def sweep(run, config, jobs, work, draw):
         run.print(f"{config.analysis}.png and results.csv in {run.out}")
 
 
-def error_bars(axis, part, x, label, **style):
-    axis.errorbar(x, part.score, spread(part), fmt="-o", ms=4, capsize=2, label=label, **style)
+def error_bars(axis, part, x, label):
+    errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
+    axis.errorbar(x, part.score, errors, fmt="-o", ms=4, capsize=2, label=label)
 
 
-# ---- window
+def chance_line(axis, table):
+    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
 
 
-def analyse_window(run, config):
-    """Does EEG from before or after the picture matter? Models of slices, of growing windows, and
-    of the whole window with a slice silenced. Before the picture it must be chance."""
-    starts = np.arange(-2 * SLICE, config.t_end - SLICE / 2, SLICE).round(3).tolist()
+# ---- window: does EEG from before or after the picture matter?
+# Models of slices, of growing windows, and of the whole window with a slice silenced. Before the
+# picture it must be chance.
+
+
+def slices(config):
+    return np.arange(-2 * SLICE, config.t_end - SLICE / 2, SLICE).round(3).tolist()
+
+
+def window_jobs(run, config):
     jobs = []
-    for start in starts:
+    for start in slices(config):
         jobs.append({"kind": "slice", "start": start, "end": round(start + SLICE, 3)})
     for end in np.arange(2 * SLICE, config.t_end + SLICE / 2, SLICE).round(3).tolist():
         jobs.append({"kind": "growing", "start": 0.0, "end": end})
-    jobs.append({"kind": "silenced"})
+    return [*jobs, {"kind": "silenced"}]
 
-    def work(job):
-        options = {}
-        if job["kind"] != "silenced":
-            options = {"t_start": job["start"], "t_end": job["end"]}
-        one, experiment = fresh(run, config, **options)
-        fit(run, one, experiment)
-        trials = experiment.trials
-        if job["kind"] != "silenced":
-            return [top1(run, one, experiment, "trial")]
-        rows = []
-        for start in starts:
-            first, last = round(start * trials.sfreq), round((start + SLICE) * trials.sfreq)
-            samples = np.flatnonzero((trials.offsets >= first) & (trials.offsets < last))
-            if len(samples):
-                row = top1(run, one, experiment, "trial", silenced=samples)
-                rows.append({**row, "start": start, "end": round(start + SLICE, 3)})
-        return rows
 
-    sweep(run, config, jobs, work, draw_window)
+def window_rows(run, config, job):
+    options = {}
+    if job["kind"] != "silenced":
+        options = {"t_start": job["start"], "t_end": job["end"]}
+    one, experiment = fresh(run, config, **options)
+    fit(run, one, experiment, experiment.sets["train"])
+    if job["kind"] != "silenced":
+        return [top1(run, one, experiment, "trial")]
+    trials = experiment.trials
+    rows = []
+    for start in slices(config):
+        first, last = round(start * trials.sfreq), round((start + SLICE) * trials.sfreq)
+        samples = np.flatnonzero((trials.offsets >= first) & (trials.offsets < last))
+        if len(samples):
+            row = top1(run, one, experiment, "trial", silenced=samples)
+            rows.append({**row, "start": start, "end": round(start + SLICE, 3)})
+    return rows
 
 
 def draw_window(table):
@@ -182,44 +171,40 @@ def draw_window(table):
         error_bars(axis, part, x, label)
         if kind == "slice":
             axis.plot(x, part.shuffled, c="0.6", label="shuffled EEG")
-    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+    chance_line(axis, table)
     axis.axvline(0, c="0.8", zorder=0)
     axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
 
-# ---- frozen
+# ---- frozen: does fine-tuning a GPT make names that were not in training unsayable?
+# The same run with the GPT frozen and learning: log-probability and place of held-out names for
+# EEG of their objects, how often one is sampled, and the drift from the GPT on its own text.
 
 
-def analyse_frozen(run, config):
-    """Does fine-tuning a GPT make names that were not in training unsayable?
+def frozen_jobs(run, config):
+    return [{"train": "encoder+expert"}, {"train": "all"}]
 
-    The same run with the GPT frozen and learning: log-probability and place of held-out names for
-    EEG of their objects, how often one is sampled, and the drift from the GPT on its own text.
-    """
 
-    def work(job):
-        interval = max(1, config.max_iters // 5)
-        one, experiment = fresh(run, config, train=job["train"], eval_interval=interval)
-        original = copy.deepcopy(experiment.model.lm).eval()
-        neutral = neutral_text(run, one, experiment, original)
-        rows = []
-
-        def at(step):
-            facts = {"step": step, "data": experiment.trials.data}
-            for row in held_out_names(run, one, experiment):
-                rows.append({**row, **facts, "set": "object"})
-            row = drift_on(neutral, original, experiment.model.lm)
-            rows.append({**row, **facts, "set": "neutral text"})
-            run.print(f"    step {step}: drift {row['score']:.4f} nats")
-
-        fit(run, one, experiment, at=at)
-        for name in ("trial", "object"):
-            rows.append(top1(run, one, experiment, name))
-        return rows
-
-    sweep(run, config, [{"train": "encoder+expert"}, {"train": "all"}], work, draw_frozen)
+def frozen_rows(run, config, job):
+    one, experiment = fresh(run, config, train=job["train"])
+    original = copy.deepcopy(experiment.model.lm).eval()
+    neutral = neutral_text(run, one, experiment, original)
+    training = telepath.Training(run, one, experiment, experiment.sets["train"], alone=True)
+    interval = max(1, config.max_iters // 5)
+    rows = []
+    for step in range(config.max_iters + 1):
+        if step:
+            telepath.supervised_step(run, one, experiment, training)
+        if step % interval == 0 or step == config.max_iters:
+            drift = drift_on(neutral, original, experiment.model.lm)
+            run.print(f"    step {step}: drift {drift['score']:.4f} nats")
+            for row in [*held_out_names(run, one, experiment), drift]:
+                rows.append({**row, "step": step, "data": experiment.trials.data})
+    for name in ("trial", "object"):
+        rows.append(top1(run, one, experiment, name))
+    return rows
 
 
 def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
@@ -236,24 +221,22 @@ def held_out_names(run, config, experiment):
     """Rows: log-probability, place and sampled share of held-out names for EEG of their objects."""
     trials, text = experiment.trials, experiment.text
     ids = subset(experiment.sets["object"], config)
-    objects = trials.table.object.iloc[ids].to_numpy()
-    held = experiment.manifest["held_out_words"]
-    own = trials.word[ids]
+    table = trials.table.iloc[ids]
+    held_out = experiment.manifest["held_out_words"]
     scores, _ = rank(run, experiment, ids, trials.words)
-    n_tokens = 1 + np.mean(list(map(len, text.of(trials.table.word.iloc[ids]))))
+    n_tokens = 1 + np.mean([len(text.ids[word]) for word in table.word])
     uniform = -math.log(experiment.model.lm.config.vocab_size) * n_tokens
-    each = np.arange(len(ids))
-    values = {"log-probability": (scores[each, own], uniform)}
-    values["place among all names"] = (place(scores)[each, own], 0.5)
-    for metric, silent in (("said", False), ("said without EEG", True)):
-        answers = telepath.say(run, config, experiment, ids, silent, temperature=1.0)
-        said = np.zeros(len(answers), bool)
-        for word in held:
-            said |= [telepath.flexible(answer, word) for answer in answers]
-        values[metric] = (said, len(held) / len(trials.words))
+    own = np.arange(len(ids)), trials.word[ids]
+    values = {"log-probability": (scores[own], uniform)}
+    values["place among all names"] = (place(scores)[own], 0.5)
+    for metric, without_eeg in (("said", False), ("said without EEG", True)):
+        answers = telepath.say(run, config, experiment, ids, without_eeg, temperature=1.0)
+        said = telepath.right_answers(telepath.flexible, text, held_out, answers).any(1)
+        values[metric] = (said, len(held_out) / len(trials.words))
     rows = []
     for metric, (value, chance) in values.items():
-        rows.append({**measured(value, chance, objects, config), "metric": metric})
+        row = measured(value, chance, table.object, config)
+        rows.append({**row, "metric": metric, "set": "object"})
     return rows
 
 
@@ -264,9 +247,8 @@ def drift_on(neutral, original, lm):
     q = lm(neutral).logits.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
     half = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl))
-    low, high = kl.mean() - half, kl.mean() + half
-    row = {"score": kl.mean(), "chance": 0.0, "low": low, "high": high, "n": len(kl)}
-    return {**row, "metric": "drift"}
+    row = {"score": kl.mean(), "low": kl.mean() - half, "high": kl.mean() + half, "n": len(kl)}
+    return {**row, "chance": 0.0, "metric": "drift", "set": "neutral text"}
 
 
 def draw_frozen(table):
@@ -282,31 +264,33 @@ def draw_frozen(table):
     return figure
 
 
-# ---- generalise
+# ---- generalise: do objects carry over to unseen ones?
+# Top-1 among equally many seen and unseen words, by how many words were trained on.
 
 
-def analyse_generalise(run, config):
-    """How well does it carry over to objects never seen? Top-1 among equally many seen and unseen
-    words, by how many words were trained on."""
-    trials, sets, _ = telepath.split_trials(config.dataset, config)
-    seen = sorted(set(trials.table.word.iloc[sets["train"]]))
-    unseen = sorted(set(trials.table.word.iloc[sets["object"]]))
+def seen_and_unseen(config, experiment):
+    """Training words in the order in which jobs take them, and held-out words; sorted numbers."""
     rng = np.random.default_rng(key_seed(config.split_seed, "generalise"))
-    order = rng.permutation(seen).tolist()
-    least = min(len(seen), len(unseen))
-    sizes = np.unique(np.geomspace(least, len(order), 4).round().astype(int)).tolist()
+    seen = rng.permutation(experiment.train_words).tolist()
+    ids = experiment.sets["object"]
+    unseen = sorted(set(experiment.trials.table.word.iloc[ids]))
+    return seen, unseen, min(len(seen), len(unseen))
 
-    def work(job):
-        one, experiment = fresh(run, config)
-        ids = experiment.sets["train"]
-        trained = experiment.trials.table.word.iloc[ids].isin(order[: job["trained"]])
-        fit(run, one, experiment, ids[trained.to_numpy()])
-        return [
-            top1(run, one, experiment, "trial", order[:least]),
-            top1(run, one, experiment, "object", unseen[:least]),
-        ]
 
-    sweep(run, config, [{"trained": n} for n in sizes], work, draw_generalise)
+def generalise_jobs(run, config):
+    seen, _, least = seen_and_unseen(config, fresh(run, config)[1])
+    sizes = np.unique(np.geomspace(least, len(seen), 4).round().astype(int)).tolist()
+    return [{"trained": n_words} for n_words in sizes]
+
+
+def generalise_rows(run, config, job):
+    one, experiment = fresh(run, config)
+    seen, unseen, least = seen_and_unseen(config, experiment)
+    ids = experiment.sets["train"]
+    trained = experiment.trials.table.word.iloc[ids].isin(seen[: job["trained"]])
+    fit(run, one, experiment, ids[trained.to_numpy()])
+    of_seen = top1(run, one, experiment, "trial", seen[:least])
+    return [of_seen, top1(run, one, experiment, "object", unseen[:least])]
 
 
 def draw_generalise(table):
@@ -314,58 +298,58 @@ def draw_generalise(table):
     for name, label in (("trial", "seen words"), ("object", "unseen words")):
         part = table[table.set == name].sort_values("trained")
         error_bars(axis, part, part.trained, label)
-    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+    chance_line(axis, table)
     axis.set(xlabel="words in training", ylabel=f"top-1 among {1 / table.chance.iloc[0]:.0f} words")
     axis.legend(frameon=False)
     return figure
 
 
-# ---- architecture
+# ---- architecture: are there better ones?
+# Encoders, fusions, positions and masks at equal steps.
 
 
-def analyse_architecture(run, config):
-    """Are there better architectures? Encoders, fusions, positions and masks at equal steps."""
-    keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
-    base = {key: getattr(config, key) for key in keys}
-    changes = [{"encoder": kind} for kind in ("linear", "electrodes", "conv", "tsconv")]
-    changes += [{"encoder": "transformer"}, {"fusion": "expert"}]
-    changes += [{"fusion": "prefix"}, {"fusion": "cross"}, {"text_positions": "after_prefix"}]
-    changes += [{"prefix_attention": "full"}, {"train": "encoder"}]
+def architecture_jobs(run, config):
+    """What the options say, and each change of one of them."""
+    choices = {"encoder": ENCODERS, "fusion": ("expert", "prefix", "cross")}
+    choices["text_positions"] = ("zero", "after_prefix")
+    choices["prefix_attention"] = ("causal", "full")
+    choices["train"] = ("encoder+expert", "encoder")
+    base = {key: getattr(config, key) for key in choices}
     jobs = [base]
-    for change in changes:
-        if {**base, **change} not in jobs:
-            jobs.append({**base, **change})
-
-    def work(job):
-        one, experiment = fresh(run, config, **job)
-        start = time.perf_counter()
-        fit(run, one, experiment)
-        ms = 1e3 * (time.perf_counter() - start) / one.max_iters
-        learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
-        run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms per step")
-        rows = []
-        for name in ("trial", "object"):
-            row = top1(run, one, experiment, name)
-            rows.append({**row, "learned": learned})
-        return rows
-
-    def draw(table):
-        return draw_architecture(table, base)
-
-    sweep(run, config, jobs, work, draw)
+    for key, values in choices.items():
+        for value in values:
+            if value != base[key]:
+                jobs.append({**base, key: value})
+    return jobs
 
 
-def draw_architecture(table, base):
+def architecture_rows(run, config, job):
+    one, experiment = fresh(run, config, **job)
+    start = time.perf_counter()
+    fit(run, one, experiment, experiment.sets["train"])
+    ms = 1e3 * (time.perf_counter() - start) / one.max_iters
+    learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
+    run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms per step")
+    rows = []
+    for name in ("trial", "object"):
+        rows.append({**top1(run, one, experiment, name), "learned": learned})
+    return rows
+
+
+def draw_architecture(table):
     labels = []
+    base = table.iloc[0]  # the options as they are
     for row in table.to_dict("records"):
-        changed = [f"{key}={row[key]}" for key in base if row[key] != base[key]]
+        keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
+        changed = [f"{key}={row[key]}" for key in keys if row[key] != base[key]]
         labels.append(f"{', '.join(changed) or 'as it is'} ({row['learned'] / 1e6:.2f} M)")
     table = table.assign(label=labels)
     size = (11, 0.16 * len(table) + 1.6)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     for axis, name in zip(axes, ("trial", "object")):
         part = table[table.set == name].iloc[::-1]
-        axis.errorbar(part.score, part.label, xerr=spread(part), fmt="o", capsize=2)
+        errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
+        axis.errorbar(part.score, part.label, xerr=errors, fmt="o", capsize=2)
         axis.plot(part.shuffled, part.label, "x", c="0.6", label="shuffled EEG")
         axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
         axis.set(xlabel=f"closed-set top-1, {name} set (parameters that learn)")
@@ -373,16 +357,14 @@ def draw_architecture(table, base):
     return figure
 
 
-# ---- tokens: the way through token space
+# ---- tokens: where do the neural tokens of a run go, and what do they ask for?
 
 
 def analyse_tokens(run, config):
-    """Where do the neural tokens of a run go, and what do they ask for?"""
-    experiment = telepath.prepare(run, config, config.dataset)
+    experiment = telepath.Experiment(run, config, config.dataset)
     if not run.master:
         return
     source = telepath.checkpoint_path(config.init_from).parent
-    title = f"{experiment.trials.data}; {config.init_from}"
     ids = experiment.sets["trial"]
     if not len(ids):
         ids = experiment.sets["val"]
@@ -395,7 +377,7 @@ def analyse_tokens(run, config):
         table = table.assign(data=experiment.trials.data)
         write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
         figure = plot(table, experiment)
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(f"{experiment.trials.data}; {config.init_from}", fontsize=10)
         save_figure(figure, run.out / f"{name}.png")
         run.print(f"{name}.csv and {name}.png in {run.out}")
 
@@ -410,40 +392,41 @@ def trajectory(experiment, source):
     files = sorted((source / "tokens").glob("*.npy"))
     if not files:
         raise InputError(f"{source / 'tokens'} holds no neural tokens: train with telepath.py")
-    space, text = experiment.space, experiment.text
+    space, text, words = experiment.space, experiment.text, experiment.trials.words
     vocabulary = space.clean(space.wte)
-    names = space.names(text.of(experiment.trials.words))
-    rows = []
+    names = experiment.points(words)
+    parts = []
     for file in files:
         for trial, tokens in zip(telepath.probes(experiment), torch.from_numpy(np.load(file))):
             own = experiment.trials.word[trial]
             away = 1 - space.clean(tokens) @ names.T  # (P, K)
-            others = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
             near = (space.clean(tokens) @ vocabulary.T).topk(5)
             p = (near.values / 0.1).softmax(-1)
-            entropy = -(p * p.log()).sum(-1)
             at = (tokens - space.mean) @ space.axes
-            for j, nearest in enumerate(near.indices.tolist()):
-                decoded = "|".join(repr(text.tokenizer.decode([t]))[1:-1] for t in nearest)
-                row = {"step": int(file.stem), "trial": int(trial), "token": j}
-                row |= {"word": experiment.trials.words[own], "nearest": decoded}
-                row |= {"entropy": entropy[j].item(), "distance": away[j, own].item()}
-                row |= {"others": others[j].item(), "pc1": at[j, 0].item(), "pc2": at[j, 1].item()}
-                rows.append(row)
-    return pd.DataFrame(rows)
+            part = {"step": int(file.stem), "trial": trial, "token": range(len(tokens))}
+            part |= {"word": words[own], "nearest": [quoted(text, row) for row in near.indices]}
+            part |= {"entropy": -(p * p.log()).sum(-1), "distance": away[:, own]}
+            part["others"] = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
+            parts.append(pd.DataFrame({**part, "pc1": at[:, 0], "pc2": at[:, 1]}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def quoted(text, tokens):
+    """Tokens side by side, as they are typed."""
+    return "|".join(repr(text.tokenizer.decode([token]))[1:-1] for token in tokens.tolist())
 
 
 @torch.no_grad()
 def neural_states(run, experiment, ids):
     """Input of every layer in the neural stream: n_layer tensors (N, P, C)."""
-    model, text = experiment.model.eval(), experiment.text
-    idx, position, mask, _ = (t.to(run.device) for t in text.pack([[text.prompt]]))
+    model = experiment.model.eval()
+    idx = torch.tensor([experiment.text.prompt], device=run.device)
     layers = []
     for part in np.split(ids, range(64, len(ids), 64)):
         states = []
         with run.autocast():
             n = model.prefix(*experiment.trials.batch(part, run.device))
-            model.trunk(n, idx.expand(len(n), -1), position, mask, states=states)
+            model.trunk(n, idx.expand(len(n), -1), states=states)
         layers.append([neural[:, 1:].float() for neural, _ in states])
     return [torch.cat(parts) for parts in zip(*layers)]
 
@@ -467,7 +450,8 @@ def query_key(run, config, experiment, ids):
     model, text, words = experiment.model, experiment.text, experiment.train_words
     states = neural_states(run, experiment, ids)
     own, shuffled = shuffled_words(config, experiment, ids)
-    in_context, alone = name_states(run, model.lm, text, words)
+    in_context = name_states(run, model.lm, text, words)
+    alone = mean_embeddings(model.lm, text, words)
     rows, nulls = [], []
     for i, block in enumerate(model.lm.transformer.h[:-1]):  # nobody hears the last layer ask
         attention = block.attn
@@ -491,21 +475,19 @@ def query_key(run, config, experiment, ids):
 
 
 def name_states(run, lm, text, words):
-    """Each name (K, C) read after the prompt, at every layer, and its token embedding alone."""
-    rows = [text.prompt + text.ids[word] for word in words]
-    last = torch.tensor([len(row) - 1 for row in rows], device=run.device)
-    idx = torch.zeros(len(rows), int(last.max()) + 1, dtype=torch.long, device=run.device)
-    for i, row in enumerate(rows):
-        idx[i, : len(row)] = torch.tensor(row)
+    """The last token of each name (K, C), read after the prompt, at every layer."""
+    rows = [torch.tensor(text.prompt + text.ids[word]) for word in words]
+    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(run.device)
     hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
-    each = torch.arange(len(rows), device=run.device)
-    in_context = [hidden[i][each, last] for i in range(lm.config.n_layer)]
-    return in_context, mean_embeddings(lm, text.of(words))
+    each = torch.arange(len(rows))
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return [hidden[i][each, last] for i in range(lm.config.n_layer)]
 
 
-def mean_embeddings(lm, ids):
-    """The token embeddings of names (K lists of token ids), each a mean over its tokens: (K, C)."""
-    return torch.stack([lm.transformer.wte.weight[tokens].mean(0) for tokens in ids])
+def mean_embeddings(lm, text, words):
+    """The token embeddings of names, each a mean over its tokens: (K, C)."""
+    wte = lm.transformer.wte.weight
+    return torch.stack([wte[text.ids[word]].mean(0) for word in words])
 
 
 def against_shuffled(values, own, shuffled):
@@ -514,9 +496,8 @@ def against_shuffled(values, own, shuffled):
     mean = values[each, own].mean()
     null = values[each, shuffled].mean(1)
     low, high = np.quantile(null, [0.025, 0.975])
-    spread_of_null = null.std() + 1e-12
-    z = (mean - null.mean()) / spread_of_null
-    nulls = (null - null.mean()) / spread_of_null
+    z = (mean - null.mean()) / (null.std() + 1e-12)
+    nulls = (null - null.mean()) / (null.std() + 1e-12)
     p = (1 + (np.abs(nulls) >= abs(z)).sum()) / (1 + len(null))
     row = {"score": mean, "null": null.mean(), "null_low": low, "null_high": high}
     return {**row, "z": z, "p": p, "n": len(values)}, nulls
@@ -529,10 +510,10 @@ def logit_lens(run, config, experiment, ids):
     Rows (layer, token): place (0 best, 0.5 chance) of the seen word's tokens among those of all
     training words, by mean logit, with its interval over objects. Null: words shuffled.
     """
-    lm, text = experiment.model.lm, experiment.text
-    names = mean_embeddings(lm, text.of(experiment.train_words))
+    lm = experiment.model.lm
+    names = mean_embeddings(lm, experiment.text, experiment.train_words)
     own, shuffled = shuffled_words(config, experiment, ids)
-    objects = experiment.trials.table.object.iloc[ids].to_numpy()
+    objects = experiment.trials.table.object.iloc[ids]
     rows = []
     for layer, n in enumerate(neural_states(run, experiment, ids)):
         logits = F.linear(lm.transformer.ln_f(n), names).double().cpu().numpy()  # (N, P, K)
@@ -540,13 +521,9 @@ def logit_lens(run, config, experiment, ids):
         for token in range(logits.shape[1]):
             places = place(logits[:, token])
             row, _ = against_shuffled(places, own, shuffled)
-            right = places[np.arange(len(own)), own]
-            row |= measured(right, row["null"], objects, config)
+            row |= measured(places[np.arange(len(own)), own], row["null"], objects, config)
             rows.append({"layer": layer, "token": token, **row})
     return pd.DataFrame(rows)
-
-
-# ---- plots of tokens
 
 
 def plot_way(table, experiment):
@@ -599,15 +576,23 @@ def plot_lens(table, experiment):
     return figure
 
 
-ANALYSES = {"window": analyse_window, "frozen": analyse_frozen, "generalise": analyse_generalise}
-ANALYSES |= {"architecture": analyse_architecture, "tokens": analyse_tokens}
+SWEEPS = {
+    "window": (window_jobs, window_rows, draw_window),
+    "frozen": (frozen_jobs, frozen_rows, draw_frozen),
+    "generalise": (generalise_jobs, generalise_rows, draw_generalise),
+    "architecture": (architecture_jobs, architecture_rows, draw_architecture),
+}
 
 
 def main(config):
     config.out_dir = config.out_dir or f"out/telepath_{config.analysis}"
     run = Run(config)
     config.dataset = str(run.dataset(config.dataset))
-    ANALYSES[config.analysis](run, config)
+    if config.analysis == "tokens":
+        analyse_tokens(run, config)
+    else:
+        jobs, work, draw = SWEEPS[config.analysis]
+        sweep(run, config, jobs(run, config), work, draw)
     run.close()
 
 
