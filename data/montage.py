@@ -102,7 +102,7 @@ def lag_windows(signal, channels, rows, offsets, edges):
     """Bin means of windows at many lags, by differences of cumulative sums: (L, N, C, B) float32.
 
     signal: (T, C'); channels: (C,) of it; rows: (N,) of the events; offsets: (L,) samples from an
-    event to the first one of its window; edges: (B + 1,) of the bins, in samples of the window.
+    event to its window's first; edges: (B + 1,) of the bins, in samples of the window.
     """
     windows = np.empty((len(offsets), len(rows), len(channels), len(edges) - 1), np.float32)
     at = rows[:, None] + np.asarray(edges)
@@ -121,10 +121,8 @@ def lag_windows(signal, channels, rows, offsets, edges):
 
 
 def laplacian(names):
-    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any.
-
-    Neighbours have the same letters and a number that is one less or more; LA01 is beside LA2.
-    """
+    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any:
+    those with the same letters and the number before or after; LA01 is beside LA2."""
     place = {}
     for i, name in enumerate(names):
         shaft, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
@@ -145,7 +143,7 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
     """[(Recording, numbers of its good channels)] of some people. Raises InputError.
 
     subjects: sub-03, 3 or nyu_ids, none for all; channels: a regular expression, from a name's
-    beginning; electrodes: a CSV with columns subject and elec.
+    start.
     """
     for asked in subjects:
         if not any(is_subject(asked, recording) for recording in recordings):

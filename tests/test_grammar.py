@@ -12,7 +12,7 @@ import pytest
 
 from data import InputError
 from data.grammar import prepare as grammar
-from data.stimuli import read_meta, read_pairs, read_task, read_tasks
+from data.stimuli import read_meta, read_pairs, read_task
 from data.tokens import Tokens, encoding, tokenizer_state
 from tests.helpers import ROOT
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(folder):
-    return {name: read_task(folder, name) for name in read_tasks(folder)}
+    return {name: read_task(folder, name) for name in read_meta(folder)["tasks"]}
 
 
 def spoken(text):
@@ -200,7 +200,7 @@ def test_odd_sentences_have_their_objects_exchanged(tasks):
 
 def test_labels_are_balanced_in_every_split(folder, tasks):
     for name, frame in tasks.items():
-        entry = read_tasks(folder)[name]
+        entry = read_meta(folder)["tasks"][name]
         n_labels = len(entry["labels"])
         for split, n in entry["sizes"].items():
             counts = frame["label"][frame["split"] == split].value_counts()
@@ -318,7 +318,7 @@ def test_made_once(folder, capsys):
     assert (folder / "meta.yaml").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="was made with seed=0: give overwrite=True"):
         grammar.main(grammar.Config(out_dir=str(folder), seed=5, **SMALL))
-    with pytest.raises(InputError, match="val=3 leaves labels without sentences: give 40 or more"):
+    with pytest.raises(InputError, match="3 sentences leave labels without any: give 40 or more"):
         grammar.Config(val=3).check()
     meta = read_meta(folder)
     assert meta["synthetic"] is True and meta["options"]["seed"] == 0

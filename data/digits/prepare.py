@@ -18,7 +18,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data.stimuli import already_made, print_sizes, write_encoding
+from data import already_made, options_of
+from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = True  # made from what is installed, offline: scripts may start this on first use
 
@@ -47,8 +48,8 @@ def main(config):
     from sklearn.datasets import load_digits
 
     folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
-    options = {"seed": config.seed}
-    if already_made(folder, options, config.overwrite):
+    options = options_of(config)
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
     digits = load_digits()
     files = []

@@ -9,21 +9,21 @@ beside them. Labels are read off the tree. Test sentences use content words that
 sentence has, and only the label of `length` can be told from how long a sentence is.
 """
 
-import hashlib
 import os
 import random
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.stimuli import already_made, complete, write_tasks
+from data import InputError, already_made, file_hash, options_of
+from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # written by rule: scripts may start this on first use
 
@@ -39,20 +39,15 @@ class Config:
     overwrite: bool = False  # make it again although it is there
 
     def check(self):
-        for key in ("train", "val", "test", "pairs"):
-            n = getattr(self, key)
-            if n < 40:
-                raise InputError(f"{key}={n} leaves labels without sentences: give 40 or more")
+        fewest = min(self.train, self.val, self.test, self.pairs)
+        if fewest < 40:
+            raise InputError(f"{fewest} sentences leave labels without any: give 40 or more")
 
 
 # ---- lexicon
 # Every word occurs at least 20 times, in one form or another, in the training text of data/pydocs.
 # Left of the bar: train and val; right: test. No string stands on both sides (nor in two parts of
 # speech), and opposites (valid, invalid) stay on the same one.
-
-
-def listed(text, separator=None):
-    return text.split(separator)
 
 
 def paired(text):
@@ -100,10 +95,12 @@ LEXICON = {
     "good_act": "improve fix | restore simplify",
     "bad_act": "break lose | reject destroy",
 }
-TARGETS = listed(  # of word_content: by its nature the same words in every split
-    "image window tree header font button widget thread chart theorem kernel stream grid video "
-    "loop surface paragraph recipe queue title"
-)
+# of word_content: by its nature the same words in every split
+TARGETS = """
+image window tree header font button widget thread chart theorem kernel stream grid video loop
+surface paragraph recipe queue title
+"""
+TARGETS = TARGETS.split()
 IRREGULAR_PLURALS = paired(
     "child children, person people, matrix matrices, index indices, vertex vertices, axis axes, "
     "criterion criteria, leaf leaves, hypothesis hypotheses, basis bases, spectrum spectra, "
@@ -126,13 +123,16 @@ IRREGULAR_FORMS = {
 SINGULAR, PLURAL = "singular", "plural"
 OTHER = {SINGULAR: PLURAL, PLURAL: SINGULAR}
 DETERMINERS = {
-    SINGULAR: listed("the the the the the the a a this that your our"),
-    PLURAL: listed("the the the the the the some some these those your our"),
+    SINGULAR: ["the"] * 6 + ["a", "a", "this", "that", "your", "our"],
+    PLURAL: ["the"] * 6 + ["some", "some", "these", "those", "your", "our"],
 }
 DEMONSTRATIVES = {SINGULAR: ("this", "that"), PLURAL: ("these", "those")}
-QUANTIFIERS = {SINGULAR: ("every", "each", "another"), PLURAL: listed("many several all two three")}
-MODALS = listed("can could will would should must may might")
-SENTENCE_ADVERBS = listed("today sometimes often usually finally initially")
+QUANTIFIERS = {
+    SINGULAR: ("every", "each", "another"),
+    PLURAL: ["many", "several", "all", "two", "three"],
+}
+MODALS = ["can", "could", "will", "would", "should", "must", "may", "might"]
+SENTENCE_ADVERBS = ["today", "sometimes", "often", "usually", "finally", "initially"]
 SUBORDINATORS = ("because", "although", "since", "though")
 FLIP = paired(  # the other number; of they and we, the other case
     "is are, was were, has have, does do, this these, that those, itself themselves, they them, "
@@ -159,10 +159,8 @@ def plural(noun):
 
 
 def inflect(verb, tag, number=SINGULAR):
-    """The form of a verb under a Penn Treebank tag.
-
-    VB open, VBZ opens, VBP open, VBD opened, VBN opened, VBG opening. The number is for was, were.
-    """
+    """The form of a verb under a Penn Treebank tag: VB open, VBZ opens, VBP open, VBD opened, VBN
+    opened, VBG opening. The number is for was, were."""
     if verb == "be" and tag == "VBD":
         return "was" if number == SINGULAR else "were"
     if verb in IRREGULAR_FORMS.get(tag, {}):
@@ -184,7 +182,7 @@ def lexicon(*sides):
     chosen = {}
     for category, words in LEXICON.items():
         halves = words.split("|")
-        chosen[category] = listed(" ".join(halves[side] for side in sides))
+        chosen[category] = " ".join(halves[side] for side in sides).split()
     return chosen
 
 
@@ -192,10 +190,9 @@ def lexicon(*sides):
 
 
 class Tree:
-    """A phrase with its children, or a word with its lemma.
+    """A phrase with its children (None and False are left out), or a word with its lemma.
 
-    The label is a Penn Treebank tag; `category` is a content word's place in LEXICON. Children
-    that are None or False are left out.
+    label: a Penn Treebank tag; category: a content word's place in LEXICON.
     """
 
     def __init__(self, label, *children, word="", lemma="", category=""):
@@ -295,10 +292,11 @@ def text(words):
 
 
 class Grammar:
-    """Random trees. rng: random.Random; words: {category: [lemma]}.
+    """Random trees. rng: random.Random; words: {category: [lemma]}; depth: how deep clauses may
+    nest.
 
     A frame is what a verb takes: act (a thing), meet (an agent), go (nothing), say (a clause), be
-    (an adjective). `depth` bounds how deep modifiers and clauses may nest.
+    (an adjective).
     """
 
     def __init__(self, rng, words):
@@ -335,10 +333,8 @@ class Grammar:
         return Tree("NNS", word=plural(lemma), lemma=lemma, category=category)
 
     def np(self, category="agent", number=None, depth=0, det="", adjective=None, lemma=""):
-        """A noun phrase: determiner, perhaps an adjective, noun.
-
-        With depth, perhaps a prepositional phrase or a relative clause behind it.
-        """
+        """A noun phrase: determiner, perhaps an adjective, noun; with depth, perhaps a
+        prepositional phrase or a relative clause."""
         number = number or self.number()
         noun = self.noun(category, number, lemma or self.one(category))
         if adjective is None:
@@ -362,11 +358,8 @@ class Grammar:
         return Tree("PP", Tree("IN", word=preposition), self.np(of, number, depth - 1))
 
     def relative(self, category, number, depth=1, other=None):
-        """A relative clause beside a noun of this category and number.
-
-        (the user) who opened the file, (the file) that the user opened. other: the number of the
-        noun inside it.
-        """
+        """A relative clause: (the user) who opened the file, (the file) that the user opened.
+        other: the number of the noun inside it."""
         if category == "agent" and self.chance(0.5):
             who = self.one(("who", "that"))
             frame = self.one(("act", "act", "meet"))
@@ -388,10 +381,8 @@ class Grammar:
         return self.np("agent" if frame == "meet" else "thing", number, depth)
 
     def vp(self, number, tense=None, frame="act", depth=0, aspect=None, **options):
-        """A verb phrase with its auxiliaries around it.
-
-        aspect: simple, progressive, perfect, negated or modal; options: of `complements`.
-        """
+        """A verb phrase with its auxiliaries. aspect: simple, progressive, perfect, negated or
+        modal; options: of `complements`."""
         aspect = aspect or self.one(("simple",) * 5 + ("progressive", "perfect", "negated"))
         if frame == "say" and aspect != "negated":  # nobody is noting that
             aspect = "simple"
@@ -421,11 +412,8 @@ class Grammar:
         return Tree("VP", verb, negation, vp)
 
     def complements(self, frame, depth, has_auxiliary, object=None, adverb=True, place=True):
-        """What stands before the verb, and the list of what stands after it.
-
-        object: a noun phrase to take (None: some, "gap": none); adverb: may have one (or the word
-        for it); place: may end with one.
-        """
+        """What stands before the verb, and the list of what stands after it. object: a noun phrase
+        (None: some, "gap": none); adverb: may have one (or the word); place: may end with one."""
         if frame == "say":
             clause = self.clause(depth=max(depth - 1, 0))
             return None, [Tree("SBAR", Tree("IN", word="that"), clause)]
@@ -445,11 +433,8 @@ class Grammar:
         return None, [object, place]
 
     def clause(self, number=None, tense=None, frame=None, depth=0, subject=None, **options):
-        """S: a subject and a verb phrase.
-
-        options: of `vp`, and middle: surely, or surely not, an adverb before a verb without
-        auxiliary.
-        """
+        """S: a subject and a verb phrase. options: of `vp`, and middle: surely, or surely not, an
+        adverb before a verb without auxiliary."""
         middle = options.pop("middle", None)
         number = number or self.number()
         frames = ("act",) * 6 + ("meet", "meet", "go", "be") + ("say",) * bool(depth)
@@ -515,9 +500,8 @@ class Grammar:
         return self.construction(self.one(TOPS), depth)
 
 
-TOPS = listed(
-    "NP VP, NP ADVP VP, PP NP VP, ADVP NP VP, SBAR NP VP, S CC S, VP, AUX NP VP, WHADVP SQ", ", "
-)
+TOPS = "NP VP, NP ADVP VP, PP NP VP, ADVP NP VP, SBAR NP VP, S CC S, VP, AUX NP VP, WHADVP SQ"
+TOPS = TOPS.split(", ")
 
 
 # ---- minimal pairs
@@ -602,20 +586,10 @@ def determiner_noun(g, **options):
     return tree, noun, flip(noun)
 
 
-def determiner_noun_plain(g):
-    return determiner_noun(g, adjective=False)
-
-
-def determiner_noun_adjective(g):
-    return determiner_noun(g, adjective=True)
-
-
 def determiner_noun_irregular(g):
     nouns = []
     for category in ("agent", "thing"):
-        for lemma in g.words[category]:
-            if lemma in IRREGULAR_PLURALS:
-                nouns.append((category, lemma))
+        nouns += [(category, lemma) for lemma in g.words[category] if lemma in IRREGULAR_PLURALS]
     category, lemma = g.one(nouns)
     return determiner_noun(g, category=category, lemma=lemma)
 
@@ -697,6 +671,7 @@ class Paradigm:
 
 SUBJECT_VERB = "subject_verb_agreement"
 DETERMINER_NOUN = "determiner_noun_agreement"
+with_adjective = partial(determiner_noun, adjective=True)
 PARADIGMS = {
     "subject_verb_agreement": Paradigm(subject_verb, SUBJECT_VERB),
     "subject_verb_agreement_auxiliary": Paradigm(subject_auxiliary, SUBJECT_VERB),
@@ -704,8 +679,10 @@ PARADIGMS = {
     "subject_verb_agreement_relative_clause": Paradigm(relative_clause, SUBJECT_VERB),
     "subject_verb_agreement_coordinated_verbs": Paradigm(coordinated_verbs, SUBJECT_VERB),
     "subject_verb_agreement_coordinated_subjects": Paradigm(coordinated_subjects, SUBJECT_VERB),
-    "determiner_noun_agreement": Paradigm(determiner_noun_plain, DETERMINER_NOUN),
-    "determiner_noun_agreement_adjective": Paradigm(determiner_noun_adjective, DETERMINER_NOUN),
+    "determiner_noun_agreement": Paradigm(
+        partial(determiner_noun, adjective=False), DETERMINER_NOUN
+    ),
+    "determiner_noun_agreement_adjective": Paradigm(with_adjective, DETERMINER_NOUN),
     "determiner_noun_agreement_irregular": Paradigm(determiner_noun_irregular, DETERMINER_NOUN),
     "determiner_noun_agreement_determiner": Paradigm(determiner, DETERMINER_NOUN, local=False),
     "quantifier_noun_agreement": Paradigm(quantifier_noun, "quantifiers", "semantics"),
@@ -741,14 +718,12 @@ def make_pairs(config):
             if len(drawn) == config.pairs:
                 break
         else:
-            raise InputError(
-                f"the grammar has fewer than pairs={config.pairs} pairs of {uid}: "
-                "give a smaller pairs="
-            )
+            found = f"fewer than pairs={config.pairs} pairs of {uid}"
+            raise InputError(f"the grammar has {found}: give a smaller pairs=")
         pairs[uid] = []
         for number, (good, bad, place) in enumerate(drawn.values()):
             pair = blimp_pair(good, bad, place, paradigm)
-            pairs[uid].append(pair | {"UID": uid, "pairID": str(number)})
+            pairs[uid].append(pair | {"pairID": str(number)})
     return pairs
 
 
@@ -762,7 +737,6 @@ def blimp_pair(good, bad, place, paradigm):
     return pair | {
         "field": paradigm.field,
         "linguistics_term": paradigm.term,
-        "UID": "",
         "simple_LM_method": True,
         "one_prefix_method": paradigm.local,
         "two_prefix_method": False,
@@ -853,7 +827,7 @@ def draw_obj_number(g):
     return of_tree(number_of(innermost(tree).child("NP")), tree)
 
 
-SHIFTS = listed("DT NN, DT JJ, JJ NN, NN IN, IN DT, VB DT, NN VB", ", ")  # never swapped in English
+SHIFTS = ["DT NN", "DT JJ", "JJ NN", "NN IN", "IN DT", "VB DT", "NN VB"]  # never swapped in English
 
 
 def draw_bigram_shift(g):
@@ -877,10 +851,8 @@ def draw_bigram_shift(g):
 
 
 def draw_coord_inversion(g):
-    """Two clauses whose order shows.
-
-    The second takes up the first by a pronoun, a definite noun, `then` or `also`.
-    """
+    """Two clauses whose order shows: the second takes up the first by a pronoun, a definite noun,
+    `then` or `also`."""
     cue = g.one(("they", "it", "then", "also", "definite"))
     tense = g.one(("past", "present"))
     number = g.number()
@@ -1044,10 +1016,8 @@ TASKS = {
 
 
 def matched(task, g, n, seen):
-    """Groups of about n samples: every label as often, and as often at every length.
-
-    No text is in `seen`, which grows. None when the grammar has no more to say.
-    """
+    """Groups of about n samples: every label as often, and as often at every length; no text in
+    `seen`, which grows. None when the grammar has no more to say."""
     labels = task.labels if task.members == 1 else [None]  # twins balance themselves
     wanted = n // (task.members * len(labels))
     cells = defaultdict(lambda: {label: [] for label in labels})  # length → label → groups
@@ -1096,10 +1066,8 @@ def make_task(name, config):
         rng = random.Random(f"{config.seed} {name} {split}")
         drawn = matched(task, Grammar(rng, lexicon(1 if split == "test" else 0)), n, seen)
         if drawn is None:
-            raise InputError(
-                f"the grammar does not yield {n} different sentences for '{name}', {split}: "
-                f"give a smaller {split}="
-            )
+            found = f"{n} different sentences for '{name}', {split}"
+            raise InputError(f"the grammar does not yield {found}: give a smaller {split}=")
         rng.shuffle(drawn)
         for group in drawn:
             for member in rng.sample(group, len(group)):
@@ -1114,11 +1082,9 @@ def make_task(name, config):
 
 def main(config):
     folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
-    options = asdict(config)
-    for key in ("out_dir", "overwrite"):
-        del options[key]
-    grammar = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # is this file
-    if already_made(folder, options, config.overwrite, complete, grammar=grammar):
+    options = options_of(config)
+    grammar = file_hash(__file__)
+    if already_made(folder, options, complete, config.overwrite, grammar=grammar):
         return
     tasks = {name: make_task(name, config) for name in TASKS}
     meta = write_tasks(

@@ -17,8 +17,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, load_meta, write_aside, write_yaml
-from data.stimuli import already_made, embedded, read_task
+from data import InputError, already_made, embedded, load_meta, write_aside, write_yaml
+from data.stimuli import read_task
 
 EMBEDDED = True  # made from data/grammar, offline: scripts may start this on first use
 FORMAT = "localizer-1"
@@ -88,10 +88,7 @@ class NonWords:
 
 
 def make(sentences, items, seed):
-    """DataFrame text, condition, item: four kinds of the same sentences, then the word lists.
-
-    sentences: tuples of lower-case words.
-    """
+    """DataFrame text, condition, item: four kinds of the sentences (tuples of words), and lists."""
     rng = random.Random(seed)
     chosen = sorted(rng.sample(sorted(sentences), items))
     vocabulary = set().union(*sentences)
@@ -137,14 +134,12 @@ def is_complete(folder):
 def main(config):
     folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
     made_of = {"seed": config.seed, "items": config.items}
-    if already_made(folder, {}, config.overwrite, is_complete, **made_of):
+    if already_made(folder, {}, is_complete, config.overwrite, **made_of):
         return
     sentences = read_sentences(embedded("grammar"))
     if len(sentences) < config.items:
-        raise InputError(
-            f"items={config.items}: data/grammar has only {len(sentences)} sentences of 6 to 12 "
-            "words; take fewer"
-        )
+        found = f"data/grammar has only {len(sentences)} sentences of 6 to 12 words"
+        raise InputError(f"items={config.items}: {found}; take fewer")
     table = make(sentences, config.items, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "localizer.csv", table.to_csv(index=False))

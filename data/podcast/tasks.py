@@ -35,19 +35,15 @@ def surprisal(podcast, window):
             nats = -np.log(tokens.true_prob.clip(lower=1e-12))
             nats = nats.groupby(tokens.word_idx).sum(skipna=False)
             return podcast.words, podcast.words.word_idx.map(nats).to_numpy(float)
-    raise InputError(
-        f"task=surprisal: {podcast.folder} has no probabilities of tokens (true_prob): prepare it "
-        "with features=gpt2-xl"
-    )
+    cure = "prepare it with features=gpt2-xl"
+    raise InputError(f"task=surprisal: {podcast.folder} has no probabilities of tokens: {cure}")
 
 
 def volume(podcast, window):
     """Loudness (dB) of the audio in steps as wide as the window (s), one after the other."""
     if "audio" not in podcast.meta:
-        raise InputError(
-            f"task=volume: {podcast.folder} has no loudness of its audio: prepare it with "
-            "audio_sfreq=100"
-        )
+        cure = "prepare it with audio_sfreq=100"
+        raise InputError(f"task=volume: {podcast.folder} has no loudness of its audio: {cure}")
     audio = podcast.meta["audio"]
     power = np.square(np.fromfile(podcast.folder / audio["file"], "<f4").astype(float))
     width = max(1, round(window * audio["sfreq"]))
