@@ -150,7 +150,7 @@ def find_assembly(config, folder, published):
 
 
 def read_ceilings(path, unit_ids):
-    """(V,) the R² that the best model could reach, NaN where none was published (as r with infinitely many people)."""
+    """(V,) the R² that the best model could reach, NaN where none was published."""
     assembly = read_assembly(path)
     r = pd.Series(dtype=float)
     if assembly.dims == ["neuroid"]:
