@@ -534,20 +534,17 @@ def find_documents(root, pattern=""):
         return [root]
     if not root.is_dir():
         raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
-    files = []
     of_kind = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
-        hidden = "/." in f"/{path.relative_to(root)}"
-        if path.is_file() and not hidden:
-            files.append(path)
-            of_kind[kind_of(path)].append(path)
-    if not pattern:
-        files = of_kind["parquet"] or of_kind["jsonl"] or of_kind["text"]
-    if not files:
-        wanted = pattern or ".parquet, .jsonl, .txt or .md"
-        cure = "give another root=, or the kind of yours with files="
-        raise InputError(f"root={root} holds no {wanted} files: {cure}")
-    return files
+        is_hidden = "/." in f"/{path.relative_to(root)}"
+        if path.is_file() and not is_hidden:
+            of_kind["any" if pattern else kind_of(path)].append(path)
+    for kind in ("any", *ENDINGS):
+        if of_kind[kind]:
+            return of_kind[kind]
+    wanted = pattern or ".parquet, .jsonl, .txt or .md"
+    cure = "give another root=, or the kind of yours with files="
+    raise InputError(f"root={root} holds no {wanted} files: {cure}")
 
 
 def documents(path, start=0, stop=None, column="text"):
@@ -628,10 +625,8 @@ def _group_bytes(path, column):
     """Bytes of the texts in each row group of a parquet file."""
     file = _open_parquet(path, column)
     at = file.schema_arrow.names.index(column)
-    sizes = []
-    for i in range(file.num_row_groups):
-        sizes.append(file.metadata.row_group(i).column(at).total_uncompressed_size)
-    return sizes
+    groups = range(file.num_row_groups)
+    return [file.metadata.row_group(i).column(at).total_uncompressed_size for i in groups]
 
 
 # ---- any amount of documents into shards
@@ -661,11 +656,9 @@ def group_files(files, plan):
     room = 0
     for path in files:
         size = path.stat().st_size
-        if kind_of(path) == "parquet":
-            size = sum(_group_bytes(path, plan.column))
-        elif str(path).endswith(".gz"):
-            size *= 3
         is_text = kind_of(path) in ("text", "")
+        if kind_of(path) == "parquet" or str(path).endswith(".gz"):
+            size *= 3
         if is_text and size <= room:
             sources[-1].files.append(str(path))
             sources[-1].bytes += size
@@ -822,14 +815,14 @@ def cut(files, plan):
         return [[(path, start, min(size, start + plan.shard_bytes))] for start in starts]
     if kind_of(path) != "parquet":
         return [[(path, 0, None) for path in files]]
-    sizes = _group_bytes(path, plan.column)
     pieces = []
-    start = 0
-    for group in range(len(sizes)):
-        if sum(sizes[start : group + 1]) >= plan.shard_bytes or group == len(sizes) - 1:
-            pieces.append([(path, start, group + 1)])
-            start = group + 1
-    return pieces
+    start = size = 0
+    for group, n_bytes in enumerate(_group_bytes(path, plan.column), 1):
+        size += n_bytes
+        if size >= plan.shard_bytes:
+            pieces.append([(path, start, group)])
+            start, size = group, 0
+    return pieces + [[(path, start, None)]] if size else pieces
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):

@@ -16,6 +16,7 @@ from data import InputError
 from data.podcast import prepare as podcast
 from data.recording import Recording, complete, read_set
 from data.synthetic_podcast import prepare as synthetic
+from tests.test_eeg_data import write_edf
 from tests.test_fetch import serve
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
@@ -167,34 +168,21 @@ def test_other_features_and_positions_in_metres(tree, tmp_path):
     assert set(read_words(tmp_path / "a")["pos"]) == {""}
 
 
-def write_edf(path, names, data, sfreq, unit="uV"):
-    """EDF of one-second records of 16-bit numbers; data: (C, T) in V."""
-    n_channels, n_records = len(names), data.shape[1] // sfreq
-    head = f"{'0':8}{'X':80}{'X':80}01.01.0100.00.00{256 * (n_channels + 1):<8}{'':44}"
-    head += f"{n_records:<8}{1:<8}{n_channels:<4}"
-    fields = [(names, 16), ("", 80), (unit, 8), (-3276.8, 8), (3276.7, 8), (-32768, 8), (32767, 8)]
-    for value, width in [*fields, ("", 80), (sfreq, 8), ("", 32)]:
-        values = value if isinstance(value, list) else [value] * n_channels
-        head += "".join(f"{str(v):{width}}" for v in values)
-    samples = np.round(data[:, : n_records * sfreq] * 1e7).astype("<i2")
-    records = samples.reshape(n_channels, n_records, sfreq).transpose(1, 0, 2)
-    path.write_bytes(head.encode() + records.tobytes())
-
-
 def test_the_raw_edf(tree, tmp_path):
     data = np.random.default_rng(0).normal(size=(4, 512 * 20)) * 1e-4
     path = tree / "sub-02/ieeg/sub-02_task-podcast_ieeg.edf"
-    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512)
+    names = ["LGB1", "LF3", "LF2", "EKG1"]
+    write_edf(path, 1e6 * data, 512, names, limit=3276)
     prepare(tree, tmp_path / "a", signal="raw", **BARE)
     recording = Recording(tmp_path / "a/sub-02")
     bad = recording.meta["bad_electrodes"]
-    assert recording.names == [name for name in ("LGB1", "LF3", "LF2") if name not in bad]
+    assert recording.names == [name for name in names[:3] if name not in bad]
     assert len(recording.signal) == 512 * 20 and recording.meta["kind"] == "raw"
     np.testing.assert_allclose(recording.signal[:, 0], data[0], atol=1e-7)
     # the unit of channels.tsv, where the file has none; and a file shorter than its sidecar says
     text = (tree / CHANNELS.format(n=2)).read_text().replace("\tV\t", "\tuV\t")
     replace(tree, CHANNELS.format(n=2), text)
-    write_edf(path, ["LGB1", "LF3", "LF2", "EKG1"], data, 512, unit="")
+    write_edf(path, 1e6 * data, 512, names, unit="", limit=3276)
     prepare(tree, tmp_path / "b", signal="raw", **BARE)
     signal = Recording(tmp_path / "b/sub-02").signal
     np.testing.assert_allclose(signal, recording.signal, rtol=1e-5)
