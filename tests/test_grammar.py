@@ -318,7 +318,7 @@ def test_made_once(folder, capsys):
     assert (folder / "meta.yaml").stat().st_mtime_ns == before
     with pytest.raises(InputError, match="was made with seed=0: give overwrite=True"):
         grammar.main(grammar.Config(out_dir=str(folder), seed=5, **SMALL))
-    with pytest.raises(InputError, match="3 sentences leave labels without any: give 40 or more"):
+    with pytest.raises(InputError, match="val=3 leaves labels without sentences: give 40 or more"):
         grammar.Config(val=3).check()
     meta = read_meta(folder)
     assert meta["synthetic"] is True and meta["options"]["seed"] == 0

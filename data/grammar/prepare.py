@@ -39,9 +39,10 @@ class Config:
     overwrite: bool = False  # make it again although it is there
 
     def check(self):
-        fewest = min(self.train, self.val, self.test, self.pairs)
-        if fewest < 40:
-            raise InputError(f"{fewest} sentences leave labels without any: give 40 or more")
+        for key in ("train", "val", "test", "pairs"):
+            n = getattr(self, key)
+            if n < 40:
+                raise InputError(f"{key}={n} leaves labels without sentences: give 40 or more")
 
 
 # ---- lexicon
