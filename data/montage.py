@@ -32,10 +32,8 @@ class Montage:
         xyz = []
         for recording, channels in chosen:
             if recording.sfreq != self.sfreq:
-                raise InputError(
-                    f"{recording.path}: {recording.sfreq:g} Hz, the others {self.sfreq:g} Hz: "
-                    "choose subjects= of one rate"
-                )
+                rates = f"{recording.sfreq:g} Hz, the others {self.sfreq:g} Hz"
+                raise InputError(f"{recording.path}: {rates}: choose subjects= of one rate")
             names = recording.path.name + " " + np.array(recording.names, dtype=object)
             finite = finite_channels(recording.signal)
             complete = channels[finite[channels]]
@@ -148,11 +146,9 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
     for asked in subjects:
         if not any(is_subject(asked, recording) for recording in recordings):
             there = ", ".join(recording.path.name for recording in recordings)
-            raise InputError(
-                f"subjects: {recordings[0].path.parent} has no {asked}, only {there}; "
-                f"its prepare.py adds people with subjects={asked}"
-            )
-    table = read_electrode_table(electrodes)
+            cure = f"its prepare.py adds people with subjects={asked}"
+            raise InputError(f"subjects: {recordings[0].path.parent} has only {there}; {cure}")
+    table = read_table(electrodes, ["subject", "elec"], dtype=str) if electrodes else None
     chosen = []
     for recording in recordings:
         if subjects and not any(is_subject(asked, recording) for asked in subjects):
@@ -164,10 +160,8 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
         if wanted.any():
             chosen.append((recording, np.flatnonzero(wanted)))
     if not chosen:
-        raise InputError(
-            f"channels={channels} electrodes={electrodes} leave no electrode: there are "
-            f"{', '.join(shafts(recordings))}"
-        )
+        asked = f"channels={channels} electrodes={electrodes}"
+        raise InputError(f"{asked} leave no electrode: there are {', '.join(shafts(recordings))}")
     return chosen
 
 
@@ -184,14 +178,3 @@ def is_subject(asked, recording):
     digits = re.sub(r"\D", "", recording.subject).lstrip("0")
     names = {recording.subject, recording.path.name, str(recording.meta.get("nyu_id", ""))}
     return str(asked) in (names | {digits, digits.zfill(2)}) - {""}
-
-
-def read_electrode_table(path):
-    """The table of electrodes with columns subject and elec, None where there is no path."""
-    if not path:
-        return None
-    table = read_table(path, dtype=str)
-    for column in ("subject", "elec"):
-        if column not in table:
-            raise InputError(f"{path} has no column '{column}', only {', '.join(table)}")
-    return table

@@ -57,10 +57,8 @@ def read_vectors(path, wanted):
                     if token in wanted and len(numbers) == n_dims:
                         vectors[token] = np.array(numbers, np.float32)
     except ValueError:
-        raise InputError(
-            f"{path} is not a text file of word vectors: each line must be a token and equally "
-            "many numbers, separated by spaces"
-        ) from None
+        rule = "each line is a token and equally many numbers, separated by spaces"
+        raise InputError(f"{path} is not a text file of word vectors: {rule}") from None
     return vectors
 
 
@@ -86,17 +84,14 @@ def released_features(folder, meta, name, layer, word_idx):
     if len(layers) == 1 and not next(iter(layers)).startswith("layer-"):
         key = next(iter(layers))
     if key not in layers:
-        raise InputError(
-            f"embedding={name} has no {key} in {folder}, only {', '.join(layers)}: set layer=, or "
-            f"prepare it with layers={layer}"
-        )
+        there = ", ".join(layers)
+        cure = f"set layer=, or prepare it with layers={layer}"
+        raise InputError(f"embedding={name} has no {key} in {folder}, only {there}: {cure}")
     path, entry = folder / layers[key], meta["arrays"][layers[key]]
     shape, dtype = entry["shape"], np.dtype(entry["dtype"]).newbyteorder("<")
     if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
-        raise InputError(
-            f"{path} is missing or not as long as meta.yaml says: run the set's prepare.py again "
-            "with overwrite=True"
-        )
+        cure = "run the set's prepare.py again with overwrite=True"
+        raise InputError(f"{path} is missing or not as long as meta.yaml says: {cure}")
     tokens = read_table(folder / meta["tokens"][name])
     vectors = np.fromfile(path, dtype).reshape(shape).astype(np.float32)
     return mean_of_tokens(vectors, tokens.word_idx, word_idx)

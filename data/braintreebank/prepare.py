@@ -168,10 +168,8 @@ def task_rows(task, words, silences):
     label 0 belongs to rows of `silences`."""
     if task == "speech":
         return np.arange(len(words)), np.arange(len(silences))
-    values = column(
-        words, f"task {task}: the word tables and the film's features.csv", COLUMNS[task]
-    )
-    values = values.to_numpy()
+    place = f"the word table of the task {task}"
+    values = column(words, place, COLUMNS[task]).to_numpy()
     if task == "onset":
         return np.flatnonzero(values == 1), np.arange(len(silences))
     if task in QUARTERS:

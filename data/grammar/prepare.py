@@ -293,8 +293,7 @@ def text(words):
 
 
 class Grammar:
-    """Random trees. rng: random.Random; words: {category: [lemma]}; depth: how deep clauses may
-    nest.
+    """Random trees. rng: random.Random; words: {category: [lemma]}; depth: how deep clauses nest.
 
     A frame is what a verb takes: act (a thing), meet (an agent), go (nothing), say (a clause), be
     (an adjective).

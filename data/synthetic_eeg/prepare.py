@@ -586,9 +586,8 @@ def main(config):
 
 def read_people(folder, config, table):
     """Convert the BIDS dataset like anybody's; returns the meta of the set."""
-    columns = {"image": "image", "synonyms": "synonyms", "category": "category", "block": "block"}
-    columns |= {"object": "object", "target": "target"}
-    options = {f"{name}_column": column for name, column in columns.items()}
+    columns = ("object", "image", "synonyms", "category", "block", "target")
+    options = {f"{name}_column": name for name in columns}
     options |= {key: getattr(config, key) for key in bids.SIGNAL_OPTIONS}
     reading = bids.Config(**options, overwrite=True)
     meta = {"source": "data/synthetic_eeg/prepare.py", "synthetic": True}

@@ -230,10 +230,11 @@ def find_files(config):
         if subject not in subjects:
             raise InputError(f"{root} has no sub-{subject}; there are {', '.join(subjects)}")
         paths = sorted((root / f"sub-{subject}").glob(pattern))
+        paths = [path for path in paths if path.stem.endswith(("_training", "_test"))]
         if not paths:
             cure = "fetch it, leave the subject out with subjects=, or give another kind="
             raise InputError(f"{root}/sub-{subject} has no {pattern}: {cure}")
-        files += [(subject, path) for path in paths if path.stem.endswith(("_training", "_test"))]
+        files += [(subject, path) for path in paths]
     return files
 
 
