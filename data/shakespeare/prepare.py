@@ -37,12 +37,11 @@ class Config:
 
 def get_text(root, folder):
     """(text, where it came from). Raises InputError without file or network, or for other bytes."""
-    path, source = Path(root or folder), URL
-    if path.is_dir() or not root:
-        path = path / "input.txt"
     if root:
+        path = Path(root) / "input.txt" if Path(root).is_dir() else Path(root)
         source = f"local copy {path.name}"
     else:
+        path, source = folder / "download/input.txt", URL
         download([need(URL, path)], folder)
     return T.decode_text(path, check_content(path).read_bytes()), source
 
