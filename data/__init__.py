@@ -233,6 +233,11 @@ def remedy(folder, option=""):
 # ---- what prepare scripts share
 
 
+def folder_of(config, script, name=""):
+    """Where a dataset goes: config.out_dir, or the folder of its script (or `name` in it)."""
+    return Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+
+
 def options_of(config, *others):
     """The options that decide what a dataset holds: all but out_dir, overwrite and `others`."""
     left_out = {"out_dir", "overwrite", *others}

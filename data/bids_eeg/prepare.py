@@ -11,7 +11,6 @@ trials. Other prepare scripts whose data is BIDS use `convert`.
 """
 
 import hashlib
-import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, column, options_of, write_aside
+from data import InputError, column, folder_of, options_of, write_aside
 from data import raw as reader
 from data.recording import Recording, read_meta, write_raw, write_set
 
@@ -385,8 +384,7 @@ def main(config):
     if not config.root:
         raise InputError("root= is missing: give the folder of a BIDS dataset")
     root = Path(config.root)
-    default = Path(__file__).resolve().parent / root.resolve().name
-    folder = Path(config.out_dir or os.path.relpath(default))
+    folder = folder_of(config, __file__, root.resolve().name)
     description = root / "dataset_description.json"
     facts = reader.read_json(description if description.is_file() else None)
     name = str(facts.get("Name", ""))

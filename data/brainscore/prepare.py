@@ -17,7 +17,6 @@ Tuckute et al. 2024, Pereira et al. 2018, Fedorenko et al. 2016, Blank et al. 20
 2021 (the benchmarks and their ceilings).
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +27,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, file_hash
+from data import InputError, already_made, column, file_hash, folder_of
 from data.assembly import read_assembly, responses, without_gaps
 from data.fetch import download, look_up
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -247,7 +245,7 @@ def make(config, folder, experiment, assembly, about):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     published = SETS[config.set]
     options = {
         "context": published.context if config.context < 0 else config.context,

@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, column, read_table, write_aside
+from data import InputError, check_content, column, folder_of, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, download, look_up, request, unreachable
 from data.raw import read_json
 from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SFREQ = 2048
 RECORDING = re.compile(r"(?:sub_|btbank)(\d+)_(?:trial)?(\d+)")
 # Neuroprobe's tasks. Those that tell the upper quarter of a column from its lower one:
@@ -379,7 +378,7 @@ def prepare(root, folder, recording, pair, package, settings, config):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     package = find_package(config.package)
     settings = read_settings(package)
     chosen = chosen_recordings(config, settings)

@@ -9,7 +9,6 @@ them.
 """
 
 import hashlib
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, embedded, file_hash, options_of, tokens
+from data import InputError, already_made, embedded, file_hash, folder_of, options_of, tokens
 from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
@@ -152,7 +151,7 @@ def balance(table, config, pydocs):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     options = options_of(config, "pydocs")
     held_out = tokens.read_meta(pydocs)["splits"]["val"]["sha256"]

@@ -10,7 +10,6 @@ one; a stop at any moment costs little: the same command goes on. A document's s
 hash of its text, so none is on both.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,9 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import already_made, options_of
+from data import already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 REPO = "HuggingFaceFW/fineweb-edu"  # ODC-By 1.0
 PREBUILT = "kjj0/finewebedu10B-gpt2"  # the same sample as modded-nanogpt reads it
@@ -59,7 +57,7 @@ def fetch_prebuilt(folder, n_shards, state, **meta):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
+    folder = folder_of(config, __file__)
     options = options_of(config, "bpe", "workers", "keep")
     if already_made(folder, options, T.complete, config.overwrite):
         return

@@ -11,7 +11,6 @@ on text that had no say. The two of a pair stand in one text with a tab between.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, read_text
+from data import InputError, already_made, column, folder_of, read_text
 from data.stimuli import complete, read_meta, read_task, to_number, write_tasks
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
@@ -212,7 +211,7 @@ def download(tasks):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     options = {"val": config.val}
     tasks = {}
     wanted = list(config.tasks)

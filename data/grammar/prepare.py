@@ -9,7 +9,6 @@ beside them. Labels are read off the tree. Test sentences use content words that
 sentence has, and only the label of `length` can be told from how long a sentence is.
 """
 
-import os
 import random
 import sys
 from collections import defaultdict, deque
@@ -22,7 +21,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, file_hash, options_of
+from data import InputError, already_made, file_hash, folder_of, options_of
 from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # written by rule: scripts may start this on first use
@@ -1081,7 +1080,7 @@ def make_task(name, config):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     options = options_of(config)
     grammar = file_hash(__file__)
     if already_made(folder, options, complete, config.overwrite, grammar=grammar):

@@ -11,7 +11,6 @@ r"""A table of words or sentences with a label or a rating, as labelled sentence
 The table has a header and tabs or commas between columns; words such as null and NA stay words.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,10 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, options_of, write_aside
+from data import InputError, already_made, column, folder_of, options_of, write_aside
 from data.stimuli import complete, read_csv, to_number, word_key, write_tasks
 
 EMBEDDED = False  # needs a table of yours
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -103,7 +101,7 @@ def conditions(rows, kind, tail):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE / Path(config.root).stem
+    folder = folder_of(config, __file__, Path(config.root).stem)
     options = options_of(config)
     if already_made(folder, options, complete, config.overwrite):
         return

@@ -7,7 +7,6 @@ concrete and abstract nouns and verbs in the manner of Moseley & Pulvermüller 2
 """
 
 import collections
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, embedded, load_meta, write_aside, write_yaml
+from data import InputError, already_made, embedded, folder_of, load_meta, write_aside, write_yaml
 from data.stimuli import read_task
 
 EMBEDDED = True  # made from data/grammar, offline: scripts may start this on first use
@@ -132,7 +131,7 @@ def is_complete(folder):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     made_of = {"seed": config.seed, "items": config.items}
     if already_made(folder, {}, is_complete, config.overwrite, **made_of):
         return

@@ -9,7 +9,6 @@ Objects on unrelated backgrounds, each image shown some 50 times; spike counts 7
 onset, as published. Every presentation is kept, so that the ceiling comes from the repeats.
 """
 
-import os
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -20,13 +19,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, file_hash, options_of
+from data import InputError, already_made, column, file_hash, folder_of, options_of
 from data.assembly import read_assembly, responses, without_gaps
 from data.fetch import download, need
 from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 ASSEMBLY = "assy_dicarlo_MajajHong2015_public.nc"
 TABLE = "image_dicarlo_hvm-public.csv"
 IMAGES = "image_dicarlo_hvm-public.zip"
@@ -112,7 +110,7 @@ def describe_images(images, by_object, path):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     options = options_of(config, "root", "url")
     if already_made(folder, options, complete_encoding, config.overwrite):
         return

@@ -10,7 +10,6 @@ copy only. `voxels.nc` is an array (presentation, neuroid) with the coordinate s
 three times; the thousand that everybody saw are the test set.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, options_of
+from data import InputError, already_made, column, folder_of, options_of
 from data.assembly import read_assembly, responses, without_gaps
 from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
 EMBEDDED = False  # needs a local copy: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SHARED = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 
 
@@ -91,7 +89,7 @@ def describe_stimuli(metadata, shown, path):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     options = options_of(config, "root", "images")
     if already_made(folder, options, complete_encoding, config.overwrite):
         return

@@ -8,17 +8,15 @@
 costs little: the same command goes on. A document's side is decided by a hash of its text.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import already_made, options_of
+from data import already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 REPO = "Skylion007/openwebtext"  # CC0
 
@@ -40,7 +38,7 @@ class Config:
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
+    folder = folder_of(config, __file__)
     options = options_of(config, "bpe", "workers", "keep")
     if already_made(folder, options, T.complete, config.overwrite):
         return

@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, column, options_of, read_table, write_aside
+from data import InputError, check_content, column, folder_of, options_of, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
 from data.raw import METRES, clock_spans, inside_spans, open_raw, read_json, sd_within_seconds
 from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 BUCKET = "https://s3.amazonaws.com/openneuro.org/ds005574"
 BRAIN_TYPES = ("ecog", "seeg", "dbs")  # the other channels are scalp, triggers, hearts and silence
 MISSING = ["", "n/a", "N/A", "nan", "NaN"]
@@ -617,7 +616,7 @@ def write_stimuli(root, folder, words, config):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     options = options_of(config, "subjects", "root", "url")
     kept = [] if config.overwrite else made_recordings(folder, options)
     root, subjects, nyu_ids = find_tree(folder, kept, config)

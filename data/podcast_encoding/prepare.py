@@ -21,12 +21,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, options_of
+from data import InputError, already_made, column, folder_of, options_of
 from data.recording import Recording, read_set
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = False  # needs data/podcast, which must be downloaded
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -97,11 +96,13 @@ def read_podcast(podcast, names, config):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     options = options_of(config, "podcast")
     if already_made(folder, options, complete_encoding, config.overwrite):
         return
-    podcast = Path(config.podcast) if config.podcast else HERE.parent / "podcast"
+    podcast = Path(
+        config.podcast or os.path.relpath(Path(__file__).resolve().parents[1] / "podcast")
+    )
     about = read_set(podcast)  # says how to make it where it is not there
     recordings = about["recordings"]
     for name in config.subjects:

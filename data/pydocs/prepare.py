@@ -28,10 +28,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, already_made, options_of
+from data import InputError, already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = True  # made from what is installed: scripts may start this on first use
 
 # The project's dependencies, and of what they pull in whatever has pages of prose. (plotly's and
@@ -307,7 +306,7 @@ def build(texts, folder, config, **meta):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
+    folder = folder_of(config, __file__)
     if already_made(folder, options_of(config, "workers"), T.complete, config.overwrite):
         return
     started = time.perf_counter()

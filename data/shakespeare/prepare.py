@@ -9,7 +9,6 @@ are for training, the rest for validation.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,10 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import already_made, check_content
+from data import already_made, check_content, folder_of
 from data import tokens as T
 from data.fetch import download, need
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
@@ -47,7 +45,7 @@ def get_text(root, folder):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE / config.tokenizer))
+    folder = folder_of(config, __file__, config.tokenizer)
     options = {"tokenizer": config.tokenizer}
     if already_made(folder, options, T.complete, config.overwrite):
         return

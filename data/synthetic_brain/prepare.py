@@ -9,7 +9,6 @@ each word adds by itself, and the warp is for what they do together.
 """
 
 import itertools
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from data import (
     already_made,
     embedded,
     file_hash,
+    folder_of,
     load_meta,
     options_of,
     tokens,
@@ -64,7 +64,7 @@ def is_complete(folder):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     options = options_of(config, "pydocs")
     if already_made(folder, options, is_complete, config.overwrite):
         return

@@ -14,7 +14,6 @@ of them can be read. The null is the same brains with nothing about the object i
 """
 
 import json
-import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import scipy.signal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, embedded, options_of, tokens, write_yaml
+from data import InputError, already_made, embedded, folder_of, options_of, tokens, write_yaml
 from data.bids_eeg import prepare as bids
 from data.recording import Recording, complete, read_set
 
@@ -560,7 +559,7 @@ def is_complete(folder):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     options = options_of(config, "pydocs")
     if already_made(folder, options, is_complete, config.overwrite):
         return

@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, already_made, options_of
+from data import InputError, already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # it is the user's own
 FEW = 100  # text files: fewer than this lend their ends to validation, not some of themselves
 
@@ -61,7 +60,7 @@ def tokenizer_of(config, files, name):
 
 def main(config):
     name = config.name or Path(config.root).resolve().name.split(".")[0] or "text"
-    folder = Path(config.out_dir or os.path.relpath(HERE / name))
+    folder = folder_of(config, __file__, name)
     options = options_of(config, "bpe", "workers")
     if already_made(folder, options, T.complete, config.overwrite):
         return
@@ -80,7 +79,7 @@ def main(config):
         validation="the end of each document" if tail else "documents by a hash of their text",
         synthetic=config.synthetic,
     )
-    place = os.path.relpath(folder, HERE.parents[1])
+    place = os.path.relpath(folder, Path(__file__).resolve().parents[2])
     print(f"python train.py dataset={folder if place.startswith('..') else place}")
 
 

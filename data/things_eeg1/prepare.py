@@ -10,7 +10,6 @@ in samples), durations in ms, stimulus paths with backslashes, objects with a nu
 a word (calf1, calf2). Catch trials keep target=1; the repeated test pictures get phase=test.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +20,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, column
+from data import InputError, column, folder_of
 from data import raw as reader
 from data.bids_eeg import prepare as bids
 from data.fetch import download, need
 
-HERE = Path(__file__).resolve().parent
 PARTS = ["eeg.vhdr", "eeg.vmrk", "eeg.eeg", "events.tsv"]
 CATEGORIES = [  # columns of the concept table, the best first
     "Top-down Category (manual selection)",
@@ -142,7 +140,7 @@ def with_concepts(events, concepts):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
+    folder = folder_of(config, __file__)
     if config.concepts:
         read_concepts(config.concepts)  # refused before hours of work
     root = Path(config.root or folder / "raw")

@@ -13,7 +13,6 @@ normalisation was the authors' and is not known to have spared the test trials' 
 """
 
 import codecs
-import os
 import pickle
 import re
 import sys
@@ -27,13 +26,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, options_of
+from data import InputError, check_content, folder_of, options_of
 from data import raw as reader
 from data.bids_eeg import prepare as bids
 from data.recording import write_recording
 from data.things_eeg1.prepare import read_concepts, stretches, with_concepts
 
-HERE = Path(__file__).resolve().parent
 TARGET = 99999  # the code of a catch trial
 
 
@@ -239,7 +237,7 @@ def find_files(config):
 
 
 def main(config):
-    folder = Path(config.out_dir or Path(os.path.relpath(HERE)) / config.kind)
+    folder = folder_of(config, __file__, config.kind)
     files = find_files(config)
     images = read_images(config.metadata or Path(config.root) / "image_metadata.npy")
     if config.concepts:

@@ -11,7 +11,6 @@ refused.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, options_of, read_text
+from data import InputError, already_made, folder_of, options_of, read_text
 from data.assembly import without_gaps
 from data.stimuli import complete_encoding, print_sizes, to_number, word_key, write_encoding
 
 EMBEDDED = False  # needs tables of yours
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SUFFIXES = (".txt", ".tsv", ".csv")
 MISSING = {"", "na", "n/a", "nan", "null", "none"}  # written for a response that was not recorded
 
@@ -208,7 +206,7 @@ def leave_out(frame, config):
 def main(config):
     root = Path(config.root)
     name = root.stem if root.is_file() else root.resolve().name
-    folder = Path(config.out_dir) if config.out_dir else HERE / name
+    folder = folder_of(config, __file__, name)
     paths = find_tables(root, config.people)
     contents = hashlib.sha256()
     for path in paths.values():
