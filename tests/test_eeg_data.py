@@ -262,9 +262,7 @@ def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
 def test_onsets_in_other_units_are_refused_though_a_few_lie_inside(tmp_path, rate, n):
     onset = np.array([0.01, 0.02, 4, 6, 8, 10]) * rate
     root = make_bids(tmp_path / "b", events=events_tsv(onset=onset.round().astype(int)))
-    with pytest.raises(
-        InputError, match=f"{n} of 5 onsets lie outside the 20 s .*in ms, or in sam"
-    ):
+    with pytest.raises(InputError, match=f"{n} of 5 onsets lie outside the 20 s .*ms, or in sam"):
         convert(root, tmp_path / "out")
 
 
@@ -283,9 +281,8 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
     marks = pd.DataFrame(rows, columns=["onset", "duration", "word"])
     events = pd.concat([events, marks]).fillna("n/a")
     root = make_bids(tmp_path / "b", kind="", events=events)
-    raw = mne.io.RawArray(
-        samples(), mne.create_info(NAMES, 200.0, "eeg"), first_samp=77, verbose="error"
-    )
+    info = mne.create_info(NAMES, 200.0, "eeg")
+    raw = mne.io.RawArray(samples(), info, first_samp=77, verbose="error")
     raw.set_annotations(mne.Annotations([6.9, 1.0], [1.0, 0.1], ["bad jump", "badger"]))
     raw.save(root / "sub-01/eeg/sub-01_task-see_eeg.fif", verbose="error")
     _, (one,) = convert(root, tmp_path / "out")
@@ -851,9 +848,7 @@ def test_hostile_pickles_are_refused_and_nothing_happens(tmp_path, call, text, w
         path.write_bytes(pickle.dumps(content, protocol=protocol))
         if isinstance(content, np.ndarray):
             np.save(path, content)
-        with pytest.raises(
-            InputError, match=rf"a.npy is torn or no plain data .*it asks for .*{words}"
-        ):
+        with pytest.raises(InputError, match=rf"a.npy is torn or no .*it asks for .*{words}"):
             things2.read_dict(path)
     assert not mark.exists()
 

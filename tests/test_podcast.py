@@ -697,9 +697,7 @@ def test_samples_that_are_no_numbers_or_microvolts(tree, tmp_path):
     path.unlink()
     raw.save(path, verbose="error")
     name = raw.ch_names[3]
-    with pytest.raises(
-        InputError, match=f"{name} has samples that are no numbers between 0 and 30"
-    ):
+    with pytest.raises(InputError, match=f"{name} has samples that are no numbers between 0 and"):
         prepare(tree, tmp_path / "a", subjects=[1], **BARE)
 
 
