@@ -333,7 +333,7 @@ def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     with pytest.raises(InputError, match="fewer than pairs=40 pairs of u: give a smaller pairs="):
         grammar.make_pairs(grammar.Config(pairs=40))
     labels = ["grammatical", "ungrammatical"]
-    task = grammar.Task(grammar.draw_grammaticality, labels, "", members=2)
+    task = grammar.Task(grammar.draw_grammaticality, labels, members=2)
     monkeypatch.setattr(grammar, "TASKS", {"t": task})
     with pytest.raises(InputError, match="not yield 40 different sentences for 't', train: give"):
         grammar.make_task("t", grammar.Config(train=40))

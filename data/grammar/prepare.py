@@ -745,7 +745,7 @@ def blimp_pair(good, bad, place, paradigm):
 
 # ---- tasks
 # Each draws a group: samples {label, text, template, ...} that must stay in one split, most often
-# a single one. An empty group is drawn again.
+# a single one. An empty group is drawn again. The docstring describes the task in meta.yaml.
 
 
 def sample(label, sentence, template, **more):
@@ -765,6 +765,7 @@ BINS = [(4, 6), (7, 8), (9, 10), (11, 13), (14, 17), (18, 24)]
 
 
 def draw_length(g):
+    """number of words; length is the label"""
     tree = g.any(g.rng.randrange(4))
     n_words = len(text(words(tree)).split())
     for low, high in BINS:
@@ -774,6 +775,8 @@ def draw_length(g):
 
 
 def draw_word_content(g):
+    """which of 20 nouns the sentence has; these are the same in every split, the other words are
+    not"""
     tree = g.any(g.rng.randrange(2))
     leaves = tree.leaves()
     nouns = [leaf for leaf in leaves if leaf.label == "NN" and leaf.category == "thing"]
@@ -788,12 +791,14 @@ DEPTHS = ["6", "7", "8", "9"]
 
 
 def draw_depth(g):
+    """labels on the longest way from the root of the tree to a word"""
     tree = g.any(g.rng.randrange(3))
     depth = str(tree.depth())
     return of_tree(depth, tree) if depth in DEPTHS else []
 
 
 def draw_top_constituents(g):
+    """the constituents right below the root"""
     # most imperatives are shorter than all others: draw more of them, and two clauses of short ones
     top = g.one([*TOPS, "VP"])
     depth = g.one((1, 2, 3))
@@ -812,16 +817,19 @@ def simple(g, **options):
 
 
 def draw_tense(g):
+    """tense of the main clause"""
     tree = simple(g)
     return of_tree(tense_of(tree), tree)
 
 
 def draw_subj_number(g):
+    """number of the main clause's subject"""
     tree = simple(g)
     return of_tree(number_of(tree.child("NP")), tree)
 
 
 def draw_obj_number(g):
+    """number of the main clause's object"""
     tree = simple(g, frame=g.one(("act", "act", "meet")))
     return of_tree(number_of(innermost(tree).child("NP")), tree)
 
@@ -830,6 +838,7 @@ SHIFTS = ["DT NN", "DT JJ", "JJ NN", "NN IN", "IN DT", "VB DT", "NN VB"]  # neve
 
 
 def draw_bigram_shift(g):
+    """whether two adjacent words were swapped; each with its twin"""
     tree = simple(g)
     kinds = []
     for leaf in tree.leaves():
@@ -850,8 +859,8 @@ def draw_bigram_shift(g):
 
 
 def draw_coord_inversion(g):
-    """Two clauses whose order shows: the second takes up the first by a pronoun, a definite noun,
-    `then` or `also`."""
+    """whether two coordinated clauses changed places; each with its twin"""
+    # the second takes up the first by a pronoun, a definite noun, `then` or `also`
     cue = g.one(("they", "it", "then", "also", "definite"))
     tense = g.one(("past", "present"))
     number = g.number()
@@ -896,7 +905,8 @@ def second_clause(g, cue, tense, object_number, lemma):
 
 
 def draw_odd_man_out(g):
-    """A sentence about a thing, one about an agent, and the same with these nouns exchanged."""
+    """whether the object is of a kind that the verb does not take; two sentences, and the two with
+    their objects exchanged"""
     number = g.number()
     things = [noun for noun in g.words["thing"] if noun not in g.words["tool"]]
     lemmas = {"thing": g.one(things), "agent": g.one("human")}
@@ -921,7 +931,8 @@ SIGNED = {"thing_adjective": "adjective", "manner": "manner", "act": "act"}
 
 
 def draw_polarity(g):
-    """One or two words of one sign in a sentence of neutral ones."""
+    """the sign of the adjectives, adverbs and verbs that have one"""
+    # one or two words of one sign in a sentence of neutral ones
     frame = g.one(("act", "act", "be"))
     aspect = g.one(("simple", "simple", "progressive", "perfect"))
     tree = simple(g, frame=frame, aspect=aspect)
@@ -939,6 +950,8 @@ def draw_polarity(g):
 
 
 def draw_grammaticality(g):
+    """whether a sentence is English; each with its twin that differs in one word, whose kind
+    `violation` names"""
     uid = g.one(list(PARADIGMS))
     good, bad, _ = minimal_pair(g, PARADIGMS[uid])
     return [
@@ -953,64 +966,24 @@ class Task:
 
     draw: Callable  # Grammar → group of samples
     labels: list
-    description: str
     members: int = 1  # samples in a group; several have as many of each label, of equal lengths
     by_length: bool = True
 
 
+LENGTHS = [f"{low}-{high}" for low, high in BINS]
 TASKS = {
-    "grammaticality": Task(
-        draw_grammaticality,
-        ["ungrammatical", "grammatical"],
-        "whether a sentence is English; each with its twin that differs in one word, whose kind "
-        "`violation` names",
-        members=2,
-    ),
-    "length": Task(
-        draw_length,
-        [f"{low}-{high}" for low, high in BINS],
-        "number of words; length is the label",
-        by_length=False,
-    ),
-    "word_content": Task(
-        draw_word_content,
-        TARGETS,
-        "which of 20 nouns the sentence has; these are the same in every split, the other words "
-        "are not",
-    ),
-    "depth": Task(
-        draw_depth, DEPTHS, "labels on the longest way from the root of the tree to a word"
-    ),
-    "top_constituents": Task(draw_top_constituents, TOPS, "the constituents right below the root"),
-    "tense": Task(draw_tense, ["past", "present"], "tense of the main clause"),
-    "subj_number": Task(
-        draw_subj_number, [SINGULAR, PLURAL], "number of the main clause's subject"
-    ),
-    "obj_number": Task(draw_obj_number, [SINGULAR, PLURAL], "number of the main clause's object"),
-    "bigram_shift": Task(
-        draw_bigram_shift,
-        ["original", "shifted"],
-        "whether two adjacent words were swapped; each with its twin",
-        members=2,
-    ),
-    "coord_inversion": Task(
-        draw_coord_inversion,
-        ["original", "inverted"],
-        "whether two coordinated clauses changed places; each with its twin",
-        members=2,
-    ),
-    "odd_man_out": Task(
-        draw_odd_man_out,
-        ["original", "odd"],
-        "whether the object is of a kind that the verb does not take; two sentences, and the two "
-        "with their objects exchanged",
-        members=4,
-    ),
-    "polarity": Task(
-        draw_polarity,
-        ["negative", "positive"],
-        "the sign of the adjectives, adverbs and verbs that have one",
-    ),
+    "grammaticality": Task(draw_grammaticality, ["ungrammatical", "grammatical"], members=2),
+    "length": Task(draw_length, LENGTHS, by_length=False),
+    "word_content": Task(draw_word_content, TARGETS),
+    "depth": Task(draw_depth, DEPTHS),
+    "top_constituents": Task(draw_top_constituents, TOPS),
+    "tense": Task(draw_tense, ["past", "present"]),
+    "subj_number": Task(draw_subj_number, [SINGULAR, PLURAL]),
+    "obj_number": Task(draw_obj_number, [SINGULAR, PLURAL]),
+    "bigram_shift": Task(draw_bigram_shift, ["original", "shifted"], members=2),
+    "coord_inversion": Task(draw_coord_inversion, ["original", "inverted"], members=2),
+    "odd_man_out": Task(draw_odd_man_out, ["original", "odd"], members=4),
+    "polarity": Task(draw_polarity, ["negative", "positive"]),
 }
 
 
@@ -1020,7 +993,6 @@ def matched(task, g, n, seen):
     labels = task.labels if task.members == 1 else [None]  # twins balance themselves
     wanted = n // (task.members * len(labels))
     cells = defaultdict(lambda: {label: [] for label in labels})  # length → label → groups
-    n_matched = 0
     for _ in range(300 * n):
         group = task.draw(g)
         texts = {sample["text"] for sample in group}
@@ -1031,10 +1003,8 @@ def matched(task, g, n, seen):
         cell = cells[len(group[0]["text"].split()) if task.by_length else 0]
         if len(cell[label]) >= wanted:
             continue
-        n_before = smallest(cell)
         cell[label].append(group)
-        n_matched += smallest(cell) - n_before
-        if n_matched == wanted:
+        if sum(map(smallest, cells.values())) == wanted:
             return balanced(cells)
     return None
 
@@ -1072,7 +1042,8 @@ def make_task(name, config):
             for member in rng.sample(group, len(group)):
                 rows.append({"split": split, "group": n_groups, **member})
             n_groups += 1
-    about = {"kind": "classification", "labels": task.labels, "description": task.description}
+    description = " ".join(task.draw.__doc__.split())
+    about = {"kind": "classification", "labels": task.labels, "description": description}
     return {"frame": pd.DataFrame(rows), **about}
 
 
