@@ -657,7 +657,9 @@ def group_files(files, plan):
     for path in files:
         size = path.stat().st_size
         is_text = kind_of(path) in ("text", "")
-        if kind_of(path) == "parquet" or str(path).endswith(".gz"):
+        if kind_of(path) == "parquet":
+            size = sum(_group_bytes(path, plan.column))  # refuses a wrong column= before any work
+        elif str(path).endswith(".gz"):
             size *= 3
         if is_text and size <= room:
             sources[-1].files.append(str(path))
