@@ -147,7 +147,8 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
         if not any(is_subject(asked, recording) for recording in recordings):
             there = ", ".join(recording.path.name for recording in recordings)
             cure = f"its prepare.py adds people with subjects={asked}"
-            raise InputError(f"subjects: {recordings[0].path.parent} has only {there}; {cure}")
+            folder = recordings[0].path.parent
+            raise InputError(f"subjects: {folder} has no {asked}, only {there}; {cure}")
     table = read_table(electrodes, ["subject", "elec"], dtype=str) if electrodes else None
     chosen = []
     for recording in recordings:

@@ -407,8 +407,8 @@ def _check_task(table, path, entry):
     _refuse_torn(table, "text", path)
     learned = table["label"][split == "train"] if "train" in set(split) else table["label"]
     if learned.nunique() < 2:
-        found = ", ".join(map(repr, learned.unique())) or "none"
-        raise InputError(f"{path}: two labels are needed to learn from, there is {found}")
+        found = f"the one label {learned.iloc[0]!r}" if len(learned) else "no labels"
+        raise InputError(f"{path}: the sentences to learn from have {found}, and two are needed")
     return table
 
 

@@ -87,7 +87,7 @@ def test_tasks_round_trip(tmp_path):
         ({"split": ["train"] * 5 + ["dev"]}, r"line \d: the split 'dev' is none of train, val"),
         ({"group": [0, 0, 1, 1, 1, 2]}, "the group '1' is in test and in train: what belongs"),
         ({"text": ["x", "w", "y", "z", "u", "x"]}, "the text 'x' is in test and in train"),
-        ({"label": list("aaaaab")}, "two labels are needed to learn from, there is 'a'"),
+        ({"label": list("aaaaab")}, "have the one label 'a', and two are needed"),
     ],
 )
 def test_what_a_task_must_not_have(tmp_path, changes, sentence):
