@@ -294,7 +294,7 @@ def resampled(signal, sfreq, recipe, channels=None):
     """
     target, bands = recipe["sfreq"], recipe["bands"]
     if target > sfreq:
-        raise InputError(f"sfreq={target:g} Hz is more than the recording's {sfreq:g} Hz")
+        raise InputError(f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording")
     for _, high in bands:
         if high >= sfreq / 2:
             raise InputError(f"bands: {high:g} Hz is not below half of the recording's {sfreq:g}")
