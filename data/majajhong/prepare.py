@@ -54,11 +54,11 @@ def find_files(config, folder):
     root = Path(config.root or folder / "files")
     paths = [root / name for name in names]
     if not config.root:
-        missing = [path for path in paths if not path.is_file()]
-        urls = [f"{config.url}/{path.name}" for path in missing]
-        download(
-            [need(url, path, SHA1.get(path.name, "")) for url, path in zip(urls, missing)], root
-        )
+        files = []
+        for path in paths:
+            if not path.is_file():
+                files.append(need(f"{config.url}/{path.name}", path, SHA1.get(path.name, "")))
+        download(files, root)
     for unpacked in (root / "images", root / Path(IMAGES).stem):
         if unpacked.is_dir() and not paths[2].is_file():
             paths[2] = unpacked

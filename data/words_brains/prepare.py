@@ -108,21 +108,20 @@ def read_table(path):
 
 def is_header(fields):
     """Whether the first line names columns: it has no decimals, and whole numbers count up."""
-    whole = [int(name) for name in fields[1:] if name.isdecimal()]
-    names = [name for name in fields[1:] if not name.isdecimal()]
-    for name in names:
-        if np.isfinite(to_number(name)) or name.lower() in MISSING:
+    counts = []
+    for name in fields[1:]:
+        if name.isdecimal():
+            counts.append(int(name))
+        elif np.isfinite(to_number(name)) or name.lower() in MISSING:
             return False
-    return (
-        bool(names)
-        or fields[0].lower() == "word"
-        or (len(whole) > 1 and whole == sorted(set(whole)))
-    )
+    if len(counts) < len(fields) - 1 or fields[0].lower() == "word":
+        return True
+    return len(counts) > 1 and counts == sorted(set(counts))  # numbers of voxels count up
 
 
 def parse_responses(fields, place):
     """The numbers in a row, NaN where a response is missing."""
-    values = [to_number(text) for text in fields]
+    values = list(map(to_number, fields))
     for text, value in zip(fields, values):
         if np.isnan(value) and text.lower() not in MISSING:
             cure = "the word comes first, all other columns are responses (with decimal points)"
