@@ -241,9 +241,6 @@ def make(config, folder, experiment, assembly, about):
     print_sizes(folder, meta)
 
 
-# ---- main
-
-
 def main(config):
     folder = folder_of(config, __file__)
     published = SETS[config.set]

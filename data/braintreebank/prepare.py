@@ -340,9 +340,6 @@ def unpack(path):
     path.unlink()
 
 
-# ---- main
-
-
 def chosen_recordings(config, settings):
     """{sub_1_trial001: (1, 1), ...} of recordings=, or of the benchmark."""
     films = settings["BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING"]

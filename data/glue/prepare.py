@@ -207,9 +207,6 @@ def download(tasks):
         raise InputError(f"GLUE {problem}: {cure}") from None
 
 
-# ---- main
-
-
 def main(config):
     folder = folder_of(config, __file__)
     options = {"val": config.val}

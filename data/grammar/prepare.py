@@ -1047,9 +1047,6 @@ def make_task(name, config):
     return {"frame": pd.DataFrame(rows), **about}
 
 
-# ---- main
-
-
 def main(config):
     folder = folder_of(config, __file__)
     options = options_of(config)

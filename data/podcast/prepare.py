@@ -552,9 +552,6 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
     )
 
 
-# ---- main
-
-
 def is_synthetic(root):
     return bool(read_json(find(root, ["dataset_description.json"])).get("Synthetic", False))
 

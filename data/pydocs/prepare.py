@@ -302,9 +302,6 @@ def build(texts, folder, config, **meta):
     )
 
 
-# ---- main
-
-
 def main(config):
     folder = folder_of(config, __file__)
     if already_made(folder, options_of(config, "workers"), T.complete, config.overwrite):

@@ -551,9 +551,6 @@ def score_ranks(ranks):
     return {key: round(float(score), 4) for key, score in scores.items()} | {"n": len(ranks)}
 
 
-# ---- main
-
-
 def is_complete(folder):
     return complete(folder) and (folder / "objects.csv").exists()
 

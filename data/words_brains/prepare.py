@@ -199,9 +199,6 @@ def leave_out(frame, config):
     return frame.loc[:, ~constant], left_out
 
 
-# ---- main
-
-
 def main(config):
     root = Path(config.root)
     name = root.stem if root.is_file() else root.resolve().name
