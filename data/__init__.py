@@ -5,11 +5,15 @@ pickles are read.
 """
 
 import collections
+import hashlib
 import io
 import os
 import pickle
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import yaml
@@ -18,8 +22,7 @@ import yaml
 class InputError(ValueError):
     """Bad input: one sentence that names the file or option, what is wrong, and the remedy.
 
-    Scripts end with that sentence and exit status 2 (see configurator.configure); any other
-    exception is a bug.
+    Scripts end with it and exit status 2 (configurator.configure); other exceptions are bugs.
     """
 
 
@@ -28,10 +31,8 @@ class InputError(ValueError):
 
 @contextmanager
 def aside(path):
-    """Open a temporary file beside `path` for bytes; it becomes `path` when the block ends well.
-
-    A reader sees the old file or the new one, never half of one.
-    """
+    """Open a temporary file beside `path` for bytes, which becomes `path` when the block ends well:
+    a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -64,31 +65,28 @@ def write_yaml(path, value):
 
 
 def check_content(path):
-    """The path, once the file and its content are known to be there. Raises InputError if not.
-
-    A dataset cloned with git-annex or git-lfs holds links and pointers until they are fetched.
-    """
+    """The path, once the file and its content are there: datasets cloned with git-annex or git-lfs
+    hold links and pointers until they are fetched. Raises InputError."""
     path = Path(path)
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
-        if "annex" in target:
-            raise InputError(
-                f"{path} is a git-annex link whose content is missing: "
-                "fetch it with git annex get (or datalad get)"
-            )
-        raise InputError(
-            f"{path} is a link to {target}, whose content is missing: fetch it, or copy it here"
-        )
+        link = "a git-annex link" if "annex" in target else f"a link to {target},"
+        cure = "fetch it (git annex get, datalad get), or copy it here"
+        raise InputError(f"{path} is {link} whose content is missing: {cure}")
     if not path.exists():
         raise InputError(f"{path} is missing{remedy(path.parent)}")
     if path.is_file() and path.stat().st_size < 1024:
-        head = path.read_bytes()
-        if head.startswith(b"version https://git-lfs") or b"/annex/objects/" in head[:200]:
-            raise InputError(
-                f"{path} is a pointer whose content is missing: "
-                "fetch it with git lfs pull or git annex get"
-            )
+        head = path.read_bytes()[:200]
+        if head.startswith(b"version https://git-lfs") or b"/annex/objects/" in head:
+            cure = "fetch it with git lfs pull or git annex get"
+            raise InputError(f"{path} is a pointer whose content is missing: {cure}")
     return path
+
+
+def file_hash(path, kind="sha256"):
+    """The checksum of a file, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -115,10 +113,9 @@ def read_yaml(text):
 
 
 def load_meta(folder, what, format, keys=()):
-    """meta.yaml of a prepared dataset as a dict.
+    """meta.yaml of a prepared dataset as a dict, which must have this format and these keys.
 
-    what: the kind of dataset in words; format: what its `format` key must say; keys: other keys
-    it needs. Raises InputError where there is no finished dataset or it is of another format.
+    what: the kind of dataset, in words. Raises InputError.
     """
     path = Path(folder) / "meta.yaml"
     if not path.parent.is_dir():
@@ -129,31 +126,57 @@ def load_meta(folder, what, format, keys=()):
         meta = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{path} is not YAML{remedy(folder)}") from None
-    if not isinstance(meta, dict):
-        meta = {}
+    meta = meta if isinstance(meta, dict) else {}
+    missing = [key for key in keys if meta.get(key) is None]
+    problem = ""
     if meta.get("format") != format:
-        raise InputError(
-            f"{path} has the format {str(meta.get('format'))[:40]!r}, not {format!r}"
-            f"{remedy(folder)}"
-        )
-    for key in keys:
-        if meta.get(key) is None:
-            raise InputError(f"{path} lacks the key '{key}'{remedy(folder)}")
+        problem = f"has the format {str(meta.get('format'))[:40]!r}, not {format!r}"
+    elif missing:
+        problem = f"lacks the key '{missing[0]}'"
+    if problem:
+        raise InputError(f"{path} {problem}{remedy(folder)}")
     return meta
 
 
-def read_table(path, **options):
-    """pandas.read_csv(path, **options); words such as NA and null stay text. Raises InputError."""
+def read_text(path):
+    """The text of a file: UTF-8, or the Windows or Latin-1 bytes of an older table, said."""
+    content = check_content(path).read_bytes()
+    if b"\0" in content:
+        raise InputError(f"{path} is no plain text (it has zero bytes): save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")  # spreadsheets like to write a byte order mark
+    except UnicodeDecodeError as error:
+        print(f"{path} is not UTF-8 (byte {error.start}): read as Latin-1", flush=True)
+    try:
+        return content.decode("cp1252")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
+
+
+def read_table(path, columns=(), **options):
+    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text."""
     import pandas as pd
 
-    check_content(path)
     try:
-        return pd.read_csv(path, keep_default_na=False, **options)
-    except ValueError as error:  # the errors of pandas and UnicodeDecodeError are ValueErrors
+        table = pd.read_csv(io.StringIO(read_text(path)), keep_default_na=False, **options)
+    except InputError:
+        raise
+    except ValueError as error:  # the errors of pandas are ValueErrors
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path} is not a CSV table ({reason}){remedy(Path(path).parent)}"
-        ) from None
+        folder = Path(path).parent
+        raise InputError(f"{path} is not a CSV table ({reason}){remedy(folder)}") from None
+    for name in columns:
+        column(table, path, name)
+    return table
+
+
+def column(table, path, *names):
+    """The first of these columns that a table has. Raises InputError without one."""
+    for name in names:
+        if name in table:
+            return table[name]
+    wanted, there = "' or '".join(names), ", ".join(map(str, table)) or "none"
+    raise InputError(f"{path} has no column '{wanted}', only {there}: is it the right file?")
 
 
 class PickledObject:
@@ -161,11 +184,8 @@ class PickledObject:
 
 
 def read_pickle(path, allowed=()):
-    """The object in a pickle file: plain types, and PickledObjects for class names in `allowed`.
-
-    With `allowed`, torch tensors are read too, through weights_only=True. Raises InputError for a
-    torn file and for one that asks for anything else, such as code.
-    """
+    """The object in a pickle file: plain types, and PickledObjects for class names in `allowed`
+    (with which torch tensors are read, too). Raises InputError for a torn file, and for code."""
     import torch
 
     known = {}
@@ -208,3 +228,57 @@ def remedy(folder, option=""):
         if (place / "prepare.py").is_file():
             return f"; make it with: python {place / 'prepare.py'}{option}"
     return ""
+
+
+# ---- what prepare scripts share
+
+
+def folder_of(config, script, name=""):
+    """Where a dataset goes: config.out_dir, or the folder of its script (or `name` in it)."""
+    return Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+
+
+def options_of(config, *others):
+    """The options that decide what a dataset holds: all but out_dir, overwrite and `others`."""
+    left_out = {"out_dir", "overwrite", *others}
+    return {key: value for key, value in asdict(config).items() if key not in left_out}
+
+
+def check_options(folder, made_with, options):
+    """Refuse a dataset that was made with other options than these. Raises InputError."""
+    made_with = made_with or {}
+    changed = [key for key in options if made_with.get(key) != options[key]]
+    if changed:
+        before = ", ".join(f"{key}={made_with.get(key)}" for key in changed)
+        raise InputError(
+            f"{folder} was made with {before}: give overwrite=True to make it again, "
+            "or another out_dir"
+        )
+
+
+def already_made(folder, options, is_complete, overwrite=False, **version):
+    """Whether a dataset is there, made with these options and this version, which it says.
+
+    is_complete: a format's `complete`; version: keys of meta.yaml, of which a change makes it
+    again.
+    """
+    if overwrite or not is_complete(folder):
+        return False
+    path = Path(folder) / "meta.yaml"
+    meta = read_yaml(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check_options(folder, meta.get("options"), options)
+    for key, value in version.items():
+        if meta.get(key) != value:
+            print(f"{folder} was made by another version of its sources: it is made again")
+            return False
+    print(f"{folder} is there already (overwrite=True makes it again)")
+    return True
+
+
+def embedded(name):
+    """Folder of an embedded dataset under data/, made first, with a notice, if it is not there."""
+    folder = Path(__file__).parent / name
+    if not (folder / "meta.yaml").exists():
+        print(f"data/{name} is not there: it is made first", flush=True)
+        subprocess.run([sys.executable, str(folder / "prepare.py")], check=True)
+    return folder

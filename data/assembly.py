@@ -2,15 +2,9 @@
 
 NetCDF4 is HDF5: a dimension is a dimension scale, an array is a dataset that has scales attached,
 a coordinate is another dataset along one of them (the levels of a MultiIndex come as one
-coordinate each). Files are read with h5py, and fetched whole.
+coordinate each).
 """
 
-import hashlib
-import http.client
-import os
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,20 +25,15 @@ class Assembly(NamedTuple):
     path: Path
 
 
-# ---- reading
-
-
 def read_assembly(path):
     """The largest array of a NetCDF4 file. Raises InputError for what is missing, torn or other."""
     import h5py
 
     path = check_content(path)
     with open(path, "rb") as file:
-        head = file.read(3)
-    if head == b"CDF":
-        raise InputError(
-            f"{path} is a NetCDF3 file: save it as NETCDF4 (xarray: to_netcdf(format='NETCDF4'))"
-        )
+        if file.read(3) == b"CDF":
+            cure = "save it as NETCDF4 (xarray: to_netcdf(format='NETCDF4'))"
+            raise InputError(f"{path} is a NetCDF3 file: {cure}")
     try:
         with h5py.File(path, "r") as file:
             return _read(file, path)
@@ -121,60 +110,41 @@ def _plain(value):
 
 
 def responses(assembly):
-    """((P, V) float32, presentations, units): rows are presentations, columns are neuroids.
-
-    presentations, units: DataFrames of their coordinates. A single time bin is taken off. Raises
-    InputError for other dimensions.
-    """
+    """((P, V) float32, presentations, units): presentations in rows, neuroids in columns, and the
+    DataFrames of their coordinates. A single time bin is taken off. Raises InputError."""
     dims = assembly.dims
     rows = next((name for name in ROWS if name in dims), None)
     if rows is None or "neuroid" not in dims:
-        raise InputError(
-            f"{assembly.path} has the dimensions {', '.join(dims)} where presentation and neuroid "
-            "were expected"
-        )
+        there = ", ".join(dims)
+        raise InputError(f"{assembly.path} has the dimensions {there}, not presentation x neuroid")
     values = np.moveaxis(assembly.values, [dims.index(rows), dims.index("neuroid")], [0, 1])
     others = [dim for dim in dims if dim not in (rows, "neuroid")]
-    for dim, length in zip(others, values.shape[2:]):
-        if length != 1:
-            raise InputError(
-                f"{assembly.path} has {length} of {dim}: average or choose before, one response "
-                "for each presentation is read"
-            )
+    if values.size != values.shape[0] * values.shape[1]:
+        sizes = dict(zip(others, values.shape[2:]))
+        raise InputError(f"{assembly.path} has several {sizes}: average or choose one before")
     y = np.ascontiguousarray(values.reshape(values.shape[:2]), dtype=np.float32)
     return y, assembly.coords[rows].copy(), assembly.coords["neuroid"].copy()
-
-
-def column(table, path, *names):
-    """(length,) the first of these columns that a table has. Raises InputError without one."""
-    for name in names:
-        if name in table:
-            return table[name].to_numpy()
-    raise InputError(
-        f"{path} has no column '{names[0]}', only {', '.join(table) or 'none'}: "
-        "it is another file than was expected"
-    )
 
 
 def without_gaps(y, missing, where):
     """(rows, columns, left_out): what of responses y (P, V) to keep, boolean, so that no gap stays.
 
-    Units without any response took no part and go. Where others have gaps, those units go
-    (missing=units) or the presentations (missing=presentations). left_out: what went, in words;
-    where: begins the sentence of the InputError if nothing stays.
+    Units without any response go. Where others have gaps, `missing` goes: units or presentations.
+    left_out: what went, in words; where: begins the sentence of the InputError if nothing stays.
     """
     recorded = np.isfinite(y)
     took_part = recorded.any(axis=0)
     rows = np.ones(len(y), bool)
     columns = took_part
+    other = "presentations"
     if missing == "units":
         columns = recorded.all(axis=0)
     else:
+        other = "units"
         rows = recorded[:, took_part].all(axis=1)
     if not took_part.any():
         raise InputError(f"{where}: there is not one response")
     if not rows.any() or not columns.any():
-        other = "presentations" if missing == "units" else "units"
         raise InputError(
             f"{where}: all {missing} have gaps ({(~recorded).mean():.1%} of the responses are "
             f"missing); with missing={other} the {other} that have gaps are left out instead"
@@ -185,84 +155,3 @@ def without_gaps(y, missing, where):
         "presentations with gaps": (~rows).sum(),
     }
     return rows, columns, [f"{count:,} {what}" for what, count in counts.items() if count]
-
-
-# ---- fetching
-
-
-class NotOnServer(InputError):
-    """A server that answers has no such file."""
-
-
-def sha1_of(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha1").hexdigest()
-
-
-def fetch(url, path, sha1="", tries=4, pause=1.0):
-    """Fetch url into path, going on from path.part where an earlier try stopped.
-
-    It gets its name when its size and its sha1 (where given) are right. Raises NotOnServer, or
-    InputError where the server cannot be reached or something else came.
-    """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    total = None
-    for attempt in range(tries):
-        time.sleep(pause * (2**attempt - 1))
-        problem = "the connection was cut"
-        try:
-            total = _fetch_rest(url, part)
-        except (OSError, http.client.HTTPException) as error:
-            problem = getattr(error, "reason", error)
-        if total is not None and _size(part) == total:
-            break
-    size = _size(part)
-    if total is None:
-        raise InputError(
-            f"{url} cannot be reached ({problem}): go where there is network, or give root= a "
-            "local copy"
-        )
-    if size < total:
-        raise InputError(
-            f"{url}: {size:,} of {total:,} bytes came ({problem}); run the same command again, it "
-            "goes on from there"
-        )
-    if size > total or (sha1 and sha1_of(part) != sha1):
-        part.unlink()
-        raise InputError(
-            f"{url} came damaged, or is another version than was published (its size or sha1), "
-            "and was removed: run the same command again, or give root= a local copy"
-        )
-    os.replace(part, path)
-
-
-def _fetch_rest(url, part):
-    """Append what is missing of a file to `part`; returns the size of the whole file."""
-    size = _size(part)
-    headers = {"Range": f"bytes={size}-"} if size else {}
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send
-            return size
-        if error.code in (403, 404):  # what an S3 bucket says of a file that it does not have
-            raise NotOnServer(
-                f"{url} is not there (HTTP {error.code}): give root= a local copy, or url= "
-                "another place"
-            ) from None
-        raise
-    with response, open(part, "ab") as file:
-        if size and response.status != 206:  # a server that knows no ranges sends it all again
-            file.truncate(0)
-            size = 0
-        total = size + int(response.headers["Content-Length"])
-        print(f"{url}: {total / 1e6:.1f} MB, {size / 1e6:.1f} of them here", flush=True)
-        while block := response.read(1 << 20):
-            file.write(block)
-    return total
-
-
-def _size(path):
-    return path.stat().st_size if path.exists() else 0

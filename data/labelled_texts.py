@@ -102,11 +102,10 @@ def join_equal_texts(groups, texts):
 
 
 def read_data_json(source, force_classification=False):
-    """A data-json, file or dict, as (frame, names of the classes or None, meta).
+    """A data-json, file or dict, as (frame, names of the classes or None, meta). Raises InputError.
 
-    frame has text, y, group and split (None where it has none). y is the number of the class, or
-    the value of a regression, scaled to [0, 1] where it is not in it; force_classification rounds
-    it to 0 and 1. meta is all but the data. Raises InputError.
+    frame: text, y, group and split (None where it has none). y: the class's number, or the value of
+    a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to 0 and 1.
     """
     where = source.get("name", "the dict") if isinstance(source, dict) else source
     raw = source if isinstance(source, dict) else _load(Path(source))

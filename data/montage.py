@@ -33,10 +33,8 @@ class Montage:
         xyz = []
         for recording, channels in chosen:
             if recording.sfreq != self.sfreq:
-                raise InputError(
-                    f"{recording.path}: {recording.sfreq:g} Hz, the others {self.sfreq:g} Hz: "
-                    "choose subjects= of one rate"
-                )
+                rates = f"{recording.sfreq:g} Hz, the others {self.sfreq:g} Hz"
+                raise InputError(f"{recording.path}: {rates}: choose subjects= of one rate")
             names = recording.path.name + " " + np.array(recording.names, dtype=object)
             finite = finite_channels(recording.signal)
             complete = channels[finite[channels]]
@@ -137,7 +135,7 @@ def lag_windows(signal, channels, rows, offsets, edges):
     """Bin means of windows at many lags, by differences of cumulative sums: (L, N, C, B) float32.
 
     signal: (T, C'); channels: (C,) of it; rows: (N,) of the events; offsets: (L,) samples from an
-    event to the first one of its window; edges: (B + 1,) of the bins, in samples of the window.
+    event to its window's first; edges: (B + 1,) of the bins, in samples of the window.
     """
     windows = np.empty((len(offsets), len(rows), len(channels), len(edges) - 1), np.float32)
     at = rows[:, None] + np.asarray(edges)
@@ -156,10 +154,8 @@ def lag_windows(signal, channels, rows, offsets, edges):
 
 
 def laplacian(names):
-    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any.
-
-    Neighbours have the same letters and a number that is one less or more; LA01 is beside LA2.
-    """
+    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any:
+    those with the same letters and the number before or after; LA01 is beside LA2."""
     place = {}
     for i, name in enumerate(names):
         shaft, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
@@ -180,16 +176,15 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
     """[(Recording, numbers of its good channels)] of some people. Raises InputError.
 
     subjects: sub-03, 3 or nyu_ids, none for all; channels: a regular expression, from a name's
-    beginning; electrodes: a CSV with columns subject and elec.
+    start.
     """
     for asked in subjects:
         if not any(is_subject(asked, recording) for recording in recordings):
             there = ", ".join(recording.path.name for recording in recordings)
-            raise InputError(
-                f"subjects: {recordings[0].path.parent} has no {asked}, only {there}; "
-                f"its prepare.py adds people with subjects={asked}"
-            )
-    table = read_electrode_table(electrodes)
+            cure = f"its prepare.py adds people with subjects={asked}"
+            folder = recordings[0].path.parent
+            raise InputError(f"subjects: {folder} has no {asked}, only {there}; {cure}")
+    table = read_table(electrodes, ["subject", "elec"], dtype=str) if electrodes else None
     chosen = []
     for recording in recordings:
         if subjects and not any(is_subject(asked, recording) for asked in subjects):
@@ -201,10 +196,8 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
         if wanted.any():
             chosen.append((recording, np.flatnonzero(wanted)))
     if not chosen:
-        raise InputError(
-            f"channels={channels} electrodes={electrodes} leave no electrode: there are "
-            f"{', '.join(shafts(recordings))}"
-        )
+        asked = f"channels={channels} electrodes={electrodes}"
+        raise InputError(f"{asked} leave no electrode: there are {', '.join(shafts(recordings))}")
     return chosen
 
 
@@ -221,14 +214,3 @@ def is_subject(asked, recording):
     digits = re.sub(r"\D", "", recording.subject).lstrip("0")
     names = {recording.subject, recording.path.name, str(recording.meta.get("nyu_id", ""))}
     return str(asked) in (names | {digits, digits.zfill(2)}) - {""}
-
-
-def read_electrode_table(path):
-    """The table of electrodes with columns subject and elec, None where there is no path."""
-    if not path:
-        return None
-    table = read_table(path, dtype=str)
-    for column in ("subject", "elec"):
-        if column not in table:
-            raise InputError(f"{path} has no column '{column}', only {', '.join(table)}")
-    return table

@@ -1,10 +1,8 @@
 """Recordings as laboratories have them: the one reader of BIDS folders and of files that MNE reads.
 
-`find_recordings` looks into a BIDS folder and `open_raw` opens one of its files, honouring what the
-sidecars say: channel types, units, bad channels, positions, gaps. `set_places` finds positions by
-channel names, `bad_spans` says what must not be used, `convert_files` makes recordings
-(data/recording.py) of a folder of any files. What was done about a file is gathered in a dict of
-notes; what cannot be read rightly is refused.
+`find_recordings` looks into a BIDS folder, `open_raw` opens one of its files and honours what the
+sidecars say, `convert_files` makes recordings (data/recording.py) of a folder of any files. A dict
+of notes gathers what was done about a file; what cannot be read rightly is refused.
 """
 
 import csv
@@ -18,7 +16,7 @@ import mne_bids
 import numpy as np
 import pandas as pd
 
-from data import InputError, check_content, read_table
+from data import InputError, check_content, column, read_table, read_text
 from data.recording import SENSOR_UNITS, Recording, channel_positions, write_raw
 
 BIDS_ENDINGS = (".vhdr", ".edf", ".bdf", ".set", ".fif", ".ds")
@@ -49,19 +47,12 @@ SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New 
 
 
 def read_tsv(path, *columns):
-    """A table of BIDS, all text; n/a and empty are NaN. Raises InputError where it lacks a column.
-
-    Quotes are marks like any other, unless the first column's name is in quotes.
-    """
-    quoting = csv.QUOTE_NONE
-    if check_content(path).read_bytes().lstrip(b"\xef\xbb\xbf").startswith(b'"'):
-        quoting = csv.QUOTE_MINIMAL
+    """A table of BIDS with these columns, all text; n/a and empty are NaN. Quotes are marks like
+    any other, unless the first column's name is in quotes."""
+    is_quoted = check_content(path).read_bytes()[:4].lstrip(b"\xef\xbb\xbf").startswith(b'"')
+    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
-    table = read_table(path, encoding=encoding_of(path), **options)
-    for column in columns:
-        if column not in table:
-            raise InputError(f"{path} has no column '{column}', only {', '.join(map(str, table))}")
-    return table
+    return read_table(path, columns, **options)
 
 
 def read_json(path):
@@ -69,37 +60,27 @@ def read_json(path):
     if path is None:
         return {}
     try:
-        return json.loads(check_content(path).read_text(encoding_of(path)))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error})") from None
 
 
-def encoding_of(path):
-    """UTF-8, as BIDS has it, or Latin-1, as Excel writes it."""
-    try:
-        Path(path).read_text("utf-8-sig")
-        return "utf-8-sig"
-    except UnicodeDecodeError:
-        return "latin-1"
-
-
-def numbers(table, column, path):
+def numbers(table, name, path):
     """A column as floats, NaN where it says nan or nothing. Raises InputError for other text."""
-    text = table[column].str.strip().str.replace(r"^([-+]?\d+),(\d+)$", r"\1.\2", regex=True)
+    text = column(table, path, name).str.strip()
+    text = text.str.replace(r"^([-+]?\d+),(\d+)$", r"\1.\2", regex=True)  # decimal commas
     text = text.mask(text.str.lower().isin(["nan", "na", "n/a", "none", ""]))
     values = pd.to_numeric(text, errors="coerce")
-    wrong = table[values.isna() & text.notna()]
+    wrong = table[name][values.isna() & text.notna()]
     if len(wrong):
         row = wrong.index[0]
-        raise InputError(f"{path}: {column} '{wrong[column][row]}' in row {row + 1} is no number")
+        raise InputError(f"{path}: {name} '{wrong[row]}' in row {row + 1} is no number")
     return values.astype(float)
 
 
 def sidecar(path, root, suffix):
-    """The nearest file that BIDS' inheritance gives to a recording, such as _channels.tsv, or None.
-
-    It lies beside the recording or above, and all of its entities are the recording's own.
-    """
+    """The nearest file, beside a recording or above, that BIDS' inheritance gives to it: one such
+    as _channels.tsv all of whose entities are the recording's own. None without any."""
     path = Path(path)
     entities = {"", *path.stem.split("_")[:-1]}
     for folder in path.parents:
@@ -119,19 +100,12 @@ def sidecar(path, root, suffix):
 
 
 def find_recordings(root, subjects=(), task="", sensors=""):
-    """[(name, path)] of a BIDS folder's raw recordings; the name has what tells them apart.
-
-    The name is like sub-01 or sub-01_ses-02_run-1. Only sub-* folders are looked into, so nothing
-    of derivatives/, sourcedata/ or code/. Raises InputError for a folder that is no BIDS, and for
-    subjects that are not there, have no recording, or one whose content is missing.
-    """
+    """[(name, path)] of a BIDS folder's raw recordings, such as sub-01 or sub-01_ses-02_run-1;
+    nothing of derivatives/, sourcedata/ or code/. Raises InputError for subjects without any."""
     root = Path(root)
     there = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.name != "sub-emptyroom"]
     if not there:
-        raise InputError(
-            f"root={root} is no BIDS folder: give the one that holds dataset_description.json and "
-            "sub-01, sub-02, ..."
-        )
+        raise InputError(f"root={root} is no BIDS folder: give the one with sub-01, sub-02, ...")
     subjects = [_subject(asked, there, root) for asked in subjects] or there
     datatypes = {"": ("eeg", "meg", "ieeg"), "eeg": ("eeg", "meg"), "ieeg": ("ieeg",)}
     for datatype in datatypes.get(sensors, ("meg",)):
@@ -139,13 +113,11 @@ def find_recordings(root, subjects=(), task="", sensors=""):
         if paths:
             break
     wanted = datatype if paths else sensors or "eeg, meg or ieeg"
+    wanted += f" and task {task}" if task else ""
     for subject in subjects:
         if not any(path.name.startswith(f"sub-{subject}_") for path in paths):
-            raise InputError(
-                f"{root / f'sub-{subject}'} has no recording of {wanted}"
-                f"{f' and task {task}' if task else ''} ({', '.join(BIDS_ENDINGS)}): leave it out "
-                "with subjects="
-            )
+            missing = f"no recording of {wanted} ({', '.join(BIDS_ENDINGS)})"
+            raise InputError(f"{root}/sub-{subject} has {missing}: leave it out with subjects=")
     return list(zip(_names(paths), paths))
 
 
@@ -155,9 +127,9 @@ def _subject(asked, there, root):
     alike = [name for name in there if name.lstrip("0") == asked.lstrip("0")]
     if asked in there:
         return asked
-    if len(alike) == 1:
-        return alike[0]
-    raise InputError(f"{root} has no sub-{asked}; there are {', '.join(there)}")
+    if len(alike) != 1:
+        raise InputError(f"{root} has no sub-{asked}; there are {', '.join(there)}")
+    return alike[0]
 
 
 def _find_paths(root, subjects, datatype, task):
@@ -184,20 +156,17 @@ def _find_paths(root, subjects, datatype, task):
 
 def _names(paths):
     """Names of recordings: the entities of their files that differ within any subject."""
-    stems = pd.Series([path.stem for path in paths])
-    found = stems.str.extractall(r"(?P<key>[a-z]+)-(?P<value>[^_]+)").droplevel("match")
-    entities = found.set_index("key", append=True)["value"].unstack()  # a row a recording
-    telling = entities.groupby("sub").nunique(dropna=False).max() > 1
-    telling["sub"], telling["split"] = True, False
-    found = found[found["key"].map(telling)]
-    names = (found["key"] + "-" + found["value"]).groupby(level=0).agg("_".join)
-    twice = names[names.duplicated(keep=False)]
-    if len(twice):
-        endings = sorted({paths[i].suffix for i in twice.index})
-        raise InputError(
-            f"{twice.iloc[0]} is there in two formats ({', '.join(endings)}): keep one"
-        )
-    return names.tolist()
+    rows = []
+    for path in paths:
+        parts = path.stem.split("_")[:-1]
+        rows.append({part.split("-")[0]: part for part in parts if not part.startswith("split-")})
+    telling = pd.DataFrame(rows).groupby("sub").nunique(dropna=False).max() > 1
+    names = []
+    for row in rows:
+        names.append("_".join(part for key, part in row.items() if telling.get(key, True)))
+        if names.count(names[-1]) > 1:
+            raise InputError(f"{names[-1]} is there in two formats: keep one")
+    return names
 
 
 # ---- one recording
@@ -207,8 +176,7 @@ def open_raw(path, root, sensors=""):
     """(MNE Raw of one kind of sensors, notes of what was done); not loaded unless it must be.
 
     Types, units and bads are those of channels.tsv, positions those of electrodes.tsv. sensors: a
-    key of SENSORS; "": that of the folder, else the first that is there. Raises InputError for a
-    file that is torn, has nothing of a brain, or has a unit that cannot be.
+    key of SENSORS; "": that of the folder, else the first that is there. Raises InputError.
     """
     path, notes, stamps = Path(path), {}, None
     files_of(path)
@@ -243,23 +211,18 @@ def _check_length(raw, path, described, tells_gaps):
     facts = read_json(described)
     stated, seconds = facts.get("RecordingDuration"), raw.n_times / raw.info["sfreq"]
     if isinstance(stated, (int, float)) and seconds < 0.99 * stated - 1:
-        raise InputError(
-            f"{path} is {seconds:.0f} s long where {described.name} says {stated:.0f}: it is torn, "
-            "fetch it again"
-        )
+        lengths = f"{seconds:.0f} s long where {described.name} says {stated:.0f}"
+        raise InputError(f"{path} is {lengths}: it is torn, fetch it again")
     if facts.get("RecordingType") == "discontinuous" and not tells_gaps:
         raise InputError(
-            f"{path} is discontinuous, as {described.name} says, and the file does not tell where: "
-            "events after a gap would land elsewhere. Convert it to FIF or EDF+D, or say "
-            "RecordingType: continuous if the onsets count the file's own time"
+            f"{path} is discontinuous, says {described.name}, and the file does not tell where: "
+            "convert it to FIF or EDF+D, or correct RecordingType if onsets count the file's time"
         )
 
 
 def read_stamps(path):
-    """Onsets (s) of the records of an interrupted EDF+ or BDF+, as they are stamped, else None.
-
-    The annotation signal of each record begins with one, as in +50.0.
-    """
+    """Onsets (s) of the records of an interrupted EDF+ or BDF+, else None: the annotation signal of
+    each record begins with one, as in +50.0."""
     with open(path, "rb") as file:
         head = file.read(256)
         n_signals = int(head[252:256])
@@ -269,17 +232,13 @@ def read_stamps(path):
     labels = np.char.strip(np.frombuffer(fields, "S16", n_signals))
     annotations = np.flatnonzero(np.char.endswith(labels, b" Annotations"))
     if not len(annotations):
-        raise InputError(
-            f"{path} is interrupted and does not tell when, having no annotation signal: convert "
-            "it to FIF"
-        )
+        raise InputError(f"{path} is interrupted and does not tell when: convert it to FIF")
     n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
     width = 2 if head[:1] == b"0" else 3  # bytes
     ends = np.cumsum(n_samples) * width
-    first = annotations[0]
     records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
     records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
-    start = ends[first] - n_samples[first] * width
+    start = ends[annotations[0]] - n_samples[annotations[0]] * width
     texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
     return np.char.partition(texts, b"\x14")[:, 0].astype(float)
 
@@ -312,10 +271,7 @@ def _read_channels(raw, path, channels):
     table = table.set_index("name")
     for name, kind in zip(raw.ch_names, raw.get_channel_types()):
         if name not in table.index and kind != "stim":
-            raise InputError(
-                f"{channels} does not name the channel '{name}' of {path.name}: the two do not "
-                "belong together"
-            )
+            raise InputError(f"{channels} does not name the channel '{name}' of {path.name}")
     table = table.reindex(raw.ch_names).fillna("n/a")
     if "type" in table:
         types = table["type"].str.lower().replace(TYPE_NAMES)
@@ -324,9 +280,7 @@ def _read_channels(raw, path, channels):
         raw.set_channel_types(types.to_dict(), verbose="error")
     if "status" in table:
         raw.info["bads"] = table.index[table["status"].str.lower() == "bad"].tolist()
-    if "units" not in table:
-        return None
-    return table["units"].map(volts)
+    return table["units"].map(volts) if "units" in table else None
 
 
 def volts(unit):
@@ -347,23 +301,17 @@ def _pick_sensors(raw, path, sensors, notes):
         there.sort(key=lambda kind: kind not in ("mag", "grad"))
     if not there or sensors not in ("", *there):
         wanted = sensors or "eeg, ieeg, mag (MEG) or grad (MEG)"
-        raise InputError(
-            f"{path} has no channel of type {wanted}, only {', '.join(sorted(set(types)))}: look "
-            "at the types in its channels.tsv"
-        )
-    kind = sensors or there[0]
-    raw.pick(list(SENSORS[kind][0]), exclude=())
-    notes["sensors"] = kind
-    del counts[kind]
+        found = ", ".join(sorted(set(types)))
+        raise InputError(f"{path} has no channel of type {wanted}, only {found}: see channels.tsv")
+    notes["sensors"] = sensors or there[0]
+    raw.pick(list(SENSORS[notes["sensors"]][0]), exclude=())
+    del counts[notes["sensors"]]
     notes["other_sensors"] = counts
 
 
 def _set_units(raw, path, stated, notes):
-    """Bring a Raw to V, T or T/m. Raises InputError for a size that no brain's signal has.
-
-    The unit in the file holds, and where it has none, or one that cannot be, that of channels.tsv.
-    stated: units of channels.tsv in V, NaN where it has none; None: it has none at all.
-    """
+    """Bring a Raw to V, T or T/m: by the file's unit, or where it has none, or one that cannot be,
+    by `stated`, channels.tsv's (C,) in V (NaN: none). Raises InputError for a size no brain has."""
     _, low, high = SENSORS[notes["sensors"]]
     in_file = pd.Series(raw._orig_units, dtype=object).reindex(raw.ch_names).fillna("V").map(volts)
     ratio = np.ones(len(in_file))
@@ -380,8 +328,8 @@ def _set_units(raw, path, stated, notes):
         unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
         raise InputError(
             f"{path}: a standard deviation of {size:.2g} {unit} within a second is no brain's "
-            f"({low:g} to {high:g}): if the unit is wrong, say the right one (µV, mV, V) in the "
-            "column units of channels.tsv; if this is a test signal, leave it out"
+            f"({low:g} to {high:g}): say the right one (µV, mV, V) in the column units of "
+            "channels.tsv, or leave it out if it is a test signal"
         )
     if (factor != 1).any():
         raw.load_data(verbose="error")
@@ -461,11 +409,10 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
         axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # x is to the nose there, y to the left
     xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
     _rename(raw, table["name"], notes)
-    if np.nanmax(np.abs(xyz), initial=0) > 1:
-        raise InputError(
-            f"{electrodes}: an electrode {np.nanmax(np.abs(xyz)):.0f} m from the head: say in "
-            "coordsystem.json in which unit the positions are (m, cm, mm)"
-        )
+    farthest = np.nanmax(np.abs(xyz), initial=0)
+    if farthest > 1:
+        cure = "say in coordsystem.json in which unit the positions are (m, cm, mm)"
+        raise InputError(f"{electrodes}: an electrode {farthest:.0f} m from the head: {cure}")
     places = {}
     for name, place in zip(table["name"], xyz):
         if name in raw.ch_names and np.isfinite(place).all():
@@ -488,16 +435,14 @@ class NoPlaces(InputError):
 def require_places(raw, name):
     if len(without_place(raw)) == len(raw.ch_names):
         names = ", ".join(raw.ch_names[:5])
-        raise NoPlaces(
-            f"{name}: no channel has a position ({names}, ...): give montage= with these names, or "
-            "add electrodes.tsv"
-        )
+        cure = "give montage= with these names, or add electrodes.tsv"
+        raise NoPlaces(f"{name}: no channel has a position ({names}, ...): {cure}")
 
 
 def without_place(raw):
     """Names of the channels of a Raw that have no position."""
-    known = np.isfinite(channel_positions(raw)).all(1)
-    return [name for name, there in zip(raw.ch_names, known) if not there]
+    unknown = np.isnan(channel_positions(raw)).any(axis=1)
+    return np.array(raw.ch_names)[unknown].tolist()
 
 
 # ---- what must not be used
@@ -511,13 +456,14 @@ def is_segment(text):
 def bad_spans(raw):
     """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or joints."""
     marks = raw.annotations
-    begins = (marks.onset - raw.first_time).tolist()
-    ends = (marks.onset - raw.first_time + marks.duration).tolist()
     spans = []
-    for begin, end, text, names in zip(begins, ends, marks.description, marks.ch_names):
+    for onset, length, text, names in zip(
+        marks.onset, marks.duration, marks.description, marks.ch_names
+    ):
+        begin = float(onset - raw.first_time)
         begins_all = begin <= 0 and not text.lower().startswith("bad")  # as a New Segment does
         if is_segment(text) and not begins_all and not names:  # names: of these channels alone
-            spans.append([begin, end])
+            spans.append([begin, float(onset - raw.first_time + length)])
     return sorted(spans)
 
 
@@ -529,14 +475,13 @@ def clock_spans(raw):
 def take_segments(raw, table, columns, path):
     """The rows of an events.tsv that are events; those that mark segments annotate the Raw."""
     marks = np.zeros(len(table), dtype=bool)
-    for column in columns:
-        rows = table[column].fillna("").map(is_segment).to_numpy(bool)
+    for name in columns:
+        rows = table[name].fillna("").map(is_segment).to_numpy(bool)
         onset = numbers(table[rows], "onset", path)
         duration = numbers(table[rows], "duration", path) if "duration" in table else 0 * onset
         known = onset.notna()
-        texts = table[column][rows][known]
         begin = onset[known] + raw.first_time
-        raw.annotations.append(begin, duration[known].fillna(0.0), texts)
+        raw.annotations.append(begin, duration[known].fillna(0.0), table[name][rows][known])
         marks |= rows
     return table[~marks]
 
@@ -552,12 +497,13 @@ def inside_spans(begin, end, spans):
 def check_onsets(onset, seconds, sfreq, path):
     """(N,) which onsets (s) lie in the recording. Raises InputError where most do not."""
     inside = (onset >= 0) & (onset < seconds)
-    if inside.sum() * 2 >= len(onset):
-        return inside
-    raise InputError(
-        f"{path}: {int((~inside).sum())} of {len(onset)} onsets lie outside the {seconds:.0f} s of "
-        f"the recording: are they in ms, or in samples ({sfreq:g} a second)? They must be in s"
-    )
+    n_outside = int((~inside).sum())
+    if n_outside * 2 > len(onset):
+        raise InputError(
+            f"{path}: {n_outside} of {len(onset)} onsets lie outside the {seconds:.0f} s of the "
+            f"recording: are they in ms, or in samples ({sfreq:g} a second)? They must be in s"
+        )
+    return inside
 
 
 # ---- a folder of files
@@ -581,9 +527,9 @@ def raw_files(folder):
 def convert_files(folder, out, montage="", sensors="", places=True):
     """Make a recording in `out` of every file under `folder` that MNE reads; returns their folders.
 
-    A recording that is there of the same file stays. Later parts of a split file are read with its
-    first part. montage: MNE's, gives places by names; places: leave out, and name, files in which
-    no channel has one. Raises InputError where that leaves nothing.
+    A recording of the same file stays; later parts of a split file are read with its first.
+    montage: MNE's, gives places by names; places: leave out, and name, files in which no channel
+    has one.
     """
     folder, made, later_parts, reason = Path(folder), [], set(), None
     paths, skipped = raw_files(folder)
@@ -644,12 +590,8 @@ def _convert_file(path, folder, out, montage, sensors, places):
 
 def converted_files(folder, out):
     """Folders in `out` of the recordings that convert_files has made of a folder."""
-    made = []
-    for path in raw_files(folder)[0]:
-        target = _target(path, folder, out)
-        if (target / "meta.yaml").exists():
-            made.append(target)
-    return made
+    targets = [_target(path, folder, out) for path in raw_files(folder)[0]]
+    return [target for target in targets if (target / "meta.yaml").exists()]
 
 
 def _target(path, folder, out):

@@ -16,9 +16,7 @@ Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of
 first_samp): an event at `onset` seconds is at row round(sfreq * onset) - first_sample. It may lie
 outside the signal, as when a film goes on after the amplifier has stopped.
 
-`write_recording` (arrays) or `write_raw` (an MNE Raw) writes a recording and `write_set` completes
-the dataset; `read_set` and `Recording` read it. The last part prepares signals for a pretrained
-NeuralEncoder (foundation.py shows how).
+The last part prepares signals for a pretrained NeuralEncoder (foundation.py shows how).
 """
 
 import hashlib
@@ -28,7 +26,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import InputError, aside, load_meta, read_table, remedy, write_aside, write_yaml
+from data import (
+    InputError,
+    aside,
+    check_content,
+    check_options,
+    column,
+    load_meta,
+    read_table,
+    remedy,
+    write_aside,
+    write_yaml,
+)
 
 FORMAT, SET_FORMAT = "recording-1", "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
@@ -41,16 +50,13 @@ SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # all other types are in V
 
 
 def write_recording(folder, signal, channels, events, first_sample=0, **meta):
-    """Write one recording block by block; returns its meta.
+    """Write one recording block by block; returns its meta. Raises InputError.
 
     signal: (T, C) array, or an iterable of (t, C) blocks.
     channels: DataFrame with name and, where known, type, x, y, z (m), status.
     events: DataFrame with onset (s) and, where known, duration (s).
     meta: sfreq (Hz), unit ('V', 'a.u.', ...), subject, source (where it is from), synthetic, and
-        any other keys of plain types.
-
-    An older meta.yaml is removed first and the new one comes last, so a folder never claims to hold
-    what it does not. Raises InputError for anything that does not fit the format.
+        any other keys of plain types. An older meta.yaml goes first, the new one comes last.
     """
     folder = Path(folder)
     channels = check_channels(channels, folder / "channels.csv")
@@ -89,10 +95,8 @@ def _write_signal(path, blocks, n_channels):
         for block in blocks:
             block = np.ascontiguousarray(block, dtype="<f4")
             if block.ndim != 2 or block.shape[1] != n_channels:
-                raise InputError(
-                    f"{path}: a block of shape {block.shape} where (time, {n_channels} channels) "
-                    "was expected"
-                )
+                wanted = f"(time, {n_channels} channels)"
+                raise InputError(f"{path}: a block of shape {block.shape}, not {wanted}")
             content = memoryview(block).cast("B")
             file.write(content)
             digest.update(content)
@@ -101,17 +105,12 @@ def _write_signal(path, blocks, n_channels):
 
 
 def write_raw(folder, raw, events, block_s=30.0, **meta):
-    """Write all channels of an MNE Raw, `block_s` seconds at a time; returns the recording's meta.
-
-    Channel types, positions (m) and bads come from raw.info, first_sample from raw.first_samp.
-    meta: subject, source, synthetic and more keys.
-    """
+    """Write all channels of an MNE Raw with its types, places (m), bads and first sample; returns
+    the recording's meta. meta: subject, source, synthetic and more keys."""
     units = {SENSOR_UNITS.get(kind, "V") for kind in raw.get_channel_types()}
     if len(units) > 1:
-        raise InputError(
-            f"{folder}: channels in {' and '.join(sorted(units))} cannot stand in one recording: "
-            "take one kind of sensors"
-        )
+        units = " and ".join(sorted(units))
+        raise InputError(f"{folder}: channels in {units} cannot stand in one recording")
     places = channel_positions(raw)
     status = np.where(np.isin(raw.ch_names, raw.info["bads"]), "bad", "good")
     channels = pd.DataFrame({"name": raw.ch_names, "type": raw.get_channel_types()})
@@ -134,8 +133,9 @@ def write_raw(folder, raw, events, block_s=30.0, **meta):
 def channel_positions(raw):
     """(C, 3) positions (m) of an MNE Raw's channels, NaN where unknown."""
     places = np.array([ch["loc"][:3] for ch in raw.info["chs"]], dtype=float).reshape(-1, 3)
-    known = np.isfinite(places).all(1) & (places != 0).any(1)  # MNE's zeros mean unknown
-    return np.where(known[:, None], places, np.nan)
+    places[~places.any(axis=1)] = np.nan  # MNE's zeros mean unknown
+    places[~np.isfinite(places).all(axis=1)] = np.nan
+    return places
 
 
 def write_set(folder, recordings, *, synthetic, **meta):
@@ -185,14 +185,12 @@ class Recording:
 
     def _open_signal(self, file):
         samples, n_channels = int(self.meta["samples"]), len(self.names)
-        if not file.is_file():
-            raise InputError(f"{file} is missing{remedy(self.path)}")
-        size = file.stat().st_size
+        size = check_content(file).stat().st_size
         if size != 4 * samples * n_channels or size == 0:
-            raise InputError(
-                f"{file} is {size:,} bytes long where {samples:,} samples of {n_channels} channels "
-                f"take {4 * samples * n_channels:,}{remedy(self.path)}"
+            wanted = (
+                f"{samples:,} samples of {n_channels} channels take {4 * samples * n_channels:,}"
             )
+            raise InputError(f"{file} is {size:,} bytes long where {wanted}{remedy(self.path)}")
         return np.memmap(file, "<f4", mode="r", shape=(samples, n_channels))
 
     def rows(self, onset):
@@ -208,10 +206,8 @@ def read_meta(folder):
 
 
 def read_set(folder):
-    """meta.yaml of a dataset: Recording(folder / name) opens each of its 'recordings'.
-
-    A set of speech has the key 'words', the table of its transcript; a set of pictures has none.
-    """
+    """meta.yaml of a dataset: Recording(folder / name) opens each of its 'recordings'; a set of
+    speech also has 'words', the table of its transcript."""
     return load_meta(folder, "recordings", SET_FORMAT, ("recordings", "synthetic"))
 
 
@@ -225,22 +221,12 @@ def complete(folder):
     return True
 
 
-def made_recordings(folder, options, defaults=None):
-    """Names of the recordings of a whole dataset, [] where there is none.
-
-    Raises InputError where it was made with other options; defaults: values of those that older
-    versions did not have.
-    """
+def made_recordings(folder, options):
+    """Names of a whole dataset's recordings, [] without one. InputError for other options."""
     if not complete(folder):
         return []
     meta = read_set(folder)
-    made_with = {**(defaults or {}), **(meta.get("options") or {})}
-    for key, value in options.items():
-        if made_with.get(key) != value:
-            raise InputError(
-                f"{folder} was made with {key}={made_with.get(key)}: give overwrite=True to make "
-                f"it again with {key}={value}, or another out_dir"
-            )
+    check_options(folder, meta.get("options"), options)
     return meta["recordings"]
 
 
@@ -253,35 +239,30 @@ def _read_csv(path):
 def check_channels(table, path):
     """A table of channels with every column the format has, these first. Raises InputError."""
     table = pd.DataFrame(table).reset_index(drop=True)
-    if "name" not in table or not len(table):
-        raise InputError(f"{path} needs a column 'name' and at least one channel")
-    table["name"] = table["name"].astype(str)
+    table["name"] = column(table, path, "name").astype(str)
     defaults = {"type": "eeg", "x": np.nan, "y": np.nan, "z": np.nan, "status": "good"}
-    for column, default in defaults.items():
-        if column not in table:
-            table[column] = default
-    twice = table["name"][table["name"].duplicated()]
-    if len(twice):
-        raise InputError(f"{path}: the channel name {twice.iloc[0]!r} stands there twice")
-    unknown = sorted(set(table["status"]) - {"good", "bad"})
-    if unknown:
-        raise InputError(f"{path}: status is good or bad, not {unknown[0]!r}")
-    try:
-        table[["x", "y", "z"]] = table[["x", "y", "z"]].astype(float)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: x, y, z are positions in m ({error})") from None
+    for name, default in defaults.items():
+        if name not in table:
+            table[name] = default
+    problem = ""
+    if not len(table):
+        problem = "there is no channel"
+    elif table["name"].duplicated().any():
+        twice = table["name"][table["name"].duplicated()].iloc[0]
+        problem = f"the channel name {twice!r} stands there twice"
+    elif not table["status"].isin(["good", "bad"]).all():
+        problem = f"status is good or bad, not all of {sorted(set(table['status']))}"
+    if problem:
+        raise InputError(f"{path}: {problem}")
+    for axis in "xyz":
+        table[axis] = _numbers(table, axis, path)
     return table[CHANNEL_COLUMNS + [c for c in table if c not in CHANNEL_COLUMNS]]
 
 
 def check_events(table, path):
     """A table of events with finite onsets and a duration, these first. Raises InputError."""
     table = pd.DataFrame(table).reset_index(drop=True)
-    if "onset" not in table:
-        raise InputError(f"{path} needs a column 'onset' in seconds")
-    try:
-        table["onset"] = table["onset"].astype(float)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: onset is a time in seconds ({error})") from None
+    table["onset"] = _numbers(table, "onset", path)
     wrong = np.flatnonzero(~np.isfinite(table["onset"].to_numpy()))
     if len(wrong):
         raise InputError(
@@ -293,6 +274,13 @@ def check_events(table, path):
     return table[["onset", "duration"] + [c for c in table if c not in ("onset", "duration")]]
 
 
+def _numbers(table, name, path):
+    try:
+        return column(table, path, name).astype(float)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {name} is a number ({error})") from None
+
+
 # ---- input of a pretrained encoder
 # Its recipe is a dict: sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid.
 
@@ -301,21 +289,15 @@ def resampled(signal, sfreq, recipe, channels=None):
     """A continuous signal (T, C') at recipe['sfreq'] by block means: (T', C, F) float32.
 
     channels: numbers of the C channels wanted, all by default. The F features of a channel are the
-    envelopes of recipe['bands'], or the signal itself. Row i begins i / recipe['sfreq'] s after the
-    signal's row 0. A file is read piece by piece: hours take little memory. Raises InputError where
-    the signal is too slow for the recipe.
+    envelopes of recipe['bands'], or the signal itself. Row i begins i / recipe['sfreq'] s after row
+    0. A file is read piece by piece: hours take little memory. Raises InputError for a slow signal.
     """
     target, bands = recipe["sfreq"], recipe["bands"]
     if target > sfreq:
-        raise InputError(
-            f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording: block means only "
-            "go down"
-        )
+        raise InputError(f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording")
     for _, high in bands:
         if high >= sfreq / 2:
-            raise InputError(
-                f"bands: {high:g} Hz is not below half of the recording's {sfreq:g} Hz"
-            )
+            raise InputError(f"bands: {high:g} Hz is not below half of the recording's {sfreq:g}")
     if channels is None:
         channels = np.arange(signal.shape[1])
     # Blocks differ by a sample where the ratio of the rates is no integer.
@@ -386,19 +368,15 @@ def envelope(x, sfreq, low, high):
 
 
 def robust_scale(x):
-    """(median, robust SD), each (C, F), over the first axis of x (T', C, F).
-
-    The robust SD is the interquartile range / 1.349, which is a Gaussian's SD; 1 if nothing varies.
-    """
+    """(median, robust SD), each (C, F), over the first axis of x (T', C, F); the robust SD is the
+    interquartile range / 1.349, a Gaussian's SD, or 1 if nothing varies."""
     low, centre, high = np.percentile(x, [25, 50, 75], axis=0)
     return centre, np.where(high > low, (high - low) / 1.349, 1.0)
 
 
 def places(names, xyz, good, grid=""):
-    """Positions (C, 3) in m as an encoder takes them; NaN, which is absent, for a bad channel.
-
-    grid='8x8' puts the channels G1 .. G64 on a grid, row by row, 10 mm apart, whatever xyz says.
-    """
+    """Positions (C, 3) in m as an encoder takes them, NaN (absent) for a bad channel. grid='8x8'
+    puts the channels G1 .. G64 on a grid, row by row, 10 mm apart, whatever xyz says."""
     xyz = np.array(xyz, dtype=float)
     if grid:
         n_rows, n_columns = map(int, grid.split("x"))
@@ -412,12 +390,9 @@ def places(names, xyz, good, grid=""):
 
 
 def encoder_input(windows, recipe, centre, scale):
-    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them, float32.
-
-    (N, C, P * F * patch): in units of `scale` about `centre`, (C, F) from robust_scale over
-    training time, cut at recipe['clamp']; the features of a patch side by side. Samples beyond the
-    last whole patch are left out.
-    """
+    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them: (N, C, P * F *
+    patch) float32, in units of `scale` about `centre` (C, F), cut at recipe['clamp']; the features
+    of a patch side by side. Samples beyond the last whole patch are left out."""
     N, T, C, F = windows.shape
     patch, clamp = recipe["patch"], recipe["clamp"]
     x = np.clip((windows - centre) / scale, -clamp, clamp).astype(np.float32)
@@ -426,11 +401,8 @@ def encoder_input(windows, recipe, centre, scale):
 
 
 def named_places(names, xyz, recipe):
-    """Positions (C, 3) in m, and how the channels were matched to those of pretraining.
-
-    Where xyz is NaN, a channel gets the mean place that channels of its name had in pretraining.
-    The counts are {name: known by name, position: by its own position only, absent: neither}.
-    """
+    """Positions (C, 3) in m: where xyz is NaN, the mean place that channels of its name had in
+    pretraining; and counts {name: known by name, position: by its place only, absent: neither}."""
     known = {}
     for recording in recipe["recordings"]:
         for name, place in zip(recording["channels"], recording["xyz"]):

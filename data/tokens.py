@@ -13,11 +13,9 @@ Folders made elsewhere are read as they are: nanoGPT's (train.bin, val.bin and, 
 meta.pkl), and shards with the header of llm.c and modded-nanogpt (*train*.bin, *val*.bin: 256
 int32, the first three 20240520, 1, the number of tokens; then uint16).
 
-`write_dataset` writes a dataset, `write_shards` makes one of any amount of documents, in parallel
-and resumable, `Tokens` reads a split, `Tokenizer` turns text into ids and back. A tokenizer
-travels, in checkpoints too, as its state, a dict of plain types: name, pattern, special_tokens
-({text: id}) and ranks (the text of the rank file). A tokenizer of characters is the same thing
-with the pattern `[\\s\\S]` and a rank for each character.
+A tokenizer travels, in checkpoints too, as its state, a dict of plain types: name, pattern,
+special_tokens ({text: id}) and ranks (the text of the rank file). A tokenizer of characters is the
+same thing with the pattern `[\\s\\S]` and a rank for each character.
 """
 
 import base64
@@ -60,7 +58,6 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 HEADER = 20240520  # magic number of llm.c's token files
-LLAMA3_HEADER = 20240801
 HEADER_BYTES = 1024
 
 # How GPT-2's files spell bytes: printable ones as themselves, the others as U+0100 and up
@@ -78,7 +75,7 @@ class Tokenizer:
 
     state: what it was made from; core: the tiktoken.Encoding; n_vocab: ids, special ones included;
     special: {text: id}; eot: the id of <|endoftext|>, or None; known: the characters of a tokenizer
-    that lacks some of the 256 bytes (one of characters, say), else None.
+    without all 256 bytes, else None.
     """
 
     def __init__(self, state):
@@ -93,32 +90,28 @@ class Tokenizer:
             self.known = {token.decode(errors="ignore") for token in ranks}
 
     def encode(self, text):
-        """List of token ids. Raises InputError for a character without a token.
-
-        '<|endoftext|>' in the text is plain text; half of a surrogate pair counts as U+FFFD.
-        """
+        """List of token ids; '<|endoftext|>' in the text is plain text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same as a uint32 array, which takes a tenth of the memory."""
+        """The same as a uint32 array. Raises InputError for a character without a token."""
         text = replace_lone_surrogates(text)
         if self.known is not None and not self.known.issuperset(text):
-            character = min(set(text) - self.known)
-            raise InputError(
-                f"the tokenizer '{self.state['name']}' has no character {character!r}: "
-                "leave it out of the text, or use a byte-level tokenizer"
-            )
+            missing = min(set(text) - self.known)
+            name = f"the tokenizer '{self.state['name']}'"
+            cure = "leave it out of the text, or use a byte-level tokenizer"
+            raise InputError(f"{name} has no character {missing!r}: {cure}")
         return self.core.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
         """The text of token ids. Ids without a token and torn characters become U+FFFD."""
-        return b"".join(map(self._bytes_of, ids)).decode(errors="replace")
-
-    def _bytes_of(self, i):
-        try:
-            return self.core.decode_single_token_bytes(int(i))
-        except KeyError:
-            return "\ufffd".encode()
+        pieces = []
+        for i in map(int, ids):
+            try:
+                pieces.append(self.core.decode_single_token_bytes(i))
+            except KeyError:
+                pieces.append("\ufffd".encode())
+        return b"".join(pieces).decode(errors="replace")
 
 
 def replace_lone_surrogates(text):
@@ -198,11 +191,8 @@ def nanogpt_characters(path):
 
 
 def gpt2_encoding(bpe=""):
-    """GPT-2's byte-level BPE (50,257 tokens) as a tiktoken.Encoding.
-
-    From the file `bpe` where one is given (vocab.bpe, merges.txt, or r50k_base.tiktoken; its
-    checksum is verified), else from tiktoken's cache, else from the network. Raises InputError.
-    """
+    """GPT-2's byte-level BPE as a tiktoken.Encoding: from the file `bpe` (vocab.bpe, merges.txt or
+    r50k_base.tiktoken, its checksum verified), else tiktoken's cache, else the network."""
     if bpe:
         return encoding(_gpt2_state(Path(bpe)))
     try:
@@ -225,8 +215,8 @@ def _gpt2_state(path):
         ranks = ranks_of_merges(text.decode())
     else:
         raise InputError(
-            f"{path} is not GPT-2's BPE: its SHA-256 {hashlib.sha256(raw).hexdigest()[:12]}... is "
-            "neither that of vocab.bpe (merges.txt) nor that of r50k_base.tiktoken; fetch it again"
+            f"{path} is not GPT-2's BPE: its SHA-256 is neither that of vocab.bpe (merges.txt) nor "
+            "that of r50k_base.tiktoken; fetch it again"
         )
     return make_state("gpt2", GPT2_PATTERN, ranks, {ENDOFTEXT: ranks.count("\n")})
 
@@ -246,10 +236,7 @@ def bytes_of(spelled):
 
 
 def learn_bpe(texts, vocab_size, name):
-    """State of a byte-level BPE learned from a list of texts; its last token is <|endoftext|>.
-
-    The same texts in the same order give the same tokens. Raises InputError for too little text.
-    """
+    """State of a byte-level BPE learned from a list of texts; its last token is <|endoftext|>."""
     from tokenizers import ByteLevelBPETokenizer
 
     bpe = ByteLevelBPETokenizer()
@@ -293,11 +280,10 @@ def dtype_of(vocab_size):
 
 
 def write_dataset(folder, splits, tokenizer, **meta):
-    """Write a dataset, streaming, and return its meta.
+    """Write a dataset, streaming, and return its meta. Raises InputError.
 
     splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}, written in this order;
     tokenizer: a state; meta: more keys for meta.yaml, plain types. An older meta.yaml goes first.
-    Raises InputError for an id outside the vocabulary or a split without tokens.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,27 +294,20 @@ def write_dataset(folder, splits, tokenizer, **meta):
         path = folder / f"{split}.bin"
         with aside(path) as file:
             writer = TokenFile(file, path.name, vocab_size)
-            for ids in arrays:
-                ids = np.asarray(ids)
+            for ids in map(np.asarray, arrays):
                 if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-                    raise InputError(
-                        f"{path}: token ids {ids.min()}..{ids.max()} do not fit the tokenizer's "
-                        f"{vocab_size} tokens"
-                    )
+                    span = f"{ids.min()}..{ids.max()}"
+                    raise InputError(f"{path}: ids {span} do not fit {vocab_size} tokens")
                 writer.write(ids)
             if not writer.tokens:
-                raise InputError(
-                    f"{path}: the {split} split got no tokens; give it more text or a larger share"
-                )
+                cure = "give it more text or a larger share"
+                raise InputError(f"{path}: the {split} split got no tokens; {cure}")
         entries[split] = writer.entry()
     return write_meta(folder, entries, tokenizer, **meta)
 
 
 def write_meta(folder, splits, tokenizer, **meta):
-    """Complete a dataset whose token files are there (splits: as meta.yaml has them).
-
-    Writes tokenizer.tiktoken, then meta.yaml, whose content it returns.
-    """
+    """Complete a dataset whose token files are there; splits and the result: as meta.yaml has."""
     folder = Path(folder)
     vocab_size = encoding(tokenizer).n_vocab
     described = {**tokenizer, "file": "tokenizer.tiktoken"}
@@ -349,10 +328,7 @@ def write_meta(folder, splits, tokenizer, **meta):
 
 
 def read_meta(folder):
-    """meta.yaml of a dataset as a dict, or what it would say of a folder made elsewhere.
-
-    Raises InputError when there is no finished dataset, or one of another format.
-    """
+    """meta.yaml of a dataset, or what it would say of one made elsewhere. Raises InputError."""
     folder = Path(folder)
     if not (folder / "meta.yaml").is_file():
         meta = _foreign_meta(folder)
@@ -381,21 +357,17 @@ class Tokens:
     """
 
     def __init__(self, folder, split):
-        self.folder = Path(folder)
+        self.path = self.folder = Path(folder)
         self.meta = read_meta(folder)
         self.vocab_size = self.meta["vocab_size"]
-        if split not in self.meta["splits"]:
-            raise InputError(
-                f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}"
-            )
-        entry = self.meta["splits"][split]
-        parts = list(map(self._open, entry.get("shards", [entry])))
+        splits = self.meta["splits"]
+        if split not in splits:
+            raise InputError(f"{folder} has no split '{split}', only {', '.join(splits)}")
+        parts = list(map(self._open, splits[split].get("shards", [splits[split]])))
+        self.tokens = Stream(parts)
         if len(parts) == 1:
             self.path = Path(parts[0].filename)
             self.tokens = parts[0]
-        else:
-            self.path = self.folder
-            self.tokens = Stream(parts)
 
     def _open(self, shard):
         path = check_content(self.folder / shard["file"])
@@ -403,42 +375,33 @@ class Tokens:
         offset = shard.get("offset", 0)
         size = path.stat().st_size
         expected = offset + shard["tokens"] * dtype.itemsize
-        if size == 0:
-            raise InputError(f"{path} is empty{remedy(self.folder)}")
-        if size != expected:
-            where = f"{path} is {size:,} bytes long where {expected:,} are expected"
-            raise InputError(where + remedy(self.folder))
+        if size != expected or not size:
+            problem = f"is {size:,} bytes long where {expected:,} are expected"
+            raise InputError(f"{path} {problem}{remedy(self.folder)}")
         return np.memmap(path, dtype, mode="r", offset=offset)
 
     def __len__(self):
         return len(self.tokens)
 
     def windows(self, starts, length):
-        """int64 (len(starts), length): `length` tokens from each of `starts`.
-
-        Raises InputError for a window that leaves the split or an id that is no token.
-        """
+        """int64 (len(starts), length): `length` tokens from each of `starts`. Raises InputError."""
         starts = np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(self) - length:
-            raise InputError(
-                f"{self.path}: windows of {length} tokens from {starts.min()} to {starts.max()} "
-                f"leave its {len(self)} tokens"
-            )
+            span = f"windows of {length} tokens from {starts.min()} to {starts.max()}"
+            raise InputError(f"{self.path}: {span} leave its {len(self)} tokens")
         ids = np.empty((len(starts), length), dtype=np.int64)
         for row, start in zip(ids, starts):
             row[:] = self.tokens[start : start + length]
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
-            raise InputError(
-                f"{self.path}: token id {ids[row, column]} at offset {starts[row] + column} is "
-                f"outside the vocabulary of {self.vocab_size}"
-                + remedy(self.folder, " overwrite=True")
-            )
+            wrong = f"token id {ids[row, column]} at offset {starts[row] + column}"
+            cure = remedy(self.folder, " overwrite=True")
+            raise InputError(f"{self.path}: {wrong} is none of the {self.vocab_size} tokens{cure}")
         return ids
 
 
 class Stream:
-    """Several arrays read as one: len, slices, and arrays of indices, as a memmap takes them."""
+    """Several arrays read as one: len, slices (of step 1), and arrays of indices."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -453,28 +416,20 @@ class Stream:
         return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype, copy=False)
 
     def __getitem__(self, index):
-        if not isinstance(index, slice):
-            return self._pick(np.asarray(index))
-        start, stop, step = index.indices(len(self))
-        if step != 1:
-            return self._pick(np.arange(start, stop, step))
-        pieces = [self.parts[0][:0]]
-        for part, begin, end in zip(self.parts, self.begins, self.ends):
-            if begin < stop and start < end:
-                pieces.append(part[max(start - begin, 0) : max(stop - begin, 0)])
-        return np.concatenate(pieces)
-
-    def _pick(self, index):
-        if index.size and not -len(self) <= index.min() <= index.max() < len(self):
-            span = f"{index.min()}..{index.max()}"
-            raise IndexError(f"index {span} in a stream of {len(self)} tokens")
-        index = index % len(self)
+        if isinstance(index, slice):
+            start, stop, _ = index.indices(len(self))
+            pieces = [self.parts[0][:0]]
+            for part, begin, end in zip(self.parts, self.begins, self.ends):
+                if begin < stop and start < end:
+                    pieces.append(part[max(start - begin, 0) : stop - begin])
+            return np.concatenate(pieces)
+        index = np.asarray(index)
         which = np.searchsorted(self.ends, index, "right")
         picked = np.empty(index.shape, self.parts[0].dtype)
         for k in np.unique(which):
             inside = which == k
             picked[inside] = self.parts[k][index[inside] - self.begins[k]]
-        return picked[()]
+        return picked
 
 
 def complete(folder):
@@ -485,23 +440,6 @@ def complete(folder):
         tokenizer_state(folder)
     except (InputError, OSError):
         return False
-    return True
-
-
-def already_made(folder, options):
-    """Whether a complete dataset of these options is there, which it says.
-
-    Raises InputError for one that was made with other options.
-    """
-    if not complete(folder):
-        return False
-    made_with = read_meta(folder).get("options")
-    if made_with != options:
-        raise InputError(
-            f"{folder} was made with other options ({made_with}): "
-            "give overwrite=True to make it again, or another out_dir="
-        )
-    print(f"{folder} is there already (overwrite=True makes it again)")
     return True
 
 
@@ -532,10 +470,8 @@ def _foreign_meta(folder):
 
 
 def find_token_files(folder):
-    """Splits, as meta.yaml has them, of token files that no meta.yaml describes.
-
-    train.bin and val.bin, with or without llm.c's header, or *train*.bin and *val*.bin with it.
-    """
+    """Splits, as meta.yaml has them, of files without one: train.bin and val.bin, with or without
+    llm.c's header, or *train*.bin and *val*.bin with it."""
     splits = {}
     for split in ("train", "val"):
         bare = folder / f"{split}.bin"
@@ -554,8 +490,6 @@ def _read_header(path):
     head = np.fromfile(path, "<i4", 256)
     if len(head) == 256 and head[0] == HEADER and head[1] == 1:
         return {"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES}
-    if len(head) == 256 and head[0] == LLAMA3_HEADER and head[1] == 7:
-        raise InputError(f"{path} holds tokens of Llama 3: shards of GPT-2's tokens are read")
     return None
 
 
@@ -593,39 +527,29 @@ def kind_of(path):
 
 
 def find_documents(root, pattern=""):
-    """Files of documents, sorted: root itself, or those under it that match the glob `pattern`.
-
-    Without a pattern: a folder's parquet files, else its JSONL files, else its text files. Hidden
-    files and folders do not count. Raises InputError where there are none.
-    """
+    """Files of documents, sorted: root itself, or those under it that match a glob; without one its
+    parquet files, else JSONL, else text. Hidden ones do not count. InputError without any."""
     root = Path(root)
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
-    files = []
     of_kind = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
-        hidden = "/." in f"/{path.relative_to(root)}"
-        if path.is_file() and not hidden:
-            files.append(path)
-            of_kind[kind_of(path)].append(path)
-    if not pattern:
-        files = of_kind["parquet"] or of_kind["jsonl"] or of_kind["text"]
-    if not files:
-        raise InputError(
-            f"root={root} holds no {pattern or '.parquet, .jsonl, .txt or .md'} files: "
-            "give another root=, or the kind of yours with files="
-        )
-    return files
+        is_hidden = "/." in f"/{path.relative_to(root)}"
+        if path.is_file() and not is_hidden:
+            of_kind["any" if pattern else kind_of(path)].append(path)
+    for kind in ("any", *ENDINGS):
+        if of_kind[kind]:
+            return of_kind[kind]
+    wanted = pattern or ".parquet, .jsonl, .txt or .md"
+    cure = "give another root=, or the kind of yours with files="
+    raise InputError(f"root={root} holds no {wanted} files: {cure}")
 
 
 def documents(path, start=0, stop=None, column="text"):
-    """The texts of one file in order, None where a row or line has null. Raises InputError.
-
-    Of a parquet file its row groups start to stop; of a JSONL file the lines that begin in its
-    bytes start to stop; any other file is one text.
-    """
+    """The texts of one file in order, None for null: of a parquet file its row groups start to
+    stop, of JSONL the lines that begin in its bytes start to stop, of any other all."""
     if kind_of(path) == "parquet":
         yield from _parquet_texts(path, start, stop, column)
         return
@@ -663,14 +587,16 @@ def _json_texts(path, file, start, stop, column):
             continue
         try:
             text = json.loads(line)[column]
+            problem = f"has no text in '{column}': give column="
         except (KeyError, TypeError):
             text = 0
+            problem = f"has no '{column}': give column="
         except (ValueError, RecursionError):
+            text = 0
             problem = f"is not JSON in UTF-8: write one object a line, its text in '{column}'"
-            raise InputError(f"{path}: the line at byte {at} {problem}") from None
         if not isinstance(text, str | None):
-            problem = f"has no text in '{column}' ({line[:60].decode(errors='replace').strip()})"
-            raise InputError(f"{path}: the line at byte {at} {problem}: give column=")
+            shown = line[:60].decode(errors="replace").strip()
+            raise InputError(f"{path}: the line at byte {at} ({shown}) {problem}")
         yield text
 
 
@@ -699,10 +625,8 @@ def _group_bytes(path, column):
     """Bytes of the texts in each row group of a parquet file."""
     file = _open_parquet(path, column)
     at = file.schema_arrow.names.index(column)
-    sizes = []
-    for i in range(file.num_row_groups):
-        sizes.append(file.metadata.row_group(i).column(at).total_uncompressed_size)
-    return sizes
+    groups = range(file.num_row_groups)
+    return [file.metadata.row_group(i).column(at).total_uncompressed_size for i in groups]
 
 
 # ---- any amount of documents into shards
@@ -732,11 +656,11 @@ def group_files(files, plan):
     room = 0
     for path in files:
         size = path.stat().st_size
+        is_text = kind_of(path) in ("text", "")
         if kind_of(path) == "parquet":
-            size = sum(_group_bytes(path, plan.column))
+            size = sum(_group_bytes(path, plan.column))  # refuses a wrong column= before any work
         elif str(path).endswith(".gz"):
             size *= 3
-        is_text = kind_of(path) in ("text", "")
         if is_text and size <= room:
             sources[-1].files.append(str(path))
             sources[-1].bytes += size
@@ -748,13 +672,11 @@ def group_files(files, plan):
 
 
 def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrite=False, **meta):
-    """Make a dataset of documents, end-of-text after each, and return its meta.
+    """Make a dataset of documents, end-of-text after each, and return its meta. Raises InputError.
 
-    A train and a val shard of every piece of text, parallel over pieces. A kill at any moment costs
-    the pieces at work, and the same call goes on; the result depends on neither kills nor workers.
-    tokenizer: a state; hub: a Hub that fetches the sources' files; workers: processes, 0: one per
-    core. Raises InputError where the disk lacks the room, for damaged sources, and for a folder
-    that was begun from others.
+    A train and a val shard of every piece of text, parallel over pieces. A kill costs the pieces at
+    work, and the same call goes on; the result depends on neither kills nor workers. hub: a Hub
+    that fetches the sources' files; workers: processes, 0: one per core.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -770,9 +692,8 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
         splits, counts = _collect(work)
         for split, entry in splits.items():
             if not entry["tokens"]:
-                n = counts.get("documents", 0)
-                problem = f"the {split} split got no tokens of {n} documents"
-                raise InputError(f"{folder}: {problem}: give more text, or another val_fraction=")
+                cure = "give more text, or another val_fraction="
+                raise InputError(f"{folder}: the {split} split got no tokens: {cure}")
         meta = write_meta(folder, splits, tokenizer, **counts, **meta)
         shutil.rmtree(work)
     for what, n in counts.items():
@@ -782,16 +703,30 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
     return meta
 
 
+def write_corpus(folder, config, repo, pattern, n_tokens, **meta):
+    """write_shards of a corpus in GPT-2's BPE: files of the hub, or a local copy. config: root,
+    files, keep, bpe, shard_mb, val_fraction, workers, overwrite."""
+    plan = Plan(val_fraction=config.val_fraction, shard_bytes=config.shard_mb * 1_000_000)
+    state = state_of(gpt2_encoding(config.bpe))
+    hub = None
+    meta["source"] = "local copy"
+    if config.root:
+        sources = group_files(find_documents(config.root)[: config.files or None], plan)
+    else:
+        hub = Hub(repo, [pattern], folder / "download", config.keep)
+        meta["source"] = f"{repo} {pattern} {hub.revision}"
+        sources = hub.sources(n_tokens, config.files)
+    return write_shards(folder, sources, state, plan, hub, config.workers, config.overwrite, **meta)
+
+
 def _begin(folder, plan_hash, overwrite):
     """The folder of the records of finished pieces: new, or as an earlier call left it."""
     work = folder / "unfinished"
     begun = work / "plan"
     ours = work.is_dir() or (folder / "meta.yaml").is_file()
     if not overwrite and not ours and any(folder.glob("*.bin")):
-        raise InputError(
-            f"{folder} holds token files that were not made here: "
-            "give another out_dir=, or overwrite=True to replace them"
-        )
+        cure = "give another out_dir=, or overwrite=True to replace them"
+        raise InputError(f"{folder} holds token files that were not made here: {cure}")
     if overwrite or not begun.is_file():
         (folder / "meta.yaml").unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
@@ -800,10 +735,8 @@ def _begin(folder, plan_hash, overwrite):
         work.mkdir()
         write_aside(begun, plan_hash)
     elif begun.read_text() != plan_hash:
-        raise InputError(
-            f"{folder} was begun from other files or with other options: "
-            "give those to go on, or overwrite=True to start again"
-        )
+        cure = "give those to go on, or overwrite=True to start again"
+        raise InputError(f"{folder} was begun from other files or with other options: {cure}")
     for torn in folder.glob("*.tmp-*"):  # what a kill left
         torn.unlink()
     return work
@@ -820,11 +753,10 @@ def _check_disk(folder, sources, tokenizer, hub):
         need += hub.bytes_on_disk()
     free = shutil.disk_usage(folder).free
     wants = f"{folder}: {n_bytes / 1e9:.3g} GB of text want about {need / 1e9:.3g} GB of disk"
-    print(f"{wants}, {free / 1e9:.0f} GB are free", flush=True)
+    wants += f", {free / 1e9:.3g} GB are free"
+    print(wants, flush=True)
     if need > free:
-        raise InputError(
-            f"{wants}, which has {free / 1e9:.3g} GB free: make room, or give out_dir="
-        )
+        raise InputError(f"{wants}: make room, or give out_dir=")
 
 
 def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
@@ -857,9 +789,9 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
         while at_work:
             _finish(*at_work.popleft(), bar)
     except BrokenProcessPool:
+        cure = "run it again, which goes on, with a smaller workers="
         raise InputError(
-            f"{folder}: a worker was killed, for want of memory perhaps: run it again, which goes "
-            "on, with a smaller workers="
+            f"{folder}: a worker was killed, for want of memory perhaps: {cure}"
         ) from None
     finally:
         bar.close()
@@ -885,14 +817,14 @@ def cut(files, plan):
         return [[(path, start, min(size, start + plan.shard_bytes))] for start in starts]
     if kind_of(path) != "parquet":
         return [[(path, 0, None) for path in files]]
-    sizes = _group_bytes(path, plan.column)
     pieces = []
-    start = 0
-    for group in range(len(sizes)):
-        if sum(sizes[start : group + 1]) >= plan.shard_bytes or group == len(sizes) - 1:
-            pieces.append([(path, start, group + 1)])
-            start = group + 1
-    return pieces
+    start = size = 0
+    for group, n_bytes in enumerate(_group_bytes(path, plan.column), 1):
+        size += n_bytes
+        if size >= plan.shard_bytes:
+            pieces.append([(path, start, group)])
+            start, size = group, 0
+    return pieces + [[(path, start, None)]] if size else pieces
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):
@@ -952,11 +884,10 @@ def _collect(work):
 
 
 class Hub:
-    """Files of a dataset on the Hugging Face hub, listed once, at one revision.
+    """Files of a dataset on the Hugging Face hub, listed once, at one revision. Raises InputError.
 
-    Fetched one by one, resumed and verified by the hub's client. files: {name: bytes} of those that
-    match one of `patterns`; revision: the commit they are of; keep: whether they stay once they are
-    tokenised. Raises InputError without network.
+    files: {name: bytes} of those that match one of `patterns`; revision: their commit; keep:
+    whether they stay once they are tokenised.
     """
 
     def __init__(self, repo, patterns, folder, keep=False):
@@ -994,8 +925,6 @@ class Hub:
         try:
             return getattr(HfApi(), method)(self.repo, **options)
         except Exception as error:  # the client has many: no network, no such proxy, no disk
-            raise InputError(
-                f"{self.repo} could not be had from the Hugging Face hub "
-                f"({type(error).__name__}): go where there is network and run this again, which "
-                "goes on, or give a local copy with root=PATH"
-            ) from None
+            cure = "run it again with network, which goes on, or give a local copy with root=PATH"
+            problem = f"could not be had from the Hugging Face hub ({type(error).__name__})"
+            raise InputError(f"{self.repo} {problem}: {cure}") from None

@@ -13,11 +13,8 @@ from data import InputError, check_content, read_table
 
 
 def look_up(words, path):
-    """(words, D) float32 of a text file, NaN where it has none. Raises InputError.
-
-    Contractions are looked up whole, then as GloVe's tokenizer cuts them (do n't, it 's), whose
-    mean is taken, then without the apostrophe.
-    """
+    """(words, D) float32 of a text file, NaN where it has none: contractions whole, else the mean
+    of what GloVe's tokenizer makes of them (do n't, it 's), else without the apostrophe."""
     forms = {word: spellings(word) for word in set(words)}
     wanted = set()
     for form in forms.values():
@@ -48,8 +45,7 @@ def spellings(word):
 def read_vectors(path, wanted):
     """{token: (D,) float32} of those tokens in `wanted` that a file has. Raises InputError.
 
-    A first line may hold sizes ("400000 300"). Tokens may hold spaces, so that a line is read from
-    its end.
+    A first line may hold sizes. Tokens may hold spaces, so a line is read from its end.
     """
     vectors = {}
     try:
@@ -62,10 +58,8 @@ def read_vectors(path, wanted):
                     if token in wanted and len(numbers) == n_dims:
                         vectors[token] = np.array(numbers, np.float32)
     except ValueError:
-        raise InputError(
-            f"{path} is not a text file of word vectors: each line must be a token and equally "
-            "many numbers, separated by spaces"
-        ) from None
+        rule = "each line is a token and equally many numbers, separated by spaces"
+        raise InputError(f"{path} is not a text file of word vectors: {rule}") from None
     return vectors
 
 
@@ -85,26 +79,20 @@ def count_dims(lines):
 
 
 def released_features(folder, meta, name, layer, word_idx):
-    """(words, D) float32 of a prepared set: mean of each word's tokens, NaN for one without any.
-
-    name, layer: of the features in the set's meta.yaml; word_idx: of the words that are wanted.
-    """
+    """(words, D) float32: mean over each word's tokens of a prepared set's features, or NaN."""
     layers = meta["features"][name]
     key = f"layer-{layer}"
     if len(layers) == 1 and not next(iter(layers)).startswith("layer-"):
         key = next(iter(layers))
     if key not in layers:
-        raise InputError(
-            f"embedding={name} has no {key} in {folder}, only {', '.join(layers)}: set layer=, or "
-            f"prepare it with layers={layer}"
-        )
+        there = ", ".join(layers)
+        cure = f"set layer=, or prepare it with layers={layer}"
+        raise InputError(f"embedding={name} has no {key} in {folder}, only {there}: {cure}")
     path, entry = folder / layers[key], meta["arrays"][layers[key]]
     shape, dtype = entry["shape"], np.dtype(entry["dtype"]).newbyteorder("<")
     if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
-        raise InputError(
-            f"{path} is missing or not as long as meta.yaml says: run the set's prepare.py again "
-            "with overwrite=True"
-        )
+        cure = "run the set's prepare.py again with overwrite=True"
+        raise InputError(f"{path} is missing or not as long as meta.yaml says: {cure}")
     tokens = read_table(folder / meta["tokens"][name])
     vectors = np.fromfile(path, dtype).reshape(shape).astype(np.float32)
     return mean_of_tokens(vectors, tokens.word_idx, word_idx)
@@ -135,11 +123,8 @@ def static_vectors(lm, words):
 
 
 def contextual_vectors(lm, words, layer):
-    """(words, D) float32: lm's states as it reads the transcript, behind half a context or more.
-
-    layer: numbered as Hugging Face does, 0 the embeddings, -1 the last. A context has 1,024 tokens,
-    or what the model reads. A word is the mean of its tokens.
-    """
+    """(words, D) float32: lm's states as it reads the transcript, behind half a context or more;
+    the mean over a word's tokens. layer: as Hugging Face numbers, 0 the embeddings, -1 the last."""
     (layer,) = lm.layers([layer])
     n_special = len(lm.encode(["a"])[0][0]) - 1
     n_tokens = {word: len(lm.encode([" " + word])[0][0]) - n_special for word in set(words)}

@@ -1,13 +1,10 @@
 """data/braintreebank: the files of a small copy in the real layout come out as they are, and labels
 and splits are Neuroprobe's."""
 
-import functools
 import importlib.util
 import json
 import shutil
-import threading
 import zipfile
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import h5py
@@ -20,6 +17,7 @@ from sklearn.model_selection import KFold
 from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
+from tests.test_fetch import serve
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
@@ -44,9 +42,8 @@ BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING = {"btbank2_0": "venom", "btbank2
 def make_features(rng, n_words, words):
     """A film's features.csv: numbers of chance for every column of the benchmark's tasks."""
     features = pd.DataFrame(rng.normal(size=(n_words, 6)))
-    features.columns = [column for column in btb.QUARTERS.values() if column != "enhanced_pitch"][
-        :6
-    ]
+    columns = [column for column in btb.QUARTERS.values() if column != "enhanced_pitch"]
+    features.columns = columns[:6]
     features["mean_pixel_brightness"] = rng.normal(size=n_words)
     features["sentence"] = [f"s{i // 6}" for i in range(n_words)]
     features["idx_in_sentence"] = np.arange(n_words) % 6
@@ -129,12 +126,7 @@ def test_recordings_come_out_as_they_are(tree, made, tmp_path):
     names = ["sub_2_trial000", "sub_2_trial004", "sub_3_trial001"]
     assert read_set(made)["recordings"] == names
     recording = Recording(made / "sub_2_trial000")
-    assert recording.names == [
-        "LA1",
-        "LA2",
-        "LA3",
-        "LB1",
-    ]  # LB2 is corrupted, LA4 not of the lite set
+    assert recording.names == ["LA1", "LA2", "LA3", "LB1"]  # LB2 is corrupted, LA4 not of the lite
     assert recording.sfreq == 2048 and recording.signal.shape == (SECONDS * 2048, 4)
     with h5py.File(tree[0] / "sub_2_trial000.h5") as file:
         assert np.array_equal(recording.signal[:, 2], file["data/electrode_2"][:])
@@ -294,32 +286,23 @@ def test_fetching_unpacks_what_is_missing(tree, tmp_path, capsys):
     shutil.copy(root / "corrupted_elec.json", page)
     links = [f"<p><a href='{path.name}'>{path.name}</a>" for path in page.iterdir()]
     (page / "index.html").write_text("".join(links))
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    handler = functools.partial(Quiet, directory=str(page))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/"
-    options = {"url": url, "package": str(package), "out_dir": str(out)}
     (out / "braintreebank").mkdir(parents=True)
     # an earlier run was stopped while it unpacked
     shutil.copy(page / "localization.zip", out / "braintreebank")
-    btb.main(btb.Config(**options, recordings=["btbank2_0"]))
-    assert read_set(out)["recordings"] == ["sub_2_trial000"]
-    assert "4 files" in capsys.readouterr().out and not list(out.rglob("*.zip"))
-    with pytest.raises(InputError, match="has no sub_3_trial001"):
-        btb.main(btb.Config(**options, recordings=["btbank3_1"]))
-    (out / "braintreebank/localization").rename(out / "elsewhere")
-    (page / "localization.zip").write_bytes((page / "localization.zip").read_bytes()[:300])
-    with pytest.raises(InputError, match="localization.zip came damaged"):
-        btb.fetch_missing(out / "braintreebank", url, [])
-    assert not (out / "braintreebank/localization.zip").exists()
-    server.shutdown()
+    with serve(page) as server:
+        options = {"url": f"{server.url}/", "package": str(package), "out_dir": str(out)}
+        btb.main(btb.Config(**options, recordings=["btbank2_0"]))
+        assert read_set(out)["recordings"] == ["sub_2_trial000"]
+        assert "4 files" in capsys.readouterr().out and not list(out.rglob("*.zip"))
+        with pytest.raises(InputError, match="has no sub_3_trial001"):
+            btb.main(btb.Config(**options, recordings=["btbank3_1"]))
+        (out / "braintreebank/localization").rename(out / "elsewhere")
+        (page / "localization.zip").write_bytes((page / "localization.zip").read_bytes()[:300])
+        with pytest.raises(InputError, match="localization.zip came damaged"):
+            btb.fetch_missing(out / "braintreebank", f"{server.url}/", [])
+        assert not (out / "braintreebank/localization.zip").exists()
     with pytest.raises(InputError, match="cannot be reached"):
-        btb.main(btb.Config(**{**options, "url": "http://127.0.0.1:1/"}, recordings=["btbank2_4"]))
+        btb.main(btb.Config(**options, recordings=["btbank2_4"]))
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):

@@ -2,15 +2,10 @@
 them in; the traps of both THINGS sets; hostile pickles; a synthetic set that holds what it says.
 """
 
-import http.server
 import io
 import json
 import os
 import pickle
-import struct
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import mne
@@ -18,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
-import yaml
 
 from configurator import configure
 from data import InputError, recording
@@ -28,6 +22,8 @@ from data.synthetic_eeg import prepare as synthetic
 from data.things_eeg1 import prepare as things1
 from data.things_eeg2 import prepare as things2
 from data.tokens import character_state, encoding, write_dataset
+from tests.helpers import refused, run
+from tests.test_fetch import serve
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared/real"
@@ -174,17 +170,6 @@ def started(module, *options):
     return module.main(configure(module.Config, [str(o) for o in options]))
 
 
-def command(name, *options, status=0):
-    """A prepare script as a user runs it; the sentence where it must be refused."""
-    script = [sys.executable, str(ROOT / f"data/{name}/prepare.py"), *map(str, options)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, capture_output=True, text=True, env=env)
-    assert done.returncode == status, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in done.stderr and len(lines) == (status == 2), done.stderr
-    return lines[0] if lines else done.stdout
-
-
 # ---- formats, units, time
 
 
@@ -226,9 +211,7 @@ def test_a_real_recording_is_the_same_in_three_formats(tmp_path):
 
 def test_a_real_test_signal_is_no_brain(tmp_path):
     """64 channels that jump between -1.5 and 1.8 mV, in a complete BIDS folder."""
-    with pytest.raises(
-        InputError, match="_eeg.vhdr: a standard deviation of 0.0018 V .*leave it out"
-    ):
+    with pytest.raises(InputError, match="a standard deviation of 0.0018 V .*leave it out"):
         convert(real("tiny_bids"), tmp_path / "out", word_column="trial_type")
 
 
@@ -251,10 +234,7 @@ def test_sidecars_decide_where_a_file_has_no_unit(tmp_path, unit, stated):
 def test_no_brain_is_that_large(tmp_path):
     for i, channels in enumerate([None, {"units": "V"}, {"units": "n/a"}]):
         root = make_bids(tmp_path / str(i), "edf", unit="", channels=channels)
-        with pytest.raises(
-            InputError,
-            match=r"_eeg.edf: a standard deviation of .* V .*say the right one",
-        ):
+        with pytest.raises(InputError, match=r"_eeg.edf: a standard deviation of .* the right one"):
             convert(root, tmp_path / "out")
     with pytest.raises(InputError, match="is no brain's"):
         convert(make_bids(tmp_path / "small", "fif", data=samples() * 1e-6), tmp_path / "out")
@@ -282,9 +262,7 @@ def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
 def test_onsets_in_other_units_are_refused_though_a_few_lie_inside(tmp_path, rate, n):
     onset = np.array([0.01, 0.02, 4, 6, 8, 10]) * rate
     root = make_bids(tmp_path / "b", events=events_tsv(onset=onset.round().astype(int)))
-    with pytest.raises(
-        InputError, match=f"{n} of 5 onsets lie outside the 20 s .*in ms, or in samples .200"
-    ):
+    with pytest.raises(InputError, match=f"{n} of 5 onsets lie outside the 20 s .*ms, or in sam"):
         convert(root, tmp_path / "out")
 
 
@@ -303,9 +281,8 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
     marks = pd.DataFrame(rows, columns=["onset", "duration", "word"])
     events = pd.concat([events, marks]).fillna("n/a")
     root = make_bids(tmp_path / "b", kind="", events=events)
-    raw = mne.io.RawArray(
-        samples(), mne.create_info(NAMES, 200.0, "eeg"), first_samp=77, verbose="error"
-    )
+    info = mne.create_info(NAMES, 200.0, "eeg")
+    raw = mne.io.RawArray(samples(), info, first_samp=77, verbose="error")
     raw.set_annotations(mne.Annotations([6.9, 1.0], [1.0, 0.1], ["bad jump", "badger"]))
     raw.save(root / "sub-01/eeg/sub-01_task-see_eeg.fif", verbose="error")
     _, (one,) = convert(root, tmp_path / "out")
@@ -361,14 +338,6 @@ def test_words_and_tables_are_read_as_they_are(tmp_path):
     table.write_text(table.read_text("latin-1").replace('""""', '"'), "latin-1")
     _, (one,) = convert(root, tmp_path / "out")
     assert one.events["word"].tolist() == words
-
-
-@pytest.mark.parametrize(
-    "name, word",
-    [("stove2", "stove"), ("ice_cream", "ice cream"), ("t-shirt", "t-shirt"), ("7up", "7up")],
-)
-def test_unique_names_become_words(name, word):
-    assert bids.word_of(name) == word
 
 
 def test_names_in_other_spellings_find_their_places(tmp_path, capsys):
@@ -452,7 +421,7 @@ def test_raw_data_alone_is_found_and_told_apart(tmp_path):
     for asked in ("sub-02", "02", "2"):
         assert [name for name, _ in reader.find_recordings(root, [asked])] == ["sub-02"]
     write_format(root / "sub-02/eeg/sub-02_ses-1_task-see_run-1_eeg", samples(), 200.0, "edf")
-    with pytest.raises(InputError, match="sub-02 is there in two formats .*keep one"):
+    with pytest.raises(InputError, match="sub-02 is there in two formats: keep one"):
         reader.find_recordings(root, ["02"])
 
 
@@ -462,9 +431,7 @@ def test_missing_content_is_met_before_any_work(tmp_path):
     data = root / "sub-02/eeg/sub-02_task-see_eeg.eeg"
     data.unlink()
     data.symlink_to("../../.git/annex/objects/Xq/1z/MD5E-s46--01.eeg/MD5E-s46--01.eeg")
-    with pytest.raises(
-        InputError, match="sub-02_task-see_eeg.eeg is a git-annex link.*git annex get"
-    ):
+    with pytest.raises(InputError, match="_task-see_eeg.eeg is a git-annex link.*git annex get"):
         convert(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -497,39 +464,6 @@ def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, ca
     assert one.unit == "T/m" and len(one.names) == 6
     with pytest.raises(InputError, match="no recording of ieeg"):
         convert(tmp_path / "b", tmp_path / "out3", sensors="ieeg")
-
-
-def write_ctf(path, data, sfreq, names):
-    """CTF's folder of axial gradiometers; data: (C, T) in T."""
-    path.mkdir(parents=True)
-    head = bytearray(1844 + 2)
-    head[:8] = b"MEG41RS\0"
-    head[778:783], head[1033:1044] = b"10:00", b"01-Jan-2020"
-    struct.pack_into(">ihxxd", head, 1288, data.shape[1], len(names), sfreq)
-    coil = np.dtype([("pos", ">f8", 3), ("a", ">f8"), ("norm", ">f8", 3), ("b", ">f8", 3)])
-    sensor = [("kind", ">i2"), ("run", ">i2"), ("coil_type", ">i4"), ("gain", ">f8"), ("q", ">f8")]
-    sensor += [("io", ">f8", 2), ("n", ">i2"), ("order", ">i2"), ("c", ">i4"), ("coil", coil, 16)]
-    channels = np.zeros(len(names), sensor)
-    channels["kind"], channels["gain"], channels["q"] = 5, 1e9, 1e6
-    channels["coil"]["pos"][:, 0] = np.arange(3 * len(names)).reshape(-1, 3) + 1.0  # cm
-    channels["coil"]["norm"][:, 0, 2] = 1.0
-    labels = b"".join(name.encode().ljust(32, b"\0") for name in names)
-    compensation = struct.pack(">h32siih", 1, names[0].encode(), 0x47314252, 0, 1)
-    compensation += names[1].encode().ljust(31 * 50, b"\0") + bytes(8 * 50)
-    content = bytes(head) + labels + channels.tobytes() + compensation
-    (path / f"{path.stem}.res4").write_bytes(content)
-    samples = np.round(data * 1e15).astype(">i4")
-    (path / f"{path.stem}.meg4").write_bytes(b"MEG41CP\0" + samples.tobytes())
-
-
-def test_ctf_folders_are_read(tmp_path):
-    folder = tmp_path / "b/sub-01/meg"
-    data = samples() * 1e-8
-    write_ctf(folder / "sub-01_task-see_meg.ds", data, 200.0, ["MLC11", "MLC12", "MRC11", "MRC12"])
-    synthetic.write_table(folder / "sub-01_task-see_events.tsv", events_tsv())
-    _, (one,) = convert(tmp_path / "b", tmp_path / "out")
-    assert one.unit == "T" and one.names[0] == "MLC11" and np.isfinite(one.xyz).all()
-    np.testing.assert_allclose(one.signal, data.T, atol=1e-15)
 
 
 def test_ieeg_folders_are_read(tmp_path):
@@ -590,17 +524,10 @@ def spoil(folder, what):
     "options, given, what, words",
     [
         ({}, {}, "events", ["sub-01_task-see_eeg.vhdr", "no events.tsv", "subjects="]),
-        (
-            {},
-            {"word": ["n/a"] * 6},
-            "",
-            ["no event that can be used, for events without onset or word", "subjects="],
-        ),
-        ({}, {"word": ["BAD x"] * 6}, "", ["events without onset or word"]),
+        ({}, {"word": ["n/a"] * 6}, "", ["no event that can be used, for events without onset"]),
         ({"word_column": "name"}, {}, "", ["no column 'name'", "word_column", "onset, duration"]),
         ({"word_column": ""}, {}, "", ["word_column and object_column are both empty"]),
         ({}, {"onset": ["1", "a", "2", "3", "4", "5"]}, "", ["onset 'a' in row 2 is no number"]),
-        ({}, {"onset": np.arange(6) * 1e4 + 1e5}, "", ["outside the 20 s", "in ms, or in samples"]),
         ({"subjects": ["09"]}, {}, "", ["no sub-09", "there are 01"]),
         ({"task": "hear"}, {}, "", ["no recording of eeg, meg or ieeg and task hear"]),
         ({}, {}, "eeg", ["sub-01", "no recording of eeg, meg or ieeg", "subjects="]),
@@ -609,8 +536,7 @@ def spoil(folder, what):
         ({}, {}, "json", ["sub-01_task-see_eeg.json is no JSON"]),
         ({}, {"channels": {"name": list("abcd")}}, "", ["does not name the channel 'Fp1'"]),
         ({}, {"channels": {"type": "MISC"}}, "", ["no channel of type", "only misc"]),
-        ({"sensors": "mag"}, {}, "", ["no recording of mag"]),
-        ({"reference": "M1,M2"}, {}, "", ["reference=M1,M2", "no channel 'M1'"]),
+        ({"reference": "M1,M2"}, {}, "", ["reference=M1,M2", "has no 'M1'"]),
         ({}, {"data": samples() * [[1], [0], [0], [0]]}, "", ["3 of 4 channels are bad (3 flat"]),
     ],
 )
@@ -626,23 +552,23 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path, options, given, what, words
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "module, option, words",
     [
-        (["root=/nonexistent"], "root=/nonexistent is no BIDS folder"),
-        ([], "root= is missing"),
-        (["sfreq=50"], "h_freq=40 is above half of sfreq=50"),
-        (["l_freq=50"], "l_freq=50 is not below"),
-        (["montage=mine"], "montage='mine' is none of MNE's: .*colin27_1005"),
-        (["bads=keep"], "option 'bads' must be interpolate or mark or drop"),
+        (bids, "sfreq=50", "h_freq=40 is above half of sfreq=50"),
+        (bids, "l_freq=50", "l_freq=50 is not below"),
+        (bids, "montage=mine", "montage='mine' is none of MNE's: .*colin27_1005"),
+        (synthetic, "repeats=3", "repeats=3"),
+        (synthetic, "objects=2", "objects=2: at least 10"),
+        (synthetic, "raw_sfreq=90", "raw_sfreq=90"),
     ],
 )
-def test_bad_options_are_refused(options, words):
-    with pytest.raises(ValueError, match=words):
-        started(bids, *options)
+def test_bad_options_are_refused(module, option, words):
+    with pytest.raises(InputError, match=words):
+        started(module, option)
 
 
 def test_the_commands_refuse_with_one_sentence(tmp_path):
-    assert "no BIDS folder" in command("bids_eeg", "root=/nonexistent", status=2)
+    refused("data/bids_eeg/prepare", "root=/nonexistent", says=["no BIDS folder"])
     for module in (things1, things2):
         with pytest.raises(InputError, match="subjects= is missing|root=... must be the folder"):
             started(module, f"out_dir={tmp_path}")
@@ -772,76 +698,31 @@ def test_eeg1_real_events_and_concepts():
         started(things1, f"root={root}")
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Files with ranges, as S3 gives them; `broken` cuts every answer short."""
-
-    root, broken, log = None, 0, []
-
-    def do_HEAD(self, body=False):
-        path = self.root / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data = path.read_bytes()
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(data) - start))
-        self.end_headers()
-        if body:
-            Server.log.append((path.name, start))
-            stop = start + self.broken if self.broken else None
-            self.wfile.write(data[start:stop])
-
-    def do_GET(self):
-        self.do_HEAD(body=True)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path):
-    Server.root, Server.broken, Server.log = make_eeg1(tmp_path / "remote", eeg1_rows()), 0, []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
-def test_eeg1_is_fetched_and_goes_on_after_a_stop(server, tmp_path, capsys):
-    config = things1.Config(url=server, subjects=["01"], out_dir=str(tmp_path / "out"), **AS_IS)
-    Server.broken = 5000
-    with pytest.raises(
-        InputError, match=r"_eeg.eeg: 5,000 of 64,000 bytes .* run the same command"
-    ):
+def test_eeg1_is_fetched_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    config = things1.Config(subjects=["01"], out_dir=str(tmp_path / "out"), **AS_IS)
+    with serve(make_eeg1(tmp_path / "remote", eeg1_rows())) as server:
+        config.url, server.cut = server.url, 5000
+        with pytest.raises(InputError, match=r"_eeg.eeg: 25,000 of 64,000 bytes .* run the same"):
+            things1.main(config)
+        server.cut = None
         things1.main(config)
-    Server.broken = 0
-    things1.main(config)
-    assert ("sub-01_task-rsvp_eeg.eeg", 5000) in Server.log
-    assert recording.complete(tmp_path / "out")
-    asked = len(Server.log)
-    things1.main(config)
-    assert len(Server.log) == asked and "0.00 GB of it to fetch" in capsys.readouterr().out
-    (tmp_path / "out/raw/sub-01/eeg/sub-01_task-rsvp_eeg.eeg").write_bytes(b"torn")
-    things1.main(config)
-    assert len(Server.log) == asked + 1  # by its size
-    with pytest.raises(InputError, match="HTTP 404"):
-        started(things1, f"url={server}", "subjects=51", f"out_dir={tmp_path / 'out'}")
+        assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 64_000
+        assert recording.complete(tmp_path / "out")
+        (tmp_path / "out/raw/sub-01/eeg/sub-01_task-rsvp_eeg.eeg").write_bytes(b"torn")
+        things1.main(config)
+        assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 128_000  # by its size
+        with pytest.raises(InputError, match="sub-51_task-rsvp_eeg.vhdr is not there"):
+            started(things1, f"url={server.url}", "subjects=51", f"out_dir={tmp_path / 'out'}")
 
 
-def test_eeg1_refuses(tmp_path, monkeypatch, server):
+def test_eeg1_refuses(tmp_path):
     root = make_eeg1(tmp_path / "b", eeg1_rows())
     with pytest.raises(InputError, match="concepts=nosuch is not there"):
         started(things1, f"root={root}", "concepts=nosuch", f"out_dir={tmp_path / 'out'}")
-    with pytest.raises(InputError, match="cannot be reached"):
-        started(things1, "subjects=1", "url=http://127.0.0.1:9", f"out_dir={tmp_path / 'out'}")
     rows = eeg1_rows().drop(columns="stim").astype(str)
-    with pytest.raises(InputError, match="no column 'stim'.*is this ds003825"):
+    with pytest.raises(InputError, match="no column 'stim'"):
         things1.events_of(rows, "events.tsv", things1.Config(), 200.0)
-    usage = type("Usage", (), {"free": 10_000})
-    monkeypatch.setattr(things1.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="choose fewer subjects"):
-        things1.fetch_subjects(server, tmp_path / "full", ["01"])
 
 
 # ---- THINGS-EEG2
@@ -849,10 +730,8 @@ def test_eeg1_refuses(tmp_path, monkeypatch, server):
 
 def metadata(root, images=2):
     found = {}
-    train, test = (
-        ["00001_aardvark", "00002_stove1", "00003_stove2"],
-        ["00007_ice_cream", "00008_ant"],
-    )
+    train = ["00001_aardvark", "00002_stove1", "00003_stove2"]
+    test = ["00007_ice_cream", "00008_ant"]
     for phase, concepts, n in (("train", train, images), ("test", test, 1)):
         repeated = np.repeat(concepts, n)
         files = [f"{c[6:]}_{i % n:02d}s.jpg" for i, c in enumerate(repeated)]
@@ -866,14 +745,8 @@ def raw_eeg2(codes, sfreq=200.0):
     data = np.concatenate([samples(), np.zeros((1, 4000))])
     at = (sfreq * (1 + 0.2 * np.arange(len(codes)))).astype(int)
     data[-1, at] = data[-1, at + 1] = codes
-    types = ["eeg"] * 4 + ["stim"]
-    session = {
-        "raw_eeg_data": data,
-        "ch_names": [*NAMES, "stim"],
-        "ch_types": types,
-        "sfreq": sfreq,
-    }
-    return session, at
+    session = {"raw_eeg_data": data, "ch_names": [*NAMES, "stim"], "sfreq": sfreq}
+    return session | {"ch_types": ["eeg"] * 4 + ["stim"]}, at
 
 
 def make_eeg2(root, codes=(1, 6, 99999, 3)):
@@ -888,10 +761,8 @@ def make_eeg2(root, codes=(1, 6, 99999, 3)):
 
 
 def test_eeg2_raw(tmp_path):
-    config = things2.Config(
-        root=str(make_eeg2(tmp_path / "b")), out_dir=str(tmp_path / "out"), **AS_IS
-    )
-    things2.main(config)
+    root = str(make_eeg2(tmp_path / "b"))
+    things2.main(things2.Config(root=root, out_dir=str(tmp_path / "out"), **AS_IS))
     meta = recording.read_set(tmp_path / "out")
     assert meta["recordings"][:2] == ["sub-01_ses-01_test", "sub-01_ses-01_train"]
     assert len(meta["recordings"]) == 4 and meta["n_objects"] == 5 and meta["n_words"] == 4
@@ -935,11 +806,8 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_pickles_of_plain_data_are_read_and_large_arrays_mapped(
-    tmp_path, protocol, order, monkeypatch
-):
-    monkeypatch.setattr(things2, "LARGE", 1 << 18)
-    large = np.random.default_rng(0).normal(size=(7, 70_000))
+def test_pickles_of_plain_data_are_read(tmp_path, protocol, order):
+    large = np.random.default_rng(0).normal(size=(7, 7000))
     objects = np.array(["u", {"v": 1}], dtype=object)
     data = {"large": np.asarray(large, order=order), "small": np.arange(5, dtype=">i2")}
     data |= {"one": np.float32(2.5), "names": np.array(["a", "bé"]), "objects": objects}
@@ -948,12 +816,8 @@ def test_pickles_of_plain_data_are_read_and_large_arrays_mapped(
     path.write_bytes(pickle.dumps(data, protocol=protocol))
     found = things2.read_dict(path, "large")
     np.testing.assert_array_equal(found["large"], large)
-    base = found["large"]
-    while not isinstance(base, np.memmap) and getattr(base, "base", None) is not None:
-        base = base.base
-    assert isinstance(base, np.memmap) == (protocol > 2)
     assert found["small"].tolist() == [0, 1, 2, 3, 4] and found["one"] == 2.5
-    assert found["names"].tolist() == ["a", "bé"] and found["objects"] == ["u", {"v": 1}]
+    assert found["names"].tolist() == ["a", "bé"] and found["objects"].tolist() == ["u", {"v": 1}]
     assert found["list"] == data["list"] and found["none"] == {} and found["sfreq"] == 1000
     np.save(path, data)
     np.testing.assert_array_equal(things2.read_dict(path)["large"], large)
@@ -984,7 +848,7 @@ def test_hostile_pickles_are_refused_and_nothing_happens(tmp_path, call, text, w
         path.write_bytes(pickle.dumps(content, protocol=protocol))
         if isinstance(content, np.ndarray):
             np.save(path, content)
-        with pytest.raises(InputError, match=rf"a.npy is refused: it asks for .*{words}"):
+        with pytest.raises(InputError, match=rf"a.npy is torn or no .*it asks for .*{words}"):
             things2.read_dict(path)
     assert not mark.exists()
 
@@ -992,25 +856,20 @@ def test_hostile_pickles_are_refused_and_nothing_happens(tmp_path, call, text, w
 CODES = [
     b"cnumpy\nndarray\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",  # sets an attribute of a class
     b"cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aK\x01sb0}.",  # or of a function
-    b"cnumpy\nload\n(X\x01\x00\x00\x00atR.",
-    b"(X\x02\x00\x00\x00idos\nsystem\n.",
     b"\x82\x01.",
-    b"Pos.system\n.",
     b"K\x01.",
     b"",
     b"garbage",
-    b"\x80\x09.",
     b"\x8e" + (1 << 40).to_bytes(8, "little") + b"abc",
 ]
 
 
 @pytest.mark.parametrize("code", CODES)
 def test_bytes_of_any_kind_are_a_sentence(tmp_path, code):
-    before = dict(vars(things2._Array))
     (tmp_path / "a.npy").write_bytes(code)
     with pytest.raises(InputError, match="a.npy"):
         things2.read_dict(tmp_path / "a.npy")
-    assert dict(vars(things2._Array)) == before and not vars(things2._new_array)
+    assert not hasattr(np._core.multiarray._reconstruct, "a")
 
 
 def change(root, **changes):
@@ -1036,12 +895,8 @@ TORN = "sub-01/ses-01/raw_eeg_training.npy"
         (lambda r: change(r, raw_eeg_data=FLAT), "4 flat"),
         (lambda r: change(r, ch_names=["a"]), "does not fit 1 channel names"),
         (lambda r: change(r, ch_types=["eeg"] * 5), "0 stim channels"),
-        (
-            lambda r: change(r, ch_names=["E1", "E2", "E3", "E4", "s"]),
-            r"no channel has a position \(E1",
-        ),
-        (lambda r: os.truncate(r / TORN, 9000), "ends too early .*fetch it again"),
-        (lambda r: np.save(r / TORN, np.zeros(3)), "an array of float64"),
+        (lambda r: change(r, ch_names=["E1", "E2", "E3", "E4", "s"]), r"no channel has a position"),
+        (lambda r: os.truncate(r / TORN, 9000), "torn or no plain data .*fetch it again"),
         (lambda r: remove(r, "sub-01/*/*.npy"), "sub-01 has no ses-.*kind="),
     ],
 )
@@ -1095,7 +950,7 @@ def test_nouns_and_meanings_are_the_text_s_own(pydocs):
     unit = vectors[:, 0] / np.abs(vectors[:, 0]).max()
     gap = abs(unit[:6].mean() - unit[6:].mean())
     assert min(gap, 1) > 5 * unit[:6].std()  # the company they keep
-    with pytest.raises(InputError, match="objects=13: the text has only 12 nouns"):
+    with pytest.raises(InputError, match="objects=13: the text has only 12 frequent nouns"):
         synthetic.nouns(ids, names, 13)
 
 
@@ -1172,27 +1027,12 @@ def test_the_oracle_finds_what_was_planted_and_nothing_in_the_null(made):
 
 def test_synthetic_is_the_same_again_and_stays(made, pydocs, tmp_path):
     options = [f"pydocs={pydocs}", "gain=6", *SMALL.split(), f"out_dir={tmp_path}"]
-    command("synthetic_eeg", *options)  # in a process of its own
+    run("data/synthetic_eeg/prepare", *options)  # in a process of its own
     for name in ("sub-01", "sub-02"):
-        meta = yaml.safe_load((tmp_path / name / "meta.yaml").read_text())
+        meta = recording.read_meta(tmp_path / name)
         assert meta["sha256"] == recording.Recording(made[6] / name).meta["sha256"]
     before = (tmp_path / "meta.yaml").stat().st_mtime_ns
     started(synthetic, *options)
     assert (tmp_path / "meta.yaml").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="made with other options: give overwrite=True"):
+    with pytest.raises(InputError, match="made with seed=0: give overwrite=True"):
         started(synthetic, *options, "seed=1")
-
-
-@pytest.mark.parametrize(
-    "option, words",
-    [
-        ("repeats=3", "even number"),
-        ("objects=2", "objects=2: at least 10"),
-        ("bads=keep", "'bads'"),
-        ("raw_sfreq=90", "raw_sfreq=90"),
-        ("sfreq=60", "h_freq=40"),
-    ],
-)
-def test_synthetic_refuses(option, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        started(synthetic, option, f"out_dir={tmp_path}")

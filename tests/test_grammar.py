@@ -12,7 +12,7 @@ import pytest
 
 from data import InputError
 from data.grammar import prepare as grammar
-from data.stimuli import read_meta, read_pairs, read_task, read_tasks
+from data.stimuli import read_meta, read_pairs, read_task
 from data.tokens import Tokens, encoding, tokenizer_state
 from tests.helpers import ROOT
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tasks(folder):
-    return {name: read_task(folder, name) for name in read_tasks(folder)}
+    return {name: read_task(folder, name) for name in read_meta(folder)["tasks"]}
 
 
 def spoken(text):
@@ -200,7 +200,7 @@ def test_odd_sentences_have_their_objects_exchanged(tasks):
 
 def test_labels_are_balanced_in_every_split(folder, tasks):
     for name, frame in tasks.items():
-        entry = read_tasks(folder)[name]
+        entry = read_meta(folder)["tasks"][name]
         n_labels = len(entry["labels"])
         for split, n in entry["sizes"].items():
             counts = frame["label"][frame["split"] == split].value_counts()
@@ -333,7 +333,7 @@ def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     with pytest.raises(InputError, match="fewer than pairs=40 pairs of u: give a smaller pairs="):
         grammar.make_pairs(grammar.Config(pairs=40))
     labels = ["grammatical", "ungrammatical"]
-    task = grammar.Task(grammar.draw_grammaticality, labels, "", members=2)
+    task = grammar.Task(grammar.draw_grammaticality, labels, members=2)
     monkeypatch.setattr(grammar, "TASKS", {"t": task})
     with pytest.raises(InputError, match="not yield 40 different sentences for 't', train: give"):
         grammar.make_task("t", grammar.Config(train=40))

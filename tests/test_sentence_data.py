@@ -136,18 +136,15 @@ def test_hidden_labels_and_scores_that_are_no_numbers_are_counted(tmp_path, caps
     assert np.isfinite(read_task(tmp_path / "stsb", "stsb")["y"]).all()
 
 
+RTE = "index\tsentence1\tlabel\n0\ta\tentailment\n"
+
+
 @pytest.mark.parametrize(
     "files, sentence",
     [
         ({}, "has neither RTE/train.tsv nor rte/train-.*parquet"),
-        ({"RTE/train.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n"}, "nor rte/validation"),
-        (
-            {
-                "RTE/train.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n",
-                "RTE/dev.tsv": "index\tsentence1\tlabel\n0\ta\tentailment\n",
-            },
-            "no column 'sentence2', only index, sentence1, label",
-        ),
+        ({"RTE/train.tsv": RTE}, "nor rte/validation"),
+        ({"RTE/train.tsv": RTE, "RTE/dev.tsv": RTE}, "no column 'sentence2', only index"),
     ],
 )
 def test_what_is_no_glue_is_named(tmp_path, files, sentence):
@@ -193,19 +190,12 @@ def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
     table = read_task(tmp_path / "out", "label")
     assert table["text"][:3].tolist() == ["null", "NA", "007"] and len(table) == 20
     assert table["y"].tolist() == [i / 10 for i in range(20)]
-    assert table["group"][3] == table["group"][4] and set(table["split"]) == {
-        "train",
-        "val",
-        "test",
-    }
+    assert table["group"][3] == table["group"][4]
+    assert set(table["split"]) == {"train", "val", "test"}
     assert "1 rows left out" in capsys.readouterr().out
     conditions = pd.read_csv(tmp_path / "out/conditions.csv", keep_default_na=False)
-    assert conditions["condition"].value_counts().to_dict() == {
-        "low #N/A": 3,
-        "low Noun": 2,
-        "high Noun": 3,
-        "high #N/A": 2,
-    }
+    counts = conditions["condition"].value_counts().to_dict()
+    assert counts == {"low #N/A": 3, "low Noun": 2, "high Noun": 3, "high #N/A": 2}
     make(labelled, root=str(path), **options)
     assert "already" in capsys.readouterr().out
 

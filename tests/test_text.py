@@ -3,7 +3,6 @@ file, whatever was killed in between; odd files end in a sentence; the corpus do
 
 import gzip
 import json
-import os
 import random
 import shutil
 import signal
@@ -15,8 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import yaml
-from helpers import ROOT
+from helpers import ROOT, run
 from test_tokens import BYTES, ODD, offline, texts, write_headed  # noqa: F401 (a fixture)
 
 import configurator
@@ -167,17 +165,12 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, tokenizer, capsys):
     "name, content, words",
     [
         ("torn.parquet", b"PAR1....", "torn.parquet is not a whole parquet file"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 is not JSON"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 is not JSON in UTF-8"),
-        ("key.jsonl", b'{"body": "a"}\n', r"no text in 'text' \({\"body\": \"a\"}\): give column="),
+        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 .* is not JSON"),
+        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 .* is not JSON in UTF-8"),
+        ("key.jsonl", b'{"body": "a"}\n', r"\({\"body\": \"a\"}\) has no 'text': give column="),
         ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
-        ("list.jsonl", b"[1]\n", "has no text in 'text'"),
         ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
-        (
-            "torn.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40],
-            "not a whole gzip file",
-        ),
+        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:40], "not a whole gzip file"),
         ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
         ("photo.png", b"\x89PNG", "holds no .parquet, .jsonl, .txt or .md files"),
     ],
@@ -192,7 +185,7 @@ def test_sources_that_are_damaged(tmp_path, name, content, words):
 
 def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"torn")
-    with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 is not JSON"):
+    with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 .* is not JSON"):
         make_shards(tmp_path / "out", tmp_path / "bad.jsonl", workers=2)
     write_parquet(tmp_path / "a.parquet", ["a"] * 20, column="body")
     with pytest.raises(InputError, match="no text in a column 'text', only {.*'body': 'string'}"):
@@ -205,7 +198,7 @@ def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
 def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
     _, folders = corpus
     monkeypatch.setattr(T.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="which has 1e-08 GB free: make room"):
+    with pytest.raises(InputError, match="1e-08 GB are free: make room"):
         make_shards(tmp_path / "full", folders["text"])
     monkeypatch.undo()
     (tmp_path / "mine").mkdir()
@@ -222,12 +215,11 @@ def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
 # ---- prepare scripts
 
 
+NO_NETWORK = {"TIKTOKEN_CACHE_DIR": "/nowhere", "HF_HUB_OFFLINE": "1"}
+
+
 def prepare(name, *options, status=0):
-    command = [sys.executable, ROOT / f"data/{name}/prepare.py", *options]
-    env = {**os.environ, "TIKTOKEN_CACHE_DIR": "/nowhere", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return "".join(run(f"data/{name}/prepare", *options, status=status, env=NO_NETWORK))
 
 
 def test_killed_in_the_middle_it_goes_on(tmp_path):
@@ -270,7 +262,7 @@ def test_ones_own_text_in_one_command(tmp_path):
     [val] = documents_of(tmp_path / "d", "val")
     assert train + val == book and train.endswith("\n") and 0.08 < len(val) / len(book) < 0.12
     err = prepare("text", *options, "val_fraction=0.2", status=2)
-    assert err.startswith("error: ") and "other options" in err and "Traceback" not in err
+    assert err.startswith("error: ") and "made with val_fraction=0.1" in err
 
 
 def checked(script, **options):
@@ -292,7 +284,6 @@ def test_bad_options_of_the_prepare_scripts(tmp_path, offline):  # noqa: F811
         (own, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),
         (own, {"root": str(tmp_path), "files": "*.tex"}, "holds no *.tex files"),
         (fineweb, {}, "bpe=FILE"),
-        (fineweb, {"prebuilt": 100}, "prebuilt"),
         (openwebtext, {"workers": -1}, "workers"),
         (shakespeare, {"root": "no/such/file"}, "no/such/file is missing"),
         (pydocs, {"vocab_size": 256}, "vocab_size=256 cannot hold"),
@@ -357,9 +348,8 @@ def test_large_sets_from_the_hub_and_from_a_local_copy(tmp_path, script, monkeyp
     options = {"val_fraction": 0.2, "workers": 1}
     monkeypatch.setattr(T.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     far = str(tmp_path / "far")
-    script.main(
-        script.Config(root=str(tmp_path / "hub"), out_dir=str(tmp_path / "local"), **options)
-    )
+    local = {"root": str(tmp_path / "hub"), "out_dir": str(tmp_path / "local")}
+    script.main(script.Config(**local, **options))
     script.main(script.Config(out_dir=far, **options))
     assert files_of(tmp_path / "local") == files_of(tmp_path / "far")
     assert hub.fetched == list(sizes)  # one by one,
@@ -368,7 +358,7 @@ def test_large_sets_from_the_hub_and_from_a_local_copy(tmp_path, script, monkeyp
     assert hub.fetched == list(sizes)
     script.main(script.Config(out_dir=str(tmp_path / "some"), files=2, keep=True, **options))
     assert hub.fetched[3:] == list(sizes)[:2] and len(list(tmp_path.glob("some/download/*"))) == 2
-    meta = yaml.safe_load((tmp_path / "some/meta.yaml").read_text())
+    meta = T.read_meta(tmp_path / "some")
     assert meta["documents"] == 40 and "abc" in meta["source"]
 
 
@@ -381,9 +371,9 @@ def test_no_network_is_one_sentence(monkeypatch):
     def no_route(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(shakespeare.urllib.request, "urlopen", no_route)
-    with pytest.raises(InputError, match=r"not reachable \(no route to host\): .*root=PATH"):
-        shakespeare.get_text()
+    monkeypatch.setattr("urllib.request.urlopen", no_route)
+    with pytest.raises(InputError, match=r"cannot be reached \(no route to host\): .*root="):
+        shakespeare.get_text("", Path("nowhere"))
 
 
 def test_shakespeare_from_a_local_copy(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_tables_that_are_not_utf_8_are_read(tmp_path, capsys):
         ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, and 3 in line 2"),
         ("word v0 v1\na 1.5 2\nb 1\n", "line 3: 2 fields"),
         ("word v0\na 1.5\nb high\n", "line 3: the response 'high' is not a number"),
-        ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number: write decimal points"),
+        ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number.*decimal points"),
         ("id,word,v0\n0,a,1.5\n", "'a' is not a number.*the word comes first"),
         ("word\tv0\n\t1.5\n", "line 2: the first column, the word, is empty"),
         ("word v0 v1\n", "holds no words"),

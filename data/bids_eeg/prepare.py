@@ -11,10 +11,9 @@ trials. Other prepare scripts whose data is BIDS use `convert`.
 """
 
 import hashlib
-import os
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -25,7 +24,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, write_aside
+from data import InputError, column, folder_of, options_of, write_aside
 from data import raw as reader
 from data.recording import Recording, read_meta, write_raw, write_set
 
@@ -70,10 +69,7 @@ def check_signal(config):
     if config.h_freq and config.l_freq >= config.h_freq:
         raise InputError(f"l_freq={config.l_freq:g} is not below h_freq={config.h_freq:g}")
     if config.sfreq and config.h_freq > config.sfreq / 2:
-        raise InputError(
-            f"h_freq={config.h_freq:g} is above half of sfreq={config.sfreq:g}: lower it, or raise "
-            "sfreq"
-        )
+        raise InputError(f"h_freq={config.h_freq:g} is above half of sfreq={config.sfreq:g}")
     montages = mne.channels.get_builtin_montages()
     if config.montage not in ("", "none", *montages):
         raise InputError(f"montage='{config.montage}' is none of MNE's: {', '.join(montages)}")
@@ -101,27 +97,22 @@ def synonyms_of(text, word=""):
 def events_of(table, path, config, sfreq):
     """events.tsv, a table of text, as our table of events; a row an event.
 
-    Columns: onset, duration (s, NaN where unknown), object, word, synonyms, image, block, target,
-    and phase and category where the set has them. sfreq: Hz of the recording, for scripts whose
-    events count samples. Raises InputError for a column that is not there.
+    Columns: onset, duration (s), object, word, synonyms, image, block, target, and phase and
+    category where the set has them. sfreq: Hz of the recording, for sets whose events count
+    samples.
     """
     columns = {}
     for name in ("word", "object", "image", "synonyms", "category", "block", "target", "phase"):
-        column = getattr(config, f"{name}_column")
-        if column and column not in table:
-            raise InputError(
-                f"{path} has no column '{column}' ({name}_column=), only {', '.join(table)}"
-            )
-        if column:
-            columns[name] = table[column]
+        asked = getattr(config, f"{name}_column")
+        if asked:
+            columns[name] = column(table, f"{path} ({name}_column=)", asked)
     if "word" not in columns and "object" not in columns:
         raise InputError(
-            "word_column and object_column are both empty: one of them must say what was shown"
+            "word_column and object_column are both empty: one must say what was shown"
         )
     nothing = pd.Series("", table.index)
     objects = columns.get("object", columns.get("word")).fillna("")
     words = columns["word"].fillna("").map(spaced) if "word" in columns else objects.map(word_of)
-    targets = columns.get("target", nothing).str.lower().isin(["1", "1.0", "true", "yes"])
     events = pd.DataFrame({"onset": reader.numbers(table, "onset", path), "duration": 0.0})
     if "duration" in table:
         events["duration"] = reader.numbers(table, "duration", path).fillna(0.0)
@@ -130,7 +121,8 @@ def events_of(table, path, config, sfreq):
     events["synonyms"] = columns.get("synonyms", nothing).fillna("").map(synonyms_of)
     events["image"] = columns.get("image", objects).fillna(objects)
     events["block"] = columns.get("block", nothing).fillna("")
-    events["target"] = targets.astype(int)
+    targets = columns.get("target", nothing).str.lower()
+    events["target"] = targets.isin(["1", "1.0", "true", "yes"]).astype(int)
     for name in ("phase", "category"):
         if name in columns:
             events[name] = columns[name].fillna("")
@@ -138,11 +130,8 @@ def events_of(table, path, config, sfreq):
 
 
 def keep_events(events, raw, path):
-    """(the events that can be used, {why others were left out: how many}).
-
-    Used are those with an onset inside the recording and outside of bad segments and, unless they
-    are catch trials, with a word. raw: an MNE Raw; path: of the events, for messages.
-    """
+    """(the events that can be used, {why others were left out: how many}): inside the recording,
+    outside of bad segments and, unless they are catch trials, with a word. path: for messages."""
     seconds, sfreq = raw.n_times / raw.info["sfreq"], raw.info["sfreq"]
     dropped = {}
     known = np.isfinite(events["onset"]) & ((events["word"] != "") | (events["target"] == 1))
@@ -160,10 +149,8 @@ def keep(events, kept, what, dropped, path):
     dropped[what] = int((~kept).sum())
     events = events[kept].reset_index(drop=True)
     if not (events["target"] == 0).any():
-        raise InputError(
-            f"{path} has no event that can be used, for {what}: name another column, or leave this "
-            "subject out with subjects="
-        )
+        cure = "name another column, or leave this subject out with subjects="
+        raise InputError(f"{path} has no event that can be used, for {what}: {cure}")
     return events
 
 
@@ -180,10 +167,7 @@ def objects_of(events):
 
 
 def preprocess(raw, config, name, notes):
-    """Filter, resample, mend and re-reference an MNE Raw in place.
-
-    config: has SIGNAL_OPTIONS; name: of the recording, for messages; notes: gets what was done.
-    """
+    """Filter, resample, mend and re-reference an MNE Raw in place; notes: gets what was done."""
     raw.load_data(verbose="error")
     find_bads(raw, name, notes)
     notch = [f for f in config.notch if f < raw.info["sfreq"] / 2]
@@ -209,8 +193,8 @@ def resampling_method(old, new):
     """MNE's method that resamples from one rate (Hz) to another without moving signals.
 
     The FFT method pads to a power of two and rounds, which moves signals by up to half a sample
-    (250 to 100 Hz: 5 ms) unless a rate is halved, perhaps repeatedly. Polyphase filters are exact,
-    and possible where the rates are in a ratio of small numbers.
+    unless a rate is halved, perhaps repeatedly. Polyphase filters are exact, for ratios of small
+    numbers.
     """
     if old == new:
         return "none"
@@ -247,10 +231,10 @@ def find_bads(raw, name, notes):
     bad = np.isin(names, raw.info["bads"]) | broken | flat
     notes["bads"] = raw.info["bads"] = names[bad].tolist()
     if 2 * bad.sum() > len(names):
-        raise InputError(
-            f"{name}: {bad.sum()} of {len(names)} channels are bad ({flat.sum()} flat, "
-            f"{broken.sum()} with NaN): leave this subject out with subjects="
+        found = (
+            f"{bad.sum()} of {len(names)} channels are bad ({flat.sum()} flat, {broken.sum()} NaN)"
         )
+        raise InputError(f"{name}: {found}: leave this subject out with subjects=")
 
 
 def mend(raw, config, notes):
@@ -277,10 +261,8 @@ def rereference(raw, reference, name):
         names = [part.strip() for part in reference.split(",")]
         for part in names:
             if part not in raw.ch_names:
-                raise InputError(
-                    f"reference={reference}: {name} has no channel '{part}', only "
-                    f"{', '.join(raw.ch_names)}"
-                )
+                there = ", ".join(raw.ch_names)
+                raise InputError(f"reference={reference}: {name} has no '{part}', only {there}")
     raw.set_eeg_reference(names, projection=False, verbose="error")
 
 
@@ -301,12 +283,10 @@ def there_already(folder, options, overwrite):
 def convert_raw(folder, raw, events, config, path, notes, **meta):
     """Preprocess an MNE Raw and write it with its events as one recording; returns the events.
 
-    events: as of events_of; path: of their table; notes: what was done so far; meta: more keys of
-    the recording. Raises reader.NoPlaces where no channel has a place.
+    path: of the events' table; notes: what was done so far; meta: more keys. May raise NoPlaces.
     """
     notes["without_position"] = reader.without_place(raw)
-    nowhere = len(notes["without_position"]) == len(raw.ch_names)
-    if nowhere and config.montage not in ("", "none"):
+    if len(notes["without_position"]) == len(raw.ch_names) and config.montage not in ("", "none"):
         reader.set_places(raw, config.montage, notes)
         notes["without_position"] = reader.without_place(raw)
     reader.require_places(raw, folder.name)
@@ -326,10 +306,7 @@ def convert_raw(folder, raw, events, config, path, notes, **meta):
 
 
 def convert_one(folder, path, root, config, to_events, **meta):
-    """One BIDS recording → folder; returns its events.
-
-    What is there already of the same files with the same options stays.
-    """
+    """One BIDS recording → folder, unless it is there of the same files and options; its events."""
     meta["options"] = meta["options"] | {"made_of": made_of(path, root)}
     old = there_already(folder, meta["options"], config.overwrite)
     if old:
@@ -337,9 +314,7 @@ def convert_one(folder, path, root, config, to_events, **meta):
         return old.events
     events_tsv = reader.sidecar(path, root, "_events.tsv")
     if not events_tsv:
-        raise InputError(
-            f"{path} has no events.tsv beside it: leave this subject out with subjects="
-        )
+        raise InputError(f"{path} has no events.tsv beside it: leave it out with subjects=")
     raw, notes = reader.open_raw(path, root, getattr(config, "sensors", ""))
     table = reader.read_tsv(events_tsv, "onset")
     named = {"trial_type", getattr(config, "word_column", ""), getattr(config, "object_column", "")}
@@ -352,12 +327,10 @@ def convert_one(folder, path, root, config, to_events, **meta):
 def made_of(path, root):
     """A hash of a recording's tables and headers, and its size: what changes if it is mended."""
     digest = hashlib.sha256()
-    described = path.stem.split("_")[-1]
-    for name in ("events.tsv", "channels.tsv", "electrodes.tsv", "coordsystem.json"):
+    tables = ("events.tsv", "channels.tsv", "electrodes.tsv", "coordsystem.json")
+    for name in (*tables, f"{path.stem.split('_')[-1]}.json"):
         file = reader.sidecar(path, root, f"_{name}")
         digest.update(file.read_bytes() if file else b"")
-    file = reader.sidecar(path, root, f"_{described}.json")
-    digest.update(file.read_bytes() if file else b"")
     size = sum(file.stat().st_size for file in reader.files_of(path))
     return f"{digest.hexdigest()[:16]}, {size} bytes"
 
@@ -366,17 +339,15 @@ def made_of(path, root):
 
 
 def convert(folder, root, config, *, to_events=events_of, table=objects_of, **meta):
-    """A whole BIDS folder → dataset; returns the meta of the set.
+    """A whole BIDS folder → dataset; returns the meta of the set. A stopped conversion goes on.
 
-    to_events: like events_of; table: a function of all events that makes objects.csv (object, word,
-    synonyms, category); meta: source, synthetic and more keys of the set. An interrupted conversion
-    goes on where it was.
+    to_events: like events_of; table: makes objects.csv (object, word, synonyms, category) of all
+    events; meta: source, synthetic and more keys of the set.
     """
     folder = Path(folder)
     task, sensors = getattr(config, "task", ""), getattr(config, "sensors", "")
     recordings = reader.find_recordings(root, config.subjects, task, sensors)
-    here = ("root", "out_dir", "subjects", "overwrite")
-    options = {key: value for key, value in asdict(config).items() if key not in here}
+    options = options_of(config, "root", "subjects")
     one_meta = {"options": options, "source": meta["source"], "synthetic": meta["synthetic"]}
     (folder / "meta.yaml").unlink(missing_ok=True)
     events, reason = {}, None
@@ -392,10 +363,7 @@ def convert(folder, root, config, *, to_events=events_of, table=objects_of, **me
 
 
 def finish(folder, events, config, *, table=objects_of, **meta):
-    """objects.csv and meta.yaml of a set; returns the latter.
-
-    events: {name of a recording, which is written: its events}; table: a function of all of them.
-    """
+    """objects.csv and meta.yaml of a set; returns the latter. events: {recording: its events}."""
     objects = table(pd.concat(events.values()))
     write_aside(folder / "objects.csv", objects.to_csv(index=False))
     dropped = {}
@@ -416,12 +384,10 @@ def main(config):
     if not config.root:
         raise InputError("root= is missing: give the folder of a BIDS dataset")
     root = Path(config.root)
-    folder = Path(__file__).resolve().parent / root.resolve().name
-    folder = Path(config.out_dir or os.path.relpath(folder))
+    folder = folder_of(config, __file__, root.resolve().name)
     description = root / "dataset_description.json"
-    name = ""
-    if description.is_file():
-        name = str(reader.read_json(description).get("Name", ""))
+    facts = reader.read_json(description if description.is_file() else None)
+    name = str(facts.get("Name", ""))
     source = f"BIDS: {name or root.resolve().name}"
     convert(folder, root, config, source=source, synthetic="synthetic" in name.lower())
 

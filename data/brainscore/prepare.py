@@ -17,7 +17,6 @@ Tuckute et al. 2024, Pereira et al. 2018, Fedorenko et al. 2016, Blank et al. 20
 2021 (the benchmarks and their ceilings).
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,20 +27,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.assembly import (
-    NotOnServer,
-    column,
-    fetch,
-    read_assembly,
-    responses,
-    sha1_of,
-    without_gaps,
-)
-from data.stimuli import already_made, print_sizes, write_encoding
+from data import InputError, already_made, column, file_hash, folder_of
+from data.assembly import read_assembly, responses, without_gaps
+from data.fetch import download, look_up
+from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -136,12 +127,12 @@ def find(config, folder, name, sha1):
         path = (root if root.is_dir() else root.parent) / name
         return path if path.is_file() else None
     path = folder / "files" / name
-    if not path.is_file() or sha1_of(path) != sha1:
-        try:
-            fetch(f"{config.url}/{name}", path, sha1)
-        except NotOnServer as error:
-            print(error, flush=True)
+    if not path.is_file():
+        file = look_up(f"{config.url}/{name}", path, sha1)
+        if file is None:
+            print(f"{config.url} has no {name}", flush=True)
             return None
+        download([file], path.parent)
     return path
 
 
@@ -151,29 +142,21 @@ def find_assembly(config, folder, published):
         return Path(config.root)
     path = find(config, folder, published.file, published.sha1)
     if path is None:
-        raise InputError(
-            f"there is no {published.file}: give root= the file or the folder that holds it, or "
-            "leave root= out to fetch it"
-        )
+        cure = "give root= the file or its folder, or leave root= out to fetch it"
+        raise InputError(f"there is no {published.file}: {cure}")
     return path
 
 
 def read_ceilings(path, unit_ids):
-    """(V,) the R² that the best model could reach, NaN where none was published.
-
-    Brain-Score's ceiling of a unit is Pearson's r with a brain of infinitely many other people.
-    """
+    """(V,) the R² that the best model could reach, NaN where none was published."""
     assembly = read_assembly(path)
-    if assembly.dims != ["neuroid"]:
-        raise InputError(
-            f"{path} has the dimensions {', '.join(assembly.dims)} where one ceiling for each "
-            "neuroid was expected: give ceilings=False to do without"
-        )
-    names = column(assembly.coords["neuroid"], path, "neuroid_id").astype(str)
-    r = pd.Series(assembly.values, index=names)
+    r = pd.Series(dtype=float)
+    if assembly.dims == ["neuroid"]:
+        names = column(assembly.coords["neuroid"], path, "neuroid_id").astype(str)
+        r = pd.Series(assembly.values, index=names)
     r = r[~r.index.duplicated()].reindex(unit_ids).to_numpy(float)
     if np.isnan(r).all():
-        raise InputError(f"{path} has the ceilings of other units: give ceilings=False")
+        raise InputError(f"{path} has no ceilings of these units: give ceilings=False")
     return np.clip(r, 0, 1) ** 2
 
 
@@ -181,10 +164,7 @@ def read_ceilings(path, unit_ids):
 
 
 def in_context(pieces, groups, order, context):
-    """Texts: each piece behind at most `context` pieces before it in its group.
-
-    order: (n,) places within the group.
-    """
+    """Texts: each piece behind at most `context` pieces before it (by `order`) in its group."""
     table = pd.DataFrame({"piece": pieces, "group": groups, "order": order})
     texts = pd.Series("", table.index)
     for _, members in table.sort_values("order", kind="stable").groupby("group"):
@@ -219,22 +199,15 @@ def describe_units(units, published, path):
     )
 
 
-def select_experiment(y, presentations, experiment, path):
-    """The rows of one experiment."""
-    experiments = column(presentations, path, "experiment").astype(str)
-    rows = experiments == experiment
-    if not rows.any():
-        names = ", ".join(sorted(set(experiments)))
-        raise InputError(f"{path} has no experiment {experiment}, only {names}")
-    return y[rows], presentations[rows].reset_index(drop=True)
-
-
 def make(config, folder, experiment, assembly, about):
     """Write one dataset from an assembly, or from one experiment of it."""
     published = SETS[config.set]
     y, presentations, units = responses(assembly)
     if experiment:
-        y, presentations = select_experiment(y, presentations, experiment, assembly.path)
+        rows = column(presentations, assembly.path, "experiment").astype(str) == experiment
+        if not rows.any():
+            raise InputError(f"{assembly.path} has no experiment {experiment}")
+        y, presentations = y[rows], presentations[rows].reset_index(drop=True)
     units = describe_units(units, published, assembly.path)
     presentations = describe_presentations(
         presentations, published, about["options"]["context"], assembly.path
@@ -268,11 +241,8 @@ def make(config, folder, experiment, assembly, about):
     print_sizes(folder, meta)
 
 
-# ---- main
-
-
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     published = SETS[config.set]
     options = {
         "context": published.context if config.context < 0 else config.context,
@@ -282,18 +252,14 @@ def main(config):
     todo = {}
     for experiment in published.ceilings or [""]:
         name = f"{config.set}-{experiment}" if experiment else config.set
-        if not already_made(folder / name, options, config.overwrite):
+        if not already_made(folder / name, options, complete_encoding, config.overwrite):
             todo[experiment] = folder / name
     if not todo:
         return
     path = find_assembly(config, folder, published)
-    sha1 = sha1_of(path)
+    sha1 = file_hash(path, "sha1")
     if sha1 != published.sha1:
-        print(
-            f"{path} is not the published version of {published.file} (sha1 {sha1}, published "
-            f"{published.sha1})",
-            flush=True,
-        )
+        print(f"{path} is not the published version of {published.file} (by its sha1)", flush=True)
     assembly = read_assembly(path)
     about = {
         "modality": published.modality,

@@ -29,13 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, read_table, write_aside
-from data.fetch import NETWORK_ERRORS, download, look_up, reason_of, request
+from data import InputError, check_content, column, folder_of, read_table, write_aside
+from data.fetch import NETWORK_ERRORS, download, look_up, request, unreachable
 from data.raw import read_json
 from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SFREQ = 2048
 RECORDING = re.compile(r"(?:sub_|btbank)(\d+)_(?:trial)?(\d+)")
 # Neuroprobe's tasks. Those that tell the upper quarter of a column from its lower one:
@@ -81,9 +80,9 @@ def find_package(package):
     if not package:
         spec = importlib.util.find_spec("neuroprobe")
         if spec is None:
+            cure = "pip install neuroprobe, or give package= a clone of it"
             raise InputError(
-                "the word tables, tasks and splits come with the package neuroprobe: pip install "
-                "neuroprobe, or give package= a clone of it"
+                f"word tables, tasks and splits come with the package neuroprobe: {cure}"
             )
         package = Path(spec.origin).parent
     for folder in (Path(package), Path(package) / "neuroprobe"):
@@ -108,13 +107,11 @@ def read_settings(package):
         raise InputError(f"{path} is no Python ({error}): give package= a whole copy") from None
     settings = Settings()
     for statement in statements:
-        if not isinstance(statement, ast.Assign):
-            continue
         try:
+            target = statement.targets[0]
             value = ast.literal_eval(statement.value)
-        except ValueError:
-            continue  # a path, or a name for something above
-        target = statement.targets[0]
+        except (AttributeError, ValueError):
+            continue  # an import; a path, or a name for something above
         if isinstance(target, ast.Name):
             settings[target.id] = value
         elif isinstance(target, ast.Tuple):
@@ -131,16 +128,13 @@ def read_columns(path):
 
 
 def read_word_tables(root, package, film, person, trial):
-    """(words, silences) of a recording; est_idx and est_end_idx are samples of its file.
-
-    The film's own columns are joined to the words.
-    """
+    """(words with the film's own columns, silences); est_idx and est_end_idx are samples."""
     stem = package / "braintreebank_features_time_alignment" / f"subject{person}_trial{trial}"
     words = read_columns(f"{stem}_words_df.csv")
     silences = read_columns(f"{stem}_nonverbal_df.csv")
     features = read_columns(root / "transcripts" / film / "features.csv").set_index("Unnamed: 0")
-    for column in features.columns.difference(words.columns, sort=False):
-        words[column] = words["original_index"].map(features[column])
+    for name in features.columns.difference(words.columns, sort=False):
+        words[name] = words["original_index"].map(features[name])
     pitch = read_json(package / "pitch_volume_features" / f"{film}_pitch_volume_features.json")
     pitches = {f"{float(start):.5f}": entry["enhanced_pitch"] for start, entry in pitch.items()}
     words["enhanced_pitch"] = words["start"].map("{:.5f}".format).map(pitches)
@@ -169,18 +163,12 @@ COLUMNS = {
 
 
 def task_rows(task, words, silences):
-    """(rows of words whose label is 1, rows whose label is 0) of a task.
-
-    In onset and speech the label 0 belongs to rows of `silences`.
-    """
+    """(rows of words whose label is 1, rows whose label is 0) of a task; in onset and speech the
+    label 0 belongs to rows of `silences`."""
     if task == "speech":
         return np.arange(len(words)), np.arange(len(silences))
-    if COLUMNS[task] not in words:
-        raise InputError(
-            f"task {task} needs the column '{COLUMNS[task]}', which neither the word table nor the "
-            "film's features.csv has"
-        )
-    values = words[COLUMNS[task]].to_numpy()
+    place = f"the word table of the task {task}"
+    values = column(words, place, COLUMNS[task]).to_numpy()
     if task == "onset":
         return np.flatnonzero(values == 1), np.arange(len(silences))
     if task in QUARTERS:
@@ -202,11 +190,9 @@ def make_windows(words, silences, settings):
     """DataFrame of every task's windows: task, item, onset (s), label, and their part (train, val,
     test) in each split, in the package's order.
 
-    Both classes are drawn to the same size, at most half of the 3,500 samples each, by the
-    package's seed, then dealt in turn, a 1 first. Within a session the items are cut into
-    contiguous folds; of the one left out the first half validates, the second is tested. Across
-    sessions and people all items of another recording train, and `across` says which of this one's
-    validate and which are tested.
+    Both classes are drawn to the same size by the package's seed, then dealt in turn, a 1 first.
+    Within a session the items are cut into contiguous folds; of the one left out the first half
+    validates. Across sessions and people another recording trains; `across` has this one's part.
     """
     tables = []
     for task in TASKS:
@@ -294,17 +280,14 @@ def make_recording(root, folder, recording, channels, events, **meta):
             if len(set(map(len, series))) != 1:
                 raise OSError("series of different lengths")
             blocks = read_blocks(series, recording)
-            return write_recording(
-                folder / recording,
-                blocks,
-                channels,
-                events,
-                sfreq=SFREQ,
-                unit="a.u.",
-                source=path.name,
-                synthetic=False,
+            about = {
+                "sfreq": SFREQ,
+                "unit": "a.u.",
+                "source": path.name,
+                "synthetic": False,
                 **meta,
-            )
+            }
+            return write_recording(folder / recording, blocks, channels, events, **about)
     except (OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path} is no whole recording ({reason}): fetch it again") from None
@@ -320,17 +303,11 @@ def read_blocks(series, name, step=30 * SFREQ):
 
 
 def fetch_missing(root, url, recordings):
-    """Fetch and unpack what these recordings need and is not there.
-
-    No checksums are published: sizes are the server's, and a zip checks its own sums.
-    """
+    """Fetch and unpack what these recordings need and is not there."""
     try:
         page = request(url).read().decode("utf-8", "replace")
     except NETWORK_ERRORS as error:
-        raise InputError(
-            f"{url} cannot be reached ({reason_of(error)}): try again with a network connection, "
-            "or give root= a local copy (all of it is about 130 GB zipped)"
-        ) from None
+        raise unreachable(url, error) from None
     for path in root.glob("*.zip"):
         unpack(path)  # that an earlier run was stopped in
     names = [f"{recording}.h5" for recording in recordings]
@@ -361,9 +338,6 @@ def unpack(path):
         path.unlink()
         raise InputError(f"{path} came damaged ({error}) and was removed: run it again") from None
     path.unlink()
-
-
-# ---- main
 
 
 def chosen_recordings(config, settings):
@@ -401,7 +375,7 @@ def prepare(root, folder, recording, pair, package, settings, config):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
+    folder = folder_of(config, __file__)
     package = find_package(config.package)
     settings = read_settings(package)
     chosen = chosen_recordings(config, settings)

@@ -8,7 +8,6 @@ the others. Grey levels 0 to 16 are stored as 0 to 255 (times 255/16, rounded): 
 split is 60/20/20 of each digit; who wrote which is not told.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data.stimuli import already_made, print_sizes, write_encoding
+from data import already_made, folder_of, options_of
+from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = True  # made from what is installed, offline: scripts may start this on first use
 
@@ -46,9 +46,9 @@ def main(config):
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
-    options = {"seed": config.seed}
-    if already_made(folder, options, config.overwrite):
+    folder = folder_of(config, __file__)
+    options = options_of(config)
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
     digits = load_digits()
     files = []

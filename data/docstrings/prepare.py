@@ -9,10 +9,9 @@ them.
 """
 
 import hashlib
-import os
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, tokens
-from data.stimuli import already_made, complete, embedded, write_tasks
+from data import InputError, already_made, embedded, file_hash, folder_of, options_of, tokens
+from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
 
@@ -141,9 +140,8 @@ def balance(table, config, pydocs):
         if least < (20 if split == "test" else wanted):
             raise InputError(
                 f"{pydocs} has {least} paragraphs of '{counts.loc[split].idxmin()}' for {split}, "
-                f"{wanted} are asked for: give a smaller {split}=, or prepare data/pydocs with "
-                "everything of requirements.txt installed (and a larger val_fraction= for more "
-                "test text)"
+                f"{wanted} are asked for: give a smaller {split}=, or prepare data/pydocs with all "
+                "of requirements.txt installed"
             )
         part = table[table["split"] == split].groupby("label")
         parts.append(part.head(min(wanted, least)))
@@ -153,16 +151,12 @@ def balance(table, config, pydocs):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
-    options = asdict(config)
-    for name in ("out_dir", "pydocs", "overwrite"):
-        del options[name]
-    version = {
-        "pydocs": tokens.read_meta(pydocs)["splits"]["val"]["sha256"],
-        "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-    }
-    if already_made(folder, options, config.overwrite, complete, **version):
+    options = options_of(config, "pydocs")
+    held_out = tokens.read_meta(pydocs)["splits"]["val"]["sha256"]
+    version = {"pydocs": held_out, "code": file_hash(__file__)}
+    if already_made(folder, options, complete, config.overwrite, **version):
         return
     table = balance(find_paragraphs(pydocs, config), config, pydocs)
     task = {

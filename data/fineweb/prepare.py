@@ -10,18 +10,16 @@ one; a stop at any moment costs little: the same command goes on. A document's s
 hash of its text, so none is on both.
 """
 
-import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError
+from data import already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 REPO = "HuggingFaceFW/fineweb-edu"  # ODC-By 1.0
 PREBUILT = "kjj0/finewebedu10B-gpt2"  # the same sample as modded-nanogpt reads it
@@ -42,13 +40,8 @@ class Config:
     out_dir: str = ""  # "": this folder
     overwrite: bool = False  # make it again although it is there, or was begun otherwise
 
-    POSITIVE = "shard_mb"
-
-    def check(self):
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
-        if self.prebuilt > 99:
-            raise InputError(f"prebuilt={self.prebuilt}: there are 99 ready-made shards")
+    POSITIVE = "shard_mb val_fraction"
+    SHARES = "val_fraction"
 
 
 def fetch_prebuilt(folder, n_shards, state, **meta):
@@ -64,28 +57,16 @@ def fetch_prebuilt(folder, n_shards, state, **meta):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
-    options = asdict(config)
-    for plumbing in ("bpe", "workers", "keep", "out_dir", "overwrite"):
-        del options[plumbing]
-    if not config.overwrite and T.already_made(folder, options):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "bpe", "workers", "keep")
+    if already_made(folder, options, T.complete, config.overwrite):
         return
-    state = T.state_of(T.gpt2_encoding(config.bpe))
     meta = {"options": options, "synthetic": False, "licence": "ODC-By 1.0"}
     if config.prebuilt:
-        fetch_prebuilt(folder, config.prebuilt, state, **meta)
+        fetch_prebuilt(folder, config.prebuilt, T.state_of(T.gpt2_encoding(config.bpe)), **meta)
         return
-    plan = T.Plan(val_fraction=config.val_fraction, shard_bytes=config.shard_mb * 1_000_000)
-    if config.root:
-        hub = None
-        meta["source"] = "local copy"
-        sources = T.group_files(T.find_documents(config.root)[: config.files or None], plan)
-    else:
-        pattern = f"sample/{config.subset.removeprefix('sample-')}/*.parquet"
-        hub = T.Hub(REPO, [pattern], folder / "download", config.keep)
-        meta["source"] = f"{REPO} {config.subset} {hub.revision}"
-        sources = hub.sources(TOKENS[config.subset], config.files)
-    T.write_shards(folder, sources, state, plan, hub, config.workers, config.overwrite, **meta)
+    pattern = f"sample/{config.subset.removeprefix('sample-')}/*.parquet"
+    T.write_corpus(folder, config, REPO, pattern, TOKENS[config.subset], **meta)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ on text that had no say. The two of a pair stand in one text with a tab between.
 """
 
 import hashlib
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.stimuli import (
-    already_made,
-    complete,
-    read_meta,
-    read_task,
-    read_text,
-    to_number,
-    write_tasks,
-)
+from data import InputError, already_made, column, folder_of, read_text
+from data.stimuli import complete, read_meta, read_task, to_number, write_tasks
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
@@ -97,24 +88,19 @@ class Config:
     val: int = 1000  # training texts of GLUE kept for validation, at most a tenth of them
     overwrite: bool = False  # make them again although they are there
 
+    POSITIVE = "val"
+
     def check(self):
-        if self.val < 1:
-            raise InputError(f"val={self.val}: validation chooses the step, give it a text or more")
         if self.root and not Path(self.root).is_dir():
-            raise InputError(
-                f"root={self.root} is no folder: give the one that holds CoLA/train.tsv, or "
-                "cola/train-*.parquet"
-            )
+            cure = "give the one that holds CoLA/train.tsv, or cola/train-*.parquet"
+            raise InputError(f"root={self.root} is no folder: {cure}")
 
 
 # ---- reading
 
 
 def find_files(root, name):
-    """{part: files} of train and of each part of GLUE's development set.
-
-    The files of a part are one TSV file, or all parquet files of a split.
-    """
+    """{part: one TSV file, or a split's parquet files} of train and of each development set."""
     if name == "cola" and (root / "in_domain_train.tsv").is_file():  # as CoLA's authors release it
         return {
             "train": [root / "in_domain_train.tsv"],
@@ -131,10 +117,9 @@ def find_files(root, name):
         path = root / GLUE[name].folder / f"{tsv}.tsv"
         files[part] = [path] if path.is_file() else sorted((root / name).glob(f"{split}-*.parquet"))
         if not files[part]:
-            raise InputError(
-                f"root={root} has neither {GLUE[name].folder}/{tsv}.tsv nor {name}/{split}-*."
-                f"parquet: give the folder with GLUE's own folders, or leave '{name}' out of tasks="
-            )
+            missing = f"{GLUE[name].folder}/{tsv}.tsv nor {name}/{split}-*.parquet"
+            cure = f"give the folder with GLUE's own folders, or leave '{name}' out of tasks="
+            raise InputError(f"root={root} has neither {missing}: {cure}")
     return files
 
 
@@ -150,25 +135,16 @@ def read_tsv(path, header=None):
 def read_part(name, files):
     """DataFrame first, text, label of one part of a task, and how many texts were left out."""
     task = GLUE[name]
+    columns, label, n_broken = task.columns, task.label, 0
     if files[0].suffix == ".parquet":
         table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-        n_broken = 0
-        columns = task.parquet or task.columns
-        label = "label"
+        columns, label = task.parquet or columns, "label"
     else:
         table, n_broken = read_tsv(files[0], COLA_HEADER if name == "cola" else None)
-        columns = task.columns
-        label = task.label
-    for column in [*columns, label]:
-        if column not in table:
-            raise InputError(
-                f"{files[0]} has no column '{column}', only {', '.join(map(str, table))}: it is no "
-                f"file of GLUE's {task.folder}"
-            )
-    texts = table[columns].fillna("").astype(str)
-    texts = texts.apply(lambda column: column.str.split().str.join(" "))
+    texts = pd.DataFrame({key: column(table, files[0], key).fillna("") for key in columns})
+    texts = texts.astype(str).apply(lambda text: text.str.split().str.join(" "))
     part = pd.DataFrame({"first": texts[columns[0]], "text": texts.agg("\t".join, axis=1)})
-    part["label"] = read_labels(table[label].astype(str), task.labels)
+    part["label"] = read_labels(column(table, files[0], label).astype(str), task.labels)
     kept = (texts != "").all(axis=1) & part["label"].notna()
     return part[kept], n_broken + int((~kept).sum())
 
@@ -226,27 +202,20 @@ def download(tasks):
     try:
         return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # its client has many: no network, no such proxy, no disk
-        raise InputError(
-            f"GLUE could not be had from the Hugging Face hub ({type(error).__name__}): go where "
-            "there is network, or give root= a local copy"
-        ) from None
-
-
-# ---- main
+        cure = "go where there is network, or give root= a local copy"
+        problem = f"could not be had from the Hugging Face hub ({type(error).__name__})"
+        raise InputError(f"GLUE {problem}: {cure}") from None
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     options = {"val": config.val}
     tasks = {}
     wanted = list(config.tasks)
-    if already_made(folder, options, config.overwrite, complete):
+    if already_made(folder, options, complete, config.overwrite):
         for name, entry in read_meta(folder)["tasks"].items():  # they stay, others are added
-            tasks[name] = {
-                "frame": read_task(folder, name).drop(columns="y"),
-                "labels": [],
-                **entry,
-            }
+            frame = read_task(folder, name).drop(columns="y")
+            tasks[name] = {"frame": frame, "labels": [], **entry}
         wanted = [name for name in config.tasks if name not in tasks]
     if not wanted:
         return

@@ -9,21 +9,20 @@ beside them. Labels are read off the tree. Test sentences use content words that
 sentence has, and only the label of `length` can be told from how long a sentence is.
 """
 
-import hashlib
-import os
 import random
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.stimuli import already_made, complete, write_tasks
+from data import InputError, already_made, file_hash, folder_of, options_of
+from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # written by rule: scripts may start this on first use
 
@@ -49,10 +48,6 @@ class Config:
 # Every word occurs at least 20 times, in one form or another, in the training text of data/pydocs.
 # Left of the bar: train and val; right: test. No string stands on both sides (nor in two parts of
 # speech), and opposites (valid, invalid) stay on the same one.
-
-
-def listed(text, separator=None):
-    return text.split(separator)
 
 
 def paired(text):
@@ -100,10 +95,12 @@ LEXICON = {
     "good_act": "improve fix | restore simplify",
     "bad_act": "break lose | reject destroy",
 }
-TARGETS = listed(  # of word_content: by its nature the same words in every split
-    "image window tree header font button widget thread chart theorem kernel stream grid video "
-    "loop surface paragraph recipe queue title"
-)
+# of word_content: by its nature the same words in every split
+TARGETS = """
+image window tree header font button widget thread chart theorem kernel stream grid video loop
+surface paragraph recipe queue title
+"""
+TARGETS = TARGETS.split()
 IRREGULAR_PLURALS = paired(
     "child children, person people, matrix matrices, index indices, vertex vertices, axis axes, "
     "criterion criteria, leaf leaves, hypothesis hypotheses, basis bases, spectrum spectra, "
@@ -126,13 +123,16 @@ IRREGULAR_FORMS = {
 SINGULAR, PLURAL = "singular", "plural"
 OTHER = {SINGULAR: PLURAL, PLURAL: SINGULAR}
 DETERMINERS = {
-    SINGULAR: listed("the the the the the the a a this that your our"),
-    PLURAL: listed("the the the the the the some some these those your our"),
+    SINGULAR: ["the"] * 6 + ["a", "a", "this", "that", "your", "our"],
+    PLURAL: ["the"] * 6 + ["some", "some", "these", "those", "your", "our"],
 }
 DEMONSTRATIVES = {SINGULAR: ("this", "that"), PLURAL: ("these", "those")}
-QUANTIFIERS = {SINGULAR: ("every", "each", "another"), PLURAL: listed("many several all two three")}
-MODALS = listed("can could will would should must may might")
-SENTENCE_ADVERBS = listed("today sometimes often usually finally initially")
+QUANTIFIERS = {
+    SINGULAR: ("every", "each", "another"),
+    PLURAL: ["many", "several", "all", "two", "three"],
+}
+MODALS = ["can", "could", "will", "would", "should", "must", "may", "might"]
+SENTENCE_ADVERBS = ["today", "sometimes", "often", "usually", "finally", "initially"]
 SUBORDINATORS = ("because", "although", "since", "though")
 FLIP = paired(  # the other number; of they and we, the other case
     "is are, was were, has have, does do, this these, that those, itself themselves, they them, "
@@ -159,10 +159,8 @@ def plural(noun):
 
 
 def inflect(verb, tag, number=SINGULAR):
-    """The form of a verb under a Penn Treebank tag.
-
-    VB open, VBZ opens, VBP open, VBD opened, VBN opened, VBG opening. The number is for was, were.
-    """
+    """The form of a verb under a Penn Treebank tag: VB open, VBZ opens, VBP open, VBD opened, VBN
+    opened, VBG opening. The number is for was, were."""
     if verb == "be" and tag == "VBD":
         return "was" if number == SINGULAR else "were"
     if verb in IRREGULAR_FORMS.get(tag, {}):
@@ -184,7 +182,7 @@ def lexicon(*sides):
     chosen = {}
     for category, words in LEXICON.items():
         halves = words.split("|")
-        chosen[category] = listed(" ".join(halves[side] for side in sides))
+        chosen[category] = " ".join(halves[side] for side in sides).split()
     return chosen
 
 
@@ -192,10 +190,9 @@ def lexicon(*sides):
 
 
 class Tree:
-    """A phrase with its children, or a word with its lemma.
+    """A phrase with its children (None and False are left out), or a word with its lemma.
 
-    The label is a Penn Treebank tag; `category` is a content word's place in LEXICON. Children
-    that are None or False are left out.
+    label: a Penn Treebank tag; category: a content word's place in LEXICON.
     """
 
     def __init__(self, label, *children, word="", lemma="", category=""):
@@ -295,10 +292,10 @@ def text(words):
 
 
 class Grammar:
-    """Random trees. rng: random.Random; words: {category: [lemma]}.
+    """Random trees. rng: random.Random; words: {category: [lemma]}; depth: how deep clauses nest.
 
     A frame is what a verb takes: act (a thing), meet (an agent), go (nothing), say (a clause), be
-    (an adjective). `depth` bounds how deep modifiers and clauses may nest.
+    (an adjective).
     """
 
     def __init__(self, rng, words):
@@ -335,10 +332,8 @@ class Grammar:
         return Tree("NNS", word=plural(lemma), lemma=lemma, category=category)
 
     def np(self, category="agent", number=None, depth=0, det="", adjective=None, lemma=""):
-        """A noun phrase: determiner, perhaps an adjective, noun.
-
-        With depth, perhaps a prepositional phrase or a relative clause behind it.
-        """
+        """A noun phrase: determiner, perhaps an adjective, noun; with depth, perhaps a
+        prepositional phrase or a relative clause."""
         number = number or self.number()
         noun = self.noun(category, number, lemma or self.one(category))
         if adjective is None:
@@ -362,11 +357,8 @@ class Grammar:
         return Tree("PP", Tree("IN", word=preposition), self.np(of, number, depth - 1))
 
     def relative(self, category, number, depth=1, other=None):
-        """A relative clause beside a noun of this category and number.
-
-        (the user) who opened the file, (the file) that the user opened. other: the number of the
-        noun inside it.
-        """
+        """A relative clause: (the user) who opened the file, (the file) that the user opened.
+        other: the number of the noun inside it."""
         if category == "agent" and self.chance(0.5):
             who = self.one(("who", "that"))
             frame = self.one(("act", "act", "meet"))
@@ -388,10 +380,8 @@ class Grammar:
         return self.np("agent" if frame == "meet" else "thing", number, depth)
 
     def vp(self, number, tense=None, frame="act", depth=0, aspect=None, **options):
-        """A verb phrase with its auxiliaries around it.
-
-        aspect: simple, progressive, perfect, negated or modal; options: of `complements`.
-        """
+        """A verb phrase with its auxiliaries. aspect: simple, progressive, perfect, negated or
+        modal; options: of `complements`."""
         aspect = aspect or self.one(("simple",) * 5 + ("progressive", "perfect", "negated"))
         if frame == "say" and aspect != "negated":  # nobody is noting that
             aspect = "simple"
@@ -421,11 +411,8 @@ class Grammar:
         return Tree("VP", verb, negation, vp)
 
     def complements(self, frame, depth, has_auxiliary, object=None, adverb=True, place=True):
-        """What stands before the verb, and the list of what stands after it.
-
-        object: a noun phrase to take (None: some, "gap": none); adverb: may have one (or the word
-        for it); place: may end with one.
-        """
+        """What stands before the verb, and the list of what stands after it. object: a noun phrase
+        (None: some, "gap": none); adverb: may have one (or the word); place: may end with one."""
         if frame == "say":
             clause = self.clause(depth=max(depth - 1, 0))
             return None, [Tree("SBAR", Tree("IN", word="that"), clause)]
@@ -445,11 +432,8 @@ class Grammar:
         return None, [object, place]
 
     def clause(self, number=None, tense=None, frame=None, depth=0, subject=None, **options):
-        """S: a subject and a verb phrase.
-
-        options: of `vp`, and middle: surely, or surely not, an adverb before a verb without
-        auxiliary.
-        """
+        """S: a subject and a verb phrase. options: of `vp`, and middle: surely, or surely not, an
+        adverb before a verb without auxiliary."""
         middle = options.pop("middle", None)
         number = number or self.number()
         frames = ("act",) * 6 + ("meet", "meet", "go", "be") + ("say",) * bool(depth)
@@ -515,9 +499,8 @@ class Grammar:
         return self.construction(self.one(TOPS), depth)
 
 
-TOPS = listed(
-    "NP VP, NP ADVP VP, PP NP VP, ADVP NP VP, SBAR NP VP, S CC S, VP, AUX NP VP, WHADVP SQ", ", "
-)
+TOPS = "NP VP, NP ADVP VP, PP NP VP, ADVP NP VP, SBAR NP VP, S CC S, VP, AUX NP VP, WHADVP SQ"
+TOPS = TOPS.split(", ")
 
 
 # ---- minimal pairs
@@ -602,20 +585,10 @@ def determiner_noun(g, **options):
     return tree, noun, flip(noun)
 
 
-def determiner_noun_plain(g):
-    return determiner_noun(g, adjective=False)
-
-
-def determiner_noun_adjective(g):
-    return determiner_noun(g, adjective=True)
-
-
 def determiner_noun_irregular(g):
     nouns = []
     for category in ("agent", "thing"):
-        for lemma in g.words[category]:
-            if lemma in IRREGULAR_PLURALS:
-                nouns.append((category, lemma))
+        nouns += [(category, lemma) for lemma in g.words[category] if lemma in IRREGULAR_PLURALS]
     category, lemma = g.one(nouns)
     return determiner_noun(g, category=category, lemma=lemma)
 
@@ -697,6 +670,7 @@ class Paradigm:
 
 SUBJECT_VERB = "subject_verb_agreement"
 DETERMINER_NOUN = "determiner_noun_agreement"
+with_adjective = partial(determiner_noun, adjective=True)
 PARADIGMS = {
     "subject_verb_agreement": Paradigm(subject_verb, SUBJECT_VERB),
     "subject_verb_agreement_auxiliary": Paradigm(subject_auxiliary, SUBJECT_VERB),
@@ -704,8 +678,10 @@ PARADIGMS = {
     "subject_verb_agreement_relative_clause": Paradigm(relative_clause, SUBJECT_VERB),
     "subject_verb_agreement_coordinated_verbs": Paradigm(coordinated_verbs, SUBJECT_VERB),
     "subject_verb_agreement_coordinated_subjects": Paradigm(coordinated_subjects, SUBJECT_VERB),
-    "determiner_noun_agreement": Paradigm(determiner_noun_plain, DETERMINER_NOUN),
-    "determiner_noun_agreement_adjective": Paradigm(determiner_noun_adjective, DETERMINER_NOUN),
+    "determiner_noun_agreement": Paradigm(
+        partial(determiner_noun, adjective=False), DETERMINER_NOUN
+    ),
+    "determiner_noun_agreement_adjective": Paradigm(with_adjective, DETERMINER_NOUN),
     "determiner_noun_agreement_irregular": Paradigm(determiner_noun_irregular, DETERMINER_NOUN),
     "determiner_noun_agreement_determiner": Paradigm(determiner, DETERMINER_NOUN, local=False),
     "quantifier_noun_agreement": Paradigm(quantifier_noun, "quantifiers", "semantics"),
@@ -741,14 +717,12 @@ def make_pairs(config):
             if len(drawn) == config.pairs:
                 break
         else:
-            raise InputError(
-                f"the grammar has fewer than pairs={config.pairs} pairs of {uid}: "
-                "give a smaller pairs="
-            )
+            found = f"fewer than pairs={config.pairs} pairs of {uid}"
+            raise InputError(f"the grammar has {found}: give a smaller pairs=")
         pairs[uid] = []
         for number, (good, bad, place) in enumerate(drawn.values()):
             pair = blimp_pair(good, bad, place, paradigm)
-            pairs[uid].append(pair | {"UID": uid, "pairID": str(number)})
+            pairs[uid].append(pair | {"pairID": str(number)})
     return pairs
 
 
@@ -762,7 +736,6 @@ def blimp_pair(good, bad, place, paradigm):
     return pair | {
         "field": paradigm.field,
         "linguistics_term": paradigm.term,
-        "UID": "",
         "simple_LM_method": True,
         "one_prefix_method": paradigm.local,
         "two_prefix_method": False,
@@ -772,7 +745,7 @@ def blimp_pair(good, bad, place, paradigm):
 
 # ---- tasks
 # Each draws a group: samples {label, text, template, ...} that must stay in one split, most often
-# a single one. An empty group is drawn again.
+# a single one. An empty group is drawn again. The docstring describes the task in meta.yaml.
 
 
 def sample(label, sentence, template, **more):
@@ -792,6 +765,7 @@ BINS = [(4, 6), (7, 8), (9, 10), (11, 13), (14, 17), (18, 24)]
 
 
 def draw_length(g):
+    """number of words; length is the label"""
     tree = g.any(g.rng.randrange(4))
     n_words = len(text(words(tree)).split())
     for low, high in BINS:
@@ -801,6 +775,8 @@ def draw_length(g):
 
 
 def draw_word_content(g):
+    """which of 20 nouns the sentence has; these are the same in every split, the other words are
+    not"""
     tree = g.any(g.rng.randrange(2))
     leaves = tree.leaves()
     nouns = [leaf for leaf in leaves if leaf.label == "NN" and leaf.category == "thing"]
@@ -815,12 +791,14 @@ DEPTHS = ["6", "7", "8", "9"]
 
 
 def draw_depth(g):
+    """labels on the longest way from the root of the tree to a word"""
     tree = g.any(g.rng.randrange(3))
     depth = str(tree.depth())
     return of_tree(depth, tree) if depth in DEPTHS else []
 
 
 def draw_top_constituents(g):
+    """the constituents right below the root"""
     # most imperatives are shorter than all others: draw more of them, and two clauses of short ones
     top = g.one([*TOPS, "VP"])
     depth = g.one((1, 2, 3))
@@ -839,24 +817,28 @@ def simple(g, **options):
 
 
 def draw_tense(g):
+    """tense of the main clause"""
     tree = simple(g)
     return of_tree(tense_of(tree), tree)
 
 
 def draw_subj_number(g):
+    """number of the main clause's subject"""
     tree = simple(g)
     return of_tree(number_of(tree.child("NP")), tree)
 
 
 def draw_obj_number(g):
+    """number of the main clause's object"""
     tree = simple(g, frame=g.one(("act", "act", "meet")))
     return of_tree(number_of(innermost(tree).child("NP")), tree)
 
 
-SHIFTS = listed("DT NN, DT JJ, JJ NN, NN IN, IN DT, VB DT, NN VB", ", ")  # never swapped in English
+SHIFTS = ["DT NN", "DT JJ", "JJ NN", "NN IN", "IN DT", "VB DT", "NN VB"]  # never swapped in English
 
 
 def draw_bigram_shift(g):
+    """whether two adjacent words were swapped; each with its twin"""
     tree = simple(g)
     kinds = []
     for leaf in tree.leaves():
@@ -877,10 +859,8 @@ def draw_bigram_shift(g):
 
 
 def draw_coord_inversion(g):
-    """Two clauses whose order shows.
-
-    The second takes up the first by a pronoun, a definite noun, `then` or `also`.
-    """
+    """whether two coordinated clauses changed places; each with its twin"""
+    # the second takes up the first by a pronoun, a definite noun, `then` or `also`
     cue = g.one(("they", "it", "then", "also", "definite"))
     tense = g.one(("past", "present"))
     number = g.number()
@@ -925,7 +905,8 @@ def second_clause(g, cue, tense, object_number, lemma):
 
 
 def draw_odd_man_out(g):
-    """A sentence about a thing, one about an agent, and the same with these nouns exchanged."""
+    """whether the object is of a kind that the verb does not take; two sentences, and the two with
+    their objects exchanged"""
     number = g.number()
     things = [noun for noun in g.words["thing"] if noun not in g.words["tool"]]
     lemmas = {"thing": g.one(things), "agent": g.one("human")}
@@ -950,7 +931,8 @@ SIGNED = {"thing_adjective": "adjective", "manner": "manner", "act": "act"}
 
 
 def draw_polarity(g):
-    """One or two words of one sign in a sentence of neutral ones."""
+    """the sign of the adjectives, adverbs and verbs that have one"""
+    # one or two words of one sign in a sentence of neutral ones
     frame = g.one(("act", "act", "be"))
     aspect = g.one(("simple", "simple", "progressive", "perfect"))
     tree = simple(g, frame=frame, aspect=aspect)
@@ -968,6 +950,8 @@ def draw_polarity(g):
 
 
 def draw_grammaticality(g):
+    """whether a sentence is English; each with its twin that differs in one word, whose kind
+    `violation` names"""
     uid = g.one(list(PARADIGMS))
     good, bad, _ = minimal_pair(g, PARADIGMS[uid])
     return [
@@ -982,76 +966,33 @@ class Task:
 
     draw: Callable  # Grammar → group of samples
     labels: list
-    description: str
     members: int = 1  # samples in a group; several have as many of each label, of equal lengths
     by_length: bool = True
 
 
+LENGTHS = [f"{low}-{high}" for low, high in BINS]
 TASKS = {
-    "grammaticality": Task(
-        draw_grammaticality,
-        ["ungrammatical", "grammatical"],
-        "whether a sentence is English; each with its twin that differs in one word, whose kind "
-        "`violation` names",
-        members=2,
-    ),
-    "length": Task(
-        draw_length,
-        [f"{low}-{high}" for low, high in BINS],
-        "number of words; length is the label",
-        by_length=False,
-    ),
-    "word_content": Task(
-        draw_word_content,
-        TARGETS,
-        "which of 20 nouns the sentence has; these are the same in every split, the other words "
-        "are not",
-    ),
-    "depth": Task(
-        draw_depth, DEPTHS, "labels on the longest way from the root of the tree to a word"
-    ),
-    "top_constituents": Task(draw_top_constituents, TOPS, "the constituents right below the root"),
-    "tense": Task(draw_tense, ["past", "present"], "tense of the main clause"),
-    "subj_number": Task(
-        draw_subj_number, [SINGULAR, PLURAL], "number of the main clause's subject"
-    ),
-    "obj_number": Task(draw_obj_number, [SINGULAR, PLURAL], "number of the main clause's object"),
-    "bigram_shift": Task(
-        draw_bigram_shift,
-        ["original", "shifted"],
-        "whether two adjacent words were swapped; each with its twin",
-        members=2,
-    ),
-    "coord_inversion": Task(
-        draw_coord_inversion,
-        ["original", "inverted"],
-        "whether two coordinated clauses changed places; each with its twin",
-        members=2,
-    ),
-    "odd_man_out": Task(
-        draw_odd_man_out,
-        ["original", "odd"],
-        "whether the object is of a kind that the verb does not take; two sentences, and the two "
-        "with their objects exchanged",
-        members=4,
-    ),
-    "polarity": Task(
-        draw_polarity,
-        ["negative", "positive"],
-        "the sign of the adjectives, adverbs and verbs that have one",
-    ),
+    "grammaticality": Task(draw_grammaticality, ["ungrammatical", "grammatical"], members=2),
+    "length": Task(draw_length, LENGTHS, by_length=False),
+    "word_content": Task(draw_word_content, TARGETS),
+    "depth": Task(draw_depth, DEPTHS),
+    "top_constituents": Task(draw_top_constituents, TOPS),
+    "tense": Task(draw_tense, ["past", "present"]),
+    "subj_number": Task(draw_subj_number, [SINGULAR, PLURAL]),
+    "obj_number": Task(draw_obj_number, [SINGULAR, PLURAL]),
+    "bigram_shift": Task(draw_bigram_shift, ["original", "shifted"], members=2),
+    "coord_inversion": Task(draw_coord_inversion, ["original", "inverted"], members=2),
+    "odd_man_out": Task(draw_odd_man_out, ["original", "odd"], members=4),
+    "polarity": Task(draw_polarity, ["negative", "positive"]),
 }
 
 
 def matched(task, g, n, seen):
-    """Groups of about n samples: every label as often, and as often at every length.
-
-    No text is in `seen`, which grows. None when the grammar has no more to say.
-    """
+    """Groups of about n samples: every label as often, and as often at every length; no text in
+    `seen`, which grows. None when the grammar has no more to say."""
     labels = task.labels if task.members == 1 else [None]  # twins balance themselves
     wanted = n // (task.members * len(labels))
     cells = defaultdict(lambda: {label: [] for label in labels})  # length → label → groups
-    n_matched = 0
     for _ in range(300 * n):
         group = task.draw(g)
         texts = {sample["text"] for sample in group}
@@ -1062,10 +1003,8 @@ def matched(task, g, n, seen):
         cell = cells[len(group[0]["text"].split()) if task.by_length else 0]
         if len(cell[label]) >= wanted:
             continue
-        n_before = smallest(cell)
         cell[label].append(group)
-        n_matched += smallest(cell) - n_before
-        if n_matched == wanted:
+        if sum(map(smallest, cells.values())) == wanted:
             return balanced(cells)
     return None
 
@@ -1096,29 +1035,23 @@ def make_task(name, config):
         rng = random.Random(f"{config.seed} {name} {split}")
         drawn = matched(task, Grammar(rng, lexicon(1 if split == "test" else 0)), n, seen)
         if drawn is None:
-            raise InputError(
-                f"the grammar does not yield {n} different sentences for '{name}', {split}: "
-                f"give a smaller {split}="
-            )
+            found = f"{n} different sentences for '{name}', {split}"
+            raise InputError(f"the grammar does not yield {found}: give a smaller {split}=")
         rng.shuffle(drawn)
         for group in drawn:
             for member in rng.sample(group, len(group)):
                 rows.append({"split": split, "group": n_groups, **member})
             n_groups += 1
-    about = {"kind": "classification", "labels": task.labels, "description": task.description}
+    description = " ".join(task.draw.__doc__.split())
+    about = {"kind": "classification", "labels": task.labels, "description": description}
     return {"frame": pd.DataFrame(rows), **about}
 
 
-# ---- main
-
-
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
-    options = asdict(config)
-    for key in ("out_dir", "overwrite"):
-        del options[key]
-    grammar = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # is this file
-    if already_made(folder, options, config.overwrite, complete, grammar=grammar):
+    folder = folder_of(config, __file__)
+    options = options_of(config)
+    grammar = file_hash(__file__)
+    if already_made(folder, options, complete, config.overwrite, grammar=grammar):
         return
     tasks = {name: make_task(name, config) for name in TASKS}
     meta = write_tasks(

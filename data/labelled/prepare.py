@@ -11,9 +11,8 @@ r"""A table of words or sentences with a label or a rating, as labelled sentence
 The table has a header and tabs or commas between columns; words such as null and NA stay words.
 """
 
-import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,10 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, write_aside
-from data.assembly import column
-from data.stimuli import already_made, complete, read_csv, to_number, word_key, write_tasks
+from data import InputError, already_made, column, folder_of, options_of, write_aside
+from data.stimuli import complete, read_csv, to_number, word_key, write_tasks
 
 EMBEDDED = False  # needs a table of yours
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -45,14 +42,14 @@ class Config:
     out_dir: str = ""  # "": a folder here with the name of the table
     overwrite: bool = False  # make it again although it is there
 
+    POSITIVE = "val test tail"
+
     def check(self):
         if not Path(self.root).is_file():
             raise InputError(f"root={self.root or '(nothing)'} does not exist: give a table")
-        if min(self.val, self.test) <= 0 or self.val + self.test >= 1 or not 0 < self.tail <= 0.5:
-            raise InputError(
-                f"val={self.val}, test={self.test}, tail={self.tail}: val and test are shares "
-                "above 0 and below 1 together, tail is at most a half"
-            )
+        if self.val + self.test >= 1 or self.tail > 0.5:
+            shares = f"val={self.val}, test={self.test}, tail={self.tail}"
+            raise InputError(f"{shares}: val and test are below 1 together, tail at most a half")
 
 
 def read_labels(config):
@@ -104,11 +101,9 @@ def conditions(rows, kind, tail):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE / Path(config.root).stem
-    options = asdict(config)
-    for key in ("out_dir", "overwrite"):
-        del options[key]
-    if already_made(folder, options, config.overwrite, complete):
+    folder = folder_of(config, __file__, Path(config.root).stem)
+    options = options_of(config)
+    if already_made(folder, options, complete, config.overwrite):
         return
     rows, kind, n_left_out = read_labels(config)
     rows["split"] = draw_split(rows["group"], config)

@@ -7,7 +7,6 @@ concrete and abstract nouns and verbs in the manner of Moseley & Pulvermüller 2
 """
 
 import collections
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, load_meta, write_aside, write_yaml
-from data.stimuli import already_made, embedded, read_task
+from data import InputError, already_made, embedded, folder_of, load_meta, write_aside, write_yaml
+from data.stimuli import read_task
 
 EMBEDDED = True  # made from data/grammar, offline: scripts may start this on first use
 FORMAT = "localizer-1"
@@ -88,10 +87,7 @@ class NonWords:
 
 
 def make(sentences, items, seed):
-    """DataFrame text, condition, item: four kinds of the same sentences, then the word lists.
-
-    sentences: tuples of lower-case words.
-    """
+    """DataFrame text, condition, item: four kinds of the sentences (tuples of words), and lists."""
     rng = random.Random(seed)
     chosen = sorted(rng.sample(sorted(sentences), items))
     vocabulary = set().union(*sentences)
@@ -135,16 +131,14 @@ def is_complete(folder):
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
+    folder = folder_of(config, __file__)
     made_of = {"seed": config.seed, "items": config.items}
-    if already_made(folder, {}, config.overwrite, is_complete, **made_of):
+    if already_made(folder, {}, is_complete, config.overwrite, **made_of):
         return
     sentences = read_sentences(embedded("grammar"))
     if len(sentences) < config.items:
-        raise InputError(
-            f"items={config.items}: data/grammar has only {len(sentences)} sentences of 6 to 12 "
-            "words; take fewer"
-        )
+        found = f"data/grammar has only {len(sentences)} sentences of 6 to 12 words"
+        raise InputError(f"items={config.items}: {found}; take fewer")
     table = make(sentences, config.items, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "localizer.csv", table.to_csv(index=False))

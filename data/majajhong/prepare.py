@@ -9,10 +9,9 @@ Objects on unrelated backgrounds, each image shown some 50 times; spike counts 7
 onset, as published. Every presentation is kept, so that the ceiling comes from the repeats.
 """
 
-import os
 import sys
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +19,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.assembly import column, fetch, read_assembly, responses, sha1_of, without_gaps
-from data.stimuli import already_made, print_sizes, read_csv, write_encoding
+from data import InputError, already_made, column, file_hash, folder_of, options_of
+from data.assembly import read_assembly, responses, without_gaps
+from data.fetch import download, need
+from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 ASSEMBLY = "assy_dicarlo_MajajHong2015_public.nc"
 TABLE = "image_dicarlo_hvm-public.csv"
 IMAGES = "image_dicarlo_hvm-public.zip"
@@ -48,31 +47,25 @@ class Config:
     out_dir: str = ""  # "": this folder
     overwrite: bool = False  # make it again although it is there
 
-    def check(self):
-        if self.repeats < 0:
-            raise InputError(f"repeats={self.repeats}: give a number, or 0 for all")
-
 
 def find_files(config, folder):
     """Paths of the assembly, the table, and the zip or folder of images; fetched without root=."""
     names = [config.assembly, TABLE, IMAGES]
-    if not config.root:
-        for name in names:
-            path = folder / "files" / name
-            if not path.is_file() or (name in SHA1 and sha1_of(path) != SHA1[name]):
-                fetch(f"{config.url}/{name}", path, SHA1.get(name, ""))
-        return [folder / "files" / name for name in names]
-    root = Path(config.root)
+    root = Path(config.root or folder / "files")
     paths = [root / name for name in names]
+    if not config.root:
+        files = []
+        for path in paths:
+            if not path.is_file():
+                files.append(need(f"{config.url}/{path.name}", path, SHA1.get(path.name, "")))
+        download(files, root)
     for unpacked in (root / "images", root / Path(IMAGES).stem):
         if unpacked.is_dir() and not paths[2].is_file():
             paths[2] = unpacked
     for path in paths:
         if not path.exists():
-            raise InputError(
-                f"root={config.root} has no {path.name}: it needs {', '.join(names)} (or the "
-                "images in images/); leave root= out to fetch them"
-            )
+            cure = f"it needs {', '.join(names)} (or images/); leave root= out to fetch them"
+            raise InputError(f"root={config.root} has no {path.name}: {cure}")
     return paths
 
 
@@ -85,30 +78,22 @@ def read_images(path):
     return table.drop_duplicates("image_id").set_index("image_id", drop=False)
 
 
-def copy_images(source, wanted, folder):
-    """Copy images from a zip or a folder, whatever folders are around them, by their bare names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    archive = None
-    if source.is_dir():
-        places = {path.name: path for path in source.rglob("*") if path.is_file()}
-    else:
+def find_images(source, wanted, folder):
+    """{name: path} of images in a folder, or in a zip that is unpacked into `folder`."""
+    if source.is_file():
         try:
-            archive = zipfile.ZipFile(source)
-        except zipfile.BadZipFile as error:
+            with zipfile.ZipFile(source) as archive:
+                archive.extractall(folder)
+        except (zipfile.BadZipFile, EOFError) as error:
             raise InputError(f"{source} is torn, or no zip ({error}): fetch it again") from None
-        places = {Path(name).name: name for name in archive.namelist()}
+        source = folder
+    places = {path.name: path for path in source.rglob("*")}
     lacking = [name for name in wanted if name not in places]
     if lacking:
         raise InputError(
-            f"{source} lacks {len(lacking):,} of {len(wanted):,} images, {lacking[0]} first"
+            f"{source} lacks {len(lacking)} of {len(wanted)} images, {lacking[0]} first"
         )
-    for name in wanted:
-        place = places[name]
-        try:
-            content = archive.read(place) if archive else place.read_bytes()
-        except (zipfile.BadZipFile, EOFError) as error:
-            raise InputError(f"{source}: {name} is torn ({error}): fetch it again") from None
-        (folder / name).write_bytes(content)
+    return {name: places[name] for name in wanted}
 
 
 def describe_images(images, by_object, path):
@@ -125,23 +110,19 @@ def describe_images(images, by_object, path):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
-    options = asdict(config)
-    for key in ("root", "url", "out_dir", "overwrite"):
-        del options[key]
-    if already_made(folder, options, config.overwrite):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "root", "url")
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
     assembly_path, table_path, images_path = find_files(config, folder)
     assembly = read_assembly(assembly_path)
     images = read_images(table_path)
     y, presentations, units = responses(assembly)
-    ids = pd.Series(column(presentations, assembly_path, "image_id", "stimulus_id").astype(str))
+    ids = column(presentations, assembly_path, "image_id", "stimulus_id").astype(str)
     unknown = sorted(set(ids) - set(images.index))
     if unknown:
-        raise InputError(
-            f"{table_path} lacks {len(unknown):,} images of {assembly_path}, {unknown[0]} first: "
-            "they are not of the same set"
-        )
+        lacks = f"lacks {len(unknown):,} images of {assembly_path}, {unknown[0]} first"
+        raise InputError(f"{table_path} {lacks}: they are not of the same set")
     units["roi"] = column(units, assembly_path, "region").astype(str)
     units["subject"] = units["animal"].astype(str) if "animal" in units else ""
 
@@ -150,7 +131,8 @@ def main(config):
         rows &= (pd.Series(rows).groupby(ids).cumsum() <= config.repeats).to_numpy()
     stimulus, shown = pd.factorize(ids[rows])
     images = images.loc[shown]
-    copy_images(images_path, images["filename"].tolist(), folder / "images")
+    names = images["filename"].tolist()
+    link_images(find_images(images_path, names, folder / "files/unpacked"), folder / "images")
     meta = write_encoding(
         folder,
         describe_images(images, config.group == "object", table_path),
@@ -161,7 +143,7 @@ def main(config):
         species="macaque",
         source=f"Majaj, Hong et al. 2015 ({assembly_path.name})",
         synthetic=False,
-        file_sha1=sha1_of(assembly_path),
+        file_sha1=file_hash(assembly_path, "sha1"),
         left_out=left_out,
         options=options,
     )

@@ -10,10 +10,8 @@ copy only. `voxels.nc` is an array (presentation, neuroid) with the coordinate s
 three times; the thousand that everybody saw are the test set.
 """
 
-import os
-import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -22,14 +20,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
-from data.assembly import column, read_assembly, responses, without_gaps
-from data.stimuli import already_made, print_sizes, read_csv, write_encoding
+from data import InputError, already_made, column, folder_of, options_of
+from data.assembly import read_assembly, responses, without_gaps
+from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
 EMBEDDED = False  # needs a local copy: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
-YES = {"true", "1", "1.0"}
-NO = {"false", "0", "0.0", ""}
+SHARED = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 
 
 @dataclass
@@ -46,44 +42,34 @@ class Config:
 
     def check(self):
         if not self.root or not Path(self.root).is_dir():
-            raise InputError(
-                f"root={self.root or '(nothing)'} is no folder: NSD comes from a local copy only; "
-                f"give the folder that holds {self.voxels} and {self.metadata} (access: "
-                "naturalscenesdataset.org)"
+            cure = (
+                f"give the folder with {self.voxels} and {self.metadata} (naturalscenesdataset.org)"
             )
+            root = self.root or "(nothing)"
+            raise InputError(f"root={root} is no folder: NSD comes from a local copy only; {cure}")
 
 
 def read_metadata(path):
     """DataFrame of the photographs: stimulus_id (also the index), filename, shared (bool)."""
     table = read_csv(path)
-    for name in ("stimulus_id", "filename", "shared1000"):
-        column(table, path, name)
-    said = table["shared1000"].str.strip().str.lower()
-    for odd in set(said) - YES - NO:
+    column(table, path, "filename")
+    stated = column(table, path, "shared1000").str.strip().str.lower()
+    for odd in set(stated) - set(SHARED):
         raise InputError(f"{path}: shared1000 is true or false, not '{odd}'")
-    table["shared"] = said.isin(YES)
-    return table.drop_duplicates("stimulus_id").set_index("stimulus_id", drop=False)
+    table["shared"] = stated.map(SHARED)
+    table.index = column(table, path, "stimulus_id")
+    return table[~table.index.duplicated()]
 
 
-def link_images(files, source, folder):
-    """Bring images into the dataset: hard links where the disk allows, else copies."""
+def find_images(files, source):
+    """{name: path} of images in a folder."""
     for file in files:
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(f"'{file}' leads out of the folder: give names that start in {source}")
         if not (source / file).is_file():
-            raise InputError(
-                f"{source / file} is missing: give images= the folder in which the names of the "
-                "metadata start"
-            )
-    for file in files:
-        target = folder / file
-        if target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link((source / file).resolve(), target)
-        except OSError:
-            shutil.copyfile(source / file, target)
+            cure = "give images= the folder in which the names of the metadata start"
+            raise InputError(f"{source / file} is missing: {cure}")
+    return {file: source / file for file in files}
 
 
 def describe_stimuli(metadata, shown, path):
@@ -91,10 +77,8 @@ def describe_stimuli(metadata, shown, path):
     photographs = metadata.loc[shown]
     if photographs["shared"].nunique() < 2:
         found = "all" if photographs["shared"].all() else "none"
-        raise InputError(
-            f"{found} of the stimuli shown are among the shared thousand of {path}: there is "
-            "nothing to train on, or nothing to test on"
-        )
+        problem = f"{found} of the stimuli shown are among the shared thousand of {path}"
+        raise InputError(f"{problem}: there is nothing to train on, or nothing to test on")
     return pd.DataFrame(
         {
             "file": "images/" + photographs["filename"],
@@ -105,11 +89,9 @@ def describe_stimuli(metadata, shown, path):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
-    options = asdict(config)
-    for key in ("root", "images", "out_dir", "overwrite"):
-        del options[key]
-    if already_made(folder, options, config.overwrite):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "root", "images")
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
     root = Path(config.root)
     metadata = read_metadata(root / config.metadata)
@@ -118,10 +100,8 @@ def main(config):
     ids = column(presentations, assembly.path, "stimulus_id", "image_id").astype(str)
     unknown = sorted(set(ids) - set(metadata.index))
     if unknown:
-        raise InputError(
-            f"{root / config.metadata} lacks {len(unknown):,} stimuli of {assembly.path}, "
-            f"{unknown[0]} first: they do not belong together"
-        )
+        lacks = f"lacks {len(unknown):,} stimuli of {assembly.path}, {unknown[0]} first"
+        raise InputError(f"{root / config.metadata} {lacks}: they do not belong together")
     rows, columns, left_out = without_gaps(y, config.missing, str(assembly.path))
     for name, given in (("roi", config.roi), ("subject", config.subject)):
         if name not in units:
@@ -129,7 +109,7 @@ def main(config):
     stimulus, shown = pd.factorize(ids[rows])
     stimuli = describe_stimuli(metadata, shown, root / config.metadata)
     images = Path(config.images or root)
-    link_images(metadata.loc[shown, "filename"], images, folder / "images")
+    link_images(find_images(metadata.loc[shown, "filename"], images), folder / "images")
     known = presentations.columns.isin(["stimulus", "repeat", "stimulus_id", "image_id"])
     meta = write_encoding(
         folder,

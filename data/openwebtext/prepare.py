@@ -5,24 +5,20 @@
     python data/openwebtext/prepare.py root=path/to/parquet     # from a local copy, or JSONL
 
 8 million pages, 9 billion tokens. Files are fetched and tokenised one by one; a stop at any moment
-costs little: the same command goes on. A document's side is decided by a hash of its text, so none
-is on both.
+costs little: the same command goes on. A document's side is decided by a hash of its text.
 """
 
-import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError
+from data import already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 REPO = "Skylion007/openwebtext"  # CC0
-TOKENS = 9_040_000_000
 
 
 @dataclass
@@ -37,32 +33,17 @@ class Config:
     out_dir: str = ""  # "": this folder
     overwrite: bool = False  # make it again although it is there, or was begun otherwise
 
-    POSITIVE = "shard_mb"
-
-    def check(self):
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
+    POSITIVE = "shard_mb val_fraction"
+    SHARES = "val_fraction"
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
-    options = asdict(config)
-    for plumbing in ("bpe", "workers", "keep", "out_dir", "overwrite"):
-        del options[plumbing]
-    if not config.overwrite and T.already_made(folder, options):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "bpe", "workers", "keep")
+    if already_made(folder, options, T.complete, config.overwrite):
         return
-    plan = T.Plan(val_fraction=config.val_fraction, shard_bytes=config.shard_mb * 1_000_000)
-    state = T.state_of(T.gpt2_encoding(config.bpe))
-    if config.root:
-        hub = None
-        source = "local copy"
-        sources = T.group_files(T.find_documents(config.root)[: config.files or None], plan)
-    else:
-        hub = T.Hub(REPO, ["*train*.parquet"], folder / "download", config.keep)
-        source = f"{REPO} {hub.revision}"
-        sources = hub.sources(TOKENS, config.files)
-    meta = {"options": options, "source": source, "synthetic": False}
-    T.write_shards(folder, sources, state, plan, hub, config.workers, config.overwrite, **meta)
+    meta = {"options": options, "synthetic": False}
+    T.write_corpus(folder, config, REPO, "*train*.parquet", 9.04e9, **meta)
 
 
 if __name__ == "__main__":

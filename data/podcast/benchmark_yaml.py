@@ -123,11 +123,10 @@ def is_benchmark(settings):
 
 
 def translate(settings, path, defaults=True):
-    """Options of decode.py for nested settings of podcast-benchmark.
+    """Options of decode.py for nested settings of podcast-benchmark. Raises InputError.
 
-    settings: its nested dictionary; path: where they stand, for messages; defaults: whether what
-    is left out takes the benchmark's own default (a whole file), or is left to decode.py (settings
-    on the command line). Raises InputError for a setting that decode.py cannot express.
+    path: where they stand, for messages; defaults: whether what is left out takes the benchmark's
+    own default (a whole file), or is left to decode.py (settings on the command line).
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     if defaults:
@@ -157,9 +156,7 @@ def _translate_one(options, table, key, value, place):
         return
     if key not in table:
         nearest = difflib.get_close_matches(key, table, 1)
-        hint = f"it knows {', '.join(table)}"
-        if nearest:
-            hint = f"did you mean '{nearest[0]}'?"
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"it knows {', '.join(table)}"
         raise InputError(f"{place} is not a setting that decode.py can express: {hint}")
     if key in VALUES:
         value = _renamed(value, key, place)
@@ -194,11 +191,11 @@ def _merged(first, second):
 
 
 def command_line(argv):
-    """The command line with everything of podcast-benchmark's as options of decode.py.
+    """The command line with what is podcast-benchmark's as options of decode.py: its YAML files
+    (PATH, --config PATH, --config=PATH), dotted settings (--training_params.batch_size=64),
+    trial_name=.
 
-    Translated are its YAML files (PATH, --config PATH, --config=PATH), its dotted settings
-    (--training_params.batch_size=64) and trial_name=...; all else stays as it is. A dotted
-    setting overrides the files; without a file it changes nothing but what it names.
+    A dotted setting overrides the files; without a file it changes nothing but what it names.
     """
     settings = {}
     source = "command line"
@@ -219,9 +216,8 @@ def command_line(argv):
         settings = _merged(settings, found)
     if position is None:
         return arguments
-    options = translate(settings, source, defaults=source != "command line")
     translated = []
-    for key, value in options.items():
+    for key, value in translate(settings, source, defaults=source != "command line").items():
         text = value if isinstance(value, str) else json.dumps(value)
         translated.append(f"{key}={text}")
     return arguments[:position] + translated + arguments[position:]
@@ -230,15 +226,11 @@ def command_line(argv):
 def _settings_in(argument):
     """The settings that one argument gives as a nested dictionary; None where it is not theirs."""
     if "=" not in argument:
-        if not Path(argument).is_file():
-            return None
         try:
             content = read_yaml(Path(argument).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
+        except (OSError, yaml.YAMLError, UnicodeDecodeError):
             return None  # configure says what is wrong with it
-        if not is_benchmark(content):
-            return None
-        return content
+        return content if is_benchmark(content) else None
     key, _, text = argument.removeprefix("--").partition("=")
     group, _, name = key.partition(".")
     if not is_benchmark({group: None}) or bool(name) != (group in TABLES):
@@ -281,18 +273,13 @@ def _named_back(value, key):
 
 
 def settings_of(experiment, option):
-    """What a config setter gave back as a nested dictionary for translate(defaults=False).
-
-    option: the config setter's own name, for messages. Raises InputError for another object.
-    """
+    """What a config setter (`option`) gave back, as translate(defaults=False) takes it."""
     settings = {}
     for group in GROUPS:
         values = getattr(experiment, group, None)
         if values is None:
             raise InputError(f"{option} must return the configuration it was given")
-        if not isinstance(values, dict):
-            values = vars(values)
-        settings[group] = dict(values)
+        settings[group] = dict(values if isinstance(values, dict) else vars(values))
     return settings
 
 
@@ -300,11 +287,8 @@ def settings_of(experiment, option):
 
 
 def read_ini(folder):
-    """experiment_config.ini of a foundation model as nested namespaces.
-
-    ini.ecog_data_config.sample_length and its like: sections and keys in lower case, values as
-    Python reads them. sample_length (s), original_fs and new_fs (Hz) must be there.
-    """
+    """experiment_config.ini of a foundation model as nested namespaces with lower-case names, such
+    as ini.ecog_data_config.sample_length (s), original_fs and new_fs (Hz), which must be there."""
     path = Path(folder) / "experiment_config.ini"
     parser = configparser.ConfigParser()
     try:

@@ -19,7 +19,7 @@ import re
 import sys
 import urllib.parse
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,21 +29,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, read_table, write_aside
+from data import InputError, check_content, column, folder_of, options_of, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
-from data.raw import (
-    METRES,
-    clock_spans,
-    encoding_of,
-    inside_spans,
-    open_raw,
-    read_json,
-    sd_within_seconds,
-)
+from data.raw import METRES, clock_spans, inside_spans, open_raw, read_json, sd_within_seconds
 from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 BUCKET = "https://s3.amazonaws.com/openneuro.org/ds005574"
 BRAIN_TYPES = ("ecog", "seeg", "dbs")  # the other channels are scalp, triggers, hearts and silence
 MISSING = ["", "n/a", "N/A", "nan", "NaN"]
@@ -94,9 +85,8 @@ class Config:
         try:
             self.electrodes.endswith(".csv") or re.compile(self.electrodes)
         except re.error as error:
-            raise InputError(
-                f"electrodes={self.electrodes} is no regular expression ({error}) and no .csv file"
-            ) from None
+            problem = f"is no regular expression ({error}) and no .csv file"
+            raise InputError(f"electrodes={self.electrodes} {problem}") from None
 
 
 # ---- where things are in ds005574
@@ -152,23 +142,16 @@ def local_root(root):
 
 
 def read_columns(path, columns, numeric=()):
-    """DataFrame of a CSV or TSV that must have `columns`; n/a is missing in `numeric` ones only.
-
-    A word may be spelled NA, null or 007.
-    """
-    check_content(path)
+    """DataFrame of a CSV or TSV that must have `columns`; n/a is missing in `numeric` ones only."""
     separator = "\t" if str(path).endswith(".tsv") else ","
-    options = {"sep": separator, "encoding": encoding_of(path), "dtype": {"word": str, "name": str}}
-    table = read_table(path, na_values=dict.fromkeys(numeric, MISSING), **options)
-    for column in columns:
-        if column not in table:
-            there = ", ".join(map(str, table.columns))
-            raise InputError(f"{path} has no column '{column}', only {there}")
-    for column in table.columns.intersection(numeric):
+    missing = dict.fromkeys(numeric, MISSING)
+    kinds = {"word": str, "name": str}
+    table = read_table(path, columns, sep=separator, na_values=missing, dtype=kinds)
+    for name in table.columns.intersection(numeric):
         try:
-            table[column] = table[column].astype(float)
+            table[name] = table[name].astype(float)
         except ValueError as error:
-            raise InputError(f"{path}: column '{column}' holds no numbers ({error})") from None
+            raise InputError(f"{path}: column '{name}' holds no numbers ({error})") from None
     return table
 
 
@@ -216,10 +199,8 @@ def fetch_layers(path, url, layers):
                 print(f"{url}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
                 content[key] = file[key][:]
     except NETWORK_ERRORS as error:
-        raise InputError(
-            f"{url} cannot be read in parts ({error}): run the same command again, or fetch it by "
-            f"hand to {path}"
-        ) from None
+        cure = f"run the same command again, or fetch it by hand to {path}"
+        raise InputError(f"{url} cannot be read in parts ({error}): {cure}") from None
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
         for key, layer in content.items():
@@ -231,10 +212,8 @@ def fetch_layers(path, url, layers):
 
 
 def read_words(path, config):
-    """The transcript as a table, one row a word in its order, and a dictionary of what is odd.
-
-    Columns: word_idx, word, start, end (s), norm_word, sentence (-1: in none), pos, content.
-    """
+    """(transcript, a row a word: word_idx, word, start, end (s), norm_word, sentence (-1: in none),
+    pos, content; a dictionary of what is odd)."""
     table = read_columns(path, ["word", "start", "end"], numeric=("start", "end"))
     words = table[["word", "start", "end"]].copy()
     words.insert(0, "word_idx", np.arange(len(words)))
@@ -265,25 +244,18 @@ def normalised(word):
 
 
 def content_class(word):
-    """'function' for a normalised word of a closed class, 'content' for others, '' for none.
-
-    A contraction is what its first part is: don't, it's.
-    """
+    """'function' for a normalised word of a closed class (of a contraction, its first part: don't,
+    it's), 'content' for others, '' for none."""
     if not word:
         return ""
     stem = word.removesuffix("n't").split("'")[0]
     contraction = "'" in word and (stem in FUNCTION_WORDS or stem in ("ca", "wo", "let"))
-    if word in FUNCTION_WORDS or contraction:
-        return "function"
-    return "content"
+    return "function" if word in FUNCTION_WORDS or contraction else "content"
 
 
 def number_sentences(words, config):
-    """(number of each word's sentence, by which rule): a table's, or full stops, or pauses.
-
-    The release has full stops on two of 5,136 words, which tell no sentences: where they are
-    rarer than one in fifty words, a sentence ends with `pause` seconds of silence instead.
-    """
+    """(number of each word's sentence, by which rule): a table's, or full stops, or pauses: the
+    release has full stops on two of 5,136 words, so `pause` decides where they are rarer."""
     if config.sentences:
         return sentences_of_table(words, config.sentences), f"table {config.sentences}"
     is_end = words["word"].str.contains(r"[.?!][\"'”’)\]]*$")
@@ -297,10 +269,7 @@ def number_sentences(words, config):
 
 
 def sentences_of_table(words, path, tolerance=1e-3):
-    """Number of the sentence that each word is in, in the order of their onsets; -1: in none.
-
-    Where two speakers overlap, it is the sentence that began last.
-    """
+    """Number of the sentence that each word is in, by onset (the later of two); -1: in none."""
     columns = ["sentence_onset", "sentence_offset"]
     table = read_columns(path, columns, columns).dropna(subset=columns)
     onsets, offsets = table[columns].sort_values("sentence_onset", kind="stable").to_numpy().T
@@ -313,43 +282,29 @@ def sentences_of_table(words, path, tolerance=1e-3):
 
 
 def parts_of_speech(words, path):
-    """Part of speech of each word out of another table of the same podcast, '' where unknown.
-
-    Matched by onset (to 10 ms) and, where the table has words, by word. Of several rows of one
-    word, one a token, the first counts.
-    """
+    """Part of speech of each word out of another table of the same podcast, '' where unknown; by
+    onset (to 10 ms) and word, where it has words. Of a word's rows (tokens) the first counts."""
     table = read_columns(path, [], numeric=("start", "onset"))
-    onset_column = first_column(table, ("start", "onset"), path)
-    tag_column = first_column(table, ("pos_class", "class", "pos"), path)
-    tags = table[tag_column].astype(str)
+    onsets = column(table, f"pos={path}", "start", "onset")
+    tags = column(table, f"pos={path}", "pos_class", "class", "pos").astype(str)
     if set(tags) <= set("01234"):
-        tags = [POS_CLASSES[int(tag)] for tag in tags]
+        tags = tags.map(dict(zip("01234", POS_CLASSES)))
     known = {}
-    for key, tag in zip(word_keys(table, onset_column), tags):
+    for key, tag in zip(word_keys(table, onsets), tags):
         known.setdefault(key, tag)
     if "word" not in table:
         words = words[["start"]]
-    keys = word_keys(words, "start")
-    matched = [known.get(key, "") for key in keys]
+    matched = [known.get(key, "") for key in word_keys(words, words["start"])]
     if not any(matched):
         raise InputError(f"pos={path} knows no word of the transcript at its onset")
     return matched
 
 
-def first_column(table, names, path):
-    """The first of these columns that a table has."""
-    for name in names:
-        if name in table:
-            return name
-    raise InputError(f"pos={path} has no column {' or '.join(names)}, only {', '.join(table)}")
-
-
-def word_keys(table, onset_column):
+def word_keys(table, onsets):
     """(normalised word, '' where the table has none; onset in 10 ms) of each row."""
-    onsets = table[onset_column].fillna(-1).mul(100).round().astype(int)
-    if "word" not in table:
-        return zip([""] * len(table), onsets)
-    return zip(table["word"].map(normalised), onsets)
+    onsets = onsets.fillna(-1).mul(100).round().astype(int)
+    words = table["word"].map(normalised) if "word" in table else [""] * len(table)
+    return zip(words, onsets)
 
 
 # ---- released features, and the audio
@@ -371,20 +326,17 @@ def read_features(root, name, layers, words):
     """(tokens, {key: (tokens, dims) float32}) of released features; tokens: TOKEN_COLUMNS."""
     import h5py
 
-    remedy = f"leave '{name}' out of features=, or complete the copy"
-    path = need(root, [f"stimuli/{name}/transcript.tsv"], remedy)
+    cure = f"leave '{name}' out of features=, or complete the copy"
+    path = need(root, [f"stimuli/{name}/transcript.tsv"], cure)
     table = read_columns(path, ["word_idx"], numeric=("true_prob", "entropy"))
     table = table.rename(columns={"hftoken": "token"})
     same = table["word_idx"].between(0, len(words) - 1)
     if "word" in table and same.all():
         same = table["word"].map(normalised) == words["norm_word"].loc[table["word_idx"]].array
     if (~same).sum() > 0.01 * len(table):
-        row = int(np.argmin(same))
-        raise InputError(
-            f"{path}, row {row + 1}: word {table['word_idx'][row]} is not that word of the "
-            f"transcript ({(~same).sum()} such rows): they are of different snapshots"
-        )
-    path = need(root, [f"stimuli/{name}/features.hdf5"], remedy)
+        problem = f"{(~same).sum()} of {len(table)} rows are not the transcript's words"
+        raise InputError(f"{path}: {problem}: they are of different snapshots")
+    path = need(root, [f"stimuli/{name}/features.hdf5"], cure)
     arrays = {}
     try:
         with h5py.File(path, "r") as file:
@@ -399,10 +351,7 @@ def read_features(root, name, layers, words):
 
 
 def loudness(path, sfreq):
-    """(n,) float32: root mean square of the audio (full scale 1, channels together).
-
-    Value k is of [k, k + 1) / sfreq seconds.
-    """
+    """(n,) float32: root mean square of the audio (full scale 1), [k, k + 1) / sfreq s each."""
     from scipy.io import wavfile
 
     try:
@@ -447,9 +396,9 @@ def subject_ids(root, numbers, signal):
 
 def electrode_table(path, nyu_ids):
     """{subject: [electrode, ...]} of a CSV with columns subject (sub-03, 3 or nyu_id) and elec."""
-    table = read_columns(path, ["subject", "elec"])
+    table = read_table(path, ["subject", "elec"], dtype=str)
     subjects = {}
-    for name, electrode in zip(table["subject"].astype(str), table["elec"].astype(str)):
+    for name, electrode in zip(table["subject"], table["elec"]):
         if name.isdigit():
             name = nyu_ids.get(name, f"sub-{int(name):02d}")
         subjects.setdefault(name, []).append(electrode)
@@ -457,10 +406,8 @@ def electrode_table(path, nyu_ids):
 
 
 def read_channels(root, subject, raw, space):
-    """channels.tsv with a row for every brain channel of a Raw, positions (m) and all.
-
-    Bad is what the table or the file says is bad.
-    """
+    """channels.tsv with a row for every brain channel of a Raw, and its position (m); bad is what
+    the table or the file says is bad."""
     path = need(root, [f"{subject}/ieeg/{subject}_task-podcast_channels.tsv"])
     table = read_columns(path, ["name", "type", "status"])
     table = table.drop_duplicates("name").set_index("name").reindex(raw.ch_names)
@@ -485,10 +432,8 @@ def read_positions(root, subject, space):
     farthest = table.abs().max(axis=None)
     scale = METRES.get(unit, 1e-3 if farthest > 1 else 1.0)
     if farthest * scale > 0.3:
-        raise InputError(
-            f"{path}: an electrode {farthest * scale:.2f} m from the origin (unit "
-            f"'{unit or 'unknown'}' of the sidecar) is in nobody's head"
-        )
+        problem = f"an electrode {farthest * scale:.2f} m from the origin is in nobody's head"
+        raise InputError(f"{path}: {problem}: correct the unit in the sidecar ({unit or 'none'})")
     return table * scale
 
 
@@ -508,10 +453,9 @@ def choose_channels(channels, subject, nyu_ids, config):
     if not len(kept):
         stems = Counter(names[good].str.replace(r"\d+$", "", regex=True))
         there = ", ".join(f"{stem} ({count})" for stem, count in stems.items())
-        raise InputError(
-            f"electrodes={config.electrodes} leaves nothing of {subject}: {selected.sum()} match, "
-            f"all bad ones (bads=mark keeps them); it has {there}"
-        )
+        matched = f"{selected.sum()} match, all bad ones (bads=mark keeps them)"
+        problem = f"leaves nothing of {subject}: {matched}; it has {there}"
+        raise InputError(f"electrodes={config.electrodes} {problem}")
     unknown = [name for name in listed if name not in set(names)]
     if unknown:
         print(f"{subject}: in {config.electrodes}, not in the recording: {', '.join(unknown)}")
@@ -551,11 +495,10 @@ def signal_blocks(raw, names, path, seconds=30):
         block = raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
         wrong = np.flatnonzero(~np.isfinite(block).all(0))
         if len(wrong):
-            raise InputError(
-                f"{path}: {names[wrong[0]]} has samples that are no numbers between "
-                f"{start / sfreq:.0f} and {start / sfreq + seconds:.0f} s: leave it out with "
-                "electrodes=, or mark it bad in channels.tsv"
-            )
+            span = f"between {start / sfreq:.0f} and {start / sfreq + seconds:.0f} s"
+            cure = "leave it out with electrodes=, or mark it bad in channels.tsv"
+            name = names[wrong[0]]
+            raise InputError(f"{path}: {name} has samples that are no numbers {span}: {cure}")
         yield block
 
 
@@ -609,9 +552,6 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
     )
 
 
-# ---- main
-
-
 def is_synthetic(root):
     return bool(read_json(find(root, ["dataset_description.json"])).get("Synthetic", False))
 
@@ -625,10 +565,8 @@ def find_tree(folder, kept, config):
         root = folder / "ds005574"
         subjects = [f"sub-{number:02d}" for number in config.subjects]
         if not subjects and not kept:
-            raise InputError(
-                "subjects= says whom to fetch (1 to 9, 0.3 to 1 GB each; subjects=3 say), or root= "
-                "where a local copy of ds005574 is"
-            )
+            cure = "give it (1 to 9, 0.3 to 1 GB each), or root= a local copy of ds005574"
+            raise InputError(f"subjects= says whom to fetch, subjects=3 say: {cure}")
         if set(subjects) <= set(kept):
             return root, [], {}
         root.mkdir(parents=True, exist_ok=True)
@@ -660,12 +598,12 @@ def write_stimuli(root, folder, words, config):
     if config.audio_sfreq:
         path = need(root, ["stimuli/podcast.wav"], "complete the copy, or give audio_sfreq=0")
         arrays["audio.f32"] = loudness(path, config.audio_sfreq)
-        what = "root mean square, full scale 1; sample k is of [k, k + 1) / sfreq s"
         meta["audio"] = {
             "file": "audio.f32",
             "sfreq": config.audio_sfreq,
             "samples": len(arrays["audio.f32"]),
-            "what": f"{what} on the clock of the onsets",
+            "what": "root mean square, full scale 1; sample k is of [k, k + 1) / sfreq s on the "
+            "clock of the onsets",
         }
     for name, table in tables.items():
         write_aside(folder / name, table.to_csv(index=False))
@@ -675,11 +613,9 @@ def write_stimuli(root, folder, words, config):
 
 
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
-    options = asdict(config)
-    for key in ("subjects", "root", "url", "out_dir", "overwrite"):
-        del options[key]
-    kept = [] if config.overwrite else made_recordings(folder, options, asdict(Config()))
+    folder = folder_of(config, __file__)
+    options = options_of(config, "subjects", "root", "url")
+    kept = [] if config.overwrite else made_recordings(folder, options)
     root, subjects, nyu_ids = find_tree(folder, kept, config)
     if not subjects:
         print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
@@ -689,10 +625,8 @@ def main(config):
     if not kept:
         (folder / "meta.yaml").unlink(missing_ok=True)
     elif (folder / "words.csv").read_text(encoding="utf-8") != words.to_csv(index=False):
-        raise InputError(
-            f"{folder} was made with another transcript than {root} has: give overwrite=True to "
-            "make all of it again, or another out_dir"
-        )
+        cure = "give overwrite=True to make all of it again, or another out_dir"
+        raise InputError(f"{folder} was made with another transcript than {root} has: {cure}")
     meta = write_stimuli(root, folder, words, config)
     for subject in subjects:
         make_recording(root, folder, subject, words, nyu_ids, config)

@@ -13,7 +13,7 @@ story is one group, which no split tears apart.
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
+from data import InputError, already_made, column, folder_of, options_of
 from data.recording import Recording, read_set
-from data.stimuli import complete_encoding, read_encoding_meta, write_encoding
+from data.stimuli import complete_encoding, print_sizes, write_encoding
 
 EMBEDDED = False  # needs data/podcast, which must be downloaded
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 
 
 @dataclass
@@ -46,12 +45,9 @@ class Config:
 
 def heard_words(recording):
     """One row a word that was heard, in the order of the transcript: word_idx, word, onset."""
-    events = recording.events
-    missing = [column for column in ("word", "word_idx") if column not in events]
-    if missing:
-        path = recording.path / "events.csv"
-        raise InputError(f"{path} has no column '{missing[0]}', only {', '.join(events)}")
-    words = events.assign(word_idx=events["word_idx"].astype(int), word=events["word"].str.strip())
+    events, path = recording.events, recording.path / "events.csv"
+    word_idx = column(events, path, "word_idx").astype(int)
+    words = events.assign(word_idx=word_idx, word=column(events, path, "word").str.strip())
     words = words[words["word"] != ""].sort_values("word_idx").drop_duplicates("word_idx")
     return words.reset_index(drop=True)
 
@@ -86,10 +82,8 @@ def read_podcast(podcast, names, config):
         recording = Recording(podcast / name)
         heard = heard_words(recording)
         if not words[["word_idx", "word"]].equals(heard[["word_idx", "word"]]):
-            raise InputError(
-                f"{podcast}: {name} heard other words than {names[0]}: choose those who heard the "
-                "same with subjects="
-            )
+            cure = "choose those who heard the same with subjects="
+            raise InputError(f"{podcast}: {name} heard other words than {names[0]}: {cure}")
         onset = heard["onset"].to_numpy()
         means, is_inside, sd = mean_responses(recording, onset, config.lag, config.width)
         good = recording.good & (sd > 0)
@@ -101,29 +95,16 @@ def read_podcast(podcast, names, config):
     return words, np.concatenate(responses, axis=1), pd.concat(units, ignore_index=True), inside
 
 
-def is_made(folder, options):
-    """Whether the dataset is there; InputError where it was made with other options."""
-    if not complete_encoding(folder):
-        return False
-    made_with = read_encoding_meta(folder).get("options")
-    if made_with != options:
-        raise InputError(
-            f"{folder} was made with {made_with}: give overwrite=True to make it again, or another "
-            "out_dir"
-        )
-    print(f"{folder}: there already (overwrite=True makes it again)")
-    return True
-
-
 def main(config):
-    folder = Path(config.out_dir) if config.out_dir else HERE
-    options = asdict(config)
-    for key in ("podcast", "out_dir", "overwrite"):
-        del options[key]
-    if not config.overwrite and is_made(folder, options):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "podcast")
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
-    podcast = Path(config.podcast) if config.podcast else HERE.parent / "podcast"
-    recordings = read_set(podcast)["recordings"]  # says how to make it where it is not there
+    podcast = Path(
+        config.podcast or os.path.relpath(Path(__file__).resolve().parents[1] / "podcast")
+    )
+    about = read_set(podcast)  # says how to make it where it is not there
+    recordings = about["recordings"]
     for name in config.subjects:
         if name not in recordings:
             raise InputError(f"{podcast} has no recording {name}, only {', '.join(recordings)}")
@@ -142,16 +123,12 @@ def main(config):
         units=units,
         modality="ECoG",
         species="human",
-        source=str(read_set(podcast).get("source", podcast.name)),
-        synthetic=read_set(podcast)["synthetic"],
+        source=str(about.get("source", podcast.name)),
+        synthetic=about["synthetic"],
         options=options,
         left_out=[f"{(~inside).sum():,} words whose window is outside a recording"],
     )
-    print(
-        f"{folder}: {meta['sizes']['stimuli']:,} words in {group[inside].nunique()} stretches of "
-        f"{config.block:g} s, {len(units):,} electrodes; {meta['left_out'][0]} left out; "
-        f"{meta['source']}"
-    )
+    print_sizes(folder, meta)
 
 
 if __name__ == "__main__":

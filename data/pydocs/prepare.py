@@ -23,15 +23,14 @@ import sysconfig
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError
+from data import InputError, already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = True  # made from what is installed: scripts may start this on first use
 
 # The project's dependencies, and of what they pull in whatever has pages of prose. (plotly's and
@@ -59,13 +58,13 @@ class Config:
     workers: int = 0  # processes that parse; 0: one per core
     overwrite: bool = False  # make it again although it is there
 
+    POSITIVE = SHARES = "val_fraction"
+
     def check(self):
         if self.vocab_size < 257:
             raise InputError(
                 f"vocab_size={self.vocab_size} cannot hold 256 bytes and {T.ENDOFTEXT}"
             )
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 
 # ---- sources
@@ -181,25 +180,18 @@ HEADING = re.compile(  # of a section, when it stands alone
     r"[^\n]{1,60}\n[-=~^*]{3,}|[^\n]{1,40}:{1,2}|\.\. \w+::[^\n]*"
 )
 NAME = re.compile(r"\w*(?:[\d_]|\w[A-Z])\w*")
-SHORT = (
-    32  # characters of a fingerprint: what is shorter (headings, "Returns self.") may come again
-)
+SHORT = 32  # characters of a fingerprint: what is shorter ("Returns self.") may come again
 
 
 def fingerprint(text):
-    """The words of a text without names, numbers, case and punctuation; '' where no prose is left.
-
-    Equal for texts that say the same.
-    """
+    """The words of a text without names, numbers, case and punctuation, equal for texts that say
+    the same; '' where no prose is left."""
     return " ".join(re.findall(r"[a-z]{2,}", NAME.sub(" ", text).lower()))
 
 
 def units(text):
-    """The pieces of a docstring that are compared: [(separator before it, piece, fingerprint)].
-
-    Paragraphs, and within a paragraph its items (a line and what is indented below it). Code is
-    left out, and so are pieces without a word.
-    """
+    """The pieces of a docstring that are compared: [(separator before it, piece, fingerprint)]:
+    items (a line and what is indented below it) of paragraphs, without code."""
     pieces = []
     text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
     for paragraph in re.split(r"\n\s*\n", CODE.sub("", text).strip("\n")):
@@ -218,11 +210,8 @@ def units(text):
 
 
 def clean(texts, min_chars=200):
-    """{name: [docstrings as units]} -> {name: text} in order of name, nothing said twice.
-
-    A docstring whose fingerprint came before is dropped, and so is a piece of one that is not
-    SHORT. A text opens with its name; texts under min_chars are left out.
-    """
+    """{name: [docstrings as units]} -> {name: text} in order of name, nothing said twice: neither a
+    whole docstring nor a piece that is not SHORT. Texts under min_chars are left out."""
     seen = set()
     documents = {}
     for name in sorted(texts):
@@ -262,10 +251,7 @@ LARGE = 50_000  # characters: a document that would be a tenth of validation is 
 
 
 def split(documents, val_fraction, seed=0):
-    """{name: text} -> (train, val), by a hash of the name.
-
-    A document stays on its side whatever else is installed.
-    """
+    """{name: text} -> (train, val), by a hash of the name, whatever else is installed."""
     train = {}
     val = {}
     for name, text in documents.items():
@@ -290,45 +276,35 @@ def build(texts, folder, config, **meta):
     documents = clean(texts, config.min_chars)
     train, val = split(documents, config.val_fraction, config.seed)
     if not train or not val:
-        raise InputError(
-            f"{len(documents)} documents cannot be split with val_fraction={config.val_fraction}: "
-            "give a larger val_fraction or a smaller min_chars"
-        )
+        cure = "give a larger val_fraction or a smaller min_chars"
+        problem = f"cannot be split with val_fraction={config.val_fraction}"
+        raise InputError(f"{len(documents)} documents {problem}: {cure}")
     text = "".join(documents.values())
-    train = list(train.values())
-    val = list(val.values())
-    corpus = {
-        "characters": len(text),
-        "words": len(text.split()),
-        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    name = f"pydocs-{config.vocab_size}"
-    state = T.learn_bpe(train, config.vocab_size, name)
+    train, val = list(train.values()), list(val.values())
+    state = T.learn_bpe(train, config.vocab_size, f"pydocs-{config.vocab_size}")
     tokenizer = T.Tokenizer(state)
-    splits = {
-        "train": token_arrays(train, tokenizer, workers),
-        "val": token_arrays(val, tokenizer, workers),
-    }
-    counts = {"train": len(train), "val": len(val)}
-    settings = options_of(config)
-    meta = {"documents": counts, "corpus": corpus, "options": settings, "synthetic": False, **meta}
-    return T.write_dataset(folder, splits, state, **meta)
-
-
-# ---- main
-
-
-def options_of(config):
-    """The options that make a difference to the dataset."""
-    options = asdict(config)
-    for plumbing in ("out_dir", "workers", "overwrite"):
-        del options[plumbing]
-    return options
+    return T.write_dataset(
+        folder,
+        {
+            "train": token_arrays(train, tokenizer, workers),
+            "val": token_arrays(val, tokenizer, workers),
+        },
+        state,
+        documents={"train": len(train), "val": len(val)},
+        corpus={
+            "characters": len(text),
+            "words": len(text.split()),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        },
+        options=options_of(config, "workers"),
+        synthetic=False,
+        **meta,
+    )
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
-    if not config.overwrite and T.already_made(folder, options_of(config)):
+    folder = folder_of(config, __file__)
+    if already_made(folder, options_of(config, "workers"), T.complete, config.overwrite):
         return
     started = time.perf_counter()
     print(f"making {folder}: a minute or two", flush=True)

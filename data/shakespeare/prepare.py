@@ -9,23 +9,19 @@ are for training, the rest for validation.
 """
 
 import hashlib
-import http.client
-import os
 import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, check_content
+from data import already_made, check_content, folder_of
 from data import tokens as T
+from data.fetch import download, need
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # downloaded, so only on the user's own command
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SIZE = 1_115_394  # bytes
 
 
 @dataclass
@@ -37,32 +33,23 @@ class Config:
     overwrite: bool = False  # make it again although it is there
 
 
-def download():
-    try:
-        with urllib.request.urlopen(URL, timeout=30) as response:
-            raw = response.read()
-    except (OSError, http.client.HTTPException) as error:  # urllib's errors are OSErrors
-        reason = getattr(error, "reason", error)
-        raise InputError(f"{URL} is not reachable ({reason}): give a copy with root=PATH") from None
-    if len(raw) != SIZE:
-        raise InputError(f"{URL} gave {len(raw):,} bytes where {SIZE:,} are expected: try again")
-    return raw
-
-
-def get_text(root=""):
+def get_text(root, folder):
     """(text, where it came from). Raises InputError without file or network, or for other bytes."""
     if root:
         path = Path(root) / "input.txt" if Path(root).is_dir() else Path(root)
-        return T.decode_text(path, check_content(path).read_bytes()), f"local copy {path.name}"
-    return download().decode(), URL
+        source = f"local copy {path.name}"
+    else:
+        path, source = folder / "download/input.txt", URL
+        download([need(URL, path)], folder)
+    return T.decode_text(path, check_content(path).read_bytes()), source
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE / config.tokenizer))
+    folder = folder_of(config, __file__, config.tokenizer)
     options = {"tokenizer": config.tokenizer}
-    if not config.overwrite and T.already_made(folder, options):
+    if already_made(folder, options, T.complete, config.overwrite):
         return
-    text, source = get_text(config.root)
+    text, source = get_text(config.root, folder)
     if config.tokenizer == "char":
         state = T.character_state(text, "shakespeare-char")
     else:

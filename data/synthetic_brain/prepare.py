@@ -8,9 +8,7 @@ your language model, warped by a known amount. Few words in many combinations: a
 each word adds by itself, and the warp is for what they do together.
 """
 
-import hashlib
 import itertools
-import os
 import random
 import sys
 from dataclasses import dataclass
@@ -20,8 +18,18 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, load_meta, tokens, write_aside, write_yaml
-from data.stimuli import already_made, embedded
+from data import (
+    InputError,
+    already_made,
+    embedded,
+    file_hash,
+    folder_of,
+    load_meta,
+    options_of,
+    tokens,
+    write_aside,
+    write_yaml,
+)
 
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
 FORMAT = "synthetic_brain-1"
@@ -49,35 +57,30 @@ def phrases(encoding):
 
 def is_complete(folder):
     try:
-        content = (folder / "stimuli.csv").read_bytes()
         meta = load_meta(folder, "phrases", FORMAT)
+        return meta.get("sha256") == file_hash(folder / "stimuli.csv")
     except (InputError, OSError):
         return False
-    return meta.get("sha256") == hashlib.sha256(content).hexdigest()
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(Path(__file__).resolve().parent))
-    options = {"stimuli": config.stimuli, "seed": config.seed}
-    if already_made(folder, options, config.overwrite, is_complete):
+    folder = folder_of(config, __file__)
+    options = options_of(config, "pydocs")
+    if already_made(folder, options, is_complete, config.overwrite):
         return
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     every = phrases(tokens.encoding(tokens.tokenizer_state(pydocs)))
     if len(every) < config.stimuli:
-        raise InputError(
-            f"stimuli={config.stimuli}: there are only {len(every)} phrases of words that are "
-            f"single tokens of {pydocs}"
-        )
+        found = f"only {len(every)} phrases of words that are single tokens of {pydocs}"
+        raise InputError(f"stimuli={config.stimuli}: there are {found}")
     rows = []
     for words in random.Random(config.seed).sample(every, config.stimuli):
         rows.append((" ".join(words), f"{words[2]} {words[3]}"))  # a pair of nouns is in one split
     table = pd.DataFrame(rows, columns=["text", "group"])
-    content = table.to_csv(index=False, lineterminator="\n")
-    meta = {"format": FORMAT, "synthetic": True, "options": options, "stimuli": len(table)}
-    meta["sha256"] = hashlib.sha256(content.encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    write_aside(folder / "stimuli.csv", content)
-    write_yaml(folder / "meta.yaml", meta)
+    write_aside(folder / "stimuli.csv", table.to_csv(index=False, lineterminator="\n"))
+    meta = {"format": FORMAT, "synthetic": True, "options": options, "stimuli": len(table)}
+    write_yaml(folder / "meta.yaml", meta | {"sha256": file_hash(folder / "stimuli.csv")})
     print(f"{folder}: {len(table)} phrases, {table['group'].nunique()} pairs of nouns")
 
 

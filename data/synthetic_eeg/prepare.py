@@ -14,11 +14,9 @@ of them can be read. The null is the same brains with nothing about the object i
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -32,18 +30,17 @@ import scipy.signal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, tokens, write_yaml
+from data import InputError, already_made, embedded, folder_of, options_of, tokens, write_yaml
 from data.bids_eeg import prepare as bids
 from data.recording import Recording, complete, read_set
 
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
-HERE = Path(__file__).resolve().parent
 
-NAMES = """
+CHANNELS = """
 Fp1 Fp2 F7 F3 Fz F4 F8 FC5 FC1 FC2 FC6 T7 C3 Cz C4 T8 CP5 CP1 CP2 CP6 P7 P3 Pz P4 P8 PO7 PO3 POz PO4
 PO8 O1 O2
 """
-CHANNELS = NAMES.split()
+CHANNELS = CHANNELS.split()
 SOA = 0.2  # s from picture to picture
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
 # P1, N1 and P2 to any picture: peak and width (s), size (V)
@@ -82,9 +79,7 @@ class Config:
     catch: float = 0.03  # share of catch trials
     # ---- who looks at it
     subjects: int = 4
-    gain: float = (
-        4.0  # µV at the best electrode for one SD of one dimension of meaning; 0: the null
-    )
+    gain: float = 4.0  # µV at the best electrode for one SD of a dimension of meaning; 0: the null
     dimensions: int = 8  # of meaning
     own: float = 0.3  # how far a person's generators are from the average: angle (rad), place, size
     background: float = 10.0  # µV, rms of the 1/f background
@@ -108,19 +103,14 @@ class Config:
         if self.raw_sfreq < 120:
             raise InputError(f"raw_sfreq={self.raw_sfreq:g}: mains are at 50 Hz, so at least 120")
         if self.repeats % 2:
-            raise InputError(
-                f"repeats={self.repeats}: a block shows its pictures twice, so an even number"
-            )
+            raise InputError(f"repeats={self.repeats}: an even number, two in each block")
 
 
 # ---- meaning
 
 
 def read_words(pydocs):
-    """The training text of data/pydocs as numbers of its words and punctuation marks.
-
-    Returns (N,) numbers and (V,) spellings, lower-case, in alphabetical order.
-    """
+    """data/pydocs' training text, lower-case, as (N,) numbers, and (V,) words and marks."""
     enc = tokens.encoding(tokens.tokenizer_state(pydocs))
     ids = tokens.Tokens(pydocs, "train").tokens.tolist()
     text = enc.decode_bytes(ids).decode("utf-8", "replace").lower()
@@ -128,10 +118,8 @@ def read_words(pydocs):
 
 
 def nouns(ids, names, n):
-    """The n most frequent singular nouns of a text, by how they are used.
-
-    After an article, before what ends a noun phrase, with a plural.
-    """
+    """The n most frequent singular nouns of a text, by their use: after an article, before what
+    ends a noun phrase, with a plural."""
     number = {name: i for i, name in enumerate(names)}
     counts = np.bincount(ids)
 
@@ -152,17 +140,13 @@ def nouns(ids, names, n):
             found.append(word)
     found.sort(key=lambda word: (-counts[number[word]], word))
     if len(found) < n:
-        raise InputError(
-            f"objects={n}: the text has only {len(found)} nouns that are frequent enough"
-        )
+        raise InputError(f"objects={n}: the text has only {len(found)} frequent nouns")
     return found[:n]
 
 
 def meanings(ids, names, things, dimensions, reach=5, context=2000):
-    """(things, dimensions) of unit variance: PPMI with the words up to `reach` away, then SVD.
-
-    Contexts are the most frequent words, punctuation left out (Levy, Goldberg & Dagan 2015).
-    """
+    """(things, dimensions) of unit variance: PPMI with words up to `reach` away (the most frequent
+    ones, Levy, Goldberg & Dagan 2015), then SVD."""
     counts = np.bincount(ids)
     is_word = np.array([name.isalpha() for name in names])
     contexts = np.argsort(-counts * is_word, kind="stable")[:context]
@@ -190,10 +174,7 @@ def meanings(ids, names, things, dimensions, reach=5, context=2000):
 
 
 def make_objects(ids, names, config, rng):
-    """objects.csv (object, word, synonyms, category, s1..s8) and the meaning of every picture.
-
-    The latter is (objects, images, dimensions).
-    """
+    """objects.csv, and the meaning of every picture (objects, images, dimensions)."""
     words = nouns(ids, names, config.objects)
     vectors = meanings(ids, names, words, config.dimensions)
     tree = scipy.cluster.hierarchy.linkage(vectors, "ward")
@@ -238,10 +219,8 @@ def noise_1f(rng, n, samples, exponent=1.0):
 
 
 def head(scale):
-    """A head of this size: places (C, 3) of CHANNELS (m), and its forward model.
-
-    The model is a gain (C, sources, 3) in V/Am and the sources' places (S, 3) in m.
-    """
+    """A head of this size: places (C, 3) of CHANNELS (m), gain (C, sources, 3) in V/Am of its
+    forward model, and the sources' places (S, 3) in m."""
     info = mne.create_info(CHANNELS, 100.0, "eeg")
     info.set_montage(mne.channels.make_standard_montage("colin27_1005"))
     places = {ch["ch_name"]: scale * ch["loc"][:3] for ch in info["chs"]}
@@ -255,10 +234,7 @@ def head(scale):
 
 
 def generators(config, rng):
-    """The average person's place, orientation, latency (s) and width (s) of each dimension.
-
-    Posterior, 100 to 400 ms.
-    """
+    """The average person's (posterior) place, axis, latency (s) and width (s) of each dimension."""
     n = config.dimensions
     sideways = rng.uniform(-0.05, 0.05, n)
     backwards = rng.uniform(-0.07, -0.02, n)
@@ -273,11 +249,9 @@ def generators(config, rng):
 
 
 def schedule(config, n_objects, n_images, rng):
-    """(events, seconds): what is shown when. A block shows one picture of every object twice.
-
-    So repeats of a picture stand in blocks without any other picture of its object. Columns of
-    events: onset (s, on a sample), block, object, image (numbers, -1 for catch trials), target.
-    """
+    """(events, seconds): what is shown when. A block shows one picture of every object twice, so
+    repeats stand apart from an object's other pictures. Columns of events: onset (s, on a sample),
+    block, object, image (numbers, -1 for catch trials), target."""
     events, start = [], 2.0
     rounds = [rng.permutation(n_images) for _ in range(config.repeats // 2)]
     for block, image in enumerate(np.concatenate(rounds)):
@@ -382,10 +356,8 @@ def add_artefacts(signal, places, seconds, rate, rng):
 
 
 def write_brainvision(path, signal, names, sfreq, positions):
-    """Write path.vhdr, .vmrk and .eeg (BrainVision Core Data Format 1.0).
-
-    signal: (C, T) in V, kept as float32 µV; positions: samples of the markers.
-    """
+    """Write path.vhdr, .vmrk and .eeg (BrainVision Core Data Format 1.0). signal: (C, T) in V, kept
+    as float32 µV; positions: samples of the markers."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     common = f"[Common Infos]\nCodepage=UTF-8\nDataFile={path.stem}.eeg\n"
@@ -395,14 +367,12 @@ def write_brainvision(path, signal, names, sfreq, positions):
         f"NumberOfChannels={len(names)}\nSamplingInterval={1e6 / sfreq:.12g}\n",
         "[Binary Infos]\nBinaryFormat=IEEE_FLOAT_32\n\n[Channel Infos]",
     ]
-    for i, name in enumerate(names, 1):
-        header.append(f"Ch{i}={name},,1,µV")
+    header += [f"Ch{i}={name},,1,µV" for i, name in enumerate(names, 1)]
     markers = [
         "Brain Vision Data Exchange Marker File, Version 1.0\n",
         f"{common}\n[Marker Infos]\nMk1=New Segment,,1,1,0,20000101000000000000",
     ]
-    for i, position in enumerate(positions, 2):
-        markers.append(f"Mk{i}=Stimulus,S  1,{position + 1},1,0")
+    markers += [f"Mk{i}=Stimulus,S  1,{at + 1},1,0" for i, at in enumerate(positions, 2)]
     path.with_suffix(".vhdr").write_text("\n".join([*header, ""]), encoding="utf-8")
     path.with_suffix(".vmrk").write_text("\n".join([*markers, ""]), encoding="utf-8")
     with open(path.with_suffix(".eeg"), "wb") as file:
@@ -430,11 +400,8 @@ def write_bids(root, subject, person, table, sfreq):
     electrodes = pd.DataFrame({"name": CHANNELS})
     electrodes[["x", "y", "z"]] = places.round(6)
     write_table(folder / f"sub-{subject:02d}_electrodes.tsv", electrodes)
-    write_json(
-        folder / f"sub-{subject:02d}_coordsystem.json",
-        EEGCoordinateSystem="CapTrak",
-        EEGCoordinateUnits="m",
-    )
+    coordinates = {"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}
+    write_json(folder / f"sub-{subject:02d}_coordsystem.json", **coordinates)
     write_json(
         folder / f"{stem}_eeg.json",
         TaskName="rsvp",
@@ -457,19 +424,15 @@ def shown_events(events, table, sfreq):
         shown[column] = shown[column].where(seen, "n/a")
     name = shown["object"].where(seen, "catch")
     image = name + "_" + (events["image"] + 1).astype(str).str.zfill(2) + ".jpg"
-    return pd.DataFrame(
-        {
-            "onset": events["onset"],
-            "duration": 0.1,
-            "object": name,
-            "word": shown["word"],
-            "synonyms": shown["synonyms"],
-            "image": image.where(seen, "catch.jpg"),
-            "category": shown["category"],
-            "block": events["block"] + 1,
-            "target": events["target"],
-            "sample": np.round(events["onset"] * sfreq).astype(int),
-        }
+    rows = pd.DataFrame({"onset": events["onset"], "duration": 0.1, "object": name})
+    return rows.assign(
+        word=shown["word"],
+        synonyms=shown["synonyms"],
+        image=image.where(seen, "catch.jpg"),
+        category=shown["category"],
+        block=events["block"] + 1,
+        target=events["target"],
+        sample=np.round(events["onset"] * sfreq).astype(int),
     )
 
 
@@ -477,11 +440,8 @@ def shown_events(events, table, sfreq):
 
 
 def whitener(windows, kind):
-    """Multivariate noise normalisation (Guggenmos, Sterzer & Cichy 2018), (C, C).
-
-    The inverse root of the channels' covariance around the mean of each kind of trials.
-    windows: (N, C, T) of training trials; kind: (N,) what was shown.
-    """
+    """Multivariate noise normalisation (Guggenmos, Sterzer & Cichy 2018), (C, C): the inverse root
+    of the covariance of windows (N, C, T) around the mean of each kind (N,) of trials."""
     from sklearn.covariance import ledoit_wolf
 
     kinds, number = np.unique(kind, return_inverse=True)
@@ -494,10 +454,7 @@ def whitener(windows, kind):
 
 
 def apart(rows, held, length):
-    """(N,) which windows of `length` samples from `rows` share none with a held-out one.
-
-    held: (N,) bool; held-out windows themselves are not apart.
-    """
+    """(N,) which windows of `length` samples from `rows` share none with a held-out one."""
     return np.abs(rows[:, None] - rows[held]).min(1, initial=length) >= length
 
 
@@ -557,8 +514,7 @@ def oracle(folder):
 
     {set, top1, low, high, top5, chance, n}: on pictures it was not trained on (whole blocks), on
     the last person (trained on the others), on held-out words (ranked among themselves) and on
-    both. Training trials share no sample with any test trial; low and high are the 95 % interval
-    over words.
+    both. Training trials share no sample with a test trial; low and high: 95 % interval over words.
     """
     table = pd.read_csv(folder / "objects.csv", keep_default_na=False)
     dimensions = [column for column in table if re.fullmatch(r"s\d+", column)]
@@ -595,24 +551,16 @@ def score_ranks(ranks):
     return {key: round(float(score), 4) for key, score in scores.items()} | {"n": len(ranks)}
 
 
-# ---- main
+def is_complete(folder):
+    return complete(folder) and (folder / "objects.csv").exists()
 
 
 def main(config):
-    folder = Path(config.out_dir or os.path.relpath(HERE))
-    here = ("out_dir", "pydocs", "overwrite")
-    options = {key: value for key, value in asdict(config).items() if key not in here}
-    if not config.overwrite and complete(folder) and (folder / "objects.csv").exists():
-        if read_set(folder).get("options") != options:
-            raise InputError(
-                f"{folder} was made with other options: give overwrite=True to make it again, or "
-                "another out_dir="
-            )
-        print(f"{folder}: there already (overwrite=True makes it again)")
+    folder = folder_of(config, __file__)
+    options = options_of(config, "pydocs")
+    if already_made(folder, options, is_complete, config.overwrite):
         return
-    pydocs = Path(config.pydocs or HERE.parent / "pydocs")
-    if not (pydocs / "meta.yaml").exists() and (pydocs / "prepare.py").exists():
-        subprocess.run([sys.executable, str(pydocs / "prepare.py")], check=True)
+    pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     rng = np.random.default_rng([config.seed, 0])
     table, pictures = make_objects(*read_words(pydocs), config, rng)
     average = generators(config, rng)
@@ -626,27 +574,18 @@ def main(config):
         "dimensions": f"s1..s{config.dimensions} of objects.csv: PPMI and SVD of data/pydocs' text",
         "subjects": truths,
     }
-    meta |= {"options": options, "oracle": scores, "truth": truth}
-    write_yaml(folder / "meta.yaml", meta)
-    print(
-        f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}; an oracle that knows "
-        "the meanings, single trials:"
-    )
+    write_yaml(folder / "meta.yaml", meta | {"options": options, "oracle": scores, "truth": truth})
+    print(f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}")
+    print("an oracle that knows the meanings, single trials:")
     print(pd.DataFrame(scores).to_string(index=False))
 
 
 def read_people(folder, config, table):
     """Convert the BIDS dataset like anybody's; returns the meta of the set."""
-    reading = bids.Config(
-        object_column="object",
-        image_column="image",
-        synonyms_column="synonyms",
-        category_column="category",
-        block_column="block",
-        target_column="target",
-        overwrite=True,
-        **{key: getattr(config, key) for key in bids.SIGNAL_OPTIONS},
-    )
+    columns = ("object", "image", "synonyms", "category", "block", "target")
+    options = {f"{name}_column": name for name in columns}
+    options |= {key: getattr(config, key) for key in bids.SIGNAL_OPTIONS}
+    reading = bids.Config(**options, overwrite=True)
     meta = {"source": "data/synthetic_eeg/prepare.py", "synthetic": True}
     return bids.convert(folder, folder / "raw", reading, table=lambda events: table, **meta)
 

@@ -11,15 +11,14 @@ their text, so none is on both sides); of few text files, the end of each.
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError
+from data import InputError, already_made, folder_of, options_of
 from data import tokens as T
 
-HERE = Path(__file__).resolve().parent
 EMBEDDED = False  # it is the user's own
 FEW = 100  # text files: fewer than this lend their ends to validation, not some of themselves
 
@@ -39,13 +38,12 @@ class Config:
     synthetic: bool = False  # the text is made up: figures and tables will say so
     overwrite: bool = False  # make it again although it is there, or was begun otherwise
 
-    POSITIVE = "shard_mb"
+    POSITIVE = "shard_mb val_fraction"
+    SHARES = "val_fraction"
 
     def check(self):
         if not self.root:
             raise InputError("root= is missing: give a file of text, or a folder of them")
-        if not 0 < self.val_fraction < 1:
-            raise InputError(f"val_fraction={self.val_fraction} must lie between 0 and 1")
 
 
 def tokenizer_of(config, files, name):
@@ -62,11 +60,9 @@ def tokenizer_of(config, files, name):
 
 def main(config):
     name = config.name or Path(config.root).resolve().name.split(".")[0] or "text"
-    folder = Path(config.out_dir or os.path.relpath(HERE / name))
-    options = asdict(config)
-    for plumbing in ("bpe", "workers", "out_dir", "overwrite"):
-        del options[plumbing]
-    if not config.overwrite and T.already_made(folder, options):
+    folder = folder_of(config, __file__, name)
+    options = options_of(config, "bpe", "workers")
+    if already_made(folder, options, T.complete, config.overwrite):
         return
     files = T.find_documents(config.root, config.files)
     tail = len(files) < FEW and all(T.kind_of(path) in ("text", "") for path in files)
@@ -83,10 +79,8 @@ def main(config):
         validation="the end of each document" if tail else "documents by a hash of their text",
         synthetic=config.synthetic,
     )
-    place = os.path.relpath(folder, HERE.parents[1])
-    if place.startswith(".."):
-        place = folder
-    print(f"python train.py dataset={place}")
+    place = os.path.relpath(folder, Path(__file__).resolve().parents[2])
+    print(f"python train.py dataset={folder if place.startswith('..') else place}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ refused.
 """
 
 import hashlib
-import os
-import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,12 +21,11 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError
+from data import InputError, already_made, folder_of, options_of, read_text
 from data.assembly import without_gaps
-from data.stimuli import already_made, print_sizes, read_text, word_key, write_encoding
+from data.stimuli import complete_encoding, print_sizes, to_number, word_key, write_encoding
 
 EMBEDDED = False  # needs tables of yours
-HERE = Path(os.path.relpath(Path(__file__).resolve().parent))
 SUFFIXES = (".txt", ".tsv", ".csv")
 MISSING = {"", "na", "n/a", "nan", "null", "none"}  # written for a response that was not recorded
 
@@ -80,85 +77,55 @@ def person_names(paths):
 
 def read_table(path):
     """DataFrame of responses, a row a word (the index) and a column a unit; NaN where none is.
-
-    Raises InputError, with the line, for what is no table of words and numbers.
-    """
-    rows = []
+    InputError, with the line, for what is no table of words and numbers."""
+    rows = {}
     separator = None  # any white space
     for line, text in enumerate(read_text(path).split("\n"), 1):
-        if not text.strip():
-            continue
-        if not rows:
+        if text.strip() and not rows:
             separator = next((mark for mark in "\t,;" if mark in text), None)
-        rows.append((line, split(text.rstrip("\r"), separator)))
+        if text.strip():
+            rows[line] = [field.strip().strip('"') for field in text.split(separator)]
     header = None
-    if rows and is_header(rows[0][1]):
-        header = rows.pop(0)[1]
+    if rows and is_header(next(iter(rows.values()))):
+        header = rows.pop(next(iter(rows)))
     if not rows:
         raise InputError(f"{path} holds no words")
-
-    first_line, first_row = rows[0]
-    words = []
+    first_line, first_row = next(iter(rows.items()))
     values = []
-    for line, fields in rows:
+    for line, fields in rows.items():
         if len(fields) != len(first_row) or len(fields) < 2:
-            raise InputError(
-                f"{path}, line {line}: {len(fields)} fields, and {len(first_row)} in line "
-                f"{first_line}; a row is a word and its responses (where words have spaces in "
-                "them, separate the columns by tabs or commas)"
+            found = f"{len(fields)} fields, and {len(first_row)} in line {first_line}"
+            cure = (
+                "a row is a word and its responses (separate words with spaces by tabs or commas)"
             )
+            raise InputError(f"{path}, line {line}: {found}; {cure}")
         if not fields[0]:
             raise InputError(f"{path}, line {line}: the first column, the word, is empty")
-        words.append(fields[0])
         values.append(parse_responses(fields[1:], f"{path}, line {line}"))
+    words = [fields[0] for fields in rows.values()]
     return pd.DataFrame(values, words, column_names(header, len(first_row) - 1, path))
 
 
-def split(line, separator):
-    """The fields of a line, without the quotation marks around them."""
-    fields = []
-    for text in line.split(separator):
-        text = text.strip()
-        if len(text) > 2 and text[0] == text[-1] == '"':
-            text = text[1:-1]
-        fields.append(text)
-    return fields
-
-
 def is_header(fields):
-    """Whether the first line names columns: it has no decimal number, and is no row of counts."""
+    """Whether the first line names columns: it has no decimals, and whole numbers count up."""
     counts = []
     for name in fields[1:]:
         if name.isdecimal():
             counts.append(int(name))
-        elif is_number(name):
+        elif np.isfinite(to_number(name)) or name.lower() in MISSING:
             return False
     if len(counts) < len(fields) - 1 or fields[0].lower() == "word":
         return True
-    return len(counts) > 1 and bool((np.diff(counts) > 0).all())  # numbers of voxels count up
-
-
-def is_number(text):
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return len(counts) > 1 and counts == sorted(set(counts))  # numbers of voxels count up
 
 
 def parse_responses(fields, place):
     """The numbers in a row, NaN where a response is missing."""
-    values = []
-    for text in fields:
-        if text.lower() in MISSING:
-            text = "nan"
-        if not is_number(text):
-            remedy = ": write decimal points" if re.fullmatch(r"-?\d+,\d+", text) else ""
-            raise InputError(
-                f"{place}: the response '{text}' is not a number{remedy}; the word comes first, "
-                "and every other column is a response"
-            )
-        values.append(float(text))
+    values = list(map(to_number, fields))
+    for text, value in zip(fields, values):
+        if np.isnan(value) and text.lower() not in MISSING:
+            cure = "the word comes first, all other columns are responses (with decimal points)"
+            raise InputError(f"{place}: the response '{text}' is not a number: {cure}")
     return values
 
 
@@ -169,11 +136,8 @@ def column_names(header, n_columns, path):
     if header and len(header) == n_columns and header[0].lower() != "word":
         return header  # the words' column has no name
     if header:
-        print(
-            f"{path}: the header has {len(header)} fields and every row has {n_columns + 1}: "
-            "its names are not used, columns are numbered",
-            flush=True,
-        )
+        sizes = f"the header has {len(header)} fields and every row has {n_columns + 1}"
+        print(f"{path}: {sizes}: its names are not used, columns are numbered", flush=True)
     return [f"v{i}" for i in range(n_columns)]
 
 
@@ -181,10 +145,7 @@ def column_names(header, n_columns, path):
 
 
 def combine(tables, config):
-    """The tables of all people side by side.
-
-    A row is (word, repeat), in the order of the first person's table; a column is (person, column).
-    """
+    """All tables side by side: rows (word, repeat), as in the first, columns (person, column)."""
     frames = []
     for table in tables.values():
         words = table.index.str.lower() if config.lower else table.index
@@ -238,21 +199,17 @@ def leave_out(frame, config):
     return frame.loc[:, ~constant], left_out
 
 
-# ---- main
-
-
 def main(config):
     root = Path(config.root)
     name = root.stem if root.is_file() else root.resolve().name
-    folder = Path(config.out_dir) if config.out_dir else HERE / name
+    folder = folder_of(config, __file__, name)
     paths = find_tables(root, config.people)
     contents = hashlib.sha256()
     for path in paths.values():
         contents.update(path.read_bytes())
-    options = asdict(config) | {"people": list(paths), "tables": contents.hexdigest()[:16]}
-    for key in ("root", "out_dir", "overwrite"):
-        del options[key]
-    if already_made(folder, options, config.overwrite):
+    options = options_of(config, "root")
+    options |= {"people": list(paths), "tables": contents.hexdigest()[:16]}
+    if already_made(folder, options, complete_encoding, config.overwrite):
         return
 
     tables = {person: read_table(path) for person, path in paths.items()}
