@@ -195,9 +195,9 @@ def concatenation(model, n, idx):
     B, P, _ = n.shape
     x = torch.cat([model.bon.expand(B, 1, -1), n, model.eon.expand(B, 1, -1), wte(idx)], 1)
     if model.text_positions == "after_prefix":
-        x = x + wpe(torch.arange(x.size(1)))
+        x = x + wpe.weight[: x.size(1)]
     else:
-        x[:, P + 2 :] += wpe(torch.arange(idx.size(1)))
+        x[:, P + 2 :] += wpe.weight[: idx.size(1)]
     return x, P + 1
 
 
