@@ -13,7 +13,7 @@ high), and their number (n).
 Margalit et al. 2024 (TDANN) for swaps; Rathi et al. 2025 (TopoLM) for random permutations.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -206,25 +206,23 @@ def colours(r):
 
 def plot_sheets(path, title, layers, sheet, scheme):
     """Three panels per layer: the random and the chosen layout, and correlation by distance."""
-    places = positions.places_of(np.arange(sheet.side**2), sheet.side)
-    steps = np.linalg.norm(places[:, None] - places, axis=-1).round().astype(int).ravel()
+    offsets = positions.offsets(np.arange(sheet.side**2), sheet.side)
+    steps = np.linalg.norm(offsets, axis=-1).round().astype(int).ravel()
     near = (steps > 0) & (steps < sheet.side)  # farther ones are corner against corner
     n_pairs = np.bincount(steps[near])[1:]  # at each distance, in whole cells
     figure = Figure(figsize=(13, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
     panels = figure.subplots(len(layers) // 2, 6, squeeze=False).reshape(-1, 3)
     for layer, (left, middle, right) in zip(layers, panels):
         colour_of = colours(layer.r)
-        for axis, unit_at_cell, label, line_colour in (
-            (left, layer.random, "random", "0.6"),
-            (middle, layer.unit_at_cell, scheme, "C3"),
-        ):
+        shown = [("random", left, layer.random), (scheme, middle, layer.unit_at_cell)]
+        for label, axis, unit_at_cell in shown:
             loss = losses_of(sheet, layer.r, unit_at_cell).mean()
             axis.imshow(colour_of[unit_at_cell].reshape(sheet.side, sheet.side, 3))
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{label}: {loss:.3f}", fontsize=8)
             r = layer.r[unit_at_cell][:, unit_at_cell].ravel()[near]
             curve = np.bincount(steps[near], r)[1:] / n_pairs
-            right.plot(np.arange(1, len(curve) + 1), curve, color=line_colour, label=label)
+            right.plot(np.arange(1, len(curve) + 1), curve, label=label)
         left.set_ylabel(layer.name, fontsize=8)
         right.axhline(0, color="0.85", lw=0.8, zorder=0)
         right.tick_params(labelsize=7)
@@ -253,16 +251,6 @@ def load_model(run, config, folder):
         model = GPT(GPTConfig(**shape), seed=config.seed)
         tokenizer = None
     return model.to(run.device).eval(), tokenizer
-
-
-def save(config, path, layers):
-    """The positions file, with how it was made."""
-    keys = ["scheme", "seed", "radius", "tap", "lm", "init_data"]
-    facts = {key: getattr(config, key) for key in keys}
-    facts["method"] = config.method if config.scheme == "swap" else ""
-    facts["norm"] = str(config.norm)
-    layouts = np.stack([layer.unit_at_cell for layer in layers])
-    positions.save_positions(str(path), layouts, **facts)
 
 
 def main(config):
@@ -295,7 +283,9 @@ def main(config):
         layers.append(layer)
     picture = run.out / f"{config.name}.png"
     if run.master:
-        save(config, path, layers)
+        made_by = {**asdict(config), "norm": str(config.norm)}
+        layouts = np.stack([layer.unit_at_cell for layer in layers])
+        positions.save_positions(path, layouts, **made_by)
         who = config.lm or "an untrained GPT"
         text = "synthetic text" if read_meta(folder).get("synthetic") else "text"
         title = f"{config.name}: responses of {who} to unseen {text} ({folder})"

@@ -16,7 +16,7 @@ import topography
 from convert import HiddenStates, export_gpt
 from data import InputError
 from data.stimuli import read_pairs
-from data.tokens import Tokenizer, state_of
+from data.tokens import state_of
 from model import lm_state, save_checkpoint
 from topography import Config, Sheets
 
@@ -340,11 +340,6 @@ def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tm
     assert "minimal pairs only" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing to do.*pairs=grammar"):
         run(given, tmp_path / "b", lm=str(given / "flat"), pairs="")
-
-
-def test_a_text_begins_with_the_end_of_text_token():
-    tokenizer = Tokenizer(state_of(byte_tokenizer()))
-    assert topography.begin(tokenizer, "ab", 2) == [256, 97]
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="BLiMP's files are not beside the checkout")
