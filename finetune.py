@@ -131,6 +131,8 @@ class Task:
         self.sd = float(train.std(ddof=0))
         self.baseline = "mean guess"
         if self.labels:
+            self.mean = 0.0
+            self.sd = 1.0
             self.constant = train.mode()[0]
             self.baseline = f"majority guess ({self.labels[self.constant]})"
         self.splits = {}
@@ -165,9 +167,8 @@ class Task:
 
     def make_targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
-        if self.labels:
-            return torch.tensor(y.to_numpy(), dtype=torch.int64)
-        return torch.tensor((y.to_numpy() - self.mean) / self.sd, dtype=torch.float32)
+        dtype = torch.int64 if self.labels else torch.float32
+        return torch.tensor((y.to_numpy() - self.mean) / self.sd, dtype=dtype)
 
     def loss(self, out, targets):
         """Cross-entropy, or mean squared error, of outputs (B, n_out)."""
