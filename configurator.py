@@ -101,9 +101,10 @@ def _set_option(config, key, value, source):
     """Set one option from `value`, a string or what YAML made of it; `source` is for the error."""
     name, dot, inner = key.partition(".")
     kinds = typing.get_type_hints(type(config))
-    if name in getattr(config, "RENAMED", {}):
-        raise InputError(f"{source}: option '{name}' is now called '{config.RENAMED[name]}'")
     if name not in kinds:
+        new_name = getattr(config, "RENAMED", {}).get(name)
+        if new_name:
+            raise InputError(f"{source}: option '{name}' is now called '{new_name}'")
         raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
     if dot:
         group = getattr(config, name)
@@ -755,6 +756,6 @@ def choose_dtype(wanted, device):
     if wanted == "auto":
         wanted = best
     if wanted not in allowed:
-        allowed = " or ".join(allowed)
-        raise InputError(f"option 'dtype' must be auto or {allowed} on {device}, not '{wanted}'")
+        names = " or ".join(allowed)
+        raise InputError(f"option 'dtype' must be auto or {names} on {device}, not '{wanted}'")
     return getattr(torch, wanted)
