@@ -236,9 +236,7 @@ def load_function(spec, option):
         function = getattr(module, name)
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise InputError(
-            f"option '{option}': '{spec}' cannot be loaded ({reason}); give my_file.py:name"
-        ) from None
+        raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
     _user_code.append(_hash(source))
     return function
 
@@ -431,9 +429,7 @@ class Run:
             self._lock = open(self.out / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{self.out} is in use by another job: give another out_dir="
-            ) from None
+            raise InputError(f"{self.out} is in use by another job") from None
         except OSError as error:
             reason = f"cannot be made or written ({error.strerror})"
             raise InputError(f"out_dir={self.out} {reason}: give another out_dir=") from None
@@ -442,10 +438,8 @@ class Run:
         """A training run that starts over removes what the last one left, if told to overwrite."""
         if (self.out / "ckpt.pt").exists():
             if not getattr(self.config, "overwrite", False):
-                raise InputError(
-                    f"{self.out / 'ckpt.pt'} is there already: continue it with init_from=resume, "
-                    "or start over with overwrite=True, or give another out_dir="
-                )
+                remedy = "init_from=resume, overwrite=True, or another out_dir="
+                raise InputError(f"{self.out / 'ckpt.pt'} is there already: give {remedy}")
             for path in [*self.out.glob("*.pt"), *self.out.glob("results*")]:
                 path.unlink()
         (self.out / "log.jsonl").unlink(missing_ok=True)
@@ -628,10 +622,8 @@ class Run:
         try:
             return wandb.init(config=dataclasses.asdict(self.config), **options)
         except wandb.Error as error:
-            raise InputError(
-                f"wandb did not start ({_one_line(error)[:120]}): log in with wandb login, set "
-                "WANDB_MODE=offline, or leave out wandb_log"
-            ) from None
+            reason = _one_line(error)[:120]
+            raise InputError(f"wandb did not start ({reason}): log in, or go offline") from None
 
     # -- results of a sweep
 
@@ -658,10 +650,7 @@ class Run:
         """
         complete = n >= 1 and not math.isnan(chance) and low <= high
         if not math.isnan(score) and not complete:
-            raise ValueError(
-                f"the score {score} of {keys} stands without a chance level ({chance}), "
-                f"an interval ({low} to {high}) or n ({n})"
-            )
+            raise ValueError(f"{score} of {keys} stands without chance {chance}, interval or n {n}")
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n}
         row["options"] = self.options_hash()
         for key, value in row.items():
@@ -739,9 +728,7 @@ def choose_device(wanted="auto"):
     try:
         return torch.empty(0, device=wanted).device
     except (RuntimeError, AssertionError):
-        raise InputError(
-            f"option 'device': this machine has no '{wanted}': leave it auto"
-        ) from None
+        raise InputError(f"option 'device': there is no '{wanted}' here") from None
 
 
 def choose_dtype(wanted, device):

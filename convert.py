@@ -74,10 +74,7 @@ def find_checkpoint(spec):
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
-    raise InputError(
-        f"lm: there is no language model at {spec}: train one with python train.py, or give "
-        "a run folder, a checkpoint or a Hugging Face name"
-    )
+    raise InputError(f"lm: no language model at {spec}: give a run (python train.py) or a name")
 
 
 def in_order(path):
@@ -279,10 +276,8 @@ class HiddenStates:
         asked = list(asked) or range(self.n_layer + 1)
         for layer in asked:
             if not -self.n_layer - 1 <= layer <= self.n_layer:
-                raise InputError(
-                    f"{self.name} has no layer {layer}: there are 0 (embeddings) to "
-                    f"{self.n_layer}, -1 is the last"
-                )
+                layers = f"there are 0 (embeddings) to {self.n_layer}"
+                raise InputError(f"{self.name} has no layer {layer}: {layers}")
         return sorted({layer % (self.n_layer + 1) for layer in asked})
 
     def random_twin(self, seed):
@@ -350,10 +345,8 @@ class HiddenStates:
         self.causal = all(nearly_equal(state[0, :2], state[1, :2], 1e-5) for state in states)
         self.blocks = self._find_blocks(ids, real, states)
         if not self._ignores_pads():
-            raise InputError(
-                f"{self.name}: the states of a text change with the texts beside it in a batch (it "
-                "reads the padding): take another model"
-            )
+            beside = "the states of a text change with the texts beside it"
+            raise InputError(f"{self.name} reads the padding: {beside}")
         if padding_side == "left" and self.causal and not self.is_gpt:
             self.padding_side = "left"
             if not self._ignores_pads():
@@ -420,10 +413,8 @@ def longest_text(model, tokenizer):
 
 def refuse_encoder_and_decoder(config, name):
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{name} has an encoder and a decoder ({config.model_type}): "
-            "give a causal or a masked language model"
-        )
+        kind = config.model_type
+        raise InputError(f"{name} has an encoder and a decoder ({kind}): give a causal model")
 
 
 def load_from_transformers(name, dtype, head):
@@ -507,10 +498,8 @@ def load_weights(Auto, name, **options):
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
     if missing:
-        raise InputError(
-            f"{name} lacks weights of {type(model).__name__}, {missing[0]} for one: it was saved "
-            "without its head, or is torn"
-        )
+        kind = type(model).__name__
+        raise InputError(f"{name} lacks weights of {kind} ({missing[0]}): torn, or without head")
     return model
 
 
@@ -545,9 +534,7 @@ def gpt_from_hub(name, **options):
 def gpt_shape(config, name):
     """Fields of GPTConfig from the config of a Hugging Face GPT-2."""
     if config.model_type != "gpt2":
-        raise NotOurGPT(
-            f"'{name}' is a {config.model_type} model: only GPT-2 weights load into our GPT"
-        )
+        raise NotOurGPT(f"'{name}' is a {config.model_type} model, not GPT-2")
     plain = {
         "activation_function": [*GELUS],
         "layer_norm_epsilon": [1e-5],
@@ -570,9 +557,7 @@ def exported_facts(name):
     try:
         return patch_checkpoint({"version": 1, **json.loads(path.read_text())})
     except (ValueError, TypeError):
-        raise InputError(
-            f"{path} is torn or not ours: export the model again, or take the file away"
-        ) from None
+        raise InputError(f"{path} is torn or not ours: export the model again") from None
 
 
 def transpose_conv1d(name, weight):
@@ -687,10 +672,7 @@ def tokenizer_state_from_hub(name):
                 return state
         except InputError:  # tokens that no merges make
             pass
-    raise NotOurGPT(
-        f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter: our GPT would get "
-        "other ids"
-    )
+    raise NotOurGPT(f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter")
 
 
 # GPT-2's pre-tokenizer has two spellings
@@ -776,10 +758,7 @@ def last_merge(token, ranks):
         joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
         at = joined.index(min(joined))
         if joined[at] >= ranks[token]:
-            raise InputError(
-                f"the token {token!r} is not made by merging two others: this tokenizer has no "
-                "Hugging Face BPE form"
-            )
+            raise InputError(f"the token {token!r} is not made by merging two others: no BPE")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
 
@@ -804,9 +783,7 @@ def adopt_checkpoint(state, path):
     if embedding is None or "transformer.wpe.weight" not in weights or "n_head" not in foreign_args:
         raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
     if not torch.equal(head, embedding):
-        raise InputError(
-            f"{path} has a head of its own, where our GPT's is tied to the token embedding"
-        )
+        raise InputError(f"{path} has a head of its own: our GPT's is its token embedding")
     args = {
         "block_size": len(weights["transformer.wpe.weight"]),
         "vocab_size": len(embedding),
@@ -858,10 +835,7 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
                 raise InputError(f"{meta} is not the vocabulary of {path}: it has more tokens")
             return tokenizer
     if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
-        raise InputError(
-            f"{path} has {vocab_size} tokens and no meta.pkl says which: copy nanoGPT's "
-            f"data/{dataset or 'DATASET'}/meta.pkl beside it"
-        )
+        raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
     if (folder / "tokenizer.json").is_file():
         return tokenizer_state_from_hub(str(folder))
     files = [folder / name for name in ("vocab.bpe", "merges.txt") if (folder / name).is_file()]
@@ -891,10 +865,7 @@ def read_layer_pickles(folder):
     """
     files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
     if not files:
-        raise InputError(
-            f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
-            "one .npz of init_pos.py"
-        )
+        raise InputError(f"{folder} holds no position files (layer.0.attn.pkl ...) of TopoLM")
     layouts = {}
     facts = {}
     shared = []
@@ -902,9 +873,7 @@ def read_layer_pickles(folder):
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
         if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
-            raise InputError(
-                f"{file} holds no coordinates (units, 2): it is no position file of TopoLM"
-            )
+            raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
         layouts[file.stem], moved = place_units(coordinates)
         if moved.any():
             n_cells = len(np.unique(coordinates, axis=0))

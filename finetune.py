@@ -161,9 +161,7 @@ class Task:
             columns = ", ".join(table.columns)
             raise InputError(f"task '{config.task}' has no column by={config.by}, only {columns}")
         for split in {"train", "val"} - set(table.split):
-            raise InputError(
-                f"{self.name} has no text in the split '{split}': validation chooses the step"
-            )
+            raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
 
     def make_targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
@@ -308,9 +306,7 @@ def build(config, run):
         raise InputError(f"k={config.k} is more than the {c.n_layer} blocks of {spec}")
     if config.alpha_scale and not (c.sheet and c.alpha):
         missing = "alpha=0" if c.sheet else "no positions"
-        raise InputError(
-            f"alpha_scale={config.alpha_scale} scales the alpha of {spec}, which has {missing}"
-        )
+        raise InputError(f"alpha_scale={config.alpha_scale}: {spec} has {missing}")
     return lm, tokenizer, state
 
 
@@ -322,9 +318,7 @@ def check_resume(state, path, config):
         before = state["config"][key]
         now = getattr(config, key)
         if before != now:
-            raise InputError(
-                f"{path} has {key}={before}, the options say {now}: resume with its own"
-            )
+            raise InputError(f"{path} has {key}={before}, the options say {now}")
 
 
 def make_optimizer(model, config):
@@ -622,10 +616,8 @@ def plan(config, run, n_texts):
     """Texts per step over all ranks, steps in all, steps between validations."""
     per_step = config.texts_per_step or config.batch_size * run.world
     if per_step % (config.batch_size * run.world):
-        product = f"{config.batch_size} x {run.world}"
-        raise InputError(
-            f"texts_per_step={per_step} must be a multiple of batch x ranks, {product}"
-        )
+        size = f"{config.batch_size} x {run.world}"
+        raise InputError(f"texts_per_step={per_step} must be a multiple of batch x ranks = {size}")
     total = config.max_iters or math.ceil(config.epochs * n_texts / per_step)
     eval_interval = config.eval_interval or math.ceil(n_texts / per_step)
     return per_step, total, eval_interval

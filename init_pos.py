@@ -81,10 +81,7 @@ def init_text(run, config):
     folder = run.dataset(config.init_data)
     source = read_meta(folder).get("cut_from", config.dataset)
     if is_default and source != config.dataset:
-        raise InputError(
-            f"init-data was cut from {source}, not from dataset={config.dataset}: remove the "
-            f"folder init-data to cut it again, or give dataset={source}"
-        )
+        raise InputError(f"init-data was cut from {source}: give dataset={source}, or remove it")
     return folder
 
 
@@ -117,10 +114,8 @@ def text_windows(folder, split, samples, length, tokenizer=None):
         text = encoding(tokenizer_state(folder)).decode(ids.tolist())
         ids = np.array(tokenizer.encode(text), np.int64)
     if len(ids) < samples:
-        raise InputError(
-            f"samples={samples} tokens are more than {tokens.path} holds ({len(ids):,}): "
-            f"take samples={len(ids)} or less, or a longer text with init_data="
-        )
+        holds = f"{tokens.path} holds ({len(ids):,})"
+        raise InputError(f"samples={samples} tokens are more than {holds}: see init_data=")
     length = min(length, samples)
     n_rows = -(-samples // length)
     starts = np.linspace(0, len(ids) - length, n_rows).astype(int)
@@ -260,9 +255,7 @@ def main(config):
     config.name = config.name or f"{config.scheme}-{config.n_layer}x{config.n_embd}"
     path = Path(config.positions_dir) / f"{config.name}.npz"
     if path.exists() and not config.overwrite:
-        raise InputError(
-            f"{path} is there already: give another name=, or replace it with overwrite=True"
-        )
+        raise InputError(f"{path} is there already: give another name=, or overwrite=True")
     sheet = positions.Sheet(config.n_embd, config.radius, config.norm)
     length = min(config.block_size, model.config.block_size)
     correlations = {}

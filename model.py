@@ -953,9 +953,7 @@ class NeuralEncoder(nn.Module):
         if c.patch > T:
             raise InputError(f"a signal of {T} samples is shorter than patch={c.patch}")
         if c.window and T // c.patch != c.window:
-            raise InputError(
-                f"a signal of {T // c.patch} patches for an encoder of window={c.window}"
-            )
+            raise InputError(f"a signal of {T // c.patch} patches, not of window={c.window}")
         tokens, states = self.net(x, xyz, subject)
         if self.whole is None:
             return tokens
@@ -1018,10 +1016,7 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
     n_weights = sum(value.numel() for value in weights.values())
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
-        raise InputError(
-            f"{path} fits only {share:.1%} of the encoder's weights, not {threshold:.0%}: give the "
-            "encoder the shape it was trained with"
-        )
+        raise InputError(f"{path} fits only {share:.1%} of the encoder, not {threshold:.0%}")
     module.load_state_dict(fitting, strict=False)
     return share, sorted(set(weights) - set(fitting))
 
@@ -1299,10 +1294,7 @@ def load_checkpoint(path):
         reason = type(error).__name__
         raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(
-            f"{path} is no checkpoint of ours and has no state to resume: nanoGPT's and TopoLM's "
-            "are read by lm= and init_from=, with another out_dir="
-        )
+        raise InputError(f"{path} has no state to resume, as other codes' have none: see lm=")
     if state["version"] > VERSION:
         raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)

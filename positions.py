@@ -36,10 +36,8 @@ def sheet_side(n_units):
     """Side of the square sheet of n_units cells. Raises InputError where n_units is no square."""
     side = int(n_units**0.5)
     if side * side != n_units:
-        raise InputError(
-            f"n_embd={n_units} is not a square, so its units fill no square sheet: "
-            f"take {side**2} or {(side + 1) ** 2}, or positions=none"
-        )
+        sizes = f"{side**2} or {(side + 1) ** 2}"
+        raise InputError(f"n_embd={n_units} is not a square: take {sizes}, or positions=none")
     return side
 
 
@@ -70,11 +68,9 @@ def window_cells(side, radius, norm=float("inf")):
     A window holds the cells closer than `radius` to its centre in the p-norm `norm` (1, 2, inf).
     With the published inf it is a square of 2·radius - 1 cells a side.
     """
-    if not 2 <= radius <= (side + 1) // 2:
-        raise InputError(
-            f"radius={radius} leaves no window on a sheet of {side} x {side} units: "
-            f"take 2 to {(side + 1) // 2}"
-        )
+    most = (side + 1) // 2
+    if not 2 <= radius <= most:
+        raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
     distance = np.linalg.norm(offsets(np.arange(side * side), side), ord=norm, axis=-1)
     inside = distance < radius - 1e-9  # (centres, cells); rounding makes no cell nearer
     count = inside.sum(1)
@@ -121,10 +117,7 @@ def head_mosaic(n_head, n_units):
     patches = round(n_head**0.5)
     patch = round((n_units // n_head) ** 0.5)
     if patches**2 != n_head or patch**2 * n_head != n_units:
-        raise InputError(
-            f"head_loss=True needs a square number of heads of square size, not n_head={n_head} "
-            f"with n_embd={n_units}: take 16 heads of 49 units, for example"
-        )
+        raise InputError("head_loss needs a square number of heads of square size: 16 heads of 49")
     units = np.arange(n_units).reshape(patches, patches, patch, patch)
     return units.transpose(0, 2, 1, 3).reshape(-1)  # head row, row, head column, column
 
@@ -148,10 +141,7 @@ def load_positions(path, n_layer, n_units):
     reads TopoLM's folders, too.
     """
     if not os.path.lexists(path):
-        raise InputError(
-            f"positions file {path} is missing: make one with python init_pos.py n_layer={n_layer} "
-            f"n_embd={n_units}, or leave positions= out for a seeded permutation"
-        )
+        raise InputError(f"positions file {path} is missing: make one with python init_pos.py")
     check_content(path)
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -167,10 +157,8 @@ def stack_layers(layers, n_layer, n_units, path):
     names = layer_names(n_layer)
     if sorted(layers) != sorted(names) or any(len(row) != n_units for row in layers.values()):
         n_found = len(next(iter(layers.values()), ()))
-        raise InputError(
-            f"{path} is for {len(layers) // 2} layers x {n_found} units, the model has "
-            f"{n_layer} layers x {n_units} units: make one with python init_pos.py"
-        )
+        found = f"{len(layers) // 2} layers x {n_found} units"
+        raise InputError(f"{path} is for {found}, the model has {n_layer} layers x {n_units} units")
     rows = np.stack([layers[name] for name in names]).astype(np.int64)
     if not (np.sort(rows, axis=1) == np.arange(n_units)).all():
         raise InputError(f"{path} does not place every unit once (no permutation)")

@@ -120,9 +120,7 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
     path = Path(path)
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise InputError(
-            f"no stimuli at {path}: give stimuli= a CSV, a folder of CSVs, or 'localizer'"
-        )
+        raise InputError(f"no stimuli at {path}: give a CSV, a folder of CSVs, or 'localizer'")
     parts = []
     for file in files:
         table = read_csv(check_content(file))
@@ -934,10 +932,7 @@ def main(config):
         pairs, data = load_pairs(run, config)
         sheets = all(has_sheets(lm) for lm in lms.values())
         if not pairs and not sheets:
-            raise InputError(
-                f"nothing to do: {config.lm} {config.twin} has no sheets, and pairs= is empty: "
-                "give pairs=grammar, or models with positions"
-            )
+            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         if pairs:
             for label, lm in lms.items():
                 report_pairs(run, config, label, lm, pairs, data)

@@ -141,8 +141,7 @@ def validation_starts(tokens, config):
     n_batches = n_windows // config.batch_size
     if n_batches < 1:
         raise InputError(
-            f"{tokens.path} holds {len(tokens):,} tokens, less than batch_size x block_size = "
-            f"{config.batch_size} x {config.block_size}: take a smaller batch_size or block_size"
+            f"{tokens.path}: {len(tokens):,} tokens are less than one batch of block_size"
         )
     if config.eval_batches:
         n_batches = min(n_batches, config.eval_batches)
@@ -164,10 +163,7 @@ class Loader:
         self.cursor = cursor
         self.n_windows = (len(tokens) - 1) // config.block_size - 1  # one less: the offset's room
         if self.n_windows < 1:
-            raise InputError(
-                f"{tokens.path} holds {len(tokens):,} tokens, less than two windows of "
-                f"block_size={config.block_size}: take a smaller block_size"
-            )
+            raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than two of block_size")
         self.epoch = None
         self.thread = ThreadPoolExecutor(1)
         self.read_ahead = deque()
@@ -282,10 +278,7 @@ def build(run, config, data):
     else:
         model = start_from(config, data, rest)
     if data.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"dataset={config.dataset} has {data.vocab_size} token ids, the model "
-            f"{model.config.vocab_size}: set vocab_size=0"
-        )
+        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
     return model.to(run.device), state
 
 
@@ -306,9 +299,7 @@ def check_resumable(path, state, shape):
     for key, value in shape.items():
         saved = state["model_args"][key]
         if saved != value:
-            raise InputError(
-                f"{path} has {key}={saved}, the options say {value}: resume with its own options"
-            )
+            raise InputError(f"{path} has {key}={saved}, the options say {value}")
 
 
 def start_from(config, data, rest):
@@ -316,10 +307,7 @@ def start_from(config, data, rest):
     spec = f"init_from={config.init_from}"
     model, tokenizer = load_lm(config.init_from, **rest)
     if tokenizer.state["ranks"] != data.tokenizer["ranks"]:
-        raise InputError(
-            f"{spec} has another tokenizer than dataset={config.dataset}: prepare the text with "
-            "the model's tokenizer"
-        )
+        raise InputError(f"{spec} has another tokenizer than dataset={config.dataset}")
     longest = model.config.block_size
     if config.block_size > longest:
         raise InputError(f"block_size={config.block_size} is longer than the {longest} of {spec}")
@@ -725,6 +713,8 @@ def estimate_step(run, config, data, model, tokens):
 
 # ---- the run
 
+SMALLER = "try a smaller learning_rate, or dtype=float32"
+
 
 @dataclass
 class Training:
@@ -747,11 +737,8 @@ def micro_batches_per_step(run, config):
     """Micro-batches of a step over all ranks, as many on each."""
     tokens = config.batch_size * config.block_size * run.world
     if config.tokens_per_step % tokens:
-        product = f"{config.batch_size} x {config.block_size} x {run.world} = {tokens}"
-        raise InputError(
-            f"tokens_per_step={config.tokens_per_step} must be a multiple of "
-            f"batch_size x block_size x ranks = {product}"
-        )
+        given = f"tokens_per_step={config.tokens_per_step}"
+        raise InputError(f"{given} must be a multiple of batch x block x ranks = {tokens}")
     return max(1, config.tokens_per_step // tokens) * run.world
 
 
@@ -842,10 +829,8 @@ def log_step(run, config, training, losses, norm):
     task, spatial = (run.reduce(losses) / run.world).tolist()
     finite = norm.isfinite() or run.scaler.is_enabled()  # the scaler meets overflows by itself
     if not (finite and math.isfinite(task + spatial)):
-        raise InputError(
-            f"the loss is not finite at step {step}: stopped; {run.out / 'ckpt.pt'} holds the last "
-            "good state; try a smaller learning_rate, or dtype=float32"
-        )
+        ckpt = run.out / "ckpt.pt"
+        raise InputError(f"the loss is not finite at step {step}: go back to {ckpt}; {SMALLER}")
     if not logged:
         return
     numbers = {"train_task": task}
