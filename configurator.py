@@ -79,7 +79,9 @@ def configure(Config, argv=None):
 
 
 def _read_config_file(config, name):
-    path = Path(name) if Path(name).is_file() else HERE / "config" / name
+    path = Path(name)
+    if not path.is_file():
+        path = HERE / "config" / name
     if not path.is_file():
         raise InputError(f"no config file '{name}' here or in {path.parent} (see --help)")
     try:
@@ -474,7 +476,9 @@ class Run:
         An embedded one is made on first use, by rank 0, with a notice; one that must be downloaded
         never is.
         """
-        folder = Path(name) if Path(name).is_dir() else HERE / "data" / name
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = HERE / "data" / name
         prepare = folder / "prepare.py"
         if not prepare.exists():  # a variant of a set, made into a folder inside it
             prepare = folder.parent / "prepare.py"

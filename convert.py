@@ -319,7 +319,7 @@ class HiddenStates:
         if self.is_gpt:
             layers = list(range(self.model.config.n_layer + 1))
             states = self._call(self.model, ids, real, hidden=layers).hidden
-            return [states[layer] for layer in layers]
+            return [*states.values()]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
@@ -838,7 +838,7 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
         raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
     if (folder / "tokenizer.json").is_file():
         return tokenizer_state_from_hub(str(folder))
-    files = [folder / name for name in ("vocab.bpe", "merges.txt") if (folder / name).is_file()]
+    files = [*folder.glob("vocab.bpe"), *folder.glob("merges.txt")]
     try:
         return state_of(gpt2_encoding(*files[:1]))
     except InputError as error:

@@ -119,8 +119,11 @@ class Task:
         self.meta = read_meta(folder)
         entry = self.meta["tasks"][config.task]
         self.name = f"{config.dataset} {config.task}"
-        self.labels = entry["labels"] if entry["kind"] == "classification" else None
-        self.metrics = CLASS_METRICS if self.labels else NUMBER_METRICS
+        self.labels = None
+        self.metrics = NUMBER_METRICS
+        if entry["kind"] == "classification":
+            self.labels = entry["labels"]
+            self.metrics = CLASS_METRICS
         self.metric = config.metric or GLUE_METRIC.get(config.task, self.metrics[0])
         self.source = "synthetic" if self.meta.get("synthetic") else "real"
         self._check(config, table)
@@ -675,9 +678,13 @@ def finish(config, run, task, model, rivals):
         plot_curves(run, task)
 
 
-def main(config):
+def default_out_dir(config):
     twin = "-twin" if config.twin else ""
-    config.out_dir = config.out_dir or f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
+    return f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
+
+
+def main(config):
+    config.out_dir = config.out_dir or default_out_dir(config)
     run = Run(config)
     lm, tokenizer, state = build(config, run)
     task = Task(config, run, tokenizer, lm.config.block_size)
@@ -704,8 +711,7 @@ def main(config):
             run.log(step, **scores)
             if progress.is_best(scores[f"val_{task.metric}"]):
                 save(run, task, training, "best.pt")
-        ends = progress.ends(total, config.patience) or run.stopped
-        if step % config.save_interval == 0 or ends:
+        if step % config.save_interval == 0 or run.stopped or progress.ends(total, config.patience):
             save(run, task, training, "ckpt.pt")
     bar.close()
     if not run.stopped:

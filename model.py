@@ -530,7 +530,7 @@ class GPT(nn.Module):
         cache = None
         for n_new in range(max_new_tokens):
             if cache is None or cache.used - cache.room == size:
-                rows = [row if len(row) <= size else row[-(size // 2) :] for row in rows]
+                rows = [within(row, size) for row in rows]
                 length = max(map(len, rows)) + max_new_tokens - n_new
                 x, cache = (start or self._start)(rows, min(size, length))
             else:
@@ -604,6 +604,11 @@ class Sampling:
             beyond = p.cumsum(-1) - p >= self.top_p  # never the first
             logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
         return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def within(row, size):
+    """What a text goes on from in a context of `size` tokens: its last half, where it is full."""
+    return row if len(row) <= size else row[-(size // 2) :]
 
 
 def left_pad(rows, device):
