@@ -115,9 +115,8 @@ class HiddenStates:
     bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
     Layers are numbered as in transformers: 0 is what enters the first block (the embeddings),
-    n_layer what leaves the last one, after the final norm. The states of a text do not depend on
-    the texts beside it. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text in tokens, special ones counted), params, padding_side.
+    n_layer what leaves the last one, after the final norm. Attributes: name, model, tokenizer,
+    causal, n_layer, width, max_length (of a text, special tokens counted), params, padding_side.
     """
 
     def __init__(
@@ -251,7 +250,10 @@ class HiddenStates:
         for layer, block in enumerate(self.blocks[:-1], start=1):
             handles.append(block.register_forward_hook(partial(after, layer)))
         try:
-            report(self.n_layer, self._last_state(ids, real))
+            body = self.model.trunk if self.is_gpt else self.base  # without the head
+            output = self._call(body, ids, real)
+            last = output[0] if self.is_gpt else getattr(output, "last_hidden_state", None)
+            report(self.n_layer, last)
         except _Deepest:
             pass
         finally:
@@ -309,11 +311,6 @@ class HiddenStates:
                 options[key] = told[key]
             return model(input_ids=ids, **options)
 
-    def _last_state(self, ids, real):
-        if self.is_gpt:  # the head need not run
-            return self._call(self.model.trunk, ids, real)[0]
-        return getattr(self._call(self.base, ids, real), "last_hidden_state", None)
-
     def _output_states(self, ids, real):
         """All hidden states as the model itself returns them: n_layer + 1 of them."""
         if self.is_gpt:
@@ -327,7 +324,9 @@ class HiddenStates:
     @torch.no_grad()
     def _attach(self, model, padding_side):
         """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
-        refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            kind = f"an encoder and a decoder ({model.config.model_type})"
+            raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.is_gpt = isinstance(model, GPT)
         self.base = getattr(model, "base_model", model)  # without its head
@@ -411,19 +410,11 @@ def longest_text(model, tokenizer):
     return min(int(limit) for limit in limits if limit and limit > 0)
 
 
-def refuse_encoder_and_decoder(config, name):
-    if getattr(config, "is_encoder_decoder", False):
-        kind = config.model_type
-        raise InputError(f"{name} has an encoder and a decoder ({kind}): give a causal model")
-
-
 def load_from_transformers(name, dtype, head):
     """(model, tokenizer) of a causal or masked language model of transformers."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    config = from_hub(AutoConfig, name)
-    refuse_encoder_and_decoder(config, name)
-    Auto = auto_class(config, name) if head else AutoModel
+    Auto = auto_class(from_hub(AutoConfig, name), name) if head else AutoModel
     if dtype != torch.float32:
         dtype = "auto"  # as the file has it; the pass is in autocast
     return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)

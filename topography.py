@@ -43,7 +43,6 @@ from convert import HiddenStates
 from data import check_content
 from data.stimuli import read_csv, read_pairs
 from data.tokens import Tokens
-from model import GPT
 
 
 @dataclass
@@ -327,10 +326,6 @@ class Sheets:
     @property
     def names(self):
         return positions.layer_names(len(self.layout) // 2)
-
-
-def has_sheets(lm):
-    return isinstance(lm.model, GPT) and lm.model.config.sheet
 
 
 @torch.no_grad()
@@ -930,7 +925,7 @@ def main(config):
         if config.twin:
             lms["twin"] = load_model(config.twin, run)
         pairs, data = load_pairs(run, config)
-        sheets = all(has_sheets(lm) for lm in lms.values())
+        sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
         if not pairs and not sheets:
             raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         if pairs:
