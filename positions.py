@@ -248,7 +248,7 @@ def moran(values, kind="queen"):
     neighbours of that kind share the weight 1, as in PySAL). A constant map has no I: nan.
     """
     values = np.asarray(values, np.float64)
-    near = neighbours(values.shape[-1], kind)
+    near = neighbours(values.shape[-1], kind).astype(np.float64)
     z = values.reshape(*values.shape[:-2], -1)
     z = z - z.mean(-1, keepdims=True)
     around = z @ near / near.sum(0)  # mean over the neighbours of each cell
