@@ -32,14 +32,17 @@ from model import (
 SMALL = {"block_size": 32, "vocab_size": 100, "n_layer": 2, "n_head": 4, "n_embd": 64}
 
 
-def small(**options):
-    """A GPT whose every weight, biases and norms too, is random and large enough to matter."""
-    model = GPT(GPTConfig(**{**SMALL, **options})).eval()
-    generator = torch.Generator().manual_seed(0)
+def shaken(module, seed=0, std=0.05):
+    """Every weight, biases and norms too, random and large enough to matter."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.05)
-    return model
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return module.eval()
+
+
+def small(**options):
+    return shaken(GPT(GPTConfig(**{**SMALL, **options})))
 
 
 def ids(*shape, high=100, seed=0):
