@@ -210,11 +210,12 @@ def length_batches(lengths, tokens):
 def sentence_scores(run, lm, rows, batch_tokens=2048):
     """Log-probability (nats) of each sentence, given as its token ids: (N,) float64.
 
-    Of a causal model that of the whole sentence behind its first token; of a masked model the
+    Of a causal model that of its own tokens behind the first one; of a masked model the
     pseudo-log-likelihood, every token masked in turn (Salazar et al. 2020).
     """
     if lm.causal:
-        targets = [[-100, *row[1:]] for row in rows]
+        ends = {getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")} - {None}
+        targets = [np.where(np.isin(row, list(ends)), -100, row) for row in rows]
         return score_targets(run, lm, rows, targets, batch_tokens)
     mask = getattr(lm.tokenizer, "mask_token_id", None)
     if mask is None:

@@ -99,6 +99,18 @@ class MaskedLetters:
         return [98, *(ord(c) % 90 for c in text), 97]
 
 
+def test_the_token_that_closes_a_text_is_not_scored():
+    """A decoder of BERT's kind has a tokenizer that writes one."""
+    model = small()
+    tokenizer = MaskedLetters()
+    tokenizer.sep_token_id = 97
+    lm = HiddenStates({"model": model, "tokenizer": tokenizer}, head=True)
+    rows = lm.encode(TEXTS)[0]
+    open_rows = [row[:-1] for row in rows]
+    scores = topography.sentence_scores(Plain(), lm, rows)
+    assert np.allclose(scores, topography.sentence_scores(Plain(), lm, open_rows), atol=1e-4)
+
+
 def test_a_masked_model_scores_each_token_masked_in_turn():
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
