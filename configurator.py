@@ -43,10 +43,9 @@ from data import InputError, aside, read_yaml, write_aside  # noqa: F401 (the sc
 
 HERE = Path(__file__).resolve().parent
 # options that cannot change a result, so they do not help to identify a row of results
-PLUMBING = {"out_dir", "device", "compile", "init_from", "overwrite", "log_interval"}
-PLUMBING |= {"wandb_log", "wandb_project"}
+PLUMBING = "out_dir device compile init_from overwrite log_interval wandb_log wandb_project"
 # columns of a row of results that are measured; the others say what was measured
-MEASURED = {"score", "chance", "low", "high", "n", "p", "p_holm", "p_corrected", "shuffled"}
+MEASURED = "score chance low high n p p_holm p_corrected shuffled"
 LARGEST = 10**12  # no option but a seed is meant to be larger
 
 
@@ -59,7 +58,6 @@ def configure(Config, argv=None):
     Any number of YAML files may be given; a bare name is looked up in config/. key=value may be
     written --key=value; dots reach into options that are dictionaries. --help prints every option
     and exits. A Config may set RENAMED = {"old": "new"}, POSITIVE, SHARES, SIGNED (see `check`).
-    Raises InputError for an unknown key, a wrong type, a missing file.
     """
     sys.excepthook = _print_one_sentence
     _user_code.clear()  # another script in this process may have loaded some
@@ -73,27 +71,25 @@ def configure(Config, argv=None):
         if "=" not in argument:
             _read_config_file(config, argument)
     for argument in argv:
-        if "=" in argument:
-            key, value = argument.split("=", 1)
+        key, equals, value = argument.partition("=")
+        if equals:
             _set_option(config, key.removeprefix("--"), value, "command line")
     check(config)
     return config
 
 
 def _read_config_file(config, name):
-    """Set the options of a YAML file."""
-    path = Path(name) if Path(name).is_file() else HERE / "config" / name
+    path = Path(name)
     if not path.is_file():
-        raise InputError(
-            f"no config file '{name}' here or in {HERE / 'config'}: "
-            "give a .yaml file or key=value (see --help)"
-        )
+        path = HERE / "config" / name
+    if not path.is_file():
+        raise InputError(f"no config file '{name}' here or in {path.parent} (see --help)")
     try:
         text = path.read_text(encoding="utf-8")
         values = read_yaml(text) or {}
         as_typed = yaml.load(text, yaml.BaseLoader)  # every scalar a string: 01 stays 01
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} is not a YAML file: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no 'key: value' lines: write one option per line")
     kinds = typing.get_type_hints(type(config))
@@ -108,34 +104,35 @@ def _set_option(config, key, value, source):
     name, dot, inner = key.partition(".")
     kinds = typing.get_type_hints(type(config))
     if name not in kinds:
-        renamed = getattr(config, "RENAMED", {})
-        if name in renamed:
-            raise InputError(f"{source}: option '{name}' is now called '{renamed[name]}'")
+        new_name = getattr(config, "RENAMED", {}).get(name)
+        if new_name:
+            raise InputError(f"{source}: option '{name}' is now called '{new_name}'")
         raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
-    kind = kinds[name]
-    if dot and not isinstance(getattr(config, name), dict):
-        raise InputError(
-            f"{source}: option '{name}' is not a group of options, so it has no '{key}'"
-        )
     if dot:
-        getattr(config, name)[inner] = read_yaml(value) if isinstance(value, str) else value
+        group = getattr(config, name)
+        if not isinstance(group, dict):
+            raise InputError(f"{source}: option '{name}' is not a group of options: no '{key}'")
+        group[inner] = read_yaml(value) if isinstance(value, str) else value
         return
     try:
-        parsed = _parse(value, kind)
+        setattr(config, name, _parse(value, kinds[name]))
     except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
-        wanted = inspect.formatannotation(kind)
-        if typing.get_origin(kind) is typing.Literal:
-            wanted = " or ".join(str(choice) for choice in typing.get_args(kind))
+        wanted = inspect.formatannotation(kinds[name])
+        if typing.get_origin(kinds[name]) is typing.Literal:
+            wanted = " or ".join(str(choice) for choice in typing.get_args(kinds[name]))
         raise InputError(f"{source}: option '{key}' must be {wanted}, not '{value}'") from None
-    if isinstance(parsed, int) and abs(parsed) > LARGEST and name != "seed":
-        raise InputError(f"{source}: option '{key}' must be below {LARGEST:.0e}, not '{value}'")
-    setattr(config, name, parsed)
 
 
 def _nearest(key, allowed):
     """The end of a sentence about an unknown key."""
     near = difflib.get_close_matches(key, allowed, 1)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(allowed))}"
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; there are {', '.join(sorted(allowed))}"
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 def _parse(value, kind):
@@ -151,9 +148,7 @@ def _parse(value, kind):
             return _parse(value, choices[1])
     if origin is typing.Literal:
         return {str(choice).lower(): choice for choice in choices}[str(value).lower()]
-    if origin is str:
-        if isinstance(value, (list, dict)):
-            raise TypeError(value)
+    if origin is str and not isinstance(value, (list, dict)):
         return "" if value is None else str(value)
     if origin is list:
         return _parse_list(value, choices[0])
@@ -168,6 +163,13 @@ def _parse(value, kind):
     return value
 
 
+def _parse_number(value, kind):
+    number = float(value)
+    if isinstance(value, bool) or math.isnan(number) or (kind is int and number != int(number)):
+        raise ValueError(value)
+    return value if isinstance(value, kind) else kind(number)
+
+
 def _parse_list(value, kind):
     """A list, given as `[a, b]` or `a,b`. Strings stay as typed: 01 and null are names, too."""
     if isinstance(value, str):
@@ -178,21 +180,11 @@ def _parse_list(value, kind):
     return [_parse(item, kind) for item in value]
 
 
-def _parse_number(value, kind):
-    if isinstance(value, bool):
-        raise TypeError(value)
-    number = float(value)
-    if math.isnan(number) or (kind is int and number != int(number)):
-        raise ValueError(value)
-    return value if isinstance(value, kind) else kind(number)
-
-
 def check(config):
     """Check the range of every number, then run the Config's own check(), if it has one.
 
     A number is at least 0, unless the Config names it in the strings POSITIVE (above 0; a list: not
     empty), SHARES (0 to 1) or SIGNED (any number; so is one whose default is negative).
-    Raises InputError.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -209,27 +201,33 @@ def check(config):
 
 def _wanted_range(config, field, value):
     """The range a number should have been in, '' where it is."""
+    kinds = []
+    for kind in ("POSITIVE", "SHARES", "SIGNED"):
+        if field.name in getattr(config, kind, "").split():
+            kinds.append(kind)
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
-    if field.name in getattr(config, "POSITIVE", "").split() and value <= 0:
+    if LARGEST < value < math.inf and field.name != "seed":
+        return f"below {LARGEST:.0e}"
+    if "POSITIVE" in kinds and value <= 0:
         return "above 0"
-    if field.name in getattr(config, "SHARES", "").split() and not 0 <= value <= 1:
+    if "SHARES" in kinds and not 0 <= value <= 1:
         return "between 0 and 1"
-    if field.name in getattr(config, "SIGNED", "").split() or default < 0:
-        return ""
-    return "" if value >= 0 else "at least 0"
+    if value < 0 <= default and "SIGNED" not in kinds:
+        return "at least 0"
+    return ""
 
 
 def check_keys(given, allowed, option):
-    """Refuse a key of the dictionary option `option` that nothing reads. Raises InputError."""
+    """Refuse a key of the dictionary option `option` that nothing reads."""
     for key in given:
         if key not in allowed:
             raise InputError(f"option '{option}' has no key '{key}'{_nearest(key, allowed)}")
 
 
 def load_function(spec, option):
-    """The function that spec, `my_file.py:name`, names. Raises InputError if it is missing."""
+    """The function that spec, `my_file.py:name`, names."""
     file, _, name = spec.partition(":")
     try:
         source = Path(file).read_text(encoding="utf-8")
@@ -239,10 +237,8 @@ def load_function(spec, option):
         loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:  # a user's file may raise anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(
-            f"option '{option}': '{spec}' cannot be loaded ({reason}); give my_file.py:name"
-        ) from None
+        reason = f"{type(error).__name__}: {_one_line(error)}"
+        raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
     _user_code.append(_hash(source))
     return function
 
@@ -278,7 +274,7 @@ def _print_one_sentence(kind, error, trace):
     """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
     full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if issubclass(kind, InputError) or _comes_from_an_old_script(kind, trace):
-        sentence = " ".join(str(error).split())
+        sentence = _one_line(error)
     elif issubclass(kind, OSError) and error.errno in full_disk:
         sentence = f"{error.filename or 'a file'} could not be written ({error.strerror}): "
         sentence += "make room, then start again; what was finished is kept"
@@ -313,15 +309,12 @@ def _hash(text):
 
 def hash_options(options):
     """Short hash of those of a dict of options that can change a result."""
-    kept = {key: value for key, value in options.items() if key not in PLUMBING}
+    kept = {key: value for key, value in options.items() if key not in PLUMBING.split()}
     return _hash(json.dumps(kept, sort_keys=True, default=str))
 
 
 def hash_code(Config):
-    """Short hash of the script that holds `Config`, and of its parent X.py if it is X_part.py.
-
-    Layout and comments do not count: an edited decoder is another experiment, a comment is not.
-    """
+    """Short hash of the script of `Config`, comments apart, and of X_part.py's parent X.py."""
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
     hashes = list(_user_code)
@@ -355,7 +348,6 @@ class Run:
     Attributes: rank, world, master, device (torch.device), dtype, scaler, out (Path), config, seed;
     stopped: the number of the signal that asked us to stop, or 0; content: set by a script to a
     hash of what its options only name (weights, data), so that rows of other content do not count.
-    Raises InputError for an out folder that cannot be used.
     """
 
     def __init__(self, config):
@@ -408,72 +400,56 @@ class Run:
     # -- the out folder
 
     def _open_folder(self):
-        config = self.config
-        init_from = getattr(config, "init_from", None)
+        """Lock the folder, clear it where a training run starts over, write config.yaml."""
+        init_from = getattr(self.config, "init_from", None)
         restarted = False
         if self.master:
             self._lock_folder()
-            ckpt = self.out / "ckpt.pt"
-            restarted = self._is_restart() and ckpt.exists()
+            launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+            if launch == "none":
+                launch = f"launcher {os.getppid()}"
+            # torchrun starts ranks again when one dies; SLURM puts a stopped job back in the queue
+            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+            restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
+            self._lock.seek(0)
+            same_launch = self._lock.read() == launch
+            restarted = restarts > 0 and same_launch and (self.out / "ckpt.pt").exists()
             if init_from and init_from != "resume" and not restarted:
-                self._clear_folder(ckpt)
-        if self.reduce(int(restarted), "max") and init_from:
-            config.init_from = "resume"
-        if self.master:
-            self._lock.write(self._launch)
+                self._clear_folder()
+            self._lock.truncate(0)
+            self._lock.write(launch)
             self._lock.flush()
-            self.save_config()
+        if self.reduce(int(restarted), "max") and init_from:
+            self.config.init_from = "resume"
+        self.save_config()
         self.barrier()
 
     def _lock_folder(self):
-        """Make the folder and hold its lock until the process ends. Raises InputError."""
+        """Make the folder and hold its lock until the process ends."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.out / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
-        except OSError as error:
-            raise InputError(
-                f"out_dir={self.out} cannot be made or written ({error.strerror}): "
-                "give another out_dir="
-            ) from None
-        try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(
-                f"{self.out} is in use by another job: wait for it, or give another out_dir="
-            ) from None
+            raise InputError(f"{self.out} is in use by another job") from None
+        except OSError as error:
+            reason = f"cannot be made or written ({error.strerror})"
+            raise InputError(f"out_dir={self.out} {reason}: give another out_dir=") from None
 
-    def _is_restart(self):
-        """Did this same launch run the folder's last job, too? The lock file holds the launch."""
-        self._launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        if self._launch == "none":
-            self._launch = f"launcher {os.getppid()}"
-        self._lock.seek(0)
-        last_launch = self._lock.read()
-        self._lock.truncate(0)
-        # torchrun starts the ranks again when one dies; SLURM puts a stopped job back in the queue
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        return restarts > 0 and last_launch == self._launch
-
-    def _clear_folder(self, ckpt):
+    def _clear_folder(self):
         """A training run that starts over removes what the last one left, if told to overwrite."""
-        if ckpt.exists():
+        if (self.out / "ckpt.pt").exists():
             if not getattr(self.config, "overwrite", False):
-                raise InputError(
-                    f"{ckpt} is there already: continue it with init_from=resume, or start over "
-                    "with overwrite=True, or give another out_dir="
-                )
+                remedy = "init_from=resume, overwrite=True, or another out_dir="
+                raise InputError(f"{self.out / 'ckpt.pt'} is there already: give {remedy}")
             for path in [*self.out.glob("*.pt"), *self.out.glob("results*")]:
                 path.unlink()
         (self.out / "log.jsonl").unlink(missing_ok=True)
 
     def save_config(self):
         """Write the resolved options and the environment to config.yaml (rank 0)."""
-        if self.master:
-            options = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
-            write_aside(self.out / "config.yaml", self._environment() + options)
-
-    def _environment(self):
+        if not self.master:
+            return
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
         try:
             code = subprocess.run(git, capture_output=True, text=True).stdout.strip()
@@ -482,24 +458,27 @@ class Run:
         device = f"{self.device} {platform.machine()}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
-        facts = {
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "code": code or "not a git checkout",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "ranks": self.world,
-            "dtype": self.dtype,
-            "device": device,
-        }
-        return "".join(f"# {key}: {value}\n" for key, value in facts.items())
+        options = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
+        environment = f"""\
+# command: {Path(sys.argv[0]).name} {" ".join(sys.argv[1:])}
+# code: {code or "not a git checkout"}
+# python: {platform.python_version()}
+# torch: {torch.__version__}
+# ranks: {self.world}
+# dtype: {self.dtype}
+# device: {device}
+"""
+        write_aside(self.out / "config.yaml", environment + options)
 
     def dataset(self, name):
         """Folder (Path) of a prepared dataset: a name under data/, or a path.
 
         An embedded one is made on first use, by rank 0, with a notice; one that must be downloaded
-        never is. Raises InputError with the command that makes it.
+        never is.
         """
-        folder = Path(name) if Path(name).is_dir() else HERE / "data" / name
+        folder = Path(name)
+        if not folder.is_dir():
+            folder = HERE / "data" / name
         prepare = folder / "prepare.py"
         if not prepare.exists():  # a variant of a set, made into a folder inside it
             prepare = folder.parent / "prepare.py"
@@ -534,7 +513,7 @@ class Run:
             save_checkpoint(self.out / name, state)
 
     def load(self, name):
-        """Checkpoint out_dir/name as a dict on the CPU. Raises InputError."""
+        """Checkpoint out_dir/name as a dict on the CPU."""
         from model import load_checkpoint
 
         return load_checkpoint(self.out / name)
@@ -605,15 +584,10 @@ class Run:
         """A progress bar with rate and ETA on rank 0: call .update() once a step."""
         from tqdm import tqdm
 
-        return tqdm(
-            total=total,
-            initial=initial,
-            desc=desc,
-            disable=not self.master,
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            smoothing=0.05,
-        )
+        seconds = 0.5 if sys.stderr.isatty() else 15  # between its lines
+        options = {"dynamic_ncols": True, "mininterval": seconds, "smoothing": 0.05}
+        options |= {"desc": desc, "disable": not self.master}
+        return tqdm(total=total, initial=initial, **options)
 
     def log(self, step, **numbers):
         """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
@@ -621,7 +595,8 @@ class Run:
             return
         words = []
         for key, value in numbers.items():
-            words.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+            number = f"{value:.4g}" if isinstance(value, float) else value
+            words.append(f"{key} {number}")
         self.print(f"step {step:>6} | " + " | ".join(words))
         line = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
         with open(self.out / "log.jsonl", "a") as file:
@@ -646,20 +621,13 @@ class Run:
         id_file = self.out / "wandb_id.txt"
         if getattr(self.config, "init_from", "") != "resume" or not id_file.exists():
             id_file.write_text(os.urandom(4).hex())
+        options = {"project": self.config.wandb_project, "name": self.out.name}
+        options |= {"id": id_file.read_text(), "resume": "allow", "dir": str(self.out)}
         try:
-            return wandb.init(
-                project=self.config.wandb_project,
-                name=self.out.name,
-                id=id_file.read_text(),
-                resume="allow",
-                dir=str(self.out),
-                config=dataclasses.asdict(self.config),
-            )
+            return wandb.init(config=dataclasses.asdict(self.config), **options)
         except wandb.Error as error:
-            raise InputError(
-                f"wandb did not start ({' '.join(str(error).split())[:120]}): log in with "
-                "wandb login, set WANDB_MODE=offline, or leave out wandb_log"
-            ) from None
+            reason = _one_line(error)[:120]
+            raise InputError(f"wandb did not start ({reason}): log in, or go offline") from None
 
     # -- results of a sweep
 
@@ -686,10 +654,7 @@ class Run:
         """
         complete = n >= 1 and not math.isnan(chance) and low <= high
         if not math.isnan(score) and not complete:
-            raise ValueError(
-                f"the score {score} of {keys} stands without a chance level ({chance}), "
-                f"an interval ({low} to {high}) or n ({n})"
-            )
+            raise ValueError(f"{score} of {keys} stands without chance {chance}, interval or n {n}")
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n}
         row["options"] = self.options_hash()
         for key, value in row.items():
@@ -722,14 +687,12 @@ class Run:
                 if not isinstance(row, dict) or row.get("options") != known:
                     others += 1
                     continue
-                keys = [(key, value) for key, value in row.items() if key not in MEASURED]
-                rows[str(sorted(keys))] = row
+                keys = [(key, row[key]) for key in sorted(row.keys() - set(MEASURED.split()))]
+                rows[str(keys)] = row
         if not self._reuse_said and (rows or others):
             self._reuse_said = True
-            text = f"{self.out}: {len(rows)} rows of an earlier run are reused"
-            if others:
-                text += f"; {others} of other options, code or data are not"
-            self.print(text)
+            reused = f"{len(rows)} rows of an earlier run are reused"
+            self.print(f"{self.out}: {reused}; {others} of other options, code or data are not")
         return pd.DataFrame(list(rows.values()))
 
     def merge(self):
@@ -761,27 +724,19 @@ class Run:
 
 
 def choose_device(wanted="auto"):
-    """The torch.device: cuda (this rank's), mps or cpu. Raises InputError if it is not there."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if torch.cuda.is_available():
-        available.append("cuda")
+    """The torch.device: cuda (this rank's), mps or cpu."""
     if wanted == "auto":
-        wanted = available[-1]
-    kind = wanted.partition(":")[0]
-    if kind not in available or not re.fullmatch(r"cpu|mps|cuda(:\d+)?", wanted):
-        raise InputError(
-            f"option 'device' must be auto or {' or '.join(available)} on this machine, "
-            f"not '{wanted}'"
-        )
+        wanted = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if wanted == "cuda":
         wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return torch.device(wanted)
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"option 'device': there is no '{wanted}' here") from None
 
 
 def choose_dtype(wanted, device):
-    """torch.dtype of the run: auto is bfloat16 where the hardware has it. Raises InputError."""
+    """torch.dtype of the run: auto is bfloat16 where the hardware has it."""
     allowed = ["float32", "bfloat16"]
     best = "float32"
     if device.type == "cuda":
@@ -792,7 +747,6 @@ def choose_dtype(wanted, device):
     if wanted == "auto":
         wanted = best
     if wanted not in allowed:
-        raise InputError(
-            f"option 'dtype' must be auto or {' or '.join(allowed)} on {device}, not '{wanted}'"
-        )
+        names = " or ".join(allowed)
+        raise InputError(f"option 'dtype' must be auto or {names} on {device}, not '{wanted}'")
     return getattr(torch, wanted)

@@ -14,13 +14,14 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import asdict, fields
-from functools import cache
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import positions
 from data import InputError, check_content, read_pickle, write_aside
@@ -54,8 +55,7 @@ def load_lm(spec, **options):
     """
     path = find_checkpoint(spec)
     if path is None:
-        model = gpt_from_hub(spec, **options)
-        return model, Tokenizer(tokenizer_state_from_hub(spec))
+        return gpt_from_hub(spec, **options), Tokenizer(tokenizer_state_from_hub(spec))
     state = read_checkpoint(path)
     return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
 
@@ -74,10 +74,7 @@ def find_checkpoint(spec):
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
-    raise InputError(
-        f"lm: there is no language model at {spec}: train one with python train.py, or give "
-        "a run folder, a checkpoint or a Hugging Face name"
-    )
+    raise InputError(f"lm: no language model at {spec}: give a run (python train.py) or a name")
 
 
 def in_order(path):
@@ -92,9 +89,7 @@ def read_checkpoint(path):
         foreign = "format" not in state and isinstance(state["model_args"], dict)
     except Exception:  # torn, or something else: load_checkpoint says what
         foreign = False
-    if foreign:
-        return adopt_checkpoint(state, path)
-    return load_checkpoint(path)
+    return adopt_checkpoint(state, Path(path)) if foreign else load_checkpoint(path)
 
 
 def print_once(text):
@@ -120,35 +115,53 @@ class HiddenStates:
     bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
     Layers are numbered as in transformers: 0 is what enters the first block (the embeddings),
-    n_layer what leaves the last one, after the final norm. The states of a text do not depend on
-    the texts beside it. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text in tokens, special ones counted), params, padding_side.
+    n_layer what leaves the last one, after the final norm. Attributes: name, model, tokenizer,
+    causal, n_layer, width, max_length (of a text, special tokens counted), params, padding_side.
     """
 
     def __init__(
         self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
     ):
-        self.device, self.dtype = torch.device(device), dtype
+        self.device = torch.device(device)
+        self.dtype = dtype
+        name = lm
         if isinstance(lm, dict):
-            model, self.tokenizer = lm["model"], lm["tokenizer"]
-            name = lm.get("name") or getattr(getattr(model, "config", None), "name_or_path", "")
-            self.name = str(name or type(model).__name__)
+            model = lm["model"]
+            self.tokenizer = lm["tokenizer"]
+            named = getattr(getattr(model, "config", None), "name_or_path", "")
+            name = lm.get("name") or named or type(model).__name__
         else:
-            self.name = str(lm)
             try:
                 model, self.tokenizer = load_lm(lm)
             except NotOurGPT:
-                model, self.tokenizer = load_from_transformers(self.name, dtype, head)
+                model, self.tokenizer = load_from_transformers(lm, dtype, head)
+        self.name = str(name)
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
         self._attach(model, padding_side)
-        self.max_length = longest_text(self.base, self.tokenizer)
+        self.max_length = self.room = longest_text(self.base, self.tokenizer)
         self.bos = bos
         self.first = None
         if bos:
-            self.first = self._first_token()
-        self.room = self.max_length - (self.first is not None)
+            self.write_first_token()
 
     # -- texts
+
+    def write_first_token(self):
+        """From now on begin each text with the tokenizer's first token, where it does not itself.
+
+        Raises InputError where it has none.
+        """
+        if self.foreign_tokenizer:
+            row = self.tokenizer("a")["input_ids"]
+            plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+            if row[: len(plain)] != plain:
+                return
+        for name in ("eot", "bos_token_id", "cls_token_id", "eos_token_id"):
+            self.first = getattr(self.tokenizer, name, None)
+            if self.first is not None:
+                self.room = self.max_length - 1
+                return
+        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave bos out")
 
     def encode(self, texts):
         """Token ids of each text, special tokens included, cut to max_length; how many were cut."""
@@ -160,37 +173,20 @@ class HiddenStates:
                 place = f"text {len(rows)} of {len(texts)}"
                 raise InputError(f"{place} is empty ({text!r} has no token): leave it out")
             if len(row) > self.max_length:
-                row = self._row(text, truncation=True)
+                row = self._row(text, truncation=True, max_length=self.room)[: self.max_length]
                 n_cut += 1
             rows.append(row)
         return rows, n_cut
 
-    def _row(self, text, truncation=False):
+    def _row(self, text, **cut):
         text = replace_lone_surrogates(text)
-        if not self.foreign_tokenizer:
-            row = list(self.tokenizer.encode(text))
-        elif truncation:
-            row = self.tokenizer(text, truncation=True, max_length=self.room)["input_ids"]
+        if self.foreign_tokenizer:
+            row = self.tokenizer(text, verbose=False, **cut)["input_ids"]
         else:
-            row = self.tokenizer(text, verbose=False)["input_ids"]
-        if truncation:
-            row = row[: self.room]
+            row = list(self.tokenizer.encode(text))
         if self.first is not None and row[:1] != [self.first]:
             row = [self.first, *row]
         return row
-
-    def _first_token(self):
-        """The token to write before each text; None where the tokenizer itself writes one."""
-        if self.foreign_tokenizer:
-            row = self.tokenizer("a")["input_ids"]
-            plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-            if row[: len(plain)] != plain:
-                return None
-        for name in ("eot", "bos_token_id", "cls_token_id", "eos_token_id"):
-            token = getattr(self.tokenizer, name, None)
-            if token is not None:
-                return token
-        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave bos out")
 
     def offsets(self, text):
         """Characters (start, end) of the text that each token of encode([text]) covers.
@@ -202,11 +198,10 @@ class HiddenStates:
             spans = byte_spans(self.tokenizer, text)[: self.room]
         elif self.tokenizer.is_fast:
             options = {"truncation": True, "max_length": self.room}
-            encoding = self.tokenizer(text, return_offsets_mapping=True, **options)
-            spans = encoding["offset_mapping"]
+            spans = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
         else:
             raise InputError(f"the tokenizer of {self.name} does not tell where its tokens begin")
-        if len(self._row(text, truncation=True)) > len(spans):
+        if len(self.encode([text])[0][0]) > len(spans):
             spans = [(0, 0), *spans]
         trimmed = []
         for start, end in spans:
@@ -218,16 +213,11 @@ class HiddenStates:
 
     def pad(self, rows):
         """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
-        width = max(len(row) for row in rows)
-        fill = getattr(self.tokenizer, "pad_token_id", None)
-        ids = torch.full((len(rows), width), fill or 0)
-        real = torch.zeros(len(rows), width, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            place = slice(0, len(row))
-            if self.padding_side == "left":
-                place = slice(width - len(row), width)
-            ids[i, place] = torch.tensor(row)
-            real[i, place] = True
+        rows = list(map(torch.tensor, rows))
+        options = {"batch_first": True, "padding_side": self.padding_side}
+        fill = getattr(self.tokenizer, "pad_token_id", None) or 0
+        ids = pad_sequence(rows, padding_value=fill, **options)
+        real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -238,50 +228,37 @@ class HiddenStates:
         It is called while the model runs, so nothing is held; the pass ends at the deepest one.
         """
         wanted = set(layers)
-        deepest = max(wanted)
-
-        def report(layer, state):
-            if layer in wanted:
-                take(layer, state)
-            if layer == deepest:
-                raise _Deepest
-
         if self.blocks is None:
             states = self._output_states(ids, real)
             for layer in sorted(wanted):
                 take(layer, states[layer])
             return
-        handles = self._hooks(report)
+
+        def report(layer, state):
+            if layer in wanted:
+                take(layer, state)
+            if layer == max(wanted):
+                raise _Deepest
+
+        def before_first(module, args, kwargs):
+            report(0, (*args, kwargs.get("hidden_states"))[0])
+
+        def after(layer, module, args, output):
+            report(layer, output[0] if isinstance(output, tuple) else output)
+
+        handles = [self.blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+        for layer, block in enumerate(self.blocks[:-1], start=1):
+            handles.append(block.register_forward_hook(partial(after, layer)))
         try:
-            output = self._call(self.base, ids, real)
-            report(self.n_layer, getattr(output, "last_hidden_state", None))
+            body = self.model.trunk if self.is_gpt else self.base  # without the head
+            output = self._call(body, ids, real)
+            last = output[0] if self.is_gpt else getattr(output, "last_hidden_state", None)
+            report(self.n_layer, last)
         except _Deepest:
             pass
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _hooks(self, report):
-        """Hooks that call report(layer, state) before the first block and after each."""
-
-        def before(module, args, kwargs):
-            report(0, (*args, kwargs.get("hidden_states"))[0])
-
-        def after(layer):
-            def hook(module, args, output):
-                if isinstance(output, tuple):
-                    output = output[0]
-                report(layer, output)
-
-            return hook
-
-        handles = [self.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
-        for layer, block in enumerate(self.blocks[:-1], start=1):
-            handles.append(block.register_forward_hook(after(layer)))
-        if self.is_gpt:  # the head need not run
-            norm = self.model.transformer.ln_f
-            handles.append(norm.register_forward_hook(after(self.n_layer)))
-        return handles
 
     def states(self, ids, real, layers=None):
         """{layer: state (B, T, width)} of ids (B, T); all layers where none are named."""
@@ -301,17 +278,9 @@ class HiddenStates:
         asked = list(asked) or range(self.n_layer + 1)
         for layer in asked:
             if not -self.n_layer - 1 <= layer <= self.n_layer:
-                raise InputError(
-                    f"{self.name} has no layer {layer}: there are 0 (embeddings) to "
-                    f"{self.n_layer}, -1 is the last"
-                )
+                layers = f"there are 0 (embeddings) to {self.n_layer}"
+                raise InputError(f"{self.name} has no layer {layer}: {layers}")
         return sorted({layer % (self.n_layer + 1) for layer in asked})
-
-    def token_embeddings(self):
-        """The weights (vocab, width) of the token embedding."""
-        if self.is_gpt:
-            return self.model.transformer.wte.weight
-        return self.model.get_input_embeddings().weight
 
     def random_twin(self, seed):
         """The same architecture and tokenizer, new random weights: what the shape alone gives."""
@@ -331,17 +300,15 @@ class HiddenStates:
         return twin
 
     def _call(self, model, ids, real, **options):
-        """The model's output, told of the pads where it would see them."""
+        """The model's output, told of the pads."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.is_gpt:
                 return model(ids, **options)
-            if "use_cache" in self.accepts:
-                options["use_cache"] = False
-            left = self.padding_side == "left"
-            if not self.causal or (left and not real.all()):  # causal: nobody looks to the right
-                options["attention_mask"] = real.long()
-                if left and "position_ids" in self.accepts:
-                    options["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+            told = {"attention_mask": real.long(), "use_cache": False}
+            if self.padding_side == "left":
+                told["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+            for key in told.keys() & self.accepts:
+                options[key] = told[key]
             return model(input_ids=ids, **options)
 
     def _output_states(self, ids, real):
@@ -349,7 +316,7 @@ class HiddenStates:
         if self.is_gpt:
             layers = list(range(self.model.config.n_layer + 1))
             states = self._call(self.model, ids, real, hidden=layers).hidden
-            return [states[layer] for layer in layers]
+            return [*states.values()]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
@@ -357,13 +324,15 @@ class HiddenStates:
     @torch.no_grad()
     def _attach(self, model, padding_side):
         """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
-        refuse_encoder_and_decoder(getattr(model, "config", None), self.name)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            kind = f"an encoder and a decoder ({model.config.model_type})"
+            raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.is_gpt = isinstance(model, GPT)
         self.base = getattr(model, "base_model", model)  # without its head
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
-        self.padding_side, self.causal = "right", True
+        self.padding_side = "right"
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._output_states(ids, real)
@@ -375,10 +344,8 @@ class HiddenStates:
         self.causal = all(nearly_equal(state[0, :2], state[1, :2], 1e-5) for state in states)
         self.blocks = self._find_blocks(ids, real, states)
         if not self._ignores_pads():
-            raise InputError(
-                f"{self.name}: the states of a text change with the texts beside it in a batch (it "
-                "reads the padding): take another model"
-            )
+            beside = "the states of a text change with the texts beside it"
+            raise InputError(f"{self.name} reads the padding: {beside}")
         if padding_side == "left" and self.causal and not self.is_gpt:
             self.padding_side = "left"
             if not self._ignores_pads():
@@ -389,20 +356,17 @@ class HiddenStates:
         for module in self.base.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.n_layer:
                 self.blocks = module
-                captured = {}
-                self.run(ids, real, range(self.n_layer + 1), captured.__setitem__)
-                if all(
-                    nearly_equal(captured.get(i), state, 1e-5) for i, state in enumerate(states)
-                ):
+                captured = self.states(ids, real)
+                given = enumerate(states)
+                if all(nearly_equal(captured.get(i), state, 1e-5) for i, state in given):
                     return module
         return None
 
     def _ignores_pads(self):
         """Are the states of a short text beside a longer one those that it has alone?"""
         together, real = self.pad([[1, 2, 3], [3, 2, 1, 3, 2]])
-        alone, all_real = self.pad([[1, 2, 3]])
         batch = self._output_states(together, real)
-        single = self._output_states(alone, all_real)
+        single = self._output_states(*self.pad([[1, 2, 3]]))
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
         return all(nearly_equal(a[0][real[0]], b[0], tolerance) for a, b in zip(batch, single))
 
@@ -417,15 +381,13 @@ def nearly_equal(a, b, tolerance):
 
 def byte_spans(tokenizer, text):
     """Characters (start, end) that each token of our Tokenizer covers."""
-    token_of = {rank: token for token, rank in ranks_of(tokenizer.state).items()}
-    character_of = []  # of each byte
-    for i, character in enumerate(text):
-        character_of += [i] * len(character.encode())
+    n_bytes = [len(character.encode()) for character in text]
+    character_of = np.repeat(np.arange(len(text)), n_bytes)  # of each byte
     spans = []
     at = 0
-    for number in tokenizer.encode(text):
-        end = at + len(token_of[number])
-        spans.append((character_of[at], character_of[end - 1] + 1))
+    for token in tokenizer.encode(text):
+        end = at + len(tokenizer.core.decode_single_token_bytes(token))
+        spans.append((int(character_of[at]), int(character_of[end - 1]) + 1))
         at = end
     return spans
 
@@ -448,23 +410,11 @@ def longest_text(model, tokenizer):
     return min(int(limit) for limit in limits if limit and limit > 0)
 
 
-def refuse_encoder_and_decoder(config, name):
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{name} has an encoder and a decoder ({config.model_type}): "
-            "give a causal or a masked language model"
-        )
-
-
 def load_from_transformers(name, dtype, head):
     """(model, tokenizer) of a causal or masked language model of transformers."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-    config = from_hub(AutoConfig, name)
-    refuse_encoder_and_decoder(config, name)
-    Auto = AutoModel
-    if head:
-        Auto = auto_class(config, name)
+    Auto = auto_class(from_hub(AutoConfig, name), name) if head else AutoModel
     if dtype != torch.float32:
         dtype = "auto"  # as the file has it; the pass is in autocast
     return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
@@ -510,11 +460,12 @@ def from_hub(Auto, name, **options):
     folder = Path(name)
     ggufs = sorted(folder.glob("*.gguf"))
     if folder.suffix == ".gguf":
-        folder, ggufs = folder.parent, [folder]
+        ggufs = [folder]
+        folder = folder.parent
+    for file in folder.glob("*"):
+        if file.suffix in (".json", ".txt", ".model"):  # weights may lie there in other forms
+            check_content(file)
     if folder.is_dir():
-        for file in folder.iterdir():
-            if file.suffix in (".json", ".txt", ".model"):  # weights may lie there in other forms
-                check_content(file)
         if len(ggufs) == 1 and not (folder / "config.json").exists():
             options["gguf_file"] = ggufs[0].name
         trouble = f"{name} holds nothing that transformers can read as {Auto.__name__}"
@@ -532,21 +483,18 @@ def from_hub(Auto, name, **options):
 
 def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
-    from transformers import logging
+    import transformers
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # no table of the weights that it has no use for
-    try:
-        model, report = from_hub(Auto, name, output_loading_info=True, **options)
-    finally:
-        logging.set_verbosity(verbosity)
+    transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
+    model, report = from_hub(Auto, name, output_loading_info=True, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
     if missing:
-        raise InputError(
-            f"{name} lacks weights of {type(model).__name__}, {missing[0]} for one: it was saved "
-            "without its head, or is torn"
-        )
+        kind = type(model).__name__
+        raise InputError(f"{name} lacks weights of {kind} ({missing[0]}): torn, or without head")
     return model
+
+
+GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 
 
 def gpt_from_hub(name, **options):
@@ -556,53 +504,40 @@ def gpt_from_hub(name, **options):
     """
     from transformers import AutoConfig, GPT2LMHeadModel
 
-    args = gpt_args(from_hub(AutoConfig, name), name)
+    shape = gpt_shape(from_hub(AutoConfig, name), name)
     hub_model = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = hub_model.state_dict()
     exported = exported_facts(name)
-    for field in fields(GPTConfig):
-        if field.name in exported.get("model_args", {}):
-            args.setdefault(field.name, exported["model_args"][field.name])
+    args = {**exported.get("model_args", {}), **shape}
     args["norm"] = float(args.get("norm", "inf"))  # JSON has no infinity
     biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
     args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
     model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
-    state = {
-        key: transpose_conv1d(key, weights[key]) for key in model.state_dict() if key in weights
-    }
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    if set(missing) - {"unit_at_cell"} or not same_logits(model, hub_model):
+    state = {}
+    for key in model.state_dict().keys() & weights.keys():
+        state[key] = transpose_conv1d(key, weights[key])
+    model.load_state_dict(state, strict=False)
+    if not same_logits(model, hub_model):
         raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
     return model
 
 
-def gpt_args(config, name):
+def gpt_shape(config, name):
     """Fields of GPTConfig from the config of a Hugging Face GPT-2."""
     if config.model_type != "gpt2":
-        raise NotOurGPT(
-            f"'{name}' is a {config.model_type} model: only GPT-2 weights load into our GPT"
-        )
-    gelus = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
+        raise NotOurGPT(f"'{name}' is a {config.model_type} model, not GPT-2")
     plain = {
-        "activation_function": (*gelus,),
-        "layer_norm_epsilon": (1e-5,),
-        "n_inner": (None, 4 * config.n_embd),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "tie_word_embeddings": (True,),
+        "activation_function": [*GELUS],
+        "layer_norm_epsilon": [1e-5],
+        "n_inner": [None, 4 * config.n_embd],
+        "tie_word_embeddings": [True],
     }
     for key, allowed in plain.items():
         value = getattr(config, key)
         if value not in allowed:
             raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT has no {key}={value}")
-    return {
-        "block_size": config.n_positions,
-        "vocab_size": config.vocab_size,
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "gelu": gelus[config.activation_function],
-    }
+    shape = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return {**shape, "block_size": config.n_positions, "gelu": GELUS[config.activation_function]}
 
 
 def exported_facts(name):
@@ -613,9 +548,7 @@ def exported_facts(name):
     try:
         return patch_checkpoint({"version": 1, **json.loads(path.read_text())})
     except (ValueError, TypeError):
-        raise InputError(
-            f"{path} is torn or not ours: export the model again, or take the file away"
-        ) from None
+        raise InputError(f"{path} is torn or not ours: export the model again") from None
 
 
 def transpose_conv1d(name, weight):
@@ -646,8 +579,7 @@ def export_lm(spec, folder):
     for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
         path = Path(spec) / name
         if path.is_file():
-            lines = [f"    {line}\n" for line in path.read_text().splitlines() if line[:1] != "#"]
-            facts += f"`{name}` of its run:\n\n{''.join(lines)}\n"
+            facts += f"## {name} of its run\n\n```\n{path.read_text()}```\n\n"
     export_gpt(model, folder, tokenizer, facts)
 
 
@@ -661,18 +593,27 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
-    gelu = {"tanh": "gelu_new", "exact": "gelu"}[c.gelu]
-    config = GPT2Config(n_positions=c.block_size, activation_function=gelu)
-    config.bos_token_id = config.eos_token_id = getattr(tokenizer, "eot", None)
+    eot = getattr(tokenizer, "eot", None)
+    config = GPT2Config(n_positions=c.block_size, bos_token_id=eot, eos_token_id=eot)
+    config.activation_function = {"tanh": "gelu_new", "exact": "gelu"}[c.gelu]
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = c.dropout
     for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
         setattr(config, key, getattr(c, key))
-    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        setattr(config, key, c.dropout)
     hub_model = GPT2LMHeadModel(config).eval()
-    hub_model.load_state_dict(weights_for_hub(model, hub_model.state_dict()), strict=False)
-    hub_model.tie_weights()
-    if not same_logits(model, hub_model):
-        raise InputError("this GPT has no Hugging Face GPT-2 form: its weights give other logits")
+    weights = {"lm_head.weight": model.transformer.wte.weight}
+    for key, value in hub_model.state_dict().items():
+        if key.endswith(".bias") and not c.bias:
+            weights[key] = torch.zeros_like(value)  # no bias here is a bias of zero there
+    for key, value in model.state_dict().items():
+        if key != "unit_at_cell":
+            weights[key] = transpose_conv1d(key, value)
+    try:
+        hub_model.load_state_dict(weights)
+        reason = "" if same_logits(model, hub_model) else "its weights give other logits"
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+    if reason:
+        raise InputError(f"this GPT has no Hugging Face GPT-2 form ({reason}): keep its checkpoint")
     hub_model.save_pretrained(folder)
     extra = {"version": VERSION, "model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
@@ -681,57 +622,25 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
         extra["tokenizer"] = tokenizer.state
         export_tokenizer(tokenizer, folder)
     write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
-    write_aside(Path(folder, "README.md"), model_card(model, tokenizer, facts))
+    write_aside(Path(folder, "README.md"), model_card(model, facts))
 
 
-def weights_for_hub(model, hub_weights):
-    """Our GPT's weights under the names and in the shapes of hub_weights."""
-    state = {}
-    for key, value in model.state_dict().items():
-        if key != "unit_at_cell":
-            state[key] = transpose_conv1d(key, value)
-    for key, value in hub_weights.items():
-        if key.endswith(".bias") and not model.config.bias:
-            state.setdefault(key, torch.zeros_like(value))  # no bias here is a bias of zero there
-    state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
-    for key in [*hub_weights, *state]:
-        value = state.get(key)
-        if value is None or key not in hub_weights or value.shape != hub_weights[key].shape:
-            raise InputError(
-                f"a GPT with another {key} than GPT-2's has no Hugging Face GPT-2 form: write it "
-                "out as a checkpoint"
-            )
-    return state
-
-
-def model_card(model, tokenizer=None, facts=""):
+def model_card(model, facts):
     """README.md of an exported model."""
     c = model.config
-    sheet = ""
-    if c.sheet:
-        sheet = f"""
-Each of its {2 * c.n_layer} sublayers has a square sheet of {c.n_embd} cells on which its units have
-a place; training added {c.alpha:g} times the spatial loss of every sheet to the next-token loss.
-The places are in `nanocortex.json`: `unit_at_cell`, a permutation per sheet, attention and MLP in
-turn.
-"""
+    topography = ", topography" if c.sheet else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [gpt2{", topography" if c.sheet else ""}]
+tags: [gpt2{topography}]
 ---
 A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_params():,}
-parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,}
-({tokenizer.state["name"] if tokenizer else "no tokenizer"}), written by nanoCortex.
-{sheet}
-{facts}
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained("this folder")
-    tokenizer = AutoTokenizer.from_pretrained("this folder")
+parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,},
+written by nanoCortex. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every sublayer;
+`nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what its
+training text makes likely, true or not, and has been tested for nothing but what is written here.
 
-It says what its training text makes likely, true or not, and has been tested for nothing but what
-is written here.
-"""
+{facts}"""
 
 
 # ---- tokenizers
@@ -745,63 +654,50 @@ def tokenizer_state_from_hub(name):
     from transformers import AutoTokenizer
 
     tokenizer = from_hub(AutoTokenizer, name)
-    differs = "kind"
     if getattr(tokenizer, "is_fast", False):
-        form = tokenizer_form(tokenizer.backend_tokenizer)
-        state = exported_facts(name).get("tokenizer") or byte_level_state(form, Path(name).name)
-        differs = first_difference(form, state)
-    if differs:
-        raise NotOurGPT(
-            f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter (its {differs} "
-            "differs): our GPT would get other ids"
-        )
-    return state
+        form, special = tokenizer_form(tokenizer.backend_tokenizer)
+        state = exported_facts(name).get("tokenizer")
+        state = state or byte_level_state(form["vocabulary"], special, Path(name).name)
+        try:
+            if form == tokenizer_form(fast_tokenizer(state))[0]:
+                return state
+        except InputError:  # tokens that no merges make
+            pass
+    raise NotOurGPT(f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter")
+
+
+# GPT-2's pre-tokenizer has two spellings
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": GPT2_PATTERN}, "behavior": "Isolated"}
+SPELLED_OUT = [{**SPLIT, "invert": False}, {**LEVEL, "use_regex": False}]
 
 
 def tokenizer_form(fast):
-    """What decides the ids of a tokenizers.Tokenizer, as plain values."""
+    """What decides the ids of a tokenizers.Tokenizer, as plain values; its special tokens."""
     form = json.loads(fast.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
+    if form["pre_tokenizer"] == {**LEVEL, "use_regex": True}:
+        form["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": SPELLED_OUT}
     model = form["model"]
-    vocabulary, special, words = dict(model["vocab"]), {}, []
+    vocabulary = dict(model["vocab"])
+    special = {}
+    words = []
     for token in form["added_tokens"]:
         vocabulary[token["content"]] = token["id"]
         if token["special"]:
             special[token["content"]] = token["id"]
         else:  # found in texts before anything is merged
             words.append(token["content"])
-    return {
-        "kind": (model["type"], model.get("dropout")),
-        "normalizer": form["normalizer"],
-        "pre-tokenizer": form["pre_tokenizer"],
-        "order of merges": model.get("merges"),
-        "vocabulary": vocabulary,
-        "special": special,
-        "words": words,
-    }
+    rules = [model.get("dropout"), model.get("merges"), form["normalizer"], form["pre_tokenizer"]]
+    return {"rules": [model["type"], *rules, words], "vocabulary": vocabulary}, special
 
 
-def byte_level_state(form, name):
-    """The state of a byte-level BPE from its form; of another tokenizer, a state that differs."""
+def byte_level_state(vocabulary, special, name):
+    """The state of a byte-level BPE; of another tokenizer, a state that differs."""
     ranks = {}
-    for token, rank in form["vocabulary"].items():
-        if token not in form["special"] and BYTE_OF.keys() >= set(token):
+    for token, rank in vocabulary.items():
+        if token not in special and BYTE_OF.keys() >= set(token):
             ranks[bytes_of(token)] = rank
-    return make_state(name, GPT2_PATTERN, rank_file(ranks), form["special"])
-
-
-def first_difference(form, state):
-    """What differs first between a tokenizer and one rebuilt from the state; '' if nothing."""
-    try:
-        rebuilt = tokenizer_form(fast_tokenizer(state))
-    except InputError:  # tokens that no merges make
-        return "order of merges"
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    if state["pattern"] == GPT2_PATTERN and form["pre-tokenizer"] == {**level, "use_regex": True}:
-        form["pre-tokenizer"] = rebuilt["pre-tokenizer"]  # GPT-2's own spelling of it
-    for part in ("kind", "normalizer", "pre-tokenizer", "order of merges", "vocabulary", "words"):
-        if form[part] != rebuilt[part]:
-            return part
-    return ""
+    return make_state(name, GPT2_PATTERN, rank_file(ranks), special)
 
 
 def export_tokenizer(tokenizer, folder):
@@ -812,11 +708,9 @@ def export_tokenizer(tokenizer, folder):
     from transformers import PreTrainedTokenizerFast
 
     special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
-    PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(tokenizer.state),
-        clean_up_tokenization_spaces=False,
-        **special,
-    ).save_pretrained(folder)
+    fast = fast_tokenizer(tokenizer.state)
+    options = {"clean_up_tokenization_spaces": False, **special}
+    PreTrainedTokenizerFast(tokenizer_object=fast, **options).save_pretrained(folder)
 
 
 def fast_tokenizer(state):
@@ -826,26 +720,25 @@ def fast_tokenizer(state):
 
     ranks = ranks_of(state)
     split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    merges = []
     if state["pattern"] == CHARACTERS and any(bytes([b]) not in ranks for b in range(256)):
         vocab = {token.decode(): rank for token, rank in ranks.items()}
-        fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, []))
-        fast.pre_tokenizer = split
-        fast.decoder = decoders.Fuse()
-        return fast
-    character_of = {byte: character for character, byte in BYTE_OF.items()}
-    spelling = {}
-    for token in ranks:
-        spelling[token] = "".join(character_of[byte] for byte in token)
-    merges = []
-    for token in sorted(ranks, key=ranks.get):
-        if len(token) > 1:
-            left, right = last_merge(token, ranks)
-            merges.append((spelling[left], spelling[right]))
-    vocab = {spelling[token]: rank for token, rank in ranks.items()}
+        cut = split
+        decoder = decoders.Fuse()
+    else:
+        character_of = {byte: character for character, byte in BYTE_OF.items()}
+        vocab = {}
+        for token in sorted(ranks, key=ranks.get):
+            vocab["".join(map(character_of.get, token))] = ranks[token]
+            if len(token) > 1:
+                parts = last_merge(token, ranks)
+                merges.append(tuple("".join(map(character_of.get, part)) for part in parts))
+        cut = pre_tokenizers.Sequence([split, level])
+        decoder = decoders.ByteLevel()
     fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    fast.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    fast.decoder = decoders.ByteLevel()
+    fast.pre_tokenizer = cut
+    fast.decoder = decoder
     return fast
 
 
@@ -856,13 +749,8 @@ def last_merge(token, ranks):
         joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
         at = joined.index(min(joined))
         if joined[at] >= ranks[token]:
-            break
+            raise InputError(f"the token {token!r} is not made by merging two others: no BPE")
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    if len(parts) > 2:
-        raise InputError(
-            f"the token {token!r} is not made by merging two others: this tokenizer has no "
-            "Hugging Face BPE form"
-        )
     return parts
 
 
@@ -875,50 +763,36 @@ def adopt_checkpoint(state, path):
     Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
     not in its checkpoint: they are taken from position files beside it or in a folder there.
     """
-    weights = adopted_weights(state["model"], path)
     foreign_args = state["model_args"]
-    if "n_head" not in foreign_args:
+    weights = {}
+    for key, value in state["model"].items():
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # nanoGPT's causal mask
+            # torch.compile and DistributedDataParallel leave prefixes
+            weights[key.replace("module.", "").replace("_orig_mod.", "")] = value
+    embedding = weights.get("transformer.wte.weight")
+    head = weights.pop("lm_head.weight", embedding)
+    if embedding is None or "transformer.wpe.weight" not in weights or "n_head" not in foreign_args:
         raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
-    vocab_size, n_embd = weights["transformer.wte.weight"].shape
-    blocks = {key.split(".")[2] for key in weights if key.startswith("transformer.h.")}
+    if not torch.equal(head, embedding):
+        raise InputError(f"{path} has a head of its own: our GPT's is its token embedding")
     args = {
         "block_size": len(weights["transformer.wpe.weight"]),
-        "vocab_size": vocab_size,
-        "n_layer": len(blocks),
+        "vocab_size": len(embedding),
+        "n_layer": len({key.split(".")[2] for key in weights if ".h." in key}),
         "n_head": foreign_args["n_head"],
-        "n_embd": n_embd,
+        "n_embd": embedding.size(1),
         "bias": "transformer.ln_f.bias" in weights,
-        "gelu": "exact",
         "dropout": float(foreign_args.get("dropout", 0.0)),
         "head_loss": "transformer.h.0.attn.c_proj.weight" not in weights,
         "attn_proj": "transformer.h.0.attn.attn_proj.weight" in weights,
     }
     maker = "nanoGPT"
     if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & foreign_args.keys():
-        maker = adopt_sheets(args, weights, foreign_args, Path(path))
+        maker = adopt_sheets(args, weights, foreign_args, path)
     print_once(f"{path}: a checkpoint of {maker}")
     dataset = str((state.get("config") or {}).get("dataset", ""))
-    tokenizer = foreign_tokenizer(Path(path), vocab_size, dataset)
+    tokenizer = foreign_tokenizer(path, len(embedding), dataset)
     return {"kind": "lm", "model_args": args, "model": weights, "tokenizer": tokenizer}
-
-
-def adopted_weights(state, path):
-    """Weights under our names: no prefixes of compiling and of ranks, no masks, no tied head."""
-    weights = {}
-    for key, value in state.items():
-        while key.startswith(("module.", "_orig_mod.")):
-            key = key.partition(".")[2]
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):
-            weights[key] = value
-    head = weights.pop("lm_head.weight", None)
-    embedding = weights.get("transformer.wte.weight")
-    if embedding is None or "transformer.wpe.weight" not in weights:
-        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
-    if head is not None and not torch.equal(head, embedding):
-        raise InputError(
-            f"{path} has a head of its own, where our GPT's is tied to the token embedding"
-        )
-    return weights
 
 
 def adopt_sheets(args, weights, foreign_args, path):
@@ -952,22 +826,14 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
                 raise InputError(f"{meta} is not the vocabulary of {path}: it has more tokens")
             return tokenizer
     if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
-        raise InputError(
-            f"{path} has {vocab_size} tokens and no meta.pkl says which: copy nanoGPT's "
-            f"data/{dataset or 'DATASET'}/meta.pkl beside it"
-        )
+        raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
     if (folder / "tokenizer.json").is_file():
         return tokenizer_state_from_hub(str(folder))
-    for name in ("vocab.bpe", "merges.txt"):
-        if (folder / name).is_file():
-            return state_of(gpt2_encoding(folder / name))
+    files = [*folder.glob("vocab.bpe"), *folder.glob("merges.txt")]
     try:
-        return state_of(gpt2_encoding())
-    except InputError:
-        raise InputError(
-            f"{path} speaks GPT-2's BPE, which is neither in tiktoken's cache nor reachable: put "
-            "its vocab.bpe (merges.txt) beside the checkpoint, or run once with network"
-        ) from None
+        return state_of(gpt2_encoding(*files[:1]))
+    except InputError as error:
+        raise InputError(f"{path}: put its vocab.bpe (merges.txt) beside it; {error}") from None
 
 
 # ---- positions of TopoLM
@@ -990,20 +856,15 @@ def read_layer_pickles(folder):
     """
     files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
     if not files:
-        raise InputError(
-            f"{folder} holds no position files: layer.0.attn.pkl, layer.0.mlp.pkl and so on, or "
-            "one .npz of init_pos.py"
-        )
-    layouts, facts = {}, {}
+        raise InputError(f"{folder} holds no position files (layer.0.attn.pkl ...) of TopoLM")
+    layouts = {}
+    facts = {}
     shared = []
     for file in files:
         layer = read_pickle(file, allowed=("LayerPositions",))
-        coordinates = getattr(layer, "coordinates", None)
-        if not is_coordinates(coordinates):
-            raise InputError(
-                f"{file} holds no coordinates (units, 2): it is no position file of TopoLM"
-            )
-        coordinates = coordinates.double().numpy()
+        coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
+        if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
+            raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
         layouts[file.stem], moved = place_units(coordinates)
         if moved.any():
             n_cells = len(np.unique(coordinates, axis=0))
@@ -1014,19 +875,12 @@ def read_layer_pickles(folder):
             )
         masks = getattr(layer, "neighborhood_indices", None)
         if torch.is_tensor(masks) and masks.dim() == 2:
-            side_of_window = masks[0].sum().item() ** 0.5
-            facts["radius"] = round((side_of_window + 1) / 2)
+            facts["radius"] = round((masks[0].sum().item() ** 0.5 + 1) / 2)
             facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
     if shared:
         count = f"{len(shared)} of {len(files)} position files are no permutations"
         print_once(f"{folder}: {count}; {shared[0]}")
     return layouts, facts
-
-
-def is_coordinates(value):
-    if not torch.is_tensor(value) or value.dim() != 2 or value.size(1) != 2:
-        return False
-    return bool(value.float().isfinite().all())
 
 
 def place_units(coordinates):

@@ -25,8 +25,10 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 
 import positions
 from configurator import InputError, Run, configure, key_seed, write_aside
@@ -84,9 +86,6 @@ class Config:
     def check(self):
         if self.max_iters < 1 and self.epochs <= 0:
             raise InputError("epochs=0 and max_iters=0 leave nothing to do: give one of them")
-        if self.metric and self.metric not in CLASS_METRICS + NUMBER_METRICS:
-            names = ", ".join(CLASS_METRICS + NUMBER_METRICS)
-            raise InputError(f"option 'metric' must be one of {names}, not '{self.metric}'")
 
 
 CLASS_METRICS = ["accuracy", "matthews", "f1"]
@@ -109,9 +108,9 @@ class Split:
 class Task:
     """One task of a dataset of labelled sentences, in the tokens of a language model.
 
-    splits: {"train", "val" and perhaps "test": Split}; labels: names of the classes, None of a
-    regression; metrics, and `metric`, which chooses the step; constant: the best guess without
-    reading. Raises InputError.
+    splits: {"train", "val" and perhaps "test": Split}; last: the one that is reported; labels:
+    names of the classes, None of a regression; metrics, and `metric`, which chooses the step;
+    constant: the best guess without reading.
     """
 
     def __init__(self, config, run, tokenizer, block_size):
@@ -120,48 +119,52 @@ class Task:
         self.meta = read_meta(folder)
         entry = self.meta["tasks"][config.task]
         self.name = f"{config.dataset} {config.task}"
-        self.labels = entry["labels"] if entry["kind"] == "classification" else None
-        self.metrics = CLASS_METRICS if self.labels else NUMBER_METRICS
+        self.labels = None
+        self.metrics = NUMBER_METRICS
+        if entry["kind"] == "classification":
+            self.labels = entry["labels"]
+            self.metrics = CLASS_METRICS
         self.metric = config.metric or GLUE_METRIC.get(config.task, self.metrics[0])
         self.source = "synthetic" if self.meta.get("synthetic") else "real"
-        self._check(config, table, folder, entry)
+        self._check(config, table)
 
         train = table[table.split == "train"].y
-        self.constant = train.mode()[0] if self.labels else train.mean()
-        self.mean = 0.0 if self.labels else float(train.mean())
-        self.sd = 1.0 if self.labels else float(train.std(ddof=0))
+        self.constant = train.mean()
+        self.mean = float(train.mean())
+        self.sd = float(train.std(ddof=0))
         self.baseline = "mean guess"
         if self.labels:
+            self.mean = 0.0
+            self.sd = 1.0
+            self.constant = train.mode()[0]
             self.baseline = f"majority guess ({self.labels[self.constant]})"
         self.splits = {}
         cuts = []
         for name in ("train", "val", "test"):
             part = table[table.split == name].reset_index(drop=True)
-            if len(part):
-                rows, part_cuts = encode_all(tokenizer, part.text, block_size)
+            rows = []
+            for text in part.text:
+                row, cut = encode(tokenizer, text, block_size)
+                rows.append(row)
+                cuts.append(cut)
+            if rows:
                 self.splits[name] = Split(part, rows, self.make_targets(part.y))
-                cuts += part_cuts
-        if cuts:
+                self.last = name
+        n_cut = np.count_nonzero(cuts)
+        if n_cut:
             run.print(
-                f"{len(cuts):,} of {len(table):,} texts are longer than the {block_size} tokens of "
-                f"{config.lm}: their ends were cut, {np.mean(cuts):.0f} tokens on average"
+                f"{n_cut:,} of {len(table):,} texts are longer than the {block_size} tokens of "
+                f"{config.lm}: their ends were cut, {sum(cuts) / n_cut:.0f} tokens on average"
             )
-        self.last = list(self.splits)[-1]  # the split that is reported: test, where there is one
 
-    def _check(self, config, table, folder, entry):
+    def _check(self, config, table):
         if self.metric not in self.metrics:
-            raise InputError(
-                f"metric={self.metric} is not for a {entry['kind']}: take {', '.join(self.metrics)}"
-            )
+            raise InputError(f"metric={self.metric}: {self.name} has {', '.join(self.metrics)}")
         if config.by and config.by not in table:
             columns = ", ".join(table.columns)
             raise InputError(f"task '{config.task}' has no column by={config.by}, only {columns}")
-        for split in ("train", "val"):
-            if not (table.split == split).any():
-                raise InputError(
-                    f"{folder}, task '{config.task}', has no text in the split '{split}': "
-                    "validation chooses the step, give it a share"
-                )
+        for split in {"train", "val"} - set(table.split):
+            raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
 
     def make_targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
@@ -181,18 +184,6 @@ class Task:
         return (out[:, 0] * self.sd + self.mean).numpy()
 
 
-def encode_all(tokenizer, texts, size):
-    """Token ids of each text, and how many tokens were cut from each that was too long."""
-    rows = []
-    cuts = []
-    for text in texts:
-        row, cut = encode(tokenizer, text, size)
-        rows.append(row)
-        if cut:
-            cuts.append(cut)
-    return rows, cuts
-
-
 def encode(tokenizer, text, size):
     """(token ids, tokens cut) of a text, or of a pair with a tab between, at most `size` tokens.
 
@@ -205,10 +196,7 @@ def encode(tokenizer, text, size):
         raise InputError(f"{text[:60]!r} has {len(parts)} parts, with tabs between: give 1 or 2")
     room = size - len(mark) * len(parts)
     if room < len(parts):
-        raise InputError(
-            f"block_size={size} of the language model has no room for a text: "
-            "take one that was trained with a longer context"
-        )
+        raise InputError(f"block_size={size} of the language model has no room for a text")
     cut = max(0, sum(len(part) for part in parts) - room)
     for _ in range(cut):
         max(parts, key=len).pop()
@@ -221,10 +209,8 @@ def encode(tokenizer, text, size):
 def pad(rows, device):
     """Right-padded ids (B, T) and lengths (B,); causal attention never looks at what follows."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    idx = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64, device=device)
-    for i, row in enumerate(rows):
-        idx[i, : len(row)] = torch.tensor(row)
-    return idx, lengths
+    idx = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    return idx.to(device), lengths
 
 
 def texts_of_step(step, per_step, lengths, seed):
@@ -240,10 +226,12 @@ def texts_of_step(step, per_step, lengths, seed):
         if i == 0 or not chosen:
             order = np.random.default_rng(key_seed(seed, "epoch", epoch)).permutation(n)
         chosen.append(int(order[i]))
-    return sorted(chosen, key=lambda i: lengths[i])
+    return sorted(chosen, key=lengths.__getitem__)
 
 
 # ---- model
+
+SMALLER = "try a smaller learning_rate, or dtype=float32"
 
 
 class Reader(nn.Module):
@@ -313,21 +301,15 @@ def build(config, run):
         if config.twin:
             lm = GPT(lm.config, getattr(lm, "unit_at_cell", None), config.seed)
     c = lm.config
+    spec = f"lm={config.lm}"
     if tokenizer.n_vocab > c.vocab_size:
-        raise InputError(
-            f"lm={config.lm} has a tokenizer of {tokenizer.n_vocab} tokens and a model of "
-            f"{c.vocab_size}: they do not belong together"
-        )
+        sizes = f"a tokenizer of {tokenizer.n_vocab} tokens and a model of {c.vocab_size}"
+        raise InputError(f"{spec} has {sizes}: they do not belong together")
     if config.mode == "last_k" and config.k > c.n_layer:
-        raise InputError(
-            f"k={config.k} is more than the {c.n_layer} blocks of lm={config.lm}: take mode=full"
-        )
+        raise InputError(f"k={config.k} is more than the {c.n_layer} blocks of {spec}")
     if config.alpha_scale and not (c.sheet and c.alpha):
         missing = "alpha=0" if c.sheet else "no positions"
-        raise InputError(
-            f"alpha_scale={config.alpha_scale} scales the alpha of lm={config.lm}, which has "
-            f"{missing}: leave it at 0, or take a topographic model"
-        )
+        raise InputError(f"alpha_scale={config.alpha_scale}: {spec} has {missing}")
     return lm, tokenizer, state
 
 
@@ -337,20 +319,22 @@ def check_resume(state, path, config):
         raise InputError(f"{path} is no run of finetune.py: give it as lm= with another out_dir=")
     for key in ("dataset", "task", "mode", "k", "twin"):
         before = state["config"][key]
-        if before != getattr(config, key):
-            raise InputError(
-                f"{path} has {key}={before}, the options say {getattr(config, key)}: resume with "
-                "the options of its own config.yaml"
-            )
+        now = getattr(config, key)
+        if before != now:
+            raise InputError(f"{path} has {key}={before}, the options say {now}")
 
 
 def make_optimizer(model, config):
     """AdamW on what is trained; weight decay on matrices and embeddings."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices = []
+    vectors = []
+    for p in model.parameters():
+        if p.requires_grad and p.dim() >= 2:
+            matrices.append(p)
+        elif p.requires_grad:
+            vectors.append(p)
+    decayed = {"params": matrices, "weight_decay": config.weight_decay}
+    groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
@@ -363,15 +347,15 @@ def lr_share(step, total, config):
     return (total - step) / max(1, total - config.warmup_iters)
 
 
-def train_step(model, optimizer, task, config, run, step, members):
+def train_step(training, task, config, run, members):
     """One optimiser step on the texts `members`, the same over any number of ranks.
 
     Returns task and spatial loss (2,) of this rank's micro-batches, and the gradient's norm.
     """
-    lm = getattr(model, "module", model).lm  # behind DistributedDataParallel or not
+    lm = training.model.lm
+    step = training.progress.step
     split = task.splits["train"]
-    accum = len(members) // config.batch_size  # micro-batches over all ranks
-    micros = range(run.rank, accum, run.world)
+    micros = range(run.rank, len(members) // config.batch_size, run.world)
     losses = torch.zeros(2, device=run.device)
     for micro in micros:
         texts = members[micro * config.batch_size : (micro + 1) * config.batch_size]
@@ -380,26 +364,24 @@ def train_step(model, optimizer, task, config, run, step, members):
         if config.alpha_scale:
             windows = lm.draw_windows(run.generator(step, micro, "windows"))
         torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-        if run.world > 1:
-            model.require_backward_grad_sync = micro == micros[-1]
+        if run.world > 1:  # gradients travel once a step
+            training.net.require_backward_grad_sync = micro == micros[-1]
         with run.autocast():
-            out, spatial = model(idx, lengths, windows)
+            out, spatial = training.net(idx, lengths, windows)
         loss = task.loss(out, split.targets[texts].to(run.device))
         losses[0] += loss.detach() / len(micros)
         if spatial is not None:
             losses[1] += spatial.detach() / len(micros)
             loss = loss + config.alpha_scale * lm.config.alpha * spatial
         run.scaler.scale(loss / len(micros)).backward()
-    run.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    run.scaler.unscale_(training.optimizer)
+    parameters = training.model.parameters()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
     if not run.scaler.is_enabled() and not norm.isfinite():  # float16's scaler meets overflows
-        raise InputError(
-            f"the gradient is not finite at step {step + 1}: stopped; "
-            "try a smaller learning_rate, or dtype=float32"
-        )
-    run.scaler.step(optimizer)
+        raise InputError(f"the gradient is not finite at step {step + 1}: stopped; {SMALLER}")
+    run.scaler.step(training.optimizer)
     run.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    training.optimizer.zero_grad(set_to_none=True)
     return losses, norm
 
 
@@ -449,7 +431,7 @@ def interval(metric, y, predictions, groups, config, other=None):
 def predict(model, run, rows, batch_size):
     """Outputs (N, n_out) in float64 of all texts, in batches by length dealt over the ranks."""
     model.eval()
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = np.argsort([len(row) for row in rows], kind="stable")
     out = torch.zeros(len(rows), model.head.out_features, dtype=torch.float64)
     for start in range(run.rank * batch_size, len(rows), run.world * batch_size):
         members = order[start : start + batch_size]
@@ -466,38 +448,31 @@ def validate(model, run, task, batch_size, step):
     out = predict(model, run, split.rows, batch_size)
     loss = task.loss(out.float(), split.targets).item()
     if not math.isfinite(loss):
-        raise InputError(
-            f"the validation loss is not finite at step {step}: stopped; "
-            "try a smaller learning_rate, or dtype=float32"
-        )
+        raise InputError(f"the validation loss is not finite at step {step}: stopped; {SMALLER}")
     scores = {"val_loss": loss}
     for metric in task.metrics:
         scores[f"val_{metric}"] = score(metric, split.table.y.to_numpy(), task.predictions(out))
     return scores
 
 
-def report(config, run, task, outs, step):
+def report(run, task, outs, step):
     """Score the chosen model: results.csv beside the constant guess, and predictions.csv.
 
     outs: {split: outputs (N, n_out)} of validation and, where there is one, test.
     """
     tables = []
     for split, out in outs.items():
-        table = task.splits[split].table
-        predictions = task.predictions(out)
-        columns = table[["split", "label", "text", "group"]].assign(prediction=predictions)
+        table = task.splits[split].table.assign(guess=task.predictions(out))
+        columns = table[["split", "label", "text", "group"]].assign(prediction=table.guess)
         if task.labels:
-            columns["prediction"] = np.array(task.labels)[predictions]
+            columns["prediction"] = np.array(task.labels)[table.guess]
             columns["p"] = out.softmax(1).amax(1).numpy()
         tables.append(columns)
         for metric in task.metrics:
-            row = score_part(config, task, metric, table, predictions)
-            keys = {"metric": metric, "split": split, "part": "all", "beside": task.baseline}
-            run.result(**row, **keys, step=step, data=task.source)
-            if split == task.last and metric == task.metric:
-                say_score(run, task, f"{split} {metric}", row, table)
-        if config.by and split == task.last:
-            report_parts(config, run, task, table, predictions, step)
+            report_score(run, task, table, metric, split, "all", step)
+        if run.config.by and split == task.last:
+            for value, part in table.groupby(run.config.by):
+                report_score(run, task, part, task.metric, split, value, step)
     sentence = f"step {step} was chosen on validation"
     if task.last == "val":
         sentence += ": no test split, so the score above is of the very data that chose"
@@ -505,32 +480,21 @@ def report(config, run, task, outs, step):
     write_aside(run.out / "predictions.csv", pd.concat(tables).to_csv(index=False))
 
 
-def report_parts(config, run, task, table, predictions, step):
-    """The score of each value of the column `by`."""
-    for value in sorted(set(table[config.by])):
-        mask = (table[config.by] == value).to_numpy()
-        row = score_part(config, task, task.metric, table[mask], predictions[mask])
-        keys = {"metric": task.metric, "split": task.last, "part": value, "beside": task.baseline}
-        run.result(**row, **keys, step=step, data=task.source)
-        say_score(run, task, f"{task.last} {task.metric} of {value}", row, table[mask])
-
-
-def score_part(config, task, metric, table, predictions):
-    """A metric on some texts, as run.result takes it, beside the constant guess."""
+def report_score(run, task, table, metric, split, part, step):
+    """A row of results.csv, and of the metric that counts a line: a score beside the constant's."""
     y = table.y.to_numpy()
-    value = score(metric, y, predictions)
+    guess = table.guess.to_numpy()
+    value = score(metric, y, guess)
     chance = score(metric, y, np.full_like(y, task.constant))
-    low, high = interval(metric, y, predictions, table.group.to_numpy(), config)
-    return {"score": value, "chance": chance, "low": low, "high": high, "n": len(y)}
-
-
-def say_score(run, task, what, row, table):
-    """Print a score beside the constant guess."""
-    run.print(
-        f"{what}: {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
-        f"{row['chance']:.3f} of the {task.baseline}, n = {len(table):,} texts in "
-        f"{table.group.nunique():,} groups"
-    )
+    low, high = interval(metric, y, guess, table.group.to_numpy(), run.config)
+    keys = {"metric": metric, "split": split, "part": part, "beside": task.baseline}
+    run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
+    if split == task.last and metric == task.metric:
+        what = f"{split} {metric}" if part == "all" else f"{split} {metric} of {part}"
+        run.print(
+            f"{what}: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} of the "
+            f"{task.baseline}, n = {len(y):,} texts in {table.group.nunique():,} groups"
+        )
 
 
 def read_rivals(config, task):
@@ -540,9 +504,7 @@ def read_rivals(config, task):
     for folder in config.against:
         path = Path(folder) / "predictions.csv"
         if not path.is_file():
-            raise InputError(
-                f"against={folder} holds no predictions.csv: finish that run, or leave it out"
-            )
+            raise InputError(f"against={folder} holds no predictions.csv: finish that run")
         saved = pd.read_csv(path, dtype=str, keep_default_na=False)
         saved = saved[saved.split == task.last]
         same_texts = list(saved.text) == list(table.text)
@@ -555,14 +517,14 @@ def read_rivals(config, task):
     return rivals
 
 
-def report_differences(config, run, task, predictions, rivals, step):
+def report_differences(run, task, predictions, rivals, step):
     """Rows of results.csv: this run's score minus each rival's, on the same texts in pairs."""
     table = task.splits[task.last].table
     y = table.y.to_numpy()
     groups = table.group.to_numpy()
     for folder, other in rivals.items():
         value = score(task.metric, y, predictions) - score(task.metric, y, other)
-        low, high = interval(task.metric, y, predictions, groups, config, other)
+        low, high = interval(task.metric, y, predictions, groups, run.config, other)
         keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
         keys |= {"beside": folder, "step": step, "data": task.source}
         run.result(value, 0.0, low, high, len(y), **keys)
@@ -577,92 +539,30 @@ def report_differences(config, run, task, predictions, rivals, step):
 
 def plot_curves(run, task):
     """curves.png, from log.jsonl: the losses, and the metric on validation beside its chance."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    log = pd.read_json(run.out / "log.jsonl", lines=True)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
-    wide = {"lw": 2, "marker": "o", "ms": 3}
-    for axis, key, style in (
-        (left, "train_loss", {"lw": 1, "alpha": 0.7}),
-        (left, "val_loss", wide),
-        (right, f"val_{task.metric}", wide),
-    ):
-        if key in log:
-            points = log[["step", key]].dropna()
-            axis.plot(points.step, points[key], label=key, **style)
+    log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, keys in zip(axes, (["train_loss", "val_loss"], [f"val_{task.metric}"])):
+        for key in log.columns.intersection(keys):
+            points = log[key].dropna()
+            axis.plot(points.index, points, ".-", label=key)
     y = task.splits["val"].table.y.to_numpy()
     chance = score(task.metric, y, np.full_like(y, task.constant))
-    right.axhline(chance, ls=":", c="gray", label=task.baseline)
-    for axis, name in ((left, "loss"), (right, task.metric)):
+    axes[1].axhline(chance, ls=":", c="gray", label=task.baseline)
+    for axis, name in zip(axes, ("loss", task.metric)):
         axis.set(xlabel="step", title=name)
         axis.grid(alpha=0.3)
         axis.legend()
-    weights = ", random weights" if run.config.twin else ""
-    title = f"{task.name} ({task.source} text), lm={run.config.lm}{weights}"
-    fig.suptitle(f"{run.out}: {title}, mode={run.config.mode}", fontsize=10)
-    fig.savefig(run.out / "curves.png", dpi=120)
-    plt.close(fig)
+    title = f"{task.name} ({task.source} text), {model_name(run.config)}, mode={run.config.mode}"
+    figure.suptitle(f"{run.out}: {title}", fontsize=10)
+    figure.savefig(run.out / "curves.png", dpi=120)
+
+
+def model_name(config):
+    return f"lm={config.lm}, random weights" if config.twin else f"lm={config.lm}"
 
 
 # ---- the run
-
-
-def main(config):
-    config.out_dir = config.out_dir or default_out_dir(config)
-    run = Run(config)
-    lm, tokenizer, state = build(config, run)
-    task = Task(config, run, tokenizer, lm.config.block_size)
-    rivals = read_rivals(config, task)
-    model = Reader(lm, len(task.labels or [0]), config).to(run.device).train()
-    optimizer = make_optimizer(model, config)
-    ddp = model
-    if run.world > 1:
-        ddp = DistributedDataParallel(model, broadcast_buffers=False)
-    lengths = [len(row) for row in task.splits["train"].rows]
-    per_step, total, eval_interval = plan(config, run, len(lengths))
-    progress = Progress()
-    if state:
-        model.head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        progress = Progress(**state["progress"])
-        run.rewind(progress.step)
-    say_plan(config, run, task, model, total)
-
-    def save(name):
-        run.save(name, checkpoint(model, optimizer, run, task, tokenizer, progress))
-
-    bar = run.progress(total, progress.step, "fine-tune")
-    while not progress.ends(total, config.patience) and not run.stopped:
-        share = lr_share(progress.step, total, config)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * share
-        members = texts_of_step(progress.step, per_step, lengths, run.seed)
-        losses, norm = train_step(ddp, optimizer, task, config, run, progress.step, members)
-        progress.step += 1
-        bar.update()
-        run.stopping()
-        step = progress.step
-        if step % config.log_interval == 0 or step == 1:
-            loss, spatial = (run.reduce(losses) / run.world).tolist()
-            numbers = {"train_loss": loss, "train_spatial": spatial / (2 * lm.config.n_layer)}
-            run.log(step, **numbers, grad_norm=norm.item(), lr=config.learning_rate * share)
-        if step % eval_interval == 0 or step == total:
-            scores = validate(model, run, task, config.batch_size, step)
-            run.log(step, **scores)
-            if progress.is_best(scores[f"val_{task.metric}"]):
-                save("best.pt")
-        ends = progress.ends(total, config.patience)
-        if step % config.save_interval == 0 or ends or run.stopped:
-            save("ckpt.pt")
-    bar.close()
-    if not run.stopped:
-        finish(model, config, run, task, rivals)
-        run.merge()
-    run.close()
 
 
 @dataclass
@@ -688,32 +588,51 @@ class Progress:
         return self.step >= total or 0 < patience <= self.waited
 
 
-def default_out_dir(config):
-    twin = "-twin" if config.twin else ""
-    return f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
+@dataclass
+class Training:
+    """What a checkpoint holds and training changes."""
+
+    model: Reader
+    net: nn.Module  # the model or, over several ranks, DistributedDataParallel around it
+    optimizer: torch.optim.Optimizer
+    tokenizer: Tokenizer
+    progress: Progress
+
+
+def set_up(config, run, task, lm, tokenizer, state):
+    """The Training of a language model, or that of the checkpoint `state`."""
+    model = Reader(lm, len(task.labels or [0]), config).to(run.device).train()
+    net = model
+    if run.world > 1:
+        net = DistributedDataParallel(model, broadcast_buffers=False)
+    training = Training(model, net, make_optimizer(model, config), tokenizer, Progress())
+    if state:
+        model.head.load_state_dict(state["head"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        training.progress = Progress(**state["progress"])
+        run.rewind(state["step"])
+    return training
 
 
 def plan(config, run, n_texts):
     """Texts per step over all ranks, steps in all, steps between validations."""
     per_step = config.texts_per_step or config.batch_size * run.world
     if per_step % (config.batch_size * run.world):
-        raise InputError(
-            f"texts_per_step={per_step} must be a multiple of batch_size x ranks = "
-            f"{config.batch_size} x {run.world}"
-        )
+        size = f"{config.batch_size} x {run.world}"
+        raise InputError(f"texts_per_step={per_step} must be a multiple of batch x ranks = {size}")
     total = config.max_iters or math.ceil(config.epochs * n_texts / per_step)
     eval_interval = config.eval_interval or math.ceil(n_texts / per_step)
     return per_step, total, eval_interval
 
 
-def say_plan(config, run, task, model, total):
-    """What is about to be trained, on what."""
+def describe(config, run, task, model, total):
+    """Say what is about to be trained, on what."""
     sizes = [f"{name} {len(split.rows):,}" for name, split in task.splits.items()]
     n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = ", random weights" if config.twin else ""
     run.print(
-        f"{config.lm}{weights} | {task.name}, {task.source} text: {', '.join(sizes)} | "
+        f"{model_name(config)} | {task.name}, {task.source} text: {', '.join(sizes)} | "
         f"{n_trained / 1e6:.2f} M of {n_all / 1e6:.2f} M parameters trained | "
         f"{total:,} steps at most | {run.device} {str(run.dtype)[6:]}"
     )
@@ -721,22 +640,29 @@ def say_plan(config, run, task, model, total):
         run.print(task.meta["seen"])
 
 
-def checkpoint(model, optimizer, run, task, tokenizer, progress):
-    """A language model like any other, with its head and what a resumed run needs."""
-    return {
-        **lm_state(model.lm),
-        "head": model.head.state_dict(),
-        "task": {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd},
-        "optimizer": optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "progress": asdict(progress),
-        "step": progress.step,
-        "config": asdict(run.config),
-        "tokenizer": tokenizer.state,
-    }
+def log_step(run, training, losses, norm):
+    """A line of the log: losses (2,) of the step, the gradient's norm, the learning rate."""
+    loss, spatial = (run.reduce(losses) / run.world).tolist()
+    n_sheets = 2 * training.model.lm.config.n_layer
+    numbers = {"train_loss": loss, "train_spatial": spatial / n_sheets, "grad_norm": norm.item()}
+    run.log(training.progress.step, **numbers, lr=training.optimizer.param_groups[0]["lr"])
 
 
-def finish(model, config, run, task, rivals):
+def save(run, task, training, name):
+    """Write a checkpoint: a language model like any other, its head, what a resumed run needs."""
+    state = lm_state(training.model.lm)
+    state["head"] = training.model.head.state_dict()
+    state["task"] = {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd}
+    state["optimizer"] = training.optimizer.state_dict()
+    state["scaler"] = run.scaler.state_dict()
+    state["progress"] = asdict(training.progress)
+    state["step"] = training.progress.step
+    state["config"] = asdict(run.config)
+    state["tokenizer"] = training.tokenizer.state
+    run.save(name, state)
+
+
+def finish(config, run, task, model, rivals):
     """Take the best step, score validation and, once, test; write tables and curves."""
     run.barrier()  # best.pt is written
     best = run.load("best.pt")
@@ -746,10 +672,52 @@ def finish(model, config, run, task, rivals):
     for split in ("val", task.last):
         outs[split] = predict(model, run, task.splits[split].rows, config.batch_size)
     if run.master:
-        report(config, run, task, outs, best["step"])
+        report(run, task, outs, best["step"])
         predictions = task.predictions(outs[task.last])
-        report_differences(config, run, task, predictions, rivals, best["step"])
+        report_differences(run, task, predictions, rivals, best["step"])
         plot_curves(run, task)
+
+
+def default_out_dir(config):
+    twin = "-twin" if config.twin else ""
+    return f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
+
+
+def main(config):
+    config.out_dir = config.out_dir or default_out_dir(config)
+    run = Run(config)
+    lm, tokenizer, state = build(config, run)
+    task = Task(config, run, tokenizer, lm.config.block_size)
+    rivals = read_rivals(config, task)
+    lengths = [len(row) for row in task.splits["train"].rows]
+    per_step, total, eval_interval = plan(config, run, len(lengths))
+    training = set_up(config, run, task, lm, tokenizer, state)
+    progress = training.progress
+    describe(config, run, task, training.model, total)
+    bar = run.progress(total, progress.step, "fine-tune")
+    while not progress.ends(total, config.patience) and not run.stopped:
+        for group in training.optimizer.param_groups:
+            group["lr"] = config.learning_rate * lr_share(progress.step, total, config)
+        members = texts_of_step(progress.step, per_step, lengths, run.seed)
+        losses, norm = train_step(training, task, config, run, members)
+        progress.step += 1
+        bar.update()
+        run.stopping()
+        step = progress.step
+        if step % config.log_interval == 0 or step == 1:
+            log_step(run, training, losses, norm)
+        if step % eval_interval == 0 or step == total:
+            scores = validate(training.model, run, task, config.batch_size, step)
+            run.log(step, **scores)
+            if progress.is_best(scores[f"val_{task.metric}"]):
+                save(run, task, training, "best.pt")
+        if step % config.save_interval == 0 or run.stopped or progress.ends(total, config.patience):
+            save(run, task, training, "ckpt.pt")
+    bar.close()
+    if not run.stopped:
+        finish(config, run, task, training.model, rivals)
+        run.merge()
+    run.close()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ high), and their number (n).
 Margalit et al. 2024 (TDANN) for swaps; Rathi et al. 2025 (TopoLM) for random permutations.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -81,10 +81,7 @@ def init_text(run, config):
     folder = run.dataset(config.init_data)
     source = read_meta(folder).get("cut_from", config.dataset)
     if is_default and source != config.dataset:
-        raise InputError(
-            f"init-data was cut from {source}, not from dataset={config.dataset}: remove the "
-            f"folder init-data to cut it again, or give dataset={source}"
-        )
+        raise InputError(f"init-data was cut from {source}: give dataset={source}, or remove it")
     return folder
 
 
@@ -117,10 +114,8 @@ def text_windows(folder, split, samples, length, tokenizer=None):
         text = encoding(tokenizer_state(folder)).decode(ids.tolist())
         ids = np.array(tokenizer.encode(text), np.int64)
     if len(ids) < samples:
-        raise InputError(
-            f"samples={samples} tokens are more than {tokens.path} holds ({len(ids):,}): "
-            f"take samples={len(ids)} or less, or a longer text with init_data="
-        )
+        holds = f"{tokens.path} holds ({len(ids):,})"
+        raise InputError(f"samples={samples} tokens are more than {holds}: see init_data=")
     length = min(length, samples)
     n_rows = -(-samples // length)
     starts = np.linspace(0, len(ids) - length, n_rows).astype(int)
@@ -206,25 +201,23 @@ def colours(r):
 
 def plot_sheets(path, title, layers, sheet, scheme):
     """Three panels per layer: the random and the chosen layout, and correlation by distance."""
-    places = positions.places_of(np.arange(sheet.side**2), sheet.side)
-    steps = np.linalg.norm(places[:, None] - places, axis=-1).round().astype(int).ravel()
+    offsets = positions.offsets(np.arange(sheet.side**2), sheet.side)
+    steps = np.linalg.norm(offsets, axis=-1).round().astype(int).ravel()
     near = (steps > 0) & (steps < sheet.side)  # farther ones are corner against corner
     n_pairs = np.bincount(steps[near])[1:]  # at each distance, in whole cells
     figure = Figure(figsize=(13, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
     panels = figure.subplots(len(layers) // 2, 6, squeeze=False).reshape(-1, 3)
     for layer, (left, middle, right) in zip(layers, panels):
         colour_of = colours(layer.r)
-        for axis, unit_at_cell, label, line_colour in (
-            (left, layer.random, "random", "0.6"),
-            (middle, layer.unit_at_cell, scheme, "C3"),
-        ):
+        shown = [("random", left, layer.random), (scheme, middle, layer.unit_at_cell)]
+        for label, axis, unit_at_cell in shown:
             loss = losses_of(sheet, layer.r, unit_at_cell).mean()
             axis.imshow(colour_of[unit_at_cell].reshape(sheet.side, sheet.side, 3))
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{label}: {loss:.3f}", fontsize=8)
             r = layer.r[unit_at_cell][:, unit_at_cell].ravel()[near]
             curve = np.bincount(steps[near], r)[1:] / n_pairs
-            right.plot(np.arange(1, len(curve) + 1), curve, color=line_colour, label=label)
+            right.plot(np.arange(1, len(curve) + 1), curve, label=label)
         left.set_ylabel(layer.name, fontsize=8)
         right.axhline(0, color="0.85", lw=0.8, zorder=0)
         right.tick_params(labelsize=7)
@@ -255,16 +248,6 @@ def load_model(run, config, folder):
     return model.to(run.device).eval(), tokenizer
 
 
-def save(config, path, layers):
-    """The positions file, with how it was made."""
-    keys = ["scheme", "seed", "radius", "tap", "lm", "init_data"]
-    facts = {key: getattr(config, key) for key in keys}
-    facts["method"] = config.method if config.scheme == "swap" else ""
-    facts["norm"] = str(config.norm)
-    layouts = np.stack([layer.unit_at_cell for layer in layers])
-    positions.save_positions(str(path), layouts, **facts)
-
-
 def main(config):
     run = Run(config)
     folder = init_text(run, config)
@@ -272,9 +255,7 @@ def main(config):
     config.name = config.name or f"{config.scheme}-{config.n_layer}x{config.n_embd}"
     path = Path(config.positions_dir) / f"{config.name}.npz"
     if path.exists() and not config.overwrite:
-        raise InputError(
-            f"{path} is there already: give another name=, or replace it with overwrite=True"
-        )
+        raise InputError(f"{path} is there already: give another name=, or overwrite=True")
     sheet = positions.Sheet(config.n_embd, config.radius, config.norm)
     length = min(config.block_size, model.config.block_size)
     correlations = {}
@@ -295,7 +276,9 @@ def main(config):
         layers.append(layer)
     picture = run.out / f"{config.name}.png"
     if run.master:
-        save(config, path, layers)
+        made_by = {**asdict(config), "norm": str(config.norm)}
+        layouts = np.stack([layer.unit_at_cell for layer in layers])
+        positions.save_positions(path, layouts, **made_by)
         who = config.lm or "an untrained GPT"
         text = "synthetic text" if read_meta(folder).get("synthetic") else "text"
         title = f"{config.name}: responses of {who} to unseen {text} ({folder})"

@@ -6,7 +6,7 @@
 - NeuralGPT: a GPT that reads such tokens before its text.
 - Checkpoints of ours; convert.py reads what others wrote.
 
-"Position" means the order of tokens, "sheet" and "place" the cortex or the head. References:
+"Position" means the order of tokens, "sheet" and "place" the cortex or the head.
 Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Wang et al.
 2023 (CogVLM); Alayrac et al. 2022 (Flamingo); Défossez et al. 2023 (electrodes as places).
 """
@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import positions
 from data import InputError, aside, check_content
@@ -90,10 +91,31 @@ class Output(NamedTuple):
 # ---- blocks
 
 
+class PositionEmbedding(nn.Embedding):
+    """GPT-2's learned positions: the only place that knows how tokens get their order.
+
+    For another code change these methods; generation with its cache, NeuralGPT and the check of
+    exports follow. Rotary positions: an nn.Module without weights whose `add` returns x and whose
+    `turn` turns. An option for it is one more field of GPTConfig.
+    """
+
+    def __init__(self, config):
+        super().__init__(config.block_size, config.n_embd)
+
+    def add(self, x, position):
+        """x (B, T, C), as it enters the first block, with its positions (.., T), from 0."""
+        return x + self(position)
+
+    @staticmethod
+    def turn(x, position, config):
+        """Queries or keys x (B, H, T, hd) of any layer at positions (.., T): left as they are."""
+        return x
+
+
 class Context(NamedTuple):
     """What attention knows of its tokens beside their states (B, T, C)."""
 
-    position: torch.Tensor | None = None  # (.., T) of each token in its text, from 0
+    position: torch.Tensor | None = None  # (.., T) of each token in its text; None: no order
     mask: torch.Tensor | None = None  # (.., T, K) True where it looks; None: back and at itself
     kv: torch.Tensor | None = None  # a layer's cache of keys and values (2, B, H, length, hd)
     used: int = 0  # columns of it that are filled
@@ -105,6 +127,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.n_embd
+        self.config = config
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(width, 3 * width, bias=config.bias)
@@ -116,12 +139,11 @@ class Attention(nn.Module):
             self.attn_proj = nn.Linear(width, width, bias=config.bias)
 
     def qkv(self, x, position=None):
-        """x (B, T, C) -> queries, keys and values, (B, H, T, hd) each.
-
-        `position` (.., T) is for codes that turn queries and keys, such as rotary ones; learned
-        positions are in x (GPT.add_position).
-        """
+        """x (B, T, C) -> queries, keys and values, (B, H, T, hd) each."""
         q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if position is not None:
+            q = PositionEmbedding.turn(q, position, self.config)
+            k = PositionEmbedding.turn(k, position, self.config)
         return q, k, v
 
     def read(self, q, k, v, mask=None, causal=False):
@@ -146,11 +168,7 @@ class Attention(nn.Module):
 
 
 def written_out_attention(q, k, v):
-    """Causal F.scaled_dot_product_attention, for half precision on CPUs.
-
-    With torch's fused kernel the compiled training step takes 1.3 times as long there (4 layers x
-    256, 128 tokens); in float32 that kernel is the quicker one.
-    """
+    """Causal attention for half precision on CPUs, where torch's kernel takes 1.3 times as long."""
     T = q.size(2)
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5
@@ -193,11 +211,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, context, units=None, near=None, taps=False):
-        """x (B, T, C) -> x, losses, taps.
+        """x (B, T, C) -> x, losses (2,) or None, the activations on both sheets or None.
 
         units (2, K, n): the units in each window of the two sheets, near (n, n) their closeness.
-        losses (2,): spatial loss and energy, None without units; here, so that a compiled block
-        holds them. taps: the activations on both sheets, on request.
         """
         attn = self.attn(self.ln_1(x), context)
         middle = x + attn
@@ -227,8 +243,7 @@ class Block(nn.Module):
 
         Neural rows take the expert's weights (None: this block's), text takes this block's; norms
         are shared. context.position (.., P + T) is that of all rows, context.mask (.., T, P + T)
-        the text's. No text reads the neural rows that leave the `last` layer: None there. Both
-        streams stay dense, so nothing is gathered, and a compiler sees one graph.
+        the text's. No text reads the neural rows that leave the `last` layer: None there.
         """
         P = n.size(1)
         neural = expert or self
@@ -267,10 +282,9 @@ def token_losses(logits, targets, make_probabilities=False):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of x @ weight.T, a chunk of tokens at a time.
+    """Sum of the cross-entropies of x (N, C) @ weight.T (V, C) against targets (N,).
 
-    x (N, C), weight (V, C), targets (N,). The gradient is made in the forward pass, so neither
-    logits nor probabilities outlive their chunk. Products are of the type `dtype`.
+    The gradient is made in the forward pass, so no logits outlive their chunk of tokens.
     """
 
     @staticmethod
@@ -330,7 +344,7 @@ class GPT(nn.Module):
     """GPT-2 with sheets.
 
     unit_at_cell (2 n_layer, n_embd): a permutation for each sheet (positions.py); None draws the
-    seeded random ones. Raises InputError where the options do not fit.
+    seeded random ones.
     """
 
     def __init__(self, config, unit_at_cell=None, seed=0):
@@ -340,7 +354,7 @@ class GPT(nn.Module):
         self.losses_of = token_losses
         parts = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "wpe": PositionEmbedding(config),
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
         }
@@ -362,15 +376,6 @@ class GPT(nn.Module):
                     p.copy_(torch.randn(p.shape, generator=generator) * std)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
-    # -- order and place
-
-    def add_position(self, x, position):
-        """The one place where tokens get their order: x (B, T, C), position (.., T) from 0.
-
-        For rotary positions return x, turn q and k in Attention.qkv, and make no wpe.
-        """
-        return x + self.transformer.wpe(position)
 
     def make_sheets(self, unit_at_cell, seed):
         """The buffers of the spatial loss; unit_at_cell travels in checkpoints."""
@@ -418,9 +423,8 @@ class GPT(nn.Module):
     ):
         """Everything before the head: x (B, T, C) after the final LayerNorm, losses, states.
 
-        windows (2 n_layer, K): for losses (2,), spatial and energy, over all sheets. hidden: which
-        states, see forward. position (.., T) of the tokens and mask (.., T, K), True where they
-        look: by default 0, 1, ... and causal. cache: a Cache. crosses: {layer: (Cross, keys)}.
+        windows, hidden: see forward. losses (2,): spatial and energy. position (.., T) of the
+        tokens and mask (.., T, K), True where they look: by default 0, 1, ... and causal.
         """
         c = self.config
         T = idx.size(1)
@@ -432,7 +436,7 @@ class GPT(nn.Module):
             units, near = self.sheets(windows)
         if position is None:
             position = torch.arange(T, device=idx.device)
-        x = self.add_position(self.transformer.wte(idx), position)
+        x = self.transformer.wpe.add(self.transformer.wte(idx), position)
         x = F.dropout(x, c.dropout, self.training)
         context = Context(position, mask)
         losses = []
@@ -488,23 +492,18 @@ class GPT(nn.Module):
 
     def n_params(self):
         """Number of parameters without the position embedding (GPT-2's usual count)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        of_positions = sum(p.numel() for p in self.transformer.wpe.parameters())
+        return sum(p.numel() for p in self.parameters()) - of_positions
 
     def flops_per_token(self, length):
-        """Floating-point operations, forward and backward, per token at a context of `length`.
-
-        Chowdhery et al. 2022, appendix B.
-        """
+        """Floating-point operations per token, both passes (Chowdhery et al. 2022, appendix B)."""
         c = self.config
         return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * length
 
     # -- generation
 
     def generate(self, prompts, max_new_tokens, **options):
-        """Sample at temperature=1.0 (0 is greedy) new tokens of each prompt: a list of B lists.
-
-        Options as in stream().
-        """
+        """Sample at temperature=1.0 (0 is greedy): B lists of new tokens. Options as in stream."""
         rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, **options):
             for row, token in zip(rows, tokens):
@@ -518,9 +517,7 @@ class GPT(nn.Module):
 
         prompts: B lists of token ids of any lengths, or a tensor (B, T). stop: token ids that end a
         row and are not given out. sampling: see Sampling. start(rows, length) reads the rows in
-        place of _start, for NeuralGPT. A row whose context is full goes on from its last
-        block_size // 2 tokens, as a longer prompt does. A row's greedy text does not depend on
-        the rows beside it.
+        place of _start. A row whose context is full goes on from its last block_size // 2 tokens.
         """
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
@@ -620,11 +617,9 @@ def left_pad(rows, device):
     real: False for pads. mask (B, 1, T, T): where attention looks; None: causal, without pads.
     """
     width = max(len(row) for row in rows)
-    idx = torch.zeros(len(rows), width, dtype=torch.long)
-    real = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        idx[i, width - len(row) :] = torch.tensor(row)
-        real[i, width - len(row) :] = True
+    lengths = torch.tensor([len(row) for row in rows])
+    idx = pad_sequence([torch.tensor(row) for row in rows], True, 0, "left")
+    real = torch.arange(width) >= width - lengths[:, None]
     mask = None
     if not real.all():
         causal = torch.ones(width, width, dtype=torch.bool).tril()
@@ -717,10 +712,7 @@ class PlaceCode(nn.Module):
 
 
 def of_subject(table, subject):
-    """Rows (B, ...) of a table (subjects, ...) for numbers (B,).
-
-    -1, or a number beyond the table, is a stranger, who gets the mean of all.
-    """
+    """Rows (B, ...) of a table (subjects, ...) for numbers (B,); a stranger gets their mean."""
     known = (subject >= 0) & (subject < len(table))
     known = known.view(-1, *[1] * (table.dim() - 1))
     rows = table[subject.clamp(0, len(table) - 1)]
@@ -940,11 +932,10 @@ ENCODERS: dict[str, Any] = {
 
 
 class NeuralEncoder(nn.Module):
-    """Signals into tokens: (B, C, T) -> (B, P, n_embd), P = T // patch.
+    """Signals into tokens: (B, C, T) -> (B, P, n_embd), P = T // patch; one more with window.
 
-    One token more comes first with config.window. For any number and order of electrodes: a
-    channel is its place xyz in m, never its index. A channel without a place (nan) is absent, so
-    montages of different sizes share a batch. Subjects are numbers; -1 is a stranger (of_subject).
+    A channel is its place xyz in m, never its index; one without a place (nan) is absent, so
+    montages of different sizes share a batch. Subjects are numbers; any other is a stranger.
     """
 
     def __init__(self, config):
@@ -967,9 +958,7 @@ class NeuralEncoder(nn.Module):
         if c.patch > T:
             raise InputError(f"a signal of {T} samples is shorter than patch={c.patch}")
         if c.window and T // c.patch != c.window:
-            raise InputError(
-                f"a signal of {T // c.patch} patches for an encoder of window={c.window}"
-            )
+            raise InputError(f"a signal of {T // c.patch} patches, not of window={c.window}")
         tokens, states = self.net(x, xyz, subject)
         if self.whole is None:
             return tokens
@@ -1022,8 +1011,7 @@ class Reach(nn.Module):
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
     """Load the tensors of a state dict that fit the module by name and shape.
 
-    Returns the matched share of the module's weights (numbers, not tensors) and the names left
-    out. Raises InputError under the threshold: a load that matched nothing is no pretraining.
+    Returns their share of the module's numbers, which must reach the threshold, and what is left.
     """
     weights = module.state_dict()
     fitting = {}
@@ -1033,10 +1021,7 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
     n_weights = sum(value.numel() for value in weights.values())
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
-        raise InputError(
-            f"{path} fits only {share:.1%} of the encoder's weights, {threshold:.0%} are asked "
-            "for: give the encoder the shape it was trained with, or lower the threshold"
-        )
+        raise InputError(f"{path} fits only {share:.1%} of the encoder, not {threshold:.0%}")
     module.load_state_dict(fitting, strict=False)
     return share, sorted(set(weights) - set(fitting))
 
@@ -1052,12 +1037,11 @@ def load_encoder(spec):
     path = Path(spec)
     if path.suffix != ".pt":
         path = path / "best.pt"
-    remedy = "give a run folder or checkpoint of foundation.py"
     if not path.exists():
-        raise InputError(f"no pretrained encoder at {spec}: {remedy}, made by python foundation.py")
+        raise InputError(f"no pretrained encoder at {spec}: make one with python foundation.py")
     state = load_checkpoint(path)
     if state.get("kind") != "foundation":
-        raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model: {remedy}")
+        raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model")
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     weights = {}
     for name, value in state["model"].items():
@@ -1142,8 +1126,8 @@ class NeuralGPT(nn.Module):
         self.fusion = fusion
         self.text_positions = text_positions
         self.attention = attention
-        self.args = {"fusion": fusion, "layers": layers}  # what builds it again
-        self.args |= {"text_positions": text_positions, "attention": attention}
+        order = {"text_positions": text_positions, "attention": attention}
+        self.args = {"fusion": fusion, "layers": layers, **order}  # what builds it again
         self.first = n_layer - (layers or n_layer)  # layer with an expert or cross-attention
         blocks = lm.transformer.h[self.first :]
         self.experts = None
@@ -1181,9 +1165,8 @@ class NeuralGPT(nn.Module):
     def trunk(self, n, idx, position=None, mask=None, cache=None, states=None):
         """Text states (B, T, C) after the final LayerNorm, of neural tokens (B, P, C) and ids.
 
-        position (.., T) of the text, from 0, and mask (.., T, T), what text sees of text: by
-        default 0, 1, ... and causal. states: a list to which every layer's input (neural rows,
-        EON and text) is appended.
+        position (.., T) and mask (.., T, T) of the text: by default 0, 1, ... and causal. states:
+        a list to which every layer's input (neural rows, EON and text) is appended.
         """
         lm = self.lm
         if position is None:
@@ -1215,15 +1198,16 @@ class NeuralGPT(nn.Module):
         """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
         B, P, _ = n.shape
         T = idx.size(1)
+        wpe = self.lm.transformer.wpe
         n = torch.cat([self.bon.expand(B, 1, -1), n], dim=1)
         eon = self.eon.expand(B, 1, -1)
         before = torch.zeros(P + 2, dtype=torch.long, device=n.device)  # positions of what precedes
         if self.text_positions == "after_prefix":
             before = torch.arange(P + 2, device=n.device)
             position = position + P + 2
-            n = self.lm.add_position(n, before[:-1])
-            eon = self.lm.add_position(eon, before[-1:])
-        text = self.lm.add_position(self.lm.transformer.wte(idx), position)
+            n = wpe.add(n, before[:-1])
+            eon = wpe.add(eon, before[-1:])
+        text = wpe.add(self.lm.transformer.wte(idx), position)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=n.device).tril()
         mask = F.pad(mask, (0, 0, 1, 0), value=False)  # a row for EON
@@ -1244,10 +1228,9 @@ class NeuralGPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, n, prompt, max_new_tokens, **options):
-        """Sample at temperature=1.0 (0 is greedy) new tokens after a prompt, for each row of n.
+        """Sample at temperature=1.0 (0 is greedy) new tokens behind neural tokens n (B, P, C).
 
-        n (B, P, C): neural tokens. prompt: token ids, or B lists of them. options as in
-        GPT.stream. The prefix is read once; a new token then costs what it costs the plain GPT.
+        prompt: token ids, or B lists of them. options as in GPT.stream.
         """
         prompts = prompt if isinstance(prompt[0], (list, tuple)) else [prompt] * len(n)
         longest = max(len(row) for row in prompts)
@@ -1285,10 +1268,9 @@ def save_checkpoint(path, state):
             torch.save({"format": "nanocortex", "version": VERSION, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
         cause = error.__context__ if isinstance(error, RuntimeError) else error
-        raise InputError(
-            f"{path} could not be written ({getattr(cause, 'strerror', error)}): make room, then "
-            "go on with init_from=resume; the last checkpoint is untouched"
-        ) from None
+        reason = getattr(cause, "strerror", error)
+        remedy = "make room, then go on with init_from=resume"
+        raise InputError(f"{path} could not be written ({reason}): {remedy}") from None
 
 
 def _check_plain(value, where):
@@ -1314,13 +1296,10 @@ def load_checkpoint(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn file raises nearly anything
-        reason = f"{type(error).__name__}: it is torn or not ours"
-        raise InputError(f"{path} cannot be read as a checkpoint ({reason})") from None
+        reason = type(error).__name__
+        raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(
-            f"{path} is no nanoCortex checkpoint and has no state to resume: give init_from={path} "
-            f"and another out_dir, or lm={path}; nanoGPT's and TopoLM's are read there"
-        )
+        raise InputError(f"{path} has no state to resume, as other codes' have none: see lm=")
     if state["version"] > VERSION:
         raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)

@@ -2,8 +2,8 @@
 
 A layer of C = side² units has a permutation `unit_at_cell` (C,): cell c, in raster order, holds
 unit unit_at_cell[c]. A map on the sheet is values[unit_at_cell].reshape(side, side). A window is
-a set of cells around a centre. The cells of every window are listed in the same order, so the
-distances inside a window are one constant matrix for all windows and layers.
+a set of cells around a centre, listed in raster order, so that the distances inside a window are
+one constant matrix for all windows and layers.
 
 The spatial loss is that of Margalit et al. 2024 (TDANN) and Rathi et al. 2025 (TopoLM):
 1/2 (1 - corr(r, D)), with r the correlations of the units' activations and D = 1 / (1 + distance)
@@ -11,6 +11,8 @@ their closeness, over the pairs of units of a window.
 """
 
 import json
+import os
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,30 @@ def sheet_side(n_units):
     """Side of the square sheet of n_units cells. Raises InputError where n_units is no square."""
     side = int(n_units**0.5)
     if side * side != n_units:
-        raise InputError(
-            f"n_embd={n_units} is not a square, so its units fill no square sheet: "
-            f"take {side**2} or {(side + 1) ** 2}, or positions=none"
-        )
+        sizes = f"{side**2} or {(side + 1) ** 2}"
+        raise InputError(f"n_embd={n_units} is not a square: take {sizes}, or positions=none")
     return side
+
+
+def places_of(cells, side):
+    """Where cells (n,) lie on the sheet: row and column (n, 2).
+
+    The only place that knows the shape of the grid: windows, closeness, neighbours, swaps and
+    Moran's I follow from it. For hexagons, say, move every other row by half a column and bring
+    rows together to 3 ** 0.5 / 2.
+    """
+    return np.stack(np.divmod(np.asarray(cells), side), axis=1).astype(np.float64)
+
+
+def offsets(cells, side):
+    """How far cells (n,) lie from one another: (n, n, 2), in cells."""
+    places = places_of(cells, side)
+    return places - places[:, None]
+
+
+def closeness(cells, side):
+    """D (n, n): 1 / (1 + Euclidean distance), in cells, between cells (n,) of the sheet."""
+    return 1 / (1 + np.linalg.norm(offsets(cells, side), axis=-1))
 
 
 def window_cells(side, radius, norm=float("inf")):
@@ -47,28 +68,23 @@ def window_cells(side, radius, norm=float("inf")):
     A window holds the cells closer than `radius` to its centre in the p-norm `norm` (1, 2, inf).
     With the published inf it is a square of 2·radius - 1 cells a side.
     """
-    reach = radius - 1
-    if radius < 2 or 2 * reach + 1 > side:
-        raise InputError(
-            f"radius={radius} leaves no window on a sheet of {side} x {side} units: "
-            f"take 2 to {(side + 1) // 2}"
-        )
-    offsets = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1).T
-    offsets = offsets[np.linalg.norm(offsets, ord=norm, axis=1) < radius]  # (n, 2)
-    centres = np.mgrid[reach : side - reach, reach : side - reach].reshape(2, -1).T  # (M, 2)
-    rows_and_columns = centres[:, None] + offsets  # (M, n, 2)
-    return (rows_and_columns @ (side, 1)).astype(np.int64)
+    most = (side + 1) // 2
+    if not 2 <= radius <= most:
+        raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
+    distance = np.linalg.norm(offsets(np.arange(side * side), side), ord=norm, axis=-1)
+    inside = distance < radius - 1e-9  # (centres, cells); rounding makes no cell nearer
+    count = inside.sum(1)
+    whole = inside[count == count.max()]  # windows at the edge have fewer cells
+    return np.nonzero(whole)[1].reshape(len(whole), -1)
 
 
-def places_of(cells, side):
-    """Where cells (n,) lie on the sheet: row and column (n, 2)."""
-    return np.stack(np.divmod(np.asarray(cells), side), axis=1).astype(np.float64)
-
-
-def closeness(cells, side):
-    """D (n, n): 1 / (1 + Euclidean distance), in cells, between cells (n,) of the sheet."""
-    places = places_of(cells, side)
-    return 1 / (1 + np.linalg.norm(places[:, None] - places, axis=-1))
+@cache
+def neighbours(side, kind="queen"):
+    """Which cells touch (C, C): 'queen', corners included, as published for TopoLM, or 'rook'."""
+    if kind not in ("queen", "rook"):
+        raise InputError(f"neighbours must be 'queen' or 'rook', not '{kind}'")
+    distance = np.linalg.norm(offsets(np.arange(side * side), side), axis=-1)
+    return (distance > 0) & (distance < (1.5 if kind == "queen" else 1.1))
 
 
 def draw_windows(n_sheets, n_windows, count, generator):
@@ -93,12 +109,6 @@ def random_positions(n_layer, n_units, seed=0):
     return np.stack(rows)
 
 
-def identity_positions(n_layer, n_units):
-    """Unit i at cell i in every sheet."""
-    sheet_side(n_units)
-    return np.tile(np.arange(n_units), (2 * n_layer, 1))
-
-
 def head_mosaic(n_head, n_units):
     """unit_at_cell (n_units,) with each attention head a square patch of a square mosaic.
 
@@ -107,10 +117,7 @@ def head_mosaic(n_head, n_units):
     patches = round(n_head**0.5)
     patch = round((n_units // n_head) ** 0.5)
     if patches**2 != n_head or patch**2 * n_head != n_units:
-        raise InputError(
-            f"head_loss=True needs a square number of heads of square size, not n_head={n_head} "
-            f"with n_embd={n_units}: take 16 heads of 49 units, for example"
-        )
+        raise InputError("head_loss needs a square number of heads of square size: 16 heads of 49")
     units = np.arange(n_units).reshape(patches, patches, patch, patch)
     return units.transpose(0, 2, 1, 3).reshape(-1)  # head row, row, head column, column
 
@@ -133,39 +140,28 @@ def load_positions(path, n_layer, n_units):
     Raises InputError where it is missing, torn, or made for another shape. convert.load_positions
     reads TopoLM's folders, too.
     """
-    path = Path(path)
-    if path.is_dir():  # for scripts not yet rewritten
-        return _moved("load_positions")(str(path), n_layer, n_units)
-    remedy = f"make one with python init_pos.py n_layer={n_layer} n_embd={n_units}"
-    if not path.exists() and not path.is_symlink():
-        raise InputError(
-            f"positions file {path} is missing: {remedy}, "
-            "or leave positions= out for a seeded permutation"
-        )
+    if not os.path.lexists(path):
+        raise InputError(f"positions file {path} is missing: make one with python init_pos.py")
     check_content(path)
     try:
         with np.load(path, allow_pickle=False) as file:
             layers = {name: file[name] for name in file.files if name != "facts"}
     except Exception as error:  # a torn file raises nearly anything
-        raise InputError(
-            f"{path} is no positions file ({type(error).__name__}): {remedy}"
-        ) from None
+        reason = type(error).__name__
+        raise InputError(f"{path} is no positions file ({reason}): make it again") from None
     return stack_layers(layers, n_layer, n_units, path)
 
 
 def stack_layers(layers, n_layer, n_units, path):
     """unit_at_cell (2 n_layer, n_units) int64 from {layer name: permutation} that `path` holds."""
     names = layer_names(n_layer)
-    remedy = f"make one with python init_pos.py n_layer={n_layer} n_embd={n_units}"
     if sorted(layers) != sorted(names) or any(len(row) != n_units for row in layers.values()):
         n_found = len(next(iter(layers.values()), ()))
-        raise InputError(
-            f"{path} is for {len(layers) // 2} layers x {n_found} units, the model has "
-            f"{n_layer} layers x {n_units} units: {remedy}"
-        )
+        found = f"{len(layers) // 2} layers x {n_found} units"
+        raise InputError(f"{path} is for {found}, the model has {n_layer} layers x {n_units} units")
     rows = np.stack([layers[name] for name in names]).astype(np.int64)
     if not (np.sort(rows, axis=1) == np.arange(n_units)).all():
-        raise InputError(f"{path} does not place every unit once (no permutation): {remedy}")
+        raise InputError(f"{path} does not place every unit once (no permutation)")
     return rows
 
 
@@ -244,34 +240,20 @@ def weight_loss(weight, unit_at_cell, factor=3.0):
 # ---- Moran's I
 
 
-def moran(values, neighbours="queen"):
+def moran(values, kind="queen"):
     """Moran's I of maps (..., side, side).
 
     Near -1/(N - 1) for noise, near 1 for smooth fields, -1 for a checkerboard under 'rook'.
     I = (N/W) Σ_ij w_ij z_i z_j / Σ_i z_i², z centred and w row-standardised (each cell's
-    neighbours share the weight 1, as in PySAL). neighbours: 'queen' (8), as published for
-    TopoLM, or 'rook' (4). A constant map has no I: nan.
+    neighbours of that kind share the weight 1, as in PySAL). A constant map has no I: nan.
     """
-    steps = {
-        "rook": [(-1, 0), (0, -1), (0, 1), (1, 0)],
-        "queen": [(-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)],
-    }
-    if neighbours not in steps:
-        raise InputError(f"neighbours must be 'queen' or 'rook', not '{neighbours}'")
-    z = np.asarray(values, np.float64)
-    z = z - z.mean((-1, -2), keepdims=True)
-    n_rows, n_columns = z.shape[-2:]
-    padded = np.pad(z, [(0, 0)] * (z.ndim - 2) + [(1, 1), (1, 1)])
-    on_sheet = np.pad(np.ones((n_rows, n_columns)), 1)
-    total = np.zeros_like(z)  # over the neighbours of each cell
-    count = np.zeros((n_rows, n_columns))
-    for down, right in steps[neighbours]:
-        rows = slice(1 + down, 1 + down + n_rows)
-        columns = slice(1 + right, 1 + right + n_columns)
-        total += padded[..., rows, columns]
-        count += on_sheet[rows, columns]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (z * total / count).sum((-1, -2)) / np.square(z).sum((-1, -2))
+    values = np.asarray(values, np.float64)
+    near = neighbours(values.shape[-1], kind).astype(np.float64)
+    z = values.reshape(*values.shape[:-2], -1)
+    z = z - z.mean(-1, keepdims=True)
+    around = z @ near / near.sum(0)  # mean over the neighbours of each cell
+    with np.errstate(invalid="ignore"):
+        return (z * around).sum(-1) / np.square(z).sum(-1)
 
 
 # ---- swaps: a layout for given correlations, made before training (Margalit et al. 2024)
@@ -476,22 +458,3 @@ def disjoint_pairs(gains):
             free[a] = free[b] = False
             pairs.append((a, b))
     return np.array(pairs, np.int64).reshape(-1, 2)
-
-
-# ---- for scripts not yet rewritten
-
-
-def _moved(name):
-    import convert
-
-    return getattr(convert, name)
-
-
-def __getattr__(name):
-    if name in ("read_layer_pickles", "place_units"):
-        return _moved(name)
-    if name == "read_pickle":
-        from data import read_pickle
-
-        return read_pickle
-    raise AttributeError(f"module 'positions' has no attribute '{name}'")

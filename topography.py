@@ -16,6 +16,7 @@ Warstadt et al. 2020 (BLiMP); Salazar et al. 2020 (masked models).
 
 import itertools
 import re
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ import scipy.optimize
 import scipy.stats
 import torch
 import yaml
+from scipy.sparse.csgraph import connected_components
 from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
@@ -41,7 +43,6 @@ from convert import HiddenStates
 from data import check_content
 from data.stimuli import read_csv, read_pairs
 from data.tokens import Tokens
-from model import GPT
 
 
 @dataclass
@@ -118,17 +119,15 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
     path = Path(path)
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise InputError(
-            f"no stimuli at {path}: give stimuli= a CSV, a folder of CSVs, or 'localizer'"
-        )
+        raise InputError(f"no stimuli at {path}: give a CSV, a folder of CSVs, or 'localizer'")
     parts = []
     for file in files:
         table = read_csv(check_content(file))
-        stims = [name for name in table.columns if re.fullmatch(r"stim\d+", name)]
-        if len(stims) > 3:
-            words = table[stims[1:-1]].agg(" ".join, axis=1)
+        stims = table.filter(regex=r"^stim\d+$")
+        if stims.shape[1] > 3:
+            words = stims.iloc[:, 1:-1].agg(" ".join, axis=1)
             text = words.str.lower().str.split().str.join(" ")
-            condition = table[stims[-1]]
+            condition = stims.iloc[:, -1]
         elif {"word", "category", "class"} <= set(table.columns):
             text = table["word"]
             condition = table["category"] + " " + table["class"]
@@ -146,38 +145,42 @@ def join_columns(table, names, file):
     """Columns 'a,b' of a table as one column of text."""
     names = names.split(",")
     for name in names:
-        if name not in table.columns:
-            raise InputError(
-                f"{file} has no column '{name}', only {', '.join(table.columns)}: "
-                "set text_column= and condition_column="
-            )
+        if name not in table:
+            columns = ", ".join(table.columns)
+            raise InputError(f"{file} has no column '{name}', only {columns}: see text_column=")
     return table[names].agg(" ".join, axis=1)
 
 
-def find_contrasts(config, conditions):
-    """{contrast: (rows of A, rows of B)} of the stimuli's conditions (N,). Raises InputError."""
+@dataclass
+class Contrast:
+    """Stimuli of some conditions against those of others."""
+
+    name: str  # A>B or A+B>C+D
+    a: np.ndarray  # rows of the stimuli before the >
+    b: np.ndarray  # and after it
+    data: str = ""  # what the stimuli are called
+
+
+def find_contrasts(config, conditions, data=""):
+    """{name: Contrast} of the stimuli's conditions (N,)."""
     conditions = np.asarray(conditions)
     names = sorted(set(conditions))
-    wanted = list(config.contrasts)
-    if not wanted:
-        wanted = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
-    if not wanted:
-        wanted = [f"{a}>{b}" for a, b in itertools.combinations(names, 2)]
-    if config.localizer and config.localizer not in wanted:
+    known = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
+    every = map(">".join, itertools.combinations(names, 2))
+    wanted = [*(config.contrasts or known or every)]
+    if config.localizer:
         wanted.append(config.localizer)
     contrasts = {}
     for contrast in wanted:
         for condition in re.split("[>+]", contrast):
             n = (conditions == condition).sum()
             if n < 4:
-                raise InputError(
-                    f"contrast '{contrast}': the stimuli hold {n} of condition '{condition}', "
-                    f"4 are needed; there are {', '.join(names)}"
-                )
+                need = f"condition '{condition}' has {n} stimuli, 4 are needed"
+                raise InputError(f"contrast '{contrast}': {need}; there are {', '.join(names)}")
         left, right = contrast.split(">")
         a = np.flatnonzero(np.isin(conditions, left.split("+")))
         b = np.flatnonzero(np.isin(conditions, right.split("+")))
-        contrasts[contrast] = (a, b)
+        contrasts[contrast] = Contrast(contrast, a, b, data)
     return contrasts
 
 
@@ -185,13 +188,10 @@ def find_contrasts(config, conditions):
 
 
 def load_model(spec, run):
-    """HiddenStates of a model that scores sentences, each behind the tokenizer's first token."""
-    options = {"device": run.device, "dtype": run.dtype, "head": True}
-    lm = HiddenStates(spec, **options)
-    names = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
-    if any(getattr(lm.tokenizer, name, None) is not None for name in names):
-        parts = {"model": lm.model, "tokenizer": lm.tokenizer, "name": spec}
-        lm = HiddenStates(parts, bos=True, **options)
+    """HiddenStates of a model that scores sentences, behind the tokenizer's first token if any."""
+    lm = HiddenStates(spec, run.device, run.dtype, head=True)
+    with suppress(InputError):  # a tokenizer without one
+        lm.write_first_token()
     return lm
 
 
@@ -210,11 +210,12 @@ def length_batches(lengths, tokens):
 def sentence_scores(run, lm, rows, batch_tokens=2048):
     """Log-probability (nats) of each sentence, given as its token ids: (N,) float64.
 
-    Of a causal model that of the whole sentence behind its first token; of a masked model the
+    Of a causal model that of its own tokens behind the first one; of a masked model the
     pseudo-log-likelihood, every token masked in turn (Salazar et al. 2020).
     """
     if lm.causal:
-        targets = [[-100, *row[1:]] for row in rows]
+        ends = {getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")} - {None}
+        targets = [np.where(np.isin(row, list(ends)), -100, row) for row in rows]
         return score_targets(run, lm, rows, targets, batch_tokens)
     mask = getattr(lm.tokenizer, "mask_token_id", None)
     if mask is None:
@@ -270,14 +271,12 @@ def score_pairs(run, lm, pairs, max_pairs, batch_tokens):
                 continue
             rows += good + bad
             uids.append(uid)
-    scores = sentence_scores(run, lm, rows, batch_tokens) if rows else np.zeros(0)
-    uids = np.array(uids)
     results = {}
-    for uid in pairs:
-        if uid in uids:
-            good = scores[0::2][uids == uid]
-            bad = scores[1::2][uids == uid]
-            results[uid] = paradigm_accuracy(good, bad)
+    if rows:
+        scores = sentence_scores(run, lm, rows, batch_tokens)
+        table = pd.DataFrame({"uid": uids, "good": scores[0::2], "bad": scores[1::2]})
+        for uid, part in table.groupby("uid", sort=False):
+            results[uid] = paradigm_accuracy(part.good, part.bad)
     return results, n_long
 
 
@@ -295,25 +294,21 @@ def paradigm_accuracy(good, bad):
 def report_pairs(run, config, label, lm, pairs, data):
     """Minimal pairs of one model: rows of results.csv, and a line."""
     scores, n_long = score_pairs(run, lm, pairs, config.max_pairs, config.batch_tokens)
+    size = f"the {lm.max_length} tokens of {lm.name}"
     if n_long:
-        run.print(
-            f"{n_long:,} pairs are longer than the {lm.max_length} tokens of {lm.name}: left out"
-        )
+        run.print(f"{n_long:,} pairs are longer than {size}: left out")
     if not scores:
-        raise InputError(
-            f"no pair of pairs={config.pairs} fits the {lm.max_length} tokens of {lm.name}"
-        )
+        raise InputError(f"no pair of pairs={config.pairs} fits {size}")
     keys = {"measure": "minimal pairs", "model": label, "blur": 0.0, "sheet": "", "data": data}
     words = []
     for uid, (score, low, high, n) in scores.items():
         run.result(score, 0.5, low, high, n, contrast=uid, **keys)
         words.append(f"{uid} {score:.2f}")
-    mean = np.mean([score for score, _, _, _ in scores.values()])
-    n_all = sum(n for _, _, _, n in scores.values())
+    mean, _, _, n = np.mean(list(scores.values()), axis=0)
     kind = "" if lm.causal else " (masked model, pseudo-log-likelihood)"
     run.print(
         f"{label}{kind}: minimal pairs {mean:.3f} beside 0.5 of chance, mean of {len(scores)} "
-        f"paradigms, n = {n_all:,}: {', '.join(words)}"
+        f"paradigms, n = {n * len(scores):,.0f}: {', '.join(words)}"
     )
 
 
@@ -334,16 +329,6 @@ class Sheets:
         return positions.layer_names(len(self.layout) // 2)
 
 
-def has_sheets(lm):
-    return isinstance(lm.model, GPT) and lm.model.config.sheet
-
-
-def begin(tokenizer, text, size):
-    """Token ids of a text behind the end-of-text token, cut to `size`."""
-    first = [] if tokenizer.eot is None else [tokenizer.eot]
-    return first + tokenizer.encode(text)[: size - len(first)]
-
-
 @torch.no_grad()
 def unit_responses(run, lm, texts, batch_tokens):
     """Mean response of every unit over each text's own tokens: (N, 2 n_layer, C) float32.
@@ -352,12 +337,12 @@ def unit_responses(run, lm, texts, batch_tokens):
     """
     model = lm.model
     names = positions.layer_names(model.config.n_layer)
-    rows = [begin(lm.tokenizer, text, model.config.block_size) for text in texts]
-    first = 0 if lm.tokenizer.eot is None else 1
+    rows, _ = lm.encode(texts)
     out = np.zeros((len(rows), len(names), model.config.n_embd), np.float32)
     for batch in length_batches([len(row) for row in rows], batch_tokens):
         ids, real = lm.pad([rows[i] for i in batch])
-        real[:, :first] = False
+        if lm.first is not None:
+            real[:, 0] = False
         weight = real.float()[:, :, None]  # (B, T, 1)
         with run.autocast():
             hidden = model(ids, hidden=names).hidden
@@ -367,27 +352,21 @@ def unit_responses(run, lm, texts, batch_tokens):
     return out
 
 
-class silenced:
+@contextmanager
+def silenced(model, mask):
     """`with silenced(model, mask):` the units in mask (2 n_layer, C) bool give out zeros."""
 
-    def __init__(self, model, mask):
-        self.model = model
-        self.keep = ~torch.as_tensor(mask)
+    def keep_others(keep, module, args, out):
+        return out * keep.to(out.device)
 
-    def __enter__(self):
-        device = self.model.transformer.wte.weight.device
-        self.hooks = []
-        for i, block in enumerate(self.model.transformer.h):
-            for sublayer, keep in zip((block.attn, block.mlp), self.keep[2 * i :]):
-                hook = partial(self._zero, keep.to(device))
-                self.hooks.append(sublayer.register_forward_hook(hook))
-
-    @staticmethod
-    def _zero(keep, module, args, out):
-        return out * keep
-
-    def __exit__(self, *error):
-        for hook in self.hooks:
+    hooks = []
+    for i, block in enumerate(model.transformer.h):
+        for sublayer, keep in zip((block.attn, block.mlp), ~torch.as_tensor(mask[2 * i :])):
+            hooks.append(sublayer.register_forward_hook(partial(keep_others, keep)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
@@ -431,7 +410,7 @@ def without(rows, part, parts):
 
 def jackknife(measure, parts):
     """measure(None), and half of its 95 % interval from measure(part) with a part left out."""
-    left = np.stack([measure(part) for part in range(parts)])
+    left = np.stack(list(map(measure, range(parts))))
     variance = (parts - 1) / parts * np.square(left - left.mean(0)).sum(0)
     return measure(None), 1.96 * np.sqrt(variance)
 
@@ -445,8 +424,8 @@ def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
     parts = min(20, len(a), len(b))
 
     def measure(part):
-        rows = [without(rows, part, parts) for rows in (a, b)]
-        return positions.moran(contrast_map(sheets.x, *rows, sheets.layout, fwhm))
+        kept = (without(a, part, parts), without(b, part, parts))
+        return positions.moran(contrast_map(sheets.x, *kept, sheets.layout, fwhm))
 
     value, half = jackknife(measure, parts)
     t, _ = welch(sheets.x[a], sheets.x[b])
@@ -478,42 +457,26 @@ def shuffled_labels(sheets, a, b, rng, shuffles):
 def clusters(t, smallest, stop=0.0):
     """Regions of one map t (side, side): labels, 0 for none, 1 the region with the highest peak.
 
-    From the highest free cell on, the best of a region's four-neighbours is added as long as its t
-    is above `stop`; regions of fewer than `smallest` cells are dropped.
+    A region is grown from its peak over edges of cells as long as t is above `stop`; those of
+    fewer than `smallest` cells are dropped.
     """
-    labels = np.zeros(t.shape, int)
-    free = t > stop
-    count = 0
-    while free.any():
-        peak = np.unravel_index(np.where(free, t, -np.inf).argmax(), t.shape)
-        region = []
-        edge = {peak}
-        while edge:
-            cell = max(edge, key=t.__getitem__)
-            edge.remove(cell)
-            region.append(cell)
-            free[cell] = False
-            i, j = cell
-            for near in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
-                inside = min(near) >= 0 and max(near) < len(t)
-                if inside and free[near]:
-                    edge.add(near)
-        if len(region) >= smallest:
-            count += 1
-            labels[tuple(np.transpose(region))] = count
-    return labels
+    above = t.ravel() > stop
+    near = positions.neighbours(len(t), "rook") & above & above[:, None]
+    _, region = connected_components(near)
+    labels = np.zeros(t.size, int)
+    for cell in np.argsort(-t, axis=None, kind="stable"):
+        members = region == region[cell]
+        if above[cell] and not labels[cell] and members.sum() >= smallest:
+            labels[members] = labels.max() + 1
+    return labels.reshape(t.shape)
 
 
-def cell_distances(side):
-    """Distance in whole cells of each pair of cells (i < j): (pairs,), with i and j."""
-    i, j = np.triu_indices(side * side, 1)
-    places = positions.places_of(np.arange(side * side), side)
-    return np.linalg.norm(places[i] - places[j], axis=1).round().astype(int), i, j
-
-
-def over_distance(values, distance, side):
-    """Mean of the values of pairs (pairs,) at distances 1, 2, ... side - 1."""
-    return np.bincount(distance, values)[1:side] / np.bincount(distance)[1:side]
+def over_distance(values):
+    """Mean of values (C, C) of pairs of cells at distances of 1, 2, ... side - 1 whole cells."""
+    side = positions.sheet_side(len(values))
+    offsets = positions.offsets(np.arange(len(values)), side)
+    distance = np.linalg.norm(offsets, axis=-1).round().astype(int).ravel()
+    return np.bincount(distance, values.ravel())[1:side] / np.bincount(distance)[1:side]
 
 
 def effective_dimensionality(r):
@@ -523,8 +486,7 @@ def effective_dimensionality(r):
 
 def smoothness(t):
     """(max - first) / max of the curve of mean |t_i - t_j| over distance (Margalit et al. 2024)."""
-    distance, i, j = cell_distances(len(t))
-    curve = over_distance(np.abs(t.ravel()[i] - t.ravel()[j]), distance, len(t))
+    curve = over_distance(np.abs(t.ravel() - t.ravel()[:, None]))
     return (curve.max() - curve[0]) / max(curve.max(), 1e-12)
 
 
@@ -540,23 +502,23 @@ def wiring_length(t, next_t, share=0.05, reach=2.0):
         top = np.argsort(-values.ravel(), kind="stable")[: max(2, round(share * values.size))]
         points.append(positions.places_of(top, len(values)))
     for k in range(1, len(points[0]) + 1):
-        centres = []
+        ends = []
         ways = []
         for at in points:
             fit = KMeans(k, n_init=2, random_state=0).fit(at)
-            centres.append(fit.cluster_centers_)
-            ways.append(np.linalg.norm(at - fit.cluster_centers_[fit.labels_], axis=1))
-        if max(way.mean() for way in ways) <= reach:
+            ends.append(fit.cluster_centers_)
+            ways.append(fit.transform(at).min(axis=1))
+        if np.mean(ways, axis=1).max() <= reach:
             break
-    cost = np.linalg.norm(centres[0][:, None] - centres[1], axis=-1)
+    cost = np.linalg.norm(ends[0][:, None] - ends[1], axis=-1)
     across = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
-    return ways[0].sum() + ways[1].sum() + across
+    return np.sum(ways) + across
 
 
 # ---- what is measured on sheets
 
 
-def show_contrast(run, config, models, contrast, a, b, data):
+def show_contrast(run, config, models, contrast):
     """One contrast on every sheet of every model: maps, Moran's I and its two nulls.
 
     Returns the means over sheets, a dict a model, for the summary.
@@ -564,28 +526,32 @@ def show_contrast(run, config, models, contrast, a, b, data):
     rows = []
     shown = []
     for sheets in models:
-        row, scores = report_moran(run, config, sheets, contrast, a, b, data)
+        row, scores = report_moran(run, config, sheets, contrast)
         rows.append(row)
-        shown.append((sheets, contrast_map(sheets.x, a, b, sheets.layout), scores))
+        shown.append(
+            (sheets, contrast_map(sheets.x, contrast.a, contrast.b, sheets.layout), scores)
+        )
         if config.fwhm:
-            report_moran(run, config, sheets, contrast, a, b, data, config.fwhm)
-    name = re.sub(r"[^a-z0-9A-Z]+", "_", contrast)
+            report_moran(run, config, sheets, contrast, config.fwhm)
+    name = re.sub(r"[^a-z0-9A-Z]+", "_", contrast.name)
     title = (
-        f"{contrast}: Welch t of every unit on its sheet, unsmoothed; {data} ({len(a)} against "
-        f"{len(b)})\nMoran's I beside shuffled positions {rows[0]['chance']:.2f} and shuffled "
-        f"labels {rows[0]['labels']:.2f} (model)"
+        f"{contrast.name}: Welch t of every unit on its sheet, unsmoothed; {contrast.data} "
+        f"({len(contrast.a)} against {len(contrast.b)})\nMoran's I beside shuffled positions "
+        f"{rows[0]['chance']:.2f} and shuffled labels {rows[0]['labels']:.2f} (model)"
     )
     plot_contrast(run.out / f"map_{name}.png", title, shown)
     return rows
 
 
-def report_moran(run, config, sheets, contrast, a, b, data, fwhm=0.0):  # noqa: PLR0913
+def report_moran(run, config, sheets, contrast, fwhm=0.0):
     """Rows of results.csv on one contrast of one model; (means over sheets, scores (L,))."""
-    rng = np.random.default_rng(key_seed(config.seed, contrast, fwhm))
+    a = contrast.a
+    b = contrast.b
+    rng = np.random.default_rng(key_seed(config.seed, contrast.name, fwhm))
     shuffles = min(20, config.shuffles) if fwhm else config.shuffles  # blurs take their time
     scores, half, null = moran_of_contrast(sheets, a, b, rng, shuffles, fwhm)
-    keys = {"measure": "moran", "model": sheets.label, "contrast": contrast, "blur": fwhm}
-    keys["data"] = data
+    keys = {"measure": "moran", "model": sheets.label, "contrast": contrast.name, "blur": fwhm}
+    keys["data"] = contrast.data
     n = len(a) + len(b)
     for name, score, chance, h in zip(sheets.names, scores, null.mean(0), half):
         run.result(score, chance, score - h, score + h, n, sheet=name, **keys)
@@ -598,7 +564,7 @@ def report_moran(run, config, sheets, contrast, a, b, data, fwhm=0.0):  # noqa: 
     significant = mne.stats.fdr_correction(p, config.fdr)[0].mean()
     blurred = f" blurred by {fwhm} cells" if fwhm else ""
     run.print(
-        f"{sheets.label}: {contrast}{blurred}: Moran's I {mean:.3f} [{row['low']:.3f}, "
+        f"{sheets.label}: {contrast.name}{blurred}: Moran's I {mean:.3f} [{row['low']:.3f}, "
         f"{row['high']:.3f}] beside {row['chance']:.3f} of shuffled positions, mean over "
         f"{len(scores)} sheets; {significant:.0%} of units significant (FDR {config.fdr})"
     )
@@ -613,41 +579,40 @@ def report_moran(run, config, sheets, contrast, a, b, data, fwhm=0.0):  # noqa: 
             f"{verdict} what correlated neighbours do to any map"
         )
         row["labels"] = labels.mean()
-    return {"model": sheets.label, "contrast": contrast, **row}, scores
+    return {"model": sheets.label, "contrast": contrast.name, **row}, scores
 
 
-def language_mask(run, config, sheets, conditions, localizer, a, b, data):  # noqa: PLR0913
+def language_mask(run, config, sheets, conditions, localizer):
     """Units that prefer a to b, selected on every other stimulus and measured on the rest.
 
-    Returns t (L, C), mask (L, C) bool, and the mask's response to each condition on held-out
-    stimuli [(condition, mean, low, high)] in SD units.
+    Returns t (L, C), mask (L, C) bool, and its response_profile in SD units.
     """
     z = (sheets.x - sheets.x.mean(0)) / (sheets.x.std(0) + 1e-9)
-    t, p = welch(z[a[::2]], z[b[::2]])
+    t, p = welch(z[localizer.a[::2]], z[localizer.b[::2]])
     mask = mne.stats.fdr_correction(p, config.fdr)[0] & (t > 0)
     if config.top_k:
         mask = np.zeros(t.shape, bool)
         mask.ravel()[np.argsort(-t, axis=None, kind="stable")[: config.top_k]] = True
     if not mask.any():
-        run.print(f"no unit prefers {localizer} at FDR {config.fdr}: no mask, no ablation")
+        run.print(f"no unit prefers {localizer.name} at FDR {config.fdr}: no mask, no ablation")
         return t, mask, []
-    held_a = z[a[1::2]]
-    held_b = z[b[1::2]]
+    held_a = z[localizer.a[1::2]]
+    held_b = z[localizer.b[1::2]]
     difference = held_a.mean(0) - held_b.mean(0)  # (L, C), SD units
     test = scipy.stats.ttest_ind(held_a[:, mask].mean(1), held_b[:, mask].mean(1), equal_var=False)
     low, high = test.confidence_interval()
     rng = np.random.default_rng(key_seed(config.seed, "mask"))
     random = [rng.permutation(difference.ravel())[: mask.sum()].mean() for _ in range(100)]
     score = difference[mask].mean()
-    keys = {"measure": "selectivity", "model": "model", "contrast": localizer, "blur": 0.0}
+    keys = {"measure": "selectivity", "model": "model", "contrast": localizer.name, "blur": 0.0}
     n = len(held_a) + len(held_b)
-    run.result(score, np.mean(random), low, high, n, sheet="all", data=data, **keys)
+    run.result(score, np.mean(random), low, high, n, sheet="all", data=localizer.data, **keys)
     sizes = []
     for name, sheet in zip(sheets.names, on_sheet(t, sheets.layout)):
         labels = clusters(sheet, config.min_cluster)
         sizes.append(f"{name} {np.bincount(labels.ravel())[1:].tolist()}")
     run.print(
-        f"mask of {localizer}: {mask.sum()} of {mask.size} units; held-out selectivity "
+        f"mask of {localizer.name}: {mask.sum()} of {mask.size} units; held-out selectivity "
         f"{score:.2f} SD [{low:.2f}, {high:.2f}] beside {np.mean(random):.2f} of random units; "
         f"clusters (units): {'; '.join(sizes)}"
     )
@@ -655,13 +620,12 @@ def language_mask(run, config, sheets, conditions, localizer, a, b, data):  # no
 
 
 def response_profile(z, conditions):
-    """[(condition, mean, low, high)] of responses z (N, units) to held-out stimuli, 95 %."""
+    """[(condition, mean, half its 95 % interval)] of responses z (N, units), held-out stimuli."""
     profile = []
     for condition in dict.fromkeys(conditions):
-        rows = np.flatnonzero(conditions == condition)[1::2]
-        of_text = z[rows].mean(1)
+        of_text = z[np.flatnonzero(conditions == condition)[1::2]].mean(1)
         half = scipy.stats.sem(of_text) * scipy.stats.t.ppf(0.975, len(of_text) - 1)
-        profile.append((condition, of_text.mean(), of_text.mean() - half, of_text.mean() + half))
+        profile.append((condition, of_text.mean(), half))
     return profile
 
 
@@ -675,10 +639,10 @@ def validation_loss(run, model, batches):
     return float(np.mean(losses))
 
 
-def ablate(run, config, lm, t, pairs, batches, localizer, data):  # noqa: PLR0913
+def ablate(run, config, lm, t, pairs, batches, names):
     """What silencing the k most selective units costs, beside as many random ones.
 
-    data: names of the pairs and of the text. Returns [(k, which, pair accuracy, loss)].
+    names: of the contrast and of the pairs. Returns [(k, which, pair accuracy, loss)].
     """
 
     def measure(units):
@@ -686,7 +650,7 @@ def ablate(run, config, lm, t, pairs, batches, localizer, data):  # noqa: PLR091
         chosen[units] = True
         with silenced(lm.model, chosen.reshape(t.shape)):
             scores, _ = score_pairs(run, lm, pairs, config.ablate_pairs, config.batch_tokens)
-            accuracy = np.mean([score for score, _, _, _ in scores.values()])
+            accuracy = np.mean(list(scores.values()), axis=0)[0]
             return accuracy, validation_loss(run, lm.model, batches)
 
     order = np.argsort(-t, axis=None, kind="stable")
@@ -701,11 +665,12 @@ def ablate(run, config, lm, t, pairs, batches, localizer, data):  # noqa: PLR091
         mean = np.mean(random, 0)
         low = np.min(random, 0)
         high = np.max(random, 0)
-        for i, what in enumerate(("ablation accuracy", "ablation val_loss")):
+        keys = {"model": "model", "contrast": names["contrast"], "sheet": f"{k} units", "blur": 0.0}
+        data = {"ablation accuracy": names["pairs"], "ablation val_loss": config.dataset}
+        for i, what in enumerate(data):
             # chance, low, high: mean and range of the random sets
-            keys = {"measure": what, "model": "model", "contrast": localizer, "blur": 0.0}
-            keys |= {"sheet": f"{k} units", "data": data[i]}
-            run.result(selective[i], mean[i], low[i], high[i], config.random_sets, **keys)
+            row = (selective[i], mean[i], low[i], high[i], config.random_sets)
+            run.result(*row, measure=what, data=data[what], **keys)
         rows += [(k, "selective", *selective), (k, "random", *mean)]
         run.print(
             f"{k} units silenced: accuracy {selective[0]:.3f} beside {mean[0]:.3f} of random "
@@ -719,48 +684,44 @@ def geometry_of_text(run, config, sheets, batch):
     """Correlation over distance and effective dimensionality of each sheet, on text (B, T).
 
     Rows of results.csv beside shuffled positions and the number of units, 95 % by jackknife over
-    the windows. Returns the mean curve (distance, correlation).
+    the windows. Returns the mean curve, of correlation at distances of 1, 2, ... cells.
     """
     with torch.no_grad(), run.autocast():
         hidden = sheets.lm.model(batch, hidden=sheets.names).hidden
-    side = positions.sheet_side(sheets.layout.shape[1])
-    distance, i, j = cell_distances(side)
     rng = np.random.default_rng(key_seed(config.seed, "geometry"))
     parts = min(10, len(batch))
     keys = {"model": sheets.label, "contrast": "", "blur": 0.0, "data": config.dataset}
     curves = []
 
-    def curve_of(r, units):
-        return over_distance(r[np.ix_(units, units)][i, j], distance, side)
-
     def measure(states, units, part):
         kept = states[without(np.arange(len(states)), part, parts)]
         r = positions.correlations(kept.flatten(0, 1).float())
         np.fill_diagonal(r, 1)
-        return np.array([curve_of(r, units)[0], effective_dimensionality(r)])
+        return np.array([over_distance(r[np.ix_(units, units)])[0], effective_dimensionality(r)])
 
     for name, units in zip(sheets.names, sheets.layout):
         states = hidden[name]
         r = positions.correlations(states.flatten(0, 1).float())
-        curves.append(curve_of(r, units))
-        shuffled = curve_of(r, rng.permutation(units))[0]
+        curves.append(over_distance(r[np.ix_(units, units)]))
+        shuffled = rng.permutation(units)
+        chance = [over_distance(r[np.ix_(shuffled, shuffled)])[0], len(r)]
         value, half = jackknife(partial(measure, states, units), parts)
-        low = value - half
-        high = value + half
-        n = int((distance == 1).sum())
-        what = "correlation at distance 1"
-        run.result(value[0], shuffled, low[0], high[0], n, measure=what, sheet=name, **keys)
-        what = "effective dimensionality"
-        n = batch.numel()
-        run.result(value[1], len(r), low[1], high[1], n, measure=what, sheet=name, **keys)
-    return np.arange(1, side), np.mean(curves, 0)
+        n = (positions.neighbours(positions.sheet_side(len(r))).sum() // 2, batch.numel())
+        whats = ("correlation at distance 1", "effective dimensionality")
+        for k, what in enumerate(whats):
+            low = value[k] - half[k]
+            high = value[k] + half[k]
+            run.result(value[k], chance[k], low, high, n[k], measure=what, sheet=name, **keys)
+    return np.mean(curves, 0)
 
 
-def geometry_of_maps(run, config, sheets, contrast, a, b, data):
+def geometry_of_maps(run, config, sheets, contrast):
     """Smoothness of each t-map and wiring length from sheet to sheet, beside shuffled positions.
 
     95 % by jackknife over stimuli.
     """
+    a = contrast.a
+    b = contrast.b
     rng = np.random.default_rng(key_seed(config.seed, "geometry of maps"))
     t, _ = welch(sheets.x[a], sheets.x[b])
     parts = min(10, len(a), len(b))
@@ -771,8 +732,8 @@ def geometry_of_maps(run, config, sheets, contrast, a, b, data):
         return np.array(smooth + wires)
 
     def measure(part):
-        rows = [without(rows, part, parts) for rows in (a, b)]
-        return measure_maps(contrast_map(sheets.x, *rows, sheets.layout))
+        kept = (without(a, part, parts), without(b, part, parts))
+        return measure_maps(contrast_map(sheets.x, *kept, sheets.layout))
 
     value, half = jackknife(measure, parts)
     nulls = []
@@ -781,7 +742,8 @@ def geometry_of_maps(run, config, sheets, contrast, a, b, data):
     names = sheets.names
     labels = [("smoothness", name) for name in names]
     labels += [("wiring length", f"{one} to {two}") for one, two in zip(names, names[1:])]
-    keys = {"model": sheets.label, "contrast": contrast, "blur": 0.0, "data": data}
+    keys = {"model": sheets.label, "contrast": contrast.name, "blur": 0.0}
+    keys["data"] = contrast.data
     for (what, sheet), v, chance, h in zip(labels, value, np.mean(nulls, 0), half):
         run.result(v, chance, v - h, v + h, t.shape[1], measure=what, sheet=sheet, **keys)
 
@@ -812,18 +774,16 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     responses, and what ablation costs."""
     fig, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     plot_moran(axes[0], pd.DataFrame(rows))
-    for label, (distance, r) in curves.items():
-        axes[1].plot(distance, r, label=label)
+    for label, curve in curves.items():
+        axes[1].plot(range(1, len(curve) + 1), curve, label=label)
     axes[1].axhline(0, c="0.8", lw=0.8)
     axes[1].legend(fontsize=7)
-    for k, (_, mean, low, high) in enumerate(profile):
-        axes[2].bar(k, mean, yerr=[[mean - low], [high - mean]], capsize=3, color="C0")
-    names = [condition for condition, _, _, _ in profile]
-    axes[2].set_xticks(range(len(profile)), names, rotation=30, ha="right", fontsize=7)
+    for condition, mean, half in profile:
+        axes[2].bar(condition, mean, yerr=half, capsize=3, color="C0")
+    axes[2].tick_params(axis="x", rotation=30, labelsize=7)
     table = pd.DataFrame(ablation, columns=["k", "units", "accuracy", "loss"])
-    for kind, style in (("selective", "o-"), ("random", "s--")):
-        part = table[table.units == kind]
-        axes[3].plot(part.k, part.accuracy, style, label=f"{kind} units")
+    for kind, part in table.groupby("units"):
+        axes[3].plot(part.k, part.accuracy, "o-", label=f"{kind} units")
     axes[3].axhline(0.5, ls=":", c="gray", label="chance")
     axes[3].set(xscale="symlog", xlabel="units silenced")
     axes[3].legend(fontsize=7)
@@ -879,14 +839,12 @@ def plot_sweep(path, points, data):
 def compare_runs(run, config):
     """Moran's I of every run in `sweep`, mean over contrasts and sheets, against its loss."""
     stimuli, data = load_stimuli(run, config)
-    contrasts = find_contrasts(config, stimuli.condition)
+    contrasts = find_contrasts(config, stimuli.condition).values()
     points = []
     for folder in config.sweep:
         results = Path(folder) / "results.csv"
         if not results.exists():
-            raise InputError(
-                f"sweep={folder} holds no results.csv: finish that run of train.py, or leave it out"
-            )
+            raise InputError(f"sweep={folder} holds no results.csv: finish that run of train.py")
         options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
         loss = pd.read_csv(results).query("metric == 'val_loss'").score.iloc[-1]
         lm = load_model(folder, run)
@@ -895,9 +853,9 @@ def compare_runs(run, config):
         rng = np.random.default_rng(key_seed(config.seed, "sweep"))
         scores = []
         null = []
-        for a, b in contrasts.values():
-            scores.append(positions.moran(contrast_map(x, a, b, layout)))
-            null.append(positions.moran(contrast_map(x, a, b, rng.permuted(layout, axis=1))))
+        for c in contrasts:
+            scores.append(positions.moran(contrast_map(x, c.a, c.b, layout)))
+            null.append(positions.moran(contrast_map(x, c.a, c.b, rng.permuted(layout, axis=1))))
         score = np.mean(scores)
         half = 1.96 * np.std(scores, ddof=1) / np.sqrt(np.size(scores))
         alpha = options["alpha"]
@@ -934,30 +892,27 @@ def text_batches(run, config, size):
 def measure_sheets(run, config, lms, pairs, pairs_data):
     """Maps, mask, ablation and geometry of models with sheets {label: HiddenStates}."""
     stimuli, data = load_stimuli(run, config)
-    contrasts = find_contrasts(config, stimuli.condition)
-    localizer = config.localizer or next(iter(contrasts))
-    counts = stimuli.condition.value_counts()
-    sizes = ", ".join(f"{condition} {n}" for condition, n in counts.items())
-    run.print(f"{len(stimuli)} stimuli: {sizes}")
+    contrasts = find_contrasts(config, stimuli.condition, data)
+    localizer = contrasts[config.localizer or next(iter(contrasts))]
+    run.print(f"{len(stimuli)} stimuli: {stimuli.condition.value_counts().to_dict()}")
     models = []
     for label, lm in lms.items():
         x = unit_responses(run, lm, stimuli.text, config.batch_tokens)
         models.append(Sheets(label, lm, lm.model.unit_at_cell.cpu().numpy(), x))
     rows = []
-    for contrast, (a, b) in contrasts.items():
-        rows += show_contrast(run, config, models, contrast, a, b, data)
-    a, b = contrasts[localizer]
+    for contrast in contrasts.values():
+        rows += show_contrast(run, config, models, contrast)
     conditions = stimuli.condition.to_numpy()
-    t, mask, profile = language_mask(run, config, models[0], conditions, localizer, a, b, data)
+    t, mask, profile = language_mask(run, config, models[0], conditions, localizer)
     batches = text_batches(run, config, lms["model"].model.config.block_size)
     ablation = []
     if pairs and mask.any():
-        names = (pairs_data, config.dataset)
-        ablation = ablate(run, config, lms["model"], t, pairs, batches, localizer, names)
+        names = {"contrast": localizer.name, "pairs": pairs_data}
+        ablation = ablate(run, config, lms["model"], t, pairs, batches, names)
     curves = {}
     for sheets in models:
         curves[sheets.label] = geometry_of_text(run, config, sheets, batches[0][:, :-1])
-        geometry_of_maps(run, config, sheets, localizer, a, b, data)
+        geometry_of_maps(run, config, sheets, localizer)
     title = f"{config.lm} and its twin {config.twin}" if config.twin else config.lm
     plot_summary(run.out / "summary.png", f"{title}; {data}", rows, curves, profile, ablation)
 
@@ -971,12 +926,9 @@ def main(config):
         if config.twin:
             lms["twin"] = load_model(config.twin, run)
         pairs, data = load_pairs(run, config)
-        sheets = all(has_sheets(lm) for lm in lms.values())
+        sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
         if not pairs and not sheets:
-            raise InputError(
-                f"nothing to do: {config.lm} {config.twin} has no sheets, and pairs= is empty: "
-                "give pairs=grammar, or models with positions"
-            )
+            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         if pairs:
             for label, lm in lms.items():
                 report_pairs(run, config, label, lm, pairs, data)

@@ -19,12 +19,13 @@ import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from torch.nn.parallel import DistributedDataParallel
@@ -130,6 +131,7 @@ class Data:
         self.train = Tokens(folder, "train")
         self.val = Tokens(folder, "val")
         self.val_starts = validation_starts(self.val, config)
+        self.vocab_size = self.train.vocab_size
         self.tokenizer = tokenizer_state(folder)
 
 
@@ -139,8 +141,7 @@ def validation_starts(tokens, config):
     n_batches = n_windows // config.batch_size
     if n_batches < 1:
         raise InputError(
-            f"{tokens.path} holds {len(tokens):,} tokens, less than batch_size x block_size = "
-            f"{config.batch_size} x {config.block_size}: take a smaller batch_size or block_size"
+            f"{tokens.path}: {len(tokens):,} tokens are less than one batch of block_size"
         )
     if config.eval_batches:
         n_batches = min(n_batches, config.eval_batches)
@@ -162,10 +163,7 @@ class Loader:
         self.cursor = cursor
         self.n_windows = (len(tokens) - 1) // config.block_size - 1  # one less: the offset's room
         if self.n_windows < 1:
-            raise InputError(
-                f"{tokens.path} holds {len(tokens):,} tokens, less than two windows of "
-                f"block_size={config.block_size}: take a smaller block_size"
-            )
+            raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than two of block_size")
         self.epoch = None
         self.thread = ThreadPoolExecutor(1)
         self.read_ahead = deque()
@@ -223,21 +221,15 @@ def ngram_losses(train, val, starts, length, vocab_size):
         for back in range(order, 0, -1):
             contexts = contexts * vocab_size + train[order - back : len(train) - back]
             asked = asked * vocab_size + np.asarray(val[places - back], np.int64)
-        grams, gram_counts = np.unique(contexts * vocab_size + train[order:], return_counts=True)
-        seen, context_counts = np.unique(contexts, return_counts=True)
-        kinds = np.bincount(np.searchsorted(seen, grams // vocab_size), minlength=len(seen))
-        c = look_up(grams, gram_counts, asked * vocab_size + np.asarray(val[places], np.int64))
-        n = look_up(seen, context_counts, asked)
-        t = look_up(seen, kinds, asked)  # kinds of word that follow the context
+        grams = pd.Series(contexts * vocab_size + train[order:]).value_counts()
+        kinds = pd.Series(grams.index // vocab_size).value_counts()
+        wanted = asked * vocab_size + np.asarray(val[places], np.int64)
+        c = grams.reindex(wanted, fill_value=0).to_numpy()
+        n = pd.Series(contexts).value_counts().reindex(asked, fill_value=0).to_numpy()
+        t = kinds.reindex(asked, fill_value=0).to_numpy()  # kinds of word that follow the context
         p = np.where(n > 0, (c + t * p) / np.maximum(n + t, 1), p)
         losses[name] = float(-np.log(p).mean())
     return losses
-
-
-def look_up(keys, values, asked):
-    """The value of each key asked for, 0 where it is not among the sorted `keys`."""
-    i = np.searchsorted(keys, asked).clip(max=len(keys) - 1)
-    return np.where(keys[i] == asked, values[i], 0)
 
 
 def baseline_losses(run, config, data):
@@ -245,8 +237,8 @@ def baseline_losses(run, config, data):
     if not (config.baseline_tokens and run.master):
         return {}
     counted = data.train.tokens[: config.baseline_tokens]
-    vocab_size = data.train.vocab_size
-    losses = ngram_losses(counted, data.val.tokens, data.val_starts, config.block_size, vocab_size)
+    places = (data.val_starts, config.block_size, data.vocab_size)
+    losses = ngram_losses(counted, data.val.tokens, *places)
     words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     run.print(f"validation loss to beat, nats per token: {words}")
     return losses
@@ -255,16 +247,19 @@ def baseline_losses(run, config, data):
 # ---- model
 
 
+# fields of GPTConfig that another run may change: no weight depends on them
+FREE = ["dropout", "sheet", "radius", "norm", "windows", "alpha", "spatial", "factor"]
+FREE += ["spatial_kind", "accum", "tap", "activation_decay"]
+
+
 def model_options(config, data):
-    """Fields of GPTConfig as two dicts: what the weights depend on, and what may change."""
-    keys = ["block_size", "n_layer", "n_head", "n_embd", "bias", "gelu"]
-    keys += ["head_loss", "attn_proj"]
-    shape = {key: getattr(config, key) for key in keys}
+    """Fields of GPTConfig that Config has, as two dicts: what shapes the weights, and the rest."""
+    shape = asdict(config)
     shape["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
-    rest = {"sheet": config.positions != "none"}
-    for key in (f.name for f in fields(GPTConfig)):
-        if key not in shape and key != "sheet":
-            rest[key] = getattr(config, key)
+    shape["sheet"] = config.positions != "none"
+    for key in shape.keys() - asdict(GPTConfig()).keys():
+        del shape[key]
+    rest = {key: shape.pop(key) for key in FREE}
     return shape, rest
 
 
@@ -276,16 +271,14 @@ def build(run, config, data):
         layout = load_layout(config, config.n_layer, config.n_embd)
         model = GPT(GPTConfig(**shape, **rest), layout, config.seed)
     elif config.init_from == "resume":
-        state = run.load("ckpt.pt")
-        check_resumable(run, state, shape)
-        model = lm_from(state, run.out / "ckpt.pt", **rest)
+        path = run.out / "ckpt.pt"
+        state = run.load(path.name)
+        check_resumable(path, state, shape)
+        model = lm_from(state, path, **rest)
     else:
-        model = start_from(run, config, data, rest)
-    if data.train.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"dataset={config.dataset} has {data.train.vocab_size} token ids, the model "
-            f"{model.config.vocab_size}: set vocab_size=0"
-        )
+        model = start_from(config, data, rest)
+    if data.vocab_size > model.config.vocab_size:
+        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
     return model.to(run.device), state
 
 
@@ -299,32 +292,22 @@ def load_layout(config, n_layer, n_units):
     return load_positions(path, n_layer, n_units)
 
 
-def check_resumable(run, state, shape):
-    """Raise InputError where a checkpoint has no optimiser's state, or another shape."""
-    path = run.out / "ckpt.pt"
+def check_resumable(path, state, shape):
+    """Raise InputError where a checkpoint is of another script, or has another shape."""
     if "optimizers" not in state:
-        raise InputError(
-            f"{path} is a checkpoint of another code, which has no state to resume: "
-            f"give init_from={path} and another out_dir"
-        )
+        raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
     for key, value in shape.items():
-        saved = state["model_args"].get(key, getattr(GPTConfig, key))
+        saved = state["model_args"][key]
         if saved != value:
-            raise InputError(
-                f"{path} has {key}={saved}, the options say {value}: "
-                f"resume with the options of {run.out / 'config.yaml'}"
-            )
+            raise InputError(f"{path} has {key}={saved}, the options say {value}")
 
 
-def start_from(run, config, data, rest):
+def start_from(config, data, rest):
     """The GPT of another checkpoint or of Hugging Face, with the sheet that the options ask for."""
     spec = f"init_from={config.init_from}"
     model, tokenizer = load_lm(config.init_from, **rest)
     if tokenizer.state["ranks"] != data.tokenizer["ranks"]:
-        raise InputError(
-            f"{spec} was trained with the tokenizer '{tokenizer.state['name']}', "
-            f"dataset={config.dataset} with another: prepare the text with the model's tokenizer"
-        )
+        raise InputError(f"{spec} has another tokenizer than dataset={config.dataset}")
     longest = model.config.block_size
     if config.block_size > longest:
         raise InputError(f"block_size={config.block_size} is longer than the {longest} of {spec}")
@@ -487,22 +470,20 @@ def utilisation(run, config, model, tokens_per_s):
 
 def plot_losses(run, baselines):
     """loss.png: task loss with the n-gram baselines, and the spatial loss, from log.jsonl."""
-    lines = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
     figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set_title("next-token loss (nats)")
-    right.set_title("spatial loss, mean over sheets")
-    for axis, loss in ((left, "task"), (right, "spatial")):
-        axis.set_xlabel("step")
+    axes = figure.subplots(1, 2)
+    titles = ("next-token loss (nats)", "spatial loss, mean over sheets")
+    for axis, loss, title in zip(axes, ("task", "spatial"), titles):
+        for key, losses in log.filter(like=f"_{loss}").items():
+            losses = losses.dropna()
+            axis.plot(losses.index, losses, ".-", label=key)
+        axis.set(xlabel="step", title=title)
         axis.grid(alpha=0.3)
-        for split, style in (("train", "-"), ("val", "o-")):
-            logged = [line for line in lines if f"{split}_{loss}" in line]
-            steps = [line["step"] for line in logged]
-            losses = [line[f"{split}_{loss}"] for line in logged]
-            axis.plot(steps, losses, style, markersize=3, label=split)
     for (name, loss), style in zip(baselines.items(), (":", "-.", "--")):
-        left.axhline(loss, ls=style, color="gray", label=f"{name} {loss:.2f}")
-    left.legend()
+        axes[0].axhline(loss, ls=style, color="gray", label=f"{name} {loss:.2f}")
+    for axis in axes:
+        axis.legend()
     figure.suptitle(f"{run.out}: {run.config.dataset}, alpha={run.config.alpha}")
     figure.savefig(run.out / "loss.png", dpi=120)
 
@@ -563,13 +544,13 @@ def report(run, config, data, training, scores, baselines):
         if training.model.config.sheet:
             plot_sheets(run, config, data, training.model)
     null = "trigram" if baselines else "uniform"
-    chance = baselines.get("trigram", math.log(data.train.vocab_size))
-    task, low, high, n = scores["task"], scores["low"], scores["high"], scores["n"]
+    chance = baselines.get("trigram", math.log(data.vocab_size))
+    interval = [scores["low"], scores["high"], scores["n"]]
     keys = {"metric": "val_loss", "step": training.step, "null": null}
-    run.result(task, chance, low, high, n, **keys, spatial=scores["spatial"])
+    run.result(scores["task"], chance, *interval, **keys, spatial=scores["spatial"])
     run.print(
-        f"validation loss {task:.3f} [{low:.3f}, {high:.3f}] nats per token beside {chance:.3f} "
-        f"of the {null} model, n = {n:,} tokens"
+        "validation loss {task:.3f} [{low:.3f}, {high:.3f}] nats per token".format(**scores),
+        f"beside {chance:.3f} of the {null} model, n = {scores['n']:,} tokens",
     )
 
 
@@ -637,29 +618,27 @@ def plan(run, config, data, training):
     )
 
 
-def timings_file(run, config, model):
-    """Where the step times of this machine, precision and shape are kept."""
+def read_timings(run, config, model):
+    """The file of step times of this machine, precision and shape, and what it holds.
+
+    {"eager", "compiled": seconds of a step, "compiling": seconds}, as far as they are known.
+    """
     machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     step = [config.batch_size, config.block_size, config.tokens_per_step, config.optimizer]
     key = [*machine, torch.__version__, str(run.dtype), run.world, *step, asdict(model.config)]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "nanocortex" / f"steps-{hash_options({'key': key})}.json"
-
-
-def read_timings(file):
-    """Seconds: of an eager step, of a compiled one, and of compiling, as far as they are known."""
+    file = Path(cache) / "nanocortex" / f"steps-{hash_options({'key': key})}.json"
     try:
-        return json.loads(file.read_text())
+        return file, json.loads(file.read_text())
     except (OSError, ValueError):
-        return {}
+        return file, {}
 
 
 def record_timing(run, config, training):
     """Keep a CPU's step time and, of a compiled run, what compiling took."""
     if not run.master or run.device.type != "cpu":
         return
-    file = timings_file(run, config, training.model)
-    timings = read_timings(file)
+    file, timings = read_timings(run, config, training.model)
     timings["compiled" if config.compile else "eager"] = training.step_seconds
     if config.compile:
         stepping = training.step_seconds * len(training.durations)
@@ -673,12 +652,11 @@ def record_timing(run, config, training):
 
 def compiling_pays(run, config, model):
     """Do earlier runs on this CPU, eager and compiled, say that compiling pays within this one?"""
-    timings = read_timings(timings_file(run, config, model))
+    _, timings = read_timings(run, config, model)
     pays = False
     if len(timings) == 3:
-        eager, compiled, compiling = timings["eager"], timings["compiled"], timings["compiling"]
-        n_steps = 60 * config.minutes / eager if config.minutes else config.max_iters
-        pays = compiling < n_steps * (eager - compiled)
+        n_steps = 60 * config.minutes / timings["eager"] if config.minutes else config.max_iters
+        pays = timings["compiling"] < n_steps * (timings["eager"] - timings["compiled"])
     return bool(run.reduce(int(pays and run.master), "max"))
 
 
@@ -690,7 +668,7 @@ def dry_run(run, config, data):
     shape, rest = model_options(config, data)
     whole = GPTConfig(**shape, **rest)
     if config.init_from not in ("scratch", "resume"):
-        whole = start_from(run, config, data, rest).config
+        whole = start_from(config, data, rest).config
     layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
@@ -702,14 +680,14 @@ def dry_run(run, config, data):
     seconds = estimate_step(run, config, data, layer, tokens) * params / count(layer.parameters())
     n_steps = int(60 * config.minutes / seconds) if config.minutes else config.max_iters
     n_files = 2 + (n_steps // config.keep_interval if config.keep_interval else 0)
-    epochs = f"{tokens * n_steps / len(data.train):.2f} epochs of {config.dataset}"
-    run.print(f"parameters         {params:,}")
-    run.print(f"tokens per step    {tokens:,} in {n_micro} micro-batches over {run.world} ranks")
-    run.print(f"tokens in all      {tokens * n_steps:,} = {epochs}")
-    run.print(f"memory per rank    {(2 * params + moments) / 2**28:.2f} GiB and the activations")
-    run.print(f"disk               {n_files * (params + moments) / 2**28:.2f} GiB of checkpoints")
-    run.print(f"time per step      about {seconds:.3g} s here, not compiled")
-    run.print(f"time in all        about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps")
+    run.print(f"""\
+parameters         {params:,}
+tokens per step    {tokens:,} in {n_micro} micro-batches over {run.world} ranks
+tokens in all      {tokens * n_steps:,} = {tokens * n_steps / len(data.train):.2f} epochs
+memory per rank    {(2 * params + moments) / 2**28:.2f} GiB and the activations
+disk               {n_files * (params + moments) / 2**28:.2f} GiB of checkpoints
+time per step      about {seconds:.3g} s here, not compiled
+time in all        about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps""")
     run.close()
 
 
@@ -735,6 +713,8 @@ def estimate_step(run, config, data, model, tokens):
 
 # ---- the run
 
+SMALLER = "try a smaller learning_rate, or dtype=float32"
+
 
 @dataclass
 class Training:
@@ -757,11 +737,8 @@ def micro_batches_per_step(run, config):
     """Micro-batches of a step over all ranks, as many on each."""
     tokens = config.batch_size * config.block_size * run.world
     if config.tokens_per_step % tokens:
-        product = f"{config.batch_size} x {config.block_size} x {run.world} = {tokens}"
-        raise InputError(
-            f"tokens_per_step={config.tokens_per_step} must be a multiple of "
-            f"batch_size x block_size x ranks = {product}"
-        )
+        given = f"tokens_per_step={config.tokens_per_step}"
+        raise InputError(f"{given} must be a multiple of batch x block x ranks = {tokens}")
     return max(1, config.tokens_per_step // tokens) * run.world
 
 
@@ -773,10 +750,8 @@ def set_up(run, config, data, model, state):
         model.compile_blocks()
     net = model
     if run.world > 1:
-        devices = [run.device] if run.device.type == "cuda" else None
-        net = DistributedDataParallel(
-            model, devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        net = DistributedDataParallel(model, **options)
     optimizers = make_optimizers(model, config, run.device, run.dtype)
     cursor = state["cursor"] if state else 0
     loader = Loader(run, data.train, config, micro_batches_per_step(run, config), cursor)
@@ -854,10 +829,8 @@ def log_step(run, config, training, losses, norm):
     task, spatial = (run.reduce(losses) / run.world).tolist()
     finite = norm.isfinite() or run.scaler.is_enabled()  # the scaler meets overflows by itself
     if not (finite and math.isfinite(task + spatial)):
-        raise InputError(
-            f"the loss is not finite at step {step}: stopped; {run.out / 'ckpt.pt'} holds the last "
-            "good state; try a smaller learning_rate, or dtype=float32"
-        )
+        ckpt = run.out / "ckpt.pt"
+        raise InputError(f"the loss is not finite at step {step}: go back to {ckpt}; {SMALLER}")
     if not logged:
         return
     numbers = {"train_task": task}

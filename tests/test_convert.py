@@ -88,44 +88,36 @@ def words_fast():
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 WIDE = {**SIZE, "intermediate_size": 64, "max_position_embeddings": 64}
+ROBERTA = {**WIDE, "max_position_embeddings": 34, "pad_token_id": 1}  # which hold 32 tokens
+SHORT = {"n_layer": 3, "n_head": 4}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 END = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+START = {"bos_token": "<s>"}  # which the tokenizer writes by itself
+WORDS_SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+MODELS = {
+    "bert": ("BertForMaskedLM", WIDE, WORDS_SPECIAL),
+    "bert_decoder": ("BertLMHeadModel", {**WIDE, "is_decoder": True}, WORDS_SPECIAL),
+    "roberta": ("RobertaForMaskedLM", ROBERTA, {**START, "pad_token": "<pad>", "cls_token": "<s>"}),
+    "llama": ("LlamaForCausalLM", WIDE, START),
+    "bloom": ("BloomForCausalLM", {**SHORT, "hidden_size": 32}, END),  # says of no longest text
+    "neox": ("GPTNeoXForCausalLM", WIDE, {}),  # no special token at all
+    "gpt2": ("GPT2LMHeadModel", {**SHORT, "n_positions": 64, "n_embd": 32}, END),
+    "t5": ("T5ForConditionalGeneration", T5, {"pad_token": "<pad>"}),
+}
 
 
 def model_of(family):
     """(model, tokenizer, its special tokens) with random weights."""
-    T = transformers
+    name, options, special = MODELS[family]
     torch.manual_seed(0)
-    if family in ("bert", "bert_decoder"):
+    Model = getattr(transformers, name)
+    if special is WORDS_SPECIAL:
         fast = words_fast()
-        special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-        config = T.BertConfig(**WIDE, vocab_size=99, is_decoder=family == "bert_decoder")
-        model = T.BertLMHeadModel(config) if config.is_decoder else T.BertForMaskedLM(config)
-    elif family == "roberta":  # 34 positions hold 32 tokens
-        fast = byte_fast(["<s>", "<pad>", "</s>"], before="<s>")
-        special = {"pad_token": "<pad>", "cls_token": "<s>", "bos_token": "<s>"}
-        config = {**WIDE, "vocab_size": 259, "max_position_embeddings": 34, "pad_token_id": 1}
-        model = T.RobertaForMaskedLM(T.RobertaConfig(**config))
-    elif family == "llama":  # its tokenizer writes the first token
-        fast = byte_fast(["<s>"], before="<s>")
-        special = {"bos_token": "<s>"}
-        model = T.LlamaForCausalLM(T.LlamaConfig(**WIDE, vocab_size=257))
-    elif family == "bloom":  # nothing says how long a text may be
-        fast, special = byte_fast(["<|endoftext|>"]), END
-        model = T.BloomForCausalLM(
-            T.BloomConfig(vocab_size=257, hidden_size=32, n_layer=3, n_head=4)
-        )
-    elif family == "neox":  # no special token at all
-        fast, special = byte_fast(), {}
-        model = T.GPTNeoXForCausalLM(T.GPTNeoXConfig(**WIDE, vocab_size=256))
-    elif family == "t5":
-        fast, special = byte_fast(["<pad>"]), {"pad_token": "<pad>"}
-        config = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        model = T.T5ForConditionalGeneration(T.T5Config(vocab_size=257, **config))
     else:
-        fast, special = byte_fast(["<|endoftext|>"]), END
-        config = T.GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=3, n_head=4)
-        model = T.GPT2LMHeadModel(config)
-    return strengthened(model), fast, special
+        before = "<s>" if "<s>" in special.values() else None
+        fast = byte_fast(sorted(set(special.values())), before)
+    size = {"vocab_size": max(99, fast.get_vocab_size())}
+    return strengthened(Model(Model.config_class(**options, **size))), fast, special
 
 
 @pytest.fixture(scope="session")

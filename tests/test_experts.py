@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
+from test_model import ids as any_ids
+from test_model import shaken
 from torch.nn import functional as F
 
 from data import InputError
@@ -29,17 +32,9 @@ KINDS = [
     {"kind": "conv"},
     {"kind": "tsconv"},
 ]
+ids = partial(any_ids, high=50)
 ORDERS = ["zero", "after_prefix"]
 LOOKS = ["causal", "full", "blocked"]
-
-
-def shaken(module, seed=0, std=0.05):
-    """Every weight random and large enough to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * std)
-    return module.eval()
 
 
 def a_gpt(**options):
@@ -66,10 +61,6 @@ def brain(B=3, C=6, T=20):
     x = torch.randn(B, C, T, generator=generator)
     xyz = torch.randn(C, 3, generator=generator) * 0.06
     return x, xyz, torch.arange(B) % 3 - 1
-
-
-def ids(*shape, seed=0):
-    return torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def logits_of(model, x):
@@ -195,9 +186,9 @@ def concatenation(model, n, idx):
     B, P, _ = n.shape
     x = torch.cat([model.bon.expand(B, 1, -1), n, model.eon.expand(B, 1, -1), wte(idx)], 1)
     if model.text_positions == "after_prefix":
-        x = x + wpe(torch.arange(x.size(1)))
+        x = x + wpe.weight[: x.size(1)]
     else:
-        x[:, P + 2 :] += wpe(torch.arange(idx.size(1)))
+        x[:, P + 2 :] += wpe.weight[: idx.size(1)]
     return x, P + 1
 
 

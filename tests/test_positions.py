@@ -1,17 +1,11 @@
-"""positions.py and init_pos.py against naive oracles: loops, recomputation, a pair at a time."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""positions.py against naive oracles: loops, recomputation, a pair at a time."""
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import positions
 from data import InputError
-from data.tokens import character_state, write_dataset
 from positions import (
     Sheet,
     closeness,
@@ -25,7 +19,6 @@ from positions import (
     window_cells,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 INF = float("inf")
 
 
@@ -77,6 +70,25 @@ def test_windows_by_radius_and_norm():
     assert closeness([0, 1, 9 + 1], 9)[0].tolist() == [1, 1 / 2, 1 / (1 + 2**0.5)]
 
 
+def test_a_hexagonal_sheet_is_one_function(monkeypatch):
+    def hexagons(cells, side):
+        row, column = np.divmod(np.asarray(cells), side)
+        return np.stack([row * 3**0.5 / 2, column + row % 2 / 2], axis=1)
+
+    monkeypatch.setattr(positions, "places_of", hexagons)
+    positions.neighbours.cache_clear()
+    cells = window_cells(12, 3, 2)
+    assert cells.shape[1] == 1 + 6 + 6 + 6 + 12  # at distances of 0, 1, 3 ** .5, 2, 7 ** .5
+    assert {0, 1} == set(cells[:, 0] // 12 % 2)  # around odd rows and even ones
+    assert all(np.allclose(closeness(window, 12), closeness(cells[0], 12)) for window in cells)
+    assert positions.neighbours(12).sum(1).max() == 6
+    place = hexagons(np.arange(144), 12)
+    assert moran(np.sin(place[:, 0] / 4).reshape(12, 12)) > 0.8
+    r = correlations(smooth_responses(12))
+    assert is_permutation(swap_sheet(r, Sheet(144, 3), rounds=3)[0])
+    positions.neighbours.cache_clear()
+
+
 def test_errors_are_sentences():
     with pytest.raises(InputError, match="n_embd=250 is not a square.*take 225 or 256"):
         positions.sheet_side(250)
@@ -110,7 +122,6 @@ def test_layouts():
     assert len({tuple(row) for row in rows}) == 6
     assert (rows == positions.random_positions(3, 64, seed=5)).all()
     assert (rows != positions.random_positions(3, 64, seed=6)).any()
-    assert (positions.identity_positions(3, 64) == np.arange(64)).all()
     mosaic = positions.head_mosaic(16, 784)
     assert is_permutation(mosaic)
     patches = mosaic.reshape(4, 7, 4, 7)
@@ -351,48 +362,6 @@ def test_a_trial_never_raises_its_windows_loss():
         assert after <= before + 1e-6 and set(new[cells]) == set(layout[cells])
         layout = new
     assert is_permutation(swap_window(r, sheet, layout, 100, 2)[0])  # each window at least twice
-
-
-# ---- init_pos.py
-
-
-def init_pos(folder, *options):
-    shape = ["n_layer=1", "n_head=2", "n_embd=64", "radius=3", "block_size=32", "samples=300"]
-    command = [sys.executable, ROOT / "init_pos.py", "init_data=text", *shape, "device=cpu"]
-    return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
-
-
-def test_init_pos(tmp_path):
-    rng = np.random.default_rng(0)
-    letters = character_state("abcdefghijklmnopqrstuvwxyz")
-    texts = {split: [rng.integers(0, 26, 400)] for split in ("train", "val")}
-    write_dataset(tmp_path / "text", texts, letters, source="random letters", synthetic=True)
-    done = init_pos(tmp_path, "scheme=swap", "name=a")
-    assert done.returncode == 0, done.stderr
-    layout = positions.load_positions(tmp_path / "gpt2-positions/a.npz", 1, 64)
-    assert all(map(is_permutation, layout))
-    assert (tmp_path / "out/init_pos/a.png").stat().st_size > 10_000
-    header, *lines = (tmp_path / "out/init_pos/results.csv").read_text().splitlines()
-    rows = [dict(zip(header.split(","), line.split(","))) for line in lines]
-    assert [row["layer"] for row in rows] == ["layer.0.attn", "layer.0.mlp"]
-    for row in rows:
-        assert row["n"] == "16" and float(row["score"]) < float(row["chance"])
-        assert float(row["low"]) <= float(row["score"]) <= float(row["high"])
-    again = init_pos(tmp_path, "scheme=swap", "name=a")
-    assert again.returncode == 2 and "a.npz is there already: give another name=" in again.stderr
-    short = init_pos(tmp_path, "samples=500")
-    assert short.returncode == 2 and "samples=500 tokens are more than" in short.stderr
-    assert "Traceback" not in short.stderr
-
-
-def test_the_preset_is_the_published_one():
-    text = (ROOT / "config/init_pos.yaml").read_text()
-    preset = yaml.safe_load(text)
-    assert text.startswith("# python init_pos.py config/init_pos.yaml")
-    shape = {"radius": 10, "n_layer": 12, "n_embd": 784, "n_head": 16}
-    swaps = {"scheme": "swap", "method": "window", "swap_windows": 50, "swap_trials": 50}
-    wanted = shape | swaps
-    assert {key: preset[key] for key in wanted} == wanted
 
 
 # ---- the rival

@@ -16,7 +16,7 @@ import topography
 from convert import HiddenStates, export_gpt
 from data import InputError
 from data.stimuli import read_pairs
-from data.tokens import Tokenizer, state_of
+from data.tokens import state_of
 from model import lm_state, save_checkpoint
 from topography import Config, Sheets
 
@@ -97,6 +97,18 @@ class MaskedLetters:
 
     def encode(self, text):
         return [98, *(ord(c) % 90 for c in text), 97]
+
+
+def test_the_token_that_closes_a_text_is_not_scored():
+    """A decoder of BERT's kind has a tokenizer that writes one."""
+    model = small()
+    tokenizer = MaskedLetters()
+    tokenizer.sep_token_id = 97
+    lm = HiddenStates({"model": model, "tokenizer": tokenizer}, head=True)
+    rows = lm.encode(TEXTS)[0]
+    open_rows = [row[:-1] for row in rows]
+    scores = topography.sentence_scores(Plain(), lm, rows)
+    assert np.allclose(scores, topography.sentence_scores(Plain(), lm, open_rows), atol=1e-4)
 
 
 def test_a_masked_model_scores_each_token_masked_in_turn():
@@ -340,11 +352,6 @@ def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tm
     assert "minimal pairs only" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing to do.*pairs=grammar"):
         run(given, tmp_path / "b", lm=str(given / "flat"), pairs="")
-
-
-def test_a_text_begins_with_the_end_of_text_token():
-    tokenizer = Tokenizer(state_of(byte_tokenizer()))
-    assert topography.begin(tokenizer, "ab", 2) == [256, 97]
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="BLiMP's files are not beside the checkout")
