@@ -1238,7 +1238,8 @@ def move_bar(bar, module, inputs, output):
 def run_fit(run, config, study, fit, loaded):
     """The arrays of one Fit: evidence of the test stimuli, validation, step, curve, D."""
     if fit.what == "shuffles":
-        return {"scores": linear_scores(config, study, loaded.features, config.shuffles)}
+        numbers = range(1, config.shuffles + 1)
+        return {"scores": linear_scores(config, study, loaded.features, numbers)}
     fold = study.folds[fit.fold]
     if fit.what in HEADS:
         config = replace(config, head_dims=0)
@@ -1383,8 +1384,8 @@ def warped_features(config, wrapper, inputs, fold, parts):
     return features
 
 
-def linear_scores(config, study, f, n_shuffles):
-    """(1 + shuffles,): the score at d = 0, then those with the responses dealt to other stimuli.
+def linear_scores(config, study, f, numbers):
+    """(N,) scores at d = 0 with the responses dealt to other stimuli by shuffles of these numbers.
 
     Shuffles are further units: one SVD a fold is enough, and penalties are chosen for each.
     """
@@ -1393,7 +1394,7 @@ def linear_scores(config, study, f, n_shuffles):
     for fold in study.folds:
         mean, basis = head_basis(config, f[fold["train"]])
         features.append(((f - mean) @ basis).cpu())
-    orders = np.array([shuffle_order(len(y), number) for number in range(n_shuffles + 1)])
+    orders = np.array([shuffle_order(len(y), number) for number in numbers])
     scores = []
     for some in np.array_split(orders, -(-y.size * len(orders) // 2**23)):
         dealt = torch.from_numpy(y[some].transpose(1, 0, 2).reshape(len(y), -1))
@@ -1467,108 +1468,107 @@ def interval(draws):
     return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
-def dealt_scores(config, kind, cell, n):
-    """(n,) scores of the predictions dealt to other test stimuli: what no knowledge scores."""
+def null_scores(config, study, fit, cell):
+    """Scores without knowledge: responses dealt to other stimuli and fitted again, in closed form.
+
+    That is for ridge at d = 0; else predictions are dealt: as often at d = 0, 20 times elsewhere.
+    """
+    shuffles = Fit(fit.candidate, "shuffles")
+    at_zero = fit == replace(fit, what="warp", d=0, draw=0, shuffle=0)
+    if at_zero and shuffles in study.fits:
+        with np.load(shuffles.file(study.folder, config)) as file:
+            return file["scores"]
     rng = np.random.default_rng(key_seed(config.seed, "chance"))
     scores = []
-    for _ in range(n):
+    for _ in range(config.shuffles if at_zero else 20):
         order = rng.permutation(len(cell["truth"]))
         dealt = cell["predicted"][order]
-        if kind.pairs:
+        if study.objective.pairs:
             dealt = dealt[:, order]
-        scores.append(kind.score_all(config, dealt, cell["truth"]))
+        scores.append(study.objective.score_all(config, dealt, cell["truth"]))
     return np.array(scores)
 
 
+@dataclass
+class Scored:
+    """What one model scores at one d, in one draw."""
+
+    score: float
+    draws: np.ndarray  # (B,) bootstrap over test stimuli
+    null: np.ndarray  # (N,) scores without knowledge
+    steps: np.ndarray  # training curve
+
+    def p(self):
+        return (1 + (self.null >= self.score).sum()) / (1 + len(self.null))
+
+    def in_words(self):
+        low, high = interval(self.draws)
+        return f"{self.score:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def score_fits(run, config, study, fits, weights):
-    """(score, bootstrap draws (B,), training curve) of one model at one d, and its row."""
+    """Scored, of one model at one d and in one draw; and its row of results."""
     fit = fits[0]
-    kind = study.objective
     cell = assemble(config, study, fits)
     predicted, truth = cell["predicted"], cell["truth"]
-    score = kind.score_all(config, predicted, truth)
-    draws = kind.score(config, predicted, truth, weights)
-    chance = dealt_scores(config, kind, cell, 20).mean()
+    scored = Scored(
+        score=study.objective.score_all(config, predicted, truth),
+        draws=study.objective.score(config, predicted, truth, weights),
+        null=null_scores(config, study, fit, cell),
+        steps=cell["curve"],
+    )
     D = int(cell.get("D", 0))
     ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
-    columns = columns_of(config, study, fit, cell)
-    columns |= {"d": D if fit.what == "full" else fit.d, "D": D, "seed": fit.draw}
-    columns |= {"measure": "baseline" if fit.what in HEADS else "score", "step": int(cell["step"])}
-    columns |= {"validation": float(cell["validation"]), "learning_rate": cell["rate"]}
-    columns |= {"ceiling": ceiling, "normalised": score / ceiling}
-    run.result(score, chance, *interval(draws), len(truth), **columns)
-    return score, draws, cell["curve"]
-
-
-def columns_of(config, study, fit, cell):
-    """Columns of results.csv that say what was fitted to what."""
-    return {
-        "model": fit.candidate.name,
-        "architecture": str(cell["architecture"]),
-        "layer": "+".join(fit.candidate.layers),
+    baseline = fit.what in HEADS
+    run.result(
+        scored.score,
+        scored.null.mean(),
+        *interval(scored.draws),
+        len(truth),
+        p=scored.p(),
+        measure="baseline" if baseline else "score",
+        model=fit.candidate.name,
+        architecture=str(cell["architecture"]),
+        layer="+".join(fit.candidate.layers),
         **study.meta,
-        "objective": fit.what if fit.what in HEADS else config.objective,
-        "projection": config.projection if fit.what == "warp" else "none",
-        "control": "shuffled" if fit.shuffle else "none",
-    }
-
-
-def report_linear(run, config, study, weights):
-    """Rows of the scores without a warp beside their null: {model: (null scores, table row)}.
-
-    The null of ridge deals the responses to other stimuli and fits again; that of other objectives
-    deals the predictions.
-    """
-    results = {}
-    for fit in study.fits:
-        if fit.what != "warp" or fit.d or fit.draw or fit.shuffle or fit.fold:
-            continue
-        own = [replace(fit, fold=fold) for fold in range(len(study.folds))]
-        cell = assemble(config, study, own)
-        predicted, truth = cell["predicted"], cell["truth"]
-        score = study.objective.score_all(config, predicted, truth)
-        null = replace(fit, what="shuffles")
-        if null in study.fits:
-            with np.load(null.file(study.folder, config)) as file:
-                scores = file["scores"]
-        else:
-            scores = np.append(score, dealt_scores(config, study.objective, cell, config.shuffles))
-        chance, p = chance_and_p(scores)
-        low, high = interval(study.objective.score(config, predicted, truth, weights))
-        columns = {**columns_of(config, study, fit, cell), "measure": "linear score", "d": 0}
-        run.result(score, chance, low, high, len(truth), p=p, **columns)
-        row = {key: columns[key] for key in ("dataset", "model", "layer")}
-        row["person"] = columns.get("subject", "")
-        row["linear score"] = f"{score:.3f} [{low:.3f}, {high:.3f}]"
-        results[fit.candidate.name] = scores, {**row, "null": f"{chance:.3f}", "p": f"{p:.2g}"}
-    return results
-
-
-def chance_and_p(scores):
-    """Mean of the null and share of it, the score counted, that reaches it; (1 + shuffles,)."""
-    return scores[1:].mean(), (scores >= scores[0]).mean()
+        objective=fit.what if baseline else config.objective,
+        projection=config.projection if fit.what == "warp" else "none",
+        control="shuffled" if fit.shuffle else "none",
+        d=D if fit.what == "full" else fit.d,
+        D=D,
+        seed=fit.draw,
+        ceiling=ceiling,
+        normalised=scored.score / ceiling,
+        validation=float(cell["validation"]),
+        learning_rate=cell["rate"],
+        step=int(cell["step"]),
+    )
+    return scored
 
 
 def report_people(run, people):
-    """Mean of the linear scores over people: rows of results and of the table.
+    """Mean over people of the scores at d = 0: rows of results and of the table.
 
-    people: of each {model: (scores (1 + shuffles,), row)}. p: of the mean under the same shuffles
-    of stimuli for all; p over people: of a t-test of what each has above the own null.
+    people: {model: Curve} of each. p: of the mean, under the same shuffles of stimuli for all; p
+    over people: of a t-test of what each person's score has above its own null.
     """
     rows = []
-    for model, (_, row) in people[0].items():
-        scores = np.array([results[model][0] for results in people])  # (people, 1 + shuffles)
-        chance, p = chance_and_p(scores.mean(0))
-        test = scipy.stats.ttest_1samp(scores[:, 0] - scores[:, 1:].mean(1), 0)
-        low, high = np.array(test.confidence_interval()) + chance
-        mean = scores[:, 0].mean()
-        columns = {"measure": "linear score", "model": model, "dataset": row["dataset"]}
-        columns |= {"subject": "mean", "d": 0, "p_people": test.pvalue}
-        run.result(mean, chance, low, high, len(people), p=p, **columns)
-        row = {**row, "person": f"mean of {len(people)}", "null": f"{chance:.3f}", "p": f"{p:.2g}"}
-        row["linear score"] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+    for name in people[0]:
+        zeros = [curves[name].zero for curves in people]
+        nulls = np.array([zero.null for zero in zeros])  # (people, shuffles)
+        scores = np.array([zero.score for zero in zeros])
+        mean = Scored(scores.mean(), scores, nulls.mean(0), None)
+        test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
+        low, high = np.array(test.confidence_interval()) + nulls.mean()
+        columns = {"measure": "score", "model": name, "subject": "mean", "d": 0, "control": "none"}
+        columns["dataset"] = people[0][name].meta["dataset"]
+        columns |= {"p": mean.p(), "p_people": test.pvalue}
+        run.result(mean.score, nulls.mean(), low, high, len(people), **columns)
+        row = {"dataset": columns["dataset"], "person": f"mean of {len(people)}", "model": name}
+        row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
+        row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
         row["p over people"] = f"{test.pvalue:.2g}"
-        row["p < .05"] = sum(chance_and_p(one)[1] < 0.05 for one in scores)
+        row["p < .05"] = sum(zero.p() < 0.05 for zero in zeros)
         rows.append(row)
     return rows
 
@@ -1579,9 +1579,10 @@ class Curve:
 
     name: str
     control: str  # none or shuffled
+    meta: dict  # of the study
     points: np.ndarray  # (seeds, dims)
     boot: np.ndarray  # (B, dims), over seeds and test stimuli
-    training: dict  # {d or all: training curve} of the first draw
+    first: dict  # {d or all: Scored} of the first draw
     full: float = np.nan  # score of all parameters
     full_boot: np.ndarray | None = None  # (B,)
     d_warp: dict = field(default_factory=dict)  # {absolute, relative: (value, draws (B,))}
@@ -1590,6 +1591,11 @@ class Curve:
     @property
     def mean(self):
         return self.points.mean(0)
+
+    @property
+    def zero(self):
+        """Scored without a warp."""
+        return self.first[0]
 
 
 def read_curves(run, config, study, weights):
@@ -1612,15 +1618,16 @@ def read_curves(run, config, study, weights):
         boots = {}
         for d in dict.fromkeys(d for _, d in cells):
             own = [scored.get((draw, d), scored[0, d]) for draw in range(n_draws)]  # no P: one draw
-            points[d] = [score for score, _, _ in own]
-            drawn = np.array([draws for _, draws, _ in own]).T  # (B, draws)
+            points[d] = [one.score for one in own]
+            drawn = np.array([one.draws for one in own]).T  # (B, draws)
             boots[d] = np.take_along_axis(drawn, chosen, axis=1).mean(1)
         curve = Curve(
             name=candidate.name + " (shuffled responses)" * shuffled,
             control="shuffled" if shuffled else "none",
+            meta=study.meta,
             points=np.array([points[d] for d in config.dims]).T,
             boot=np.array([boots[d] for d in config.dims]).T,
-            training={d: steps for (draw, d), (_, _, steps) in scored.items() if draw == 0},
+            first={d: one for (draw, d), one in scored.items() if draw == 0},
         )
         if "all" in points:
             curve.full, curve.full_boot = np.mean(points["all"]), boots["all"]
@@ -1686,7 +1693,6 @@ def report_d_warp(run, config, study, curves):
             row[f"d_warp, {name}"] = f"{words[0]} [{words[1]}, {words[2]}]"
         d = np.broadcast_to(config.dims, curve.points.shape).ravel()
         trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
-        row |= {f"score at {config.dims[0]}": f"{curve.mean[0]:.3f}"}
         row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
         row["p of a rise"] = f"{trend.pvalue:.2g}"
     true = [curve for curve in curves if curve.control == "none"]
@@ -1758,8 +1764,8 @@ def plot_training(path, curves, about):
         1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, curve in zip(axes[0], curves):
-        for d, steps in curve.training.items():
-            axis.plot(steps[:, 0], steps[:, 2], ".-", label=f"d = {d}")
+        for d, scored in curve.first.items():
+            axis.plot(scored.steps[:, 0], scored.steps[:, 2], ".-", label=f"d = {d}")
         axis.set_title(curve.name, fontsize=9)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("best validation score")
@@ -1769,25 +1775,27 @@ def plot_training(path, curves, about):
 
 
 def report(run, config, study):
-    """Rows and figures of a study: ({model: (null scores, row)}, rows of the table)."""
+    """Rows and figures of a study: ({model: Curve}, rows of the table)."""
     weights = resample(config, study)
     baselines = {}
     for fit in study.fits:
         if fit.what in HEADS:
             baselines.setdefault((fit.candidate, fit.what), []).append(fit)
-    for own in baselines.values():
-        plain = replace(study, objective=Objective)  # of predictions
-        score_fits(run, config, plain, own, weights)
-    linear = {}
-    if config.dims[0] == 0:
-        linear = report_linear(run, config, study, weights)
-    rows = {name: row for name, (_, row) in linear.items()}
+    for own in baselines.values():  # predictions, whatever the objective is
+        score_fits(run, config, replace(study, objective=Objective), own, weights)
+    curves = read_curves(run, config, study, weights)
+    rows = {}
+    for curve in curves:
+        rows[curve.name] = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
+        rows[curve.name]["model"] = curve.name
+        if 0 in curve.first:
+            zero = curve.zero
+            rows[curve.name]["score at 0"] = zero.in_words()
+            rows[curve.name] |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
     if max(config.dims):
-        curves = read_curves(run, config, study, weights)
         measure_d_warp(config, curves)
         for name, row in report_d_warp(run, config, study, curves).items():
-            about = {"dataset": study.meta["dataset"], "model": name}
-            rows[name] = {**about, **rows.get(name, {}), **row}
+            rows[name] |= row
         about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
         about += f"; {config.objective} ({config.metric}), {config.projection}"
         place = run.out / quote(study.name, safe=" ")
@@ -1796,7 +1804,7 @@ def report(run, config, study):
         place.mkdir(exist_ok=True)
         plot_curves(place / "curves.png", config, curves, about)
         plot_training(place / "training.png", curves, about)
-    return linear, list(rows.values())
+    return {curve.name: curve for curve in curves}, list(rows.values())
 
 
 def sweep(run, config, studies, load):
@@ -1816,10 +1824,10 @@ def sweep(run, config, studies, load):
     if run.master:
         people = []
         for study in studies:
-            linear, study_rows = report(run, config, study)
-            people.append(linear)
+            curves, study_rows = report(run, config, study)
+            people.append(curves)
             rows += study_rows
-        if len(studies) > 1:
+        if len(studies) > 1 and config.dims[0] == 0:
             rows += report_people(run, people)
     return rows
 
@@ -1838,9 +1846,9 @@ def main(config):
 def close(run, rows):
     """Write and print the table, and end the run."""
     if run.master:
-        table = pd.DataFrame(rows).fillna("")
+        table = pd.DataFrame(rows)
         write_aside(run.out / "table.csv", table.to_csv(index=False))
-        run.print(table.to_string(index=False))
+        run.print(table.to_string(index=False, na_rep=""))
         run.print(f"figures, table.csv and results.csv in {run.out}")
     run.merge()
     run.close()

@@ -87,7 +87,7 @@ def read_digits(config):
         y=y,
         group=np.arange(len(y)),
         folds=[dict(zip(("train", "val", "test"), parts))],
-        meta={"dataset": "digits", "synthetic": False},
+        meta={"dataset": "digits", "subject": "", "synthetic": False},
         candidates=[Candidate(f"width {n}", str(n), toward="random") for n in config.widths],
         objective=Classes,
     )
@@ -106,7 +106,7 @@ def read_functions(config):
         y=np.sin(0.75 * np.pi * x),
         group=np.arange(4000),
         folds=[dict(zip(("train", "val", "test"), parts))],
-        meta={"dataset": "sin(3πx/4)", "synthetic": True},
+        meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
         candidates=[Candidate(name, name, toward="random") for name in FUNCTIONS],
         objective=Objective,
     )
