@@ -216,7 +216,7 @@ def walsh_hadamard(x, largest=0):
     """
     n, C = x.shape
     if not largest:
-        largest = 16 if x.device.type == "cpu" else 64
+        largest = 64 if x.device.type == "cpu" else 64
     bits = n.bit_length() - 1
     n_factors = max(1, -(-bits // (largest.bit_length() - 1)))
     before = 1
@@ -238,7 +238,7 @@ class Fastfood:
 
     B = ±1, G is normal, Π a permutation. Within a tensor blocks share H B, and those of a chunk
     Π: with a G of their own they are independent all the same, and one of the two transforms is
-    done once. Two bytes a row are kept.
+    done once. Four bytes a row are kept.
     """
 
     def __init__(self, rows, n, norm, generator, device):
@@ -250,7 +250,7 @@ class Fastfood:
         step = max(1, CHUNK // n)
         for first in range(0, n_blocks, step):
             g = torch.randn(n, min(step, n_blocks - first), generator=generator)
-            g = (g / g.square().mean(0).sqrt()).half()
+            g = g / g.square().mean(0).sqrt()
             order = torch.randperm(n, generator=generator)
             self.chunks.append((first * n, g.to(device), order.to(device)))
 
@@ -271,7 +271,7 @@ class Fastfood:
         for start, g, order in self.chunks:
             part = grad[start : start + g.numel()]
             part = F.pad(part, (0, g.numel() - len(part)))
-            part = (walsh_hadamard(part.view(g.shape)) * g).sum(1, keepdim=True)
+            part = walsh_hadamard(part.view(g.shape)).mul_(g).sum(1, keepdim=True)
             x.index_add_(0, order, part)
         d = min(len(total), self.n)
         total[:d] += walsh_hadamard(x)[:d, 0] * self.sign[:d] * self.scale
@@ -374,18 +374,19 @@ class FastfoodWrapper(nn.Module):
             raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
         group_of = find_groups(self.names, layer_groups or [])
         n = power_of_two(d - self.m)
-        generator = torch.Generator().manual_seed(key_seed("P", seed))
         self.parts = []  # of each tensor: (original, projection, number of its group or None)
         start = 0
         for name, p in named.items():
+            generator = torch.Generator().manual_seed(key_seed("P", seed, name))
             size = p.numel()
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
-            if projection == "fastfood":
+            small = size * n <= CHUNK  # not worth transforms
+            if projection == "dense" or (projection == "fastfood" and small):
+                made = Dense(size, d - self.m, norm, generator, p.device)
+            elif projection == "fastfood":
                 made = Fastfood(size, n, norm, generator, p.device)
             elif projection == "fastfood_tensor":
                 made = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
-            elif projection == "dense":
-                made = Dense(size, d - self.m, norm, generator, p.device)
             else:
                 made = Identity(start, size)
             self.parts.append((p, made, group_of.get(name)))
@@ -1568,7 +1569,7 @@ def report_people(run, people):
         row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
         row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
         row["p over people"] = f"{test.pvalue:.2g}"
-        row["p < .05"] = sum(zero.p() < 0.05 for zero in zeros)
+        row["p < .05"] = str(sum(zero.p() < 0.05 for zero in zeros))
         rows.append(row)
     return rows
 
