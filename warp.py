@@ -904,20 +904,29 @@ class Objective:
 
 
 class Ridge:
-    """Ridge regression, with an intercept, of y (n, V) on x (n, p): one SVD for all penalties."""
+    """Ridge regression with an intercept on x (n, p): one SVD for all targets and penalties."""
 
-    def __init__(self, x, y):
-        self.x_mean, self.y_mean = x.mean(0), y.mean(0)
-        u, self.s, self.vt = torch.linalg.svd(x - self.x_mean, full_matrices=False)
-        self.uty = u.T @ (y - self.y_mean)
+    def __init__(self, x):
+        self.x_mean = x.mean(0)
+        self.u, self.s, self.vt = torch.linalg.svd(x - self.x_mean, full_matrices=False)
+
+    def fit(self, y):
+        """To the targets y (n, V)."""
+        self.y_mean = y.mean(0)
+        self.uty = self.u.T @ y  # u has mean 0: that of y does not matter
+        return self
+
+    def rotated(self, alpha):
+        """Weights of the components (r, V), of one penalty or one for each target (V,)."""
+        s = self.s[:, None]
+        return s / (s**2 + alpha) * self.uty
 
     def weights(self, alpha):
-        """(p, V), of one penalty or one for each target (V,)."""
-        s = self.s[:, None]
-        return self.vt.T @ (s / (s**2 + alpha) * self.uty)
+        """(p, V)"""
+        return self.vt.T @ self.rotated(alpha)
 
     def predict(self, x, alpha):
-        return (x - self.x_mean) @ self.weights(alpha) + self.y_mean
+        return (x - self.x_mean) @ self.vt.T @ self.rotated(alpha) + self.y_mean
 
     def choose(self, x, y, alphas):
         """(V,): the penalty that predicts each target of other stimuli best."""
@@ -945,7 +954,7 @@ class RidgeReadout(Objective):
     def fit(self, f_train, f_val):
         train, val = self.fold["train"], self.fold["val"]
         x, x_val = self.shown(f_train).double(), self.shown(f_val).double()
-        ridge = Ridge(x, self.y[train].double())
+        ridge = Ridge(x).fit(self.y[train].double())
         self.alpha = ridge.choose(x_val, self.y[val].double(), self.config.alphas)
         self.refit(f_train, train)
 
@@ -956,7 +965,7 @@ class RidgeReadout(Objective):
 
     def solve(self, x, y):
         """(weights (p, V), bias (V,)) of y (n, V) on x (n, p)."""
-        ridge = Ridge(x, y)
+        ridge = Ridge(x).fit(y)
         weights = ridge.weights(self.alpha)
         return weights, ridge.y_mean - ridge.x_mean @ weights
 
@@ -1110,7 +1119,7 @@ def distances(x, kind):
 
 def unit_scores(metric, predicted, y, weights):
     """(B, V): r or R2 of each unit, predictions and responses (n, V), under weights (B, n)."""
-    w = weights / weights.sum(1, keepdims=True)
+    w = (weights / weights.sum(1, keepdims=True)).astype(y.dtype)
     sd = y.std(0)
     sd = np.where(sd > 0, sd, 1)  # scores have no unit: volts are as good as microvolts
     p = (predicted - y.mean(0)) / sd
@@ -1391,22 +1400,23 @@ def linear_scores(config, study, f, numbers):
     Shuffles are further units: one SVD a fold is enough, and penalties are chosen for each.
     """
     y = study.y.astype(np.float32)
-    features = []
+    ridges = []
     for fold in study.folds:
         mean, basis = head_basis(config, f[fold["train"]])
-        features.append(((f - mean) @ basis).cpu())
+        x = ((f - mean) @ basis).cpu()
+        others = np.concatenate([fold["train"], fold["val"]])
+        ridges.append((x, fold, others, Ridge(x[fold["train"]]), Ridge(x[others])))
     orders = np.array([shuffle_order(len(y), number) for number in numbers])
     scores = []
-    for some in np.array_split(orders, -(-y.size * len(orders) // 2**23)):
+    for some in np.array_split(orders, -(-y.size * len(orders) // 2**20)):  # what fits a cache
         dealt = torch.from_numpy(y[some].transpose(1, 0, 2).reshape(len(y), -1))
         predicted = []
         truth = []
-        for fold, x in zip(study.folds, features):
-            train, val, test = fold["train"], fold["val"], fold["test"]
-            alpha = Ridge(x[train], dealt[train]).choose(x[val], dealt[val], config.alphas)
-            rows = np.concatenate([train, val])
-            predicted.append(Ridge(x[rows], dealt[rows]).predict(x[test], alpha).numpy())
-            truth.append(dealt[test].numpy())
+        for x, fold, others, ridge, final in ridges:
+            ridge.fit(dealt[fold["train"]])
+            alpha = ridge.choose(x[fold["val"]], dealt[fold["val"]], config.alphas)
+            predicted.append(final.fit(dealt[others]).predict(x[fold["test"]], alpha).numpy())
+            truth.append(dealt[fold["test"]].numpy())
         predicted, truth = join_folds(predicted), join_folds(truth)
         units = unit_scores(config.metric, predicted, truth, np.ones((1, len(truth))))
         scores.append(np.median(units.reshape(len(some), -1), axis=1))

@@ -197,7 +197,7 @@ def test_ridge_is_that_of_scikit_learn(shape):
     alphas = [0.1, 1.0, 10.0, 100.0]
     fitted = [Ridge(alpha).fit(x, y).predict(x_val) for alpha in alphas]
     best = np.argmin([((f - y_val) ** 2).mean(0) for f in fitted], axis=0)
-    ridge = W.Ridge(torch.from_numpy(x), torch.from_numpy(y))
+    ridge = W.Ridge(torch.from_numpy(x)).fit(torch.from_numpy(y))
     alpha = ridge.choose(torch.from_numpy(x_val), torch.from_numpy(y_val), alphas)
     assert np.array_equal(alpha, np.array(alphas)[best])
     expected = np.stack([fitted[best[v]][:, v] for v in range(6)], axis=1)
