@@ -270,7 +270,6 @@ NOT_REWRITTEN = {
     "bench.py",
     "demo.py",
     "foundation.py",
-    "warp.py",
 }
 
 
