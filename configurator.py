@@ -266,7 +266,6 @@ NOT_REWRITTEN = {
     "bench.py",
     "demo.py",
     "foundation.py",
-    "warp.py",
 }
 
 

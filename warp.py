@@ -1,732 +1,722 @@
-"""How far must a model be warped to match the brain? d_warp: the least number of trained dimensions that reach a given encoding score.
+"""How far must a model be warped to match a brain? d_warp: the least dimensions that reach a score.
 
-    python warp.py                                              # embedded: a planted brain and candidates at known distances from it, offline
-    python warp.py config/warp_planted.yaml                     # the same student against brains planted further and further away
-    python warp.py config/warp_simulation.yaml                  # three functions bent into a fourth with growing d
-    python warp.py config/warp_digits.yaml                      # published check: intrinsic dimension of a classifier, at two widths
+    python warp.py                                # embedded: candidates at known distances, offline
+    python warp.py config/warp_planted.yaml planted_warp=0.5  # brains planted nearer or further
+    python warp.py config/warp_words_brains.yaml  # linear scores of words in brains, with p
     python warp.py config/warp_tuckute.yaml models=gpt2,gpt2-medium layers=6
-    torchrun --standalone --nproc_per_node=4 warp.py ...        # fits are dealt over ranks; a stopped sweep goes on where it was
+    torchrun --standalone --nproc_per_node=4 warp.py ...  # ranks share the fits
 
-All parameters of a network move along theta = theta0 + lambda_g P z with P a fixed random D x d matrix that is never formed; only z (and a scale for each
-group of layers) is trained. A linear readout is fitted to the brain in closed form inside the loop, so d = 0 is exactly ridge regression; `objective=`
-rsa or cka needs no readout at all, linear_first fits it once and warps it along with the model.
-Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood); Golub & Pereyra 1973 (variable projection).
+A stopped run goes on where it was. warp_intrinsic.py measures d for small networks: a classifier of
+digits, whose published numbers it repeats, and functions bent into one another.
+
+All parameters of a network move along theta = theta0 + lambda_g P z with P a fixed random D x d
+matrix that is never formed; only z (and a scale for each group of layers) is trained. A ridge
+readout is solved in closed form inside the loop, so d = 0 is ridge regression; objective=rsa and
+cka need no readout, linear_first fits it once and warps it along with the model.
+
+Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood);
+Golub & Pereyra 1973 (variable projection).
 """
+
 import hashlib
-import importlib.util
 import itertools
-import re
-import time
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import scipy.linalg
 import scipy.stats
 import torch
-import torch.nn as nn
+from sklearn.cross_decomposition import PLSRegression
 from sklearn.isotonic import isotonic_regression
-from torch.func import functional_call, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
-from configurator import HERE, Run, aside, configure, key_seed
-from data import read_table
-from data.stimuli import Encoding, read_meta, read_task, write_encoding
-from model import GPT, load_checkpoint, load_lm
+from configurator import (
+    InputError,
+    Run,
+    aside,
+    check_keys,
+    configure,
+    hash_options,
+    key_seed,
+    load_function,
+)
+from convert import HiddenStates, from_hub, load_weights
+from data import read_table, write_aside
+from data.stimuli import Encoding, write_encoding
+
+# options that no single fit depends on: when they change, the fits that are there still count
+ANALYSIS = ["models", "dataset", "subject", "seeds", "dims", "full", "learning_rates", "common"]
+ANALYSIS += ["common_share", "reach", "draws", "shuffled", "shuffles", "baselines"]
+PLANTED_UNITS = 64  # of the planted brain: mixtures of
+PLANTED_COMPONENTS = 8  # the first principal components of the teacher's features
+HEAD_RATE = 3e-3  # learning rate of a readout that is trained
+HEAD_STEPS = 500  # before any warp
+CHUNK = 2**18  # parameters that a Fastfood chunk makes: what fits a cache
 
 
-# options that no single fit depends on: changed, they count the fits that are there anew
-ANALYSIS = ("models", "about", "seeds", "full", "common", "common_share", "reach", "draws", "shuffled", "baselines")
+# candidates of the embedded run, on the line through the planted teacher and lm; random weights
+SHORT_NAMES = {
+    "teacher": {"toward": "teacher"},
+    "halfway": {"toward": "teacher", "share": 0.5},
+    "lm": {},
+    "twice as far": {"toward": "teacher", "share": -1.0},
+    "random": {"toward": "random"},
+}
 
 
 @dataclass
 class Config:
     # ---- data
-    task: Literal["encoding", "classification", "simulation"] = "encoding"
-    dataset: str = "synthetic_brain"       # stimuli with responses (data/stimuli.py); to classify: digits, an image folder, an .npz, or sentences
-    sentences: str = ""                    # to classify texts: the task of the dataset (area of docstrings, mrpc of glue)
-    roi: str = ""                          # only units of this region
-    reliable: float = 0.05                 # only units whose ceiling (R²), from training stimuli or, without repeats, as published, is above this
-    val_share: float = 0.2                 # of the groups, where the dataset has no split of its own; validation chooses learning rate and step
-    test_share: float = 0.25               # of the groups
-    samples: int = 0                       # at most so many stimuli to classify, 0: all
-    image_size: int = 224                  # pixels, for models that bring no preprocessing of their own
+    dataset: list[str] = field(
+        default_factory=lambda: ["synthetic_brain"]
+    )  # stimuli with responses
+    subject: str = ""  # only this person's units; each: every person's by themselves; "": all
+    roi: str = ""  # only units of this region
+    reliable: float = 0.05  # only units with a ceiling above it (R2; unknown ones stay)
+    n_folds: int = 0  # each group is tested once; 0: one split, the dataset's own or test_share
+    val_share: float = 0.2  # of the groups: they choose penalties, learning rates and steps
+    test_share: float = 0.25  # of the groups
     # ---- the planted brain (dataset=synthetic_brain)
-    planted_stimuli: str = "synthetic_brain"  # its stimuli: a folder with stimuli.csv (text, group)
-    planted_warp: float = 1.0              # teacher = lm + this times ||theta0|| in a random direction
-    planted_k: int = 0                     # > 0: that direction lies in the first k columns of seed 0's own P, as the sweep has it
-    planted_units: int = 64                # voxels, mixtures of
-    planted_components: int = 8            # the first principal components of the teacher's features
-    planted_ceiling: float = 0.8           # R² that the teacher itself reaches against mean responses
-    repeats: int = 3                       # presentations of each stimulus
+    planted_stimuli: str = "synthetic_brain"  # folder with stimuli.csv (text, group)
+    planted_warp: float = 1.0  # teacher = lm + this times ||theta0|| in a random direction
+    planted_ceiling: float = 0.8  # R2 that the teacher itself reaches against mean responses
+    repeats: int = 3  # presentations of each stimulus
     # ---- candidates
-    lm: str = "out/train"                  # the language model called 'lm' below
-    models: list[str] = field(default_factory=lambda: ["teacher", "lm@0.5", "lm", "lm@2", "lm~random"])  # lm, a run folder, a Hugging Face
-    # name, my_file.py:constructor, mlp:WIDTH (classification). lm@0.5: so far from the planted teacher (lm@0) on the straight line through it and lm (lm@1);
-    # ~0.3: so far towards random weights, ~random: all the way
-    layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states (0: embedding, i: after block i) or names of modules, side by side
-    pool: Literal["mean", "last", "first", "flatten"] = "mean"  # states of a stimulus to one vector: over its tokens or pixels
-    about: dict = field(default_factory=dict)  # columns of results.csv to set: architecture, training_task, pretraining_data
+    lm: str = "out/train"  # the language model called 'lm' below
+    # run folders, Hugging Face models, my_file.py:constructor, SHORT_NAMES or Candidate's fields
+    models: list[dict | str] = field(default_factory=lambda: list(SHORT_NAMES))
+    layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states, or names of modules
+    pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
-    objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
-    metric: Literal["r", "r2"] = "r"       # median over units, of linear objectives
-    head: Literal["ridge", "sgd"] = "ridge"  # linear: closed form inside the loop, or trained beside z
-    head_fit: Literal["ridge", "ols", "pls", "sgd"] = "ridge"  # linear_first: how the readout is fitted, once
-    head_dims: int = 8                     # equal head size for all: the first so many principal components of each model's own features; 0: all of them
-    head_lr: float = 3e-3                  # of head=sgd
-    alphas: list[float] = field(default_factory=lambda: [float(10 ** (k / 2)) for k in range(-2, 13)])  # ridge penalties, one chosen per unit
-    rdm: Literal["correlation", "euclidean", "crossnobis"] = "correlation"  # rsa: distances (crossnobis: of the brain, euclidean of the model)
-    compare: Literal["pearson", "spearman"] = "pearson"  # rsa: of the two sets of distances; trained by soft ranks on at most 64 stimuli a step
-    exact: bool = True                     # gradients of the whole training set (two passes where it is larger than a batch); False: of batches
-    head_every: int = 1                    # steps between solutions of the ridge readout
+    objective: str = "linear"  # linear, linear_first, rsa or cka
+    metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
+    head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
+    head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
+    # ridge penalties; validation chooses one for each unit
+    alphas: list[float] = field(default_factory=lambda: np.logspace(-1, 6, 15).tolist())
+    rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
+    exact: bool = True  # gradients of all training stimuli; False: of batches
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted; the full model comes on top
-    full: bool = True                      # all D parameters, trained directly
-    projection: Literal["fastfood", "fastfood_tensor", "srht", "onehot", "dense", "sparse"] = "fastfood"
-    layer_groups: str = ""                 # one learned scale each: a,b;c (prefixes of parameter names), 'blocks': one a block; "": none
-    seeds: int = 3                         # draws of P (and of the model, where its weights are random)
-    steps: int = 20                        # of Adam, always all of them; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # chosen per d on validation; a step is about this share of ||theta0||
-    eval_interval: int = 10                # steps between validations
-    batch_size: int = 512                  # stimuli per forward pass
-    fits_per_batch: int = 0                # fits trained side by side (vmap); 0: whatever turns out fastest here
+    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted
+    full: bool = True  # beside them all D parameters, trained directly
+    projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
+    layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
+    seeds: int = 3  # draws of P (and of random weights)
+    steps: int = 20  # of Adam; the best by validation is kept
+    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # of ||theta0||
+    eval_interval: int = 10  # steps between validations
+    batch_size: int = 512  # stimuli per forward pass
     # ---- d_warp and controls
-    common: str = "highest"                # absolute: the score to reach, the same for all: a number, or of the candidates' full scores the lowest or highest
-    common_share: float = 0.95             # times this
-    reach: float = 0.9                     # relative: s0 + this times (full - s0), each model's own; s0 is the score at d = 0, or 0 where dims has none
-    draws: int = 1000                      # bootstrap over seeds and test stimuli (groups)
-    shuffled: bool = True                  # the first candidate against shuffled responses, too
-    baselines: bool = True                 # OLS, himalaya's ridge and PLS at d = 0
+    common: str = "highest"  # absolute: of the full scores the lowest or highest, or a number,
+    common_share: float = 0.95  # times this, is the score to reach, the same for all
+    reach: float = 0.9  # relative: s0 + this times (full - s0), each model's own
+    draws: int = 1000  # bootstrap over seeds and test stimuli (groups)
+    shuffles: int = 1000  # responses dealt to other stimuli, refitted in closed form at d = 0
+    shuffled: bool = True  # the first candidate against shuffled responses at every d, too
+    baselines: bool = True  # OLS, PLS and ridge on all features at d = 0
     # ---- run
-    out_dir: str = "out/warp"              # results.csv and figures
-    seed: int = 1337                       # splits, planted brain, draws
-    device: str = "auto"                   # cuda, mps, cpu
-    dtype: str = "float32"                 # a small d moves each weight by little: half precision would round it away
+    out_dir: str = "out/warp"  # results.csv, table.csv and figures
+    seed: int = 1337  # splits, planted brain, draws
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: Literal["float32"] = "float32"  # half precision would round a small warp away
 
-    POSITIVE = "image_size planted_units planted_components planted_ceiling models layers alphas head_lr learning_rates common_share reach"
+    POSITIVE = "seeds steps eval_interval batch_size draws repeats models layers alphas dataset"
+    POSITIVE += " dims learning_rates common_share reach planted_ceiling shuffles"
     SHARES = "reliable val_share test_share planted_ceiling"
+    RENAMED = {"head_fit": "head"}
 
     def check(self):
-        for key in ("seeds", "steps", "eval_interval", "batch_size", "draws", "head_every", "repeats"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
-        if self.common in ("lowest", "highest") and not self.full:
-            raise ValueError(f"common={self.common} is a score of the full models: with full=False, give a number")
-        if not self.dims or min(self.dims) < 0:
-            raise ValueError(f"dims={self.dims} must be numbers of dimensions, 0 or more")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise ValueError(f"learning_rates={self.learning_rates} must be numbers above 0")
-        if self.planted_k >= max(self.dims) and self.planted_k:
-            raise ValueError(f"planted_k={self.planted_k}: the teacher lies in that many columns of P, so dims must go beyond")
-        if self.common not in ("lowest", "highest") and not re.fullmatch(r"-?\d*\.?\d+", self.common):
-            raise ValueError(f"common={self.common} must be lowest, highest or a score")
-        if self.task == "encoding" and self.rdm == "crossnobis" and self.objective == "rsa" and self.repeats < 2 and self.dataset == "synthetic_brain":
-            raise ValueError("rdm=crossnobis needs repeats of the stimuli: give repeats=2 or more")
-        self.dims, self.models = sorted(set(self.dims)), list(dict.fromkeys(self.models))
+        if self.objective not in OBJECTIVES:
+            allowed = " or ".join(OBJECTIVES)
+            raise InputError(f"option 'objective' must be {allowed}, not '{self.objective}'")
+        if self.n_folds == 1 or (self.n_folds and objective_class(self).pairs):
+            raise InputError("n_folds must be 2 or more, and objective linear or linear_first")
+        check_dims(self)
+        make_candidates(self)
 
 
-# ---- low-dimensional training: projections
+def check_dims(config):
+    """Sort dims; refuse learning rates and a common score that are none. Raises InputError."""
+    config.dims = sorted(set(config.dims))
+    if config.dims[0] < 0 or min(config.learning_rates) <= 0:
+        raise InputError("dims must be 0 or more, and learning_rates above 0")
+    try:
+        float(config.common)
+    except ValueError:
+        if config.common not in ("lowest", "highest") or not (config.full or config.dims == [0]):
+            raise InputError(
+                f"common={config.common} must be a score (with full=False), lowest or highest"
+            ) from None
 
-def hadamard(n, like, _made={}):  # noqa: B006 (a cache)
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is compared: which one, read where, and moved how far before the first fit."""
+
+    name: str
+    model: str = "lm"  # lm, a run folder, a Hugging Face model, my_file.py:constructor
+    layers: tuple = ()  # those of the option `layers` where it names none
+    toward: str = ""  # teacher (of the planted brain) or random (new weights)
+    share: float = 1.0  # of the way there; below 0: away from it
+
+    @property
+    def random(self):
+        """Whether its weights are drawn anew for each seed."""
+        return self.toward == "random"
+
+
+def make_candidates(config):
+    """The Candidates of the option `models`. Raises InputError for what is none."""
+    candidates = {}
+    for given in config.models:
+        if isinstance(given, str):
+            given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
+        check_keys(given, [entry.name for entry in fields(Candidate)], "models")
+        layers = given.get("layers", config.layers)
+        if not isinstance(layers, list):
+            layers = [layers]
+        given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
+        candidate = Candidate(**given)
+        if candidate.toward not in ("", "teacher", "random"):
+            raise InputError(
+                f"models: '{candidate.name}' must go toward teacher or random, "
+                f"not '{candidate.toward}'"
+            )
+        if candidate.name in candidates:
+            raise InputError(f"models: two are called '{candidate.name}': give each a name")
+        candidates[candidate.name] = candidate
+    return list(candidates.values())
+
+
+# ---- low-dimensional training
+
+
+@cache
+def hadamard(n, device, dtype):
     """Sylvester's Hadamard matrix (n, n), entries ±1, n a power of two."""
-    key = (n, like.device, like.dtype)
-    if key not in _made:
-        h = torch.ones(1, 1, device=like.device, dtype=like.dtype)
-        while len(h) < n:
-            h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-        _made[key] = h
-    return _made[key]
+    return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def fwht(x, largest=0):
-    """Walsh-Hadamard transform along the middle axis of x (K, n, C), unnormalised and symmetric. H of n = a b c ... is the Kronecker product of small
-    ones, so each axis of (a, b, c, ...) is multiplied by a small dense matrix: a few passes over memory where a butterfly takes log2 n."""
-    K, n, C = x.shape
-    largest = largest or (16 if x.device.type == "cpu" else 64)
-    bits, most = n.bit_length() - 1, largest.bit_length() - 1
-    parts, before = max(1, -(-bits // most)), 1
-    for i in range(parts):
-        f = 2 ** (bits // parts + (i < bits % parts))
-        after = n // before // f * C
-        if after == 1:
-            x = x.reshape(-1, f) @ hadamard(f, x)
-        else:
-            x = torch.matmul(hadamard(f, x), x.reshape(K * before, f, after))
-        before *= f
-    return x.view(K, n, C)
+def walsh_hadamard(x, largest=0):
+    """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
+
+    H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
+    multiplied by a small dense matrix: a few passes over memory where a butterfly takes log2 n.
+    """
+    n, C = x.shape
+    if not largest:
+        largest = 64 if x.device.type == "cpu" else 64
+    bits = n.bit_length() - 1
+    n_factors = max(1, -(-bits // (largest.bit_length() - 1)))
+    before = 1
+    for i in range(n_factors):
+        factor = 2 ** (bits // n_factors + (i < bits % n_factors))
+        h = hadamard(factor, x.device, x.dtype)
+        x = h @ x.reshape(before, factor, -1)
+        before *= factor
+    return x.reshape(n, C)
 
 
-class Projection:
-    """P (rows, d), columns of norm `norm`, held in a few tensors: forward(z, out) puts P z of z (K, d) into out (K, rows), transpose(read, K, like) gives
-    Pᵀ g (K, d) of g read by read(a, b) → (K, b - a)."""
-
-    def to(self, device):
-        def moved(v):
-            return v.to(device) if torch.is_tensor(v) else [moved(x) for x in v] if isinstance(v, (list, tuple)) else v
-        self.__dict__.update({k: moved(v) for k, v in vars(self).items()})
-        return self
+def power_of_two(n):
+    """The least power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
-class Fastfood(Projection):
-    """Rows of P from blocks H G Π H B of n = 2^k >= d rows and columns (Le et al. 2013), divided so that a column of P has norm `norm`. B = ±1; G is
-    drawn for each block, normal or, with gaussian=False (SRHT), ±1: the columns are then orthogonal. H B is shared by all blocks, Π by those of
-    a chunk: given these, blocks with normal G are still independent and their rows N(0, I), and one of the two transforms is done once and not for
-    each block. Blocks lie side by side, (n, C) a chunk, so the small matrix products are wide. Two bytes a row are kept (SRHT: one)."""
+class Fastfood:
+    """Rows of P (rows, n) from blocks H G Π H B (Le et al. 2013), columns of norm `norm`.
 
-    def __init__(self, rows, d, norm, generator, n=0, gaussian=True):
-        self.rows, self.d, self.n = rows, d, n or 1 << max(d - 1, 1).bit_length()
-        blocks = -(-rows // self.n)
-        step = max(1, 2 ** 18 // self.n)  # blocks of a chunk: what fits a cache
-        self.sign = torch.randint(0, 2, (self.n,), generator=generator) * 2.0 - 1
+    B = ±1, G is normal, Π a permutation. Within a tensor blocks share H B, and those of a chunk
+    Π: with a G of their own they are independent all the same, and one of the two transforms is
+    done once. Four bytes a row are kept.
+    """
+
+    def __init__(self, rows, n, norm, generator, device):
+        self.n = n
+        self.scale = norm / (n * rows) ** 0.5  # ||H G Π H e|| = n where the mean of G² is 1
+        self.sign = (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1).to(device)
         self.chunks = []
-        for at in range(0, blocks, step):
-            shape = (self.n, min(step, blocks - at))
-            if gaussian:
-                g = torch.randn(shape, generator=generator)
-                g = (g / g.square().mean(0).sqrt()).half()
-            else:
-                g = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8) * 2 - 1
-            self.chunks.append((at * self.n, g, torch.randperm(self.n, generator=generator)))
-        self.scale = norm / (self.n * rows) ** 0.5  # ‖H G Π H b‖ = n for b = ±1 in one place and mean G² = 1
+        n_blocks = -(-rows // n)
+        step = max(1, CHUNK // n)
+        for first in range(0, n_blocks, step):
+            g = torch.randn(n, min(step, n_blocks - first), generator=generator)
+            g = g / g.square().mean(0).sqrt()
+            order = torch.randperm(n, generator=generator)
+            self.chunks.append((first * n, g.to(device), order.to(device)))
 
     def forward(self, z, out):
-        z = z[:, :self.n]
-        z = F.pad(z * self.sign[:z.size(1)] * self.scale, (0, self.n - z.size(1)))
-        z = fwht(z[:, :, None])  # (K, n, 1)
-        for at, g, order in self.chunks:
-            x = fwht(z.index_select(1, order) * g).flatten(1)
-            end = min(at + x.size(1), self.rows)
-            out[:, at:end] = x[:, :end - at]
+        """Write P z into out (rows,); z has the first d <= n coordinates, or more: they are cut."""
+        z = z[: self.n]
+        x = z.new_zeros(self.n, 1)
+        x[: len(z), 0] = z * self.sign[: len(z)] * self.scale
+        x = walsh_hadamard(x)
+        for start, g, order in self.chunks:
+            part = walsh_hadamard(x[order] * g).flatten()
+            end = min(start + len(part), len(out))
+            out[start:end] = part[: end - start]
 
-    def transpose(self, read, K, like):
-        total, live = like.new_zeros(K, self.n, 1), min(self.n, self.d)
-        for at, g, order in self.chunks:
-            end = min(at + g.numel(), self.rows)
-            x = read(at, end)
-            if x.size(1) < g.numel():
-                x = F.pad(x, (0, g.numel() - x.size(1)))
-            total.index_add_(1, order, fwht(x.reshape(K, *g.shape)).mul_(g).sum(2, keepdim=True))
-        return F.pad((fwht(total)[:, :live, 0] * self.sign[:live]) * self.scale, (0, self.d - live))
-
-
-class OneHot(Projection):
-    """Each row of P is one coordinate of z, as many rows for each as for any other (Uni-LoRA's): Pᵀ P = norm² I exactly, in O(D)."""
-
-    def __init__(self, rows, d, norm, generator):
-        self.d = d
-        self.index = torch.randperm(rows, generator=generator) % d
-        self.weight = norm / torch.bincount(self.index, minlength=d).clamp_min(1).sqrt()  # (d,)
-
-    def forward(self, z, out):
-        torch.index_select(z * self.weight, 1, self.index, out=out) if out.is_contiguous() else out.copy_((z * self.weight)[:, self.index])
-
-    def transpose(self, read, K, like):
-        return like.new_zeros(K, self.d).index_add_(1, self.index, read(0, len(self.index))) * self.weight
+    def transpose(self, grad, total):
+        """Add P' grad to total (d,); grad (rows,)."""
+        x = grad.new_zeros(self.n, 1)
+        for start, g, order in self.chunks:
+            part = grad[start : start + g.numel()]
+            part = F.pad(part, (0, g.numel() - len(part)))
+            part = walsh_hadamard(part.view(g.shape)).mul_(g).sum(1, keepdim=True)
+            x.index_add_(0, order, part)
+        d = min(len(total), self.n)
+        total[:d] += walsh_hadamard(x)[:d, 0] * self.sign[:d] * self.scale
 
 
-class Dense(Projection):
-    """P drawn in full, normal, each column of norm `norm`: the one that costs D x d memory."""
+class Dense:
+    """P (rows, n) drawn in full, normal: the one that costs D x d memory."""
 
-    def __init__(self, rows, d, norm, generator):
-        p = torch.stack([torch.randn(rows, generator=generator) for _ in range(d)])  # (d, rows), column by column: a smaller d has the first of them
-        self.p = p * (norm / p.norm(dim=1, keepdim=True))
+    def __init__(self, rows, n, norm, generator, device):
+        self.p = torch.empty(n, rows)
+        for column in self.p:  # one by one: a smaller n has the first of them
+            column.normal_(generator=generator)
+        self.p = (self.p * norm / self.p.norm(dim=1, keepdim=True)).to(device)
 
     def forward(self, z, out):
-        out.copy_(z @ self.p)
+        out.copy_(z @ self.p[: len(z)])
 
-    def transpose(self, read, K, like):
-        return read(0, self.p.size(1)) @ self.p.t()
+    def transpose(self, grad, total):
+        total += self.p[: len(total)] @ grad
 
 
-class Sparse(Projection):
-    """Each column has about sqrt(D) entries, all ± the same, at random rows (Li et al. 2018)."""
+class Identity:
+    """All parameters, trained directly: a tensor's own stretch of z."""
 
-    def __init__(self, rows, d, norm, generator):
-        per = max(1, round(rows ** 0.5))
-        self.at = torch.randint(0, rows, (d, per), generator=generator)
-        self.value = (torch.randint(0, 2, (d, per), generator=generator) * 2 - 1) * norm / per ** 0.5
-        self.rows = rows
+    def __init__(self, start, rows):
+        self.stretch = slice(start, start + rows)
 
     def forward(self, z, out):
-        out.zero_()
-        out.index_add_(1, self.at.flatten(), (z[:, :, None] * self.value).flatten(1))
+        out.copy_(z[self.stretch])
 
-    def transpose(self, read, K, like):
-        return (read(0, self.rows)[:, self.at] * self.value).sum(2)
-
-
-class Identity(Projection):
-    """P = I: all parameters, trained directly."""
-
-    def __init__(self, rows, offset, d):
-        self.rows, self.offset, self.d = rows, offset, d
-
-    def forward(self, z, out):
-        out.copy_(z[:, self.offset:self.offset + self.rows])
-
-    def transpose(self, read, K, like):
-        total = like.new_zeros(K, self.d)
-        total[:, self.offset:self.offset + self.rows] = read(0, self.rows)
-        return total
+    def transpose(self, grad, total):
+        total[self.stretch] += grad
 
 
-class Expand(torch.autograd.Function):
-    """theta = theta0 + lambda_g P z as the tensors of the model, views of one flat vector; the gradient is read from the pieces as they come, so beside
-    theta and its gradient nothing of size D exists. z (K, d - m), scales (K, m) → tensors (K, ...) in the wrapper's order."""
+class Warp(torch.autograd.Function):
+    """theta0 + lambda_g P z, tensor by tensor: nothing of size D is kept beside theta itself.
+
+    z (d - m,), scales (m,) -> the tensors of the wrapper, in its order.
+    """
 
     @staticmethod
-    def forward(ctx, z, scales, w):
-        ctx.w = w
+    def forward(ctx, z, scales, wrapper):
+        ctx.wrapper = wrapper
         ctx.save_for_backward(z, scales)
-        theta = z.new_empty(len(z), w.D)
-        for a, b, group, p in w.segments:
-            part = theta[:, a:b]
-            p.forward(z, part)
-            if group < w.m:
-                part.mul_(scales[:, group, None])
-        theta += w.theta0
         ctx.set_materialize_grads(False)
-        return tuple(t.unflatten(1, shape) if shape else t[:, 0] for t, shape in zip(theta.split(w.sizes, 1), w.shapes))
+        tensors = []
+        for original, projection, group in wrapper.parts:
+            out = z.new_empty(original.numel())
+            projection.forward(z, out)
+            if group is not None:
+                out *= scales[group]
+            tensors.append(out.view(original.shape).add_(original.detach()))
+        return tuple(tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        w, (z, scales), K = ctx.w, ctx.saved_tensors, len(ctx.saved_tensors[0])
-        starts = np.cumsum([0, *w.sizes])
-
-        def read(a, b):
-            """Elements a to b of the flat gradient (K, b - a)."""
-            pieces, i = [], int(np.searchsorted(starts, a, "right")) - 1
-            while a < b:
-                end = min(b, int(starts[i + 1]))
-                flat = None if grads[i] is None else grads[i].reshape(K, -1)
-                pieces.append(z.new_zeros(K, end - a) if flat is None else flat[:, a - starts[i]:end - starts[i]])
-                a, i = end, i + 1
-            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-
-        dz, dscales = torch.zeros_like(z), torch.zeros_like(scales)
-        for a, _, group, p in w.segments:
-            back = p.transpose(lambda x, y, a=a: read(a + x, a + y), K, z)  # Pᵀ g of the segment
-            back = F.pad(back, (0, z.size(1) - back.size(1))) if back.size(1) < z.size(1) else back
-            if group < w.m:
-                dscales[:, group] += (z * back).sum(1)
-                back = back * scales[:, group, None]
-            dz += back
+        z, scales = ctx.saved_tensors
+        dz = torch.zeros_like(z)
+        dscales = torch.zeros_like(scales)
+        for grad, (_, projection, group) in zip(grads, ctx.wrapper.parts):
+            if grad is None:
+                continue
+            if group is None:
+                projection.transpose(grad.flatten(), dz)
+                continue
+            back = torch.zeros_like(z)
+            projection.transpose(grad.flatten(), back)
+            dscales[group] += z @ back
+            dz += scales[group] * back
         return dz, dscales, None
 
 
 class FastfoodWrapper(nn.Module):
-    """Any module, trained in d dimensions: theta = theta0 + lambda_g P z. Its own parameters are only z (d - m,) and the m scales, from 0 and 1.
+    """Any module, trained in d dimensions: theta = theta0 + lambda_g P z.
 
         wrapper = FastfoodWrapper(model, d=500, layer_groups=[["conv1", "bn1"], ["layer1"]])
-        wrapper(x).sum().backward();  model.load_state_dict(wrapper.merge())
+        wrapper(x).sum().backward()
+        model.load_state_dict(wrapper.merge())
 
-    The model's code is not touched: its parameters (those that require a gradient, tied ones once) are fed by functional_call, its buffers and its
-    train/eval mode stay as they are, whatever .train() says to the wrapper. Afterwards its parameters are views of the one vector theta0, with their values.
-    layer_groups: lists of names of modules or parameters, each list with one learned scale, taken out of d (Aghajanyan et al. 2020); what is in no
-    list moves with scale 1. projection: fastfood (blocks over all parameters), fastfood_tensor (the published one: a transform for each tensor, which
-    crops z for small tensors), srht, onehot, dense, sparse, or identity (d = D). Columns have norm 1. n: rows of a Fastfood block, for nested columns.
-    copies: K fits side by side, z (K, d - m), outputs (K, ...), by vmap. Raises ValueError for d that does not fit and for names that are none."""
+    Its own parameters are z (d - m,), from 0, and the m scales, from 1. The model's code is not
+    touched: those of its parameters that require a gradient (tied ones once) are fed by
+    functional_call, its buffers and its train/eval mode stay as they are. The model must be on its
+    device already.
 
-    def __init__(self, model, d, layer_groups=None, projection="fastfood", seed=0, n=0, copies=0):
+    layer_groups: lists of names of modules or parameters, each with one learned scale, taken out
+    of d (Aghajanyan et al. 2020); what is in no list moves with scale 1. projection: fastfood,
+    blocks as large as d with columns of norm 1 over all parameters; fastfood_tensor, the published
+    one: a transform as large as each tensor, which crops z for small tensors; dense; identity.
+    Raises InputError for a d that does not fit and for names that are none.
+    """
+
+    def __init__(self, model, d, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are not ours
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = [[names] if isinstance(names, str) else list(names) for names in layer_groups or []]
-        order = []
-        for g, prefixes in enumerate(groups):
-            for prefix in prefixes:
-                inside = [name for name in named if name == prefix or name.startswith(prefix + ".")]  # layer1 is not layer10
-                if not inside:
-                    tops = sorted({".".join(name.split(".")[:2]) for name in named})
-                    raise ValueError(f"layer_groups: no parameter is called '{prefix}' or lies in it; there are {', '.join(tops)}")
-                for name in inside:
-                    if any(name == other for other, _ in order):
-                        raise ValueError(f"layer_groups: '{name}' is in two groups")
-                    order.append((name, g))
-        taken = {name for name, _ in order}
-        order += [(name, len(groups)) for name in named if name not in taken]
-        self.names, self.m, self.projection = [name for name, _ in order], len(groups), projection
-        tensors = [named[name] for name in self.names]
-        self.shapes, self.sizes = [t.shape for t in tensors], [t.numel() for t in tensors]
-        self.D, self.d = sum(self.sizes), d
+        self.names = list(named)
+        self.D = sum(p.numel() for p in named.values())
+        self.m = len(layer_groups or [])
         if d > self.D:
-            raise ValueError(f"d={d} is more than the model's {self.D:,} parameters")
-        if d <= self.m:
-            raise ValueError(f"d={d} leaves nothing beside the {self.m} scales of layer_groups, which are counted in it: give d > {self.m}")
-        with torch.no_grad():
-            theta0 = torch.cat([t.detach().reshape(-1) for t in tensors])
-        self.register_buffer("theta0", theta0, persistent=False)
-        self._point()
-        generator, made = torch.Generator().manual_seed(key_seed("P", seed)), {"onehot": OneHot, "dense": Dense, "sparse": Sparse}
-        free, self.segments, at, parts = d - self.m, [], 0, [(size, g) for size, (_, g) in zip(self.sizes, order)]
-        if projection != "fastfood_tensor":  # one stretch for each group
-            parts = [(sum(size for size, h in parts if h == g), g) for g in sorted({g for _, g in parts})]
-        for size, g in parts:
-            share = (size / self.D) ** 0.5  # of a column's norm, 1
-            if projection in ("fastfood", "srht"):
-                p = Fastfood(size, free, share, generator, n, projection == "fastfood")
+            raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
+        group_of = find_groups(self.names, layer_groups or [])
+        n = power_of_two(d - self.m)
+        self.parts = []  # of each tensor: (original, projection, number of its group or None)
+        start = 0
+        for name, p in named.items():
+            generator = torch.Generator().manual_seed(key_seed("P", seed, name))
+            size = p.numel()
+            norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
+            small = size * n <= CHUNK  # not worth transforms
+            if projection == "dense" or (projection == "fastfood" and small):
+                made = Dense(size, d - self.m, norm, generator, p.device)
+            elif projection == "fastfood":
+                made = Fastfood(size, n, norm, generator, p.device)
             elif projection == "fastfood_tensor":
-                whole = 1 << max(size - 1, 1).bit_length()
-                p = Fastfood(size, min(free, whole), 1.0, generator, whole)
-            elif projection in made:
-                p = made[projection](size, free, share, generator)
-            elif projection == "identity":
-                p = Identity(size, at, free)
+                made = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
             else:
-                raise ValueError(f"projection must be fastfood, fastfood_tensor, srht, onehot, dense, sparse or identity, not '{projection}'")
-            self.segments.append((at, at + size, g, p.to(theta0.device)))
-            at += size
-        self.start(copies)
+                made = Identity(start, size)
+            self.parts.append((p, made, group_of.get(name)))
+            start += size
+        with torch.no_grad():
+            norms = [p.norm() for p in named.values()]
+            self.norm = float(torch.stack(norms).norm())  # ||theta0||
+        self.start(d)
 
-    def start(self, copies=0, dims=None):
-        """Begin anew at theta0, with `copies` fits side by side; dims: each one's d (nested: the first d of the columns)."""
-        self.copies, K, free = copies, max(copies, 1), self.d - self.m
-        self.z = nn.Parameter(self.theta0.new_zeros((K, free) if copies else (free,)))
-        self.scales = nn.Parameter(self.theta0.new_ones((K, self.m) if copies else (self.m,)))
-        self.columns = None
-        if dims is not None and any(d != self.d for d in dims):
-            if min(dims) <= self.m:
-                raise ValueError(f"d={min(dims)} leaves nothing beside the {self.m} scales of layer_groups: give d > {self.m}")
-            free = torch.tensor([d - self.m for d in dims], device=self.theta0.device)[:, None]
-            column = torch.arange(self.z.size(-1), device=self.theta0.device)
-            if self.projection == "onehot":  # a coarser tying of the same rows; nested where d divides the largest
-                index = column % free  # (K, d_max)
-                self.columns = (index, 1 / (column.numel() / free).sqrt().expand_as(index))
-            else:
-                self.columns = (None, (column < free).to(self.theta0.dtype))
+    def start(self, d):
+        """Begin anew at theta0, with d dimensions: P's first columns."""
+        if d <= self.m:
+            raise InputError(
+                f"d={d} leaves nothing beside the {self.m} scales of layer_groups, which are "
+                f"counted in it: give d > {self.m}"
+            )
+        like = self.parts[0][0]
+        self.d = d
+        self.z = nn.Parameter(torch.zeros(d - self.m, device=like.device, dtype=like.dtype))
+        self.scales = nn.Parameter(torch.ones(self.m, device=like.device, dtype=like.dtype))
         return self
 
     def tensors(self):
-        """The warped parameters, in the order of self.names; with copies, (K, ...) each."""
-        z, scales = (self.z, self.scales) if self.copies else (self.z[None], self.scales[None])
-        if self.columns is not None:
-            index, weight = self.columns
-            z = (z if index is None else z.gather(1, index)) * weight
-        out = Expand.apply(z, scales, self)
-        return out if self.copies else tuple(t[0] for t in out)
+        """The warped parameters, in the order of self.names."""
+        return Warp.apply(self.z, self.scales, self)
 
     def call(self, tensors, *args, **kwargs):
         """The model's output with these parameters; tied names follow."""
-        if not self.copies:
-            return functional_call(self.model, dict(zip(self.names, tensors)), args, kwargs)
-        if self.copies == 1:  # no need to batch
-            return functional_call(self.model, dict(zip(self.names, (t[0] for t in tensors))), args, kwargs)[None]
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-            return vmap(lambda ts: functional_call(self.model, dict(zip(self.names, ts)), args, kwargs))(tuple(tensors))
+        return functional_call(self.model, dict(zip(self.names, tensors)), args, kwargs)
 
     def forward(self, *args, **kwargs):
         return self.call(self.tensors(), *args, **kwargs)
 
     @torch.no_grad()
-    def merge(self, copy=0):
-        """A plain state_dict of the model with the warp in it (of fit number `copy`)."""
-        warped = {name: t[copy] if self.copies else t for name, t in zip(self.names, self.tensors())}
-        same = {id(p): warped[name] for name, p in self.model.named_parameters() if name in warped}
-        every = {name: same[id(p)] for name, p in self.model.named_parameters(remove_duplicate=False) if id(p) in same}
-        return {name: every.get(name, value).detach().clone() for name, value in self.model.state_dict().items()}
+    def merge(self):
+        """A plain state_dict of the model with the warp in it."""
+        warped = {}
+        for (original, _, _), tensor in zip(self.parts, self.tensors()):
+            warped[id(original)] = tensor
+        state = self.model.state_dict(keep_vars=True)
+        return {name: warped.get(id(p), p).detach().clone() for name, p in state.items()}
 
-    def _point(self):
-        """Let the model's parameters be views of theta0 (of its first copy)."""
-        named, flat = dict(self.model.named_parameters()), self.theta0 if self.theta0.dim() == 1 else self.theta0[0]
-        for name, part, shape in zip(self.names, flat.split(self.sizes), self.shapes):
-            named[name].data = part.view(shape)
 
-    def _apply(self, fn, recurse=True):  # .to(device) and the like
-        super()._apply(fn, recurse)
-        self.model._apply(fn)
-        self._point()
-        for *_, p in self.segments:
-            p.to(self.theta0.device)
-        if self.columns is not None:
-            self.columns = tuple(None if t is None else t.to(self.theta0.device) for t in self.columns)
-        return self
+def find_groups(names, layer_groups):
+    """{parameter name: number of its group}; layer1 is not layer10. Raises InputError."""
+    group_of = {}
+    for number, prefixes in enumerate(layer_groups):
+        for prefix in prefixes:
+            inside = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
+            if not inside:
+                tops = sorted({".".join(name.split(".")[:2]) for name in names})
+                raise InputError(
+                    f"layer_groups: no parameter is called '{prefix}' or lies in it; there are "
+                    f"{', '.join(tops)}"
+                )
+            for name in inside:
+                if name in group_of:
+                    raise InputError(f"layer_groups: '{name}' is in two groups")
+                group_of[name] = number
+    return group_of
 
 
 # ---- data
 
+
 @dataclass
 class Study:
-    """What candidates are fitted to. kind: text, image or vector; stimuli: texts, paths, or an array (n, features); y: (n, V) mean responses, or (n,)
-    classes; rows: {train, val, test: row numbers}; group: (n,) whose members are never split; ceiling: (V,) R² or None; meta: columns of results.csv."""
-    kind: str
-    stimuli: object
-    y: np.ndarray
-    rows: dict
-    group: np.ndarray
-    ceiling: np.ndarray | None
-    meta: dict
-    labels: list | None = None
-    starts: list | None = None             # texts: the character where the stimulus begins, behind what is read with it
-    brain_rdm: np.ndarray | None = None    # crossnobis distances of all stimuli
-    pair_ceiling: float = 1.0              # rsa, cka: what the brain reaches with itself
+    """Stimuli with the responses of one brain, and who is compared on them."""
+
+    name: str
+    kind: str  # text or image
+    stimuli: list  # texts, or paths of images
+    y: np.ndarray  # (n, V) mean responses
+    group: np.ndarray  # (n,) whose members are never split
+    folds: list  # {train, val, test: row numbers} of each
+    meta: dict  # columns of results.csv
+    candidates: list  # of Candidates
+    objective: type  # of Objective
+    ceiling: float = 1.0  # median R2
+    pieces: list | None = None  # texts: the end that is the stimulus, behind what is read with it
+    folder: Path | None = None  # of its fits
+    fits: list = field(default_factory=list)
+
+    @property
+    def tested(self):
+        """Rows of the test stimuli, fold after fold."""
+        return np.concatenate([fold["test"] for fold in self.folds])
+
+    def shuffled(self, number):
+        """The study with its responses dealt to other stimuli; number 0: as it is."""
+        return replace(self, y=self.y[shuffle_order(len(self.y), number)])
 
 
-def read_study(run, config):
-    """The stimuli and responses that config asks for, split and checked."""
-    if config.task == "classification":
-        return read_classes(run, config)
-    if config.task == "simulation":
-        return read_functions(config)
-    folder = plant(run, config) if config.dataset == "synthetic_brain" else run.dataset(config.dataset)
+def shuffle_order(n, number):
+    """Permutation of n stimuli: 0 leaves them, 1, 2, ... are shuffles, the same for everybody."""
+    if not number:
+        return np.arange(n)
+    return np.random.default_rng(key_seed("shuffle", number)).permutation(n)
+
+
+def read_studies(run, config, name):
+    """The Studies of a dataset, one, or one for each person: split and checked."""
+    folder = plant(run, config) if name == "synthetic_brain" else run.dataset(name)
     data = Encoding(folder)
-    keep = np.ones(len(data.units), bool) if not config.roi else (data.units.roi == config.roi).to_numpy()
-    if not keep.any():
-        raise ValueError(f"{folder} has no units of roi={config.roi}, only of {', '.join(sorted(set(data.units.roi))) or 'no region'}")
-    rows = split_rows(config, data.stimuli.group.to_numpy(), data.stimuli.split.to_numpy())
-    least = {"train": 20, "val": 8, "test": 8}
-    if few := [f"{len(rows[part])} in {part} ({n} are needed)" for part, n in least.items() if len(rows[part]) < n]:
-        raise ValueError(f"{folder} has too few stimuli: {', '.join(few)} of {len(data.stimuli)} in {data.stimuli.group.nunique()} groups; "
-                         "choose val_share and test_share, or take more stimuli")
-    stimulus, y = data.presentations.stimulus.to_numpy(), np.asarray(data.responses)[:, keep].astype(np.float64)
-    mean = pd.DataFrame(y).groupby(stimulus).mean().to_numpy()  # (n, V), every stimulus was presented
-    own, train = data.units.ceiling.to_numpy()[keep], np.isin(stimulus, rows["train"])
-    estimated, chosen = noise_ceiling(y, stimulus), noise_ceiling(y[train], stimulus[train])
-    if estimated is not None and np.isnan(own).any():
-        own = np.where(np.isnan(own), estimated, own)
-    good = ~((own if chosen is None else chosen) <= config.reliable)  # chosen on training stimuli, or as published; unknown ones stay
-    if good.sum() < 1:
-        raise ValueError(f"{folder}: none of {len(good)} units has a ceiling above reliable={config.reliable} (R², training stimuli): choose a lower one")
-    meta = dict(dataset=config.dataset, roi=config.roi or "/".join(sorted(set(data.units.roi[keep]) - {""})) or "all", species=data.meta["species"],
-                modality=data.meta["modality"], synthetic=bool(data.meta["synthetic"]))
-    stimuli = stimuli_of(data)
-    starts = [len(t) - len(piece) if t.endswith(piece) else 0 for t, piece in zip(stimuli, data.stimuli["piece"])] if "piece" in data.stimuli else None
-    y, mean = y[:, good], mean[:, good]
-    scale = mean[rows["train"]].std(0).mean() or 1.0  # one for all units
-    study = Study(data.kind, stimuli, mean / scale, rows, data.stimuli.group.to_numpy(), None if np.isnan(own).any() else own[good], meta, starts=starts)
-    if config.objective in ("rsa", "cka"):
-        pair_targets(config, study, y, stimulus)
+    people = [config.subject]
+    if config.subject == "each":
+        people = data.units["subject"].unique()
+    return [read_brain(config, name, data, person) for person in people]
+
+
+def read_brain(config, name, data, person):
+    """The Study of one person, or of all side by side: units chosen, repeats averaged, split."""
+    units = data.select_units(person, config.roi)
+    group = data.stimuli["group"].to_numpy()
+    folds = make_folds(config, group, data.stimuli["split"].to_numpy())
+    sizes = [min(len(fold[part]) for fold in folds) for part in ("train", "val", "test")]
+    if sizes[0] < 20 or min(sizes) < 5:
+        raise InputError(
+            f"{data.path} has too few stimuli or groups: {sizes} in train, val and test, where 20, "
+            "5 and 5 are needed; choose val_share, test_share and n_folds, or take more stimuli"
+        )
+    stimulus = data.presentations["stimulus"].to_numpy()
+    responses = np.asarray(data.responses)[:, units].astype(np.float64)
+    published = data.units["ceiling"].to_numpy()[units]
+    ceiling = noise_ceiling(responses, stimulus)
+    ceiling = np.where(np.isnan(published), ceiling, published)
+    # units are chosen on stimuli that are not tested, or as published
+    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
+    good = ~(published <= config.reliable)
+    if seen.any():
+        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
+    if not good.any():
+        raise InputError(
+            f"{data.path}: none of {len(good)} units has a ceiling above "
+            f"reliable={config.reliable} (R2, training stimuli): choose a lower one"
+        )
+    y = data.mean_responses(units)[:, good]
+    regions = sorted(set(data.units["roi"][units][good]) - {""})
+    meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
+    meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
+    study = Study(
+        name=f"{name} {person}".strip(),
+        kind=data.kind,
+        stimuli=data.inputs(),
+        y=y / (y[folds[0]["train"]].std(0).mean() or 1.0),  # one scale for all units
+        group=group,
+        folds=folds,
+        meta=meta,
+        candidates=make_candidates(config),
+        objective=objective_class(config),
+    )
+    if not np.isnan(ceiling).any():
+        study.ceiling = float(np.median(ceiling[good]))
+    if "piece" in data.stimuli:
+        study.pieces = data.stimuli["piece"].tolist()
     return study
 
 
-def stimuli_of(data):
-    """Texts, or paths of images, of an Encoding."""
-    return data.stimuli.text.tolist() if data.kind == "text" else [data.path / f for f in data.stimuli.file]
+def make_folds(config, group, split):
+    """[{train, val, test: rows}] of one split, or of n_folds in which every group is tested once.
 
-
-def split_rows(config, group, split):
-    """{train, val, test: row numbers}: the dataset's own split, or groups dealt by a key of their name."""
-    if (split == "").any():
-        names = sorted(set(group), key=lambda g: key_seed(config.seed, "split", str(g)))
-        test, val = round(config.test_share * len(names)), round(config.val_share * len(names))
-        part = {g: "test" if i < test else "val" if i < test + val else "train" for i, g in enumerate(names)}
-        split = np.array([part[g] for g in group])
-    elif not (split == "val").any():
-        names = sorted(set(group[split == "train"]), key=lambda g: key_seed(config.seed, "split", str(g)))
-        split = np.where(np.isin(group, names[:round(config.val_share * len(names))]) & (split == "train"), "val", split)
-    return {part: np.flatnonzero(split == part) for part in ("train", "val", "test")}
+    A dataset's own split is kept; else groups are dealt by a key of their name.
+    """
+    names = sorted(set(group), key=lambda name: key_seed(config.seed, "split", str(name)))
+    names = np.array(names)
+    if (split == "").any() or config.n_folds:
+        n_test = round(config.test_share * len(names))
+        tested = [names[:n_test]]
+        if config.n_folds:
+            tested = np.array_split(names, config.n_folds)
+        n_val = round(config.val_share * len(names))
+        folds = []
+        end = 0
+        for test in tested:
+            end += len(test)
+            rest = np.roll(names, -end)[: len(names) - len(test)]
+            parts = {"train": rest[n_val:], "val": rest[:n_val], "test": test}
+            folds.append({part: np.flatnonzero(np.isin(group, g)) for part, g in parts.items()})
+        return folds
+    split = split.copy()
+    if not (split == "val").any():
+        learned = names[np.isin(names, group[split == "train"])]
+        val = learned[: round(config.val_share * len(learned))]
+        split[np.isin(group, val) & (split == "train")] = "val"
+    return [{part: np.flatnonzero(split == part) for part in ("train", "val", "test")}]
 
 
 def noise_ceiling(y, stimulus):
-    """(V,) highest R² against mean responses, from single ones y (P, V): s² / (s² + n² / R), n² the variance within stimuli, s² what is left of the whole
-    variance, R presentations of each. None where no stimulus was repeated."""
+    """(V,) highest R2 against mean responses, from single ones y (P, V); NaN without repeats.
+
+    s² / (s² + n² / R): n² the variance within stimuli, s² what is left of the whole, R repeats.
+    """
     frame = pd.DataFrame(y).groupby(stimulus)
     repeats = frame.size().to_numpy()
     if (repeats > 1).sum() < 3:
-        return None
+        return np.full(y.shape[1], np.nan)
     noise = frame.var(ddof=1).to_numpy()[repeats > 1].mean(0)
     signal = np.maximum(y.var(0, ddof=1) - noise, 0)
     return signal / np.maximum(signal + noise / repeats.mean(), 1e-12)
 
 
-def pair_targets(config, study, y, stimulus):
-    """What rsa and cka need of the brain: crossnobis distances, and how well one half of the repeats agrees with the other."""
-    repeats = pd.Series(stimulus).groupby(stimulus).cumcount().to_numpy()
-    R = np.bincount(stimulus).min()
-    if config.objective == "rsa" and config.rdm == "crossnobis":
-        if R < 2:
-            raise ValueError("rdm=crossnobis needs every stimulus at least twice: take correlation or euclidean")
-        noise = pd.DataFrame(y).groupby(stimulus).var(ddof=1).to_numpy().mean(0) ** 0.5
-        parts = torch.as_tensor(np.stack([y[repeats == r][np.argsort(stimulus[repeats == r])] for r in range(R)]) / np.maximum(noise, 1e-12))
-        both, own = distances(parts.mean(0), "euclidean") * R ** 2, distances(parts, "euclidean").sum(0)
-        study.brain_rdm = ((both - own) / (R * (R - 1))).numpy()  # products of different repeats only: noise has no bias
-    if R > 1:
-        test = study.rows["test"]
-        halves = [torch.as_tensor(pd.DataFrame(y[repeats % 2 == h]).groupby(stimulus[repeats % 2 == h]).mean().to_numpy()[test]) for h in (0, 1)]
-        kind = "euclidean" if config.rdm == "crossnobis" else config.rdm
-        if config.objective == "cka":
-            half = float(cka(gram(halves[0]), gram(halves[1])))
-        else:
-            a, b = (upper(distances(h, kind)).numpy() for h in halves)
-            half = np.corrcoef(*((scipy.stats.rankdata(a), scipy.stats.rankdata(b)) if config.compare == "spearman" else (a, b)))[0, 1]
-        study.pair_ceiling = float(np.sqrt(np.clip(2 * half / (1 + half), 1e-6, 1)))
-
-
 def plant(run, config):
-    """The planted brain as a dataset in out_dir/brain: units are random mixtures of the teacher's first components, with noise."""
+    """The planted brain, a dataset in out_dir/brain: what its teacher makes of texts, mixed."""
     folder = run.out / "brain"
+    source = run.dataset(config.planted_stimuli) / "stimuli.csv"
     if run.master:
-        texts = read_table(run.dataset(config.planted_stimuli) / "stimuli.csv", dtype=str)
+        texts = read_table(source, dtype=str)
         if not {"text", "group"} <= set(texts):
-            raise ValueError(f"planted_stimuli={config.planted_stimuli}: stimuli.csv must have the columns text and group")
-        study = Study("text", texts.text.tolist(), None, {}, None, None, {})
-        reader, inputs, _ = build(run, config, "teacher", study, 0)
-        f = features(reader, inputs, range(len(texts)), config.batch_size).double().cpu().numpy()
+            raise InputError(f"{source} must have the columns text and group")
+        teacher = Candidate("teacher", toward="teacher", layers=tuple(config.layers))
+        stimuli = texts["text"].tolist()
+        study = Study("", "text", stimuli, None, None, [], {}, [teacher], None)
+        loaded = load_candidate(run, config, teacher, study, 0)
+        f = read_features(loaded.reader, loaded.inputs, np.arange(len(texts)), config.batch_size)
+        f = f.double().cpu().numpy()
         u, s, _ = np.linalg.svd(f - f.mean(0), full_matrices=False)
-        components = min(config.planted_components, len(s))
+        components = u[:, :PLANTED_COMPONENTS] * s[:PLANTED_COMPONENTS]
         rng = np.random.default_rng(key_seed(config.seed, "brain"))
-        signal = (u[:, :components] * s[:components]) @ rng.standard_normal((components, config.planted_units))  # (n, V)
-        signal /= signal.std(0)
-        noise = (config.repeats * (1 - config.planted_ceiling) / config.planted_ceiling) ** 0.5
-        y = np.tile(signal, (config.repeats, 1)) + noise * rng.standard_normal((config.repeats * len(texts), config.planted_units))
-        write_encoding(folder, texts[["text", "group"]], y, pd.DataFrame({"stimulus": np.tile(np.arange(len(texts)), config.repeats)}),
-                       modality="planted", species="none", synthetic=True, teacher=f"{config.lm} warped by {config.planted_warp} of its norm",
-                       source="random mixtures of components of a warped language model, with noise", planted_ceiling=config.planted_ceiling)
-    else:
-        run.dataset(config.planted_stimuli)
+        signal = components @ rng.standard_normal((components.shape[1], PLANTED_UNITS))
+        signal = np.tile(signal / signal.std(0), (config.repeats, 1))
+        sd = (config.repeats * (1 - config.planted_ceiling) / config.planted_ceiling) ** 0.5
+        write_encoding(
+            folder,
+            texts[["text", "group"]],
+            signal + sd * rng.standard_normal(signal.shape),
+            pd.DataFrame({"stimulus": np.tile(np.arange(len(texts)), config.repeats)}),
+            modality="planted",
+            species="none",
+            synthetic=True,
+            source=f"mixtures of components of {config.lm}, warped by {config.planted_warp}; noise",
+        )
     run.barrier()
     return folder
 
 
-def read_classes(run, config):
-    """Stimuli and their classes: scikit-learn's digits as vectors, arrays x_train, y_train, x_test, y_test of an .npz, images (a prepared dataset, or a
-    folder with a folder for each class), or sentences."""
-    path, labels, split, synthetic = Path(config.dataset), None, None, False
-    if config.dataset == "digits":
-        from sklearn.datasets import load_digits
-        stimuli, y = load_digits(return_X_y=True)
-        kind, stimuli = "vector", stimuli / 16
-    elif path.suffix == ".npz":
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset={path}: there is no such file; give an .npz with x_train, y_train, x_test, y_test")
-        with np.load(path, allow_pickle=False) as f:
-            if lacks := [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in f]:
-                raise ValueError(f"{path} has no array '{lacks[0]}', only {', '.join(f)}")
-            stimuli, y = np.concatenate([f["x_train"], f["x_test"]]), np.concatenate([f["y_train"], f["y_test"]])
-            split = np.repeat(["train", "test"], [len(f["y_train"]), len(f["y_test"])])
-        kind, stimuli = "vector", stimuli.reshape(len(y), -1) / max(float(stimuli.max()), 1e-9)
-    elif config.sentences:
-        folder = run.dataset(config.dataset)
-        table, meta = read_task(folder, config.sentences), read_meta(folder)
-        entry = meta["tasks"][config.sentences]
-        if entry["kind"] != "classification":
-            raise ValueError(f"sentences={config.sentences} is a {entry['kind']}: take a classification")
-        kind, stimuli, y, split, labels, synthetic = "text", table.text.tolist(), table.y.to_numpy(), table.split.to_numpy(), entry["labels"], meta["synthetic"]
-    elif any((place / name).is_file() for place in (path, HERE / "data" / path) for name in ("meta.yaml", "prepare.py")):
-        data = Encoding(run.dataset(config.dataset))  # a response is 1 for the class
-        y = np.asarray(data.responses).argmax(1)[np.argsort(data.presentations.stimulus, kind="stable")]
-        kind, stimuli, synthetic = data.kind, stimuli_of(data), bool(data.meta["synthetic"])
-        labels = data.units["label" if "label" in data.units else "roi"].tolist()
-        split = data.stimuli.split.to_numpy() if (data.stimuli.split != "").all() else None
-    elif path.is_dir() and (files := sorted(f for f in path.glob("*/*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp", ".webp"))):
-        kind, stimuli, y = "image", files, [f.parent.name for f in files]
-    else:
-        raise FileNotFoundError(f"dataset={config.dataset} is nothing to classify: give digits, an .npz, a folder with a folder of images for each class, or "
-                                "sentences=TASK of a dataset of labelled sentences (docstrings with sentences=area, glue with sentences=mrpc)")
-    if labels is None:
-        labels, y = np.unique(y, return_inverse=True)
-    rng = np.random.default_rng(key_seed(config.seed, "classes"))
-    kept = np.sort(rng.permutation(len(y))[:config.samples or None])
-    stimuli = stimuli[kept].astype(np.float32) if kind == "vector" else [stimuli[i] for i in kept]
-    y, split = y[kept], None if split is None else split[kept]
-    if split is None:
-        split = np.full(len(y), "train", dtype="<U5")
-        for c in range(len(labels)):  # the same share of each class
-            rows = rng.permutation(np.flatnonzero(y == c))
-            test, val = round(config.test_share * len(rows)), round(config.val_share * len(rows))
-            split[rows[:test]], split[rows[test:test + val]] = "test", "val"
-    rows = split_rows(config, np.arange(len(y)), split)
-    if min(map(len, rows.values())) < 2 or len(labels) < 2:
-        raise ValueError(f"dataset={config.dataset} has too few stimuli: {len(y)} of {len(labels)} classes, " +
-                         ", ".join(f"{len(r)} in {part}" for part, r in rows.items()))
-    meta = dict(dataset=f"{config.dataset} {config.sentences}".strip(), roi="", species="", modality="labels", synthetic=synthetic)
-    return Study(kind, stimuli, y.astype(np.int64), rows, np.arange(len(y)), None, meta, [str(name) for name in labels])
-
-
-FUNCTIONS = {"x²": lambda x: x ** 2, "x³": lambda x: x ** 3, "sin(πx/2)": lambda x: np.sin(np.pi * x / 2)}  # candidates of the simulation
-
-
-def read_functions(config):
-    """The simulation: normal x, those of the test sorted, and sin(3πx/4), which candidates are bent into."""
-    x = np.random.default_rng(key_seed(config.seed, "x")).standard_normal((4000, 1)).astype(np.float32)
-    rows = dict(zip(("train", "val", "test"), np.split(np.arange(4000), [2000, 3000])))
-    x[rows["test"]] = np.sort(x[rows["test"]], 0)
-    meta = dict(dataset="sin(3πx/4)", roi="", species="", modality="function", synthetic=True)
-    return Study("vector", x, np.sin(0.75 * np.pi * x), rows, np.arange(4000), None, meta)
-
-
 # ---- models
 
-class Found(Exception):
-    """Every layer asked for has been seen: the rest of the model need not run."""
+
+@dataclass
+class Loaded:
+    """A candidate, ready for its fits."""
+
+    reader: nn.Module  # inputs -> features (B, p), or logits
+    inputs: tuple  # tensors with a row for each stimulus
+    architecture: str
+    features: torch.Tensor | None = None  # (n, p) of all stimuli, before any warp
 
 
-class Reader(nn.Module):
-    """A model as the features of its stimuli: (B, ...) inputs → (B, p), the chosen layers side by side, each pooled to a vector. Numbers are hidden
-    states (Hugging Face's numbering), names are modules. mask (B, T): the tokens that are pooled."""
+def pool_states(x, own, how):
+    """One vector a stimulus from states (B, T, C), (B, C, H, W) or (B, C); own (B, T): tokens."""
+    if how == "flatten" or x.dim() == 2:
+        return x.flatten(1)
+    if x.dim() == 4:
+        x = x.flatten(2).mT  # (B, H W, C)
+    if own is None:
+        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    number = own.cumsum(1) * own  # 1 for a stimulus' first own token
+    if how == "first":
+        own = number == 1
+    if how == "last":
+        own = number == number.amax(1, keepdim=True)
+    weight = own.to(x.dtype)[:, :, None]
+    return (x * weight).sum(1) / weight.sum(1)
 
-    def __init__(self, model, layers, pool, text):
+
+class TextReader(nn.Module):
+    """A language model as the features of texts, the chosen layers side by side, pooled."""
+
+    def __init__(self, lm, layers, pool):
         super().__init__()
-        self.core, self.layers, self.pool, self.text, self.seen, self.reading = model, layers, pool, text, {}, False
+        self.core = lm.model
+        self.__dict__["lm"] = lm
+        try:
+            self.layers = lm.layers([int(layer) for layer in layers])
+        except ValueError as error:
+            raise InputError(f"layers={','.join(layers)}: {error}") from None
+        self.pool = pool
+
+    def forward(self, ids, real, own):
+        """ids (B, T), real (B, T): no padding, own (B, T): tokens of the stimulus -> (B, p)."""
+        width = int(real.sum(1).max())  # pads are on the right
+        states = self.lm.states(ids[:, :width], real[:, :width], self.layers)
+        own = own[:, :width]
+        return torch.cat([pool_states(states[i], own, self.pool) for i in self.layers], -1)
+
+    def encode(self, texts, pieces):
+        """ids, real and own (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
+        rows = []
+        owns = []
+        for text, piece in zip(texts, pieces or texts):
+            words = text.split(" ")
+            while self.lm.encode([text])[1] and len(words) > 1:  # too long: the beginning goes
+                words = words[1 + len(words) // 10 :]
+                text = " ".join(words)
+            rows += self.lm.encode([text])[0]
+            spans = np.array(self.lm.offsets(text))
+            start = len(text) - len(piece) if text.endswith(piece) else 0
+            own = (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])  # special ones are empty
+            if not own.any():
+                own[-1] = True
+            owns.append(torch.from_numpy(own))
+        ids, real = self.lm.pad(rows)
+        return ids, real, nn.utils.rnn.pad_sequence(owns, batch_first=True).to(ids.device)
+
+
+class ModuleReader(nn.Module):
+    """Any other module as features: the outputs of its modules `layers`, side by side, pooled."""
+
+    def __init__(self, model, layers, pool):
+        super().__init__()
+        self.core, self.layers, self.pool = model, layers, pool
+        self.states = {}
         modules = dict(model.named_modules())
-        if isinstance(model, GPT):
-            names = [*range(model.config.n_layer + 1), *(f"layer.{i}.{part}" for i in range(model.config.n_layer) for part in ("attn", "mlp"))]
-        else:
-            depth = getattr(getattr(model, "config", None), "num_hidden_layers", None) or len(getattr(getattr(model, "config", None), "depths", []))
-            names = [*range(depth + 1 if depth else 0), *(name for name in modules if name)]
-        states = sum(isinstance(n, int) for n in names)
-        self.layers = [int(layer) + states * layer.startswith("-") if states and re.fullmatch(r"-?\d+", layer) else layer for layer in layers]
-        if wrong := [layer for layer in self.layers if layer not in names]:
-            shown = [f"0 to {states - 1}"] * bool(states) + [n for n in names if isinstance(n, str)][:40]
-            raise ValueError(f"layers: this {type(model).__name__} has no layer '{wrong[0]}'; there are {', '.join(shown)}")
-        if isinstance(model, GPT):
-            top = max(int(str(layer).split(".")[1]) + 1 if isinstance(layer, str) else layer for layer in self.layers)
-            if top < model.config.n_layer:  # what lies above is not run
-                model.transformer.h = model.transformer.h[:top]
-                model.transformer.ln_f = nn.Identity()
-        else:
-            for name in self.layers:
-                if isinstance(name, str):
-                    modules[name].register_forward_hook(lambda module, args, out, name=name: self.keep(name, out))
+        for layer in layers:
+            if layer not in modules:
+                raise InputError(
+                    f"layers: this {type(model).__name__} has no layer '{layer}'; there are "
+                    f"{', '.join(list(modules)[1:40])}"
+                )
+            modules[layer].register_forward_hook(partial(self.keep, layer))
 
-    def keep(self, name, out):
-        if not self.reading:  # the model runs for somebody else
-            return
-        self.seen[name] = out[0] if isinstance(out, tuple) else getattr(out, "last_hidden_state", out)
-        if all(layer in self.seen for layer in self.layers):
-            raise Found
+    def keep(self, layer, module, inputs, output):
+        if isinstance(output, tuple):
+            output = output[0]
+        self.states[layer] = getattr(output, "last_hidden_state", output)
 
-    def forward(self, *inputs):
-        ids, mask = inputs[0], inputs[1] if self.text else None
-        if isinstance(self.core, GPT):
-            states = self.core.trunk(ids, hidden=self.layers)[2]
-        else:
-            self.seen.clear()
-            self.reading = True
-            numbers = any(isinstance(layer, int) for layer in self.layers)
-            try:
-                if self.text and len(inputs) > 2:  # a Hugging Face language model: which tokens it may see
-                    out = self.core(input_ids=ids, attention_mask=inputs[2], output_hidden_states=numbers)
-                else:
-                    out = self.core(ids, output_hidden_states=True) if numbers else self.core(ids)
-            except Found:
-                out = None
-            finally:
-                self.reading = False
-            states = dict(self.seen) | ({i: h for i, h in enumerate(out.hidden_states)} if numbers else {})
-            self.seen.clear()
-        return torch.cat([self.pooled(states[layer], mask) for layer in self.layers], -1)
-
-    def pooled(self, x, mask):
-        """One vector a stimulus from (B, T, C), (B, C, H, W) or (B, C)."""
-        if self.pool == "flatten" or x.dim() == 2:
-            return x.flatten(1)
-        if x.dim() == 4:
-            x, mask = x.flatten(2).transpose(1, 2), None  # (B, H W, C)
-        if self.pool == "first":
-            return x[:, 0]
-        if mask is None:
-            return x[:, -1] if self.pool == "last" else x.mean(1)
-        mask = mask.to(x.dtype)
-        if self.pool == "last":
-            mask = (mask.cumsum(1) == mask.sum(1, keepdim=True)) * mask
-        return (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+    def forward(self, x):
+        self.core(x)
+        pooled = [pool_states(self.states.pop(layer), None, self.pool) for layer in self.layers]
+        return torch.cat(pooled, -1)
 
 
 class WithHead(nn.Module):
@@ -734,930 +724,1144 @@ class WithHead(nn.Module):
 
     def __init__(self, reader, weight, bias):
         super().__init__()
-        self.reader, self.head = reader, nn.Linear(*weight.shape)
+        self.reader = reader
+        self.head = nn.Linear(*weight.shape, device=weight.device)
         with torch.no_grad():
-            self.head.weight.copy_(weight.t())
+            self.head.weight.copy_(weight.T)
             self.head.bias.copy_(bias)
 
     def forward(self, *inputs):
         return self.head(self.reader(*inputs))
 
 
-def build(run, config, spec, study, seed):
-    """(module, inputs, about): a candidate as features of the study's stimuli (as logits, to classify), what it reads for each of them, and its
-    columns of results.csv. seed draws random weights."""
-    name, _, end = spec.partition("~")
-    away = {"": 0.0, "random": 1.0}.get(end, float(end) if re.fullmatch(r"\d*\.?\d+", end) else np.inf)
-    if away > 1:
-        raise ValueError(f"models: '{spec}' must end with ~random or ~X, X from 0 to 1, so far towards random weights")
-    on_path = re.fullmatch(r"lm@(\d*\.?\d+)", name.replace("teacher", "lm@0"))  # so far from the planted teacher, lm itself being at 1
-    about = dict(architecture=name, training_task="untrained" if away == 1 else "unknown", pretraining_data="none" if away == 1 else "unknown")
-    generator = torch.Generator().manual_seed(key_seed(config.seed, "model", f"{name}~random", seed))  # one end for all on the way
-    if name.startswith("mlp:"):
-        if study.kind != "vector" or not re.fullmatch(r"mlp:\d+(,\d+)*", name):
-            raise ValueError(f"models: '{spec}' must read mlp:WIDTH and goes with vectors (dataset=digits or an .npz)")
-        widths = [int(w) for w in name[4:].split(",")]
-        sizes = [study.stimuli.shape[1], *(widths * 2 if len(widths) == 1 else widths), len(study.labels)]
-        net = nn.Sequential(*[layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())][:-1])
-        for layer in net[::2]:  # He
-            nn.init.zeros_(layer.bias)
-            with torch.no_grad():
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / layer.in_features) ** 0.5)
-        about |= dict(architecture="MLP " + "-".join(map(str, sizes)), training_task="untrained", pretraining_data="none")
-        return net.eval().to(run.device), (torch.from_numpy(study.stimuli).to(run.device),), about
-    if config.task == "simulation":  # a network that is this function
-        if name not in FUNCTIONS:
-            raise ValueError(f"models: '{spec}' is no function of the simulation, there are {', '.join(FUNCTIONS)}: start from config/warp_simulation.yaml")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
-            net = nn.Sequential(nn.Linear(1, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 1, bias=False)).to(run.device)
-        x, w = torch.from_numpy(study.stimuli).to(run.device), FastfoodWrapper(net, 16_896, None, "identity")
-        fit(run, config, w, Objective(config, replace(study, y=FUNCTIONS[name](study.stimuli)), x), (x,), [w.D], [0.05], seed, config.steps)
-        net.load_state_dict(w.merge())
-        return net, (x,), about | dict(architecture="MLP 1-128-128-1", training_task="regression", pretraining_data=name)
-    model, encode, found = load_model(config, config.lm if on_path or name == "lm" else name, study.kind, study.starts)
-    about |= {k: v for k, v in found.items() if away < 1 or k == "architecture"}
-    pairs = list(zip(model.parameters(), random_twin(model, generator))) if away else []  # before what is not read is cut off
-    reader = Reader(model, config.layers, config.pool, study.kind == "text").to(run.device).eval()
-    inputs = tuple(t.to(run.device) for t in encode(study.stimuli))
-    with torch.enable_grad():  # parameters above the layers that are read are no part of theta
-        reader(*(t[:2] for t in inputs)).square().sum().backward()
+def load_candidate(run, config, candidate, study, draw):
+    """The Loaded candidate for a study's stimuli; draw: of random weights."""
+    if study.kind == "text" and ".py:" not in candidate.model:
+        loaded = load_language_model(run, config, candidate, study, draw)
+    else:
+        loaded = load_module(run, config, candidate, study, draw)
+    reader = loaded.reader.eval()
+    # parameters that no feature depends on, above the layers read, are no part of theta
+    reader.requires_grad_(True)
+    reader(*(t[:2] for t in loaded.inputs)).square().sum().backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
-    if on_path:
-        bend(config, reader, 1 - float(on_path[1]))
-    with torch.no_grad():
-        for p, q in pairs:
-            p.lerp_(q.to(p), away)
-    if config.task == "classification":
-        with torch.no_grad():
-            width = reader(*(t[:1] for t in inputs)).size(1)
-        reader = WithHead(reader, 0.02 * torch.randn(width, len(study.labels), generator=generator), torch.zeros(len(study.labels))).to(run.device).eval()
-    return reader, inputs, about | config.about
+    if candidate.toward == "teacher":
+        move_toward_teacher(config, reader, candidate.share)
+    return loaded
 
 
-def bend(config, reader, share):
-    """Move a student this share of the way to the teacher, which is planted_warp of its norm away in a direction that the sweep's P does not know, or
-    (planted_k) knows in its first columns."""
-    if config.planted_k:
-        w = FastfoodWrapper(reader, max(config.dims), groups_of(config, reader), config.projection, (config.seed, 0))
-        with torch.no_grad():
-            w.z[:config.planted_k] = torch.randn(config.planted_k, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.z)
-            direction = torch.cat([t.flatten() for t in w.tensors()]) - w.theta0
+def load_language_model(run, config, candidate, study, draw):
+    """A Loaded language model: ours, or any causal or masked one of transformers."""
+    spec = config.lm if candidate.model == "lm" else candidate.model
+    lm = HiddenStates(spec, device=run.device)
+    tokens = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
+    if any(getattr(lm.tokenizer, name, None) is not None for name in tokens):
+        parts = {"model": lm.model, "tokenizer": lm.tokenizer, "name": spec}
+        lm = HiddenStates(parts, device=run.device, bos=True)  # each text behind the first token
+    if candidate.toward == "random":
+        twin = lm.random_twin(key_seed(config.seed, "model", candidate.model, draw))
+        blend(lm.model, twin.model, candidate.share)
+    reader = TextReader(lm, candidate.layers, config.pool)
+    inputs = reader.encode(study.stimuli, study.pieces)
+    return Loaded(reader, inputs, f"{type(lm.model).__name__} {lm.n_layer}x{lm.width}")
+
+
+def load_module(run, config, candidate, study, draw):
+    """A Loaded vision model of transformers, or module of one's own (my_file.py:constructor)."""
+    if ".py:" in candidate.model:
+        made = load_function(candidate.model, "models")()
+        if not isinstance(made, tuple):
+            raise InputError(
+                f"models: {candidate.model} must return (module, encode), encode being a function "
+                f"from a list of {study.kind} stimuli (texts, or paths of images) to a tensor"
+            )
+        model, encode = made
     else:
-        w = FastfoodWrapper(reader, 1, projection="onehot")
-        direction = torch.randn(w.D, generator=torch.Generator().manual_seed(key_seed(config.seed, "teacher"))).to(w.theta0)
-    w.theta0 += direction * (share * config.planted_warp * w.theta0.norm() / direction.norm())  # the model's parameters are views of it
-
-
-def random_twin(model, generator):
-    """Fresh weights of the same shape, drawn as the model's kind draws them."""
-    seed = int(torch.randint(0, 2 ** 31, (1,), generator=generator))
-    if isinstance(model, GPT):
-        return [p.detach() for p in GPT(model.config, seed=seed).parameters()]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if hasattr(model, "config"):
-            return [p.detach() for p in type(model)(model.config).parameters()]
-        import copy
-        twin = copy.deepcopy(model)
-        for module in twin.modules():
-            getattr(module, "reset_parameters", lambda: None)()
-        return [p.detach() for p in twin.parameters()]
-
-
-def load_model(config, name, kind, starts=None):
-    """(module, encode, about): encode maps texts or image files to a tuple of tensors, a row for each stimulus. starts: where each text's stimulus begins."""
-    if ".py:" in name:
-        file, _, function = name.partition(":")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"models: there is no file {file} (of '{name}')")
-        spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
-            raise ValueError(f"models: {file} defines no '{function}'")
-        made = getattr(module, function)()
-        model, encode = made if isinstance(made, tuple) else (made, None)
-        if encode is None and kind != "image":
-            raise ValueError(f"models: {name} must give (module, encode) for {kind} stimuli, encode a function from a list of them to a tensor")
-        return model, as_tuple(encode or images_of(config.image_size), kind), dict(architecture=type(model).__name__)
-    if kind == "image":
+        from PIL import Image
         from transformers import AutoImageProcessor, AutoModel
-        model = hugging_face(AutoModel, name)
-        try:
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        except (OSError, ValueError, ImportError):
-            return model, images_of(config.image_size), about_hugging_face(model, name)
-        return model, lambda files: (torch.cat([processor(opened(f), return_tensors="pt")["pixel_values"] for f in files]),), about_hugging_face(model, name)
-    try:
-        model, tokenizer = load_lm(name)
-    except ValueError as e:
-        if "only GPT-2 weights" not in str(e) and "variant" not in str(e):
-            raise
-        from transformers import AutoModel, AutoTokenizer
-        model, tokenizer = hugging_face(AutoModel, name), AutoTokenizer.from_pretrained(name)
-        return model, lambda texts: other_tokens(tokenizer, texts, starts), about_hugging_face(model, name)
-    c, data = model.config, "WebText"
-    if (path := next((p for p in (Path(name), Path(name) / "best.pt", Path(name) / "ckpt.pt") if p.is_file()), None)) is not None:
-        data = (load_checkpoint(path).get("config") or {}).get("dataset", "unknown")
-    about = dict(architecture=f"GPT {c.n_layer}x{c.n_embd}", training_task="language modelling", pretraining_data=str(data))
-    return model, lambda texts: our_tokens(tokenizer, texts, c.block_size, starts), about
+
+        model = load_weights(AutoModel, candidate.model)
+        processor = from_hub(AutoImageProcessor, candidate.model)
+
+        def encode(files):
+            images = [Image.open(file).convert("RGB") for file in files]
+            return processor(images, return_tensors="pt")["pixel_values"]
+
+    if candidate.toward == "random":
+        torch.manual_seed(key_seed(config.seed, "model", candidate.model, draw))
+        if not hasattr(model, "config"):
+            raise InputError(f"models: random weights of {candidate.model} are for its constructor")
+        blend(model, type(model)(model.config), candidate.share)
+    reader = ModuleReader(model, candidate.layers, config.pool).to(run.device)
+    return Loaded(reader, (encode(study.stimuli).to(run.device),), type(model).__name__)
 
 
-def hugging_face(Auto, spec):
-    try:
-        return Auto.from_pretrained(spec)
-    except OSError as e:
-        raise FileNotFoundError(f"no model '{spec}': it is no folder or file here, and not to be had from the Hugging Face hub "
-                                f"({str(e).splitlines()[0][:120]})") from None
+@torch.no_grad()
+def move_toward_teacher(config, reader, share):
+    """Move a student this share of the way to its teacher: planted_warp of its norm, anywhere."""
+    parameters = [p for p in reader.parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "teacher"))
+    directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
+    norm = torch.cat([p.flatten() for p in parameters]).norm()
+    length = torch.cat([direction.flatten() for direction in directions]).norm()
+    for p, direction in zip(parameters, directions):
+        p += direction * (share * config.planted_warp * norm / length)
 
 
-def about_hugging_face(model, spec):
-    tasks = {"bert": "masked language modelling", "roberta": "masked language modelling", "vit": "image classification", "resnet": "image classification"}
-    return dict(architecture=f"{type(model).__name__} {spec}", training_task=tasks.get(model.config.model_type, "unknown"))
+@torch.no_grad()
+def blend(model, other, share):
+    """Move a model's parameters this share of the way to another's."""
+    for p, q in zip(model.parameters(), other.parameters()):
+        p.lerp_(q.to(p), share)
 
 
-def our_tokens(tokenizer, texts, size, starts=None):
-    """ids (n, T) behind the end-of-text token, padded on the right where no causal attention looks, and the mask (n, T) of the stimuli's own tokens.
-    What is too long loses its beginning."""
-    head, rows, first = [tokenizer.eot] if tokenizer.eot is not None else [], [], []
-    for i, text in enumerate(texts):
-        before, own = ([] if not starts or not starts[i] else tokenizer.encode(text[:starts[i]].rstrip())), tokenizer.encode(text.replace("\t", "\n"))
-        cut = max(0, len(own) - (size - len(head)))
-        rows.append(head + own[cut:])
-        first.append(len(head) + min(max(0, len(before) - cut), len(own) - cut - 1))
-    width = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    place = torch.arange(width)
-    return ids, (place >= torch.tensor(first)[:, None]) & (place < torch.tensor([len(row) for row in rows])[:, None])
-
-
-def other_tokens(tokenizer, texts, starts=None):
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"
-    out = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, return_special_tokens_mask=True, return_offsets_mapping=bool(starts))
-    mask = out["attention_mask"].bool() & ~out["special_tokens_mask"].bool()
-    if starts:
-        mask &= out["offset_mapping"][:, :, 1] > torch.tensor(starts)[:, None]  # tokens that end inside the stimulus
-    return out["input_ids"], mask, out["attention_mask"]
-
-
-def opened(file):
-    from PIL import Image
-    return Image.open(file).convert("RGB")
-
-
-def images_of(size):
-    """Pixels (n, 3, size, size), scaled to [-1, 1]."""
-    return lambda files: (torch.stack([torch.from_numpy(np.asarray(opened(f).resize((size, size)), np.float32).transpose(2, 0, 1) / 127.5 - 1)
-                                       for f in files]),)
-
-
-def as_tuple(encode, kind):
-    def wrapped(stimuli):
-        out = encode(stimuli)
-        out = out if isinstance(out, tuple) else (out,)
-        return out + (torch.ones(out[0].shape[:2], dtype=torch.bool),) if kind == "text" and len(out) == 1 else out
-    return wrapped
-
-
-def groups_of(config, model):
-    """layer_groups as lists of prefixes."""
+def split_groups(config, model):
+    """The option layer_groups as lists of names; 'blocks': every repeated block is a group."""
     if config.layer_groups != "blocks":
-        return [[name.strip() for name in part.split(",") if name.strip()] for part in config.layer_groups.split(";") if part.strip()]
+        return [part.split(",") for part in config.layer_groups.split(";") if part]
     blocks = {}
     for name, p in model.named_parameters():
-        if p.requires_grad and (found := re.match(r"(.*?\.\d+)\.", name)):
-            blocks.setdefault(found[1], None)
+        parts = name.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
+        if p.requires_grad and numbers:
+            blocks[".".join(parts[: numbers[0] + 1])] = True
     return [[name] for name in blocks]
 
 
 @torch.no_grad()
-def features(model, inputs, rows, batch_size, batched=False):
-    """(n, p) or, of several fits, (K, n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
-    rows = torch.as_tensor(np.asarray(rows), device=inputs[0].device)
-    return torch.cat([model(*(t[part] for t in inputs)) for part in rows.split(batch_size)], 1 if batched else 0)
+def read_features(model, inputs, rows, batch_size):
+    """(n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
+    rows = torch.as_tensor(rows, device=inputs[0].device)
+    return torch.cat([model(*(t[part] for t in inputs)) for part in rows.split(batch_size)])
 
 
-# ---- objectives; every function takes leading axes of fits, (K, n, p)
-
-def ridge(x, y, alpha, groups=None):
-    """Ridge regression with an intercept from one eigendecomposition of the smaller of the two Gram matrices. x (K, n, p), y (n, V);
-    alpha (K, V), or a list to choose from for each unit by the error on left-out groups (closed form; leave-one-out where groups is None).
-    Returns (weights (K, p, V), intercept (K, V), alpha (K, V)), in float64."""
-    x, y = x.double(), y.double()
-    mx, my = x.mean(1, keepdim=True), y.mean(0)
-    x, yc = x - mx, (y - my).expand(len(x), -1, -1)
-    dual = x.size(1) <= x.size(2)
-    lam, q = torch.linalg.eigh(x @ x.mT if dual else x.mT @ x)
-    lam = lam.clamp_min(0)
-    if isinstance(alpha, (list, tuple)):
-        u = q if dual else x @ q / lam.clamp_min(1e-10 * lam.amax(1, keepdim=True)).sqrt()[:, None]  # (K, n, r)
-        uty, errors = u.mT @ yc, []
-        for a in alpha:
-            keep = lam / (lam + a)  # (K, r)
-            residual = yc - u @ (keep[:, :, None] * uty)
-            errors.append(left_out(residual, u, keep, groups).square().mean(1))
-        alpha = torch.tensor(alpha, dtype=x.dtype, device=x.device)[torch.stack(errors).argmin(0)]  # (K, V)
-    right = q.mT @ (yc if dual else x.mT @ yc)  # (K, r, V)
-    w = q @ (right / (lam[:, :, None] + alpha[:, None]).clamp_min(1e-12))
-    w = x.mT @ w if dual else w
-    return w, my - (mx @ w)[:, 0], alpha
+# ---- objectives: what is trained, and how it is scored
 
 
-def left_out(residual, u, keep, groups):
-    """Errors (K, n, V) of each stimulus when its group is left out, from the residuals of the fit and its hat matrix u diag(keep) uᵀ + 1/n."""
-    n = residual.size(1)
-    if groups is None or len(np.unique(groups)) == n:
-        return residual / (1 - 1 / n - (u.square() * keep[:, None]).sum(2)).clamp_min(1e-6)[:, :, None]
-    number = np.unique(groups, return_inverse=True)[1]
-    members = [np.flatnonzero(number == g) for g in range(number.max() + 1)]
-    at = torch.tensor([np.pad(m, (0, max(map(len, members)) - len(m)), constant_values=n).tolist() for m in members], device=u.device)  # (G, s), n: none
-    hat = F.pad((u * keep[:, None]) @ u.mT + 1 / n, (0, 1, 0, 1))  # a row of zeros for 'none'
-    hat[:, n], hat[:, :, n] = 0, 0
-    block = torch.eye(at.size(1), device=u.device, dtype=u.dtype) - hat[:, at[:, :, None], at[:, None]]  # (K, G, s, s)
-    solved = torch.linalg.solve(block, F.pad(residual, (0, 0, 0, 1))[:, at])  # (K, G, s, V)
-    out = residual.new_zeros(residual.size(0), n + 1, residual.size(2))
-    out[:, at.flatten()] = solved.flatten(1, 2)
-    return out[:, :n]
+class Objective:
+    """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
+
+    To add one, write its class and name it in OBJECTIVES. f: features (n, p) of stimuli, or what
+    else the model puts out; rows: the numbers of these stimuli.
+    """
+
+    pairs = False  # whether pairs of stimuli are scored, (n, n), not responses to each
+    parameters = ()  # what is trained beside the warp
+
+    def __init__(self, config, study, fold, f0):
+        """f0: features of the training stimuli before any warp."""
+        self.config, self.study, self.fold = config, study, fold
+        self.y = torch.as_tensor(study.y, device=f0.device)
+        if self.y.is_floating_point():
+            self.y = self.y.float()
+
+    def fit(self, f_train, f_val):
+        """Whatever is chosen on validation stimuli, at every validation."""
+
+    def refit(self, f, rows):
+        """Whatever is fitted anew to training and validation stimuli, before the test."""
+
+    def loss(self, f, rows):
+        return F.mse_loss(self.predict(f), self.y[rows])
+
+    def predict(self, f):
+        """What is scored: predictions (n, V), or the model's pairs of stimuli (n, n)."""
+        return f
+
+    @classmethod
+    def truth(cls, config, study, rows):
+        """What it is scored against: responses (n, V), or the brain's pairs (n, n)."""
+        return study.y[rows]
+
+    @classmethod
+    def score(cls, config, predicted, truth, weights):
+        """(B,) scores under B weightings of the stimuli, (B, n)."""
+        return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
+
+    @classmethod
+    def score_all(cls, config, predicted, truth):
+        """The score of all stimuli."""
+        return cls.score(config, predicted, truth, np.ones((1, len(truth))))[0]
+
+    @torch.no_grad()
+    def validate(self, f_train, f_val):
+        """Score of the validation stimuli, once what they choose is chosen; nan after NaNs."""
+        if not f_train.isfinite().all():
+            return np.nan
+        self.fit(f_train, f_val)
+        truth = self.truth(self.config, self.study, self.fold["val"])
+        return self.score_all(self.config, self.predict(f_val).cpu().numpy(), truth)
+
+    @torch.no_grad()
+    def test(self, f_train, f_val, f_test):
+        """What is scored of the test stimuli; a readout is fitted to all others."""
+        self.fit(f_train, f_val)
+        rows = np.concatenate([self.fold["train"], self.fold["val"]])
+        self.refit(torch.cat([f_train, f_val]), rows)
+        return self.predict(f_test).cpu().numpy().astype(np.float32)
 
 
-def gram(x):
-    return x @ x.mT
+class Ridge:
+    """Ridge regression with an intercept on x (n, p): one SVD for all targets and penalties."""
+
+    def __init__(self, x):
+        self.x_mean = x.mean(0)
+        self.u, self.s, self.vt = torch.linalg.svd(x - self.x_mean, full_matrices=False)
+
+    def fit(self, y):
+        """To the targets y (n, V)."""
+        self.y_mean = y.mean(0)
+        self.uty = self.u.T @ y  # u has mean 0: that of y does not matter
+        return self
+
+    def rotated(self, alpha):
+        """Weights of the components (r, V), of one penalty or one for each target (V,)."""
+        s = self.s[:, None]
+        return s / (s**2 + alpha) * self.uty
+
+    def weights(self, alpha):
+        """(p, V)"""
+        return self.vt.T @ self.rotated(alpha)
+
+    def predict(self, x, alpha):
+        return (x - self.x_mean) @ self.vt.T @ self.rotated(alpha) + self.y_mean
+
+    def choose(self, x, y, alphas):
+        """(V,): the penalty that predicts each target of other stimuli best."""
+        errors = [(self.predict(x, alpha) - y).square().mean(0) for alpha in alphas]
+        best = torch.stack(errors).argmin(0)
+        return torch.tensor(alphas, dtype=x.dtype, device=x.device)[best]
+
+
+class RidgeReadout(Objective):
+    """The best linear readout of the features as they are, in closed form at every step.
+
+    It counts as a constant of the loss: the gradient is that of the loss after the fit (envelope
+    theorem). Validation stimuli choose a penalty for each unit. The readout sees standardised
+    features, or head_dims of their principal components before any warp.
+    """
+
+    def __init__(self, config, study, fold, f0):
+        super().__init__(config, study, fold, f0)
+        self.mean, self.basis = head_basis(config, f0)
+
+    def shown(self, f):
+        return (f - self.mean) @ self.basis
+
+    @torch.no_grad()
+    def fit(self, f_train, f_val):
+        train, val = self.fold["train"], self.fold["val"]
+        x, x_val = self.shown(f_train).double(), self.shown(f_val).double()
+        ridge = Ridge(x).fit(self.y[train].double())
+        self.alpha = ridge.choose(x_val, self.y[val].double(), self.config.alphas)
+        self.refit(f_train, train)
+
+    @torch.no_grad()
+    def refit(self, f, rows):
+        weights, bias = self.solve(self.shown(f).double(), self.y[rows].double())
+        self.weights, self.bias = weights.float(), bias.float()
+
+    def solve(self, x, y):
+        """(weights (p, V), bias (V,)) of y (n, V) on x (n, p)."""
+        ridge = Ridge(x).fit(y)
+        weights = ridge.weights(self.alpha)
+        return weights, ridge.y_mean - ridge.x_mean @ weights
+
+    def loss(self, f, rows):
+        if self.config.exact:
+            self.refit(f.detach(), rows)
+        penalty = (self.alpha * self.weights.square()).sum() / len(self.fold["train"])
+        return super().loss(f, rows) + penalty.float() / self.y.size(1)
+
+    def predict(self, f):
+        return self.shown(f) @ self.weights + self.bias
+
+
+class OLSReadout(RidgeReadout):
+    """Ordinary least squares, of the least norm where there are more features than stimuli."""
+
+    def solve(self, x, y):
+        self.alpha = torch.zeros(())
+        weights = torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
+        return weights, y.mean(0) - x.mean(0) @ weights
+
+
+class PLSReadout(RidgeReadout):
+    """Partial least squares, 25 components, as Brain-Score's vision benchmarks have it."""
+
+    def solve(self, x, y):
+        self.alpha = torch.zeros(())
+        pls = PLSRegression(min(25, *x.shape), scale=False).fit(x.cpu().numpy(), y.cpu().numpy())
+        weights = torch.as_tensor(pls.coef_.T).to(x)
+        return weights, y.mean(0) - x.mean(0) @ weights
+
+
+class SGDReadout(RidgeReadout):
+    """A linear readout that is trained, first by itself and then beside the warp."""
+
+    def __init__(self, config, study, fold, f0):
+        super().__init__(config, study, fold, f0)
+        self.weights = torch.zeros(self.basis.size(1), self.y.size(1)).to(f0).requires_grad_()
+        self.bias = self.y[fold["train"]].mean(0).requires_grad_()
+        self.parameters = (self.weights, self.bias)
+        adam = torch.optim.Adam(self.parameters, lr=HEAD_RATE)
+        for _ in range(HEAD_STEPS):
+            adam.zero_grad()
+            self.loss(f0, fold["train"]).backward()
+            adam.step()
+
+    def fit(self, f_train, f_val):
+        pass
+
+    def refit(self, f, rows):
+        pass
+
+    def loss(self, f, rows):
+        return Objective.loss(self, f, rows)
+
+
+class RSA(Objective):
+    """One minus the correlation of the model's distances with the brain's; no readout."""
+
+    pairs = True
+
+    def loss(self, f, rows):
+        return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
+
+    def predict(self, f):
+        return self.compare(self.config, f)
+
+    @classmethod
+    def truth(cls, config, study, rows):
+        return cls.compare(config, torch.as_tensor(study.y[rows])).numpy()
+
+    @classmethod
+    def score(cls, config, predicted, truth, weights):
+        scores = []
+        for chosen in weights:
+            pair = np.ix_(chosen > 0, chosen > 0)
+            arrays = (torch.as_tensor(array[pair]).double() for array in (predicted, truth))
+            scores.append(float(cls.similarity(*arrays)))
+        return np.nan_to_num(np.array(scores))
+
+    @staticmethod
+    def compare(config, x):
+        """What pairs of stimuli are to each other, (n, n), from x (n, p)."""
+        return distances(x, config.rdm)
+
+    @staticmethod
+    def similarity(a, b):
+        """How alike two such matrices are."""
+        i, j = np.triu_indices(len(a), 1)
+        return torch.corrcoef(torch.stack([a[i, j], b[i, j]]))[0, 1]
+
+
+class CKA(RSA):
+    """One minus the debiased linear CKA of model and brain (Nguyen et al. 2021); no readout."""
+
+    @staticmethod
+    def compare(config, x):
+        x = x - x.mean(0)
+        return x @ x.T
+
+    @staticmethod
+    def similarity(a, b):
+        return cka(a.double(), b.double())
+
+
+HEADS = {"ridge": RidgeReadout, "ols": OLSReadout, "pls": PLSReadout, "sgd": SGDReadout}
+OBJECTIVES = {"linear": RidgeReadout, "linear_first": Objective, "rsa": RSA, "cka": CKA}
+
+
+def objective_class(config):
+    """The class of Objective that the options ask for."""
+    return HEADS[config.head] if config.objective == "linear" else OBJECTIVES[config.objective]
+
+
+def head_basis(config, f):
+    """(mean, basis (p, p')) that turn features f (n, p) into what a readout sees."""
+    mean, sd = f.mean(0), f.std(0).clamp_min(1e-6)
+    if not config.head_dims:
+        return mean, torch.diag(1 / sd)
+    if config.head_dims > min(f.shape):
+        raise InputError(
+            f"head_dims={config.head_dims} is more than {min(f.shape)}, the components of "
+            f"{len(f)} training stimuli x {f.size(1)} features"
+        )
+    components = torch.linalg.svd((f - mean) / sd, full_matrices=False)[2][: config.head_dims]
+    return mean, components.T / sd[:, None]
 
 
 def cka(k, l):
-    """Debiased linear CKA (..., ) of Gram matrices k, l (..., n, n), n >= 4 (Song et al. 2012; Nguyen et al. 2021)."""
-    n = k.size(-1)
-
-    def zero_diagonal(m):
-        return m - torch.diag_embed(torch.diagonal(m, dim1=-2, dim2=-1))
+    """Debiased linear CKA of Gram matrices k, l (n, n), n >= 4 (Song et al. 2012)."""
+    n = len(k)
 
     def hsic(a, b):
-        ra, rb = a.sum(-1), b.sum(-1)
-        return ((a * b).sum((-2, -1)) + ra.sum(-1) * rb.sum(-1) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (ra * rb).sum(-1)) / (n * (n - 3))
+        a = a - torch.diag(torch.diagonal(a))
+        b = b - torch.diag(torch.diagonal(b))
+        shared = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
+        return ((a * b).sum() + shared) / (n * (n - 3))
 
-    k, l = zero_diagonal(k), zero_diagonal(l)
     return hsic(k, l) / (hsic(k, k) * hsic(l, l)).clamp_min(1e-24).sqrt()
 
 
 def distances(x, kind):
-    """Representational dissimilarities (..., n, n) of x (..., n, p): 1 - correlation, or mean squared difference."""
+    """Dissimilarities (n, n) of x (n, p): 1 - correlation, or mean squared difference."""
     if kind == "correlation":
-        x = x - x.mean(-1, keepdim=True)
-        x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        return 1 - gram(x)
-    square = x.square().sum(-1)
-    return (square[..., :, None] + square[..., None, :] - 2 * gram(x)) / x.size(-1)
+        x = x - x.mean(1, keepdim=True)
+        x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return 1 - x @ x.T
+    square = x.square().sum(1)
+    return (square[:, None] + square[None, :] - 2 * x @ x.T) / x.size(1)
 
 
-def upper(m):
-    """The pairs i < j of (..., n, n): (..., n (n - 1) / 2)."""
-    i, j = np.triu_indices(m.shape[-1], 1)
-    return m[..., i, j]
-
-
-def pearson(a, b):
-    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
-    return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp_min(1e-12)
-
-
-def soft_ranks(x, tau=0.05):
-    """Differentiable ranks (..., m): 1/2 + the sum over the others of a sigmoid of the difference, in units of tau standard deviations."""
-    x = x / (tau * x.detach().std(-1, keepdim=True).clamp_min(1e-12))
-    return 0.5 + torch.sigmoid(x[..., :, None] - x[..., None, :]).sum(-1)
-
-
-class Objective:
-    """What is trained and how it is scored, of features (K, n, p) of a candidate whose unwarped features of the training stimuli are f0 (n, p)."""
-
-    def __init__(self, config, study, f0, shuffle=None):
-        self.kind = "class" if config.task == "classification" else "mse" if config.objective == "linear_first" or config.task == "simulation" else \
-            config.head if config.objective == "linear" else config.objective
-        self.config, self.study, device = config, study, f0.device
-        train, val = study.rows["train"], study.rows["val"]
-        order = np.arange(len(study.y))
-        for rows in (train, val) if shuffle is not None else ():  # the responses of other stimuli of the same part; those of the test stay true
-            order[rows] = rows[shuffle.permutation(len(rows))]
-        self.y = torch.as_tensor(study.y[order], dtype=torch.int64 if self.kind == "class" else torch.float32, device=device)
-        self.target = None if study.brain_rdm is None else torch.as_tensor(study.brain_rdm[order][:, order], dtype=torch.float32, device=device)
-        groups = study.group[train]
-        self.groups = groups if len(set(groups)) < len(groups) else None
-        self.alpha = self.basis = None
-        if self.kind in ("ridge", "sgd"):
-            mean, sd = f0.mean(0), f0.std(0).clamp_min(1e-6)
-            self.basis = torch.diag(1 / sd)
-            if config.head_dims:
-                if config.head_dims > min(f0.shape):
-                    raise ValueError(f"head_dims={config.head_dims} is more than {min(f0.shape)}, the components of {len(f0)} stimuli x {f0.size(1)} features")
-                self.basis = self.basis @ torch.linalg.svd((f0 - mean) / sd, full_matrices=False)[2][:config.head_dims].t()
-            self.mean = mean
-
-    def shown(self, f):
-        """Features as the head sees them, (K, n, p')."""
-        return (f - self.mean) @ self.basis if self.basis is not None else f
-
-    def solve(self, f, rows, choose=False):
-        """The ridge readout of training features f; penalties are chosen anew where asked."""
-        with torch.no_grad():
-            w, b, alpha = ridge(self.shown(f), self.y[rows], list(self.config.alphas) if choose or self.alpha is None else self.alpha, self.groups)
-            self.alpha, self.readout = alpha, (w.float(), b.float())
-
-    def pair_target(self, rows):
-        """The brain's distances (n, n), or Gram matrix, of these stimuli."""
-        if self.kind == "cka":
-            y = self.y[rows].double()
-            return gram(y - y.mean(0))
-        return self.target[rows][:, rows] if self.target is not None else distances(self.y[rows].double(), self.config.rdm)
-
-    def pair_features(self, f):
-        if self.kind == "cka":
-            return gram(f - f.mean(-2, keepdim=True))
-        return distances(f, "correlation" if self.config.rdm == "correlation" else "euclidean")
-
-    def loss(self, f, rows, head=None):
-        """(K,) of features f (K, n, p) of the stimuli in rows. The ridge readout is the best one for f and so counts as a constant: the gradient is that of
-        the loss after the fit (envelope theorem)."""
-        if self.kind == "class":
-            return F.cross_entropy(f.flatten(0, 1), self.y[rows].repeat(len(f)), reduction="none").view(len(f), -1).mean(1)
-        if self.kind == "mse":
-            return (f - self.y[rows]).square().mean((1, 2))
-        if self.kind == "ridge":
-            w, b = self.readout
-            penalty = (self.alpha[:, None] * w.double().square()).sum((1, 2)).float() / self.y[rows].numel()
-            return (self.shown(f) @ w + b[:, None] - self.y[rows]).square().mean((1, 2)) + penalty * len(rows) / len(self.study.rows["train"])
-        if self.kind == "sgd":
-            return (self.shown(f) @ head[0] + head[1][:, None] - self.y[rows]).square().mean((1, 2))
-        m, target = self.pair_features(f), self.pair_target(rows)
-        if self.kind == "cka":
-            return 1 - cka(m.double(), target).float()
-        a, b = upper(m), upper(target).to(m.dtype)
-        if self.config.compare == "spearman":
-            a, b = soft_ranks(a), torch.as_tensor(scipy.stats.rankdata(b.cpu()), dtype=m.dtype, device=m.device)
-        return 1 - pearson(a, b)
-
-    @torch.no_grad()
-    def evidence(self, f_train, f, head=None, choose=True):
-        """What the score is counted from: predictions (K, n, V), or the model's pairs (K, n, n)."""
-        if self.kind in ("class", "mse"):
-            return f
-        if self.kind == "ridge":
-            alpha, readout = self.alpha, getattr(self, "readout", None)
-            self.solve(f_train, self.study.rows["train"], choose)
-            (w, b), self.alpha, self.readout = self.readout, alpha, readout
-            return self.shown(f) @ w + b[:, None]
-        if self.kind == "sgd":
-            return self.shown(f) @ head[0] + head[1][:, None]
-        return self.pair_features(f)
-
-    def truth(self, part):
-        """What evidence is compared with: responses (n, V), classes (n,), or the brain's pairs (n, n) of a part of the stimuli."""
-        rows = self.study.rows[part]
-        return (self.y[rows] if self.kind in ("class", "mse", "ridge", "sgd") else self.pair_target(rows)).cpu().numpy()
-
-
-def scores(kind, config, evidence, truth, weights=None, ceiling=None):
-    """(B,) scores of one fit's evidence under B weightings of the stimuli (B, n): counts of a bootstrap, or 0 and 1 for pairs. Without weights, (1,)."""
-    n = len(truth)
-    weights = np.ones((1, n)) if weights is None else np.asarray(weights, float)
-    if kind == "class":
-        return weights @ (evidence.argmax(1) == truth) / weights.sum(1)
-    if kind in ("rsa", "cka"):
-        found = []
-        for w in weights:
-            at = np.flatnonzero(w)
-            a, b = evidence[np.ix_(at, at)].astype(float), truth[np.ix_(at, at)].astype(float)
-            if kind == "cka":
-                found.append(float(cka(torch.from_numpy(a), torch.from_numpy(b))))
-            else:
-                a, b = upper(a), upper(b)
-                a, b = (scipy.stats.rankdata(a), scipy.stats.rankdata(b)) if config.compare == "spearman" else (a, b)
-                found.append(np.corrcoef(a, b)[0, 1])
-        return np.nan_to_num(np.array(found))
-    y, w = truth.astype(float), weights / weights.sum(1, keepdims=True)
-    zero, one = y.mean(0), np.where(y.std(0) > 0, y.std(0), 1)  # scores have no unit: volts are as good as microvolts
-    p, y = (evidence - zero) / one, (y - zero) / one
-    my = w @ y
-    vy = np.maximum(w @ (y * y) - my ** 2, 1e-12)
-    if config.metric == "r2":
-        unit = 1 - (w @ (y - p) ** 2) / vy
-        return np.median(unit if ceiling is None else unit / np.maximum(ceiling, 1e-6), 1)
-    mp = w @ p
-    vp = np.maximum(w @ (p * p) - mp ** 2, 0)
-    unit = np.where(vp > 1e-10, (w @ (p * y) - mp * my) / np.sqrt(np.maximum(vp, 1e-10) * vy), 0)
-    return np.median(unit if ceiling is None else unit / np.sqrt(np.maximum(ceiling, 1e-6)), 1)
-
-
-def resample(config, study, kind):
-    """(draws, n) weightings of the test stimuli, the same for every fit: groups with replacement, or, for pairs (a stimulus beside itself is no pair),
-    half of the groups, which varies as much."""
-    rng, names = np.random.default_rng(key_seed(config.seed, "bootstrap")), study.group[study.rows["test"]]
-    number = np.unique(names, return_inverse=True)[1]
-    G = number.max() + 1
-    if kind in ("rsa", "cka"):
-        chosen = np.zeros((min(config.draws, 300), G))
-        for row in chosen:
-            row[rng.permutation(G)[:max(G // 2, min(G, 6))]] = 1
-    else:
-        chosen = rng.multinomial(G, np.full(G, 1 / G), config.draws)
-    return chosen[:, number]
-
-
-def readouts(config, x):
-    """Linear regressions of other libraries, for features x (n, p)."""
-    from himalaya.ridge import RidgeCV
-    from sklearn.cross_decomposition import PLSRegression
-    from sklearn.linear_model import LinearRegression
-    return dict(ols=LinearRegression(), pls=PLSRegression(min(25, *x.shape), scale=False),
-                ridge=RidgeCV(alphas=np.array(config.alphas), cv=5, solver_params=dict(warn=False)))
-
-
-def with_head(config, study, reader, f0, shuffle=None):
-    """linear_first: the reader with a readout fitted once to its features, all of them one model from here on."""
-    rows = study.rows["train"]
-    y = torch.as_tensor(study.y[rows], dtype=torch.float32, device=f0.device)
-    if shuffle is not None:
-        y = y[torch.as_tensor(shuffle.permutation(len(rows)), device=f0.device)]
-    mean, sd = f0.mean(0), f0.std(0).clamp_min(1e-6)
-    z = (f0 - mean) / sd
-    if config.head_fit == "ridge":
-        groups = study.group[rows]
-        w, b, _ = ridge(z[None], y, list(config.alphas), groups if len(set(groups)) < len(groups) else None)
-        w, b = w[0].float(), b[0].float()
-    elif config.head_fit == "sgd":
-        w, b = torch.zeros(z.size(1), y.size(1), device=z.device, requires_grad=True), y.mean(0).clone().requires_grad_()
-        adam = torch.optim.Adam([w, b], lr=config.head_lr)
-        for _ in range(500):
-            adam.zero_grad()
-            (z @ w + b - y).square().mean().backward()
-            adam.step()
-        w, b = w.detach(), b.detach()
-    else:
-        fitted = readouts(config, z)[config.head_fit].fit(z.cpu().numpy(), y.cpu().numpy())
-        b, *w = torch.as_tensor(fitted.predict(np.eye(z.size(1) + 1, z.size(1), -1)), dtype=torch.float32, device=z.device)  # of zeros, of each feature
-        w = torch.stack(w) - b
-    w = w / sd[:, None]
-    return WithHead(reader, w, b - mean @ w).to(f0.device).eval()
+def unit_scores(metric, predicted, y, weights):
+    """(B, V): r or R2 of each unit, predictions and responses (n, V), under weights (B, n)."""
+    w = (weights / weights.sum(1, keepdims=True)).astype(y.dtype)
+    sd = y.std(0)
+    sd = np.where(sd > 0, sd, 1)  # scores have no unit: volts are as good as microvolts
+    p = (predicted - y.mean(0)) / sd
+    y = (y - y.mean(0)) / sd
+    y_var = np.maximum(w @ y**2 - (w @ y) ** 2, 1e-12)
+    if metric == "r2":
+        return 1 - w @ (y - p) ** 2 / y_var
+    p_var = np.maximum(w @ p**2 - (w @ p) ** 2, 0)
+    covariance = w @ (p * y) - (w @ p) * (w @ y)
+    # a constant prediction is no correlation, and no NaN
+    return np.where(p_var > 1e-10, covariance / np.sqrt(np.maximum(p_var, 1e-10) * y_var), 0)
 
 
 # ---- fits
 
-def adam_step(state, grads, step, rates):
-    """One step of Adam on tensors (K, ...), each fit at its own rate (K,)."""
-    for i, (p, g) in enumerate(zip(state["params"], grads)):
-        m, v = state["m"][i], state["v"][i]
-        m.lerp_(g, 0.1)
-        v.mul_(0.999).addcmul_(g, g, value=0.001)
-        rate = rates[i].view(-1, *[1] * (p.dim() - 1))
-        p.sub_(rate / (1 - 0.9 ** step) * m / ((v / (1 - 0.999 ** step)).sqrt() + 1e-12))
+
+@dataclass(frozen=True)
+class Fit:
+    """One of the fits of a study; its result is a file."""
+
+    candidate: Candidate
+    what: str  # warp, full, shuffles (of d = 0, in closed form), or a baseline: ols, pls, ridge
+    d: int = 0
+    rate: float = 0.0
+    draw: int = 0  # of P, and of random weights
+    fold: int = 0
+    shuffle: int = 0  # of the responses; 0: the true ones
+
+    def file(self, folder, config):
+        """Its file: of other weights, or another P, there is another."""
+        key = {**asdict(self.candidate), "stamps": []}
+        for spec in (config.lm, self.candidate.model):
+            for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
+                if path.is_file():
+                    key["stamps"].append((path.name, path.stat().st_mtime_ns))
+        if self.d:  # P has as many columns as a power of two of the largest d
+            key["P"] = power_of_two(max(config.dims))
+        if self.what == "shuffles":
+            key["shuffles"] = config.shuffles
+        numbers = f"{self.d}-{self.rate}-{self.draw}-{self.fold}-{self.shuffle}"
+        name = quote(self.candidate.name, safe="")
+        return folder / f"{name}-{self.what}-{numbers}-{hash_options(key)}.npz"
 
 
-def gradients(wrapper, objective, inputs, rows, params, head, batch_size, solve=None):
-    """(loss (K,), gradients of params) on the stimuli in rows: in one pass, or, where they are more than a batch, features first, then dL/d features
-    chunk by chunk through the model: exact for any loss of all features. solve(features) comes before the loss."""
-    at = torch.as_tensor(rows, device=inputs[0].device)
-    tensors = wrapper.tensors()
-    if len(rows) <= batch_size:
-        f = wrapper.call(tensors, *(t[at] for t in inputs))
-        f = f if wrapper.copies else f[None]
-        if solve:
-            solve(f.detach())
-        loss = objective.loss(f, at, head)
-        return loss.detach(), torch.autograd.grad(loss.sum(), params, allow_unused=True)
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    f = features(lambda *x: wrapper.call(leaves, *x), inputs, rows, batch_size, batched=True).requires_grad_()
-    if solve:
-        solve(f.detach())
-    loss = objective.loss(f, at, head)
-    df, *of_head = torch.autograd.grad(loss.sum(), [f, *(head or [])])
-    done = 0
-    for part in at.split(batch_size):
-        wrapper.call(leaves, *(t[part] for t in inputs)).backward(df[:, done:done + len(part)])
-        done += len(part)
-    own = torch.autograd.grad(tensors, params[:2], [t.grad if t.grad is not None else torch.zeros_like(t) for t in leaves], allow_unused=True)
-    return loss.detach(), [*own, *of_head]
+def list_fits(config, study):
+    """Every Fit of a study. Those without a P are not repeated for each draw of it."""
+    fits = []
+    folds = range(len(study.folds))
+    for candidate in study.candidates:
+        for draw in range(config.seeds):
+            for fold in folds:
+                fits += fits_of_draw(config, candidate, draw, fold, config.full)
+        if study.objective is RidgeReadout and config.dims[0] == 0:
+            fits.append(Fit(candidate, "shuffles"))
+        if config.baselines:
+            for fold in folds:
+                fits += [Fit(candidate, name, fold=fold) for name in ("ols", "pls", "ridge")]
+    n_steps = sum(fit.rate > 0 for fit in fits)
+    if config.shuffled and max(config.dims):
+        control = []
+        for fold in folds:
+            control += fits_of_draw(config, study.candidates[0], 0, fold, full=False)
+        n_shuffles = max(1, n_steps // (10 * len(control)))  # they cost a tenth of the run
+        for number in range(1, n_shuffles + 1):
+            fits += [replace(fit, shuffle=number, draw=number - 1) for fit in control]
+    return fits
 
 
-def fit(run, config, wrapper, objective, inputs, dims, rates, seed, steps):
-    """Train len(dims) fits side by side. Returns for each (best validation score, evidence on the test stimuli, its step, [(step, loss, validation)])."""
-    study, K, size = objective.study, len(dims), max(1, config.batch_size // len(dims)) if config.exact else config.batch_size
-    train, val, test = (study.rows[part] for part in ("train", "val", "test"))
-    wrapper.start(K, dims)
-    objective.alpha, head, generator = None, None, np.random.default_rng(key_seed(config.seed, "batches", seed))
-    params = [wrapper.z, wrapper.scales]
-    reach = wrapper.theta0.reshape(-1, wrapper.D).norm(dim=1)  # ||theta0||
-    free = torch.tensor(dims, device=run.device).sub(wrapper.m).clamp_min(1)
-    rates = torch.tensor(rates, device=run.device)
-    speeds = [rates * reach / free.sqrt(), rates]  # Adam moves each coordinate by its rate: sqrt(d) of them by this share of ||theta0||
-    if objective.kind == "sgd":
-        p = objective.basis.size(1)
-        head = [torch.zeros(K, p, study.y.shape[1], device=run.device), objective.y[train].mean(0).expand(K, -1).clone()]
-        head = [t.requires_grad_() for t in head]
-        params, speeds = params + head, speeds + [torch.full((K,), config.head_lr, device=run.device)] * 2
-    state = dict(params=[p.data for p in params], m=[torch.zeros_like(p) for p in params], v=[torch.zeros_like(p) for p in params])
-    truth, best, curve = objective.truth("val"), torch.full((K,), -np.inf), []
-    kept, at_step, order = [p.detach().clone() for p in params], np.zeros(K, int), []
-    spearman = objective.kind == "rsa" and config.compare == "spearman"
-    exact = config.exact and not (spearman and len(train) > 64)
-    batch = min(config.batch_size, 64) if spearman else config.batch_size
-
-    def forward(rows):
-        with torch.no_grad():
-            tensors = wrapper.tensors()
-        return features(lambda *x: wrapper.call(tensors, *x), inputs, rows, size, batched=True)
-
-    for step in range(steps + 1):
-        if step % config.eval_interval == 0 or step == steps:
-            f = forward(np.concatenate([train, val]) if objective.kind == "ridge" else val)
-            shown = objective.evidence(f[:, :len(train)], f[:, -len(val):], head).cpu().numpy()
-            found = torch.tensor([scores(objective.kind, config, e, truth)[0] for e in shown])
-            better = found > best
-            best = torch.where(better, found, best)
-            at_step[better.numpy()] = step
-            for old, p in zip(kept, params):
-                old[better.to(old.device)] = p.detach()[better.to(old.device)]
-        if step == steps:
-            if curve:
-                curve.append((step, curve[-1][1], best.numpy().copy()))
-            break
-        if exact:
-            rows = train
-        else:
-            if len(order) < min(batch, len(train)):  # a stimulus is never twice in a batch
-                order = generator.permutation(train)
-            rows, order = order[:batch], order[batch:]
-        solve, choose = None, step % config.eval_interval == 0
-        if objective.kind == "ridge" and (choose or step % config.head_every == 0):
-            solve = partial(objective.solve, rows=train, choose=choose)
-            if not exact:
-                solve = solve(forward(train))  # on all of them, now
-        loss, grads = gradients(wrapper, objective, inputs, rows, params, head, size, solve)
-        if not torch.isfinite(loss).all():
-            raise ValueError(f"the loss is not finite at step {step} of d={dims[int((~torch.isfinite(loss)).nonzero()[0])]}: "
-                             f"give smaller learning_rates than {config.learning_rates}")
-        pace = min(1, (step + 1) / (0.1 * steps)) * 0.5 * (1 + np.cos(np.pi * step / steps))
-        grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
-        adam_step(state, grads, step + 1, [s * pace for s in speeds])
-        curve.append((step, loss.cpu().numpy(), best.numpy().copy()))
-    for p, old in zip(params, kept):
-        p.data.copy_(old)
-    f = forward(np.concatenate([train, test]) if objective.kind == "ridge" else test)
-    shown = objective.evidence(f[:, :len(train)], f[:, -len(test):], None if head is None else [h.detach() for h in head]).cpu().numpy()
-    return [(float(best[k]), shown[k], int(at_step[k]), [(s, float(l[k]), float(v[k])) for s, l, v in curve]) for k in range(K)]
+def fits_of_draw(config, candidate, draw, fold, full):
+    """The Fits of one draw and fold."""
+    fits = []
+    first = draw == 0 or candidate.random
+    for d in config.dims:
+        if d:
+            fits += [Fit(candidate, "warp", d, r, draw, fold) for r in config.learning_rates]
+        elif first:
+            fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
+    if full and first:
+        fits += [Fit(candidate, "full", 0, r, draw, fold) for r in config.learning_rates]
+    return fits
 
 
-def fit_all(run, config, wrapper, objective, inputs, jobs, seed):
-    """Every (d, learning rate) of jobs, some side by side; yields (job, result of fit). How many is measured: once for problems of one shape (fit_all.best
-    remembers), a few steps alone and in a batch are timed, and the quicker way is taken. A model that cannot be batched is fitted alone."""
-    jobs, key = list(jobs), (wrapper.D, wrapper.d, len(inputs[0]), objective.kind, str(run.device))
-    most = min(3 if run.device.type == "cpu" else 64, max(1, int(1e8 // wrapper.D)), len(jobs))
-    if not config.fits_per_batch and most > 1 and len(jobs) > 2 and key not in fit_all.best:
-        took = {}
-        for K in (1, most, 1):
-            start = time.perf_counter()
-            try:
-                fit(run, config, wrapper, objective, inputs, [wrapper.d] * K, [1e-6] * K, seed, 2)
-            except (RuntimeError, NotImplementedError):  # control flow on values, an operation without a batching rule, too little memory
-                if K == 1:
-                    raise
-                continue
-            took[K] = min(took.get(K, np.inf), (time.perf_counter() - start) / K)
-        fit_all.best[key] = min(took, key=took.get)
-    K = config.fits_per_batch or fit_all.best.get(key, 1)
-    for at in range(0, len(jobs), K):
-        part = jobs[at:at + K]
-        yield from zip(part, fit(run, config, wrapper, objective, inputs, [d for d, _ in part], [rate for _, rate in part], seed, config.steps))
-
-
-fit_all.best = {}
-
-
-def evidence_file(run, spec, control, seed, projection, d):
-    return run.out / "fits" / run.options_hash(ANALYSIS) / f"{quote(spec, '')}-{control or 'none'}-{seed}-{projection}-{d}.npz"
-
-
-def sweep(run, config, study, spec, seed, control=""):
-    """All d of one candidate and seed: rows of the results table and, in fits/, the evidence that d_warp is bootstrapped from."""
-    reader, inputs, about = build(run, config, spec, study, seed)
-    f0 = features(reader, inputs, study.rows["train"], config.batch_size)
-    shuffle = (lambda: np.random.default_rng(key_seed(config.seed, "shuffle", seed)) if control else None)
-    if config.task == "encoding" and config.objective == "linear_first":
-        reader = with_head(config, study, reader, f0, shuffle())
-    objective = Objective(config, study, f0, shuffle())
-    kind, truth, d_max = objective.kind, objective.truth("test"), max(config.dims)
-    weights = resample(config, study, kind)
-    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
-    if kind in ("rsa", "cka", "class") or study.ceiling is None:
-        ceiling = study.pair_ceiling
-    else:
-        ceiling = float(np.median(study.ceiling ** (0.5 if config.metric == "r" else 1)))
-
-    def record(d, projection):
-        """The row of a fit, from its file."""
-        with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
-            shown, val, step, rate = f["evidence"], float(f["validation"]), int(f["step"]), float(f["rate"])
-        score = partial(scores, kind, config)
-        value, (low, high) = score(shown, truth)[0], np.quantile(score(shown, truth, weights), [0.025, 0.975])
-        rng = np.random.default_rng(key_seed(config.seed, "chance"))
-        if kind == "class":
-            chance = np.bincount(truth).max() / len(truth)
-        elif kind in ("rsa", "cka"):
-            chance = np.mean([score(shown[np.ix_(o, o)], truth)[0] for o in (rng.permutation(len(truth)) for _ in range(20))])
-        else:
-            chance = 0.0 if config.metric == "r2" else np.mean([score(rng.permutation(shown), truth)[0] for _ in range(50)])
-        by_unit = study.ceiling if kind not in ("rsa", "cka", "class") else None
-        run.result(value, chance, low, high, len(truth), measure="score", model=spec, **about, layer="+".join(config.layers), **study.meta,
-                   objective=config.objective if config.task == "encoding" else config.task, projection=projection, d=D if d == "full" else d,
-                   D=D, seed=seed, control=control or "none", ceiling=ceiling, validation=val, learning_rate=rate, step=step,
-                   normalised=value / ceiling if by_unit is None else score(shown, truth, None, by_unit)[0])
-
-    def keep(d, projection, val, shown, step, curve, rate):
-        file = evidence_file(run, spec, control, seed, projection, d)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with aside(file) as f:
-            np.savez(f, evidence=shown.astype(np.float32), truth=truth, curve=np.array(curve), validation=val, step=step, rate=rate)
-        record(d, projection)
-
-    rows = run.rows()
-    rows = rows[(rows.model == spec) & (rows.control == (control or "none")) & (rows.seed == seed) & (rows.measure == "score")] if len(rows) else rows
-    have = {("full" if p == "identity" else d, p) for d, p in zip(rows.d, rows.projection)} if len(rows) else set()
+def run_fits(run, config, studies, load):
+    """Make the files of Fits that are not there yet; the studies share their stimuli."""
+    jobs = [(study, fit) for study in studies for fit in study.fits]
+    jobs.sort(key=lambda job: weights_of(job[1]))
     todo = []
-    for d, projection in [(d, config.projection) for d in config.dims] + [("full", "identity")] * (config.full and not control):
-        if not evidence_file(run, spec, control, seed, projection, d).exists():
-            todo.append(d)
-        elif (d, projection) not in have:
-            record(d, projection)
-    jobs = [(d, rate) for d in todo if d not in (0, "full") for rate in config.learning_rates]
-    bar = run.progress(len(jobs) + ("full" in todo) * len(config.learning_rates), desc=f"{spec} {control} seed {seed}")
-    if jobs or 0 in todo:
-        wrapper = FastfoodWrapper(reader, max(d_max, 1), groups_of(config, reader) if d_max else None, config.projection, (config.seed, seed))
-        if wrong := [d for d in config.dims if 0 < d <= wrapper.m]:
-            raise ValueError(f"dims: d={wrong[0]} leaves nothing beside the {wrapper.m} scales of layer_groups={config.layer_groups}: leave it out")
-    if 0 in todo:  # no warp: the readout alone
-        val, shown, step, curve = fit(run, config, wrapper, objective, inputs, [wrapper.d], [0.0], seed, config.steps if kind == "sgd" else 0)[0]
-        keep(0, config.projection, val, shown, step, curve or [(0, 0, val)], 0.0)
-    found = []
-    for (d, rate), result in fit_all(run, config, wrapper, objective, inputs, jobs, seed) if jobs else ():
-        found.append((*result, rate))
-        if len(found) == len(config.learning_rates):  # the learning rate by validation
-            keep(d, config.projection, *max(found, key=lambda r: r[0]))
-            found = []
-        bar.update()
-    if "full" in todo:
-        wrapper = FastfoodWrapper(reader, D, None, "identity")
-        for rate in config.learning_rates:
-            found.append((*fit(run, config, wrapper, objective, inputs, [D], [rate], seed, config.steps)[0], rate))
-            bar.update()
-        keep("full", "identity", *max(found, key=lambda r: r[0]))
+    for study, fit in run.share(jobs):
+        if not fit.file(study.folder, config).exists():
+            todo.append((study, fit))
+    first = studies[0]
+    n_train = len(first.folds[0]["train"])
+    n_trained = sum(fit.rate > 0 for _, fit in todo)
+    run.print(
+        f"{first.meta['dataset']}: {len(first.stimuli):,} stimuli, {len(todo):,} fits to do here, "
+        f"{n_trained:,} with {config.steps} steps; the bar counts stimuli that models read"
+    )
+    passes = config.steps // config.eval_interval + 3  # validations and the test
+    passes += config.steps * (1 + (n_train > config.batch_size))
+    n_read = len({weights_of(fit) for _, fit in todo}) * len(first.stimuli)
+    bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
+    loaded_as = None
+    for study, fit in todo:
+        if loaded_as != weights_of(fit):
+            loaded_as = weights_of(fit)
+            loaded = load(run, config, fit.candidate, study, loaded_as[1])
+            loaded.reader.register_forward_hook(partial(move_bar, bar))
+            rows = np.arange(len(study.stimuli))
+            loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
+        arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
+        with aside(fit.file(study.folder, config)) as file:
+            np.savez(file, architecture=loaded.architecture, **arrays)
     bar.close()
 
 
-def baselines(run, config, study, spec):
-    """OLS, himalaya's ridge and PLS on the unwarped features of one candidate: what other tools make of d = 0."""
-    reader, inputs, about = build(run, config, spec, study, 0)
-    train, test = study.rows["train"], study.rows["test"]
-    f, fitted = (features(reader, inputs, rows, config.batch_size).double().cpu().numpy() for rows in (test, train))
-    mean, sd, weights, truth = fitted.mean(0), np.maximum(fitted.std(0, ddof=1), 1e-6), resample(config, study, "ridge"), study.y[test]
-    for name, model in readouts(config, fitted).items():
-        shown = model.fit((fitted - mean) / sd, study.y[train]).predict((f - mean) / sd)
-        value, (low, high) = scores("ridge", config, shown, truth)[0], np.quantile(scores("ridge", config, shown, truth, weights), [0.025, 0.975])
-        run.result(value, 0.0, low, high, len(truth), measure="baseline", model=spec, **about, layer="+".join(config.layers), **study.meta,
-                   objective=name, d=0, D=0, seed=0, control="none", projection="none")
-        run.print(f"{spec}: {name} on all unwarped features: {config.metric} {value:.3f} [{low:.3f}, {high:.3f}]")
+def weights_of(fit):
+    """(name of the candidate, draw of its random weights): what a fit has to load."""
+    return fit.candidate.name, fit.draw if fit.candidate.random else 0
 
 
-# ---- d_warp
-
-def crossing(dims, y, level):
-    """The least d at which the isotonic curve through scores y over log10(1 + d) reaches level, interpolated; inf where none does."""
-    fitted, x = isotonic_regression(y), np.log10(1 + np.asarray(dims, float))
-    if not (fitted >= level).any():
-        return np.inf
-    i = int(np.argmax(fitted >= level))
-    if i == 0:
-        return float(dims[0])
-    t = (level - fitted[i - 1]) / (fitted[i] - fitted[i - 1])
-    return float(10 ** (x[i - 1] + t * (x[i] - x[i - 1])) - 1)
+def move_bar(bar, module, inputs, output):
+    """A forward hook: the progress bar counts the stimuli that pass through a model."""
+    bar.update(len(output))
 
 
-def measure_d_warp(dims, point, drawn, full, full_drawn, config, seed_draws):
-    """{model: dict} of d_warp, absolute and relative, with draws, from point {model: (S, nd)}, drawn {model: (S, nd, B)}, full {model: (S,)} and
-    full_drawn {model: (S, B)}; seed_draws (B, S): the seeds of each draw. The level of `absolute` is the same for all models, in each draw too."""
-    B, models = len(seed_draws), list(point)
-    mean = {m: point[m].mean(0) for m in models}
-    boot = {m: np.stack([drawn[m][seed_draws[b], :, b].mean(0) for b in range(B)]) for m in models}  # (B, nd)
-    whole = {m: full[m].mean() for m in full}
-    whole_boot = {m: np.array([full_drawn[m][seed_draws[b], b].mean() for b in range(B)]) for m in full}
-    if config.common in ("lowest", "highest"):
-        which = min(whole, key=whole.get) if config.common == "lowest" else max(whole, key=whole.get)
-        level, levels = config.common_share * whole[which], config.common_share * whole_boot[which]
+def run_fit(run, config, study, fit, loaded):
+    """The arrays of one Fit: evidence of the test stimuli, validation, step, curve, D."""
+    if fit.what == "shuffles":
+        numbers = range(1, config.shuffles + 1)
+        return {"scores": linear_scores(config, study, loaded.features, numbers)}
+    fold = study.folds[fit.fold]
+    if fit.what in HEADS:
+        config = replace(config, head_dims=0)
+        return fit_readout(config, study, fold, loaded, HEADS[fit.what])[1]
+    reader = loaded.reader
+    if config.objective == "linear_first":
+        head, _ = fit_readout(config, study, fold, loaded, HEADS[config.head])
+        weight = head.basis @ head.weights.detach()
+        reader = WithHead(reader, weight, head.bias.detach() - head.mean @ weight).eval()
+    elif fit.what == "warp" and fit.d == 0:
+        return fit_readout(config, study, fold, loaded, study.objective)[1]
+    objective = study.objective(config, study, fold, loaded.features[fold["train"]])
+    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
+    if fit.what == "full":
+        wrapper = FastfoodWrapper(reader, D, projection="identity")
+    elif fit.d == 0:
+        wrapper = FastfoodWrapper(reader, 1)
     else:
-        level, levels = float(config.common), np.full(B, float(config.common))
-    x, found = np.log10(1 + np.asarray(dims, float)), {}
-    for m in models:
-        f = found[m] = dict(mean=mean[m], boot=boot[m], level=level, full=whole.get(m))
-        f["absolute"] = crossing(dims, mean[m], level)
-        f["absolute draws"] = np.array([crossing(dims, boot[m][b], levels[b]) for b in range(B)])
-        if m in whole:
-            f["relative"], *draws = (crossing(dims, y, (start := y[0] if dims[0] == 0 else 0) + config.reach * (w - start))
-                                     for y, w in zip([mean[m], *boot[m]], [whole[m], *whole_boot[m]]))
-            f["relative draws"] = np.array(draws)
-        width = max(x[-1] - x[0], 1e-9)
-        f["auc"], f["auc draws"] = np.trapezoid(mean[m], x) / width, np.trapezoid(boot[m], x, axis=1) / width
-        if len(point[m]) > 1 and len(dims) > 2:
-            f["p"] = scipy.stats.page_trend_test(point[m], predicted_ranks=range(1, len(dims) + 1)).pvalue
-        else:
-            f["p"] = scipy.stats.kendalltau(dims, mean[m], alternative="greater").pvalue if len(dims) > 1 else 1.0
-    return found
+        groups = split_groups(config, reader)
+        P_seed = (config.seed, fit.draw)
+        wrapper = FastfoodWrapper(reader, max(config.dims), groups, config.projection, P_seed)
+        wrapper.start(fit.d)
+    arrays = train(config, wrapper, objective, loaded.inputs, fit.rate, fit.draw)
+    if arrays["diverged"]:
+        run.print(
+            f"{fit.candidate.name}, d = {fit.d or 'all'}: learning rate {fit.rate} diverged, step "
+            f"{arrays['diverged']}; its best step before counts"
+        )
+    return {**arrays, "D": D}
+
+
+def fit_readout(config, study, fold, loaded, kind):
+    """(Objective of a kind, arrays) without a warp, from the features that were read already."""
+    f = loaded.features
+    objective = kind(config, study, fold, f[fold["train"]])
+    parts = [f[rows] for rows in (fold["train"], fold["val"], fold["test"])]
+    best = objective.validate(*parts[:2])
+    arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
+    return objective, {**arrays, "evidence": objective.test(*parts)}
+
+
+def train(config, wrapper, objective, inputs, rate, draw):
+    """Fit z, the scales and a readout by Adam; the step that is best on validation stimuli counts.
+
+    rate: of a step, a share of ||theta0||; 0: no step is taken. Returns {evidence: of the test
+    stimuli, validation: the best score, step, curve: (step, loss, best), diverged: 0 or the step
+    at which the loss was no number}.
+    """
+    params = [wrapper.z, wrapper.scales, *objective.parameters]
+    groups = [
+        {"params": [wrapper.z], "lr": rate * wrapper.norm / len(wrapper.z) ** 0.5},
+        {"params": [wrapper.scales], "lr": rate},
+        *({"params": [p], "lr": HEAD_RATE} for p in objective.parameters),
+    ]
+    adam = torch.optim.Adam(groups, eps=1e-12)
+    steps = config.steps if rate else 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: pace(step, steps))
+    batches = draw_batches(config, objective.fold["train"], draw)
+    best, best_step, diverged, loss = -np.inf, 0, 0, np.nan
+    kept = [p.detach().clone() for p in params]
+    curve = []
+    for step in range(steps + 1):
+        if step % config.eval_interval == 0 or step == steps:
+            f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val"))
+            score = objective.validate(*f)
+            if score > best:
+                best, best_step = score, step
+                kept = [p.detach().clone() for p in params]
+            curve.append((step, loss, best))
+        if step == steps:
+            break
+        adam.zero_grad()
+        loss = gradients(config, wrapper, objective, inputs, next(batches))
+        if not np.isfinite(loss):
+            diverged = step
+            break
+        adam.step()
+        schedule.step()
+    with torch.no_grad():
+        for p, value in zip(params, kept):
+            p.copy_(value)
+    arrays = {"validation": best, "step": best_step, "curve": np.array(curve), "diverged": diverged}
+    f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val", "test"))
+    return {**arrays, "evidence": objective.test(*f)}
+
+
+def pace(step, steps):
+    """Share of the learning rate: up over a tenth of the steps, then down along a cosine."""
+    warm = min(1, (step + 1) / max(0.1 * steps, 1))
+    return warm * 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))
+
+
+def draw_batches(config, rows, draw):
+    """Rows of training stimuli for each step: all, or batches in which no stimulus is twice."""
+    rows = torch.as_tensor(rows)
+    size = len(rows) if config.exact else min(config.batch_size, len(rows))
+    generator = torch.Generator().manual_seed(key_seed(config.seed, "batches", draw))
+    while True:
+        order = torch.arange(size)
+        if size < len(rows):
+            order = torch.randperm(len(rows), generator=generator)
+        for batch in order[: len(rows) // size * size].split(size):
+            yield rows[batch]
+
+
+def gradients(config, wrapper, objective, inputs, rows):
+    """Leave the gradients of the loss on the stimuli in rows, and return the loss.
+
+    Where they are more than a batch, features come first, without a graph; then dL/d features go
+    back through the model batch by batch: exact for any loss of all features.
+    """
+    batches = rows.to(inputs[0].device).split(config.batch_size)
+    tensors = wrapper.tensors()
+    leaves = tensors
+    if len(batches) == 1:
+        f = wrapper.call(tensors, *(t[batches[0]] for t in inputs))
+    else:
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        with torch.no_grad():
+            f = [wrapper.call(leaves, *(t[batch] for t in inputs)) for batch in batches]
+        f = torch.cat(f).requires_grad_()
+    if not f.isfinite().all():
+        return np.nan
+    loss = objective.loss(f, rows.numpy())
+    loss.backward()
+    if len(batches) > 1:
+        for batch, grad in zip(batches, f.grad.split(config.batch_size)):
+            wrapper.call(leaves, *(t[batch] for t in inputs)).backward(grad)
+        used = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
+        torch.autograd.backward([tensors[i] for i in used], [leaves[i].grad for i in used])
+    return loss.item()
+
+
+@torch.no_grad()
+def warped_features(config, wrapper, inputs, fold, parts):
+    """Features (n, p) of the stimuli of each of these parts of a fold."""
+    tensors = wrapper.tensors()
+    features = []
+    for part in parts:
+        rows, size = fold[part], config.batch_size
+        features.append(read_features(lambda *x: wrapper.call(tensors, *x), inputs, rows, size))
+    return features
+
+
+def linear_scores(config, study, f, numbers):
+    """(N,) scores at d = 0 with the responses dealt to other stimuli by shuffles of these numbers.
+
+    Shuffles are further units: one SVD a fold is enough, and penalties are chosen for each.
+    """
+    y = study.y.astype(np.float32)
+    ridges = []
+    for fold in study.folds:
+        mean, basis = head_basis(config, f[fold["train"]])
+        x = ((f - mean) @ basis).cpu()
+        others = np.concatenate([fold["train"], fold["val"]])
+        ridges.append((x, fold, others, Ridge(x[fold["train"]]), Ridge(x[others])))
+    orders = np.array([shuffle_order(len(y), number) for number in numbers])
+    scores = []
+    for some in np.array_split(orders, -(-y.size * len(orders) // 2**20)):  # what fits a cache
+        dealt = torch.from_numpy(y[some].transpose(1, 0, 2).reshape(len(y), -1))
+        predicted = []
+        truth = []
+        for x, fold, others, ridge, final in ridges:
+            ridge.fit(dealt[fold["train"]])
+            alpha = ridge.choose(x[fold["val"]], dealt[fold["val"]], config.alphas)
+            predicted.append(final.fit(dealt[others]).predict(x[fold["test"]], alpha).numpy())
+            truth.append(dealt[fold["test"]].numpy())
+        predicted, truth = join_folds(predicted), join_folds(truth)
+        units = unit_scores(config.metric, predicted, truth, np.ones((1, len(truth))))
+        scores.append(np.median(units.reshape(len(some), -1), axis=1))
+    return np.concatenate(scores)
+
+
+def join_folds(parts):
+    """Predictions or responses (n, V) of all folds, one below the other.
+
+    Of several folds each is centred: the mean of those left out differs from the mean of the rest,
+    which would be taken for a (negative) prediction.
+    """
+    if len(parts) > 1:
+        parts = [part - part.mean(0) for part in parts]
+    return np.concatenate(parts)
+
+
+# ---- evaluate
+
+
+def assemble(config, study, fits):
+    """The arrays of one model at one d, with `predicted` and `truth` of all folds.
+
+    The fits differ in learning rate, which validation chooses, and in fold.
+    """
+    kind = study.objective
+    study = study.shuffled(fits[0].shuffle)
+    predicted = []
+    truth = []
+    for number, fold in enumerate(study.folds):
+        tried = []
+        for fit in fits:
+            if fit.fold == number:
+                with np.load(fit.file(study.folder, config)) as file:
+                    tried.append({**file, "rate": fit.rate})
+        best = max(tried, key=lambda arrays: arrays["validation"])
+        predicted.append(best["evidence"])
+        truth.append(kind.truth(config, study, fold["test"]))
+    return {**best, "predicted": join_folds(predicted), "truth": join_folds(truth)}
+
+
+def resample(config, study):
+    """(draws, n) weightings of the test stimuli: groups with replacement.
+
+    For pairs (a stimulus beside itself is no pair) half of the groups, which varies as much.
+    """
+    rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
+    names, number = np.unique(study.group[study.tested], return_inverse=True)
+    n_groups = len(names)
+    if study.objective.pairs:
+        half = np.arange(n_groups) < max(n_groups // 2, min(n_groups, 6))
+        chosen = rng.permuted(np.tile(half, (config.draws, 1)), axis=1)
+    else:
+        chosen = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws)
+    return chosen[:, number].astype(float)
 
 
 def interval(draws):
     """The middle 95 %, infinities included."""
-    return tuple(np.quantile(draws, q, method="inverted_cdf") for q in (0.025, 0.975))
+    return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
-def report(run, config, study):
-    """d_warp of every candidate from the evidence of all fits: rows, table and figures."""
-    kind = "class" if config.task == "classification" else config.objective if config.objective in ("rsa", "cka") else "ridge"
-    weights, last = resample(config, study, kind), max(config.dims)
-    B, rng = len(weights), np.random.default_rng(key_seed(config.seed, "seeds"))
+def null_scores(config, study, fit, cell):
+    """Scores without knowledge: responses dealt to other stimuli and fitted again, in closed form.
 
-    def load(spec, control, d, projection):
-        """(S,) scores and (S, B) draws over the seeds, and the first one's training curve."""
-        point, drawn, curves = [], [], []
-        for seed in range(config.seeds):
-            with np.load(evidence_file(run, spec, control, seed, projection, d)) as f:
-                point.append(scores(kind, config, f["evidence"], f["truth"])[0])
-                drawn.append(scores(kind, config, f["evidence"], f["truth"], weights))
-                curves.append(f["curve"])
-        return np.array(point), np.stack(drawn), curves[0]
-
-    point, drawn, full, full_drawn, training = {}, {}, {}, {}, {}
-    for spec, control in candidates(config):
-        name = spec + f" ({control} responses)" * bool(control)
-        points, draws, curves = zip(*(load(spec, control, d, config.projection) for d in config.dims))
-        point[name], drawn[name], training[name] = np.stack(points, 1), np.stack(draws, 1), dict(zip(config.dims, curves))
-        if config.full and not control:
-            full[name], full_drawn[name], training[name]["full"] = load(spec, control, "full", "identity")
-    found = measure_d_warp(config.dims, point, drawn, full, full_drawn, config, rng.integers(0, config.seeds, (B, config.seeds)))
-
-    shared = dict(study.meta, objective=config.objective if config.task == "encoding" else config.task, projection=config.projection, d=0, seed=-1,
-                  layer="+".join(config.layers))
-    run.print(f"d_warp: least d for a score of {next(iter(found.values()))['level']:.3f} (absolute), or {config.reach:.0%} of the way from "
-              f"{'d = 0' if config.dims[0] == 0 else 'a score of 0'} to all (relative); 95 % over draws of P and test stimuli")
-    for name, f in found.items():
-        row, words = partial(run.result, model=name, control="shuffled" if "(shuffled" in name else "none", **shared), f"{name}: d_warp"
-        for which in ("absolute", "relative"):
-            if which in f:
-                value, ends = f[which], interval(f[f"{which} draws"])
-                row(min(value, last), last, *np.minimum(ends, last), B, measure=f"d_warp {which}", state="censored" if np.isinf(value) else "reached")
-                words += f" {which} {said(value, last)} [{said(ends[0], last)}, {said(ends[1], last)}]"
-        row(f["auc"], f["mean"][0], *interval(f["auc draws"]), B, measure="area under the curve")
-        row(f["p"], 0.05, 0, 1, config.seeds * len(config.dims), measure="p of a rising curve")
-        run.print(words + f"; score {f['mean'][0]:.3f} at d = {config.dims[0]}, {f['mean'][-1]:.3f} at {last}" +
-                  (f", {f['full']:.3f} in full" if f["full"] is not None else "") + f"; area {f['auc']:.3f}; rising with d: p = {f['p']:.2g}")
-    for a, b in itertools.combinations([name for name in found if "(shuffled" not in name], 2):
-        value, delta = (np.subtract(*(np.log10(1 + np.minimum(found[m][key], last)) for m in (b, a))) for key in ("absolute", "absolute draws"))
-        low, high = np.quantile(delta, [0.025, 0.975])
-        run.result(value, 0.0, low, high, B, measure="difference of log10(1 + d_warp)", model=f"{b} - {a}", **shared)
-        run.print(f"    {b} needs {10 ** value:.2g} [{10 ** low:.2g}, {10 ** high:.2g}] times the d of {a} (1 + d_warp, cut at {last}, paired)")
-    about = f"{study.meta['dataset']}{', synthetic' if study.meta['synthetic'] else ''}; {config.projection}, layer {'+'.join(config.layers)}"
-    unit = dict({"class": "accuracy"}, ridge=("r" if config.metric == "r" else "R²") + ", median of units").get(kind, kind)
-    plot_curves(run.out / "curves.png", config, found, point, about, unit)
-    plot_training(run.out / "training.png", training, about, unit)
-    if config.task == "simulation":
-        plot_simulation(run, config, study.stimuli[study.rows["test"], 0], study.y[study.rows["test"]])
+    That is for ridge at d = 0; else predictions are dealt: as often at d = 0, 20 times elsewhere.
+    """
+    shuffles = Fit(fit.candidate, "shuffles")
+    at_zero = fit == replace(fit, what="warp", d=0, draw=0, shuffle=0)
+    if at_zero and shuffles in study.fits:
+        with np.load(shuffles.file(study.folder, config)) as file:
+            return file["scores"]
+    rng = np.random.default_rng(key_seed(config.seed, "chance"))
+    scores = []
+    for _ in range(config.shuffles if at_zero else 20):
+        order = rng.permutation(len(cell["truth"]))
+        dealt = cell["predicted"][order]
+        if study.objective.pairs:
+            dealt = dealt[:, order]
+        scores.append(study.objective.score_all(config, dealt, cell["truth"]))
+    return np.array(scores)
 
 
-def said(d, last):
-    return f"> {last:,}" if np.isinf(d) else f"{d:,.0f}" if d >= 9.95 or d == 0 else f"{d:.1f}"
+@dataclass
+class Scored:
+    """What one model scores at one d, in one draw."""
+
+    score: float
+    draws: np.ndarray  # (B,) bootstrap over test stimuli
+    null: np.ndarray  # (N,) scores without knowledge
+    steps: np.ndarray  # training curve
+
+    def p(self):
+        return (1 + (self.null >= self.score).sum()) / (1 + len(self.null))
+
+    def in_words(self):
+        low, high = interval(self.draws)
+        return f"{self.score:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def candidates(config):
-    """(spec, control) of every row of the figure."""
-    return [(spec, "") for spec in config.models] + ([(config.models[0], "shuffled")] if config.shuffled and config.task == "encoding" else [])
+def score_fits(run, config, study, fits, weights):
+    """Scored, of one model at one d and in one draw; and its row of results."""
+    fit = fits[0]
+    cell = assemble(config, study, fits)
+    predicted, truth = cell["predicted"], cell["truth"]
+    scored = Scored(
+        score=study.objective.score_all(config, predicted, truth),
+        draws=study.objective.score(config, predicted, truth, weights),
+        null=null_scores(config, study, fit, cell),
+        steps=cell["curve"],
+    )
+    D = int(cell.get("D", 0))
+    ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
+    baseline = fit.what in HEADS
+    run.result(
+        scored.score,
+        scored.null.mean(),
+        *interval(scored.draws),
+        len(truth),
+        p=scored.p(),
+        measure="baseline" if baseline else "score",
+        model=fit.candidate.name,
+        architecture=str(cell["architecture"]),
+        layer="+".join(fit.candidate.layers),
+        **study.meta,
+        objective=fit.what if baseline else config.objective,
+        projection=config.projection if fit.what == "warp" else "none",
+        control="shuffled" if fit.shuffle else "none",
+        d=D if fit.what == "full" else fit.d,
+        D=D,
+        seed=fit.draw,
+        ceiling=ceiling,
+        normalised=scored.score / ceiling,
+        validation=float(cell["validation"]),
+        learning_rate=cell["rate"],
+        step=int(cell["step"]),
+    )
+    return scored
+
+
+def report_people(run, people):
+    """Mean over people of the scores at d = 0: rows of results and of the table.
+
+    people: {model: Curve} of each. p: of the mean, under the same shuffles of stimuli for all; p
+    over people: of a t-test of what each person's score has above its own null.
+    """
+    rows = []
+    for name in people[0]:
+        zeros = [curves[name].zero for curves in people]
+        nulls = np.array([zero.null for zero in zeros])  # (people, shuffles)
+        scores = np.array([zero.score for zero in zeros])
+        mean = Scored(scores.mean(), scores, nulls.mean(0), None)
+        test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
+        low, high = np.array(test.confidence_interval()) + nulls.mean()
+        columns = {"measure": "score", "model": name, "subject": "mean", "d": 0, "control": "none"}
+        columns["dataset"] = people[0][name].meta["dataset"]
+        columns |= {"p": mean.p(), "p_people": test.pvalue}
+        run.result(mean.score, nulls.mean(), low, high, len(people), **columns)
+        row = {"dataset": columns["dataset"], "person": f"mean of {len(people)}", "model": name}
+        row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
+        row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
+        row["p over people"] = f"{test.pvalue:.2g}"
+        row["p < .05"] = str(sum(zero.p() < 0.05 for zero in zeros))
+        rows.append(row)
+    return rows
+
+
+@dataclass
+class Curve:
+    """Scores of one candidate over d, and what they say."""
+
+    name: str
+    control: str  # none or shuffled
+    meta: dict  # of the study
+    points: np.ndarray  # (seeds, dims)
+    boot: np.ndarray  # (B, dims), over seeds and test stimuli
+    first: dict  # {d or all: Scored} of the first draw
+    full: float = np.nan  # score of all parameters
+    full_boot: np.ndarray | None = None  # (B,)
+    d_warp: dict = field(default_factory=dict)  # {absolute, relative: (value, draws (B,))}
+    level: float = np.nan  # of the absolute one
+
+    @property
+    def mean(self):
+        return self.points.mean(0)
+
+    @property
+    def zero(self):
+        """Scored without a warp."""
+        return self.first[0]
+
+
+def read_curves(run, config, study, weights):
+    """The Curves of all candidates, and of the first one on shuffled responses."""
+    groups = {}
+    for fit in study.fits:
+        if fit.what in ("warp", "full"):
+            d = "all" if fit.what == "full" else fit.d
+            cells = groups.setdefault((fit.candidate, fit.shuffle > 0), {})
+            cells.setdefault((fit.draw, d), []).append(fit)
+    curves = []
+    for (candidate, shuffled), cells in groups.items():
+        scored = {}
+        for key, own in cells.items():
+            scored[key] = score_fits(run, config, study, own, weights)
+        n_draws = 1 + max(draw for draw, _ in cells)
+        rng = np.random.default_rng(key_seed(config.seed, "seeds"))
+        chosen = rng.integers(0, n_draws, (len(weights), n_draws))
+        points = {}
+        boots = {}
+        for d in dict.fromkeys(d for _, d in cells):
+            own = [scored.get((draw, d), scored[0, d]) for draw in range(n_draws)]  # no P: one draw
+            points[d] = [one.score for one in own]
+            drawn = np.array([one.draws for one in own]).T  # (B, draws)
+            boots[d] = np.take_along_axis(drawn, chosen, axis=1).mean(1)
+        curve = Curve(
+            name=candidate.name + " (shuffled responses)" * shuffled,
+            control="shuffled" if shuffled else "none",
+            meta=study.meta,
+            points=np.array([points[d] for d in config.dims]).T,
+            boot=np.array([boots[d] for d in config.dims]).T,
+            first={d: one for (draw, d), one in scored.items() if draw == 0},
+        )
+        if "all" in points:
+            curve.full, curve.full_boot = np.mean(points["all"]), boots["all"]
+        curves.append(curve)
+    return curves
+
+
+def crossing(dims, scores, level):
+    """The least d where the isotonic curve over log10(1 + d) reaches level; inf where none does."""
+    x = np.log10(1 + np.asarray(dims, float))
+    rising = isotonic_regression(scores)
+    if rising[-1] < level:
+        return np.inf
+    i = int(np.argmax(rising >= level))
+    if i == 0:
+        return float(dims[0])
+    share = (level - rising[i - 1]) / (rising[i] - rising[i - 1])
+    return float(10 ** (x[i - 1] + share * (x[i] - x[i - 1])) - 1)
+
+
+def measure_d_warp(config, curves):
+    """Fill in d_warp: for a score that is the same for all, and for one of each candidate's own.
+
+    In every bootstrap draw the level is measured again.
+    """
+    B = len(curves[0].boot)
+    if config.common in ("lowest", "highest"):
+        pick = min if config.common == "lowest" else max
+        model = pick((c for c in curves if c.full_boot is not None), key=lambda c: c.full)
+        common = config.common_share * np.append(model.full, model.full_boot)
+    else:
+        common = np.full(1 + B, float(config.common))
+    for curve in curves:
+        scores = np.vstack([curve.mean, curve.boot])  # the first row is no draw
+        curve.level = common[0]
+        levels = {"absolute": common}
+        if curve.full_boot is not None:
+            full = np.append(curve.full, curve.full_boot)
+            start = scores[:, 0] if config.dims[0] == 0 else 0.0
+            levels["relative"] = start + config.reach * (full - start)
+        for name, values in levels.items():
+            found = [crossing(config.dims, *pair) for pair in zip(scores, values)]
+            curve.d_warp[name] = found[0], np.array(found[1:])
+
+
+def report_d_warp(run, config, study, curves):
+    """d_warp of every candidate and every pair: rows of results, lines, rows of the table."""
+    last = max(config.dims)
+    B = len(curves[0].boot)
+    shared = {**study.meta, "objective": config.objective, "projection": config.projection}
+    shared |= {"d": 0, "seed": -1}
+    rows = {}
+    for curve in curves:
+        columns = {**shared, "model": curve.name, "control": curve.control}
+        row = rows[curve.name] = {"level": f"{curve.level:.3f}"}
+        for name, (value, draws) in curve.d_warp.items():
+            low, high = interval(draws)
+            ends = min(low, last), min(high, last)
+            state = "censored" if np.isinf(value) else "reached"
+            measure = {"measure": f"d_warp {name}", "state": state}
+            run.result(min(value, last), last, *ends, B, **measure, **columns)
+            words = [dims_in_words(d, last) for d in (value, low, high)]
+            row[f"d_warp, {name}"] = f"{words[0]} [{words[1]}, {words[2]}]"
+        d = np.broadcast_to(config.dims, curve.points.shape).ravel()
+        trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
+        row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
+        row["p of a rise"] = f"{trend.pvalue:.2g}"
+    true = [curve for curve in curves if curve.control == "none"]
+    for a, b in itertools.combinations(true, 2):
+        near, far = (np.append(*c.d_warp["absolute"]).clip(max=last) for c in (a, b))
+        ratio = np.log10(1 + far) - np.log10(1 + near)
+        low, high = interval(ratio[1:])
+        columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
+        run.result(ratio[0], 0.0, low, high, B, **columns, **shared)
+        run.print(
+            f"{b.name} needs {10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}] times the d of "
+            f"{a.name} (1 + d_warp, cut at {last:,}, paired)"
+        )
+    return rows
+
+
+def dims_in_words(d, last):
+    """A number of dimensions for a table."""
+    if np.isinf(d):
+        return f"> {last:,}"
+    return f"{d:.1f}" if 0 < d < 9.95 else f"{d:,.0f}"
 
 
 # ---- plots
 
-def save(fig, path, dpi=130):
+
+def save(figure, path):
     """Write a figure aside, then in place, and close it."""
-    with aside(path) as f:
-        fig.savefig(f, dpi=dpi, format="png")
-    plt.close(fig)
+    with aside(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+    plt.close(figure)
 
 
-def plot_curves(path, config, found, point, about, unit):
-    """Score over d with its isotonic fit and the score of the full model; d_warp with its interval, against the score at the first d."""
-    x, last, level = np.log10(1 + np.array(config.dims)), np.log10(1 + max(config.dims)), next(iter(found.values()))["level"]
-    labels, end = [f"{d:,}" for d in config.dims], last + 0.08 * max(last, 1)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained", width_ratios=[1.3, 1])
-    for i, (name, f) in enumerate(found.items()):
-        if "(shuffled" in name:  # far below: a line of words keeps the scale for the others
-            left.plot([], [], color="0.6", lw=2, label=f"{name}: {f['mean'][0]:.2f} to {f['mean'][-1]:.2f}, off the scale")
-            continue
-        colour, rising = plt.cm.viridis(0.9 * i / max(1, len(config.models) - 1)), isotonic_regression(f["mean"])
-        left.fill_between(x, *np.quantile(f["boot"], [0.025, 0.975], axis=0), color=colour, alpha=0.13, lw=0)
-        left.plot(x, rising, color=colour, lw=2, label=f"{name}, rising: p = {f['p']:.1g}")
-        left.plot(np.broadcast_to(x, point[name].shape), point[name], ".", color=colour, ms=4, alpha=0.6)
-        if f["full"] is not None:
-            left.plot([last, end], [rising[-1], f["full"]], ":D", color=colour, lw=1, ms=6, markevery=[1])
-        low, here, high = (min(np.log10(1 + v), last) for v in (interval(f["absolute draws"])[0], f["absolute"], interval(f["absolute draws"])[1]))
-        if np.isfinite(f["absolute"]):
-            left.plot([here], [level], "v", color=colour, ms=9, mec="white", zorder=5, clip_on=False)
-        right.plot([f["mean"][0]] * 2, [low, high], color=colour, lw=3, alpha=0.5, solid_capstyle="round")
-        right.plot([f["mean"][0]], [here], "^" if np.isinf(f["absolute"]) else "o", color=colour, ms=9)
-        above = sorted(found, key=lambda m: found[m]["mean"][0]).index(name) % 2  # neighbours do not write over each other
-        right.annotate(f"{name}: {said(f['absolute'], max(config.dims))}", (f["mean"][0], here), xytext=(8, 4 if above else -12), textcoords="offset points",
-                       fontsize=8)
-    left.axhline(level, ls="--", c="0.5", lw=1)
-    left.text(end, level, f"{level:.2f}", va="bottom", ha="right", fontsize=8, color="0.4")
-    left.set_xticks([*x, end], [*labels, "all"], fontsize=8)
-    left.set(xlabel="dimensions of the warp, d", ylabel=f"test score ({unit})")
-    left.set_title("score over d: isotonic fit, draws of P, 95 % band; ▾ d_warp", fontsize=10)
-    left.legend(fontsize=8, frameon=False, loc="lower right")
-    right.set_yticks(x, labels, fontsize=8)
-    right.set(xlabel=f"score at d = {config.dims[0]} ({unit})", ylabel="d_warp")
-    right.margins(0.22, 0.08)
-    right.set_title("d_warp, absolute, with 95 % interval, against the " + ("linear" if config.dims[0] == 0 else "first") + " score", fontsize=10)
-    for ax in (left, right):
-        ax.spines[["top", "right"]].set_visible(False)
-    fig.suptitle(about, fontsize=10)
-    save(fig, path)
+def plot_curves(path, config, curves, about):
+    """Score over d with its isotonic fit and all parameters; d_warp against the first score."""
+    x = np.log10(1 + np.array(config.dims))
+    end = 1.08 * max(x[-1], 0.5)  # the place of the full model
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    for i, curve in enumerate(curves):
+        color = f"C{i}" if curve.control == "none" else "0.6"
+        rising = isotonic_regression(curve.mean)
+        band = np.quantile(curve.boot, [0.025, 0.975], axis=0)
+        left.fill_between(x, *band, color=color, alpha=0.15, lw=0)
+        left.plot(x, rising, color=color, label=curve.name)
+        left.plot(x, curve.points.T, ".", color=color, ms=4)
+        if curve.full_boot is not None:
+            left.plot([x[-1], end], [rising[-1], curve.full], ":D", color=color, markevery=[1])
+        value, draws = curve.d_warp["absolute"]
+        ends = np.log10(1 + np.array([*interval(draws), value])).clip(max=x[-1])
+        right.plot([curve.mean[0]] * 2, ends[:2], color=color, lw=3, alpha=0.5)
+        marker = "^" if np.isinf(value) else "o"
+        right.plot(curve.mean[0], ends[2], marker, color=color, ms=9, label=curve.name)
+    left.axhline(curve.level, ls="--", c="0.5", lw=1, label=f"level {curve.level:.2f}")
+    left.set_xticks([*x, end], [*config.dims, "all"])
+    left.set(xlabel="dimensions of the warp, d", ylabel="test score")
+    left.set_title("isotonic fit, draws of P, 95 % band", fontsize=10)
+    right.set_yticks(x, config.dims)
+    right.set(xlabel=f"score at d = {config.dims[0]}", ylabel="d_warp, absolute (▲: not reached)")
+    for axis in (left, right):
+        axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(about, fontsize=10)
+    save(figure, path)
 
 
-def plot_training(path, training, about, unit):
-    """Best validation score over steps, a line for each d, a panel for each candidate (first seed)."""
-    fig, axes = plt.subplots(1, len(training), figsize=(3.4 * len(training), 3.4), squeeze=False, sharey=True, layout="constrained")
-    for ax, (name, curves) in zip(axes[0], training.items()):
-        for i, (d, curve) in enumerate(curves.items()):
-            colour = "black" if d == "full" else plt.cm.plasma(0.9 * i / max(1, len(curves) - 1))
-            ax.plot(curve[:, 0], curve[:, 2], color=colour, lw=1.3, ls="--" if d == "full" else "-", marker="." if len(curve) == 1 else None,
-                    label=f"d = {d}" if d != "full" else "all parameters")
-        ax.set_title(name, fontsize=9)
-        ax.set_xlabel("step")
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel(f"best validation score ({unit})", fontsize=8)
+def plot_training(path, curves, about):
+    """Best validation score over steps, a line for each d, a panel for each candidate."""
+    size = 3.4 * len(curves), 3.4
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, curve in zip(axes[0], curves):
+        for d, scored in curve.first.items():
+            axis.plot(scored.steps[:, 0], scored.steps[:, 2], ".-", label=f"d = {d}")
+        axis.set_title(curve.name, fontsize=9)
+        axis.set_xlabel("step")
+    axes[0, 0].set_ylabel("best validation score")
     axes[0, -1].legend(fontsize=7, frameon=False)
-    fig.suptitle(f"training curves, first seed; {about}", fontsize=9)
-    save(fig, path)
+    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
+    save(figure, path)
 
 
-def plot_simulation(run, config, x, target):
-    """The target, each candidate (a row) and what a warp of d dimensions (a column) makes of it, as the document has it; the first draw."""
-    dims = [d for d in config.dims if d]
-    fig, axes = plt.subplots(len(config.models), len(dims), figsize=(2.1 * len(dims), 2.2 * len(config.models)), sharex=True, sharey=True,
-                             layout="constrained", squeeze=False)
+def report(run, config, study):
+    """Rows and figures of a study: ({model: Curve}, rows of the table)."""
+    weights = resample(config, study)
+    baselines = {}
+    for fit in study.fits:
+        if fit.what in HEADS:
+            baselines.setdefault((fit.candidate, fit.what), []).append(fit)
+    for own in baselines.values():  # predictions, whatever the objective is
+        score_fits(run, config, replace(study, objective=Objective), own, weights)
+    curves = read_curves(run, config, study, weights)
+    rows = {}
+    for curve in curves:
+        rows[curve.name] = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
+        rows[curve.name]["model"] = curve.name
+        if 0 in curve.first:
+            zero = curve.zero
+            rows[curve.name]["score at 0"] = zero.in_words()
+            rows[curve.name] |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
+    if max(config.dims):
+        measure_d_warp(config, curves)
+        for name, row in report_d_warp(run, config, study, curves).items():
+            rows[name] |= row
+        about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
+        about += f"; {config.objective} ({config.metric}), {config.projection}"
+        place = run.out / quote(study.name, safe=" ")
+        if len(config.dataset) == 1 and config.subject != "each":
+            place = run.out
+        place.mkdir(exist_ok=True)
+        plot_curves(place / "curves.png", config, curves, about)
+        plot_training(place / "training.png", curves, about)
+    return {curve.name: curve for curve in curves}, list(rows.values())
 
-    def answers(spec, d):
-        with np.load(evidence_file(run, spec, "", 0, config.projection, d)) as f:
-            return f["evidence"][:, 0]
 
-    for (i, j), ax in np.ndenumerate(axes):
-        spec, warped = config.models[i], answers(config.models[i], dims[j])
-        ax.plot(x, target, color="tab:blue", lw=2.5, alpha=0.8, label="target")
-        if 0 in config.dims:
-            ax.plot(x, answers(spec, 0), color="tab:orange", lw=1.5, label="candidate")
-        ax.plot(x, warped, "--", color="tab:green", lw=1.8, label="warped")
-        ax.text(0.03, 0.93, f"R² {scores('mse', config, warped[:, None], target)[0]:.2f}", transform=ax.transAxes, fontsize=8, va="top")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.set(xlim=(-1, 1), ylim=(-1.6, 1.6), xticks=[-1, 0, 1], yticks=[-1, 0, 1])
-        ax.set(title="" if i else f"d = {dims[j]}", ylabel="" if j else f"candidate {spec}")
-    axes[-1, -1].legend(fontsize=7, frameon=False, loc="lower right")
-    fig.suptitle(f"three candidates, one target, growing d: network 1-128-128-1, D = 16,896, {config.projection}; synthetic", fontsize=11)
-    save(fig, run.out / "simulation.png")
+def sweep(run, config, studies, load):
+    """All fits of one dataset, a study a person, and what they say: rows of the table.
 
-
-def files_of(lm):
-    """(name, size, time of change) of a language model's files: trained again, it is another one."""
-    found = sorted(p for p in ([Path(lm)] if Path(lm).is_file() else Path(lm).glob("*")) if p.suffix in (".pt", ".safetensors"))
-    return [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in found]
+    load(run, config, candidate, study, draw) gives a Loaded.
+    """
+    options = {key: value for key, value in asdict(config).items() if key not in ANALYSIS}
+    for study in studies:  # other options or responses: other fits
+        content = hashlib.sha256(study.y.tobytes()).hexdigest()[:8]
+        study.folder = run.out / "fits" / f"{hash_options(options)}-{content}"
+        study.folder.mkdir(parents=True, exist_ok=True)
+        study.fits = list_fits(config, study)
+    run_fits(run, config, studies, load)
+    run.barrier()
+    rows = []
+    if run.master:
+        people = []
+        for study in studies:
+            curves, study_rows = report(run, config, study)
+            people.append(curves)
+            rows += study_rows
+        if len(studies) > 1 and config.dims[0] == 0:
+            rows += report_people(run, people)
+    return rows
 
 
 def main(config):
     run = Run(config)
-    study = read_study(run, config)
-    run.content = hashlib.sha256(study.y.tobytes() + repr(files_of(config.lm)).encode()).hexdigest()[:6]  # other responses or weights: other fits
-    run.print(f"{study.meta['dataset']}: " + ", ".join(f"{len(rows)} {part}" for part, rows in study.rows.items()) + " stimuli, " +
-              (f"{len(study.labels)} classes" if study.labels else f"{study.y.shape[1]} units") +
-              (f", ceiling R² {np.median(study.ceiling):.2f} (median)" if study.ceiling is not None else ""))
-    jobs = [(spec, seed, control) for seed in range(config.seeds) for spec, control in candidates(config)]
-    for spec, seed, control in run.share(jobs):
-        sweep(run, config, study, spec, seed, control)
-    table = run.merge()
-    expected = sum(len(config.dims) + (config.full and not control) for _, control in candidates(config)) * config.seeds
-    if (have := int((table.measure == "score").sum())) < expected:
-        run.print(f"{have} of {expected} fits are done; the figures come with the last of them: run the same command again")
-        return run.close()
+    datasets = [read_studies(run, config, name) for name in config.dataset]
+    responses = b"".join(study.y.tobytes() for studies in datasets for study in studies)
+    run.content = hashlib.sha256(responses).hexdigest()[:6]
+    rows = []
+    for studies in datasets:
+        rows += sweep(run, config, studies, load_candidate)
+    close(run, rows)
+
+
+def close(run, rows):
+    """Write and print the table, and end the run."""
     if run.master:
-        if config.baselines and config.task == "encoding" and (table.measure == "baseline").sum() < 3 * len(config.models):
-            for spec in config.models:
-                baselines(run, config, study, spec)
-        report(run, config, study)
+        table = pd.DataFrame(rows)
+        write_aside(run.out / "table.csv", table.to_csv(index=False))
+        run.print(table.to_string(index=False, na_rep=""))
+        run.print(f"figures, table.csv and results.csv in {run.out}")
     run.merge()
-    run.print(f"figures and results.csv in {run.out}")
     run.close()
 
 

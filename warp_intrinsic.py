@@ -1,0 +1,172 @@
+"""How many dimensions does a task need? The warps of warp.py in small networks.
+
+    python warp_intrinsic.py config/warp_digits.yaml      # published check: digits, at two widths
+    python warp_intrinsic.py config/warp_simulation.yaml  # three functions bent into a fourth
+
+Digits: the least d that reaches 90 % of the accuracy of training everything hardly depends on the
+width (Li et al. 2018). Functions: networks that are x², x³ and sin(πx/2) are bent into sin(3πx/4);
+what is closest needs the fewest dimensions.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+
+import warp
+from configurator import Run, configure, key_seed
+from warp import Candidate, FastfoodWrapper, Loaded, Objective, Study
+
+FUNCTIONS = {
+    "x²": lambda x: x**2,
+    "x³": lambda x: x**3,
+    "sin(πx/2)": lambda x: np.sin(np.pi * x / 2),
+}
+
+
+@dataclass
+class Config:
+    task: Literal["digits", "functions"] = "digits"  # scikit-learn's digits, or the simulation
+    widths: list[int] = field(default_factory=lambda: [50, 200])  # of the classifiers
+    # ---- warping, as in warp.py
+    dims: list[int] = field(default_factory=lambda: [20, 40, 80, 120, 160, 240])
+    full: bool = True
+    projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
+    layer_groups: str = ""
+    seeds: int = 3  # draws of P and of the first weights
+    steps: int = 400
+    learning_rates: list[float] = field(default_factory=lambda: [0.03, 0.1])
+    eval_interval: int = 40
+    batch_size: int = 2000
+    exact: bool = True
+    # ---- d_warp, as in warp.py
+    common: str = "lowest"
+    common_share: float = 0.9
+    reach: float = 0.9
+    draws: int = 1000
+    # ---- run
+    out_dir: str = "out/warp_digits"
+    seed: int = 1337
+    device: str = "auto"
+    dtype: Literal["float32"] = "float32"
+
+    POSITIVE = "widths dims seeds steps eval_interval batch_size draws learning_rates reach"
+    POSITIVE += " common_share"
+    # what warp.py's options are here
+    objective, metric = "output", "r2"
+    lm, subject, dataset = "", "", ["one"]
+    shuffles, shuffled, baselines = 1000, False, False
+    check = warp.check_dims
+
+
+class Classes(Objective):
+    """The network's outputs are logits."""
+
+    def loss(self, f, rows):
+        return F.cross_entropy(f, self.y[rows])
+
+    @classmethod
+    def score(cls, config, predicted, truth, weights):
+        return weights @ (predicted.argmax(1) == truth) / weights.sum(1)
+
+
+def read_digits(config):
+    """The Study of scikit-learn's digits, 64 pixels each: 60 % train, 10 % val, 30 % test."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(key_seed(config.seed, "digits")).permutation(len(y))
+    parts = np.split(order, [len(y) * 6 // 10, len(y) * 7 // 10])
+    return Study(
+        name="digits",
+        kind="vector",
+        stimuli=(x / 16).astype(np.float32),
+        y=y,
+        group=np.arange(len(y)),
+        folds=[dict(zip(("train", "val", "test"), parts))],
+        meta={"dataset": "digits", "subject": "", "synthetic": False},
+        candidates=[Candidate(f"width {n}", str(n), toward="random") for n in config.widths],
+        objective=Classes,
+    )
+
+
+def read_functions(config):
+    """The Study of the simulation: normal x, those of the test sorted, and sin(3πx/4)."""
+    rng = np.random.default_rng(key_seed(config.seed, "x"))
+    x = rng.standard_normal((4000, 1)).astype(np.float32)
+    x[3000:] = np.sort(x[3000:], axis=0)
+    parts = np.split(np.arange(4000), [2000, 3000])
+    return Study(
+        name="sin(3πx over 4)",
+        kind="vector",
+        stimuli=x,
+        y=np.sin(0.75 * np.pi * x),
+        group=np.arange(4000),
+        folds=[dict(zip(("train", "val", "test"), parts))],
+        meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
+        candidates=[Candidate(name, name, toward="random") for name in FUNCTIONS],
+        objective=Objective,
+    )
+
+
+def load_network(run, config, candidate, study, draw):
+    """A Loaded ReLU network: a classifier with new weights, or one that is a function already."""
+    torch.manual_seed(key_seed(config.seed, "model", candidate.model, draw))
+    x = torch.from_numpy(study.stimuli).to(run.device)
+    if config.task == "digits":
+        width = int(candidate.model)
+        sizes = [64, width, width, 10]
+    else:
+        sizes = [1, 128, 128, 1]
+    layers = []
+    for before, after in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(before, after, bias=after > 1), nn.ReLU()]
+        if config.task == "digits":
+            nn.init.kaiming_normal_(layers[-2].weight)
+            nn.init.zeros_(layers[-2].bias)
+    network = nn.Sequential(*layers[:-1]).to(run.device)
+    if config.task == "functions":  # a network that is the candidate, to begin with
+        source = replace(study, y=FUNCTIONS[candidate.model](study.stimuli))
+        wrapper = FastfoodWrapper(network, 16_896, projection="identity")
+        objective = Objective(config, source, study.folds[0], x)
+        warp.train(config, wrapper, objective, (x,), 0.05, draw)
+        network.load_state_dict(wrapper.merge())
+    return Loaded(network, (x,), "-".join(map(str, sizes)))
+
+
+def plot_functions(path, config, study):
+    """The target, each candidate (a row) and what a warp of d dimensions makes of it (a column)."""
+    dims = [d for d in config.dims if d]
+    shape = len(study.candidates), len(dims)
+    size = 2.1 * shape[1], 2.2 * shape[0]
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    x = study.stimuli[study.tested, 0]
+    for (i, j), axis in np.ndenumerate(axes):
+        candidate = study.candidates[i]
+        for d, style in ((0, "-"), (dims[j], "--")):
+            own = [f for f in study.fits if (f.candidate, f.draw, f.d) == (candidate, 0, d)]
+            cell = warp.assemble(config, study, own)
+            axis.plot(x, cell["predicted"], style, label=f"d = {d}")
+        axis.plot(x, cell["truth"], lw=1, label="target")
+        axis.set(xlim=(-1, 1), ylim=(-1.6, 1.6))
+        r2 = Objective.score_all(config, cell["predicted"], cell["truth"])
+        axis.set_title(f"{candidate.name}, d = {dims[j]}: R² {r2:.2f}", fontsize=8)
+    axes[0, 0].legend(fontsize=6, frameon=False)
+    figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
+    warp.save(figure, path)
+
+
+def main(config):
+    run = Run(config)
+    study = read_digits(config) if config.task == "digits" else read_functions(config)
+    rows = warp.sweep(run, config, [study], load_network)
+    if run.master and config.task == "functions":
+        plot_functions(run.out / "simulation.png", config, study)
+    warp.close(run, rows)
+
+
+if __name__ == "__main__":
+    main(configure(Config))
