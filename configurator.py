@@ -265,7 +265,6 @@ def _manual(Config):
 NOT_REWRITTEN = {
     "bench.py",
     "demo.py",
-    "foundation.py",
 }
 
 
