@@ -267,8 +267,6 @@ def _manual(Config):
 
 # Scripts not yet rewritten raise ValueError and OSError for bad input; their sentences count too.
 NOT_REWRITTEN = {
-    "bench.py",
-    "demo.py",
     "foundation.py",
     "warp.py",
 }

@@ -10,23 +10,15 @@ import sys
 import time
 from dataclasses import replace
 
-import demo
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import (
-    ROOT,
-    ends_in_a_sentence,
-    make_dataset,
-    make_eeg,
-    make_podcast,
-    make_sentences,
-    start,
-)
-from test_scripts import SCRIPTS
+from helpers import ROOT, ends_in_a_sentence, start
+from test_scripts import SCRIPTS, make_given
 
+import demo
 from configurator import Run, configure
 
 DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
@@ -222,27 +214,17 @@ def test_bad_stages_end_in_a_sentence(steps, capsys):
 def tiny(tmp_path_factory):
     """A demo folder whose stages were run in this process at the size of seconds."""
     folder = tmp_path_factory.mktemp("tiny")
-    given = {
-        "data": make_dataset(folder / "data"),
-        "sentences": make_sentences(folder / "sentences"),
-        "podcast": make_podcast(folder / "podcast"),
-        "eeg": make_eeg(folder / "eeg", words=8, channels=4),
-        "stimuli": folder / "stimuli.csv",
-        "pairs": folder / "pairs",
-        "lm": folder / "train",
-    }
-    lines = []
-    for i in range(20):
-        condition = ("sentences", "nonwords")[i % 2]
-        lines.append(f"{2 * chr(97 + i)} {chr(65 + i)},{condition}\n")
-    given["stimuli"].write_text("text,condition\n" + "".join(lines))
-    given["pairs"].mkdir()
+    given = make_given(folder / "given") | {"lm": folder / "train"}
+    stimuli = given["stimuli"].read_text()
+    stimuli = stimuli.replace(",a\n", ",sentences\n").replace(",b\n", ",nonwords\n")
+    given["stimuli"].write_text(stimuli)
+    pairs = folder / "pairs"
+    pairs.mkdir()
     for name in "pq":
         pair = f'{{"sentence_good": "ab{name}", "sentence_bad": "ba{name}"}}\n'
-        (given["pairs"] / f"{name}.jsonl").write_text(pair * 4)
-    options = {}
-    for script in SCRIPTS:
-        options[script.name] = " ".join(f"'{o.format(**given)}'" for o in script.options)
+        (pairs / f"{name}.jsonl").write_text(pair * 4)
+    given["pairs"] = pairs
+    options = {script.name: script.options.format(**given) for script in SCRIPTS}
     twins = [("", ""), ("_alpha0", "alpha=0")]
     commands = []
     for end, alpha in twins:
