@@ -201,14 +201,12 @@ def train_memory(run):
     """Peak memory of that step, a process each."""
     measured = Measured([], [], unit="GB")
     with tempfile.TemporaryDirectory() as folder:
-        code = (
-            f"import bench\nrun = bench.Run(bench.Config(out_dir={folder!r}, dtype='{{dtype}}'))\n"
-        )
-        code += "step = bench.trainer(run, plain={plain})\nfor _ in range(3): step()"
+        options = f"out_dir={folder!r}, dtype={str(run.dtype)[6:]!r}"
+        before = f"import bench\nrun = bench.Run(bench.Config({options}))\nstep = bench.trainer(run"
+        after = ")\nfor _ in range(3): step()"
         for _ in range(3):
-            dtype = str(run.dtype)[6:]
-            measured.ours.append(peak_in_process(code.format(dtype=dtype, plain=False)))
-            measured.other.append(peak_in_process(code.format(dtype=dtype, plain=True)))
+            measured.ours.append(peak_in_process(before + after))
+            measured.other.append(peak_in_process(before + ", plain=True" + after))
     return measured
 
 
@@ -288,11 +286,12 @@ def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PL
     rng = np.random.default_rng(seed)
     n = cells.shape[1]
     lower = torch.tril_indices(n, n, -1)
-    d = near[lower[0], lower[1]]
+    lower = lower[0] * n + lower[1]  # of the flattened (n, n)
+    d = near.flatten()[lower]
     d = (d - d.mean()) / (d - d.mean()).norm()
 
     def loss(features):
-        r = torch.corrcoef(features.t())[lower[0], lower[1]]
+        r = torch.corrcoef(features.t()).flatten()[lower]
         r = r - r.mean()
         return 0.5 * (1 - (r @ d) / r.norm()).item()
 
@@ -393,15 +392,14 @@ def probing(run, n_texts):
         kept = []
         for first in range(0, len(rows), 4096 // 24):
             ids, real = model.pad(rows[first : first + 4096 // 24])
-            states = model.states(ids, real, layers)
-            kept.append((torch.stack([states[layer].float() for layer in layers], 1).cpu(), real))
+            kept.append((model.states(ids, real, layers), real))
         pooled = {}
         for pooling in poolings:
             parts = []
             for states, real in kept:
-                mask = real.cpu().repeat_interleave(len(layers), 0)
-                parts.append(probe.pool_tokens(states.flatten(0, 1), mask, pooling))
-            pooled[pooling] = torch.cat(parts).view(len(texts), len(layers), -1)
+                of_layers = [probe.pool_tokens(states[n].float(), real, pooling) for n in layers]
+                parts.append(torch.stack(of_layers, 1).cpu())
+            pooled[pooling] = torch.cat(parts)
         with tempfile.TemporaryDirectory() as folder:
             for pooling, array in pooled.items():
                 np.save(f"{folder}/{pooling}.npy", array.numpy())
@@ -434,7 +432,7 @@ def probe_memory(run):
 def probe_fit(run):
     """LDA and ridge at 60 sites of 2,000 x 768 in closed form, against scikit-learn fit by fit."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-    from sklearn.linear_model import Ridge
+    from sklearn.linear_model import RidgeClassifier
     from sklearn.preprocessing import StandardScaler
 
     import probe
@@ -452,6 +450,11 @@ def probe_fit(run):
     labels = F.one_hot(torch.as_tensor(y), 2).float()
     shrinkages = (0.003, 0.03, 0.1, 0.3, 0.7)
     alphas = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
+    classifiers = []
+    for shrinkage in shrinkages:
+        classifiers.append(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage))
+    for alpha in alphas:
+        classifiers.append(RidgeClassifier(alpha))
 
     def ours():
         scores = []
@@ -469,14 +472,7 @@ def probe_fit(run):
         for site in X[::every]:
             scaler = StandardScaler().fit(site[train])
             z, z_test = scaler.transform(site[train]), scaler.transform(site[test])
-            right = []
-            for shrinkage in shrinkages:
-                lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
-                right.append(lda.fit(z, y[train]).score(z_test, y[test]))
-            for alpha in alphas:
-                outputs = Ridge(alpha).fit(z, labels[train].numpy()).predict(z_test)
-                right.append((outputs.argmax(-1) == y[test]).mean())
-            scores.append(right)
+            scores.append([c.fit(z, y[train]).score(z_test, y[test]) for c in classifiers])
         return np.array(scores)
 
     measured, a, b = in_turns(ours, theirs, turns=3)

@@ -563,7 +563,10 @@ def draw_overview(answers, path):
         axis.margins(x=0.5)
         axis.set_title(answer.measure, fontsize=7, wrap=True)
         axis.set_xlabel(f"difference {show(*answer.difference)}", fontsize=8)
-    figure.suptitle("95 % intervals; dashed: chance or null; one seed of each model", fontsize=9)
+    title = (
+        "95 % intervals; dashed: chance or null; one seed of each; all but the text is synthetic"
+    )
+    figure.suptitle(title, fontsize=9)
     with aside(path) as file:
         figure.savefig(file, dpi=140, format="png")
 
