@@ -86,9 +86,9 @@ class Job:
         config = self.out / "config.yaml"
         if not config.exists():
             return self.script == "prepare.py"
-        first_line = config.read_text().splitlines()[0]
-        started_with = re.sub(r" (init_from=resume|overwrite=True)$", "", first_line)
-        if started_with != " ".join(["# command:", self.script, *self.words[1:]]):
+        command = re.search(r"^# command: (.*)$", config.read_text(), re.M)[1]
+        command = re.sub(r" (init_from=resume|overwrite=True)$", "", command)
+        if command != " ".join([self.script, *self.words[1:]]):
             return False
         for job in self.inputs:
             if not job.is_finished() or modified(job.result) > modified(config):
@@ -99,9 +99,8 @@ class Job:
         """Are its results and pictures there, and those of this very command?"""
         if not self.result.exists() or not self.is_current():
             return False
-        if self.script != "prepare.py" and modified(self.result) < modified(
-            self.out / "config.yaml"
-        ):
+        started = self.out / "config.yaml"
+        if started.exists() and modified(self.result) < modified(started):
             return False
         return all(any(self.out.glob(pattern)) for pattern in self.pictures)
 
