@@ -383,15 +383,15 @@ def probing(run, n_texts):
 
     def on_the_fly():
         with tempfile.TemporaryDirectory() as cache:
-            states = probe.pooled_states(model, texts, layers, poolings, cache)
+            states = probe.pooled_states(model, texts, layers, poolings, cache, batch_tokens=1024)
             return states.arrays["mean"][-1]
 
     def keep_all():
         """The same batches; every state of every token is kept, and pooled afterwards."""
         rows, _ = model.encode(texts)
         kept = []
-        for first in range(0, len(rows), 4096 // 24):
-            ids, real = model.pad(rows[first : first + 4096 // 24])
+        for first in range(0, len(rows), 1024 // 24):
+            ids, real = model.pad(rows[first : first + 1024 // 24])
             kept.append((model.states(ids, real, layers), real))
         pooled = {}
         for pooling in poolings:
@@ -412,15 +412,15 @@ def probe_pass(run):
     """Pooled states of 12 layers by pooling on the fly, against a pass that keeps all states and
     pools afterwards.
     """
-    measured, a, b = in_turns(*probing(run, 600), turns=3)
+    measured, a, b = in_turns(*probing(run, 300), turns=3)
     assert np.abs(a - b).max() < 1e-3 * np.abs(b).max(), "the pooled states differ"
-    measured.note = "600 texts of 24 tokens, 12 layers, 6 poolings, both written to disk"
+    measured.note = "300 texts of 24 tokens, 12 layers, 6 poolings, both written to disk"
     return measured
 
 
 def probe_memory(run):
     """Peak memory of those two passes above the model's."""
-    ours, other = probing(run, 600)
+    ours, other = probing(run, 300)
     ours()
     measured = Measured([], [], unit="MB")
     for _ in range(3):
@@ -609,30 +609,27 @@ def decode_memory(run):
 def eeg_prepare(run):
     """Data/bids_eeg/prepare.py against loading and filtering the same file by MNE."""
     import mne
-    import mne_bids
 
     from data.bids_eeg import prepare
+    from data.synthetic_eeg.prepare import write_brainvision, write_json, write_table
 
-    sfreq, n_channels, seconds_long = 250, 64, 1200
-    rng = np.random.default_rng(0)
+    sfreq, n_seconds = 250, 1200
     names = mne.channels.make_standard_montage("biosemi64").ch_names
-    info = mne.create_info(names, sfreq, "eeg")
-    signal = 1e-5 * rng.standard_normal((n_channels, sfreq * seconds_long))
-    raw = mne.io.RawArray(signal, info, verbose="error")
-    onset = np.arange(2.0, seconds_long - 3, 2.0)
-    raw.set_annotations(mne.Annotations(onset, 0.5, ["word"] * len(onset)))
+    signal = 1e-5 * np.random.default_rng(0).standard_normal((64, sfreq * n_seconds), np.float32)
+    events = pd.DataFrame({"onset": np.arange(2.0, n_seconds - 3, 2.0), "duration": 0.5})
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder, "bids")
-        path = mne_bids.BIDSPath(subject="01", task="words", root=root, datatype="eeg")
-        options = {"allow_preload": True, "format": "BrainVision", "verbose": "error"}
-        mne_bids.write_raw_bids(raw, path, **options)
-        config = prepare.Config(root=str(root), word_column="trial_type", overwrite=True)
+        stem = root / "sub-01/eeg/sub-01_task-words"
+        write_brainvision(f"{stem}_eeg", signal, names, sfreq, [0])
+        write_table(Path(f"{stem}_events.tsv"), events.assign(word="word"))
+        write_json(root / "dataset_description.json", Name="synthetic")
+        config = prepare.Config(root=str(root), overwrite=True)
 
         def ours():
             prepare.convert(Path(folder, "set"), root, config, source="bench", synthetic=True)
 
         def theirs():
-            raw = mne_bids.read_raw_bids(path, verbose="error").load_data(verbose="error")
+            raw = mne.io.read_raw(f"{stem}_eeg.vhdr", preload=True, verbose="error")
             raw.filter(config.l_freq, config.h_freq, picks="all", verbose="error")
 
         measured = in_turns(ours, theirs, turns=3)[0]
