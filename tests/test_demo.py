@@ -233,6 +233,7 @@ def tiny(tmp_path_factory):
         f"topography contrasts='sentences>nonwords' twin={folder}/train_alpha0 "
         f"out_dir={folder}/topography"
     )
+    commands += [f"{name} out_dir={folder}/{name}" for name in ("init_pos", "foundation")]
     for end, _ in twins:
         lm = f"lm={folder}/train{end}"
         baselines = "baselines=layer0" + ("" if end else ",random_init")
@@ -242,6 +243,8 @@ def tiny(tmp_path_factory):
             f"decode {lm} embedding=lm layer=1 model=ridge model_params={{}} beside= lags=300 "
             f"out_dir={folder}/decode{end}",
             f"telepath {lm} max_iters=4 out_dir={folder}/telepath{end}",
+            f"warp {lm} models={folder}/train,{folder}/train_alpha0 shuffled=False "
+            f"out_dir={folder}/warp{end}",
         ]
     stages = []
     for i, command in enumerate(commands):
@@ -278,7 +281,7 @@ def test_the_page_says_what_the_tables_say(tiny):
     for path in re.findall(r'src="(.*?)"', text):  # relative, and there
         assert (tiny / "demo" / path).exists() and not path.startswith("/"), path
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)
-    assert len(captions) == 13
+    assert len(captions) == 17
     for caption in captions[1:]:  # its null, its data and its command
         assert "Null" in caption and "<code>python " in caption, caption
         assert "<mark>synthetic" in caption or "<mark>real text" in caption, caption
@@ -300,7 +303,9 @@ def test_the_page_says_what_the_tables_say(tiny):
         scores.append(rows.score.iloc[0])
     answer = table[table.measure.str.contains("set trial")].set_index("model").score
     assert answer["difference"] == pytest.approx(scores[0] - scores[1])
-    assert table.question.nunique() == 5
+    assert table.question.nunique() == 6
+    assert "<h2>Recordings alone" in text and "<th>encoder</th>" in text
+    assert "<h2>Placing" in text and "<th>swapped</th>" in text
 
 
 def test_a_missing_picture_is_said_and_the_rest_is_shown(tiny):
