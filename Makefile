@@ -7,7 +7,7 @@ BIN = .venv/bin
 # what runs a script: CMD="sbatch config/slurm/submit.sh" hands it to a cluster, whatever it takes in front
 CMD ?= $(BIN)/python
 
-.PHONY: setup demo app neural-conv foundation-model test test-all
+.PHONY: setup demo app neural-conv foundation-model test test-all gpu
 
 setup: .venv/ready
 
@@ -47,3 +47,7 @@ test-all: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# tests marked gpu, and GPT-2 124M's speed and memory, on one CUDA GPU: docs/gpu.md
+gpu: setup
+	$(BIN)/python bench.py gpu=True

@@ -1,149 +1,291 @@
-"""What every script owes its user, one row a script: it goes on after any kill as if never stopped, gives the same on 1 and on 2 ranks, refuses bad
-options and a used folder with one sentence. A new script adds a row to SCRIPTS."""
+"""What every script owes its user, one row of SCRIPTS each.
+
+It continues after any kill as if never stopped, gives the same on 1 and on 2 ranks, and refuses bad
+options, damaged files and a used folder with one sentence. A new script adds a row.
+"""
+
 import dataclasses
 import gc
 import importlib
 import json
+import math
 import shutil
 import signal
 import time
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import yaml
-from helpers import ends_in_a_sentence, make_dataset, make_eeg, make_podcast, make_sentences, refused, run, sentence_of, start
+from helpers import (
+    ends_in_a_sentence,
+    make_dataset,
+    make_eeg,
+    make_podcast,
+    make_sentences,
+    refused,
+    run,
+    sentence_of,
+    start,
+)
 
 import configurator
+import data
 from configurator import configure, key_seed
 
 
 @dataclass
 class Script:
     name: str
-    options: list                 # a run of seconds; {data} is the tiny dataset, {lm} a tiny trained language model
-    trains: bool = False          # writes ckpt.pt and resumes from it
-    wrong: dict = field(default_factory=dict)  # options of its own that it must refuse: {option: words of the sentence}
+    options: str  # a run of seconds; {data} is the tiny dataset, {lm} a tiny language model
+    trains: bool = False  # writes ckpt.pt and resumes from it
+    wrong: dict = field(default_factory=dict)  # {option that it refuses: words of the sentence}
 
 
 SCRIPTS = [
-    Script("train", ["dataset={data}", "batch_size=2", "block_size=16", "n_layer=2", "n_head=2", "n_embd=16", "radius=2", "windows=2", "alpha=1", "dropout=0.1",
-                     "tokens_per_step=128", "max_iters=12", "eval_interval=4", "eval_batches=4", "save_interval=3", "log_interval=1", "warmup_iters=2",
-                     "compile=False", "device=cpu", "dtype=float32", "baseline_tokens=0"],
-           trains=True, wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]}),
-    Script("finetune", ["lm={lm}", "dataset={sentences}", "task=letter", "batch_size=2", "texts_per_step=8", "alpha_scale=0.5", "dropout=0.1",
-                        "max_iters=12", "eval_interval=4", "save_interval=3", "log_interval=1", "warmup_iters=2", "patience=0", "resamples=10",
-                        "device=cpu", "dtype=float32"],
-           trains=True, wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "task=nosuch": ["nosuch", "letter"],
-                               "mode=some": ["mode", "full or head or last_k"], "dataset=nosuch": ["nosuch"],
-                               "init_from=gpt2": ["init_from", "lm or resume"]}),
-    Script("telepath", ["lm={lm}", "dataset={eeg}", "t_end=0.4", "prompt=T", "jitter=0.02", "patch=10", "width=16", "encoder_layers=1",
-                        "batch_size=2", "trials_per_step=8", "max_iters=12", "eval_interval=4", "save_interval=3", "log_interval=1", "warmup_iters=2",
-                        "eval_trials=12", "shuffles=10", "max_new_tokens=2", "augment=pink", "augment_share=0.5", "synonyms=True", "device=cpu",
-                        "dtype=float32"],
-           trains=True, wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch": ["nosuch", "synthetic_eeg"], "augment=hum": ["hum", "pink"],
-                               "stage=dpo": ["init_from=out/telepath"], "fusion=sum": ["fusion", "cross"], "t_start=90": ["empty"],
-                               "encoder=pretrained": ["pretrained:out/foundation"], "patch=99": ["patch=99"], "train=some": ["train", "encoder+expert"]}),
-    Script("foundation", ["dataset={podcast}", "width=16", "n_embd=8", "n_layer=1", "n_head=2", "degree=1", "decoder_width=16", "decoder_layers=1",
-                          "dropout=0.1", "batch_size=2", "windows_per_step=8", "max_iters=12", "eval_interval=4", "save_interval=3", "log_interval=1",
-                          "warmup_iters=2", "eval_windows=12", "bootstraps=10", "device=cpu", "dtype=float32"],
-           trains=True, wrong={"dataset=nosuch": ["nosuch", "synthetic_podcast"], "window=60": ["window=60", "110.0 s"], "mask_ratio=1": ["mask_ratio=1"],
-                               "patch=5": ["patch=5", "does not divide"], "masks=some": ["masks", "random, tube, span"], "grid=8x8": ["grid=8x8", "G1"],
-                               "subjects=9": ["subjects", "nobody"], "channels=XX": ["channels=XX"], "sfreq=512": ["512", "128 Hz"],
-                               "bands=[[70,90]]": ["90 Hz"]}),
-    Script("sample", ["lm={lm}", "prompt=ab", "max_new_tokens=8", "num_samples=2", "device=cpu"],
-           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "file=nosuch.txt": ["nosuch.txt"]}),
-    Script("topography", ["lm={lm}", "stimuli={stimuli}", "pairs={pairs}", "dataset={data}", "shuffles=10", "ablate=[2]", "random_sets=1", "val_batches=1",
-                          "device=cpu"],
-           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "stimuli=nosuch": ["nosuch"], "contrasts=a>q": ["'q'", "there are a, b"],
-                  "contrasts=a": ["A>B"], "pairs=nosuch": ["nosuch"], "sweep=nosuch": ["nosuch", "results.csv"]}),
-    Script("probe", ["lm={lm}", "dataset={sentences}/letter", "n_folds=4", "train_sizes=[40]", "probe=[LDA, Logistic, SingleLayer]", "cache={data}/states",
-                     "device=cpu"],
-           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
-                  "layers=[9]": ["no layer 9", "0 (embeddings) to 2"]}),  # more in tests/test_probe.py
-    Script("decode", ["dataset={podcast}", "lags=[-300,300]", "n_folds=3", "n_shifts=20", "pca=4", "epochs=2", "min_count=2", "device=cpu",
-                      "model_params.conv_filters=4", "model_params.num_models=2"],
-           wrong={"subjects=7": ["has no 7", "sub-01, sub-02"], "channels=XX": ["no electrode", "LGA"], "model=nosuch": ["nosuch", "ridge"],
-                  "dataset=nosuch": ["nosuch"], "task=nosuch.py:f": ["nosuch.py"], "lags=[90000,300000]": ["at lag 300000 ms"],
-                  "loss=some": ["loss", "mse", "cosine"], "controls=mena": ["mena", "mean"]}),
-    Script("decode_encoding", ["dataset={podcast}", "lags=[-300,300]", "n_folds=3", "n_shifts=20", "pca=4", "device=cpu"],
-           wrong={"embedding=": ["embedding"], "channels=XX": ["no electrode", "LGA"], "dataset=nosuch": ["nosuch"]}),
-    Script("warp", ["lm={lm}", "models=lm,random", "planted_stimuli={phrases}", "layers=1", "dims=0,4,16", "seeds=1", "steps=3", "eval_interval=2",
-                    "head_dims=4", "learning_rates=0.02", "draws=20", "shuffles=19", "device=cpu"],
-           wrong={"lm=out/nosuch": ["nosuch", "python train.py"], "layers=9": ["no layer 9", "0 (embeddings) to 2"], "dims=0,100000000": ["d=100000000"],
-                  "objective=some": ["objective", "linear or linear_first or rsa or cka"]}),
-    Script("init_pos", ["scheme=swap", "n_layer=1", "n_head=2", "n_embd=16", "radius=2", "init_data={data}", "samples=512", "block_size=16", "device=cpu",
-                        "positions_dir={data}/positions", "overwrite=True"],
-           wrong={"n_embd=18": ["n_embd=18", "square"], "samples=100000": ["samples=100000", "init_data="], "radius=9": ["radius=9"]}),
+    Script(
+        "train",
+        "dataset={data} batch_size=2 block_size=16 n_layer=2 n_head=2 n_embd=16 radius=2 windows=2 "
+        "alpha=1 dropout=0.1 tokens_per_step=128 max_iters=12 eval_interval=4 eval_batches=4 "
+        "save_interval=3 log_interval=1 warmup_iters=2 compile=False device=cpu dtype=float32 "
+        "baseline_tokens=0",
+        trains=True,
+        wrong={"optimizer=sgd": ["optimizer", "adamw or muon"]},
+    ),
+    Script(
+        "finetune",
+        "lm={lm} dataset={sentences} task=letter batch_size=2 texts_per_step=8 alpha_scale=0.5 "
+        "dropout=0.1 max_iters=12 eval_interval=4 save_interval=3 log_interval=1 warmup_iters=2 "
+        "patience=0 resamples=10 device=cpu dtype=float32",
+        trains=True,
+        wrong={
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "task=nosuch": ["nosuch", "letter"],
+            "mode=some": ["mode", "full or head or last_k"],
+            "dataset=nosuch": ["nosuch"],
+            "init_from=gpt2": ["init_from", "lm or resume"],
+        },
+    ),
+    Script(
+        "telepath",
+        "lm={lm} dataset={eeg} t_end=0.4 prompt=T jitter=0.02 patch=10 width=16 encoder_layers=1 "
+        "batch_size=2 trials_per_step=8 max_iters=12 eval_interval=4 save_interval=3 "
+        "log_interval=1 warmup_iters=2 eval_trials=12 shuffles=10 max_new_tokens=2 augment=pink "
+        "augment_share=0.5 synonyms=True device=cpu dtype=float32",
+        trains=True,
+        wrong={
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "dataset=nosuch": ["nosuch", "synthetic_eeg"],
+            "augment=hum": ["hum", "pink"],
+            "stage=dpo": ["init_from=out/telepath"],
+            "fusion=sum": ["fusion", "cross"],
+            "t_start=90": ["empty"],
+            "encoder=pretrained": ["pretrained:out/foundation"],
+            "patch=99": ["patch=99"],
+            "train=some": ["train", "encoder+expert"],
+        },
+    ),
+    Script(
+        "foundation",
+        "dataset={podcast} width=16 n_embd=8 n_layer=1 n_head=2 degree=1 decoder_width=16 "
+        "decoder_layers=1 dropout=0.1 batch_size=2 windows_per_step=8 max_iters=12 "
+        "eval_interval=4 save_interval=3 log_interval=1 warmup_iters=2 eval_windows=12 "
+        "bootstraps=10 device=cpu dtype=float32",
+        trains=True,
+        wrong={
+            "dataset=nosuch": ["nosuch", "synthetic_podcast"],
+            "window=60": ["window=60", "110.0 s"],
+            "mask_ratio=1": ["mask_ratio=1"],
+            "patch=5": ["patch=5", "does not divide"],
+            "masks=some": ["masks", "random, tube, span"],
+            "grid=8x8": ["grid=8x8", "G1"],
+            "subjects=9": ["subjects", "nobody"],
+            "channels=XX": ["channels=XX"],
+            "sfreq=512": ["512", "128 Hz"],
+            "bands=[[70,90]]": ["90 Hz"],
+        },
+    ),
+    Script(
+        "sample",
+        "lm={lm} prompt=ab max_new_tokens=8 num_samples=2 device=cpu",
+        wrong={
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "file=nosuch.txt": ["nosuch.txt"],
+        },
+    ),
+    Script(
+        "topography",
+        "lm={lm} stimuli={stimuli} pairs={pairs} dataset={data} shuffles=10 ablate=[2] "
+        "random_sets=1 val_batches=1 device=cpu",
+        wrong={
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "stimuli=nosuch": ["nosuch"],
+            "contrasts=a>q": ["'q'", "there are a, b"],
+            "contrasts=a": ["A>B"],
+            "pairs=nosuch": ["nosuch"],
+            "sweep=nosuch": ["nosuch", "results.csv"],
+        },
+    ),
+    Script(
+        "probe",
+        "lm={lm} dataset={sentences}/letter n_folds=4 train_sizes=[40] "
+        "probe=[LDA,Logistic,SingleLayer] cache={data}/states device=cpu",
+        wrong={  # more in tests/test_probe.py
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
+            "layers=[9]": ["no layer 9", "0 (embeddings) to 2"],
+        },
+    ),
+    Script(
+        "decode",
+        "dataset={podcast} lags=[-300,300] n_folds=3 n_shifts=20 pca=4 epochs=2 min_count=2 "
+        "device=cpu model_params.conv_filters=4 model_params.num_models=2",
+        wrong={
+            "subjects=7": ["has no 7", "sub-01, sub-02"],
+            "channels=XX": ["no electrode", "LGA"],
+            "model=nosuch": ["nosuch", "ridge"],
+            "dataset=nosuch": ["nosuch"],
+            "task=nosuch.py:f": ["nosuch.py"],
+            "lags=[90000,300000]": ["at lag 300000 ms"],
+            "loss=some": ["loss", "mse", "cosine"],
+            "controls=mena": ["mena", "mean"],
+        },
+    ),
+    Script(
+        "decode_encoding",
+        "dataset={podcast} lags=[-300,300] n_folds=3 n_shifts=20 pca=4 device=cpu",
+        wrong={
+            "embedding=": ["embedding"],
+            "channels=XX": ["no electrode", "LGA"],
+            "dataset=nosuch": ["nosuch"],
+        },
+    ),
+    Script(
+        "warp",
+        "lm={lm} models=lm,random planted_stimuli={phrases} layers=1 dims=0,4,16 seeds=1 "
+        "steps=3 eval_interval=2 head_dims=4 learning_rates=0.02 draws=20 shuffles=19 device=cpu",
+        wrong={
+            "lm=out/nosuch": ["nosuch", "python train.py"],
+            "layers=9": ["no layer 9", "0 (embeddings) to 2"],
+            "dims=0,100000000": ["d=100000000"],
+            "objective=some": ["objective", "linear or linear_first or rsa or cka"],
+        },
+    ),
+    Script(
+        "init_pos",
+        "scheme=swap n_layer=1 n_head=2 n_embd=16 radius=2 init_data={data} samples=512 "
+        "block_size=16 device=cpu positions_dir={data}/positions overwrite=True",
+        wrong={
+            "n_embd=18": ["n_embd=18", "square"],
+            "samples=100000": ["samples=100000", "init_data="],
+            "radius=9": ["radius=9"],
+        },
+    ),
 ]
-TRAINING = [s for s in SCRIPTS if s.trains]
+TRAINING = [script for script in SCRIPTS if script.trains]
+SWEEPS = [script for script in SCRIPTS if not script.trains and script.name != "sample"]
+
+
+def each(scripts):
+    return pytest.mark.parametrize("script", scripts, ids=lambda script: script.name)
+
+
+def script_called(name):
+    return next(script for script in SCRIPTS if script.name == name)
+
+
+def options(script, given, out):
+    return [option.format(**given) for option in script.options.split()] + [f"out_dir={out}"]
+
+
+def make_given(folder):
+    """What the options of SCRIPTS name, as {name: path}."""
+    folder.mkdir(exist_ok=True)
+    given = {
+        "data": make_dataset(folder / "data"),
+        "sentences": make_sentences(folder / "sentences"),
+        "podcast": make_podcast(folder / "podcast"),
+        "eeg": make_eeg(folder / "eeg", words=8, channels=4),
+        "lm": folder / "lm",
+        "stimuli": folder / "stimuli.csv",
+        "pairs": folder / "pairs.jsonl",
+        "phrases": folder / "phrases",
+    }
+    lines = ["text,condition"]
+    for i in range(20):
+        lines.append(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}")
+    given["stimuli"].write_text("\n".join(lines) + "\n")
+    given["pairs"].write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
+    given["phrases"].mkdir()
+    lines = ["text,group"]
+    for i in range(90):
+        phrase = "".join(chr(97 + i // 5**k % 5) for k in range(4))
+        lines.append(f"{phrase},{i // 2}")
+    (given["phrases"] / "stimuli.csv").write_text("\n".join(lines) + "\n")
+    (given["phrases"] / "meta.yaml").write_text("format: synthetic_brain-1\n")
+    return given
 
 
 @pytest.fixture(scope="session")
 def given(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("given")
-    make_dataset(folder / "data")
-    train = next(s for s in SCRIPTS if s.name == "train")
-    run("train", *[o.format(data=folder / "data") for o in train.options], "max_iters=2", f"out_dir={folder / 'lm'}")
-    (folder / "stimuli.csv").write_text("text,condition\n" + "".join(f"{2 * chr(97 + i)} {chr(65 + i)},{'ab'[i % 2]}\n" for i in range(20)))
-    (folder / "pairs.jsonl").write_text('{"sentence_good": "ab", "sentence_bad": "ba"}\n')
-    make_sentences(folder / "sentences")
-    make_podcast(folder / "podcast")
-    make_eeg(folder / "eeg", words=8, channels=4)
-    (folder / "phrases").mkdir()
-    phrases = ("".join(chr(97 + i // 5 ** k % 5) for k in range(4)) for i in range(90))
-    (folder / "phrases/stimuli.csv").write_text("text,group\n" + "".join(f"{text},{i // 2}\n" for i, text in enumerate(phrases)))
-    (folder / "phrases/meta.yaml").write_text("format: synthetic_brain-1\n")
-    return dict(data=folder / "data", lm=folder / "lm", sentences=folder / "sentences", stimuli=folder / "stimuli.csv", pairs=folder / "pairs.jsonl",
-                podcast=folder / "podcast", eeg=folder / "eeg", phrases=folder / "phrases")
+    given = make_given(tmp_path_factory.mktemp("given"))
+    run("train", *options(script_called("train"), given, given["lm"]), "max_iters=2")
+    return given
 
 
-def options(script, given, out):
-    return [o.format(**given) for o in script.options] + [f"out_dir={out}"]
+# ---- training scripts: stopped anywhere, on any number of ranks
 
 
 def state(folder):
     """Everything a checkpoint holds, without the options, and the log without its clocks."""
     saved = torch.load(folder / "ckpt.pt", weights_only=True)
     saved.pop("config")
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return saved, [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+    log = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        numbers = json.loads(line)
+        numbers.pop("seconds")
+        numbers.pop("tokens_per_s", None)
+        log.append(numbers)
+    return saved, log
 
 
 def same(a, b):
     """Bit for bit."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-def agree(a, b):
-    """The same work up to float summation order: equal to rounding in the first step, which adaptive optimisers then magnify step by step."""
-    (state_a, log_a), (state_b, log_b) = a, b
-    assert (state_a["step"], state_a.get("cursor")) == (state_b["step"], state_b.get("cursor"))
+def assert_agree(a, b):
+    """The same work up to the order of summation, whose rounding optimisers magnify."""
+    state_a, log_a = a
+    state_b, log_b = b
+    assert state_a["step"] == state_b["step"]
+    assert state_a.get("cursor") == state_b.get("cursor")
     for i, (x, y) in enumerate(zip(log_a, log_b, strict=True)):
-        assert x.keys() == y.keys() and all(np.isclose(x[k], y[k], rtol=1e-5 if i < 2 else 0.06) for k in x), (x, y)
-    for k in state_a["model"]:
-        assert (state_a["model"][k] - state_b["model"][k]).abs().max() < 0.02, k
-    return True
+        assert x.keys() == y.keys()
+        for key in x:
+            assert math.isclose(x[key], y[key], rel_tol=1e-5 if i < 2 else 0.06), (x, y)
+    for key, value in state_a["model"].items():
+        assert (value - state_b["model"][key]).abs().max() < 0.02, key
 
 
 @pytest.fixture(scope="session")
 def whole(given, tmp_path_factory):
-    """The folder of a training script's run that was never stopped, made when first asked for."""
+    """whole(script): the folder of a run that was never stopped, made when first asked for."""
     folder = tmp_path_factory.mktemp("whole")
 
-    def of(script):
+    def make(script):
         if not (folder / script.name).exists():
             run(script.name, *options(script, given, folder / script.name))
         return folder / script.name
-    return of
+
+    return make
 
 
 # the third checkpoint is half written when the process is killed
@@ -161,14 +303,15 @@ torch.save = save
 """
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+@each(TRAINING)
 def test_killed_while_saving_and_resumed(script, given, whole, tmp_path):
-    given_options = options(script, given, tmp_path / "run")
-    run(script.name, *given_options, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
-    assert (tmp_path / "run/ckpt.pt").exists() and list((tmp_path / "run").glob("*.tmp*"))
-    refused(script.name, *given_options, says=["ckpt.pt", "init_from=resume"])  # and a used folder is refused
-    run(script.name, *given_options, "init_from=resume")
-    assert same(state(tmp_path / "run"), state(whole(script)))  # bit for bit
+    folder = tmp_path / "run"
+    arguments = options(script, given, folder)
+    run(script.name, *arguments, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
+    assert (folder / "ckpt.pt").exists() and list(folder.glob("*.tmp*"))
+    refused(script.name, *arguments, says=["ckpt.pt", "init_from=resume"])  # a used folder
+    run(script.name, *arguments, "init_from=resume")
+    assert same(state(folder), state(whole(script)))
 
 
 # steps slow enough for a signal to come between two of them
@@ -179,9 +322,11 @@ torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(0.2), real(*args, *
 """
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+@each(TRAINING)
 def test_stopped_by_a_signal_and_resumed(script, given, whole, tmp_path):
-    folder, log = tmp_path / "run", tmp_path / "run/log.jsonl"
+    """On as many ranks, bit for bit, and on two."""
+    folder = tmp_path / "run"
+    log = folder / "log.jsonl"
     process = start(script.name, *options(script, given, folder), patch=SLOW)
     while not (log.exists() and '"step": 5,' in log.read_text()):
         assert process.poll() is None, process.communicate()
@@ -189,18 +334,19 @@ def test_stopped_by_a_signal_and_resumed(script, given, whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert 5 <= torch.load(folder / "ckpt.pt", weights_only=True)["step"] < state(whole(script))[0]["step"]
+    wanted = state(whole(script))
+    assert 5 <= state(folder)[0]["step"] < wanted[0]["step"]
     two = shutil.copytree(folder, tmp_path / "two")
     run(script.name, *options(script, given, folder), "init_from=resume")
-    assert same(state(folder), state(whole(script)))  # bit for bit
+    assert same(state(folder), wanted)
     run(script.name, *options(script, given, two), "init_from=resume", ranks=2)
-    assert agree(state(two), state(whole(script)))  # on another number of ranks
+    assert_agree(state(two), wanted)
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
+@each(TRAINING)
 def test_two_ranks_are_one(script, given, whole, tmp_path):
     run(script.name, *options(script, given, tmp_path / "run"), ranks=2)
-    assert agree(state(tmp_path / "run"), state(whole(script)))
+    assert_agree(state(tmp_path / "run"), state(whole(script)))
 
 
 # the second rank dies in step 8 of the first launch
@@ -209,64 +355,77 @@ import os, signal, torch
 steps, real = [], torch.optim.AdamW.step
 def step(self, *args, **kwargs):
     steps.append(1)
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(steps) == 8:
+    first_launch = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if os.environ["RANK"] == "1" and first_launch and len(steps) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, *args, **kwargs)
 torch.optim.AdamW.step = step
 """
 
 
-@pytest.mark.parametrize("script", TRAINING[:1], ids=lambda s: s.name)
+@each(TRAINING[:1])
 def test_two_ranks_of_which_one_dies_are_one(script, given, whole, tmp_path):
-    """The launcher starts them again, and they go on from the last checkpoint, not from the first step."""
-    run(script.name, *options(script, given, tmp_path / "run"), ranks=2, restarts=1, patch=A_RANK_DIES)
-    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["init_from"] == "resume"
-    assert agree(state(tmp_path / "run"), state(whole(script)))
+    """The launcher starts them again, and they continue from the last checkpoint."""
+    folder = tmp_path / "run"
+    run(script.name, *options(script, given, folder), ranks=2, restarts=1, patch=A_RANK_DIES)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["init_from"] == "resume"
+    assert_agree(state(folder), state(whole(script)))
 
 
-def called(script, *given_options):
+# ---- a full disk, and sweeps
+
+
+def call(script, *arguments):
     """Run a script to its end in this process, with one thread as in a process of its own."""
     torch.set_num_threads(1)
     module = importlib.import_module(script.name)
-    module.main(configure(module.Config, list(given_options)))
+    module.main(configure(module.Config, list(arguments)))
 
 
 def let_go():
-    """End a run that raised in this process: the frames of its error and its signal handlers hold the Run, and that the lock of its folder."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    """Give up the Run of a call that raised: error frames and signal handlers hold its lock."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.collect()
 
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """From full_disk() on, what the shared files write finds no room: really, on Linux's device that is always full."""
+    """full_disk(modules): what they write from now on goes to a device that is always full."""
+
+    def open_full(path, mode="r", **more):
+        return open("/dev/full" if mode[0] in "wa" else path, mode, **more)
+
     def fill(*modules):
         for module in modules:
-            monkeypatch.setattr(module, "open", lambda path, mode="r", **more: open("/dev/full" if mode[0] in "wa" else path, mode, **more), raising=False)
+            monkeypatch.setattr(module, "open", open_full, raising=False)
+
     return fill
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda s: s.name)
-def test_a_disk_that_is_full_costs_no_checkpoint(script, given, whole, tmp_path, monkeypatch, capsys, full_disk):
-    import data
-    real, saves = configurator.Run.save, []
+@each(TRAINING)
+def test_a_disk_that_is_full_costs_no_checkpoint(
+    script, given, whole, tmp_path, monkeypatch, capsys, full_disk
+):
+    real = configurator.Run.save
+    saves = []
 
     def save(self, name, state):
         saves.append(name)
         if saves.count("ckpt.pt") == 3:
             full_disk(data)
         real(self, name, state)
+
     monkeypatch.setattr(configurator.Run, "save", save)
-    given_options = options(script, given, tmp_path)
-    ends_in_a_sentence(lambda: called(script, *given_options), capsys, ["ckpt.pt could not be written (No space left on device)", "init_from=resume"])
-    saved = sorted(p.name for p in tmp_path.glob("*.pt*"))
-    assert "ckpt.pt" in saved and not any("tmp" in name for name in saved)
+    arguments = options(script, given, tmp_path)
+    says = ["ckpt.pt could not be written (No space left on device)", "init_from=resume"]
+    ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)
+    assert not list(tmp_path.glob("*tmp*"))
     assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 6
     monkeypatch.undo()
     let_go()
-    called(script, *given_options, "init_from=resume")
-    assert same(state(tmp_path), state(whole(script)))  # bit for bit
+    call(script, *arguments, "init_from=resume")
+    assert same(state(tmp_path), state(whole(script)))
 
 
 # killed with a row of the results half written
@@ -285,115 +444,170 @@ configurator.Run.result = result
 
 
 def table(folder):
-    """results.csv by its keys, in any order of rows, and its numbers, rounded to what another order of summation may change."""
-    found = pd.read_csv(folder / "results.csv")
-    numbers = [c for c in found if c in ("score", "chance", "low", "high", "p", "p_holm") or found[c].dtype.kind == "f"]
-    return found.sort_values([c for c in found if c not in numbers] + ["score"], ignore_index=True)
+    """results.csv in an order of its own."""
+    rows = pd.read_csv(folder / "results.csv")
+    measured = {"score", "chance", "low", "high", "p", "p_holm"}
+    keys = []
+    for column in rows:
+        if column not in measured and rows[column].dtype.kind != "f":
+            keys.append(column)
+    return rows.sort_values([*keys, "score"], ignore_index=True)
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if not s.trains and s.name != "sample"], ids=lambda s: s.name)
-def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(script, given, tmp_path, monkeypatch, capsys, full_disk):
-    """Stopped by a full disk at one random row, killed within another, then finished by two ranks."""
-    called(script, *options(script, given, tmp_path / "whole"))
-    want = table(tmp_path / "whole")
+@each(SWEEPS)
+def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(
+    script, given, tmp_path, monkeypatch, capsys, full_disk
+):
+    """Stopped by a full disk at one random row, killed within another, finished by two ranks."""
+    call(script, *options(script, given, tmp_path / "whole"))
+    wanted = table(tmp_path / "whole")
     assert list((tmp_path / "whole").glob("*.png"))
     rng = np.random.default_rng(key_seed(script.name))
-    stops, rows, real = rng.integers(1, max(2, len(want) // 2), 2), [], configurator.Run.result
+    stops = rng.integers(1, max(2, len(wanted) // 2), 2)
+    real = configurator.Run.result
+    rows = []
 
     def result(self, *args, **keys):
         rows.append(1)
         if len(rows) == stops[0]:
             full_disk(configurator)
         real(self, *args, **keys)
+
     monkeypatch.setattr(configurator.Run, "result", result)
-    given_options = options(script, given, tmp_path / "run")
-    ends_in_a_sentence(lambda: called(script, *given_options), capsys, ["could not be written (No space left on device): make room"])
+    arguments = options(script, given, tmp_path / "run")
+    says = ["could not be written (No space left on device): make room"]
+    ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)
     monkeypatch.undo()
     let_go()
-    run(script.name, *given_options, patch=KILLED_IN_A_ROW.replace("LAST", str(stops[1])), status=-signal.SIGKILL)
-    run(script.name, *given_options, ranks=2)
-    pd.testing.assert_frame_equal(table(tmp_path / "run"), want, rtol=1e-4, atol=1e-5)
+    patch = KILLED_IN_A_ROW.replace("LAST", str(stops[1]))
+    run(script.name, *arguments, patch=patch, status=-signal.SIGKILL)
+    run(script.name, *arguments, ranks=2)
+    pd.testing.assert_frame_equal(table(tmp_path / "run"), wanted, rtol=1e-4, atol=1e-5)
 
 
-def fields(Config):
-    kinds = typing.get_type_hints(Config)
-    return [(f, kinds[f.name]) for f in dataclasses.fields(Config)]
+# ---- bad input
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
+def wrong_values(option, kind, Config):
+    """Values of the command line that an option of this type must refuse."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return ["nosuch", "[]"]
+    if origin is list:
+        return ["[x]", "[[1]]", "[nan]", "{a: 1}"] if inner[0] in (int, float) else []
+    if origin is not None:
+        return ["x", "[1]"] if inner[0] in (int, float) else []
+    wrong = {
+        int: ["x", "1.5", "true", "nan", "[1]"],
+        float: ["x", "true", "nan", "[1]"],
+        bool: ["maybe", "2", "[]"],
+        dict: ["3", "[1]"],
+    }.get(kind, [])
+    if kind not in (int, float):
+        return wrong
+    if option.name in getattr(Config, "POSITIVE", "").split():
+        wrong.append("0")
+    if option.name in getattr(Config, "SHARES", "").split():
+        wrong.append("1.5")
+    if option.default >= 0 and option.name not in getattr(Config, "SIGNED", "").split():
+        wrong.append("-1")
+    if option.default != math.inf:
+        wrong.append("inf")
+    return wrong
+
+
+@each(SCRIPTS)
 def test_no_option_takes_a_wrong_type_or_range(script, tmp_path, capsys):
     """Every option of the script, from the command line and from a file."""
-    Config, path = importlib.import_module(script.name).Config, tmp_path / "options.yaml"
-    bomb = "\n".join(f"  {chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]" for i in range(12))
-    for option, kind in fields(Config):
-        wrong = {int: ["x", "1.5", "true", "nan", "[1]"], float: ["x", "true", "nan", "[1]"], bool: ["maybe", "2", "[]"], dict: ["3", "[1]"]}.get(kind, [])
-        if typing.get_origin(kind) is typing.Literal:
-            wrong = ["nosuch", "[]"]
-        elif typing.get_origin(kind) is list and kind.__args__[0] in (int, float):
-            wrong = ["[x]", "[[1]]", "[nan]", "{a: 1}"]
-        elif typing.get_origin(kind) not in (list, None) and kind.__args__[0] in (int, float):
-            wrong = ["x", "[1]"]
-        number = option.default if isinstance(option.default, (int, float)) and kind in (int, float) else None
-        if number is not None:
-            wrong += ["0"] * (option.name in getattr(Config, "POSITIVE", "").split()) + ["1.5"] * (option.name in getattr(Config, "SHARES", "").split())
-            wrong += ["-1"] * (number >= 0 and option.name not in getattr(Config, "SIGNED", "").split()) + ["inf"] * (number != float("inf"))
-        for value in wrong:
-            ends_in_a_sentence(lambda: configure(Config, [f"{option.name}={value}"]), capsys, [option.name])  # noqa: B023
-        for value in ("{a: {b: 1}}", "!!python/object/apply:os.getcwd []", f"\n  a: &a [x, x, x, x, x, x, x, x, x]\n{bomb}"):
-            if kind is not dict or value[0] != "{":
-                path.write_text(f"{option.name}: {value}\n")
-                ends_in_a_sentence(lambda: configure(Config, [str(path)]), capsys)
+    Config = importlib.import_module(script.name).Config
+    kinds = typing.get_type_hints(Config)
+    file = tmp_path / "options.yaml"
+    bomb = "\n  a: &a [x, x, x, x, x, x, x, x, x]"
+    for here, before in zip("bcdefghijklm", "abcdefghijkl"):  # nine times as long, line by line
+        bomb += f"\n  {here}: &{here} [{', '.join(9 * [f'*{before}'])}]"
+    for option in dataclasses.fields(Config):
+        kind = kinds[option.name]
+        for value in wrong_values(option, kind, Config):
+            argument = f"{option.name}={value}"
+            ends_in_a_sentence(lambda: configure(Config, [argument]), capsys, [option.name])  # noqa: B023
+        in_file = ["!!python/object/apply:os.getcwd []", bomb]
+        if kind is not dict:
+            in_file.append("{a: {b: 1}}")
+        for value in in_file:
+            file.write_text(f"{option.name}: {value}\n")
+            ends_in_a_sentence(lambda: configure(Config, [str(file)]), capsys)
 
 
-def damaged(path, how):
-    content = path.read_bytes()
-    path.write_bytes({"torn": content[:len(content) // 2], "empty": b"", "foreign": b"\x80\x02PK\x00 no such file\n\xff" * 9}[how])
+def files_to_damage(name, path):
+    """The files of one input of SCRIPTS that a script reads, a checkpoint by its best.pt."""
+    files = []
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        folders = {"states", "sub-02", "sub-03", "positions"} & set(file.parts)
+        read = file.suffix in (".pt", ".yaml", ".csv", ".bin", ".tiktoken", ".jsonl", ".f32")
+        if read and not folders and file.name != "config.yaml":
+            files.append(file)
+    if name == "lm":
+        files = [file for file in files if file.name == "best.pt"]
+    return files
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
-def test_no_damaged_file_ends_in_a_traceback(script, given, tmp_path, monkeypatch, capsys):
-    """Each file that the script is given, in turn: half of it, nothing, or something else. It is refused in a sentence, or can be done without."""
-    keys = [key for key in given if any(f"{{{key}}}" in o for o in script.options)]
-    hows, refusals, number = ("torn", "empty", "foreign"), 0, 0
-    for key in keys:
-        files = sorted(p.relative_to(given[key].parent) for p in ([given[key]] if given[key].is_file() else given[key].rglob("*")) if p.is_file())
-        files = [f for f in files if f.suffix in (".pt", ".yaml", ".csv", ".bin", ".tiktoken", ".jsonl", ".f32") and "config.yaml" != f.name
-                 and "states" not in f.parts and "sub-02" not in f.parts and "sub-03" not in f.parts and "positions" not in f.parts]
-        if key == "lm":
-            files = [f for f in files if f.name == "best.pt"]
-        for file in files:
-            for how in hows if file.suffix in (".pt", ".npz") else [hows[number % 3]]:
-                copy = tmp_path / str(number)
-                number += 1
-                shutil.copytree(given[key], copy / key) if given[key].is_dir() else shutil.copy(given[key], copy.mkdir() or copy / key)
-                target = copy / key / Path(*file.parts[1:]) if given[key].is_dir() else copy / key
-                damaged(target, how)
-                here = {**given, key: copy / key}
-                try:
-                    called(script, *options(script, here, copy / "out"))
-                except Exception as e:
-                    error = e
-                else:
-                    continue
-                refusals += 1
-                said = sentence_of(error, capsys)
-                assert target.name in said or str(copy) in said, said
-    assert refusals >= 2
+def damage(file, how):
+    content = file.read_bytes()
+    if how == "torn":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.write_bytes(b"\x80\x02PK\x00 no such file\n\xff" * 9)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.name)
-def test_bad_options_are_refused(script, given, tmp_path, capsys):
-    cases = {"sede=1": ["'sede'", "'seed'"], "seed=high": ["'seed'", "int"], "nosuch.yaml": ["nosuch.yaml"], **script.wrong}
-    for i, (case, words) in enumerate(cases.items()):
-        given_options = options(script, given, tmp_path / str(i))
-        if i == 0:  # as the user sees it; the others by the sentence that they raise, without a process each
-            refused(script.name, *given_options, case, says=words)
+@each(SCRIPTS)
+def test_no_damaged_file_ends_in_a_traceback(script, given, tmp_path, capsys):
+    """Each file that is read, in turn, half of it, nothing, or something else: it is refused in a
+    sentence, or the script can do without."""
+    ways = ("torn", "empty", "foreign")
+    cases = []
+    for name, path in given.items():
+        if f"{{{name}}}" not in script.options:
+            continue
+        for file in files_to_damage(name, path):
+            some = ways if file.suffix == ".pt" else [ways[len(cases) % 3]]
+            cases += [(name, path, file, how) for how in some]
+    n_refused = 0
+    for number, (name, path, file, how) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        copy = folder / name
+        if path.is_dir():
+            shutil.copytree(path, copy)
+            target = copy / file.relative_to(path)
         else:
-            ends_in_a_sentence(lambda: called(script, *given_options, case), capsys, words)  # noqa: B023
+            target = shutil.copy(path, copy)
+        damage(target, how)
+        try:
+            call(script, *options(script, {**given, name: copy}, folder / "out"))
+        except Exception as error:
+            sentence = sentence_of(error, capsys)
+            assert target.name in sentence or str(copy) in sentence, sentence
+            n_refused += 1
+    assert n_refused >= 2
+
+
+@each(SCRIPTS)
+def test_bad_options_are_refused(script, given, tmp_path, capsys):
+    """The first as the user sees it, the others by the error that they raise in this process."""
+    arguments = options(script, given, tmp_path / "process")
+    refused(script.name, *arguments, "sede=1", says=["'sede'", "'seed'"])
+    cases = {"seed=high": ["'seed'", "int"], "nosuch.yaml": ["nosuch.yaml"], **script.wrong}
+    for i, (case, says) in enumerate(cases.items()):
+        arguments = [*options(script, given, tmp_path / str(i)), case]
+        ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)  # noqa: B023
 
 
 def test_sample_writes_the_same_text_twice(given, tmp_path):
-    script = next(s for s in SCRIPTS if s.name == "sample")
-    texts = [run("sample", *options(script, given, tmp_path / str(i)))[0] for i in (0, 1)]
-    assert texts[0] == texts[1] and texts[0].count("ab") == 2
-    assert (tmp_path / "0/samples.txt").read_text() == (tmp_path / "1/samples.txt").read_text()
+    texts = []
+    for name in ("a", "b"):
+        out, _ = run("sample", *options(script_called("sample"), given, tmp_path / name))
+        assert out.count("ab") == 2
+        texts += [out, (tmp_path / name / "samples.txt").read_text()]
+    assert texts[:2] == texts[2:]

@@ -431,6 +431,7 @@ def test_checkpoints_that_do_not_fit(dataset, tmp_path):
         trained(other, tmp_path / "b", init_from=str(tmp_path / "run"))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_run_on_a_gpu_resumes_bit_for_bit(dataset, tmp_path, dtype):
