@@ -261,19 +261,10 @@ def _manual(Config):
     return "\n".join(lines)
 
 
-# Scripts not yet rewritten raise ValueError and OSError for bad input; their sentences count too.
-NOT_REWRITTEN = {
-    "bench.py",
-    "demo.py",
-    "foundation.py",
-    "warp.py",
-}
-
-
 def _print_one_sentence(kind, error, trace):
     """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
     full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if issubclass(kind, InputError) or _comes_from_an_old_script(kind, trace):
+    if issubclass(kind, InputError):
         sentence = _one_line(error)
     elif issubclass(kind, OSError) and error.errno in full_disk:
         sentence = f"{error.filename or 'a file'} could not be written ({error.strerror}): "
@@ -283,15 +274,6 @@ def _print_one_sentence(kind, error, trace):
         return
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
-
-def _comes_from_an_old_script(kind, trace):
-    if not issubclass(kind, (ValueError, OSError)) or trace is None:
-        return False
-    while trace.tb_next:
-        trace = trace.tb_next
-    file = Path(trace.tb_frame.f_code.co_filename)
-    return file.name in NOT_REWRITTEN or "data" in file.parts
 
 
 # ---- keys and hashes
