@@ -11,7 +11,6 @@ Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (To
 2023 (CogVLM); Alayrac et al. 2022 (Flamingo); Défossez et al. 2023 (electrodes as places).
 """
 
-import contextlib
 import copy
 import hashlib
 import math
@@ -560,18 +559,6 @@ class GPT(nn.Module):
         cache.used += 1
         return x[:, -1]
 
-    # -- for scripts not yet rewritten
-
-    @classmethod
-    def from_pretrained(cls, name, **options):
-        return _moved("convert", "gpt_from_hub")(name, **options)
-
-    def save_pretrained(self, folder, tokenizer=None, facts=""):
-        _moved("convert", "export_gpt")(self, folder, tokenizer, facts)
-
-    def packed(self, rows):
-        return contextlib.nullcontext()
-
 
 @dataclass
 class Sampling:
@@ -965,20 +952,6 @@ class NeuralEncoder(nn.Module):
         states = F.dropout(states.flatten(1), c.dropout, self.training)
         return torch.cat([self.whole(states)[:, None], tokens], dim=1)
 
-    # -- for scripts not yet rewritten
-
-    def read(self, h, present, P):
-        return self.net.output(self.net.pool(h, present, P))
-
-    def patches(self, x):
-        return cut_patches(x, self.config.patch)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("net"), name)
-
 
 class Reach(nn.Module):
     """How much less a head looks at what is farther away: numbers to add to its scores.
@@ -1358,23 +1331,3 @@ def lm_from(state, path="checkpoint", **options):
             problem = "missing" if name in missing else "more than it has"
             raise InputError(f"{path} does not fit our GPT: '{name}' is {problem}")
     return model
-
-
-# ---- for scripts not yet rewritten
-
-
-def _moved(module, name):
-    import importlib
-
-    return getattr(importlib.import_module(module), name)
-
-
-def __getattr__(name):
-    if name == "Tokenizer":
-        return _moved("data.tokens", name)
-    if name == "LayerNorm":
-        return lambda width, bias: nn.LayerNorm(width, bias=bias)
-    moved = "load_lm export_lm model_card from_hub hub_answers NotOurGPT adopt_checkpoint"
-    if name in f"{moved} foreign_tokenizer".split():
-        return _moved("convert", name)
-    raise AttributeError(f"module 'model' has no attribute '{name}'")
