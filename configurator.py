@@ -269,7 +269,6 @@ def _manual(Config):
 NOT_REWRITTEN = {
     "bench.py",
     "demo.py",
-    "foundation.py",
     "warp.py",
 }
 

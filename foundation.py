@@ -1,719 +1,918 @@
-"""What can be learned from brain recordings without any label? NeuralEncoder as a masked autoencoder: most patches are hidden, the rest predicts them.
+"""What can be learned from brain recordings without a label? A masked autoencoder of electrodes.
 
-    python foundation.py                                              # embedded: minutes on two cores, synthetic podcast
-    python foundation.py dataset=synthetic_eeg,PATH/TO/FIF/FOLDER     # several sets, montages and people in one batch; whatever MNE reads
+    python foundation.py                                        # embedded: minutes on two cores
+    python foundation.py minutes=4                              # as many steps as fit
+    python foundation.py dataset=FOLDER montage=standard_1005   # whatever MNE reads
     torchrun --standalone --nproc_per_node=4 foundation.py config/foundation_podcast.yaml
-    python foundation.py init_from=resume                             # go on after a stop, bit for bit
+    python foundation.py init_from=resume                       # go on after a stop, bit for bit
 
-A token is a patch of time of one electrode, which is its place, never its index. The encoder thinks on the visible tokens alone; a small decoder asks
-for the others by place and time. Scored on held-out stretches of every recording, as R² on hidden patches, beside interpolation in time, the average
-of the nearest electrodes and ridge from the visible patches, on exactly the same masks; predicting the mean is 0.
+A token is a patch of time of one electrode, which is its place, never its index. Most tokens are
+hidden. NeuralEncoder thinks on the visible ones alone; a small decoder fills in the hidden ones.
+Scored on held-out stretches of every recording, as R² of hidden patches, beside interpolation in
+time, the nearest electrodes, and ridge from the visible patches, all on the same masks. Guessing
+each channel's mean is 0.
 
-The latents are encoder(x, xyz, subject) → (B, patches, n_embd). How decode.py and telepath.py come to them, or you:
+decode.py and telepath.py take the latents, encoder(x, xyz, subject) -> (B, patches, n_embd), and so
+can you:
 
-    encoder, recipe = model.load_encoder("out/foundation")            # best.pt: kind='foundation', encoder_args, model (encoder.*), recording
-    y = resampled(recording.signal, recording.sfreq, recipe)          # data/recording.py: (T', C, F) at recipe['sfreq'] Hz
-    centre, scale = robust_scale(y[rows of training])                 # (C, F); of a recording seen here: recipe['recordings'][i]
-    x = encoder_input(windows (N, T, C, F) of y, recipe, centre, scale)   # (N, C, P x F x patch), T = round(recipe['window'] * recipe['sfreq'])
-    xyz = places(recording.names, recording.xyz, recording.good, recipe["grid"])  # (C, 3), nan: absent
-    encoder(x, xyz, subject)                                          # subject: number in recipe['subjects'], -1: a stranger
+    encoder, recipe = model.load_encoder("out/foundation")
+    y = resampled(recording.signal, recording.sfreq, recipe)  # data/recording.py: (T, C, F)
+    centre, scale = robust_scale(y[rows of training])
+    x = encoder_input(windows (N, T, C, F) of y, recipe, centre, scale)
+    xyz = places(recording.names, recording.xyz, recording.good, recipe["grid"])
+    encoder(x, xyz, subject)               # number in recipe["subjects"], -1: a stranger
 
-He et al. 2022 (masked autoencoders); Tong et al. 2022 (tubes); Défossez et al. 2023 (electrodes as places).
+He et al. 2022 (masked autoencoders); Tong et al. 2022 (tubes); Défossez et al. 2023 (electrodes as
+places).
 """
-import json
+
 import math
 import re
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import scipy.sparse.linalg
 import torch
 import torch.nn as nn
-from torch.nn import functional as F
+from scipy.spatial.distance import cdist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import Run, aside, configure, key_seed
-from data.raw import READABLE, convert_files, converted_files
+from configurator import InputError, Run, aside, configure, key_seed
+from data.raw import READABLE, convert_files, converted_files, inside_spans
 from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
-from model import MLP, EncoderConfig, GPTConfig, LayerNorm, NeuralEncoder, Reach
+from model import Context, EncoderConfig, NeuralEncoder, Reach, cut_patches, encoder_blocks
 
 MASKS = ("random", "tube", "span")
+
+
+def default(*values):
+    return field(default_factory=lambda: list(values))
 
 
 @dataclass
 class Config:
     # ---- recordings
-    dataset: list[str] = field(default_factory=lambda: ["synthetic_podcast"])  # names under data/, prepared folders, or folders of files that MNE reads
-    subjects: list[str] = field(default_factory=list)  # only these people; none: all
-    channels: str = ""                     # regular expression, from a name's beginning: LG[AB]*; "": all
-    montage: str = ""                      # MNE's standard montage for files without places: standard_1005
-    grid: str = ""                         # 8x8: channels G1 .. G64 sit on a grid, whatever xyz says, and no others are there
-    sfreq: float = 32.0                    # Hz, by block means
-    bands: list[list[float]] = field(default_factory=list)  # envelopes of these bands (Hz) side by side instead of the signal: [[4,8],[70,150]]
-    clamp: float = 8.0                     # cut beyond so many robust SD (median and interquartile range of training time)
-    window: float = 0.5                    # s
-    patch: int = 4                         # samples per token
-    # ---- splits: training, gap, validation, gap, test, one after the other in each recording
-    val_share: float = 0.15                # of its time
+    dataset: list[str] = default("synthetic_podcast")  # under data/, prepared, or files of MNE
+    subjects: list[str] = default()  # only these people; none: all
+    channels: str = ""  # regular expression, from a name's beginning: LG[AB]*; "": all
+    montage: str = ""  # MNE's montage for files without places: standard_1005
+    grid: str = ""  # 8x8: channels G1 .. G64 sit on a grid whatever xyz says, and are all there is
+    sfreq: float = 32.0  # Hz, by block means
+    bands: list[list[float]] = default()  # envelopes (Hz) instead of the signal: [[4,8],[70,150]]
+    clamp: float = 8.0  # cut beyond so many robust SD of the channel
+    window: float = 0.5  # s
+    patch: int = 4  # samples per token
+    # ---- splits: training, validation, test, a window apart, in each recording
+    val_share: float = 0.15  # of its time
     test_share: float = 0.15
     # ---- masks
-    masks: list[str] = field(default_factory=lambda: ["random", "tube"])  # of patches, of electrodes over the whole window, span: of all electrodes for a
-                                           # while; they take turns over micro-batches
-    mask_ratio: float = 0.75               # hidden share
+    # random: patches; tube: electrodes, for the whole window; span: time, of all electrodes
+    masks: list[str] = default("random", "tube")  # they take turns
+    mask_ratio: float = 0.75  # hidden share
     # ---- model
-    n_embd: int = 64                       # of a latent
-    width: int = 64                        # of the encoder
+    n_embd: int = 64  # of a latent
+    width: int = 64  # of the encoder
     n_layer: int = 3
     n_head: int = 4
-    degree: int = 3                        # of the Fourier code of places
+    degree: int = 3  # of the Fourier code of places
     decoder_width: int = 64
-    decoder_layers: int = 2
-    linear_terms: int = 4                  # the decoder adds to a linear guess: the conditional mean under the recording's covariance, kept to so many
-                                           # products of one of electrodes and one of time; 0: it guesses alone
-    latent_weight: float = 1.0             # of the second loss: everything, visible or not, from the latents alone
-    dropout: float = 0.0                   # in the encoder
+    decoder_layers: int = 3
+    latent_weight: float = 1.0  # of the second loss: all patches, linearly from the latents
+    dropout: float = 0.0
     # ---- optimiser
-    batch_size: int = 32                   # windows per micro-batch
-    windows_per_step: int = 0              # per optimiser step over all ranks, 0: one micro-batch per rank; accumulation is derived
-    learning_rate: float = 3e-3            # AdamW's peak
-    weight_decay: float = 0.05             # on matrices
-    grad_clip: float = 1.0                 # total norm; 0: none
-    max_iters: int = 2500                  # optimiser steps
-    warmup_iters: int = 100                # linear warm-up, then cosine to 0
+    batch_size: int = 32  # windows per micro-batch, all of one recording
+    windows_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
+    learning_rate: float = 3e-3  # AdamW's peak
+    weight_decay: float = 0.05  # on matrices
+    grad_clip: float = 1.0  # total norm
+    max_iters: int = 2500  # optimiser steps
+    minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
+    warmup_iters: int = 100  # linear warm-up, then cosine to 0
     # ---- evaluation
-    eval_interval: int = 250               # steps between validations
-    eval_windows: int = 256                # windows of each recording that are scored; 0: all, one after the other
-    block: float = 5.0                     # s: intervals are over blocks of so long
+    eval_interval: int = 250  # steps between validations
+    eval_windows: int = 256  # windows of each recording that are scored; 0: all
+    block: float = 5.0  # s: intervals are over blocks of so long
     bootstraps: int = 1000
-    alphas: list[float] = field(default_factory=lambda: [10.0 ** k for k in range(-1, 6)])  # of ridge, chosen on validation windows
-    ridge_limit: int = 8192                # values of a window beyond which its ridge is left out
+    # penalties of ridge, chosen on validation windows
+    alphas: list[float] = default(0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
+    ridge_limit: int = 8192  # values of a window beyond which its ridge is left out
     # ---- run
-    out_dir: str = "out/foundation"        # best.pt, results.csv, figures
+    out_dir: str = "out/foundation"  # best.pt, results.csv, figures
     init_from: Literal["scratch", "resume"] = "scratch"
-    overwrite: bool = False                # start over in a folder that holds a run
-    seed: int = 1337                       # fixes everything
-    device: str = "auto"                   # cuda, mps, cpu
-    dtype: str = "float32"                 # auto: bfloat16 where the hardware has it; at this width it costs a CPU more than it saves
-    compile: bool = False                  # compile the encoder's blocks
-    deterministic: bool = False            # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50                 # steps between lines
-    save_interval: int = 500               # steps between checkpoints
-    wandb_log: bool = False                # log to Weights & Biases
-    wandb_project: str = "nanocortex"      # its project
+    overwrite: bool = False  # start over in a folder that holds a run
+    seed: int = 1337  # fixes everything
+    device: str = "auto"  # cuda, mps, cpu
+    dtype: str = "float32"  # auto: bfloat16 where the hardware has it
+    compile: bool = False  # compile the blocks
+    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
+    log_interval: int = 50  # steps between lines
+    save_interval: int = 500  # steps between checkpoints
+    wandb_log: bool = False  # log to Weights & Biases
+    wandb_project: str = "nanocortex"  # its project
+
+    POSITIVE = (
+        "dataset masks sfreq window patch clamp mask_ratio val_share test_share n_embd width "
+    )
+    POSITIVE += "n_layer n_head decoder_width decoder_layers batch_size grad_clip max_iters alphas "
+    POSITIVE += "eval_interval save_interval log_interval block bootstraps"
+    SHARES = "mask_ratio val_share test_share"
 
     def check(self):
-        for key in ("patch", "batch_size", "max_iters", "eval_interval", "save_interval", "log_interval", "bootstraps", "n_embd", "n_layer", "n_head",
-                    "decoder_layers"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"option '{key}' must be at least 1, not {getattr(self, key)}")
-        if not self.dataset:
-            raise ValueError("dataset= names no recordings: give names under data/, or folders")
-        if not 0 < self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: between 0 and 1, of all patches, is hidden")
-        if self.linear_terms < 0 or self.eval_windows < 0:
-            raise ValueError(f"linear_terms={self.linear_terms} eval_windows={self.eval_windows}: neither can be below 0")
-        if not self.masks or set(self.masks) - set(MASKS):
-            raise ValueError(f"masks={self.masks}: there are {', '.join(MASKS)}")
-        if self.sfreq <= 0 or round(self.window * self.sfreq) < self.patch or round(self.window * self.sfreq) % self.patch:
-            raise ValueError(f"window={self.window} s has {round(self.window * self.sfreq)} samples at sfreq={self.sfreq:g} Hz, which patch={self.patch} does "
-                             "not divide: change one of the three")
-        if "span" in self.masks and round(self.window * self.sfreq) == self.patch:
-            raise ValueError(f"masks=span hides a part of the window's time, and patch={self.patch} is all of it: take shorter patches")
-        if any(len(band) != 2 or not 0 < band[0] < band[1] for band in self.bands):
-            raise ValueError(f"bands={self.bands} must be pairs of rising frequencies in Hz: [[4,8],[70,150]]")
+        samples = round(self.window * self.sfreq)
+        if self.mask_ratio >= 1:
+            raise InputError(f"mask_ratio={self.mask_ratio}: something must stay visible")
+        if set(self.masks) - set(MASKS):
+            raise InputError(f"masks={','.join(self.masks)}: there are {', '.join(MASKS)}")
+        if samples < self.patch or samples % self.patch:
+            raise InputError(
+                f"window={self.window:g} s has {samples} samples at sfreq={self.sfreq:g} Hz, which "
+                f"patch={self.patch} does not divide: change one of the three"
+            )
+        if "span" in self.masks and samples == self.patch:
+            raise InputError(f"masks=span needs shorter patches: patch={self.patch} is all time")
+        for band in self.bands:
+            if len(band) != 2 or not 0 < band[0] < band[1]:
+                raise InputError(f"bands={self.bands}: give pairs of Hz: [[4,8],[70,150]]")
         if not re.fullmatch(r"(\d+x\d+)?", self.grid):
-            raise ValueError(f"grid={self.grid} must be rows x columns: 8x8")
-        if min(self.val_share, self.test_share) <= 0 or self.val_share + self.test_share >= 0.9:
-            raise ValueError(f"val_share={self.val_share} test_share={self.test_share}: both above 0, and a tenth at least left for training")
+            raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
+        if self.val_share + self.test_share >= 0.9:
+            raise InputError("val_share and test_share leave less than a tenth for training")
         if self.width % self.n_head or self.decoder_width % self.n_head:
-            raise ValueError(f"n_head={self.n_head} must divide width={self.width} and decoder_width={self.decoder_width}")
+            raise InputError(f"n_head={self.n_head} must divide width and decoder_width")
 
 
 # ---- data
 
-def converted(run, folder):
-    """Folders of recordings made of the files that MNE reads in `folder`, in out_dir/recordings; rank 0 makes what is missing or older than its file."""
+
+def find_recordings(run, name):
+    """Folders of the recordings that one entry of dataset= names.
+
+    A folder of files that MNE reads is converted into out_dir/recordings, on rank 0, once.
+    """
+    folder = Path(name)
+    prepared = (folder / "meta.yaml").exists() or (folder / "prepare.py").exists()
+    if not folder.is_dir() or prepared:
+        folder = run.dataset(name)
+        return [folder / part for part in read_set(folder)["recordings"]]
     out = run.out / "recordings"
     if run.master:
         convert_files(folder, out, montage=run.config.montage, places=not run.config.grid)
     run.barrier()
-    return converted_files(folder, out)
+    paths = converted_files(folder, out)
+    if not paths:
+        raise InputError(
+            f"{folder} holds neither meta.yaml (data/recording.py) nor a file that MNE reads "
+            f"({', '.join(READABLE)})"
+        )
+    return paths
+
+
+def usable_channels(recording, config):
+    """(numbers, xyz) of the channels that match channels=, are good and have a place."""
+    xyz = places(recording.names, recording.xyz, recording.good, config.grid)
+    asked = np.array([bool(re.match(config.channels, name)) for name in recording.names])
+    channels = np.flatnonzero(asked & np.isfinite(xyz).all(1))
+    if not len(channels):
+        raise InputError(
+            f"{recording.path}: of {', '.join(recording.names[:6])}, ... none is good, has a place "
+            f"and fits channels={config.channels} and grid={config.grid}: a grid takes the names "
+            "G1, G2, ...; give montage= for files of MNE"
+        )
+    return channels, xyz[channels]
+
+
+def clean_rows(recording, n_rows, sfreq):
+    """(n_rows,) bool: the rows of the signal at `sfreq` Hz that no BAD segment touches."""
+    begin = recording.first_sample / recording.sfreq + np.arange(n_rows) / sfreq
+    return ~inside_spans(begin, begin + 1 / sfreq, recording.meta.get("bad_spans", []))
+
+
+def window_starts(clean, begin, end, width):
+    """First rows of all windows between two rows that lie in clean rows alone."""
+    n_bad = np.concatenate([[0], np.cumsum(~clean)])
+    starts = np.arange(begin, end - width + 1)
+    return starts[n_bad[starts + width] == n_bad[starts]]
 
 
 class Source:
-    """One recording, ready to be cut: signal (T', C, F) float32 at config.sfreq, xyz (C, 3), subject (a number), centre, scale and mean (C, F) over training
-    time; spans: rows (begin, end) of train, val and test, at least a window apart. Raises ValueError where nothing is left of it."""
+    """One recording, resampled, scaled and split in time. Raises InputError if nothing is left.
+
+    signal (T, C, F) float32; names, xyz (C, 3) of its channels; centre, scale (C, F): robust, of
+    clean training time; mean (C, F) of what is scaled; spans {split: (begin, end)} in rows;
+    starts {split: first rows of windows}: in training all of them, else side by side.
+    """
 
     def __init__(self, path, dataset, config):
-        rec = Recording(path)
-        self.dataset, self.name, self.person, self.synthetic = dataset, Path(path).name, rec.subject, rec.synthetic
-        xyz = places(rec.names, rec.xyz, rec.good, config.grid)
-        asked = np.array([bool(re.match(config.channels, name)) for name in rec.names])
-        if not asked.any():
-            raise ValueError(f"{rec.path}: no channel matches channels={config.channels}; there are {', '.join(rec.names[:6])}, ...")
-        keep = np.flatnonzero(asked & np.isfinite(xyz).all(1))
-        if not len(keep):
-            raise ValueError(f"{rec.path}: none of its {len(rec.names)} channels is good and has a place" + (
-                f" on grid={config.grid}, whose names are G1, G2, ..." if config.grid else ": give montage= for files of MNE, or prepare it with positions"))
-        signal = resampled(rec.signal, rec.sfreq, asdict(config), keep)
-        T, W = len(signal), round(config.window * config.sfreq)
-        a, b = round(T * (1 - config.val_share - config.test_share)), round(T * (1 - config.test_share))
-        self.spans = dict(train=(0, a), val=(a + W, b), test=(b + W, T))
-        if min(end - begin for begin, end in self.spans.values()) < W:
-            raise ValueError(f"window={config.window} s: {rec.path} has {T / config.sfreq:.1f} s, too few for windows of training, validation and test with a "
-                             "window between them")
-        # flat, or with nan, and nobody marked it bad: absent
-        varies = np.isfinite(signal).all((0, 2)) & (signal[:a].std(0, dtype=float) > 1e-6 * np.abs(signal[:a]).max(0)).all(1)
-        if not varies.any():
-            raise ValueError(f"{rec.path}: each of its {len(keep)} channels is flat or holds nan in training time")
-        self.signal, self.keep, self.left_out = np.ascontiguousarray(signal[:, varies]), keep[varies], [rec.names[i] for i in keep[~varies]]
-        self.names, self.xyz = [rec.names[i] for i in self.keep], torch.from_numpy(xyz[self.keep]).float()
-        centre, scale = robust_scale(self.signal[:a])
-        self.centre, self.scale = centre.astype(np.float32), scale.astype(np.float32)
-        self.mean = np.clip((self.signal[:a] - self.centre) / self.scale, -config.clamp, config.clamp).mean(0)
-        self.sfreq = config.sfreq
+        recording = Recording(path)
+        self.dataset = dataset
+        self.name = Path(path).name
+        self.person = recording.subject
+        self.synthetic = recording.synthetic
+        self.config = config
+        channels, xyz = usable_channels(recording, config)
+        signal = resampled(recording.signal, recording.sfreq, asdict(config), channels)
+        clean = clean_rows(recording, len(signal), config.sfreq)
+        self.split(clean, path)
+        end = self.spans["train"][1]
+        train = signal[:end][clean[:end]]
+        # a channel may be flat or hold NaN although nobody marked it bad
+        varies = (train.std(0, dtype=float) > 1e-6 * np.abs(train).max(0)).all(1)
+        varies &= np.isfinite(signal).all((0, 2))
+        if varies.sum() < 2:
+            raise InputError(
+                f"{path}: {varies.sum()} of its {len(channels)} channels vary and are free of NaN; "
+                "it takes two to predict one from another"
+            )
+        self.signal = np.ascontiguousarray(signal[:, varies])
+        self.names = [recording.names[i] for i in channels[varies]]
+        self.left_out = [recording.names[i] for i in channels[~varies]]
+        self.xyz = torch.from_numpy(xyz[varies]).float()
+        train = train[:, varies]
+        centre, scale = robust_scale(train)
+        self.centre = centre.astype(np.float32)
+        self.scale = scale.astype(np.float32)
+        scaled = np.clip((train - self.centre) / self.scale, -config.clamp, config.clamp)
+        self.mean = scaled.mean(0)
 
-    def starts(self, split, W, most=0):
-        """First rows of a split's windows, one after the other; `most` of them, evenly."""
-        begin, end = self.spans[split]
-        at = np.arange(begin, end - W + 1, W)
-        return at[np.linspace(0, len(at) - 1, min(most, len(at))).astype(int)] if most else at
+    def split(self, clean, path):
+        config = self.config
+        width = round(config.window * config.sfreq)
+        end = len(clean)
+        val = round(end * (1 - config.val_share - config.test_share))
+        test = round(end * (1 - config.test_share))
+        self.spans = {"train": (0, val), "val": (val + width, test), "test": (test + width, end)}
+        self.starts = {}
+        for split, span in self.spans.items():
+            starts = window_starts(clean, *span, width)
+            if split != "train":
+                starts = starts[(starts - span[0]) % width == 0]
+            if not len(starts):
+                raise InputError(
+                    f"window={config.window:g} s: {path} has {end / config.sfreq:.1f} s, of which "
+                    f"{clean.mean():.0%} are not BAD: too few for {split} windows"
+                )
+            self.starts[split] = starts
 
-    def cut(self, at, W, config):
-        """Windows that begin at rows `at` as the encoder takes them, (N, C, P * F * patch)."""
-        rows = np.asarray(at)[:, None] + np.arange(W)
-        return encoder_input(self.signal[rows], dict(patch=config.patch, clamp=config.clamp), self.centre, self.scale)
+    def cut(self, starts):
+        """Windows (N, C, P * F * patch) that begin at some rows, in robust SD."""
+        width = round(self.config.window * self.config.sfreq)
+        windows = self.signal[np.asarray(starts)[:, None] + np.arange(width)]
+        return encoder_input(windows, asdict(self.config), self.centre, self.scale)
+
+    def centred(self, x):
+        """Windows (N, C, P * F * patch) less each channel's mean: (N, C, P, F * patch)."""
+        mean = np.repeat(self.mean, self.config.patch, axis=1)  # (C, F * patch)
+        return x.reshape(len(x), len(mean), -1, mean.shape[1]) - mean[:, None]
 
     def facts(self):
         """What the checkpoint says of it: plain types and tensors."""
-        seen = [s / self.sfreq for s in self.spans["train"]]
-        return dict(dataset=self.dataset, name=self.name, subject=self.person, channels=self.names, xyz=self.xyz, centre=torch.from_numpy(self.centre),
-                    scale=torch.from_numpy(self.scale), seen=seen)
+        return {
+            "dataset": self.dataset,
+            "name": self.name,
+            "subject": self.person,
+            "channels": self.names,
+            "xyz": self.xyz,
+            "centre": torch.from_numpy(self.centre),
+            "scale": torch.from_numpy(self.scale),
+            "seen": [row / self.config.sfreq for row in self.spans["train"]],
+        }
 
 
-def centred(x, source, config):
-    """Encoder inputs x (N, C, P * F * patch) less the mean of each channel and feature in training time."""
-    mean = np.repeat(source.mean, config.patch, axis=1)  # (C, F * patch)
-    return x - np.tile(mean, x.shape[2] // mean.shape[1])
+class Batch(NamedTuple):
+    """Windows of one recording, and what of them is visible."""
 
-
-def gram_of(source, W, config):
-    """Gram matrix (V, V) of a recording's windows in training time, V = C * P * F * patch values each, and how many windows."""
-    begin, end = source.spans["train"]
-    at, G = np.arange(begin, end - W + 1, max(1, (end - begin) // 50_000)), 0.0
-    for i in range(0, len(at), 1024):
-        some = at[i:i + 1024]
-        x = centred(source.cut(some, W, config), source, config).reshape(len(some), -1).astype(np.float64)
-        G = G + x.T @ x
-    return G, len(at)
-
-
-class Field:
-    """Conditional means under a Gaussian with a recording's training covariance, kept to its `terms` largest products of a covariance of electrodes and one
-    of time (Van Loan & Pitsianis 1993): the linear guess that the decoder starts from."""
-
-    def __init__(self, source, gram, windows, terms, device):
-        C = len(source.xyz)
-        V, L = len(gram), len(gram) // C
-        products = (gram / windows).reshape(C, L, C, L).transpose(0, 2, 1, 3).reshape(C * C, L * L)
-        if terms < min(products.shape):
-            u, s, v = scipy.sparse.linalg.svds(products, terms, v0=np.ones(min(products.shape)))
-            products = (u * s) @ v
-        kept = products.reshape(C, C, L, L).transpose(0, 2, 1, 3).reshape(V, V)
-        kept = (kept + kept.T) / 2 + 0.003 * np.trace(kept) / V * np.eye(V)
-        self.covariance = torch.from_numpy(kept.astype(np.float32)).to(device)
-
-    def guess(self, x, visible):
-        """x, visible (N, V) → all values (N, V), from the visible ones."""
-        index, meant = first_true(visible)
-        both = meant[:, :, None] & meant[:, None]
-        A = torch.where(both, self.covariance[index[:, :, None], index[:, None]], 0.0) + torch.diag_embed((~meant).float())
-        weights = torch.linalg.solve(A, torch.where(meant, x.gather(1, index), 0.0)[..., None])[..., 0]
-        return torch.zeros_like(x).scatter_add(1, index, weights * meant) @ self.covariance
+    x: torch.Tensor  # (B, C, P * D), D = F * patch values in a patch
+    visible: torch.Tensor  # (B, C, P) bool, equally many in each window
+    xyz: torch.Tensor  # (C, 3)
+    subject: torch.Tensor  # (B,)
+    electrodes: torch.Tensor  # (C,) numbers among all electrodes of all people
 
 
 class Corpus:
-    """All recordings of dataset=, and windows of them with masks. subjects: names, in order; recipe: what the checkpoint says."""
+    """All recordings of dataset=, and batches of them. recipe: what the checkpoint says of them."""
 
     def __init__(self, run, config):
-        self.config, self.run, self.W = config, run, round(config.window * config.sfreq)
-        self.P, self.F = self.W // config.patch, max(1, len(config.bands))
-        self.sources = []
-        for name in config.dataset:
-            folder = Path(name)
-            if folder.is_dir() and not (folder / "meta.yaml").exists() and not (folder / "prepare.py").exists():
-                if not (paths := converted(run, folder)):
-                    raise FileNotFoundError(f"{folder} holds neither meta.yaml (data/recording.py) nor a file that MNE reads ({', '.join(READABLE)})")
-            else:
-                folder = run.dataset(name)
-                paths = [folder / part for part in read_set(folder)["recordings"]]
-            self.sources += [Source(path, name, config) for path in paths if self.wanted(path)]
-        if not self.sources:
-            raise ValueError(f"subjects={config.subjects}: there is nobody of that name in dataset={','.join(config.dataset)}")
-        self.subjects = sorted({(s.dataset, s.person) for s in self.sources})
+        self.run = run
+        self.config = config
+        self.n_patches = round(config.window * config.sfreq) // config.patch
+        self.patch_values = config.patch * max(1, len(config.bands))
+        self.sources = self.load()
+        people = sorted({(source.dataset, source.person) for source in self.sources})
+        numbers = {}
         for source in self.sources:
-            source.subject = self.subjects.index((source.dataset, source.person))
-        small = [len(s.xyz) * self.W * self.F <= config.ridge_limit for s in self.sources]
-        self.grams = [gram_of(s, self.W, config) if ok else None for s, ok in zip(self.sources, small)]
-        self.fields = [Field(s, *g, config.linear_terms, run.device) if config.linear_terms and g else None for s, g in zip(self.sources, self.grams)]
-        lengths = np.array([np.diff(s.spans["train"])[0] for s in self.sources], float)
-        self.share = lengths / lengths.sum()
-        self.synthetic = all(s.synthetic for s in self.sources)
-        self.recipe = dict(sfreq=config.sfreq, window=config.window, patch=config.patch, bands=config.bands, clamp=config.clamp, grid=config.grid,
-                           subjects=[person for _, person in self.subjects], recordings=[source.facts() for source in self.sources])
+            person = (source.dataset, source.person)
+            source.subject = people.index(person)
+            keys = [(*person, name) for name in source.names]
+            rows = [numbers.setdefault(key, len(numbers)) for key in keys]
+            source.electrodes = torch.tensor(rows)
+        self.n_electrodes = len(numbers)
+        n_windows = np.array([len(source.starts["train"]) for source in self.sources])
+        self.share = n_windows / n_windows.sum()
+        synthetic = any(source.synthetic for source in self.sources)
+        self.title = ", ".join(config.dataset) + ", synthetic" * synthetic
+        names = ("sfreq", "window", "patch", "bands", "clamp", "grid")
+        self.recipe = {name: getattr(config, name) for name in names}
+        self.recipe["subjects"] = [person for _, person in people]
+        self.recipe["recordings"] = [source.facts() for source in self.sources]
 
-    def wanted(self, path):
-        wanted = self.config.subjects
-        return not wanted or bool({Recording(path).subject, Path(path).name, Path(path).name.removeprefix("sub-").lstrip("0")} & set(wanted))
+    def load(self):
+        """The recordings as Sources. What cannot be used is named and left out."""
+        config = self.config
+        sources = []
+        reason = InputError(f"subjects={config.subjects}: nobody in dataset= is called so")
+        for dataset in config.dataset:
+            for path in find_recordings(self.run, dataset):
+                subject = Recording(path).subject
+                number = path.name.removeprefix("sub-").lstrip("0")
+                if config.subjects and not {subject, path.name, number} & set(config.subjects):
+                    continue
+                try:
+                    sources.append(Source(path, dataset, config))
+                except InputError as error:
+                    reason = error
+                    self.run.print(f"left out: {error}")
+        if not sources:
+            raise reason
+        return sources
 
-    def together(self, windows, which, kind, rng):
-        """A batch of windows (C, P * F * patch) each, of recordings number `which`: x (B, C, ..), xyz (B, C, 3), subject (B,), visible (B, C, P), and what the
-        recordings' fields guess, like x, 0 where there is none; the smaller montages padded with channels that are not there."""
-        C = max(len(w) for w in windows)
-        x, xyz = np.zeros((len(windows), C, windows[0].shape[1]), np.float32), torch.full((len(windows), C, 3), math.nan)
-        for i, (w, r) in enumerate(zip(windows, which)):
-            x[i, :len(w)], xyz[i, :len(w)] = w, self.sources[r].xyz
-        subject = torch.tensor([self.sources[r].subject for r in which])
-        visible = draw_mask(kind, np.array([len(w) for w in windows]), C, self.P, self.config.mask_ratio, rng)
-        x, xyz, subject, visible = (t.to(self.run.device) for t in (torch.from_numpy(x), xyz, subject, torch.from_numpy(visible)))
-        guess, which = torch.zeros_like(x), np.array(which)
-        for r in sorted(set(which)):
-            if self.fields[r]:
-                rows, n = torch.from_numpy(np.flatnonzero(which == r)).to(x.device), len(self.sources[r].xyz)
-                mean = torch.from_numpy(-centred(np.zeros_like(windows[0][None, :1]).repeat(n, 1), self.sources[r], self.config)).to(x.device)
-                seen = visible[rows, :n].repeat_interleave(x.size(2) // self.P, 2)
-                guess[rows, :n] = self.fields[r].guess((x[rows, :n] - mean).flatten(1), seen.flatten(1)).unflatten(1, (n, -1)) + mean
-        return x, xyz, subject, visible, guess
+    def masked(self, source, starts, kind, rng):
+        """The Batch of some windows of a recording under masks of a kind."""
+        shape = (len(starts), len(source.names), self.n_patches)
+        visible = draw_mask(kind, shape, self.config.mask_ratio, rng)
+        batch = Batch(
+            torch.from_numpy(source.cut(starts)),
+            torch.from_numpy(visible),
+            source.xyz,
+            torch.full((len(starts),), source.subject),
+            source.electrodes,
+        )
+        return Batch(*[tensor.to(self.run.device) for tensor in batch])
 
     def batch(self, step, micro):
-        """Training windows, anywhere in training time, and their masks: all drawn from (seed, step, micro)."""
-        config, rng = self.config, np.random.default_rng(key_seed(self.run.seed, step, micro, "windows"))
-        which = rng.choice(len(self.sources), config.batch_size, p=self.share)
-        windows = []
-        for r in which:
-            begin, end = self.sources[r].spans["train"]
-            windows.append(self.sources[r].cut([rng.integers(begin, end - self.W + 1)], self.W, config)[0])
-        kinds = config.masks
-        return self.together(windows, which, kinds[(step + micro) % len(kinds)], rng)
+        """A training batch; recording, windows and masks are drawn from (seed, step, micro)."""
+        config = self.config
+        rng = np.random.default_rng(key_seed(config.seed, step, micro, "windows"))
+        source = self.sources[rng.choice(len(self.sources), p=self.share)]
+        starts = rng.choice(source.starts["train"], config.batch_size)
+        kind = config.masks[(step + micro) % len(config.masks)]
+        return self.masked(source, starts, kind, rng)
 
-    def held_out(self, split, r, kind, batch=64):
-        """(starts, batch) of the windows of recording number r that are scored: the same windows and masks whenever they are asked for."""
-        source, rng = self.sources[r], np.random.default_rng(key_seed(self.run.seed, split, r, kind))
-        at = source.starts(split, self.W, self.config.eval_windows)
-        for i in range(0, len(at), batch):
-            some = at[i:i + batch]
-            yield some, self.together(list(source.cut(some, self.W, self.config)), [r] * len(some), kind, rng)
+    def held_out(self, split, source, kind, size=64):
+        """(starts, Batch) of all windows that are scored: the same, and masked alike, each time."""
+        rng = np.random.default_rng(key_seed(self.config.seed, split, source.name, kind))
+        starts = source.starts[split]
+        n = min(self.config.eval_windows or len(starts), len(starts))
+        starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
+        for some in np.split(starts, range(size, n, size)):
+            yield some, self.masked(source, some, kind, rng)
 
 
-def draw_mask(kind, channels, C, P, ratio, rng):
-    """Which patches are visible, (B, C, P) bool, where window b has its first channels[b] of C electrodes: 1 - ratio of its patches ('random'), of its
-    electrodes, all the time ('tube'), or of its time, all but a run of patches ('span'); one of them visible and one
-    hidden at least, where there are two."""
-    B = len(channels)
-    visible = np.zeros((B, C, P), bool)
-    for b, n in enumerate(channels):
-        count = dict(random=n * P, tube=n, span=P)[kind]
-        hidden = min(max(round(ratio * count), 1), count - 1) if count > 1 else 1
-        if kind == "random":
-            order = rng.permutation(count)
-            visible[b, :n] = (order >= hidden).reshape(n, P)
-        elif kind == "tube":
-            visible[b, :n] = (rng.permutation(n) >= hidden)[:, None]
-        else:
-            first = rng.integers(P - hidden + 1)
-            visible[b, :n] = (np.arange(P) < first) | (np.arange(P) >= first + hidden)
-    return visible
+def draw_mask(kind, shape, ratio, rng):
+    """What is visible, (B, C, P) bool: all but a share of the patches ('random'), of the electrodes
+    ('tube') or of the time, in one piece ('span'); something always is, and never all."""
+    B, C, P = shape
+    n = {"random": C * P, "tube": C, "span": P}[kind]
+    n_hidden = min(max(round(ratio * n), 1), n - 1)
+    if kind == "span":
+        after = np.arange(P) - rng.integers(P - n_hidden + 1, size=(B, 1))
+        visible = ((after < 0) | (after >= n_hidden))[:, None]
+    else:
+        order = rng.permuted(np.tile(np.arange(n), (B, 1)), axis=1)
+        visible = (order >= n_hidden).reshape(B, C, -1)
+    return np.broadcast_to(visible, shape).copy()
 
 
 # ---- model
 
-def first_true(mask):
-    """Where a mask (B, N) is True, the first ones in each row: index (B, K) with K the most that a row has, and which of them are meant (B, K)."""
-    K = max(1, int(mask.sum(1).max()))
-    index = mask.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    return index, mask.gather(1, index)
 
-
-def rows_of(x, index):
-    """x (B, N, d) at index (B, K) → (B, K, d)."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.size(-1)))
-
-
-class Ask(nn.Module):
-    """A block of the decoder: each query looks at the visible tokens, the near ones first, then thinks by itself; queries do not see one another."""
-
-    def __init__(self, width, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.ln_q, self.ln_kv, self.ln_mlp = (LayerNorm(width, True) for _ in range(3))
-        self.q, self.kv, self.c_proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        self.mlp = MLP(GPTConfig(n_embd=width))
-
-    def forward(self, q, tokens, near):
-        """q (B, N, d), tokens (B, K, d), near (B, H, N, K): what is added to the scores."""
-        heads = lambda t: t.unflatten(2, (self.n_head, -1)).transpose(1, 2)
-        k, v = self.kv(self.ln_kv(tokens)).chunk(2, -1)
-        y = F.scaled_dot_product_attention(heads(self.q(self.ln_q(q))), heads(k), heads(v), attn_mask=near.to(k.dtype))
-        q = q + self.c_proj(y.transpose(1, 2).flatten(2))
-        return q + self.mlp(self.ln_mlp(q))
+def gather_rows(x, index):
+    """Rows of x (B or 1, N, d) at index (B, K): (B, K, d)."""
+    x = x.expand(len(index), -1, -1)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.size(2)))
 
 
 class MaskedAutoencoder(nn.Module):
-    """encoder (NeuralEncoder) on the visible patches, and two ways back. The decoder asks the visible tokens for each hidden patch by its place and time,
-    and adds to a linear guess, which it is told. `field` reads every patch, hidden or not, out of the latents of its time alone, linearly in them: what the
-    electrodes know must be in there."""
+    """NeuralEncoder on the visible patches, and two ways back to the signal.
 
-    def __init__(self, shape, patches, width, layers, n_head):
+    The decoder's tokens are all patches: a visible one brings its values and the encoder's state of
+    it, a hidden one its electrode and time alone. The encoder knows electrodes by place; the decoder,
+    which is thrown away, by number: each has its own weights into the decoder and out of it.
+    The latents, means over electrodes, must give every patch by a linear readout, so that they hold
+    what the electrodes know.
+    """
+
+    def __init__(self, shape, n_electrodes, n_patches, decoder_width, decoder_layers):
         super().__init__()
+        width = decoder_width
         self.encoder = NeuralEncoder(shape)
-        M = len(self.encoder.place)
-        self.told = nn.Linear(shape.patch, width)
-        self.place = nn.Parameter(torch.randn(M, width) * M ** -0.5)
-        self.time = nn.Parameter(torch.randn(patches, width) * 0.5)
-        self.into, self.reach = nn.Linear(shape.width, width), Reach(layers, n_head)
-        self.blocks = nn.ModuleList(Ask(width, n_head) for _ in range(layers))
-        self.norm, self.head = LayerNorm(width, True), nn.Linear(width, shape.patch)
-        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)  # at first what it makes is the guess
-        self.field_place = nn.Parameter(torch.randn(M, 2 * shape.n_embd) * M ** -0.5)
-        self.field_in, self.field_out = nn.Linear(shape.n_embd, 2 * shape.n_embd), nn.Linear(2 * shape.n_embd, shape.patch)
+        self.embed = nn.Parameter(torch.randn(n_electrodes, shape.patch, width) / shape.patch**0.5)
+        self.electrode = nn.Parameter(torch.randn(n_electrodes, width) / 2)
+        self.time = nn.Parameter(torch.randn(n_patches, width) / 2)
+        self.from_encoder = nn.Linear(shape.width, width)
+        self.blocks = encoder_blocks(replace(shape, width=width, n_layer=decoder_layers))
+        self.reach = Reach(decoder_layers, shape.n_head)
+        self.norm = nn.LayerNorm(width)
+        # zeros: at first everything is guessed to be 0, the median
+        self.readout = nn.Parameter(torch.zeros(n_electrodes, width, shape.patch))
+        self.latent_readout = nn.Parameter(torch.zeros(n_electrodes, shape.n_embd, shape.patch))
 
-    def encode(self, x, xyz, subject, visible):
-        """Visible tokens (B, K, width), their index, which are meant, and spots of all; visible (B, C, P)."""
-        tokens, present = self.encoder.tokenize(x, xyz, subject)
-        index, meant = first_true(visible.flatten(1) & present)
-        spots = self.encoder.spots(xyz, visible.size(2)).expand(len(x), -1, -1)
-        return self.encoder.think(rows_of(tokens, index), meant, rows_of(spots, index)), index, meant, spots, present
+    def encode(self, x, visible, xyz, subject):
+        """States (B, K, width) of the visible tokens, and which they are of all C P: (B, K)."""
+        net = self.encoder.net
+        index = visible.flatten(1).nonzero()[:, 1].view(len(x), -1)
+        tokens = gather_rows(net.tokenize(x, xyz, subject)[0], index)
+        spots = gather_rows(net.spots(xyz, visible.size(2)), index)
+        return net.think(tokens, torch.ones_like(index, dtype=torch.bool), spots), index
 
-    def forward(self, x, xyz, subject, visible, guess):
-        """Losses (2,), of the hidden patches and of all patches from the latents; the hidden patches as predicted (B, N, patch), their index and which
-        are meant. x and guess (B, C, P * patch), xyz (B, C, 3), subject (B,), visible (B, C, P)."""
+    def latents(self, h, index, visible):
+        """(B, P, n_embd) from the states of the visible tokens."""
+        net = self.encoder.net
         B, C, P = visible.shape
-        h, index, meant, spots, present = self.encode(x, xyz, subject, visible)
-        truth = torch.where(present[..., None], self.encoder.patches(torch.nan_to_num(x)).flatten(1, 2), 0.0)  # (B, C P, patch)
-        code = self.encoder.code(xyz)[0]
-        ask, asked = first_true(present & ~visible.flatten(1))
-        q = rows_of(((code @ self.place)[:, :, None] + self.time).flatten(1, 2), ask)
-        tokens, guess = self.into(h), rows_of(self.encoder.patches(guess).flatten(1, 2), ask)
-        q = q + self.told(guess)
-        for block, near in zip(self.blocks, self.reach(rows_of(spots, ask), rows_of(spots, index), meant)):
-            q = block(q, tokens, near)
-        made = guess + self.head(self.norm(q)).float()
-        loss = ((made - rows_of(truth, ask)).square().mean(-1) * asked).sum() / asked.sum()
-        whole = h.new_zeros(B, C * P, h.size(2)).scatter(1, index[..., None].expand_as(h), h * meant[..., None])
-        z = self.encoder.read(whole, visible.flatten(1) & present, P)  # (B, P, n_embd)
-        field = self.field_out(self.field_in(z)[:, None] * (code @ self.field_place)[:, :, None]).flatten(1, 2).float()
-        latent = ((field - truth).square().mean(-1) * present).sum() / present.sum()
-        return torch.stack([loss, latent]), made, ask, asked
+        states = h.new_zeros(B, C * P, h.size(2)).scatter(1, index[:, :, None].expand_as(h), h)
+        return net.output(net.pool(states, visible.flatten(1), P))
+
+    def decode(self, h, index, patches, visible, xyz, electrodes):
+        """All patches (B, C, P, D), as the decoder fills them in."""
+        C, P = visible.shape[1:]
+        values = torch.where(visible[..., None], patches, 0.0)
+        q = torch.einsum("bcpd,cdw->bcpw", values, self.embed[electrodes])
+        q = q + self.electrode[electrodes][:, None] + self.time
+        states = self.from_encoder(h).to(q.dtype)
+        q = q.flatten(1, 2).scatter_add(1, index[:, :, None].expand_as(states), states)
+        spots = self.encoder.net.spots(xyz, P)
+        present = torch.ones_like(spots[..., 0], dtype=torch.bool)
+        for block, near in zip(self.blocks, self.reach(spots, spots, present)):
+            q = block(q, Context(mask=near.to(q.dtype)))[0]
+        q = self.norm(q).unflatten(1, (C, P))
+        return torch.einsum("bcpw,cwd->bcpd", q, self.readout[electrodes]).float()
+
+    def forward(self, x, visible, xyz, subject, electrodes):
+        """Arguments as in Batch -> losses (2,), of hidden patches, and of all from the latents;
+        guesses of all patches (B, C, P, D)."""
+        patches = cut_patches(x, self.encoder.config.patch)
+        h, index = self.encode(x, visible, xyz, subject)
+        guess = self.decode(h, index, patches, visible, xyz, electrodes)
+        hidden_loss = (guess - patches).square()[~visible].mean()
+        latents = self.latents(h, index, visible)
+        field = torch.einsum("bpn,cnd->bcpd", latents, self.latent_readout[electrodes])
+        latent_loss = (field.float() - patches).square().mean()
+        return torch.stack([hidden_loss, latent_loss]), guess
 
 
 def build(config, corpus):
     """The autoencoder that the options and the recordings ask for."""
-    shape = EncoderConfig(kind="transformer", tokens="electrode", n_embd=config.n_embd, width=config.width, n_layer=config.n_layer, n_head=config.n_head,
-                          patch=config.patch * corpus.F, degree=config.degree, subjects=len(corpus.subjects), dropout=config.dropout, reach=True)
-    return MaskedAutoencoder(shape, corpus.P, config.decoder_width, config.decoder_layers, config.n_head)
+    torch.manual_seed(key_seed(config.seed, "model"))
+    shape = EncoderConfig(
+        kind="transformer",
+        tokens="electrode",
+        n_embd=config.n_embd,
+        width=config.width,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        patch=corpus.patch_values,
+        degree=config.degree,
+        subjects=len(corpus.recipe["subjects"]),
+        dropout=config.dropout,
+        reach=True,
+    )
+    model = MaskedAutoencoder(
+        shape, corpus.n_electrodes, corpus.n_patches, config.decoder_width, config.decoder_layers
+    )
+    return model.to(corpus.run.device)
+
+
+# ---- baselines: x (N, C, P, D) centred, visible (N, C, P) -> guesses of all patches, like x
+
+
+def interpolate(x, visible, n_features):
+    """Each channel and feature over time, linearly between visible samples, flat beyond them."""
+    N, C, P, D = x.shape
+    x = x.reshape(N, C, P, n_features, -1).transpose(0, 1, 3, 2, 4)  # (N, C, F, P, patch)
+    known = np.where(visible[:, :, None, :, None], x, np.nan).reshape(N * C * n_features, -1)
+    filled = pd.DataFrame(known.T).interpolate(limit_direction="both").fillna(0.0)
+    filled = filled.to_numpy().T.reshape(x.shape)
+    return filled.transpose(0, 1, 3, 2, 4).reshape(N, C, P, D)
+
+
+def neighbours(x, visible, xyz, k):
+    """The mean of the k nearest electrodes that are visible at that time; 0 without any."""
+    distance = cdist(xyz, xyz)
+    np.fill_diagonal(distance, math.inf)
+    order = distance.argsort(axis=1, kind="stable")[:, :-1]  # (C, C - 1)
+    seen = visible[:, order]  # (N, C, C - 1, P)
+    taken = (seen & (seen.cumsum(2) <= k)).astype(x.dtype)
+    total = np.einsum("ncep,ncepd->ncpd", taken, x[:, order])
+    return total / np.maximum(taken.sum(2), 1)[..., None]
+
+
+def gram_matrix(source):
+    """(V, V) float64 of the training windows of a recording, of V = C P D values each."""
+    starts = source.starts["train"]
+    starts = starts[:: math.ceil(len(starts) / 50_000)]
+    gram = 0.0
+    for some in np.array_split(starts, math.ceil(len(starts) / 1024)):
+        x = source.centred(source.cut(some)).reshape(len(some), -1).astype(np.float64)
+        gram = gram + x.T @ x
+    return gram
+
+
+def ridge(x, visible, gram, alpha):
+    """Hidden values from all visible ones of the window, by ridge over the training windows.
+
+    It is solved anew for every mask: one Gram matrix holds what each of them needs.
+    """
+    out = x.copy()
+    for guess, mask in zip(out, visible):
+        seen = np.broadcast_to(mask[..., None], guess.shape).ravel()
+        values = guess.ravel()  # a view
+        A = gram[np.ix_(seen, seen)] + alpha * np.eye(seen.sum())
+        values[~seen] = np.linalg.solve(A, values[seen]) @ gram[np.ix_(seen, ~seen)]
+    return out
+
+
+def squared_errors(guess, x, visible):
+    """(N,) sum over the hidden values of each window."""
+    return (np.square(guess - x) * ~visible[..., None]).sum((1, 2, 3), dtype=float)
+
+
+def choose(corpus, source, kind, candidates):
+    """The key of {key: method} with the least error on validation windows."""
+    errors = dict.fromkeys(candidates, 0.0)
+    for _, batch in corpus.held_out("val", source, kind):
+        x = source.centred(batch.x.cpu().numpy())
+        visible = batch.visible.cpu().numpy()
+        for key, method in candidates.items():
+            errors[key] += squared_errors(method(x, visible), x, visible).sum()
+    return min(errors, key=errors.get)
+
+
+def choose_baselines(corpus, source, kind, gram):
+    """({name: method(x, visible)} for a recording under a kind of mask, what was chosen)."""
+    config = corpus.config
+    methods = {"interpolation": partial(interpolate, n_features=max(1, len(config.bands)))}
+    by_k = {k: partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)}
+    k = choose(corpus, source, kind, by_k)
+    methods["neighbours"] = by_k[k]
+    chosen = f"{source.name}: {k} neighbours"
+    if gram is not None:
+        by_alpha = {alpha: partial(ridge, gram=gram, alpha=alpha) for alpha in config.alphas}
+        alpha = choose(corpus, source, kind, by_alpha)
+        methods["ridge"] = by_alpha[alpha]
+        chosen += f", alpha {alpha:g}"
+    return methods, chosen
 
 
 # ---- evaluate
 
-def ridge(gram, x, hidden, alpha):
-    """Each hidden value from all visible ones of its window: least squares with a penalty over every window of a recording's training time, solved anew for
-    every mask, since one Gram matrix (V, V) holds what each of them needs. x, hidden (V,) → the hidden values."""
-    seen = ~hidden
-    A = gram[np.ix_(seen, seen)]
-    A[np.diag_indices(len(A))] += alpha
-    return np.linalg.solve(A, x[seen]) @ gram[np.ix_(seen, hidden)]
 
-
-def interpolate(x, visible):
-    """Each channel and feature (V,) over time, linearly between its visible samples, flat beyond them; the mean, 0, where it has none. x, visible (.., T)."""
-    out, t = np.zeros_like(x), np.arange(x.shape[-1])
-    for i in np.ndindex(x.shape[:-1]):
-        if visible[i].any():
-            out[i] = np.interp(t, t[visible[i]], x[i][visible[i]])
-    return out
-
-
-def neighbours(x, visible, order, k):
-    """The mean of the k nearest channels that are visible at that time; 0 where there is none. x (C, .., T), visible (C, T); order (C, C): by distance."""
-    out = np.zeros_like(x)
-    for c in range(len(x)):
-        seen = visible[order[c, 1:]]  # itself left out
-        taken = seen & (seen.cumsum(0) <= k)  # (C - 1, T)
-        shape = (len(taken),) + (1,) * (x.ndim - 2) + (taken.shape[1],)
-        out[c] = (x[order[c, 1:]] * taken.reshape(shape)).sum(0) / np.maximum(taken.sum(0), 1)
-    return out
-
-
-def baselines(corpus, r, kind, split, alpha, k):
-    """Squared errors of each window, {method: (N,)}, on the hidden patches of held_out windows, and of the mean."""
-    source, config = corpus.sources[r], corpus.config
-    order = torch.cdist(source.xyz, source.xyz).argsort(dim=1, stable=True).numpy()
-    order = np.stack([np.r_[c, row[row != c]] for c, row in enumerate(order)])  # two electrodes may share a place
-    found = []
-    for _, (x, _, _, visible, guess) in corpus.held_out(split, r, kind):
-        for w, v, g in zip(*(centred(t.cpu().numpy(), source, config) if t.dtype != torch.bool else t.cpu().numpy() for t in (x, visible, guess))):
-            C, P = v.shape
-            in_time = w.reshape(C, P, corpus.F, config.patch).transpose(0, 2, 1, 3).reshape(C, corpus.F, -1)  # (C, F, T)
-            seen = np.repeat(v, config.patch, axis=1)  # (C, T)
-            hidden = np.broadcast_to(~seen[:, None], in_time.shape)
-            guesses = dict(mean=0 * in_time, interpolation=interpolate(in_time, ~hidden), neighbours=neighbours(in_time, seen, order, k))
-            errors = {name: np.square((guess - in_time)[hidden]).sum() for name, guess in guesses.items()}
-            flat, lost = w.reshape(-1), np.repeat(~v, corpus.F * config.patch, axis=1).reshape(-1)
-            if corpus.fields[r] is not None:
-                errors["linear guess"] = np.square(g.reshape(-1) - flat)[lost].sum()
-            if alpha is not None:
-                errors["ridge"] = np.square(ridge(corpus.grams[r][0], flat, lost, alpha) - flat[lost]).sum()
-            found.append(errors)
-    return {name: np.array([errors[name] for errors in found]) for name in found[0]}
-
-
-def errors_of(run, model, corpus, r, kind, split):
-    """Squared errors of the model in each held-out window (N,), of the mean (N,), the second loss, and the windows' starts."""
-    source, config, found, total, latent, starts = corpus.sources[r], corpus.config, [], [], [], []
-    mean = torch.from_numpy(np.repeat(source.mean, config.patch, axis=1)).to(run.device)  # (C, F * patch)
+@torch.no_grad()
+def model_guess(run, model, source, batch):
+    """The model's guesses (N, C, P, D), centred, and its loss from the latents."""
     model.eval()
-    with torch.no_grad():
-        for at, (x, xyz, subject, visible, guess) in corpus.held_out(split, r, kind):
-            with run.autocast():
-                losses, made, ask, asked = model(x, xyz, subject, visible, guess)
-            truth = rows_of(model.encoder.patches(x).flatten(1, 2), ask)
-            centre = mean[:, None].expand(-1, corpus.P, -1).flatten(0, 1)[ask]  # (B, N, F * patch)
-            for values, guess in ((found, made), (total, centre)):
-                values.append(((guess - truth).square().sum(-1) * asked).sum(1).cpu())
-            latent.append(losses[1].item() * len(at))
-            starts.append(at)
+    with run.autocast():
+        losses, guess = model(*batch)
     model.train()
-    found, total = torch.cat(found).double().numpy(), torch.cat(total).double().numpy()
-    return found, total, sum(latent) / len(found), np.concatenate(starts)
+    return source.centred(guess.flatten(2).cpu().numpy()), losses[1].item()
 
 
-def validate(run, model, corpus):
-    """R² on hidden patches of validation windows, by mask, and the sum that chooses: the mean over masks less what the latents leave."""
+def score_windows(run, model, corpus, source, kind, split, methods=()):
+    """DataFrame, a row a window: start, latent (loss), and the squared errors of the model, of the
+    mean, and of {name: method}."""
+    parts = []
+    for starts, batch in corpus.held_out(split, source, kind):
+        x = source.centred(batch.x.cpu().numpy())
+        visible = batch.visible.cpu().numpy()
+        guess, latent = model_guess(run, model, source, batch)
+        part = {"start": starts, "latent": latent, "mean": squared_errors(0, x, visible)}
+        part["encoder"] = squared_errors(guess, x, visible)
+        for name in methods:
+            part[name] = squared_errors(methods[name](x, visible), x, visible)
+        parts.append(pd.DataFrame(part))
+    return pd.concat(parts)
+
+
+def validate(run, corpus, training):
+    """Log R² of hidden patches by mask; keep the model with the best, less the latents' loss."""
+    start = time.time()
     numbers = {}
+    score = 0.0
     for kind in corpus.config.masks:
-        parts = [errors_of(run, model, corpus, r, kind, "val") for r in range(len(corpus.sources))]
-        numbers[f"val_r2_{kind}"] = float(1 - sum(p[0].sum() for p in parts) / sum(p[1].sum() for p in parts))
-        numbers[f"val_latent_loss_{kind}"] = float(np.mean([p[2] for p in parts]))
-    return numbers
+        parts = []
+        for source in corpus.sources:
+            parts.append(score_windows(run, training.model, corpus, source, kind, "val"))
+        table = pd.concat(parts)
+        r2 = float(1 - table["encoder"].sum() / table["mean"].sum())
+        latent = float(table["latent"].mean())
+        numbers |= {f"val_r2_{kind}": r2, f"val_latent_loss_{kind}": latent}
+        score += r2 - corpus.config.latent_weight * latent
+    run.log(training.step, **numbers)
+    if score > training.best:
+        training.best, training.best_step = score, training.step
+        training.save("best.pt")
+    training.validation = time.time() - start
 
 
 def report(run, model, corpus, config):
-    """Score the test windows, once: R² of the model and of the baselines on the same masks, differences to each of them; rows of results.csv."""
-    alphas = {}
-    for source, gram in zip(corpus.sources, corpus.grams):
-        if gram is None:
-            run.print(f"{source.name}: {len(source.xyz) * corpus.W * corpus.F:,} values in a window are more than ridge_limit={config.ridge_limit}: no ridge "
-                      "beside it, and no linear guess")
-    rng = np.random.default_rng(key_seed(run.seed, "bootstrap"))
-    data = f"{', '.join(config.dataset)}{', synthetic' * corpus.synthetic}"
+    """R² on test windows, the model's and the baselines', and the differences: results.csv."""
+    grams = []
+    for source in corpus.sources:
+        n_values = len(source.names) * corpus.n_patches * corpus.patch_values
+        grams.append(gram_matrix(source) if n_values <= config.ridge_limit else None)
+        if n_values > config.ridge_limit:
+            run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
     for kind in config.masks:
-        parts, block, chosen = [], [], []
-        for r, source in enumerate(corpus.sources):
-            by_k = {k: baselines(corpus, r, kind, "val", None, k)["neighbours"].sum() for k in (1, 2, 3, 4, 6, 8)}
-            k, alpha = min(by_k, key=by_k.get), None
-            if corpus.grams[r]:
-                by_alpha = {a: baselines(corpus, r, kind, "val", a, 1)["ridge"].sum() for a in config.alphas}
-                alpha = min(by_alpha, key=by_alpha.get)
-            alphas[kind, r] = alpha
-            chosen.append(f"{source.name} alpha {alpha}, {k} neighbours")
-            errors = baselines(corpus, r, kind, "test", alpha, k)
-            found, total, _, starts = errors_of(run, model, corpus, r, kind, "test")
-            assert np.allclose(total, errors["mean"], rtol=1e-3)  # the same masks
-            parts.append(pd.DataFrame({**errors, "encoder": found, "mean": total}))
-            block += [(r, b) for b in (starts / config.sfreq // config.block).astype(int)]
-        table = pd.concat(parts, ignore_index=True)
-        table = table.dropna(axis=1)  # a baseline that some recordings have none of
-        sums = table.groupby(pd.MultiIndex.from_tuples(block)).sum()
-        draws = rng.integers(0, len(sums), (config.bootstraps, len(sums)))
-        r2 = lambda part: 1 - part.drop(columns="mean").div(part["mean"], axis=0)
-        whole = r2(table.sum().to_frame().T).iloc[0]
-        drawn = r2(pd.DataFrame(sums.to_numpy()[draws].sum(1), columns=sums.columns))
-        rows = {(name, "r2"): (whole[name], drawn[name]) for name in whole.index}
-        rows |= {("encoder", f"r2 - {name}"): (whole["encoder"] - whole[name], drawn["encoder"] - drawn[name]) for name in whole.index if name != "encoder"}
-        for (name, metric), (score, spread) in rows.items():
-            run.result(score, 0.0, *np.quantile(spread, [0.025, 0.975]), len(table), mask=kind, method=name, metric=metric, data=data, set="test")
-        run.print(f"{kind}: " + ", ".join(f"{name} {whole[name]:.3f}" for name in whole.index) + f", mean 0, n = {len(table)} windows in {len(sums)} blocks"
-                  f" (on validation: {'; '.join(chosen)})")
-        if "ridge" in whole:
-            low, high = np.quantile(drawn["encoder"] - drawn["ridge"], [0.025, 0.975])
-            run.print(f"{kind}: {whole['encoder'] - whole['ridge']:+.4f} [{low:+.4f}, {high:+.4f}] beside ridge")
-    return alphas
+        parts = []
+        notes = []
+        for number, (source, gram) in enumerate(zip(corpus.sources, grams)):
+            methods, chosen = choose_baselines(corpus, source, kind, gram)
+            part = score_windows(run, model, corpus, source, kind, "test", methods)
+            block = (part["start"] / config.sfreq // config.block).astype(int)
+            parts.append(part.assign(block=block, recording=number))
+            notes.append(chosen)
+        # a method that some recording is too large for counts for none
+        table = pd.concat(parts, ignore_index=True).dropna(axis=1)
+        report_mask(run, config, kind, table, corpus.title)
+        run.print(f"    chosen on validation windows: {'; '.join(notes)}")
+
+
+def report_mask(run, config, kind, table, data):
+    """Rows of results.csv for one kind of mask, and a line; intervals are over blocks of time."""
+    errors = table.drop(columns=["start", "latent"])
+    sums = errors.groupby(["recording", "block"]).sum()
+    rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
+    draws = rng.integers(0, len(sums), (config.bootstraps, len(sums)))
+    drawn = pd.DataFrame(sums.to_numpy()[draws].sum(1), columns=sums.columns)
+    whole = sums.sum()
+    r2 = 1 - whole.drop("mean") / whole["mean"]
+    drawn_r2 = 1 - drawn.drop(columns="mean").div(drawn["mean"], axis=0)
+    words = []
+    keys = {"mask": kind, "data": data, "set": "test"}
+    for name in r2.index:
+        low, high = drawn_r2[name].quantile([0.025, 0.975])
+        run.result(r2[name], 0.0, low, high, len(table), method=name, metric="r2", **keys)
+        words.append(f"{name} {r2[name]:.3f} [{low:.3f}, {high:.3f}]")
+    run.print(f"{kind}: R² {', '.join(words)}; n = {len(table)} windows in {len(sums)} blocks")
+    for name in r2.index.drop("encoder"):
+        difference = r2["encoder"] - r2[name]
+        low, high = (drawn_r2["encoder"] - drawn_r2[name]).quantile([0.025, 0.975])
+        keys |= {"method": "encoder", "metric": f"r2 - {name}"}
+        run.result(difference, 0.0, low, high, len(table), **keys)
+        if name == "ridge":
+            run.print(f"    encoder - ridge {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 
 # ---- plots
 
-def save_figure(fig, path):
-    """Write the figure aside, rename, close it."""
+
+def save_figure(figure, path):
     with aside(path) as file:
-        fig.savefig(file, dpi=130, format="png")
-    plt.close(fig)
+        figure.savefig(file, dpi=130, format="png")
+    plt.close(figure)
 
 
 def plot_curves(path, log, title):
-    """loss.png: both training losses, and R² of hidden validation patches by mask."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    """Both training losses, and R² of hidden validation patches."""
+    table = pd.read_json(log, lines=True).set_index("step")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, prefix in zip(axes, ("train_", "val_r2_")):
-        for key in dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)):
-            axis.plot(*zip(*[(line["step"], line[key]) for line in lines if key in line]), label=key.removeprefix(prefix).replace("_", " "))
+        for name in table.filter(like=prefix):
+            axis.plot(table[name].dropna(), label=name.removeprefix(prefix).replace("_", " "))
         axis.set_xlabel("step")
         axis.legend(frameon=False)
     axes[0].set(ylabel="mean squared error", title="training", yscale="log")
     axes[1].set(ylabel="R² of hidden patches", title="validation")
-    fig.suptitle(title, fontsize=10)
-    save_figure(fig, path)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
 
 
-def plot_reconstruction(path, run, model, corpus, alphas, title):
-    """The first test window of the first recording under each mask: truth, what is visible, the model, ridge; and hidden electrodes over time."""
-    config, source = corpus.config, corpus.sources[0]
-    fig, axes = plt.subplots(len(config.masks), 5, figsize=(15, 3.4 * len(config.masks)), layout="constrained", squeeze=False)
-    model.eval()
+def plot_reconstruction(path, run, model, corpus):
+    """The first test window of the first recording under each mask: electrodes over time."""
+    config = corpus.config
+    source = corpus.sources[0]
+    size = (len(config.masks), 3)
+    figure, axes = plt.subplots(*size, figsize=(10, 3.2 * size[0]), squeeze=False, sharey=True)
     for row, kind in zip(axes, config.masks):
-        at, batch = next(corpus.held_out("test", 0, kind))
-        with torch.no_grad(), run.autocast():
-            _, made, ask, asked = model(*batch)
-        x, visible = batch[0][0].cpu().numpy(), batch[3][0].cpu().numpy()
-        C, P = visible.shape
-        patches = x.reshape(C * P, corpus.F, config.patch)
-        guess = patches.copy()
-        guess[ask[0][asked[0]].cpu().numpy()] = made[0][asked[0]].float().cpu().numpy().reshape(-1, corpus.F, config.patch)
-        view = lambda p, C=C: p.reshape(C, -1, corpus.F, config.patch)[:, :, 0].reshape(C, -1)  # the first band
-        seen = np.repeat(visible, config.patch, axis=1)
-        shown = [("truth", view(patches)), ("visible", np.where(seen, view(patches), np.nan)), ("encoder", view(guess))]
-        if alphas[kind, 0] is not None:
-            lost = np.repeat(~visible, corpus.F * config.patch, axis=1).reshape(-1)
-            flat = centred(x[None], source, config)[0].reshape(-1)
-            mean, filled = x.reshape(-1) - flat, flat.copy()
-            filled[lost] = ridge(corpus.grams[0][0], flat, lost, alphas[kind, 0])
-            shown.append(("ridge", view((filled + mean).reshape(C * P, corpus.F, config.patch))))
-        limit, span = np.nanquantile(np.abs(shown[0][1]), 0.98), (0, config.window)
-        for axis, (name, image) in zip(row, shown):
-            axis.imshow(image, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, extent=(*span, C - 0.5, -0.5), interpolation="nearest")
-            axis.set(title=f"{kind}: {name}", xlabel="s", ylabel="electrode" if axis is row[0] else None)
-        time = np.arange(seen.shape[1]) / config.sfreq
-        for i, c in enumerate(np.argsort(seen.mean(1), kind="stable")[:4]):  # most hidden
-            for (name, image), colour, width in zip([shown[0], *shown[2:]], ("k", "#c23b22", "#4878a8"), (1.5, 1.5, 1.0)):
-                row[4].plot(time, image[c] - 5 * i, c=colour, lw=width, label=name if not i else None)
-            row[4].plot(time[seen[c]], shown[0][1][c][seen[c]] - 5 * i, "k.", ms=5, label="visible" if not i else None)
-            row[4].text(0, 1 - 5 * i, source.names[c], fontsize=8)
-        row[4].set(xlabel="s", yticks=[], title="hidden electrodes")
-        row[4].legend(fontsize=7, frameon=False, loc="upper right")
-    fig.suptitle(title, fontsize=10)
-    model.train()
-    save_figure(fig, path)
+        _, batch = next(corpus.held_out("test", source, kind, size=1))
+        x = source.centred(batch.x.cpu().numpy())
+        seen = batch.visible.cpu().numpy()[..., None]
+        guess, _ = model_guess(run, model, source, batch)
+        images = {"truth": x, "visible": np.where(seen, x, np.nan), "encoder": guess}
+        limit = np.quantile(np.abs(x), 0.98)
+        options = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "aspect": "auto"}
+        for axis, (name, image) in zip(row, images.items()):
+            image = image[0, :, :, : config.patch].reshape(len(source.names), -1)  # first band
+            axis.imshow(image, extent=(0, config.window, len(source.names), 0), **options)
+            axis.set(title=f"{kind}: {name}", xlabel="s", ylabel="electrode")
+    figure.suptitle(f"{corpus.title}: a test window of {source.name}", fontsize=10)
+    figure.tight_layout()
+    save_figure(figure, path)
 
 
 # ---- the run
 
+UNSETTLED = 10**9  # max_iters until `minutes` has settled it
+WARM_UP = 3  # steps that are not measured
+
+
 def lr_share(step, config):
-    """Learning rate at a step as a share of its peak."""
+    """Learning rate at a step as a share of its peak: linear warm-up, then cosine to 0."""
     warmup = min(config.warmup_iters, config.max_iters // 5)
-    return (step + 1) / (warmup + 1) if step < warmup else 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.max_iters - warmup)))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, config.max_iters - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Training:
+    """Optimiser, counters, and what a checkpoint holds of them."""
+
+    def __init__(self, run, config, corpus, model):
+        self.run = run
+        self.config = config
+        self.corpus = corpus
+        self.model = model
+        per_step = config.windows_per_step or config.batch_size * run.world
+        if per_step % (config.batch_size * run.world):
+            raise InputError(f"windows_per_step={per_step} is no multiple of batch_size x ranks")
+        self.micros = range(run.rank, per_step // config.batch_size, run.world)
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
+        groups.append({"params": others, "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+        self.step = self.best_step = 0
+        self.best = -math.inf
+        self.resumed = None
+        self.durations: list[float] = []  # s of steps, and of the last validation
+        self.validation = 0.0
+        if config.init_from == "resume":
+            self.resume(run.load("ckpt.pt"))
+        elif config.minutes:
+            config.max_iters = UNSETTLED
+        self.net = model
+        if run.world > 1:
+            devices = [run.device] if run.device.type == "cuda" else None
+            self.net = DistributedDataParallel(model, devices, broadcast_buffers=False)
+
+    def resume(self, state):
+        same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
+        if not same_shape or recording_keys(state["recording"]) != recording_keys(
+            self.corpus.recipe
+        ):
+            raise InputError(
+                f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "
+                "the options say: resume with its own config.yaml"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.run.scaler.load_state_dict(state["scaler"])
+        self.step = self.resumed = state["step"]
+        self.best, self.best_step = state["best"], state["best_step"]
+        if self.config.minutes:
+            self.config.max_iters = state["config"]["max_iters"]
+        self.run.rewind(self.step)
+
+    def due(self, interval, now):
+        """Is it time for something that happens every `interval` steps, or happens now?"""
+        return self.step != self.resumed and (now or self.step % interval == 0)
+
+    def save(self, name):
+        state = {
+            "kind": "foundation",
+            "encoder_args": asdict(self.model.encoder.config),
+            "model": self.model.state_dict(),
+            "recording": self.corpus.recipe,
+            "step": self.step,
+            "best": self.best,
+            "best_step": self.best_step,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.run.scaler.state_dict(),
+            "config": asdict(self.config),
+        }
+        self.run.save(name, state)
+
+
+def recording_keys(recipe):
+    """What of a recipe must agree for a run to go on."""
+    recordings = [(x["name"], x["channels"], x["seen"]) for x in recipe["recordings"]]
+    return {**recipe, "recordings": recordings}
+
+
+def train_step(run, config, training):
+    """One optimiser step: mean losses (2,) of this rank, and the gradient's norm."""
+    model = training.model
+    total = torch.zeros(2, device=run.device)
+    for micro in training.micros:
+        torch.manual_seed(key_seed(config.seed, training.step, micro, "dropout"))
+        if run.world > 1:  # gradients travel once a step
+            training.net.require_backward_grad_sync = micro == training.micros[-1]
+        with run.autocast():
+            losses, _ = training.net(*training.corpus.batch(training.step, micro))
+        loss = losses[0] + config.latent_weight * losses[1]
+        run.scaler.scale(loss / len(training.micros)).backward()
+        total += losses.detach() / len(training.micros)
+    run.scaler.unscale_(training.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    if not run.scaler.is_enabled() and not norm.isfinite():
+        raise InputError(f"the gradient is not finite at step {training.step + 1}: lower the rate")
+    for group in training.optimizer.param_groups:
+        group["lr"] = config.learning_rate * lr_share(training.step, config)
+    run.scaler.step(training.optimizer)
+    run.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    training.step += 1
+    return total, norm
+
+
+def settle(run, config, training):
+    """With `minutes`, settle max_iters once enough steps were measured."""
+    if config.max_iters != UNSETTLED:
+        return
+    durations = training.durations[WARM_UP:]
+    measured = run.reduce(sum(durations), "max")
+    if measured < min(20.0, 3 * config.minutes):
+        return
+    step = measured / len(durations)
+    elapsed = run.reduce(time.time() - run.start, "max")
+    left = 60 * config.minutes - elapsed - 10 * training.validation  # the last evaluation
+    n_steps = left / (step + training.validation / config.eval_interval)
+    config.max_iters = training.step + max(1, int(n_steps))
+    run.save_config()
+    run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
+
+
+def describe(run, corpus, training):
+    """Say what is trained on what."""
+    parts = []
+    for source in corpus.sources:
+        begin, end = source.facts()["seen"]
+        absent = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
+        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {end - begin:.0f} s")
+    run.print(f"{corpus.title}, training time: {'; '.join(parts)}")
+    encoder = sum(p.numel() for p in training.model.encoder.parameters())
+    whole = sum(p.numel() for p in training.model.parameters())
+    run.print(f"encoder {encoder:,} of {whole:,} parameters | {run.device} {str(run.dtype)[6:]}")
+
+
+def log_step(run, config, training, losses, norm):
+    if training.step % config.log_interval == 0 or training.step == 1:
+        hidden, latents = (run.reduce(losses) / run.world).tolist()
+        numbers = {"train_hidden": hidden, "train_from_latents": latents}
+        run.log(training.step, **numbers, grad_norm=norm.item())
+
+
+def finish(run, config, corpus, training):
+    """The test windows, once, under the model that validation chose."""
+    model = training.model
+    model.load_state_dict(run.load("best.pt")["model"])
+    run.print(f"step {training.best_step} was chosen on validation: {run.out / 'best.pt'}")
+    report(run, model, corpus, config)
+    plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
+    plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
 def main(config):
     run = Run(config)
     corpus = Corpus(run, config)
-    torch.manual_seed(key_seed(run.seed, "model"))
-    model = build(config, corpus).to(run.device)
-    per_step = config.windows_per_step or config.batch_size * run.world
-    if per_step % (config.batch_size * run.world):
-        raise ValueError(f"windows_per_step={per_step} must be a multiple of batch_size x ranks = {config.batch_size} x {run.world}")
-    accum = per_step // config.batch_size
-    groups = [dict(params=[p for p in model.parameters() if (p.dim() >= 2) == matrices], weight_decay=config.weight_decay * matrices) for matrices in (1, 0)]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-    step, best, best_step, resumed = 0, -math.inf, 0, None
-    if config.init_from == "resume":
-        state = run.load("ckpt.pt")
-        if state.get("kind") != "foundation" or state["encoder_args"] != asdict(model.encoder.config) or not same_data(state["recording"], corpus.recipe):
-            raise ValueError(f"{run.out / 'ckpt.pt'} has another shape, or is of other recordings, than the options say: resume with its own config.yaml")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        step = resumed = state["step"]
-        best, best_step = state["best"], state["best_step"]
-        run.rewind(step)
+    model = build(config, corpus)
+    training = Training(run, config, corpus, model)
+    describe(run, corpus, training)
     if config.compile:
-        for block in model.encoder.blocks:
+        for block in [*model.encoder.net.blocks, *model.blocks]:
             block.compile()
-    ddp = model if run.world == 1 else DistributedDataParallel(model, device_ids=[run.device] if run.device.type == "cuda" else None, broadcast_buffers=False)
-    data = f"{', '.join(config.dataset)}{', synthetic' * corpus.synthetic}"
-    names, left_out = sum((s.names for s in corpus.sources), []), sum((s.left_out for s in corpus.sources), [])
-    seconds = sum(np.diff(s.spans["train"])[0] for s in corpus.sources) / config.sfreq
-    size = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.encoder, model)]
-    run.print(f"{data}: {len(corpus.sources)} recordings of {len(corpus.subjects)} people, {len(names)} electrodes ({len(left_out)} more flat or with nan), "
-              f"{seconds:,.0f} s of training | encoder {size[0]:.2f} M of {size[1]:.2f} M parameters | {per_step} windows a step | {run.device} "
-              f"{str(run.dtype)[6:]}")
-
-    def save(name):
-        run.save(name, dict(kind="foundation", encoder_args=asdict(model.encoder.config), model=model.state_dict(), recording=corpus.recipe, step=step,
-                            best=best, best_step=best_step, optimizer=optimizer.state_dict(), scaler=run.scaler.state_dict(), config=asdict(config)))
-
-    bar = run.progress(config.max_iters, step, "pretrain")
+    bar = run.progress(config.max_iters, training.step, "pretrain")
     run.stopping()  # from here on a signal waits for the end of a step
     while True:
-        ends = step >= config.max_iters
-        if step != resumed and (ends or step % config.eval_interval == 0):
-            numbers = validate(run, model, corpus)
-            run.log(step, **numbers)
-            score = sum(numbers[f"val_r2_{kind}"] - config.latent_weight * numbers[f"val_latent_loss_{kind}"] for kind in config.masks) / len(config.masks)
-            if score > best:
-                best, best_step = score, step
-                save("best.pt")
-        if step != resumed and step and (ends or step % config.save_interval == 0 or run.stopped):
-            save("ckpt.pt")
-        if ends or run.stopped:
+        finished = training.step >= config.max_iters
+        if training.due(config.eval_interval, finished):
+            validate(run, corpus, training)
+        if training.step and training.due(config.save_interval, finished or run.stopped):
+            training.save("ckpt.pt")
+        if finished or run.stopped:
             break
-        total, micros = torch.zeros(2, device=run.device), range(run.rank, accum, run.world)
-        for micro in micros:
-            torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-            if run.world > 1:
-                ddp.require_backward_grad_sync = micro == micros[-1]
-            with run.autocast():
-                losses = ddp(*corpus.batch(step, micro))[0]
-            run.scaler.scale((losses[0] + config.latent_weight * losses[1]) / len(micros)).backward()
-            total += losses.detach() / len(micros)
-        run.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-        if not run.scaler.is_enabled() and not norm.isfinite():
-            raise ValueError(f"the gradient is not finite at step {step + 1}: stopped; try a smaller learning_rate, or dtype=float32")
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_share(step, config)
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
+        start = time.time()
+        losses, norm = train_step(run, config, training)
         bar.update()
         run.stopping()
-        if step % config.log_interval == 0 or step == 1:
-            hidden, latent = (run.reduce(total) / run.world).tolist()
-            run.log(step, train_hidden=hidden, train_from_latents=latent, grad_norm=norm.item())
+        log_step(run, config, training, losses, norm)
+        training.durations.append(time.time() - start)
+        settle(run, config, training)
+        bar.total = config.max_iters
     bar.close()
-    if run.stopped:
-        return run.close()
-    run.barrier()
-    model.load_state_dict(run.load("best.pt")["model"])
-    run.print(f"step {best_step} was chosen on validation; encoder and recipe are in {run.out / 'best.pt'}")
-    if run.master:
-        alphas = report(run, model, corpus, config)
-        plot_curves(run.out / "loss.png", run.out / "log.jsonl", data)
-        plot_reconstruction(run.out / "reconstruction.png", run, model, corpus, alphas, f"{data}: a test window of {corpus.sources[0].name}")
-    run.merge()
+    if not run.stopped:
+        run.barrier()
+        if run.master:
+            finish(run, config, corpus, training)
+        run.merge()
     run.close()
-
-
-def same_data(a, b):
-    """Whether two recipes are of the same recordings, made in the same way."""
-    plain = lambda r: {k: v for k, v in r.items() if k != "recordings"}
-    return plain(a) == plain(b) and [(x["name"], x["channels"], x["seen"]) for x in a["recordings"]] == [(x["name"], x["channels"], x["seen"])
-                                                                                                       for x in b["recordings"]]
 
 
 if __name__ == "__main__":
