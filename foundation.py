@@ -403,8 +403,8 @@ class MaskedAutoencoder(nn.Module):
     """NeuralEncoder on the visible patches, and two ways back to the signal.
 
     The decoder's tokens are all patches: a visible one brings its values and the encoder's state of
-    it, a hidden one its electrode and time alone. The encoder knows electrodes by place; the decoder,
-    which is thrown away, by number: each has its own weights into the decoder and out of it.
+    it, a hidden one its electrode and time alone. The encoder knows electrodes by place. The
+    decoder, which is thrown away, knows them by number: each has its own weights into it and out.
     The latents, means over electrodes, must give every patch by a linear readout, so that they hold
     what the electrodes know.
     """
