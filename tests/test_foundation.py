@@ -264,24 +264,6 @@ def test_what_is_not_like_the_training_time_cannot_make_it_diverge(tmp_path, siz
     assert np.isfinite(table[table.metric == "r2"].score).all()
 
 
-@pytest.mark.parametrize(
-    "option, words",
-    [
-        ("mask_ratio=1", "mask_ratio=1"),
-        ("masks=some", "random, tube, span"),
-        ("patch=5", "does not divide"),
-        ("bands=[[9,8]]", "pairs of Hz"),
-        ("grid=8", "rows x columns"),
-        ("grid=8x8", "G1, G2"),
-        ("subjects=9", "nobody"),
-        ("channels=XX", "channels=XX"),
-    ],
-)
-def test_bad_options_are_refused(podcast, tmp_path, option, words):
-    with pytest.raises(InputError, match=words):
-        corpus_of(podcast, tmp_path, option)
-
-
 def test_a_person_is_found_by_number(podcast, tmp_path):
     (source,) = corpus_of(podcast, tmp_path, "subjects=2")[0].sources
     assert source.person == Recording(podcast / "sub-02").subject
