@@ -29,7 +29,7 @@ places).
 import math
 import re
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import InputError, Run, aside, configure, key_seed
 from data.raw import READABLE, convert_files, converted_files, inside_spans
 from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
-from model import Context, EncoderConfig, NeuralEncoder, Reach, cut_patches, encoder_blocks
+from model import EncoderConfig, NeuralEncoder, cut_patches
 
 MASKS = ("random", "tube", "span")
 
@@ -83,14 +83,14 @@ class Config:
     n_layer: int = 3
     n_head: int = 4
     degree: int = 3  # of the Fourier code of places
-    decoder_width: int = 64
-    decoder_layers: int = 3
+    decoder_width: int = 128  # of a patch's state
+    decoder_layers: int = 2  # how often hidden patches are guessed
     latent_weight: float = 1.0  # of the second loss: all patches, linearly from the latents
-    dropout: float = 0.0
+    dropout: float = 0.0  # in the encoder
     # ---- optimiser
-    batch_size: int = 32  # windows per micro-batch, all of one recording
+    batch_size: int = 64  # windows per micro-batch, all of one recording
     windows_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
-    learning_rate: float = 3e-3  # AdamW's peak
+    learning_rate: float = 2e-3  # AdamW's peak
     weight_decay: float = 0.05  # on matrices
     grad_clip: float = 1.0  # total norm
     max_iters: int = 2500  # optimiser steps
@@ -111,7 +111,7 @@ class Config:
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "float32"  # auto: bfloat16 where the hardware has it
-    compile: bool = False  # compile the blocks
+    compile: bool = False  # compile the encoder's blocks
     deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
     log_interval: int = 50  # steps between lines
     save_interval: int = 500  # steps between checkpoints
@@ -145,8 +145,8 @@ class Config:
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
         if self.val_share + self.test_share >= 0.9:
             raise InputError("val_share and test_share leave less than a tenth for training")
-        if self.width % self.n_head or self.decoder_width % self.n_head:
-            raise InputError(f"n_head={self.n_head} must divide width and decoder_width")
+        if self.width % self.n_head:
+            raise InputError(f"n_head={self.n_head} must divide width={self.width}")
 
 
 # ---- data
@@ -402,27 +402,30 @@ def gather_rows(x, index):
 class MaskedAutoencoder(nn.Module):
     """NeuralEncoder on the visible patches, and two ways back to the signal.
 
-    The decoder's tokens are all patches: a visible one brings its values and the encoder's state of
-    it, a hidden one its electrode and time alone. The encoder knows electrodes by place. The
-    decoder, which is thrown away, knows them by number: each has its own weights into it and out.
-    The latents, means over electrodes, must give every patch by a linear readout, so that they hold
-    what the electrodes know.
+    The latents, means of its states over electrodes, must give every patch by a linear readout, so
+    that they hold what the electrodes know. The decoder, which is thrown away, reads the latents
+    and the visible patches, guesses the hidden ones, then reads its own guesses as if they had been
+    visible and corrects them, once a layer. The encoder knows electrodes by place, the decoder by
+    number: each electrode has weights of its own into it and out of it.
     """
 
     def __init__(self, shape, n_electrodes, n_patches, decoder_width, decoder_layers):
         super().__init__()
-        width = decoder_width
+        n_values = 16 * shape.patch  # about as many are visible at a time
+        weights = (n_electrodes, shape.patch, decoder_width)
+        width = n_patches * decoder_width  # of the whole window's state
         self.encoder = NeuralEncoder(shape)
-        self.embed = nn.Parameter(torch.randn(n_electrodes, shape.patch, width) / shape.patch**0.5)
-        self.electrode = nn.Parameter(torch.randn(n_electrodes, width) / 2)
-        self.time = nn.Parameter(torch.randn(n_patches, width) / 2)
-        self.from_encoder = nn.Linear(shape.width, width)
-        self.blocks = encoder_blocks(replace(shape, width=width, n_layer=decoder_layers))
-        self.reach = Reach(decoder_layers, shape.n_head)
-        self.norm = nn.LayerNorm(width)
+        self.embed = nn.Parameter(torch.randn(weights) / n_values**0.5)
+        self.seen = nn.Parameter(0.02 * torch.randn(n_electrodes, decoder_width))
+        self.from_latents = nn.Linear(n_patches * shape.n_embd, width)
+        self.mix = nn.Linear(width, width)
+        self.blocks = nn.ModuleList()
+        for _ in range(decoder_layers):
+            layers = [nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()]
+            self.blocks.append(nn.Sequential(*layers, nn.Linear(width, width)))
         # zeros: at first everything is guessed to be 0, the median
-        self.readout = nn.Parameter(torch.zeros(n_electrodes, width, shape.patch))
-        self.latent_readout = nn.Parameter(torch.zeros(n_electrodes, shape.n_embd, shape.patch))
+        self.readout = nn.Parameter(torch.zeros(weights))
+        self.latent_readout = nn.Parameter(torch.zeros(n_electrodes, shape.patch, shape.n_embd))
 
     def encode(self, x, visible, xyz, subject):
         """States (B, K, width) of the visible tokens, and which they are of all C P: (B, K)."""
@@ -439,30 +442,31 @@ class MaskedAutoencoder(nn.Module):
         states = h.new_zeros(B, C * P, h.size(2)).scatter(1, index[:, :, None].expand_as(h), h)
         return net.output(net.pool(states, visible.flatten(1), P))
 
-    def decode(self, h, index, patches, visible, xyz, electrodes):
-        """All patches (B, C, P, D), as the decoder fills them in."""
+    def decode(self, latents, patches, visible, electrodes):
+        """Guesses of all patches (B, C, P, D); the decoder never reads a hidden one."""
         C, P = visible.shape[1:]
-        values = torch.where(visible[..., None], patches, 0.0)
-        q = torch.einsum("bcpd,cdw->bcpw", values, self.embed[electrodes])
-        q = q + self.electrode[electrodes][:, None] + self.time
-        states = self.from_encoder(h).to(q.dtype)
-        q = q.flatten(1, 2).scatter_add(1, index[:, :, None].expand_as(states), states)
-        spots = self.encoder.net.spots(xyz, P)
-        present = torch.ones_like(spots[..., 0], dtype=torch.bool)
-        for block, near in zip(self.blocks, self.reach(spots, spots, present)):
-            q = block(q, Context(mask=near.to(q.dtype)))[0]
-        q = self.norm(q).unflatten(1, (C, P))
-        return torch.einsum("bcpw,cwd->bcpd", q, self.readout[electrodes]).float()
+        embed = self.embed[electrodes].flatten(0, 1)  # (C D, decoder_width)
+        readout = self.readout[electrodes].flatten(0, 1)
+        seen = visible.transpose(1, 2).to(embed.dtype) @ self.seen[electrodes]
+        context = self.from_latents(latents.flatten(1)) + seen.flatten(1)  # (B, P decoder_width)
+        guess = torch.zeros_like(patches)
+        for block in self.blocks:
+            filled = torch.where(visible[..., None], patches, guess)
+            state = filled.transpose(1, 2).flatten(2) @ embed  # (B, P, decoder_width)
+            state = self.mix(context + state.flatten(1))
+            state = state + block(state)
+            change = state.unflatten(1, (P, -1)) @ readout.T  # (B, P, C D)
+            guess = guess + change.unflatten(2, (C, -1)).transpose(1, 2).float()
+        return guess
 
     def forward(self, x, visible, xyz, subject, electrodes):
         """Arguments as in Batch -> losses (2,), of hidden patches, and of all from the latents;
         guesses of all patches (B, C, P, D)."""
         patches = cut_patches(x, self.encoder.config.patch)
-        h, index = self.encode(x, visible, xyz, subject)
-        guess = self.decode(h, index, patches, visible, xyz, electrodes)
+        latents = self.latents(*self.encode(x, visible, xyz, subject), visible)
+        guess = self.decode(latents, patches, visible, electrodes)
         hidden_loss = (guess - patches).square()[~visible].mean()
-        latents = self.latents(h, index, visible)
-        field = torch.einsum("bpn,cnd->bcpd", latents, self.latent_readout[electrodes])
+        field = torch.einsum("bpn,cdn->bcpd", latents, self.latent_readout[electrodes])
         latent_loss = (field.float() - patches).square().mean()
         return torch.stack([hidden_loss, latent_loss]), guess
 
@@ -747,7 +751,9 @@ class Training:
         others = [p for p in model.parameters() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}]
         groups.append({"params": others, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=run.device.type != "mps"
+        )
         self.step = self.best_step = 0
         self.best = -math.inf
         self.resumed = None
@@ -886,7 +892,7 @@ def main(config):
     training = Training(run, config, corpus, model)
     describe(run, corpus, training)
     if config.compile:
-        for block in [*model.encoder.net.blocks, *model.blocks]:
+        for block in model.encoder.net.blocks:
             block.compile()
     bar = run.progress(config.max_iters, training.step, "pretrain")
     run.stopping()  # from here on a signal waits for the end of a step
