@@ -93,7 +93,7 @@ class Config:
     learning_rate: float = 2e-3  # AdamW's peak
     weight_decay: float = 0.05  # on matrices
     grad_clip: float = 1.0  # total norm
-    max_iters: int = 2500  # optimiser steps
+    max_iters: int = 4000  # optimiser steps
     minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
     warmup_iters: int = 100  # linear warm-up, then cosine to 0
     # ---- evaluation
