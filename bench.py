@@ -607,7 +607,7 @@ def decode_memory(run):
 
 
 def eeg_prepare(run):
-    """Data/bids_eeg/prepare.py against loading and filtering the same file by MNE."""
+    """Preparing a BIDS recording, against loading and filtering the same file by MNE."""
     import mne
 
     from data.bids_eeg import prepare
