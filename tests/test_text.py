@@ -170,7 +170,11 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, tokenizer, capsys):
         ("key.jsonl", b'{"body": "a"}\n', r"\({\"body\": \"a\"}\) has no 'text': give column="),
         ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
         ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
-        ("torn.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40], "not a whole gzip file"),
+        (
+            "torn.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40],
+            "not a whole gzip file",
+        ),
         ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
         ("photo.png", b"\x89PNG", "holds no .parquet, .jsonl, .txt or .md files"),
     ],
