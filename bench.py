@@ -459,9 +459,9 @@ def probe_fit(run):
     def ours():
         scores = []
         for x in torch.from_numpy(X).split(1):
-            sums = probe.Moments(x[:, train], labels[train])
+            moments = probe.Moments(x[:, train], labels[train])
             right = []
-            for weights in (probe.lda(sums, shrinkages), probe.ridge(sums, alphas)):
+            for weights in (probe.lda(moments, shrinkages), probe.ridge(moments, alphas)):
                 outputs = probe.apply(weights, x[:, test])[0]
                 right.append((outputs.argmax(-1).numpy() == y[test, None]).mean(0))
             scores.append(np.concatenate(right))

@@ -165,8 +165,8 @@ SCRIPTS = [
     ),
     Script(
         "warp",
-        "lm={lm} models=lm,random planted_stimuli={phrases} layers=1 dims=0,4,16 seeds=1 "
-        "steps=3 eval_interval=2 head_dims=4 learning_rates=0.02 draws=20 shuffles=19 device=cpu",
+        "lm={lm} models=lm,random planted_stimuli={phrases} layers=1 dims=0,4,16 seeds=1 steps=3 "
+        "eval_interval=2 head_dims=4 learning_rates=0.02 draws=20 shuffles=19 device=cpu",
         wrong={
             "lm=out/nosuch": ["nosuch", "python train.py"],
             "layers=9": ["no layer 9", "0 (embeddings) to 2"],
