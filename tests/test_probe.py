@@ -687,7 +687,7 @@ def test_real_models_know_real_sentences(package, dataset, probe_name, metric, l
     if not found or not root.is_dir():
         pytest.skip(f"the package {name} or the files in {root} are not there")
     command = [sys.executable, str(ROOT / "data/probing/get_data.py"), "-data_save_path", tmp_path]
-    sets = [f"sets={dataset}", f"root={root}", "max_texts=1500"]
+    sets = [f"sets={dataset}", f"root={root}", "max_texts=3000"]
     subprocess.run([*command, *sets], check=True)
     options = {"logs_folder": tmp_path / "out", "cache": str(tmp_path / "cache"), "device": "cpu"}
     options |= {"quantiles": ["mean"], "baselines": ["random_init"], "train_sizes": []}
