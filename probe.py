@@ -61,7 +61,6 @@ from tqdm import tqdm
 
 from configurator import InputError, Run, aside, check, check_keys, configure, key_seed, write_aside
 from convert import HiddenStates
-from data import read_yaml
 from data.labelled_texts import LabelledTexts
 from data.stimuli import ENCODING_FORMAT, read_meta
 
@@ -185,8 +184,8 @@ def prepared_datasets(run, spec):
     if not Path(spec).is_dir() and not (HERE / "data" / spec / "prepare.py").exists():
         name, _, task = spec.rpartition("/")
     folder = run.dataset(name or spec)
-    meta = read_yaml((folder / "meta.yaml").read_text(encoding="utf-8"))
-    if meta.get("format") == ENCODING_FORMAT:
+    meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
+    if ENCODING_FORMAT in meta:
         return [NLPDataset.from_encoding(folder)]
     tasks = [task] if name and task else read_meta(folder)["tasks"]
     return [NLPDataset.from_task(folder, task) for task in tasks]

@@ -396,7 +396,9 @@ class Tokens:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             wrong = f"token id {ids[row, column]} at offset {starts[row] + column}"
             cure = remedy(self.folder, " overwrite=True")
-            raise InputError(f"{self.path}: {wrong} is none of the {self.vocab_size} tokens{cure}")
+            raise InputError(
+                f"{self.path}: {wrong} is outside the vocabulary of {self.vocab_size} tokens{cure}"
+            )
         return ids
 
 

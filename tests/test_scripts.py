@@ -149,7 +149,7 @@ SCRIPTS = [
             "model=nosuch": ["nosuch", "ridge"],
             "dataset=nosuch": ["nosuch"],
             "task=nosuch.py:f": ["nosuch.py"],
-            "lags=[90000,300000]": ["at lag 300000 ms"],
+            "lags=[90000,300000]": ["300000 ms", "too few"],
             "loss=some": ["loss", "mse", "cosine"],
             "controls=mena": ["mena", "mean"],
         },
