@@ -296,11 +296,14 @@ def hash_options(options):
 
 
 def hash_code(Config):
-    """Short hash of the script of `Config`, comments apart, and of X_part.py's parent X.py."""
+    """Short hash of the script of `Config`, of X_part.py's parent X.py and of model.py.
+
+    Comments do not count.
+    """
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
     hashes = list(_user_code)
-    for path in {script, parent}:
+    for path in {script, parent, HERE / "model.py"}:
         if path.is_file():
             hashes.append(_hash_script(path, path.stat().st_mtime_ns))
     return _hash("".join(sorted(hashes)))[:6]

@@ -527,7 +527,11 @@ def build_network(spec, model_params, input_shape, output_dim):
         return constructor(params)
     named = inspect.signature(constructor).parameters
     check_keys(model_params, {*named, "input_channels", "embedding_dim"}, "model_params")
-    return constructor(**{key: params[key] for key in named if key in params})
+    arguments = {key: params[key] for key in named if key in params}
+    try:
+        return constructor(**arguments)
+    except ValueError as error:
+        raise InputError(f"model={spec}, its model_params: {error}") from None
 
 
 class Decoder(nn.Module):
@@ -544,7 +548,7 @@ class Decoder(nn.Module):
         self.register_buffer("scale", torch.ones(channels))
         try:
             out = self.eval()(torch.zeros(2, *input_shape))
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
             shape = "x".join(str(n) for n in input_shape)
             raise InputError(
                 f"model={spec} cannot read {shape} inputs a word "

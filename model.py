@@ -94,8 +94,8 @@ class PositionEmbedding(nn.Embedding):
     """GPT-2's learned positions: the only place that knows how tokens get their order.
 
     For another code change these methods; generation with its cache, NeuralGPT and the check of
-    exports follow. Rotary positions: an nn.Module without weights whose `add` returns x and whose
-    `turn` turns. An option for it is one more field of GPTConfig.
+    exports follow. Rotary positions: this class as an nn.Module without weights, whose `add`
+    returns x and whose `turn` turns. An option for it is one more field of GPTConfig.
     """
 
     def __init__(self, config):
@@ -107,7 +107,10 @@ class PositionEmbedding(nn.Embedding):
 
     @staticmethod
     def turn(x, position, config):
-        """Queries or keys x (B, H, T, hd) of any layer at positions (.., T): left as they are."""
+        """Queries or keys x (B, H, T, hd) of any layer at positions (.., 1, T): left as they are.
+
+        Their axes line up with x's, for any batch. What is returned has x's dtype.
+        """
         return x
 
 
@@ -141,6 +144,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> queries, keys and values, (B, H, T, hd) each."""
         q, k, v = self.c_attn(x).unflatten(2, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         if position is not None:
+            position = position.unsqueeze(-2)  # the same for all heads
             q = PositionEmbedding.turn(q, position, self.config)
             k = PositionEmbedding.turn(k, position, self.config)
         return q, k, v

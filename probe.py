@@ -1396,9 +1396,12 @@ def draw_panel(ax, rows):
     real = rows[(rows.baseline == "") & rows.layer.notna()]
     if real.empty:  # joined layers alone
         return
-    quantile = "1.0" if (real["quantile"] == "1.0").any() else real["quantile"].iloc[0]
-    single = rows.baseline.isin(["layer0", "majority"])
-    rows = rows[single | rows["quantile"].isin([quantile, "attention"])].sort_values("layer")
+    last_token = real[real["quantile"] == "1.0"]
+    pooling = (last_token if len(last_token) else real).iloc[0]  # one of those that were asked for
+    drawn = rows["quantile"] == pooling["quantile"]
+    drawn &= rows.quantile_method == pooling.quantile_method
+    drawn |= (rows["quantile"] == "attention") | rows.baseline.isin(["layer0", "majority"])
+    rows = rows[drawn].sort_values("layer")
     for probe, part in rows[rows.baseline == ""].groupby("probe", sort=False):
         ax.plot(part.layer, part.score, "o-", ms=3, label=probe)
         ax.fill_between(part.layer, part.low, part.high, alpha=0.13)

@@ -257,11 +257,10 @@ def test_rotary_positions_touch_one_class(monkeypatch):
     """GPT and NeuralGPT, cached or not: all of them get their order from PositionEmbedding."""
 
     def turn(x, position, config):
-        """x (B, H, T, hd) with its halves turned by an angle that grows with position (.., T)."""
+        """x (B, H, T, hd), its halves turned by an angle that grows with position (.., 1, T)."""
         a, b = x.chunk(2, -1)
         frequency = 100 ** -torch.linspace(0, 1, a.size(-1))
         angle = position[..., None] * frequency
-        angle = angle[:, None] if angle.dim() == 3 else angle  # over the heads
         return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
     monkeypatch.setattr(PositionEmbedding, "add", lambda self, x, position: x)

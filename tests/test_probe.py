@@ -186,21 +186,21 @@ def test_pool_makes_rows_and_drops_duplicates():
 
 
 def test_a_reduction_is_one_entry_of_one_table(lm, tmp_path, monkeypatch):
-    def std(x, real):
+    def spread(x, real):
         mean = (x * real).sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
         return (((x - mean).square() * real).sum(-2) / real.sum(-2)).sqrt()
 
-    with pytest.raises(InputError, match="'std' is none of"):
-        probe.Config(quantiles=["std"]).check()
-    monkeypatch.setitem(probe.REDUCE, "std", std)
-    probe.Config(quantiles=["std"], poolers=[{"layer": "all", "layer_method": "std"}]).check()
-    with pytest.raises(InputError, match="mean, max, min, std, extend, concat"):
+    with pytest.raises(InputError, match="'spread' is none of"):
+        probe.Config(quantiles=["spread"]).check()
+    monkeypatch.setitem(probe.REDUCE, "spread", spread)
+    probe.Config(quantiles=["spread"], poolers=[{"layer": "all", "layer_method": "spread"}]).check()
+    with pytest.raises(InputError, match="mean, max, min, spread, extend, concat"):
         PoolToken([1, 2], layer_method="sum")
-    states = probe.pooled_states(lm, TEXTS, [2], ["std"], tmp_path)
+    states = probe.pooled_states(lm, TEXTS, [2], ["spread"], tmp_path)
     wanted = lm([TEXTS[2]])["hidden_states"][2][0].std(0, correction=0)
-    assert np.abs(states.arrays["std"][2, 0] - wanted.numpy()).max() < 1e-4
-    assert PoolToken(2, "std").from_states(states)[0].shape == (6, 16)
-    assert len(list(tmp_path.glob("*/std.npy"))) == 1
+    assert np.abs(states.arrays["spread"][2, 0] - wanted.numpy()).max() < 1e-4
+    assert PoolToken(2, "spread").from_states(states)[0].shape == (6, 16)
+    assert len(list(tmp_path.glob("*/spread.npy"))) == 1
 
 
 def test_the_cache_pools_as_the_outputs_do(lm, tmp_path):
