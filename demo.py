@@ -142,16 +142,18 @@ def measure(run):
 
 
 REFERENCE = 0.57  # seconds
+STEPPING = 0.85  # share of a training run's time that its steps take; else it starts and validates
 
 
 def make_stages(run, config):
     """The stages for this machine [Stage], and a sentence on how they were chosen.
 
     A stage takes its `seconds` times the slowness of the machine. Its `share` of the minutes that
-    are left goes into its commands as {minutes}. Where less than half is left, commands get the
-    options `small` and take about half as long.
+    are left goes into its commands as {minutes}, or as {steps}, which are the same for both models
+    (a step takes `step` seconds on the reference machine). Where less than half is left, commands
+    get the options `small` and take about half as long.
     """
-    slowness = measure(run)
+    slowness = measured = measure(run)
     limit = config.minutes or (17 if run.dtype is torch.float32 else 10)
     fixed = slowness * sum(stage["seconds"] for stage in config.stages) / 60
     small = fixed > limit / 2
@@ -162,9 +164,11 @@ def make_stages(run, config):
     stages, jobs = [], []
     for stage in config.stages:
         minutes = round(left * stage.get("share", 0), 1)
+        steps = round(60 * minutes * STEPPING / (stage.get("step", 1) * measured))
+        fields = {"minutes": minutes, "steps": steps, "dtype": str(run.dtype).split(".")[-1]}
         first = len(jobs)
         for command in stage["run"]:
-            command = command.format(minutes=minutes, dtype=str(run.dtype).removeprefix("torch."))
+            command = command.format(**fields)
             if small:
                 command += f" {stage.get('small', '')}"
             jobs.append(make_job(config, command, jobs))

@@ -177,6 +177,8 @@ def test_the_plan_fits_the_machine(plan):
     fast, slow = (plan(slowness, dtype="float32")[0] for slowness in (0.5, 3.0))
     assert fast[1].seconds > slow[1].seconds  # training gets less
     assert "dtype=float32" in fast[1].jobs[0].command
+    ours, twin = (re.search(r"max_iters=\d+", job.command)[0] for job in fast[1].jobs)
+    assert ours == twin  # what is compared was trained for as long
 
 
 def test_the_machine_is_measured_once(tmp_path):
