@@ -18,9 +18,12 @@ Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 
 Golub & Pereyra 1973 (variable projection).
 """
 
+import copy
 import hashlib
 import itertools
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -75,12 +78,15 @@ SHORT_NAMES = {
 }
 
 
+def default(*values):
+    """The default of an option that is a list."""
+    return field(default_factory=partial(list, values))
+
+
 @dataclass
 class Config:
     # ---- data
-    dataset: list[str] = field(
-        default_factory=lambda: ["synthetic_brain"]
-    )  # stimuli with responses
+    dataset: list[str] = default("synthetic_brain")  # stimuli with responses
     subject: str = ""  # only this person's units; each: every person's by themselves; "": all
     roi: str = ""  # only units of this region
     reliable: float = 0.05  # only units with a ceiling above it (R2; unknown ones stay)
@@ -95,8 +101,8 @@ class Config:
     # ---- candidates
     lm: str = "out/train"  # the language model called 'lm' below
     # run folders, Hugging Face models, my_file.py:constructor, SHORT_NAMES or Candidate's fields
-    models: list[dict | str] = field(default_factory=lambda: list(SHORT_NAMES))
-    layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states, or names of modules
+    models: list[dict | str] = default(*SHORT_NAMES)
+    layers: list[str] = default("1")  # hidden states, or names of modules
     pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
     objective: str = "linear"  # linear, linear_first, rsa or cka
@@ -104,17 +110,17 @@ class Config:
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
     head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
     # ridge penalties; validation chooses one for each unit
-    alphas: list[float] = field(default_factory=lambda: np.logspace(-1, 6, 15).tolist())
+    alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
     exact: bool = True  # gradients of all training stimuli; False: of batches
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted
+    dims: list[int] = default(0, 32, 256, 2048)  # d, the scales counted
     full: bool = True  # beside them all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
     layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
     seeds: int = 3  # draws of P (and of random weights)
     steps: int = 20  # of Adam; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # of ||theta0||
+    learning_rates: list[float] = default(0.04, 0.16)  # of ||theta0||
     eval_interval: int = 10  # steps between validations
     batch_size: int = 512  # stimuli per forward pass
     # ---- d_warp and controls
@@ -182,7 +188,7 @@ def make_candidates(config):
     for given in config.models:
         if isinstance(given, str):
             given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
-        check_keys(given, [entry.name for entry in fields(Candidate)], "models")
+        check_keys(given, Candidate.__annotations__, "models")
         layers = given.get("layers", config.layers)
         if not isinstance(layers, list):
             layers = [layers]
@@ -208,15 +214,13 @@ def hadamard(n, device, dtype):
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def walsh_hadamard(x, largest=0):
+def walsh_hadamard(x, largest=64):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
     H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
     multiplied by a small dense matrix: a few passes over memory where a butterfly takes log2 n.
     """
     n, C = x.shape
-    if not largest:
-        largest = 64 if x.device.type == "cpu" else 64
     bits = n.bit_length() - 1
     n_factors = max(1, -(-bits // (largest.bit_length() - 1)))
     before = 1
@@ -363,13 +367,14 @@ class FastfoodWrapper(nn.Module):
     Raises InputError for a d that does not fit and for names that are none.
     """
 
-    def __init__(self, model, d, layer_groups=None, projection="fastfood", seed=0):
+    def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are not ours
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = list(named)
         self.D = sum(p.numel() for p in named.values())
         self.m = len(layer_groups or [])
+        d = self.D if d is None else d
         if d > self.D:
             raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
         group_of = find_groups(self.names, layer_groups or [])
@@ -391,9 +396,7 @@ class FastfoodWrapper(nn.Module):
                 made = Identity(start, size)
             self.parts.append((p, made, group_of.get(name)))
             start += size
-        with torch.no_grad():
-            norms = [p.norm() for p in named.values()]
-            self.norm = float(torch.stack(norms).norm())  # ||theta0||
+        self.norm = float(nn.utils.get_total_norm(named.values()))  # ||theta0||
         self.start(d)
 
     def start(self, d):
@@ -473,7 +476,7 @@ class Study:
     @property
     def tested(self):
         """Rows of the test stimuli, fold after fold."""
-        return np.concatenate([fold["test"] for fold in self.folds])
+        return tested_rows(self.folds)
 
     def shuffled(self, number):
         """The study with its responses dealt to other stimuli; number 0: as it is."""
@@ -485,6 +488,11 @@ def shuffle_order(n, number):
     if not number:
         return np.arange(n)
     return np.random.default_rng(key_seed("shuffle", number)).permutation(n)
+
+
+def tested_rows(folds):
+    """Rows of the test stimuli, fold after fold."""
+    return np.concatenate([fold["test"] for fold in folds])
 
 
 def read_studies(run, config, name):
@@ -499,35 +507,20 @@ def read_studies(run, config, name):
 
 def read_brain(config, name, data, person):
     """The Study of one person, or of all side by side: units chosen, repeats averaged, split."""
-    units = data.select_units(person, config.roi)
     group = data.stimuli["group"].to_numpy()
     folds = make_folds(config, group, data.stimuli["split"].to_numpy())
-    sizes = [min(len(fold[part]) for fold in folds) for part in ("train", "val", "test")]
-    if sizes[0] < 20 or min(sizes) < 5:
+    sizes = pd.DataFrame(folds).map(len).min()
+    if sizes["train"] < 20 or sizes.min() < 5:
         raise InputError(
-            f"{data.path} has too few stimuli or groups: {sizes} in train, val and test, where 20, "
-            "5 and 5 are needed; choose val_share, test_share and n_folds, or take more stimuli"
+            f"{data.path} has too few stimuli or groups: {sizes.tolist()} in train, val and test, "
+            "where 20, 5 and 5 are needed; choose val_share, test_share and n_folds, or take more"
         )
-    stimulus = data.presentations["stimulus"].to_numpy()
-    responses = np.asarray(data.responses)[:, units].astype(np.float64)
-    published = data.units["ceiling"].to_numpy()[units]
-    ceiling = noise_ceiling(responses, stimulus)
-    ceiling = np.where(np.isnan(published), ceiling, published)
-    # units are chosen on stimuli that are not tested, or as published
-    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
-    good = ~(published <= config.reliable)
-    if seen.any():
-        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
-    if not good.any():
-        raise InputError(
-            f"{data.path}: none of {len(good)} units has a ceiling above "
-            f"reliable={config.reliable} (R2, training stimuli): choose a lower one"
-        )
-    y = data.mean_responses(units)[:, good]
-    regions = sorted(set(data.units["roi"][units][good]) - {""})
+    units, ceiling = choose_units(config, data, person, folds)
+    y = data.mean_responses(units)
+    regions = sorted(set(data.units["roi"][units]) - {""})
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
-    study = Study(
+    return Study(
         name=f"{name} {person}".strip(),
         kind=data.kind,
         stimuli=data.inputs(),
@@ -537,12 +530,34 @@ def read_brain(config, name, data, person):
         meta=meta,
         candidates=make_candidates(config),
         objective=objective_class(config),
+        ceiling=ceiling,
+        pieces=data.stimuli["piece"].tolist() if "piece" in data.stimuli else None,
     )
-    if not np.isnan(ceiling).any():
-        study.ceiling = float(np.median(ceiling[good]))
-    if "piece" in data.stimuli:
-        study.pieces = data.stimuli["piece"].tolist()
-    return study
+
+
+def choose_units(config, data, person, folds):
+    """((V,) bool: units of a person and region that are reliable, their median ceiling or 1).
+
+    They are chosen on stimuli that are not tested, or by published ceilings.
+    """
+    units = data.select_units(person, config.roi)
+    stimulus = data.presentations["stimulus"].to_numpy()
+    responses = np.asarray(data.responses)[:, units].astype(np.float64)
+    published = data.units["ceiling"].to_numpy()[units]
+    good = ~(published <= config.reliable)
+    seen = ~np.isin(stimulus, tested_rows(folds))
+    if seen.any():
+        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
+    if not good.any():
+        raise InputError(
+            f"{data.path}: none of {len(good)} units has a ceiling above "
+            f"reliable={config.reliable} (R2, training stimuli): choose a lower one"
+        )
+    units[units] = good
+    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
+    if np.isnan(ceiling).any():
+        return units, 1.0
+    return units, float(np.median(ceiling[good]))
 
 
 def make_folds(config, group, split):
@@ -550,28 +565,34 @@ def make_folds(config, group, split):
 
     A dataset's own split is kept; else groups are dealt by a key of their name.
     """
-    names = sorted(set(group), key=lambda name: key_seed(config.seed, "split", str(name)))
+    names = sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split"))
     names = np.array(names)
-    if (split == "").any() or config.n_folds:
-        n_test = round(config.test_share * len(names))
-        tested = [names[:n_test]]
-        if config.n_folds:
-            tested = np.array_split(names, config.n_folds)
-        n_val = round(config.val_share * len(names))
-        folds = []
-        end = 0
-        for test in tested:
-            end += len(test)
-            rest = np.roll(names, -end)[: len(names) - len(test)]
-            parts = {"train": rest[n_val:], "val": rest[:n_val], "test": test}
-            folds.append({part: np.flatnonzero(np.isin(group, g)) for part, g in parts.items()})
-        return folds
-    split = split.copy()
-    if not (split == "val").any():
-        learned = names[np.isin(names, group[split == "train"])]
-        val = learned[: round(config.val_share * len(learned))]
-        split[np.isin(group, val) & (split == "train")] = "val"
-    return [{part: np.flatnonzero(split == part) for part in ("train", "val", "test")}]
+    if not (split == "").any() and not config.n_folds:
+        split = split.copy()
+        if not (split == "val").any():
+            learned = names[np.isin(names, group[split == "train"])]
+            val = learned[: round(config.val_share * len(learned))]
+            split[np.isin(group, val) & (split == "train")] = "val"
+        return [rows_of_parts(split)]
+    tested = [names[: round(config.test_share * len(names))]]
+    if config.n_folds:
+        tested = np.array_split(names, config.n_folds)
+    n_val = round(config.val_share * len(names))
+    folds = []
+    end = 0
+    for test in tested:
+        end += len(test)
+        val = np.roll(names, -end)[: len(names) - len(test)][:n_val]
+        split = np.full(len(group), "train")
+        split[np.isin(group, val)] = "val"
+        split[np.isin(group, test)] = "test"
+        folds.append(rows_of_parts(split))
+    return folds
+
+
+def rows_of_parts(split):
+    """{train, val, test: row numbers} of the part (n,) that each row is in."""
+    return {part: np.flatnonzero(split == part) for part in ("train", "val", "test")}
 
 
 def noise_ceiling(y, stimulus):
@@ -743,7 +764,7 @@ def load_candidate(run, config, candidate, study, draw):
     reader = loaded.reader.eval()
     # parameters that no feature depends on, above the layers read, are no part of theta
     reader.requires_grad_(True)
-    reader(*(t[:2] for t in loaded.inputs)).square().sum().backward()
+    reader(*take(loaded.inputs, slice(2))).square().sum().backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
@@ -756,10 +777,8 @@ def load_language_model(run, config, candidate, study, draw):
     """A Loaded language model: ours, or any causal or masked one of transformers."""
     spec = config.lm if candidate.model == "lm" else candidate.model
     lm = HiddenStates(spec, device=run.device)
-    tokens = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
-    if any(getattr(lm.tokenizer, name, None) is not None for name in tokens):
-        parts = {"model": lm.model, "tokenizer": lm.tokenizer, "name": spec}
-        lm = HiddenStates(parts, device=run.device, bos=True)  # each text behind the first token
+    with suppress(InputError):  # a tokenizer without a first token
+        lm.write_first_token()  # each text stands behind it
     if candidate.toward == "random":
         twin = lm.random_twin(key_seed(config.seed, "model", candidate.model, draw))
         blend(lm.model, twin.model, candidate.share)
@@ -804,8 +823,8 @@ def move_toward_teacher(config, reader, share):
     parameters = [p for p in reader.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(key_seed(config.seed, "teacher"))
     directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    norm = torch.cat([p.flatten() for p in parameters]).norm()
-    length = torch.cat([direction.flatten() for direction in directions]).norm()
+    norm = nn.utils.parameters_to_vector(parameters).norm()
+    length = nn.utils.parameters_to_vector(directions).norm()
     for p, direction in zip(parameters, directions):
         p += direction * (share * config.planted_warp * norm / length)
 
@@ -823,18 +842,22 @@ def split_groups(config, model):
         return [part.split(",") for part in config.layer_groups.split(";") if part]
     blocks = {}
     for name, p in model.named_parameters():
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-        if p.requires_grad and numbers:
-            blocks[".".join(parts[: numbers[0] + 1])] = True
-    return [[name] for name in blocks]
+        block = re.match(r"(.+?\.)??\d+(?=\.|$)", name)
+        if p.requires_grad and block:
+            blocks[block[0]] = [block[0]]
+    return list(blocks.values())
+
+
+def take(inputs, rows):
+    """The rows of all tensors that a model is given."""
+    return [t[rows] for t in inputs]
 
 
 @torch.no_grad()
 def read_features(model, inputs, rows, batch_size):
     """(n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
     rows = torch.as_tensor(rows, device=inputs[0].device)
-    return torch.cat([model(*(t[part] for t in inputs)) for part in rows.split(batch_size)])
+    return torch.cat([model(*take(inputs, part)) for part in rows.split(batch_size)])
 
 
 # ---- objectives: what is trained, and how it is scored
@@ -1042,8 +1065,9 @@ class RSA(Objective):
         scores = []
         for chosen in weights:
             pair = np.ix_(chosen > 0, chosen > 0)
-            arrays = (torch.as_tensor(array[pair]).double() for array in (predicted, truth))
-            scores.append(float(cls.similarity(*arrays)))
+            a = torch.as_tensor(predicted[pair]).double()
+            b = torch.as_tensor(truth[pair]).double()
+            scores.append(float(cls.similarity(a, b)))
         return np.nan_to_num(np.array(scores))
 
     @staticmethod
@@ -1175,16 +1199,17 @@ def list_fits(config, study):
         if study.objective is RidgeReadout and config.dims[0] == 0:
             fits.append(Fit(candidate, "shuffles"))
         if config.baselines:
-            for fold in folds:
-                fits += [Fit(candidate, name, fold=fold) for name in ("ols", "pls", "ridge")]
-    n_steps = sum(fit.rate > 0 for fit in fits)
+            for name, fold in itertools.product(("ols", "pls", "ridge"), folds):
+                fits.append(Fit(candidate, name, fold=fold))
     if config.shuffled and max(config.dims):
+        n_steps = sum(fit.rate > 0 for fit in fits)
         control = []
         for fold in folds:
             control += fits_of_draw(config, study.candidates[0], 0, fold, full=False)
         n_shuffles = max(1, n_steps // (10 * len(control)))  # they cost a tenth of the run
         for number in range(1, n_shuffles + 1):
-            fits += [replace(fit, shuffle=number, draw=number - 1) for fit in control]
+            for fit in control:
+                fits.append(replace(fit, shuffle=number, draw=number - 1))
     return fits
 
 
@@ -1192,51 +1217,60 @@ def fits_of_draw(config, candidate, draw, fold, full):
     """The Fits of one draw and fold."""
     fits = []
     first = draw == 0 or candidate.random
-    for d in config.dims:
+    if first and config.dims[0] == 0:
+        fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
+    for d, rate in itertools.product(config.dims, config.learning_rates):
         if d:
-            fits += [Fit(candidate, "warp", d, r, draw, fold) for r in config.learning_rates]
-        elif first:
-            fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
-    if full and first:
-        fits += [Fit(candidate, "full", 0, r, draw, fold) for r in config.learning_rates]
+            fits.append(Fit(candidate, "warp", d, rate, draw, fold))
+    for rate in config.learning_rates:
+        if full and first:
+            fits.append(Fit(candidate, "full", 0, rate, draw, fold))
     return fits
 
 
 def run_fits(run, config, studies, load):
     """Make the files of Fits that are not there yet; the studies share their stimuli."""
-    jobs = [(study, fit) for study in studies for fit in study.fits]
-    jobs.sort(key=lambda job: weights_of(job[1]))
+    jobs = []
+    for study in studies:
+        jobs += itertools.product([study], study.fits)
+    jobs.sort(key=weights_of)
     todo = []
+    models = set()
+    n_trained = 0
     for study, fit in run.share(jobs):
         if not fit.file(study.folder, config).exists():
             todo.append((study, fit))
+            models.add(weights_of((study, fit)))
+            n_trained += fit.rate > 0
     first = studies[0]
     n_train = len(first.folds[0]["train"])
-    n_trained = sum(fit.rate > 0 for _, fit in todo)
     run.print(
         f"{first.meta['dataset']}: {len(first.stimuli):,} stimuli, {len(todo):,} fits to do here, "
         f"{n_trained:,} with {config.steps} steps; the bar counts stimuli that models read"
     )
     passes = config.steps // config.eval_interval + 3  # validations and the test
     passes += config.steps * (1 + (n_train > config.batch_size))
-    n_read = len({weights_of(fit) for _, fit in todo}) * len(first.stimuli)
+    n_read = len(models) * len(first.stimuli)
     bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
-    loaded_as = None
-    for study, fit in todo:
-        if loaded_as != weights_of(fit):
-            loaded_as = weights_of(fit)
-            loaded = load(run, config, fit.candidate, study, loaded_as[1])
-            loaded.reader.register_forward_hook(partial(move_bar, bar))
-            rows = np.arange(len(study.stimuli))
-            loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
-        arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
-        with aside(fit.file(study.folder, config)) as file:
-            np.savez(file, architecture=loaded.architecture, **arrays)
+    for weights, group in itertools.groupby(todo, weights_of):
+        loaded = None
+        for study, fit in group:
+            if loaded is None:
+                loaded = load(run, config, fit.candidate, study, weights[1])
+                loaded.reader.register_forward_hook(partial(move_bar, bar))
+                rows = np.arange(len(study.stimuli))
+                loaded.features = read_features(
+                    loaded.reader, loaded.inputs, rows, config.batch_size
+                )
+            arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
+            with aside(fit.file(study.folder, config)) as file:
+                np.savez(file, architecture=loaded.architecture, **arrays)
     bar.close()
 
 
-def weights_of(fit):
-    """(name of the candidate, draw of its random weights): what a fit has to load."""
+def weights_of(job):
+    """(name of the candidate, draw of its random weights): what a (Study, Fit) has to load."""
+    fit = job[1]
     return fit.candidate.name, fit.draw if fit.candidate.random else 0
 
 
@@ -1262,9 +1296,8 @@ def run_fit(run, config, study, fit, loaded):
     elif fit.what == "warp" and fit.d == 0:
         return fit_readout(config, study, fold, loaded, study.objective)[1]
     objective = study.objective(config, study, fold, loaded.features[fold["train"]])
-    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
     if fit.what == "full":
-        wrapper = FastfoodWrapper(reader, D, projection="identity")
+        wrapper = FastfoodWrapper(reader, projection="identity")
     elif fit.d == 0:
         wrapper = FastfoodWrapper(reader, 1)
     else:
@@ -1278,7 +1311,7 @@ def run_fit(run, config, study, fit, loaded):
             f"{fit.candidate.name}, d = {fit.d or 'all'}: learning rate {fit.rate} diverged, step "
             f"{arrays['diverged']}; its best step before counts"
         )
-    return {**arrays, "D": D}
+    return {**arrays, "D": wrapper.D}
 
 
 def fit_readout(config, study, fold, loaded, kind):
@@ -1302,22 +1335,26 @@ def train(config, wrapper, objective, inputs, rate, draw):
     groups = [
         {"params": [wrapper.z], "lr": rate * wrapper.norm / len(wrapper.z) ** 0.5},
         {"params": [wrapper.scales], "lr": rate},
-        *({"params": [p], "lr": HEAD_RATE} for p in objective.parameters),
+        {"params": objective.parameters, "lr": HEAD_RATE},
     ]
     adam = torch.optim.Adam(groups, eps=1e-12)
     steps = config.steps if rate else 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: pace(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=steps))
     batches = draw_batches(config, objective.fold["train"], draw)
-    best, best_step, diverged, loss = -np.inf, 0, 0, np.nan
-    kept = [p.detach().clone() for p in params]
+    best = -np.inf
+    best_step = 0
+    diverged = 0
+    loss = np.nan
+    kept = copy.deepcopy(params)
     curve = []
     for step in range(steps + 1):
         if step % config.eval_interval == 0 or step == steps:
             f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val"))
             score = objective.validate(*f)
             if score > best:
-                best, best_step = score, step
-                kept = [p.detach().clone() for p in params]
+                best = score
+                best_step = step
+                kept = copy.deepcopy(params)
             curve.append((step, loss, best))
         if step == steps:
             break
@@ -1363,21 +1400,19 @@ def gradients(config, wrapper, objective, inputs, rows):
     """
     batches = rows.to(inputs[0].device).split(config.batch_size)
     tensors = wrapper.tensors()
-    leaves = tensors
-    if len(batches) == 1:
-        f = wrapper.call(tensors, *(t[batches[0]] for t in inputs))
-    else:
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        with torch.no_grad():
-            f = [wrapper.call(leaves, *(t[batch] for t in inputs)) for batch in batches]
-        f = torch.cat(f).requires_grad_()
+    whole = len(batches) == 1
+    leaves = tensors if whole else [t.detach().requires_grad_() for t in tensors]
+    with torch.set_grad_enabled(whole):
+        f = torch.cat([wrapper.call(leaves, *take(inputs, batch)) for batch in batches])
     if not f.isfinite().all():
         return np.nan
+    if not whole:
+        f.requires_grad_()
     loss = objective.loss(f, rows.numpy())
     loss.backward()
-    if len(batches) > 1:
+    if not whole:
         for batch, grad in zip(batches, f.grad.split(config.batch_size)):
-            wrapper.call(leaves, *(t[batch] for t in inputs)).backward(grad)
+            wrapper.call(leaves, *take(inputs, batch)).backward(grad)
         used = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
         torch.autograd.backward([tensors[i] for i in used], [leaves[i].grad for i in used])
     return loss.item()
@@ -1386,12 +1421,8 @@ def gradients(config, wrapper, objective, inputs, rows):
 @torch.no_grad()
 def warped_features(config, wrapper, inputs, fold, parts):
     """Features (n, p) of the stimuli of each of these parts of a fold."""
-    tensors = wrapper.tensors()
-    features = []
-    for part in parts:
-        rows, size = fold[part], config.batch_size
-        features.append(read_features(lambda *x: wrapper.call(tensors, *x), inputs, rows, size))
-    return features
+    model = partial(wrapper.call, wrapper.tensors())
+    return [read_features(model, inputs, fold[part], config.batch_size) for part in parts]
 
 
 def linear_scores(config, study, f, numbers):
