@@ -25,6 +25,7 @@ import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -1332,11 +1333,9 @@ def train(config, wrapper, objective, inputs, rate, draw):
     at which the loss was no number}.
     """
     params = [wrapper.z, wrapper.scales, *objective.parameters]
-    groups = [
-        {"params": [wrapper.z], "lr": rate * wrapper.norm / len(wrapper.z) ** 0.5},
-        {"params": [wrapper.scales], "lr": rate},
-        {"params": objective.parameters, "lr": HEAD_RATE},
-    ]
+    rates = [rate * wrapper.norm / len(wrapper.z) ** 0.5, rate]
+    rates += [HEAD_RATE] * len(objective.parameters)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(params, rates)]
     adam = torch.optim.Adam(groups, eps=1e-12)
     steps = config.steps if rate else 0
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=steps))
@@ -1483,7 +1482,7 @@ def assemble(config, study, fits):
             if fit.fold == number:
                 with np.load(fit.file(study.folder, config)) as file:
                     tried.append({**file, "rate": fit.rate})
-        best = max(tried, key=lambda arrays: arrays["validation"])
+        best = max(tried, key=itemgetter("validation"))
         predicted.append(best["evidence"])
         truth.append(kind.truth(config, study, fold["test"]))
     return {**best, "predicted": join_folds(predicted), "truth": join_folds(truth)}
@@ -1596,9 +1595,9 @@ def report_people(run, people):
     """
     rows = []
     for name in people[0]:
-        zeros = [curves[name].zero for curves in people]
-        nulls = np.array([zero.null for zero in zeros])  # (people, shuffles)
-        scores = np.array([zero.score for zero in zeros])
+        zeros = pd.DataFrame([vars(curves[name].first[0]) for curves in people])
+        scores = zeros["score"].to_numpy()
+        nulls = np.stack(zeros["null"])  # (people, shuffles)
         mean = Scored(scores.mean(), scores, nulls.mean(0), None)
         test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
         low, high = np.array(test.confidence_interval()) + nulls.mean()
@@ -1610,7 +1609,8 @@ def report_people(run, people):
         row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
         row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
         row["p over people"] = f"{test.pvalue:.2g}"
-        row["p < .05"] = str(sum(zero.p() < 0.05 for zero in zeros))
+        p = (1 + (scores <= nulls.T).sum(0)) / (1 + nulls.shape[1])
+        row["p < .05"] = str((p < 0.05).sum())
         rows.append(row)
     return rows
 
@@ -1634,11 +1634,6 @@ class Curve:
     def mean(self):
         return self.points.mean(0)
 
-    @property
-    def zero(self):
-        """Scored without a warp."""
-        return self.first[0]
-
 
 def read_curves(run, config, study, weights):
     """The Curves of all candidates, and of the first one on shuffled responses."""
@@ -1651,30 +1646,40 @@ def read_curves(run, config, study, weights):
     curves = []
     for (candidate, shuffled), cells in groups.items():
         scored = {}
-        for key, own in cells.items():
-            scored[key] = score_fits(run, config, study, own, weights)
-        n_draws = 1 + max(draw for draw, _ in cells)
-        rng = np.random.default_rng(key_seed(config.seed, "seeds"))
-        chosen = rng.integers(0, n_draws, (len(weights), n_draws))
-        points = {}
-        boots = {}
-        for d in dict.fromkeys(d for _, d in cells):
-            own = [scored.get((draw, d), scored[0, d]) for draw in range(n_draws)]  # no P: one draw
-            points[d] = [one.score for one in own]
-            drawn = np.array([one.draws for one in own]).T  # (B, draws)
-            boots[d] = np.take_along_axis(drawn, chosen, axis=1).mean(1)
-        curve = Curve(
-            name=candidate.name + " (shuffled responses)" * shuffled,
-            control="shuffled" if shuffled else "none",
-            meta=study.meta,
-            points=np.array([points[d] for d in config.dims]).T,
-            boot=np.array([boots[d] for d in config.dims]).T,
-            first={d: one for (draw, d), one in scored.items() if draw == 0},
-        )
-        if "all" in points:
-            curve.full, curve.full_boot = np.mean(points["all"]), boots["all"]
+        for (_, d), fits in cells.items():
+            draw = score_fits(run, config, study, fits, weights)
+            scored.setdefault(d, []).append(draw)
+        curve = make_curve(config, candidate.name, study.meta, scored)
+        if shuffled:
+            curve.name += " (shuffled responses)"
+            curve.control = "shuffled"
         curves.append(curve)
     return curves
+
+
+def make_curve(config, name, meta, scored):
+    """The Curve of {d or all: Scored of each draw, or of the only one where there is no P}."""
+    n_draws = max(map(len, scored.values()))
+    rng = np.random.default_rng(key_seed(config.seed, "seeds"))
+    chosen = rng.integers(0, n_draws, (config.draws, n_draws))
+    points = {}
+    boots = {}
+    first = {}
+    for d, draws in scored.items():
+        first[d] = draws[0]
+        if len(draws) == 1:
+            draws = draws * n_draws
+        points[d] = [draw.score for draw in draws]
+        resampled = np.array([draw.draws for draw in draws]).T  # (B, draws)
+        boots[d] = np.take_along_axis(resampled, chosen, axis=1).mean(1)
+    boots = pd.DataFrame(boots)
+    points = pd.DataFrame(points)
+    dims = config.dims
+    curve = Curve(name, "none", meta, points[dims].to_numpy(), boots[dims].to_numpy(), first)
+    if "all" in points:
+        curve.full = points["all"].mean()
+        curve.full_boot = boots["all"].to_numpy()
+    return curve
 
 
 def crossing(dims, scores, level):
@@ -1698,7 +1703,7 @@ def measure_d_warp(config, curves):
     B = len(curves[0].boot)
     if config.common in ("lowest", "highest"):
         pick = min if config.common == "lowest" else max
-        model = pick((c for c in curves if c.full_boot is not None), key=lambda c: c.full)
+        model = pick([c for c in curves if c.full_boot is not None], key=attrgetter("full"))
         common = config.common_share * np.append(model.full, model.full_boot)
     else:
         common = np.full(1 + B, float(config.common))
@@ -1731,15 +1736,17 @@ def report_d_warp(run, config, study, curves):
             state = "censored" if np.isinf(value) else "reached"
             measure = {"measure": f"d_warp {name}", "state": state}
             run.result(min(value, last), last, *ends, B, **measure, **columns)
-            words = [dims_in_words(d, last) for d in (value, low, high)]
-            row[f"d_warp, {name}"] = f"{words[0]} [{words[1]}, {words[2]}]"
+            words = partial(dims_in_words, last=last)
+            row[f"d_warp, {name}"] = f"{words(value)} [{words(low)}, {words(high)}]"
         d = np.broadcast_to(config.dims, curve.points.shape).ravel()
         trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
         row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
         row["p of a rise"] = f"{trend.pvalue:.2g}"
-    true = [curve for curve in curves if curve.control == "none"]
-    for a, b in itertools.combinations(true, 2):
-        near, far = (np.append(*c.d_warp["absolute"]).clip(max=last) for c in (a, b))
+    for a, b in itertools.combinations(curves, 2):
+        if "shuffled" in (a.control, b.control):
+            continue
+        near = np.append(*a.d_warp["absolute"]).clip(max=last)
+        far = np.append(*b.d_warp["absolute"]).clip(max=last)
         ratio = np.log10(1 + far) - np.log10(1 + near)
         low, high = interval(ratio[1:])
         columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
@@ -1831,7 +1838,7 @@ def report(run, config, study):
         rows[curve.name] = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
         rows[curve.name]["model"] = curve.name
         if 0 in curve.first:
-            zero = curve.zero
+            zero = curve.first[0]
             rows[curve.name]["score at 0"] = zero.in_words()
             rows[curve.name] |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
     if max(config.dims):
@@ -1854,7 +1861,9 @@ def sweep(run, config, studies, load):
 
     load(run, config, candidate, study, draw) gives a Loaded.
     """
-    options = {key: value for key, value in asdict(config).items() if key not in ANALYSIS}
+    options = asdict(config)
+    for key in ANALYSIS:
+        options.pop(key, None)
     for study in studies:  # other options or responses: other fits
         content = hashlib.sha256(study.y.tobytes()).hexdigest()[:8]
         study.folder = run.out / "fits" / f"{hash_options(options)}-{content}"
@@ -1877,8 +1886,10 @@ def sweep(run, config, studies, load):
 def main(config):
     run = Run(config)
     datasets = [read_studies(run, config, name) for name in config.dataset]
-    responses = b"".join(study.y.tobytes() for studies in datasets for study in studies)
-    run.content = hashlib.sha256(responses).hexdigest()[:6]
+    content = hashlib.sha256()
+    for study in itertools.chain(*datasets):
+        content.update(study.y.tobytes())
+    run.content = content.hexdigest()[:6]
     rows = []
     for studies in datasets:
         rows += sweep(run, config, studies, load_candidate)
