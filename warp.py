@@ -615,9 +615,7 @@ def plant(run, config):
     folder = run.out / "brain"
     source = run.dataset(config.planted_stimuli) / "stimuli.csv"
     if run.master:
-        texts = read_table(source, dtype=str)
-        if not {"text", "group"} <= set(texts):
-            raise InputError(f"{source} must have the columns text and group")
+        texts = read_table(source, ["text", "group"], dtype=str)
         teacher = Candidate("teacher", toward="teacher", layers=tuple(config.layers))
         stimuli = texts["text"].tolist()
         study = Study("", "text", stimuli, None, None, [], {}, [teacher], None)
@@ -940,17 +938,13 @@ class Ridge:
         self.uty = self.u.T @ y  # u has mean 0: that of y does not matter
         return self
 
-    def rotated(self, alpha):
-        """Weights of the components (r, V), of one penalty or one for each target (V,)."""
-        s = self.s[:, None]
-        return s / (s**2 + alpha) * self.uty
-
     def weights(self, alpha):
-        """(p, V)"""
-        return self.vt.T @ self.rotated(alpha)
+        """(p, V), of one penalty or one for each target (V,)."""
+        s = self.s[:, None]
+        return self.vt.T @ (s / (s**2 + alpha) * self.uty)
 
     def predict(self, x, alpha):
-        return (x - self.x_mean) @ self.vt.T @ self.rotated(alpha) + self.y_mean
+        return (x - self.x_mean) @ self.weights(alpha) + self.y_mean
 
     def choose(self, x, y, alphas):
         """(V,): the penalty that predicts each target of other stimuli best."""
@@ -984,14 +978,15 @@ class RidgeReadout(Objective):
 
     @torch.no_grad()
     def refit(self, f, rows):
-        weights, bias = self.solve(self.shown(f).double(), self.y[rows].double())
-        self.weights, self.bias = weights.float(), bias.float()
+        x = self.shown(f).double()
+        y = self.y[rows].double()
+        weights = self.solve(x, y)
+        self.bias = (y.mean(0) - x.mean(0) @ weights).float()
+        self.weights = weights.float()
 
     def solve(self, x, y):
-        """(weights (p, V), bias (V,)) of y (n, V) on x (n, p)."""
-        ridge = Ridge(x).fit(y)
-        weights = ridge.weights(self.alpha)
-        return weights, ridge.y_mean - ridge.x_mean @ weights
+        """Weights (p, V) of y (n, V) on x (n, p)."""
+        return Ridge(x).fit(y).weights(self.alpha)
 
     def loss(self, f, rows):
         if self.config.exact:
@@ -1008,8 +1003,7 @@ class OLSReadout(RidgeReadout):
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())
-        weights = torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
-        return weights, y.mean(0) - x.mean(0) @ weights
+        return torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
 
 
 class PLSReadout(RidgeReadout):
@@ -1018,8 +1012,7 @@ class PLSReadout(RidgeReadout):
     def solve(self, x, y):
         self.alpha = torch.zeros(())
         pls = PLSRegression(min(25, *x.shape), scale=False).fit(x.cpu().numpy(), y.cpu().numpy())
-        weights = torch.as_tensor(pls.coef_.T).to(x)
-        return weights, y.mean(0) - x.mean(0) @ weights
+        return torch.as_tensor(pls.coef_.T).to(x)
 
 
 class SGDReadout(RidgeReadout):
@@ -1194,9 +1187,8 @@ def list_fits(config, study):
     fits = []
     folds = range(len(study.folds))
     for candidate in study.candidates:
-        for draw in range(config.seeds):
-            for fold in folds:
-                fits += fits_of_draw(config, candidate, draw, fold, config.full)
+        for draw, fold in itertools.product(range(config.seeds), folds):
+            fits += fits_of_draw(config, candidate, draw, fold, config.full)
         if study.objective is RidgeReadout and config.dims[0] == 0:
             fits.append(Fit(candidate, "shuffles"))
         if config.baselines:
@@ -1236,12 +1228,10 @@ def run_fits(run, config, studies, load):
         jobs += itertools.product([study], study.fits)
     jobs.sort(key=weights_of)
     todo = []
-    models = set()
     n_trained = 0
     for study, fit in run.share(jobs):
         if not fit.file(study.folder, config).exists():
             todo.append((study, fit))
-            models.add(weights_of((study, fit)))
             n_trained += fit.rate > 0
     first = studies[0]
     n_train = len(first.folds[0]["train"])
@@ -1251,18 +1241,16 @@ def run_fits(run, config, studies, load):
     )
     passes = config.steps // config.eval_interval + 3  # validations and the test
     passes += config.steps * (1 + (n_train > config.batch_size))
-    n_read = len(models) * len(first.stimuli)
+    n_read = len(set(map(weights_of, todo))) * len(first.stimuli)
     bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
     for weights, group in itertools.groupby(todo, weights_of):
-        loaded = None
+        group = list(group)
+        study, fit = group[0]
+        loaded = load(run, config, fit.candidate, study, weights[1])
+        loaded.reader.register_forward_hook(partial(move_bar, bar))
+        rows = np.arange(len(study.stimuli))
+        loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
         for study, fit in group:
-            if loaded is None:
-                loaded = load(run, config, fit.candidate, study, weights[1])
-                loaded.reader.register_forward_hook(partial(move_bar, bar))
-                rows = np.arange(len(study.stimuli))
-                loaded.features = read_features(
-                    loaded.reader, loaded.inputs, rows, config.batch_size
-                )
             arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
             with aside(fit.file(study.folder, config)) as file:
                 np.savez(file, architecture=loaded.architecture, **arrays)
@@ -1826,12 +1814,10 @@ def plot_training(path, curves, about):
 def report(run, config, study):
     """Rows and figures of a study: ({model: Curve}, rows of the table)."""
     weights = resample(config, study)
-    baselines = {}
-    for fit in study.fits:
-        if fit.what in HEADS:
-            baselines.setdefault((fit.candidate, fit.what), []).append(fit)
-    for own in baselines.values():  # predictions, whatever the objective is
-        score_fits(run, config, replace(study, objective=Objective), own, weights)
+    predictions = replace(study, objective=Objective)  # baselines, whatever the objective is
+    baselines = [fit for fit in study.fits if fit.what in HEADS]
+    for _, fits in itertools.groupby(baselines, attrgetter("candidate", "what")):
+        score_fits(run, config, predictions, list(fits), weights)
     curves = read_curves(run, config, study, weights)
     rows = {}
     for curve in curves:
