@@ -59,7 +59,7 @@ from convert import HiddenStates, from_hub, load_weights
 from data import read_table, write_aside
 from data.stimuli import Encoding, write_encoding
 
-# options that no single fit depends on: when they change, the fits that are there still count
+# options that no single fit depends on: fits are kept when one of them changes
 ANALYSIS = ["models", "dataset", "subject", "seeds", "dims", "full", "learning_rates", "common"]
 ANALYSIS += ["common_share", "reach", "draws", "shuffled", "shuffles", "baselines"]
 PLANTED_UNITS = 64  # of the planted brain: mixtures of
@@ -154,7 +154,7 @@ class Config:
 
 
 def check_dims(config):
-    """Sort dims; refuse learning rates and a common score that are none. Raises InputError."""
+    """Sort dims; raise InputError for impossible dims, learning rates or common score."""
     config.dims = sorted(set(config.dims))
     if config.dims[0] < 0 or min(config.learning_rates) <= 0:
         raise InputError("dims must be 0 or more, and learning_rates above 0")
@@ -184,15 +184,13 @@ class Candidate:
 
 
 def make_candidates(config):
-    """The Candidates of the option `models`. Raises InputError for what is none."""
+    """The Candidates that the option `models` lists. Raises InputError."""
     candidates = {}
     for given in config.models:
         if isinstance(given, str):
             given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
         check_keys(given, Candidate.__annotations__, "models")
-        layers = given.get("layers", config.layers)
-        if not isinstance(layers, list):
-            layers = [layers]
+        layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
         given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
         candidate = Candidate(**given)
         if candidate.toward not in ("", "teacher", "random"):
@@ -388,14 +386,14 @@ class FastfoodWrapper(nn.Module):
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
             small = size * n <= CHUNK  # not worth transforms
             if projection == "dense" or (projection == "fastfood" and small):
-                made = Dense(size, d - self.m, norm, generator, p.device)
+                P = Dense(size, d - self.m, norm, generator, p.device)
             elif projection == "fastfood":
-                made = Fastfood(size, n, norm, generator, p.device)
+                P = Fastfood(size, n, norm, generator, p.device)
             elif projection == "fastfood_tensor":
-                made = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
+                P = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
             else:
-                made = Identity(start, size)
-            self.parts.append((p, made, group_of.get(name)))
+                P = Identity(start, size)
+            self.parts.append((p, P, group_of.get(name)))
             start += size
         self.norm = float(nn.utils.get_total_norm(named.values()))  # ||theta0||
         self.start(d)
@@ -477,7 +475,7 @@ class Study:
     @property
     def tested(self):
         """Rows of the test stimuli, fold after fold."""
-        return tested_rows(self.folds)
+        return np.concatenate([fold["test"] for fold in self.folds])
 
     def shuffled(self, number):
         """The study with its responses dealt to other stimuli; number 0: as it is."""
@@ -489,11 +487,6 @@ def shuffle_order(n, number):
     if not number:
         return np.arange(n)
     return np.random.default_rng(key_seed("shuffle", number)).permutation(n)
-
-
-def tested_rows(folds):
-    """Rows of the test stimuli, fold after fold."""
-    return np.concatenate([fold["test"] for fold in folds])
 
 
 def read_studies(run, config, name):
@@ -546,7 +539,7 @@ def choose_units(config, data, person, folds):
     responses = np.asarray(data.responses)[:, units].astype(np.float64)
     published = data.units["ceiling"].to_numpy()[units]
     good = ~(published <= config.reliable)
-    seen = ~np.isin(stimulus, tested_rows(folds))
+    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
     if seen.any():
         good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
     if not good.any():
@@ -655,20 +648,20 @@ class Loaded:
     features: torch.Tensor | None = None  # (n, p) of all stimuli, before any warp
 
 
-def pool_states(x, own, how):
-    """One vector a stimulus from states (B, T, C), (B, C, H, W) or (B, C); own (B, T): tokens."""
+def pool_states(x, inside, how):
+    """Pool states (B, T, C), (B, C, H, W) or (B, C) to (B, p); inside (B, T): which tokens."""
     if how == "flatten" or x.dim() == 2:
         return x.flatten(1)
     if x.dim() == 4:
         x = x.flatten(2).mT  # (B, H W, C)
-    if own is None:
-        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    number = own.cumsum(1) * own  # 1 for a stimulus' first own token
+    if inside is None:
+        inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    number = inside.cumsum(1) * inside  # 1 for a stimulus' first token
     if how == "first":
-        own = number == 1
+        inside = number == 1
     if how == "last":
-        own = number == number.amax(1, keepdim=True)
-    weight = own.to(x.dtype)[:, :, None]
+        inside = number == number.amax(1, keepdim=True)
+    weight = inside.to(x.dtype)[:, :, None]
     return (x * weight).sum(1) / weight.sum(1)
 
 
@@ -685,17 +678,17 @@ class TextReader(nn.Module):
             raise InputError(f"layers={','.join(layers)}: {error}") from None
         self.pool = pool
 
-    def forward(self, ids, real, own):
-        """ids (B, T), real (B, T): no padding, own (B, T): tokens of the stimulus -> (B, p)."""
+    def forward(self, ids, real, inside):
+        """ids (B, T), real (B, T): no padding, inside (B, T): tokens of the stimulus -> (B, p)."""
         width = int(real.sum(1).max())  # pads are on the right
         states = self.lm.states(ids[:, :width], real[:, :width], self.layers)
-        own = own[:, :width]
-        return torch.cat([pool_states(states[i], own, self.pool) for i in self.layers], -1)
+        inside = inside[:, :width]
+        return torch.cat([pool_states(states[i], inside, self.pool) for i in self.layers], -1)
 
     def encode(self, texts, pieces):
-        """ids, real and own (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
+        """ids, real and inside (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
         rows = []
-        owns = []
+        masks = []
         for text, piece in zip(texts, pieces or texts):
             words = text.split(" ")
             while self.lm.encode([text])[1] and len(words) > 1:  # too long: the beginning goes
@@ -704,12 +697,12 @@ class TextReader(nn.Module):
             rows += self.lm.encode([text])[0]
             spans = np.array(self.lm.offsets(text))
             start = len(text) - len(piece) if text.endswith(piece) else 0
-            own = (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])  # special ones are empty
-            if not own.any():
-                own[-1] = True
-            owns.append(torch.from_numpy(own))
+            inside = (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])  # special ones are empty
+            if not inside.any():
+                inside[-1] = True
+            masks.append(torch.from_numpy(inside))
         ids, real = self.lm.pad(rows)
-        return ids, real, nn.utils.rnn.pad_sequence(owns, batch_first=True).to(ids.device)
+        return ids, real, nn.utils.rnn.pad_sequence(masks, batch_first=True).to(ids.device)
 
 
 class ModuleReader(nn.Module):
@@ -717,7 +710,9 @@ class ModuleReader(nn.Module):
 
     def __init__(self, model, layers, pool):
         super().__init__()
-        self.core, self.layers, self.pool = model, layers, pool
+        self.core = model
+        self.layers = layers
+        self.pool = pool
         self.states = {}
         modules = dict(model.named_modules())
         for layer in layers:
@@ -789,13 +784,13 @@ def load_language_model(run, config, candidate, study, draw):
 def load_module(run, config, candidate, study, draw):
     """A Loaded vision model of transformers, or module of one's own (my_file.py:constructor)."""
     if ".py:" in candidate.model:
-        made = load_function(candidate.model, "models")()
-        if not isinstance(made, tuple):
+        pair = load_function(candidate.model, "models")()
+        if not isinstance(pair, tuple):
             raise InputError(
                 f"models: {candidate.model} must return (module, encode), encode being a function "
                 f"from a list of {study.kind} stimuli (texts, or paths of images) to a tensor"
             )
-        model, encode = made
+        model, encode = pair
     else:
         from PIL import Image
         from transformers import AutoImageProcessor, AutoModel
@@ -874,7 +869,9 @@ class Objective:
 
     def __init__(self, config, study, fold, f0):
         """f0: features of the training stimuli before any warp."""
-        self.config, self.study, self.fold = config, study, fold
+        self.config = config
+        self.study = study
+        self.fold = fold
         self.y = torch.as_tensor(study.y, device=f0.device)
         if self.y.is_floating_point():
             self.y = self.y.float()
@@ -965,20 +962,20 @@ class RidgeReadout(Objective):
         super().__init__(config, study, fold, f0)
         self.mean, self.basis = head_basis(config, f0)
 
-    def shown(self, f):
+    def project(self, f):
         return (f - self.mean) @ self.basis
 
     @torch.no_grad()
     def fit(self, f_train, f_val):
-        train, val = self.fold["train"], self.fold["val"]
-        x, x_val = self.shown(f_train).double(), self.shown(f_val).double()
-        ridge = Ridge(x).fit(self.y[train].double())
-        self.alpha = ridge.choose(x_val, self.y[val].double(), self.config.alphas)
-        self.refit(f_train, train)
+        y_train = self.y[self.fold["train"]].double()
+        y_val = self.y[self.fold["val"]].double()
+        ridge = Ridge(self.project(f_train).double()).fit(y_train)
+        self.alpha = ridge.choose(self.project(f_val).double(), y_val, self.config.alphas)
+        self.refit(f_train, self.fold["train"])
 
     @torch.no_grad()
     def refit(self, f, rows):
-        x = self.shown(f).double()
+        x = self.project(f).double()
         y = self.y[rows].double()
         weights = self.solve(x, y)
         self.bias = (y.mean(0) - x.mean(0) @ weights).float()
@@ -995,7 +992,7 @@ class RidgeReadout(Objective):
         return super().loss(f, rows) + penalty.float() / self.y.size(1)
 
     def predict(self, f):
-        return self.shown(f) @ self.weights + self.bias
+        return self.project(f) @ self.weights + self.bias
 
 
 class OLSReadout(RidgeReadout):
@@ -1167,7 +1164,7 @@ class Fit:
     shuffle: int = 0  # of the responses; 0: the true ones
 
     def file(self, folder, config):
-        """Its file: of other weights, or another P, there is another."""
+        """Its file; other weights, or another P, have another one."""
         key = {**asdict(self.candidate), "stamps": []}
         for spec in (config.lm, self.candidate.model):
             for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
@@ -1183,7 +1180,7 @@ class Fit:
 
 
 def list_fits(config, study):
-    """Every Fit of a study. Those without a P are not repeated for each draw of it."""
+    """Every Fit of a study; those without a P are made once, not for each draw of P."""
     fits = []
     folds = range(len(study.folds))
     for candidate in study.candidates:
@@ -1222,7 +1219,7 @@ def fits_of_draw(config, candidate, draw, fold, full):
 
 
 def run_fits(run, config, studies, load):
-    """Make the files of Fits that are not there yet; the studies share their stimuli."""
+    """Run the Fits that have no file yet; the studies share their stimuli."""
     jobs = []
     for study in studies:
         jobs += itertools.product([study], study.fits)
@@ -1426,18 +1423,20 @@ def linear_scores(config, study, f, numbers):
         ridges.append((x, fold, others, Ridge(x[fold["train"]]), Ridge(x[others])))
     orders = np.array([shuffle_order(len(y), number) for number in numbers])
     scores = []
-    for some in np.array_split(orders, -(-y.size * len(orders) // 2**20)):  # what fits a cache
-        dealt = torch.from_numpy(y[some].transpose(1, 0, 2).reshape(len(y), -1))
+    n_chunks = -(-y.size * len(orders) // 2**20)  # each fits a cache
+    for chunk in np.array_split(orders, n_chunks):
+        shuffled = torch.from_numpy(y[chunk].transpose(1, 0, 2).reshape(len(y), -1))
         predicted = []
         truth = []
-        for x, fold, others, ridge, final in ridges:
-            ridge.fit(dealt[fold["train"]])
-            alpha = ridge.choose(x[fold["val"]], dealt[fold["val"]], config.alphas)
-            predicted.append(final.fit(dealt[others]).predict(x[fold["test"]], alpha).numpy())
-            truth.append(dealt[fold["test"]].numpy())
-        predicted, truth = join_folds(predicted), join_folds(truth)
-        units = unit_scores(config.metric, predicted, truth, np.ones((1, len(truth))))
-        scores.append(np.median(units.reshape(len(some), -1), axis=1))
+        for x, fold, others, ridge, refitted in ridges:
+            ridge.fit(shuffled[fold["train"]])
+            alpha = ridge.choose(x[fold["val"]], shuffled[fold["val"]], config.alphas)
+            refitted.fit(shuffled[others])
+            predicted.append(refitted.predict(x[fold["test"]], alpha).numpy())
+            truth.append(shuffled[fold["test"]].numpy())
+        equal = np.ones((1, len(study.tested)))
+        units = unit_scores(config.metric, join_folds(predicted), join_folds(truth), equal)
+        scores.append(np.median(units.reshape(len(chunk), -1), axis=1))
     return np.concatenate(scores)
 
 
@@ -1498,9 +1497,9 @@ def interval(draws):
 
 
 def null_scores(config, study, fit, cell):
-    """Scores without knowledge: responses dealt to other stimuli and fitted again, in closed form.
+    """Scores without knowledge: refitted to shuffled responses where that is ridge at d = 0.
 
-    That is for ridge at d = 0; else predictions are dealt: as often at d = 0, 20 times elsewhere.
+    Elsewhere predictions are shuffled instead: `shuffles` times at d = 0, 20 times at any other d.
     """
     shuffles = Fit(fit.candidate, "shuffles")
     at_zero = fit == replace(fit, what="warp", d=0, draw=0, shuffle=0)
@@ -1511,10 +1510,10 @@ def null_scores(config, study, fit, cell):
     scores = []
     for _ in range(config.shuffles if at_zero else 20):
         order = rng.permutation(len(cell["truth"]))
-        dealt = cell["predicted"][order]
+        shuffled = cell["predicted"][order]
         if study.objective.pairs:
-            dealt = dealt[:, order]
-        scores.append(study.objective.score_all(config, dealt, cell["truth"]))
+            shuffled = shuffled[:, order]
+        scores.append(study.objective.score_all(config, shuffled, cell["truth"]))
     return np.array(scores)
 
 
@@ -1539,7 +1538,8 @@ def score_fits(run, config, study, fits, weights):
     """Scored, of one model at one d and in one draw; and its row of results."""
     fit = fits[0]
     cell = assemble(config, study, fits)
-    predicted, truth = cell["predicted"], cell["truth"]
+    predicted = cell["predicted"]
+    truth = cell["truth"]
     scored = Scored(
         score=study.objective.score_all(config, predicted, truth),
         draws=study.objective.score(config, predicted, truth, weights),
@@ -1684,7 +1684,7 @@ def crossing(dims, scores, level):
 
 
 def measure_d_warp(config, curves):
-    """Fill in d_warp: for a score that is the same for all, and for one of each candidate's own.
+    """Fill in d_warp: absolute, to a score common to all; relative, to a share of one's own.
 
     In every bootstrap draw the level is measured again.
     """
@@ -1704,8 +1704,8 @@ def measure_d_warp(config, curves):
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
             levels["relative"] = start + config.reach * (full - start)
         for name, values in levels.items():
-            found = [crossing(config.dims, *pair) for pair in zip(scores, values)]
-            curve.d_warp[name] = found[0], np.array(found[1:])
+            crossings = np.array([crossing(config.dims, *row) for row in zip(scores, values)])
+            curve.d_warp[name] = crossings[0], crossings[1:]
 
 
 def report_d_warp(run, config, study, curves):
