@@ -935,13 +935,18 @@ class Ridge:
         self.uty = self.u.T @ y  # u has mean 0: that of y does not matter
         return self
 
-    def weights(self, alpha):
-        """(p, V), of one penalty or one for each target (V,)."""
+    def rotated(self, alpha):
+        """Weights of the components (r, V), of one penalty or one for each target (V,)."""
         s = self.s[:, None]
-        return self.vt.T @ (s / (s**2 + alpha) * self.uty)
+        return s / (s**2 + alpha) * self.uty
+
+    def weights(self, alpha):
+        """(p, V)"""
+        return self.vt.T @ self.rotated(alpha)
 
     def predict(self, x, alpha):
-        return (x - self.x_mean) @ self.weights(alpha) + self.y_mean
+        x = (x - self.x_mean) @ self.vt.T  # few components first: weights (p, V) may be large
+        return x @ self.rotated(alpha) + self.y_mean
 
     def choose(self, x, y, alphas):
         """(V,): the penalty that predicts each target of other stimuli best."""
@@ -1496,6 +1501,10 @@ def interval(draws):
     return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
+def in_words(score, low, high):
+    return f"{score:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def null_scores(config, study, fit, cell):
     """Scores without knowledge: refitted to shuffled responses where that is ridge at d = 0.
 
@@ -1528,10 +1537,6 @@ class Scored:
 
     def p(self):
         return (1 + (self.null >= self.score).sum()) / (1 + len(self.null))
-
-    def in_words(self):
-        low, high = interval(self.draws)
-        return f"{self.score:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def score_fits(run, config, study, fits, weights):
@@ -1578,23 +1583,24 @@ def score_fits(run, config, study, fits, weights):
 def report_people(run, people):
     """Mean over people of the scores at d = 0: rows of results and of the table.
 
-    people: {model: Curve} of each. p: of the mean, under the same shuffles of stimuli for all; p
+    people: the Curves of each. p: of the mean, under the same shuffles of stimuli for all; p
     over people: of a t-test of what each person's score has above its own null.
     """
     rows = []
-    for name in people[0]:
-        zeros = pd.DataFrame([vars(curves[name].first[0]) for curves in people])
+    for curves in zip(*people):  # of one model
+        name = curves[0].name
+        zeros = pd.DataFrame([vars(curve.first[0]) for curve in curves])
         scores = zeros["score"].to_numpy()
         nulls = np.stack(zeros["null"])  # (people, shuffles)
         mean = Scored(scores.mean(), scores, nulls.mean(0), None)
         test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
         low, high = np.array(test.confidence_interval()) + nulls.mean()
         columns = {"measure": "score", "model": name, "subject": "mean", "d": 0, "control": "none"}
-        columns["dataset"] = people[0][name].meta["dataset"]
+        columns["dataset"] = curves[0].meta["dataset"]
         columns |= {"p": mean.p(), "p_people": test.pvalue}
         run.result(mean.score, nulls.mean(), low, high, len(people), **columns)
         row = {"dataset": columns["dataset"], "person": f"mean of {len(people)}", "model": name}
-        row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
+        row["score at 0"] = in_words(mean.score, low, high)
         row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
         row["p over people"] = f"{test.pvalue:.2g}"
         p = (1 + (scores <= nulls.T).sum(0)) / (1 + nulls.shape[1])
@@ -1617,6 +1623,7 @@ class Curve:
     full_boot: np.ndarray | None = None  # (B,)
     d_warp: dict = field(default_factory=dict)  # {absolute, relative: (value, draws (B,))}
     level: float = np.nan  # of the absolute one
+    row: dict = field(default_factory=dict)  # of the table
 
     @property
     def mean(self):
@@ -1641,6 +1648,12 @@ def read_curves(run, config, study, weights):
         if shuffled:
             curve.name += " (shuffled responses)"
             curve.control = "shuffled"
+        curve.row = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
+        curve.row["model"] = curve.name
+        if 0 in curve.first:
+            zero = curve.first[0]
+            curve.row["score at 0"] = in_words(zero.score, *interval(zero.draws))
+            curve.row |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
         curves.append(curve)
     return curves
 
@@ -1709,27 +1722,25 @@ def measure_d_warp(config, curves):
 
 
 def report_d_warp(run, config, study, curves):
-    """d_warp of every candidate and every pair: rows of results, lines, rows of the table."""
+    """d_warp of every candidate and how pairs compare: rows of results, columns of the table."""
     last = max(config.dims)
+    words = partial(dims_in_words, last=last)
     B = len(curves[0].boot)
     shared = {**study.meta, "objective": config.objective, "projection": config.projection}
     shared |= {"d": 0, "seed": -1}
-    rows = {}
     for curve in curves:
         columns = {**shared, "model": curve.name, "control": curve.control}
-        row = rows[curve.name] = {"level": f"{curve.level:.3f}"}
+        curve.row["level"] = f"{curve.level:.3f}"
         for name, (value, draws) in curve.d_warp.items():
             low, high = interval(draws)
-            ends = min(low, last), min(high, last)
-            state = "censored" if np.isinf(value) else "reached"
-            measure = {"measure": f"d_warp {name}", "state": state}
-            run.result(min(value, last), last, *ends, B, **measure, **columns)
-            words = partial(dims_in_words, last=last)
-            row[f"d_warp, {name}"] = f"{words(value)} [{words(low)}, {words(high)}]"
+            curve.row[f"d_warp, {name}"] = f"{words(value)} [{words(low)}, {words(high)}]"
+            columns["measure"] = f"d_warp {name}"
+            columns["state"] = "censored" if np.isinf(value) else "reached"
+            run.result(min(value, last), last, min(low, last), min(high, last), B, **columns)
         d = np.broadcast_to(config.dims, curve.points.shape).ravel()
         trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
-        row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
-        row["p of a rise"] = f"{trend.pvalue:.2g}"
+        curve.row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
+        curve.row["p of a rise"] = f"{trend.pvalue:.2g}"
     for a, b in itertools.combinations(curves, 2):
         if "shuffled" in (a.control, b.control):
             continue
@@ -1743,7 +1754,6 @@ def report_d_warp(run, config, study, curves):
             f"{b.name} needs {10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}] times the d of "
             f"{a.name} (1 + d_warp, cut at {last:,}, paired)"
         )
-    return rows
 
 
 def dims_in_words(d, last):
@@ -1812,25 +1822,16 @@ def plot_training(path, curves, about):
 
 
 def report(run, config, study):
-    """Rows and figures of a study: ({model: Curve}, rows of the table)."""
+    """Write the rows of results and figures of a study; returns its Curves."""
     weights = resample(config, study)
     predictions = replace(study, objective=Objective)  # baselines, whatever the objective is
     baselines = [fit for fit in study.fits if fit.what in HEADS]
     for _, fits in itertools.groupby(baselines, attrgetter("candidate", "what")):
         score_fits(run, config, predictions, list(fits), weights)
     curves = read_curves(run, config, study, weights)
-    rows = {}
-    for curve in curves:
-        rows[curve.name] = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
-        rows[curve.name]["model"] = curve.name
-        if 0 in curve.first:
-            zero = curve.first[0]
-            rows[curve.name]["score at 0"] = zero.in_words()
-            rows[curve.name] |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
     if max(config.dims):
         measure_d_warp(config, curves)
-        for name, row in report_d_warp(run, config, study, curves).items():
-            rows[name] |= row
+        report_d_warp(run, config, study, curves)
         about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
         about += f"; {config.objective} ({config.metric}), {config.projection}"
         place = run.out / quote(study.name, safe=" ")
@@ -1839,7 +1840,7 @@ def report(run, config, study):
         place.mkdir(exist_ok=True)
         plot_curves(place / "curves.png", config, curves, about)
         plot_training(place / "training.png", curves, about)
-    return {curve.name: curve for curve in curves}, list(rows.values())
+    return curves
 
 
 def sweep(run, config, studies, load):
@@ -1861,9 +1862,9 @@ def sweep(run, config, studies, load):
     if run.master:
         people = []
         for study in studies:
-            curves, study_rows = report(run, config, study)
+            curves = report(run, config, study)
             people.append(curves)
-            rows += study_rows
+            rows += [curve.row for curve in curves]
         if len(studies) > 1 and config.dims[0] == 0:
             rows += report_people(run, people)
     return rows
