@@ -310,41 +310,30 @@ class Identity:
 
 
 class Warp(torch.autograd.Function):
-    """theta0 + lambda_g P z, tensor by tensor: nothing of size D is kept beside theta itself.
+    """theta0 + P z, tensor by tensor: nothing of size D is kept beside theta itself.
 
-    z (d - m,), scales (m,) -> the tensors of the wrapper, in its order.
+    z (m + 1, d - m), a row for each group of layers and one for the rest -> the wrapper's tensors.
     """
 
     @staticmethod
-    def forward(ctx, z, scales, wrapper):
+    def forward(ctx, z, wrapper):
         ctx.wrapper = wrapper
-        ctx.save_for_backward(z, scales)
         ctx.set_materialize_grads(False)
         tensors = []
         for original, projection, group in wrapper.parts:
             out = z.new_empty(original.numel())
-            projection.forward(z, out)
-            if group is not None:
-                out *= scales[group]
+            projection.forward(z[-1 if group is None else group], out)
             tensors.append(out.view(original.shape).add_(original.detach()))
         return tuple(tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        z, scales = ctx.saved_tensors
-        dz = torch.zeros_like(z)
-        dscales = torch.zeros_like(scales)
-        for grad, (_, projection, group) in zip(grads, ctx.wrapper.parts):
-            if grad is None:
-                continue
-            if group is None:
-                projection.transpose(grad.flatten(), dz)
-                continue
-            back = torch.zeros_like(z)
-            projection.transpose(grad.flatten(), back)
-            dscales[group] += z @ back
-            dz += scales[group] * back
-        return dz, dscales, None
+        wrapper = ctx.wrapper
+        dz = wrapper.z.new_zeros(wrapper.m + 1, len(wrapper.z))
+        for grad, (_, projection, group) in zip(grads, wrapper.parts):
+            if grad is not None:
+                projection.transpose(grad.flatten(), dz[-1 if group is None else group])
+        return dz, None
 
 
 class FastfoodWrapper(nn.Module):
@@ -413,7 +402,10 @@ class FastfoodWrapper(nn.Module):
 
     def tensors(self):
         """The warped parameters, in the order of self.names."""
-        return Warp.apply(self.z, self.scales, self)
+        if not self.m:
+            return Warp.apply(self.z[None], self)
+        scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1 for what is in no group
+        return Warp.apply(scales[:, None] * self.z, self)  # lambda_g P z = P lambda_g z
 
     def call(self, tensors, *args, **kwargs):
         """The model's output with these parameters; tied names follow."""
