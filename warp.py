@@ -44,6 +44,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import (
     InputError,
@@ -1233,8 +1234,7 @@ def run_fits(run, config, studies, load):
         f"{first.meta['dataset']}: {len(first.stimuli):,} stimuli, {len(todo):,} fits to do here, "
         f"{n_trained:,} with {config.steps} steps; the bar counts stimuli that models read"
     )
-    passes = config.steps // config.eval_interval + 3  # validations and the test
-    passes += config.steps * (1 + (n_train > config.batch_size))
+    passes = config.steps + config.steps // config.eval_interval + 3  # validations and the test
     n_read = len(set(map(weights_of, todo))) * len(first.stimuli)
     bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
     for weights, group in itertools.groupby(todo, weights_of):
@@ -1322,36 +1322,32 @@ def train(config, wrapper, objective, inputs, rate, draw):
     steps = config.steps if rate else 0
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=steps))
     batches = draw_batches(config, objective.fold["train"], draw)
-    best = -np.inf
-    best_step = 0
-    diverged = 0
+    best = {"validation": -np.inf, "step": 0, "diverged": 0}
+    best_params = copy.deepcopy(params)
     loss = np.nan
-    kept = copy.deepcopy(params)
     curve = []
     for step in range(steps + 1):
         if step % config.eval_interval == 0 or step == steps:
             f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val"))
             score = objective.validate(*f)
-            if score > best:
-                best = score
-                best_step = step
-                kept = copy.deepcopy(params)
-            curve.append((step, loss, best))
+            if score > best["validation"]:
+                best |= {"validation": score, "step": step}
+                best_params = copy.deepcopy(params)
+            curve.append((step, loss, best["validation"]))
         if step == steps:
             break
         adam.zero_grad()
         loss = gradients(config, wrapper, objective, inputs, next(batches))
         if not np.isfinite(loss):
-            diverged = step
+            best["diverged"] = step
             break
         adam.step()
         schedule.step()
     with torch.no_grad():
-        for p, value in zip(params, kept):
+        for p, value in zip(params, best_params):
             p.copy_(value)
-    arrays = {"validation": best, "step": best_step, "curve": np.array(curve), "diverged": diverged}
     f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val", "test"))
-    return {**arrays, "evidence": objective.test(*f)}
+    return {**best, "curve": np.array(curve), "evidence": objective.test(*f)}
 
 
 def pace(step, steps):
@@ -1376,26 +1372,19 @@ def draw_batches(config, rows, draw):
 def gradients(config, wrapper, objective, inputs, rows):
     """Leave the gradients of the loss on the stimuli in rows, and return the loss.
 
-    Where they are more than a batch, features come first, without a graph; then dL/d features go
-    back through the model batch by batch: exact for any loss of all features.
+    Where they are more than a batch, the model is run again, batch by batch, on the way back: exact
+    for any loss of all features, in the memory of one batch.
     """
     batches = rows.to(inputs[0].device).split(config.batch_size)
+    call = wrapper.call
+    if len(batches) > 1:
+        call = partial(checkpoint, wrapper.call, use_reentrant=False)
     tensors = wrapper.tensors()
-    whole = len(batches) == 1
-    leaves = tensors if whole else [t.detach().requires_grad_() for t in tensors]
-    with torch.set_grad_enabled(whole):
-        f = torch.cat([wrapper.call(leaves, *take(inputs, batch)) for batch in batches])
+    f = torch.cat([call(tensors, *take(inputs, batch)) for batch in batches])
     if not f.isfinite().all():
         return np.nan
-    if not whole:
-        f.requires_grad_()
     loss = objective.loss(f, rows.numpy())
     loss.backward()
-    if not whole:
-        for batch, grad in zip(batches, f.grad.split(config.batch_size)):
-            wrapper.call(leaves, *take(inputs, batch)).backward(grad)
-        used = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
-        torch.autograd.backward([tensors[i] for i in used], [leaves[i].grad for i in used])
     return loss.item()
 
 
