@@ -58,7 +58,7 @@ from configurator import (
 )
 from convert import HiddenStates, from_hub, load_weights
 from data import read_table, write_aside
-from data.stimuli import Encoding, write_encoding
+from data.stimuli import Encoding, to_number, write_encoding
 
 # options that no single fit depends on: fits are kept when one of them changes
 ANALYSIS = ["models", "dataset", "subject", "seeds", "dims", "full", "learning_rates", "common"]
@@ -107,7 +107,7 @@ class Config:
     layers: list[str] = default("1")  # hidden states, or names of modules
     pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
-    objective: str = "linear"  # linear, linear_first, rsa or cka
+    objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
     head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
@@ -145,9 +145,6 @@ class Config:
     RENAMED = {"head_fit": "head"}
 
     def check(self):
-        if self.objective not in OBJECTIVES:
-            allowed = " or ".join(OBJECTIVES)
-            raise InputError(f"option 'objective' must be {allowed}, not '{self.objective}'")
         if self.n_folds == 1 or (self.n_folds and objective_class(self).pairs):
             raise InputError("n_folds must be 2 or more, and objective linear or linear_first")
         check_dims(self)
@@ -159,13 +156,11 @@ def check_dims(config):
     config.dims = sorted(set(config.dims))
     if config.dims[0] < 0 or min(config.learning_rates) <= 0:
         raise InputError("dims must be 0 or more, and learning_rates above 0")
-    try:
-        float(config.common)
-    except ValueError:
-        if config.common not in ("lowest", "highest") or not (config.full or config.dims == [0]):
-            raise InputError(
-                f"common={config.common} must be a score (with full=False), lowest or highest"
-            ) from None
+    if config.common in ("lowest", "highest") and (config.full or config.dims == [0]):
+        return
+    if np.isnan(to_number(config.common)):
+        message = "must be a score (with full=False), lowest or highest"
+        raise InputError(f"common={config.common} {message}")
 
 
 @dataclass(frozen=True)
@@ -194,14 +189,13 @@ def make_candidates(config):
         layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
         given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
         candidate = Candidate(**given)
+        name = candidate.name
         if candidate.toward not in ("", "teacher", "random"):
-            raise InputError(
-                f"models: '{candidate.name}' must go toward teacher or random, "
-                f"not '{candidate.toward}'"
-            )
-        if candidate.name in candidates:
-            raise InputError(f"models: two are called '{candidate.name}': give each a name")
-        candidates[candidate.name] = candidate
+            wrong = f"'{name}' must go toward teacher or random, not '{candidate.toward}'"
+            raise InputError(f"models: {wrong}")
+        if name in candidates:
+            raise InputError(f"models: two are called '{name}': give each a name")
+        candidates[name] = candidate
     return list(candidates.values())
 
 
@@ -664,7 +658,7 @@ class TextReader(nn.Module):
     def __init__(self, lm, layers, pool):
         super().__init__()
         self.core = lm.model
-        self.__dict__["lm"] = lm
+        self.lm = lm
         try:
             self.layers = lm.layers([int(layer) for layer in layers])
         except ValueError as error:
@@ -853,8 +847,8 @@ def read_features(model, inputs, rows, batch_size):
 class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
-    To add one, write its class and name it in OBJECTIVES. f: features (n, p) of stimuli, or what
-    else the model puts out; rows: the numbers of these stimuli.
+    To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
     pairs = False  # whether pairs of stimuli are scored, (n, n), not responses to each
@@ -1024,14 +1018,9 @@ class SGDReadout(RidgeReadout):
             self.loss(f0, fold["train"]).backward()
             adam.step()
 
-    def fit(self, f_train, f_val):
-        pass
-
-    def refit(self, f, rows):
-        pass
-
-    def loss(self, f, rows):
-        return Objective.loss(self, f, rows)
+    fit = Objective.fit
+    refit = Objective.refit
+    loss = Objective.loss
 
 
 class RSA(Objective):
@@ -1670,11 +1659,10 @@ def crossing(dims, scores, level):
     rising = isotonic_regression(scores)
     if rising[-1] < level:
         return np.inf
-    i = int(np.argmax(rising >= level))
+    i = np.argmax(rising >= level)
     if i == 0:
         return float(dims[0])
-    share = (level - rising[i - 1]) / (rising[i] - rising[i - 1])
-    return float(10 ** (x[i - 1] + share * (x[i] - x[i - 1])) - 1)
+    return float(10 ** np.interp(level, rising[i - 1 : i + 1], x[i - 1 : i + 1]) - 1)
 
 
 def measure_d_warp(config, curves):
