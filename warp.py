@@ -386,8 +386,7 @@ class FastfoodWrapper(nn.Module):
         """Begin anew at theta0, with d dimensions: P's first columns."""
         if d <= self.m:
             raise InputError(
-                f"d={d} leaves nothing beside the {self.m} scales of layer_groups, which are "
-                f"counted in it: give d > {self.m}"
+                f"d={d} must be above the {self.m} scales of layer_groups, counted in it"
             )
         like = self.parts[0][0]
         self.d = d
@@ -428,8 +427,7 @@ def find_groups(names, layer_groups):
             if not inside:
                 tops = sorted({".".join(name.split(".")[:2]) for name in names})
                 raise InputError(
-                    f"layer_groups: no parameter is called '{prefix}' or lies in it; there are "
-                    f"{', '.join(tops)}"
+                    f"layer_groups: nothing is called '{prefix}', only {', '.join(tops)}"
                 )
             for name in inside:
                 if name in group_of:
@@ -530,10 +528,8 @@ def choose_units(config, data, person, folds):
     if seen.any():
         good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
     if not good.any():
-        raise InputError(
-            f"{data.path}: none of {len(good)} units has a ceiling above "
-            f"reliable={config.reliable} (R2, training stimuli): choose a lower one"
-        )
+        ceiling = f"a ceiling (R2, training stimuli) above reliable={config.reliable}"
+        raise InputError(f"{data.path}: none of {len(good)} units has {ceiling}: lower it")
     units[units] = good
     ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
     if np.isnan(ceiling).any():
@@ -704,10 +700,8 @@ class ModuleReader(nn.Module):
         modules = dict(model.named_modules())
         for layer in layers:
             if layer not in modules:
-                raise InputError(
-                    f"layers: this {type(model).__name__} has no layer '{layer}'; there are "
-                    f"{', '.join(list(modules)[1:40])}"
-                )
+                there = ", ".join(list(modules)[1:40])
+                raise InputError(f"layers: this model has no layer '{layer}'; there are {there}")
             modules[layer].register_forward_hook(partial(self.keep, layer))
 
     def keep(self, layer, module, inputs, output):
@@ -1084,14 +1078,13 @@ def objective_class(config):
 
 def head_basis(config, f):
     """(mean, basis (p, p')) that turn features f (n, p) into what a readout sees."""
-    mean, sd = f.mean(0), f.std(0).clamp_min(1e-6)
+    mean = f.mean(0)
+    sd = f.std(0).clamp_min(1e-6)
     if not config.head_dims:
         return mean, torch.diag(1 / sd)
     if config.head_dims > min(f.shape):
-        raise InputError(
-            f"head_dims={config.head_dims} is more than {min(f.shape)}, the components of "
-            f"{len(f)} training stimuli x {f.size(1)} features"
-        )
+        shape = f"{len(f)} training stimuli x {f.size(1)} features"
+        raise InputError(f"head_dims={config.head_dims}, but {shape} have fewer components")
     components = torch.linalg.svd((f - mean) / sd, full_matrices=False)[2][: config.head_dims]
     return mean, components.T / sd[:, None]
 
