@@ -18,10 +18,14 @@ Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 
 Golub & Pereyra 1973 (variable projection).
 """
 
+import copy
 import hashlib
 import itertools
-from dataclasses import asdict, dataclass, field, fields, replace
+import re
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -40,6 +44,7 @@ from sklearn.isotonic import isotonic_regression
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from configurator import (
     InputError,
@@ -53,9 +58,9 @@ from configurator import (
 )
 from convert import HiddenStates, from_hub, load_weights
 from data import read_table, write_aside
-from data.stimuli import Encoding, write_encoding
+from data.stimuli import Encoding, to_number, write_encoding
 
-# options that no single fit depends on: when they change, the fits that are there still count
+# options that no single fit depends on: fits are kept when one of them changes
 ANALYSIS = ["models", "dataset", "subject", "seeds", "dims", "full", "learning_rates", "common"]
 ANALYSIS += ["common_share", "reach", "draws", "shuffled", "shuffles", "baselines"]
 PLANTED_UNITS = 64  # of the planted brain: mixtures of
@@ -75,12 +80,15 @@ SHORT_NAMES = {
 }
 
 
+def default(*values):
+    """The default of an option that is a list."""
+    return field(default_factory=partial(list, values))
+
+
 @dataclass
 class Config:
     # ---- data
-    dataset: list[str] = field(
-        default_factory=lambda: ["synthetic_brain"]
-    )  # stimuli with responses
+    dataset: list[str] = default("synthetic_brain")  # stimuli with responses
     subject: str = ""  # only this person's units; each: every person's by themselves; "": all
     roi: str = ""  # only units of this region
     reliable: float = 0.05  # only units with a ceiling above it (R2; unknown ones stay)
@@ -95,26 +103,26 @@ class Config:
     # ---- candidates
     lm: str = "out/train"  # the language model called 'lm' below
     # run folders, Hugging Face models, my_file.py:constructor, SHORT_NAMES or Candidate's fields
-    models: list[dict | str] = field(default_factory=lambda: list(SHORT_NAMES))
-    layers: list[str] = field(default_factory=lambda: ["1"])  # hidden states, or names of modules
+    models: list[dict | str] = default(*SHORT_NAMES)
+    layers: list[str] = default("1")  # hidden states, or names of modules
     pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
-    objective: str = "linear"  # linear, linear_first, rsa or cka
+    objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
     head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
     # ridge penalties; validation chooses one for each unit
-    alphas: list[float] = field(default_factory=lambda: np.logspace(-1, 6, 15).tolist())
+    alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
     exact: bool = True  # gradients of all training stimuli; False: of batches
     # ---- warping
-    dims: list[int] = field(default_factory=lambda: [0, 32, 256, 2048])  # d, the scales counted
+    dims: list[int] = default(0, 32, 256, 2048)  # d, the scales counted
     full: bool = True  # beside them all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
     layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
     seeds: int = 3  # draws of P (and of random weights)
     steps: int = 20  # of Adam; the best by validation is kept
-    learning_rates: list[float] = field(default_factory=lambda: [0.04, 0.16])  # of ||theta0||
+    learning_rates: list[float] = default(0.04, 0.16)  # of ||theta0||
     eval_interval: int = 10  # steps between validations
     batch_size: int = 512  # stimuli per forward pass
     # ---- d_warp and controls
@@ -137,9 +145,6 @@ class Config:
     RENAMED = {"head_fit": "head"}
 
     def check(self):
-        if self.objective not in OBJECTIVES:
-            allowed = " or ".join(OBJECTIVES)
-            raise InputError(f"option 'objective' must be {allowed}, not '{self.objective}'")
         if self.n_folds == 1 or (self.n_folds and objective_class(self).pairs):
             raise InputError("n_folds must be 2 or more, and objective linear or linear_first")
         check_dims(self)
@@ -147,17 +152,15 @@ class Config:
 
 
 def check_dims(config):
-    """Sort dims; refuse learning rates and a common score that are none. Raises InputError."""
+    """Sort dims; raise InputError for impossible dims, learning rates or common score."""
     config.dims = sorted(set(config.dims))
     if config.dims[0] < 0 or min(config.learning_rates) <= 0:
         raise InputError("dims must be 0 or more, and learning_rates above 0")
-    try:
-        float(config.common)
-    except ValueError:
-        if config.common not in ("lowest", "highest") or not (config.full or config.dims == [0]):
-            raise InputError(
-                f"common={config.common} must be a score (with full=False), lowest or highest"
-            ) from None
+    if config.common in ("lowest", "highest") and (config.full or config.dims == [0]):
+        return
+    if np.isnan(to_number(config.common)):
+        message = "must be a score (with full=False), lowest or highest"
+        raise InputError(f"common={config.common} {message}")
 
 
 @dataclass(frozen=True)
@@ -177,25 +180,22 @@ class Candidate:
 
 
 def make_candidates(config):
-    """The Candidates of the option `models`. Raises InputError for what is none."""
+    """The Candidates that the option `models` lists. Raises InputError."""
     candidates = {}
     for given in config.models:
         if isinstance(given, str):
             given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
-        check_keys(given, [entry.name for entry in fields(Candidate)], "models")
-        layers = given.get("layers", config.layers)
-        if not isinstance(layers, list):
-            layers = [layers]
+        check_keys(given, Candidate.__annotations__, "models")
+        layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
         given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
         candidate = Candidate(**given)
+        name = candidate.name
         if candidate.toward not in ("", "teacher", "random"):
-            raise InputError(
-                f"models: '{candidate.name}' must go toward teacher or random, "
-                f"not '{candidate.toward}'"
-            )
-        if candidate.name in candidates:
-            raise InputError(f"models: two are called '{candidate.name}': give each a name")
-        candidates[candidate.name] = candidate
+            wrong = f"'{name}' must go toward teacher or random, not '{candidate.toward}'"
+            raise InputError(f"models: {wrong}")
+        if name in candidates:
+            raise InputError(f"models: two are called '{name}': give each a name")
+        candidates[name] = candidate
     return list(candidates.values())
 
 
@@ -208,15 +208,13 @@ def hadamard(n, device, dtype):
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def walsh_hadamard(x, largest=0):
+def walsh_hadamard(x, largest=64):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
     H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
     multiplied by a small dense matrix: a few passes over memory where a butterfly takes log2 n.
     """
     n, C = x.shape
-    if not largest:
-        largest = 64 if x.device.type == "cpu" else 64
     bits = n.bit_length() - 1
     n_factors = max(1, -(-bits // (largest.bit_length() - 1)))
     before = 1
@@ -307,41 +305,30 @@ class Identity:
 
 
 class Warp(torch.autograd.Function):
-    """theta0 + lambda_g P z, tensor by tensor: nothing of size D is kept beside theta itself.
+    """theta0 + P z, tensor by tensor: nothing of size D is kept beside theta itself.
 
-    z (d - m,), scales (m,) -> the tensors of the wrapper, in its order.
+    z (m + 1, d - m), a row for each group of layers and one for the rest -> the wrapper's tensors.
     """
 
     @staticmethod
-    def forward(ctx, z, scales, wrapper):
+    def forward(ctx, z, wrapper):
         ctx.wrapper = wrapper
-        ctx.save_for_backward(z, scales)
         ctx.set_materialize_grads(False)
         tensors = []
         for original, projection, group in wrapper.parts:
             out = z.new_empty(original.numel())
-            projection.forward(z, out)
-            if group is not None:
-                out *= scales[group]
+            projection.forward(z[-1 if group is None else group], out)
             tensors.append(out.view(original.shape).add_(original.detach()))
         return tuple(tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        z, scales = ctx.saved_tensors
-        dz = torch.zeros_like(z)
-        dscales = torch.zeros_like(scales)
-        for grad, (_, projection, group) in zip(grads, ctx.wrapper.parts):
-            if grad is None:
-                continue
-            if group is None:
-                projection.transpose(grad.flatten(), dz)
-                continue
-            back = torch.zeros_like(z)
-            projection.transpose(grad.flatten(), back)
-            dscales[group] += z @ back
-            dz += scales[group] * back
-        return dz, dscales, None
+        wrapper = ctx.wrapper
+        dz = wrapper.z.new_zeros(wrapper.m + 1, len(wrapper.z))
+        for grad, (_, projection, group) in zip(grads, wrapper.parts):
+            if grad is not None:
+                projection.transpose(grad.flatten(), dz[-1 if group is None else group])
+        return dz, None
 
 
 class FastfoodWrapper(nn.Module):
@@ -363,13 +350,14 @@ class FastfoodWrapper(nn.Module):
     Raises InputError for a d that does not fit and for names that are none.
     """
 
-    def __init__(self, model, d, layer_groups=None, projection="fastfood", seed=0):
+    def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are not ours
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names = list(named)
         self.D = sum(p.numel() for p in named.values())
         self.m = len(layer_groups or [])
+        d = self.D if d is None else d
         if d > self.D:
             raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
         group_of = find_groups(self.names, layer_groups or [])
@@ -382,26 +370,23 @@ class FastfoodWrapper(nn.Module):
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
             small = size * n <= CHUNK  # not worth transforms
             if projection == "dense" or (projection == "fastfood" and small):
-                made = Dense(size, d - self.m, norm, generator, p.device)
+                P = Dense(size, d - self.m, norm, generator, p.device)
             elif projection == "fastfood":
-                made = Fastfood(size, n, norm, generator, p.device)
+                P = Fastfood(size, n, norm, generator, p.device)
             elif projection == "fastfood_tensor":
-                made = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
+                P = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
             else:
-                made = Identity(start, size)
-            self.parts.append((p, made, group_of.get(name)))
+                P = Identity(start, size)
+            self.parts.append((p, P, group_of.get(name)))
             start += size
-        with torch.no_grad():
-            norms = [p.norm() for p in named.values()]
-            self.norm = float(torch.stack(norms).norm())  # ||theta0||
+        self.norm = float(nn.utils.get_total_norm(named.values()))  # ||theta0||
         self.start(d)
 
     def start(self, d):
         """Begin anew at theta0, with d dimensions: P's first columns."""
         if d <= self.m:
             raise InputError(
-                f"d={d} leaves nothing beside the {self.m} scales of layer_groups, which are "
-                f"counted in it: give d > {self.m}"
+                f"d={d} must be above the {self.m} scales of layer_groups, counted in it"
             )
         like = self.parts[0][0]
         self.d = d
@@ -411,7 +396,10 @@ class FastfoodWrapper(nn.Module):
 
     def tensors(self):
         """The warped parameters, in the order of self.names."""
-        return Warp.apply(self.z, self.scales, self)
+        if not self.m:
+            return Warp.apply(self.z[None], self)
+        scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1 for what is in no group
+        return Warp.apply(scales[:, None] * self.z, self)  # lambda_g P z = P lambda_g z
 
     def call(self, tensors, *args, **kwargs):
         """The model's output with these parameters; tied names follow."""
@@ -439,8 +427,7 @@ def find_groups(names, layer_groups):
             if not inside:
                 tops = sorted({".".join(name.split(".")[:2]) for name in names})
                 raise InputError(
-                    f"layer_groups: no parameter is called '{prefix}' or lies in it; there are "
-                    f"{', '.join(tops)}"
+                    f"layer_groups: nothing is called '{prefix}', only {', '.join(tops)}"
                 )
             for name in inside:
                 if name in group_of:
@@ -499,35 +486,20 @@ def read_studies(run, config, name):
 
 def read_brain(config, name, data, person):
     """The Study of one person, or of all side by side: units chosen, repeats averaged, split."""
-    units = data.select_units(person, config.roi)
     group = data.stimuli["group"].to_numpy()
     folds = make_folds(config, group, data.stimuli["split"].to_numpy())
-    sizes = [min(len(fold[part]) for fold in folds) for part in ("train", "val", "test")]
-    if sizes[0] < 20 or min(sizes) < 5:
+    sizes = pd.DataFrame(folds).map(len).min()
+    if sizes["train"] < 20 or sizes.min() < 5:
         raise InputError(
-            f"{data.path} has too few stimuli or groups: {sizes} in train, val and test, where 20, "
-            "5 and 5 are needed; choose val_share, test_share and n_folds, or take more stimuli"
+            f"{data.path} has too few stimuli or groups: {sizes.tolist()} in train, val and test, "
+            "where 20, 5 and 5 are needed; choose val_share, test_share and n_folds, or take more"
         )
-    stimulus = data.presentations["stimulus"].to_numpy()
-    responses = np.asarray(data.responses)[:, units].astype(np.float64)
-    published = data.units["ceiling"].to_numpy()[units]
-    ceiling = noise_ceiling(responses, stimulus)
-    ceiling = np.where(np.isnan(published), ceiling, published)
-    # units are chosen on stimuli that are not tested, or as published
-    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
-    good = ~(published <= config.reliable)
-    if seen.any():
-        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
-    if not good.any():
-        raise InputError(
-            f"{data.path}: none of {len(good)} units has a ceiling above "
-            f"reliable={config.reliable} (R2, training stimuli): choose a lower one"
-        )
-    y = data.mean_responses(units)[:, good]
-    regions = sorted(set(data.units["roi"][units][good]) - {""})
+    units, ceiling = choose_units(config, data, person, folds)
+    y = data.mean_responses(units)
+    regions = sorted(set(data.units["roi"][units]) - {""})
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
-    study = Study(
+    return Study(
         name=f"{name} {person}".strip(),
         kind=data.kind,
         stimuli=data.inputs(),
@@ -537,12 +509,32 @@ def read_brain(config, name, data, person):
         meta=meta,
         candidates=make_candidates(config),
         objective=objective_class(config),
+        ceiling=ceiling,
+        pieces=data.stimuli["piece"].tolist() if "piece" in data.stimuli else None,
     )
-    if not np.isnan(ceiling).any():
-        study.ceiling = float(np.median(ceiling[good]))
-    if "piece" in data.stimuli:
-        study.pieces = data.stimuli["piece"].tolist()
-    return study
+
+
+def choose_units(config, data, person, folds):
+    """((V,) bool: units of a person and region that are reliable, their median ceiling or 1).
+
+    They are chosen on stimuli that are not tested, or by published ceilings.
+    """
+    units = data.select_units(person, config.roi)
+    stimulus = data.presentations["stimulus"].to_numpy()
+    responses = np.asarray(data.responses)[:, units].astype(np.float64)
+    published = data.units["ceiling"].to_numpy()[units]
+    good = ~(published <= config.reliable)
+    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
+    if seen.any():
+        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
+    if not good.any():
+        ceiling = f"a ceiling (R2, training stimuli) above reliable={config.reliable}"
+        raise InputError(f"{data.path}: none of {len(good)} units has {ceiling}: lower it")
+    units[units] = good
+    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
+    if np.isnan(ceiling).any():
+        return units, 1.0
+    return units, float(np.median(ceiling[good]))
 
 
 def make_folds(config, group, split):
@@ -550,28 +542,34 @@ def make_folds(config, group, split):
 
     A dataset's own split is kept; else groups are dealt by a key of their name.
     """
-    names = sorted(set(group), key=lambda name: key_seed(config.seed, "split", str(name)))
+    names = sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split"))
     names = np.array(names)
-    if (split == "").any() or config.n_folds:
-        n_test = round(config.test_share * len(names))
-        tested = [names[:n_test]]
-        if config.n_folds:
-            tested = np.array_split(names, config.n_folds)
-        n_val = round(config.val_share * len(names))
-        folds = []
-        end = 0
-        for test in tested:
-            end += len(test)
-            rest = np.roll(names, -end)[: len(names) - len(test)]
-            parts = {"train": rest[n_val:], "val": rest[:n_val], "test": test}
-            folds.append({part: np.flatnonzero(np.isin(group, g)) for part, g in parts.items()})
-        return folds
-    split = split.copy()
-    if not (split == "val").any():
-        learned = names[np.isin(names, group[split == "train"])]
-        val = learned[: round(config.val_share * len(learned))]
-        split[np.isin(group, val) & (split == "train")] = "val"
-    return [{part: np.flatnonzero(split == part) for part in ("train", "val", "test")}]
+    if not (split == "").any() and not config.n_folds:
+        split = split.copy()
+        if not (split == "val").any():
+            learned = names[np.isin(names, group[split == "train"])]
+            val = learned[: round(config.val_share * len(learned))]
+            split[np.isin(group, val) & (split == "train")] = "val"
+        return [rows_of_parts(split)]
+    tested = [names[: round(config.test_share * len(names))]]
+    if config.n_folds:
+        tested = np.array_split(names, config.n_folds)
+    n_val = round(config.val_share * len(names))
+    folds = []
+    end = 0
+    for test in tested:
+        end += len(test)
+        val = np.roll(names, -end)[: len(names) - len(test)][:n_val]
+        split = np.full(len(group), "train")
+        split[np.isin(group, val)] = "val"
+        split[np.isin(group, test)] = "test"
+        folds.append(rows_of_parts(split))
+    return folds
+
+
+def rows_of_parts(split):
+    """{train, val, test: row numbers} of the part (n,) that each row is in."""
+    return {part: np.flatnonzero(split == part) for part in ("train", "val", "test")}
 
 
 def noise_ceiling(y, stimulus):
@@ -593,9 +591,7 @@ def plant(run, config):
     folder = run.out / "brain"
     source = run.dataset(config.planted_stimuli) / "stimuli.csv"
     if run.master:
-        texts = read_table(source, dtype=str)
-        if not {"text", "group"} <= set(texts):
-            raise InputError(f"{source} must have the columns text and group")
+        texts = read_table(source, ["text", "group"], dtype=str)
         teacher = Candidate("teacher", toward="teacher", layers=tuple(config.layers))
         stimuli = texts["text"].tolist()
         study = Study("", "text", stimuli, None, None, [], {}, [teacher], None)
@@ -635,20 +631,20 @@ class Loaded:
     features: torch.Tensor | None = None  # (n, p) of all stimuli, before any warp
 
 
-def pool_states(x, own, how):
-    """One vector a stimulus from states (B, T, C), (B, C, H, W) or (B, C); own (B, T): tokens."""
+def pool_states(x, inside, how):
+    """Pool states (B, T, C), (B, C, H, W) or (B, C) to (B, p); inside (B, T): which tokens."""
     if how == "flatten" or x.dim() == 2:
         return x.flatten(1)
     if x.dim() == 4:
         x = x.flatten(2).mT  # (B, H W, C)
-    if own is None:
-        own = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    number = own.cumsum(1) * own  # 1 for a stimulus' first own token
+    if inside is None:
+        inside = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    number = inside.cumsum(1) * inside  # 1 for a stimulus' first token
     if how == "first":
-        own = number == 1
+        inside = number == 1
     if how == "last":
-        own = number == number.amax(1, keepdim=True)
-    weight = own.to(x.dtype)[:, :, None]
+        inside = number == number.amax(1, keepdim=True)
+    weight = inside.to(x.dtype)[:, :, None]
     return (x * weight).sum(1) / weight.sum(1)
 
 
@@ -658,24 +654,24 @@ class TextReader(nn.Module):
     def __init__(self, lm, layers, pool):
         super().__init__()
         self.core = lm.model
-        self.__dict__["lm"] = lm
+        self.lm = lm
         try:
             self.layers = lm.layers([int(layer) for layer in layers])
         except ValueError as error:
             raise InputError(f"layers={','.join(layers)}: {error}") from None
         self.pool = pool
 
-    def forward(self, ids, real, own):
-        """ids (B, T), real (B, T): no padding, own (B, T): tokens of the stimulus -> (B, p)."""
+    def forward(self, ids, real, inside):
+        """ids (B, T), real (B, T): no padding, inside (B, T): tokens of the stimulus -> (B, p)."""
         width = int(real.sum(1).max())  # pads are on the right
         states = self.lm.states(ids[:, :width], real[:, :width], self.layers)
-        own = own[:, :width]
-        return torch.cat([pool_states(states[i], own, self.pool) for i in self.layers], -1)
+        inside = inside[:, :width]
+        return torch.cat([pool_states(states[i], inside, self.pool) for i in self.layers], -1)
 
     def encode(self, texts, pieces):
-        """ids, real and own (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
+        """ids, real and inside (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
         rows = []
-        owns = []
+        masks = []
         for text, piece in zip(texts, pieces or texts):
             words = text.split(" ")
             while self.lm.encode([text])[1] and len(words) > 1:  # too long: the beginning goes
@@ -684,12 +680,12 @@ class TextReader(nn.Module):
             rows += self.lm.encode([text])[0]
             spans = np.array(self.lm.offsets(text))
             start = len(text) - len(piece) if text.endswith(piece) else 0
-            own = (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])  # special ones are empty
-            if not own.any():
-                own[-1] = True
-            owns.append(torch.from_numpy(own))
+            inside = (spans[:, 1] > start) & (spans[:, 1] > spans[:, 0])  # special ones are empty
+            if not inside.any():
+                inside[-1] = True
+            masks.append(torch.from_numpy(inside))
         ids, real = self.lm.pad(rows)
-        return ids, real, nn.utils.rnn.pad_sequence(owns, batch_first=True).to(ids.device)
+        return ids, real, nn.utils.rnn.pad_sequence(masks, batch_first=True).to(ids.device)
 
 
 class ModuleReader(nn.Module):
@@ -697,15 +693,15 @@ class ModuleReader(nn.Module):
 
     def __init__(self, model, layers, pool):
         super().__init__()
-        self.core, self.layers, self.pool = model, layers, pool
+        self.core = model
+        self.layers = layers
+        self.pool = pool
         self.states = {}
         modules = dict(model.named_modules())
         for layer in layers:
             if layer not in modules:
-                raise InputError(
-                    f"layers: this {type(model).__name__} has no layer '{layer}'; there are "
-                    f"{', '.join(list(modules)[1:40])}"
-                )
+                there = ", ".join(list(modules)[1:40])
+                raise InputError(f"layers: this model has no layer '{layer}'; there are {there}")
             modules[layer].register_forward_hook(partial(self.keep, layer))
 
     def keep(self, layer, module, inputs, output):
@@ -743,7 +739,7 @@ def load_candidate(run, config, candidate, study, draw):
     reader = loaded.reader.eval()
     # parameters that no feature depends on, above the layers read, are no part of theta
     reader.requires_grad_(True)
-    reader(*(t[:2] for t in loaded.inputs)).square().sum().backward()
+    reader(*take(loaded.inputs, slice(2))).square().sum().backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
@@ -756,10 +752,8 @@ def load_language_model(run, config, candidate, study, draw):
     """A Loaded language model: ours, or any causal or masked one of transformers."""
     spec = config.lm if candidate.model == "lm" else candidate.model
     lm = HiddenStates(spec, device=run.device)
-    tokens = ("eot", "bos_token_id", "cls_token_id", "eos_token_id")
-    if any(getattr(lm.tokenizer, name, None) is not None for name in tokens):
-        parts = {"model": lm.model, "tokenizer": lm.tokenizer, "name": spec}
-        lm = HiddenStates(parts, device=run.device, bos=True)  # each text behind the first token
+    with suppress(InputError):  # a tokenizer without a first token
+        lm.write_first_token()  # each text stands behind it
     if candidate.toward == "random":
         twin = lm.random_twin(key_seed(config.seed, "model", candidate.model, draw))
         blend(lm.model, twin.model, candidate.share)
@@ -771,13 +765,13 @@ def load_language_model(run, config, candidate, study, draw):
 def load_module(run, config, candidate, study, draw):
     """A Loaded vision model of transformers, or module of one's own (my_file.py:constructor)."""
     if ".py:" in candidate.model:
-        made = load_function(candidate.model, "models")()
-        if not isinstance(made, tuple):
+        pair = load_function(candidate.model, "models")()
+        if not isinstance(pair, tuple):
             raise InputError(
                 f"models: {candidate.model} must return (module, encode), encode being a function "
                 f"from a list of {study.kind} stimuli (texts, or paths of images) to a tensor"
             )
-        model, encode = made
+        model, encode = pair
     else:
         from PIL import Image
         from transformers import AutoImageProcessor, AutoModel
@@ -804,8 +798,8 @@ def move_toward_teacher(config, reader, share):
     parameters = [p for p in reader.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(key_seed(config.seed, "teacher"))
     directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
-    norm = torch.cat([p.flatten() for p in parameters]).norm()
-    length = torch.cat([direction.flatten() for direction in directions]).norm()
+    norm = nn.utils.parameters_to_vector(parameters).norm()
+    length = nn.utils.parameters_to_vector(directions).norm()
     for p, direction in zip(parameters, directions):
         p += direction * (share * config.planted_warp * norm / length)
 
@@ -823,18 +817,22 @@ def split_groups(config, model):
         return [part.split(",") for part in config.layer_groups.split(";") if part]
     blocks = {}
     for name, p in model.named_parameters():
-        parts = name.split(".")
-        numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-        if p.requires_grad and numbers:
-            blocks[".".join(parts[: numbers[0] + 1])] = True
-    return [[name] for name in blocks]
+        block = re.match(r"(.+?\.)??\d+(?=\.|$)", name)
+        if p.requires_grad and block:
+            blocks[block[0]] = [block[0]]
+    return list(blocks.values())
+
+
+def take(inputs, rows):
+    """The rows of all tensors that a model is given."""
+    return [t[rows] for t in inputs]
 
 
 @torch.no_grad()
 def read_features(model, inputs, rows, batch_size):
     """(n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
     rows = torch.as_tensor(rows, device=inputs[0].device)
-    return torch.cat([model(*(t[part] for t in inputs)) for part in rows.split(batch_size)])
+    return torch.cat([model(*take(inputs, part)) for part in rows.split(batch_size)])
 
 
 # ---- objectives: what is trained, and how it is scored
@@ -843,8 +841,8 @@ def read_features(model, inputs, rows, batch_size):
 class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
-    To add one, write its class and name it in OBJECTIVES. f: features (n, p) of stimuli, or what
-    else the model puts out; rows: the numbers of these stimuli.
+    To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
     pairs = False  # whether pairs of stimuli are scored, (n, n), not responses to each
@@ -852,7 +850,9 @@ class Objective:
 
     def __init__(self, config, study, fold, f0):
         """f0: features of the training stimuli before any warp."""
-        self.config, self.study, self.fold = config, study, fold
+        self.config = config
+        self.study = study
+        self.fold = fold
         self.y = torch.as_tensor(study.y, device=f0.device)
         if self.y.is_floating_point():
             self.y = self.y.float()
@@ -926,7 +926,8 @@ class Ridge:
         return self.vt.T @ self.rotated(alpha)
 
     def predict(self, x, alpha):
-        return (x - self.x_mean) @ self.vt.T @ self.rotated(alpha) + self.y_mean
+        x = (x - self.x_mean) @ self.vt.T  # few components first: weights (p, V) may be large
+        return x @ self.rotated(alpha) + self.y_mean
 
     def choose(self, x, y, alphas):
         """(V,): the penalty that predicts each target of other stimuli best."""
@@ -947,27 +948,28 @@ class RidgeReadout(Objective):
         super().__init__(config, study, fold, f0)
         self.mean, self.basis = head_basis(config, f0)
 
-    def shown(self, f):
+    def project(self, f):
         return (f - self.mean) @ self.basis
 
     @torch.no_grad()
     def fit(self, f_train, f_val):
-        train, val = self.fold["train"], self.fold["val"]
-        x, x_val = self.shown(f_train).double(), self.shown(f_val).double()
-        ridge = Ridge(x).fit(self.y[train].double())
-        self.alpha = ridge.choose(x_val, self.y[val].double(), self.config.alphas)
-        self.refit(f_train, train)
+        y_train = self.y[self.fold["train"]].double()
+        y_val = self.y[self.fold["val"]].double()
+        ridge = Ridge(self.project(f_train).double()).fit(y_train)
+        self.alpha = ridge.choose(self.project(f_val).double(), y_val, self.config.alphas)
+        self.refit(f_train, self.fold["train"])
 
     @torch.no_grad()
     def refit(self, f, rows):
-        weights, bias = self.solve(self.shown(f).double(), self.y[rows].double())
-        self.weights, self.bias = weights.float(), bias.float()
+        x = self.project(f).double()
+        y = self.y[rows].double()
+        weights = self.solve(x, y)
+        self.bias = (y.mean(0) - x.mean(0) @ weights).float()
+        self.weights = weights.float()
 
     def solve(self, x, y):
-        """(weights (p, V), bias (V,)) of y (n, V) on x (n, p)."""
-        ridge = Ridge(x).fit(y)
-        weights = ridge.weights(self.alpha)
-        return weights, ridge.y_mean - ridge.x_mean @ weights
+        """Weights (p, V) of y (n, V) on x (n, p)."""
+        return Ridge(x).fit(y).weights(self.alpha)
 
     def loss(self, f, rows):
         if self.config.exact:
@@ -976,7 +978,7 @@ class RidgeReadout(Objective):
         return super().loss(f, rows) + penalty.float() / self.y.size(1)
 
     def predict(self, f):
-        return self.shown(f) @ self.weights + self.bias
+        return self.project(f) @ self.weights + self.bias
 
 
 class OLSReadout(RidgeReadout):
@@ -984,8 +986,7 @@ class OLSReadout(RidgeReadout):
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())
-        weights = torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
-        return weights, y.mean(0) - x.mean(0) @ weights
+        return torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
 
 
 class PLSReadout(RidgeReadout):
@@ -994,8 +995,7 @@ class PLSReadout(RidgeReadout):
     def solve(self, x, y):
         self.alpha = torch.zeros(())
         pls = PLSRegression(min(25, *x.shape), scale=False).fit(x.cpu().numpy(), y.cpu().numpy())
-        weights = torch.as_tensor(pls.coef_.T).to(x)
-        return weights, y.mean(0) - x.mean(0) @ weights
+        return torch.as_tensor(pls.coef_.T).to(x)
 
 
 class SGDReadout(RidgeReadout):
@@ -1012,14 +1012,9 @@ class SGDReadout(RidgeReadout):
             self.loss(f0, fold["train"]).backward()
             adam.step()
 
-    def fit(self, f_train, f_val):
-        pass
-
-    def refit(self, f, rows):
-        pass
-
-    def loss(self, f, rows):
-        return Objective.loss(self, f, rows)
+    fit = Objective.fit
+    refit = Objective.refit
+    loss = Objective.loss
 
 
 class RSA(Objective):
@@ -1042,8 +1037,9 @@ class RSA(Objective):
         scores = []
         for chosen in weights:
             pair = np.ix_(chosen > 0, chosen > 0)
-            arrays = (torch.as_tensor(array[pair]).double() for array in (predicted, truth))
-            scores.append(float(cls.similarity(*arrays)))
+            a = torch.as_tensor(predicted[pair]).double()
+            b = torch.as_tensor(truth[pair]).double()
+            scores.append(float(cls.similarity(a, b)))
         return np.nan_to_num(np.array(scores))
 
     @staticmethod
@@ -1082,14 +1078,13 @@ def objective_class(config):
 
 def head_basis(config, f):
     """(mean, basis (p, p')) that turn features f (n, p) into what a readout sees."""
-    mean, sd = f.mean(0), f.std(0).clamp_min(1e-6)
+    mean = f.mean(0)
+    sd = f.std(0).clamp_min(1e-6)
     if not config.head_dims:
         return mean, torch.diag(1 / sd)
     if config.head_dims > min(f.shape):
-        raise InputError(
-            f"head_dims={config.head_dims} is more than {min(f.shape)}, the components of "
-            f"{len(f)} training stimuli x {f.size(1)} features"
-        )
+        shape = f"{len(f)} training stimuli x {f.size(1)} features"
+        raise InputError(f"head_dims={config.head_dims}, but {shape} have fewer components")
     components = torch.linalg.svd((f - mean) / sd, full_matrices=False)[2][: config.head_dims]
     return mean, components.T / sd[:, None]
 
@@ -1149,7 +1144,7 @@ class Fit:
     shuffle: int = 0  # of the responses; 0: the true ones
 
     def file(self, folder, config):
-        """Its file: of other weights, or another P, there is another."""
+        """Its file; other weights, or another P, have another one."""
         key = {**asdict(self.candidate), "stamps": []}
         for spec in (config.lm, self.candidate.model):
             for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
@@ -1165,26 +1160,26 @@ class Fit:
 
 
 def list_fits(config, study):
-    """Every Fit of a study. Those without a P are not repeated for each draw of it."""
+    """Every Fit of a study; those without a P are made once, not for each draw of P."""
     fits = []
     folds = range(len(study.folds))
     for candidate in study.candidates:
-        for draw in range(config.seeds):
-            for fold in folds:
-                fits += fits_of_draw(config, candidate, draw, fold, config.full)
+        for draw, fold in itertools.product(range(config.seeds), folds):
+            fits += fits_of_draw(config, candidate, draw, fold, config.full)
         if study.objective is RidgeReadout and config.dims[0] == 0:
             fits.append(Fit(candidate, "shuffles"))
         if config.baselines:
-            for fold in folds:
-                fits += [Fit(candidate, name, fold=fold) for name in ("ols", "pls", "ridge")]
-    n_steps = sum(fit.rate > 0 for fit in fits)
+            for name, fold in itertools.product(("ols", "pls", "ridge"), folds):
+                fits.append(Fit(candidate, name, fold=fold))
     if config.shuffled and max(config.dims):
+        n_steps = sum(fit.rate > 0 for fit in fits)
         control = []
         for fold in folds:
             control += fits_of_draw(config, study.candidates[0], 0, fold, full=False)
         n_shuffles = max(1, n_steps // (10 * len(control)))  # they cost a tenth of the run
         for number in range(1, n_shuffles + 1):
-            fits += [replace(fit, shuffle=number, draw=number - 1) for fit in control]
+            for fit in control:
+                fits.append(replace(fit, shuffle=number, draw=number - 1))
     return fits
 
 
@@ -1192,51 +1187,55 @@ def fits_of_draw(config, candidate, draw, fold, full):
     """The Fits of one draw and fold."""
     fits = []
     first = draw == 0 or candidate.random
-    for d in config.dims:
+    if first and config.dims[0] == 0:
+        fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
+    for d, rate in itertools.product(config.dims, config.learning_rates):
         if d:
-            fits += [Fit(candidate, "warp", d, r, draw, fold) for r in config.learning_rates]
-        elif first:
-            fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
-    if full and first:
-        fits += [Fit(candidate, "full", 0, r, draw, fold) for r in config.learning_rates]
+            fits.append(Fit(candidate, "warp", d, rate, draw, fold))
+    for rate in config.learning_rates:
+        if full and first:
+            fits.append(Fit(candidate, "full", 0, rate, draw, fold))
     return fits
 
 
 def run_fits(run, config, studies, load):
-    """Make the files of Fits that are not there yet; the studies share their stimuli."""
-    jobs = [(study, fit) for study in studies for fit in study.fits]
-    jobs.sort(key=lambda job: weights_of(job[1]))
+    """Run the Fits that have no file yet; the studies share their stimuli."""
+    jobs = []
+    for study in studies:
+        jobs += itertools.product([study], study.fits)
+    jobs.sort(key=weights_of)
     todo = []
+    n_trained = 0
     for study, fit in run.share(jobs):
         if not fit.file(study.folder, config).exists():
             todo.append((study, fit))
+            n_trained += fit.rate > 0
     first = studies[0]
     n_train = len(first.folds[0]["train"])
-    n_trained = sum(fit.rate > 0 for _, fit in todo)
     run.print(
         f"{first.meta['dataset']}: {len(first.stimuli):,} stimuli, {len(todo):,} fits to do here, "
         f"{n_trained:,} with {config.steps} steps; the bar counts stimuli that models read"
     )
-    passes = config.steps // config.eval_interval + 3  # validations and the test
-    passes += config.steps * (1 + (n_train > config.batch_size))
-    n_read = len({weights_of(fit) for _, fit in todo}) * len(first.stimuli)
+    passes = config.steps + config.steps // config.eval_interval + 3  # validations and the test
+    n_read = len(set(map(weights_of, todo))) * len(first.stimuli)
     bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
-    loaded_as = None
-    for study, fit in todo:
-        if loaded_as != weights_of(fit):
-            loaded_as = weights_of(fit)
-            loaded = load(run, config, fit.candidate, study, loaded_as[1])
-            loaded.reader.register_forward_hook(partial(move_bar, bar))
-            rows = np.arange(len(study.stimuli))
-            loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
-        arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
-        with aside(fit.file(study.folder, config)) as file:
-            np.savez(file, architecture=loaded.architecture, **arrays)
+    for weights, group in itertools.groupby(todo, weights_of):
+        group = list(group)
+        study, fit = group[0]
+        loaded = load(run, config, fit.candidate, study, weights[1])
+        loaded.reader.register_forward_hook(partial(move_bar, bar))
+        rows = np.arange(len(study.stimuli))
+        loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
+        for study, fit in group:
+            arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
+            with aside(fit.file(study.folder, config)) as file:
+                np.savez(file, architecture=loaded.architecture, **arrays)
     bar.close()
 
 
-def weights_of(fit):
-    """(name of the candidate, draw of its random weights): what a fit has to load."""
+def weights_of(job):
+    """(name of the candidate, draw of its random weights): what a (Study, Fit) has to load."""
+    fit = job[1]
     return fit.candidate.name, fit.draw if fit.candidate.random else 0
 
 
@@ -1262,9 +1261,8 @@ def run_fit(run, config, study, fit, loaded):
     elif fit.what == "warp" and fit.d == 0:
         return fit_readout(config, study, fold, loaded, study.objective)[1]
     objective = study.objective(config, study, fold, loaded.features[fold["train"]])
-    D = sum(p.numel() for p in reader.parameters() if p.requires_grad)
     if fit.what == "full":
-        wrapper = FastfoodWrapper(reader, D, projection="identity")
+        wrapper = FastfoodWrapper(reader, projection="identity")
     elif fit.d == 0:
         wrapper = FastfoodWrapper(reader, 1)
     else:
@@ -1278,7 +1276,7 @@ def run_fit(run, config, study, fit, loaded):
             f"{fit.candidate.name}, d = {fit.d or 'all'}: learning rate {fit.rate} diverged, step "
             f"{arrays['diverged']}; its best step before counts"
         )
-    return {**arrays, "D": D}
+    return {**arrays, "D": wrapper.D}
 
 
 def fit_readout(config, study, fold, loaded, kind):
@@ -1299,41 +1297,39 @@ def train(config, wrapper, objective, inputs, rate, draw):
     at which the loss was no number}.
     """
     params = [wrapper.z, wrapper.scales, *objective.parameters]
-    groups = [
-        {"params": [wrapper.z], "lr": rate * wrapper.norm / len(wrapper.z) ** 0.5},
-        {"params": [wrapper.scales], "lr": rate},
-        *({"params": [p], "lr": HEAD_RATE} for p in objective.parameters),
-    ]
+    rates = [rate * wrapper.norm / len(wrapper.z) ** 0.5, rate]
+    rates += [HEAD_RATE] * len(objective.parameters)
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(params, rates)]
     adam = torch.optim.Adam(groups, eps=1e-12)
     steps = config.steps if rate else 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: pace(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=steps))
     batches = draw_batches(config, objective.fold["train"], draw)
-    best, best_step, diverged, loss = -np.inf, 0, 0, np.nan
-    kept = [p.detach().clone() for p in params]
+    best = {"validation": -np.inf, "step": 0, "diverged": 0}
+    best_params = copy.deepcopy(params)
+    loss = np.nan
     curve = []
     for step in range(steps + 1):
         if step % config.eval_interval == 0 or step == steps:
             f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val"))
             score = objective.validate(*f)
-            if score > best:
-                best, best_step = score, step
-                kept = [p.detach().clone() for p in params]
-            curve.append((step, loss, best))
+            if score > best["validation"]:
+                best |= {"validation": score, "step": step}
+                best_params = copy.deepcopy(params)
+            curve.append((step, loss, best["validation"]))
         if step == steps:
             break
         adam.zero_grad()
         loss = gradients(config, wrapper, objective, inputs, next(batches))
         if not np.isfinite(loss):
-            diverged = step
+            best["diverged"] = step
             break
         adam.step()
         schedule.step()
     with torch.no_grad():
-        for p, value in zip(params, kept):
+        for p, value in zip(params, best_params):
             p.copy_(value)
-    arrays = {"validation": best, "step": best_step, "curve": np.array(curve), "diverged": diverged}
     f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val", "test"))
-    return {**arrays, "evidence": objective.test(*f)}
+    return {**best, "curve": np.array(curve), "evidence": objective.test(*f)}
 
 
 def pace(step, steps):
@@ -1358,40 +1354,27 @@ def draw_batches(config, rows, draw):
 def gradients(config, wrapper, objective, inputs, rows):
     """Leave the gradients of the loss on the stimuli in rows, and return the loss.
 
-    Where they are more than a batch, features come first, without a graph; then dL/d features go
-    back through the model batch by batch: exact for any loss of all features.
+    Where they are more than a batch, the model is run again, batch by batch, on the way back: exact
+    for any loss of all features, in the memory of one batch.
     """
     batches = rows.to(inputs[0].device).split(config.batch_size)
+    call = wrapper.call
+    if len(batches) > 1:
+        call = partial(checkpoint, wrapper.call, use_reentrant=False)
     tensors = wrapper.tensors()
-    leaves = tensors
-    if len(batches) == 1:
-        f = wrapper.call(tensors, *(t[batches[0]] for t in inputs))
-    else:
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        with torch.no_grad():
-            f = [wrapper.call(leaves, *(t[batch] for t in inputs)) for batch in batches]
-        f = torch.cat(f).requires_grad_()
+    f = torch.cat([call(tensors, *take(inputs, batch)) for batch in batches])
     if not f.isfinite().all():
         return np.nan
     loss = objective.loss(f, rows.numpy())
     loss.backward()
-    if len(batches) > 1:
-        for batch, grad in zip(batches, f.grad.split(config.batch_size)):
-            wrapper.call(leaves, *(t[batch] for t in inputs)).backward(grad)
-        used = [i for i, leaf in enumerate(leaves) if leaf.grad is not None]
-        torch.autograd.backward([tensors[i] for i in used], [leaves[i].grad for i in used])
     return loss.item()
 
 
 @torch.no_grad()
 def warped_features(config, wrapper, inputs, fold, parts):
     """Features (n, p) of the stimuli of each of these parts of a fold."""
-    tensors = wrapper.tensors()
-    features = []
-    for part in parts:
-        rows, size = fold[part], config.batch_size
-        features.append(read_features(lambda *x: wrapper.call(tensors, *x), inputs, rows, size))
-    return features
+    model = partial(wrapper.call, wrapper.tensors())
+    return [read_features(model, inputs, fold[part], config.batch_size) for part in parts]
 
 
 def linear_scores(config, study, f, numbers):
@@ -1408,18 +1391,20 @@ def linear_scores(config, study, f, numbers):
         ridges.append((x, fold, others, Ridge(x[fold["train"]]), Ridge(x[others])))
     orders = np.array([shuffle_order(len(y), number) for number in numbers])
     scores = []
-    for some in np.array_split(orders, -(-y.size * len(orders) // 2**20)):  # what fits a cache
-        dealt = torch.from_numpy(y[some].transpose(1, 0, 2).reshape(len(y), -1))
+    n_chunks = -(-y.size * len(orders) // 2**20)  # each fits a cache
+    for chunk in np.array_split(orders, n_chunks):
+        shuffled = torch.from_numpy(y[chunk].transpose(1, 0, 2).reshape(len(y), -1))
         predicted = []
         truth = []
-        for x, fold, others, ridge, final in ridges:
-            ridge.fit(dealt[fold["train"]])
-            alpha = ridge.choose(x[fold["val"]], dealt[fold["val"]], config.alphas)
-            predicted.append(final.fit(dealt[others]).predict(x[fold["test"]], alpha).numpy())
-            truth.append(dealt[fold["test"]].numpy())
-        predicted, truth = join_folds(predicted), join_folds(truth)
-        units = unit_scores(config.metric, predicted, truth, np.ones((1, len(truth))))
-        scores.append(np.median(units.reshape(len(some), -1), axis=1))
+        for x, fold, others, ridge, refitted in ridges:
+            ridge.fit(shuffled[fold["train"]])
+            alpha = ridge.choose(x[fold["val"]], shuffled[fold["val"]], config.alphas)
+            refitted.fit(shuffled[others])
+            predicted.append(refitted.predict(x[fold["test"]], alpha).numpy())
+            truth.append(shuffled[fold["test"]].numpy())
+        equal = np.ones((1, len(study.tested)))
+        units = unit_scores(config.metric, join_folds(predicted), join_folds(truth), equal)
+        scores.append(np.median(units.reshape(len(chunk), -1), axis=1))
     return np.concatenate(scores)
 
 
@@ -1452,7 +1437,7 @@ def assemble(config, study, fits):
             if fit.fold == number:
                 with np.load(fit.file(study.folder, config)) as file:
                     tried.append({**file, "rate": fit.rate})
-        best = max(tried, key=lambda arrays: arrays["validation"])
+        best = max(tried, key=itemgetter("validation"))
         predicted.append(best["evidence"])
         truth.append(kind.truth(config, study, fold["test"]))
     return {**best, "predicted": join_folds(predicted), "truth": join_folds(truth)}
@@ -1479,10 +1464,14 @@ def interval(draws):
     return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
-def null_scores(config, study, fit, cell):
-    """Scores without knowledge: responses dealt to other stimuli and fitted again, in closed form.
+def in_words(score, low, high):
+    return f"{score:.3f} [{low:.3f}, {high:.3f}]"
 
-    That is for ridge at d = 0; else predictions are dealt: as often at d = 0, 20 times elsewhere.
+
+def null_scores(config, study, fit, cell):
+    """Scores without knowledge: refitted to shuffled responses where that is ridge at d = 0.
+
+    Elsewhere predictions are shuffled instead: `shuffles` times at d = 0, 20 times at any other d.
     """
     shuffles = Fit(fit.candidate, "shuffles")
     at_zero = fit == replace(fit, what="warp", d=0, draw=0, shuffle=0)
@@ -1493,10 +1482,10 @@ def null_scores(config, study, fit, cell):
     scores = []
     for _ in range(config.shuffles if at_zero else 20):
         order = rng.permutation(len(cell["truth"]))
-        dealt = cell["predicted"][order]
+        shuffled = cell["predicted"][order]
         if study.objective.pairs:
-            dealt = dealt[:, order]
-        scores.append(study.objective.score_all(config, dealt, cell["truth"]))
+            shuffled = shuffled[:, order]
+        scores.append(study.objective.score_all(config, shuffled, cell["truth"]))
     return np.array(scores)
 
 
@@ -1512,16 +1501,13 @@ class Scored:
     def p(self):
         return (1 + (self.null >= self.score).sum()) / (1 + len(self.null))
 
-    def in_words(self):
-        low, high = interval(self.draws)
-        return f"{self.score:.3f} [{low:.3f}, {high:.3f}]"
-
 
 def score_fits(run, config, study, fits, weights):
     """Scored, of one model at one d and in one draw; and its row of results."""
     fit = fits[0]
     cell = assemble(config, study, fits)
-    predicted, truth = cell["predicted"], cell["truth"]
+    predicted = cell["predicted"]
+    truth = cell["truth"]
     scored = Scored(
         score=study.objective.score_all(config, predicted, truth),
         draws=study.objective.score(config, predicted, truth, weights),
@@ -1560,26 +1546,28 @@ def score_fits(run, config, study, fits, weights):
 def report_people(run, people):
     """Mean over people of the scores at d = 0: rows of results and of the table.
 
-    people: {model: Curve} of each. p: of the mean, under the same shuffles of stimuli for all; p
+    people: the Curves of each. p: of the mean, under the same shuffles of stimuli for all; p
     over people: of a t-test of what each person's score has above its own null.
     """
     rows = []
-    for name in people[0]:
-        zeros = [curves[name].zero for curves in people]
-        nulls = np.array([zero.null for zero in zeros])  # (people, shuffles)
-        scores = np.array([zero.score for zero in zeros])
+    for curves in zip(*people):  # of one model
+        name = curves[0].name
+        zeros = pd.DataFrame([vars(curve.first[0]) for curve in curves])
+        scores = zeros["score"].to_numpy()
+        nulls = np.stack(zeros["null"])  # (people, shuffles)
         mean = Scored(scores.mean(), scores, nulls.mean(0), None)
         test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
         low, high = np.array(test.confidence_interval()) + nulls.mean()
         columns = {"measure": "score", "model": name, "subject": "mean", "d": 0, "control": "none"}
-        columns["dataset"] = people[0][name].meta["dataset"]
+        columns["dataset"] = curves[0].meta["dataset"]
         columns |= {"p": mean.p(), "p_people": test.pvalue}
         run.result(mean.score, nulls.mean(), low, high, len(people), **columns)
         row = {"dataset": columns["dataset"], "person": f"mean of {len(people)}", "model": name}
-        row["score at 0"] = f"{mean.score:.3f} [{low:.3f}, {high:.3f}]"
+        row["score at 0"] = in_words(mean.score, low, high)
         row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
         row["p over people"] = f"{test.pvalue:.2g}"
-        row["p < .05"] = str(sum(zero.p() < 0.05 for zero in zeros))
+        p = (1 + (scores <= nulls.T).sum(0)) / (1 + nulls.shape[1])
+        row["p < .05"] = str((p < 0.05).sum())
         rows.append(row)
     return rows
 
@@ -1598,15 +1586,11 @@ class Curve:
     full_boot: np.ndarray | None = None  # (B,)
     d_warp: dict = field(default_factory=dict)  # {absolute, relative: (value, draws (B,))}
     level: float = np.nan  # of the absolute one
+    row: dict = field(default_factory=dict)  # of the table
 
     @property
     def mean(self):
         return self.points.mean(0)
-
-    @property
-    def zero(self):
-        """Scored without a warp."""
-        return self.first[0]
 
 
 def read_curves(run, config, study, weights):
@@ -1620,30 +1604,46 @@ def read_curves(run, config, study, weights):
     curves = []
     for (candidate, shuffled), cells in groups.items():
         scored = {}
-        for key, own in cells.items():
-            scored[key] = score_fits(run, config, study, own, weights)
-        n_draws = 1 + max(draw for draw, _ in cells)
-        rng = np.random.default_rng(key_seed(config.seed, "seeds"))
-        chosen = rng.integers(0, n_draws, (len(weights), n_draws))
-        points = {}
-        boots = {}
-        for d in dict.fromkeys(d for _, d in cells):
-            own = [scored.get((draw, d), scored[0, d]) for draw in range(n_draws)]  # no P: one draw
-            points[d] = [one.score for one in own]
-            drawn = np.array([one.draws for one in own]).T  # (B, draws)
-            boots[d] = np.take_along_axis(drawn, chosen, axis=1).mean(1)
-        curve = Curve(
-            name=candidate.name + " (shuffled responses)" * shuffled,
-            control="shuffled" if shuffled else "none",
-            meta=study.meta,
-            points=np.array([points[d] for d in config.dims]).T,
-            boot=np.array([boots[d] for d in config.dims]).T,
-            first={d: one for (draw, d), one in scored.items() if draw == 0},
-        )
-        if "all" in points:
-            curve.full, curve.full_boot = np.mean(points["all"]), boots["all"]
+        for (_, d), fits in cells.items():
+            draw = score_fits(run, config, study, fits, weights)
+            scored.setdefault(d, []).append(draw)
+        curve = make_curve(config, candidate.name, study.meta, scored)
+        if shuffled:
+            curve.name += " (shuffled responses)"
+            curve.control = "shuffled"
+        curve.row = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
+        curve.row["model"] = curve.name
+        if 0 in curve.first:
+            zero = curve.first[0]
+            curve.row["score at 0"] = in_words(zero.score, *interval(zero.draws))
+            curve.row |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
         curves.append(curve)
     return curves
+
+
+def make_curve(config, name, meta, scored):
+    """The Curve of {d or all: Scored of each draw, or of the only one where there is no P}."""
+    n_draws = max(map(len, scored.values()))
+    rng = np.random.default_rng(key_seed(config.seed, "seeds"))
+    chosen = rng.integers(0, n_draws, (config.draws, n_draws))
+    points = {}
+    boots = {}
+    first = {}
+    for d, draws in scored.items():
+        first[d] = draws[0]
+        if len(draws) == 1:
+            draws = draws * n_draws
+        points[d] = [draw.score for draw in draws]
+        resampled = np.array([draw.draws for draw in draws]).T  # (B, draws)
+        boots[d] = np.take_along_axis(resampled, chosen, axis=1).mean(1)
+    boots = pd.DataFrame(boots)
+    points = pd.DataFrame(points)
+    dims = config.dims
+    curve = Curve(name, "none", meta, points[dims].to_numpy(), boots[dims].to_numpy(), first)
+    if "all" in points:
+        curve.full = points["all"].mean()
+        curve.full_boot = boots["all"].to_numpy()
+    return curve
 
 
 def crossing(dims, scores, level):
@@ -1652,22 +1652,21 @@ def crossing(dims, scores, level):
     rising = isotonic_regression(scores)
     if rising[-1] < level:
         return np.inf
-    i = int(np.argmax(rising >= level))
+    i = np.argmax(rising >= level)
     if i == 0:
         return float(dims[0])
-    share = (level - rising[i - 1]) / (rising[i] - rising[i - 1])
-    return float(10 ** (x[i - 1] + share * (x[i] - x[i - 1])) - 1)
+    return float(10 ** np.interp(level, rising[i - 1 : i + 1], x[i - 1 : i + 1]) - 1)
 
 
 def measure_d_warp(config, curves):
-    """Fill in d_warp: for a score that is the same for all, and for one of each candidate's own.
+    """Fill in d_warp: absolute, to a score common to all; relative, to a share of one's own.
 
     In every bootstrap draw the level is measured again.
     """
     B = len(curves[0].boot)
     if config.common in ("lowest", "highest"):
         pick = min if config.common == "lowest" else max
-        model = pick((c for c in curves if c.full_boot is not None), key=lambda c: c.full)
+        model = pick([c for c in curves if c.full_boot is not None], key=attrgetter("full"))
         common = config.common_share * np.append(model.full, model.full_boot)
     else:
         common = np.full(1 + B, float(config.common))
@@ -1680,35 +1679,35 @@ def measure_d_warp(config, curves):
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
             levels["relative"] = start + config.reach * (full - start)
         for name, values in levels.items():
-            found = [crossing(config.dims, *pair) for pair in zip(scores, values)]
-            curve.d_warp[name] = found[0], np.array(found[1:])
+            crossings = np.array([crossing(config.dims, *row) for row in zip(scores, values)])
+            curve.d_warp[name] = crossings[0], crossings[1:]
 
 
 def report_d_warp(run, config, study, curves):
-    """d_warp of every candidate and every pair: rows of results, lines, rows of the table."""
+    """d_warp of every candidate and how pairs compare: rows of results, columns of the table."""
     last = max(config.dims)
+    words = partial(dims_in_words, last=last)
     B = len(curves[0].boot)
     shared = {**study.meta, "objective": config.objective, "projection": config.projection}
     shared |= {"d": 0, "seed": -1}
-    rows = {}
     for curve in curves:
         columns = {**shared, "model": curve.name, "control": curve.control}
-        row = rows[curve.name] = {"level": f"{curve.level:.3f}"}
+        curve.row["level"] = f"{curve.level:.3f}"
         for name, (value, draws) in curve.d_warp.items():
             low, high = interval(draws)
-            ends = min(low, last), min(high, last)
-            state = "censored" if np.isinf(value) else "reached"
-            measure = {"measure": f"d_warp {name}", "state": state}
-            run.result(min(value, last), last, *ends, B, **measure, **columns)
-            words = [dims_in_words(d, last) for d in (value, low, high)]
-            row[f"d_warp, {name}"] = f"{words[0]} [{words[1]}, {words[2]}]"
+            curve.row[f"d_warp, {name}"] = f"{words(value)} [{words(low)}, {words(high)}]"
+            columns["measure"] = f"d_warp {name}"
+            columns["state"] = "censored" if np.isinf(value) else "reached"
+            run.result(min(value, last), last, min(low, last), min(high, last), B, **columns)
         d = np.broadcast_to(config.dims, curve.points.shape).ravel()
         trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
-        row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
-        row["p of a rise"] = f"{trend.pvalue:.2g}"
-    true = [curve for curve in curves if curve.control == "none"]
-    for a, b in itertools.combinations(true, 2):
-        near, far = (np.append(*c.d_warp["absolute"]).clip(max=last) for c in (a, b))
+        curve.row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
+        curve.row["p of a rise"] = f"{trend.pvalue:.2g}"
+    for a, b in itertools.combinations(curves, 2):
+        if "shuffled" in (a.control, b.control):
+            continue
+        near = np.append(*a.d_warp["absolute"]).clip(max=last)
+        far = np.append(*b.d_warp["absolute"]).clip(max=last)
         ratio = np.log10(1 + far) - np.log10(1 + near)
         low, high = interval(ratio[1:])
         columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
@@ -1717,7 +1716,6 @@ def report_d_warp(run, config, study, curves):
             f"{b.name} needs {10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}] times the d of "
             f"{a.name} (1 + d_warp, cut at {last:,}, paired)"
         )
-    return rows
 
 
 def dims_in_words(d, last):
@@ -1786,27 +1784,16 @@ def plot_training(path, curves, about):
 
 
 def report(run, config, study):
-    """Rows and figures of a study: ({model: Curve}, rows of the table)."""
+    """Write the rows of results and figures of a study; returns its Curves."""
     weights = resample(config, study)
-    baselines = {}
-    for fit in study.fits:
-        if fit.what in HEADS:
-            baselines.setdefault((fit.candidate, fit.what), []).append(fit)
-    for own in baselines.values():  # predictions, whatever the objective is
-        score_fits(run, config, replace(study, objective=Objective), own, weights)
+    predictions = replace(study, objective=Objective)  # baselines, whatever the objective is
+    baselines = [fit for fit in study.fits if fit.what in HEADS]
+    for _, fits in itertools.groupby(baselines, attrgetter("candidate", "what")):
+        score_fits(run, config, predictions, list(fits), weights)
     curves = read_curves(run, config, study, weights)
-    rows = {}
-    for curve in curves:
-        rows[curve.name] = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
-        rows[curve.name]["model"] = curve.name
-        if 0 in curve.first:
-            zero = curve.zero
-            rows[curve.name]["score at 0"] = zero.in_words()
-            rows[curve.name] |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
     if max(config.dims):
         measure_d_warp(config, curves)
-        for name, row in report_d_warp(run, config, study, curves).items():
-            rows[name] |= row
+        report_d_warp(run, config, study, curves)
         about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
         about += f"; {config.objective} ({config.metric}), {config.projection}"
         place = run.out / quote(study.name, safe=" ")
@@ -1815,7 +1802,7 @@ def report(run, config, study):
         place.mkdir(exist_ok=True)
         plot_curves(place / "curves.png", config, curves, about)
         plot_training(place / "training.png", curves, about)
-    return {curve.name: curve for curve in curves}, list(rows.values())
+    return curves
 
 
 def sweep(run, config, studies, load):
@@ -1823,7 +1810,9 @@ def sweep(run, config, studies, load):
 
     load(run, config, candidate, study, draw) gives a Loaded.
     """
-    options = {key: value for key, value in asdict(config).items() if key not in ANALYSIS}
+    options = asdict(config)
+    for key in ANALYSIS:
+        options.pop(key, None)
     for study in studies:  # other options or responses: other fits
         content = hashlib.sha256(study.y.tobytes()).hexdigest()[:8]
         study.folder = run.out / "fits" / f"{hash_options(options)}-{content}"
@@ -1835,9 +1824,9 @@ def sweep(run, config, studies, load):
     if run.master:
         people = []
         for study in studies:
-            curves, study_rows = report(run, config, study)
+            curves = report(run, config, study)
             people.append(curves)
-            rows += study_rows
+            rows += [curve.row for curve in curves]
         if len(studies) > 1 and config.dims[0] == 0:
             rows += report_people(run, people)
     return rows
@@ -1846,8 +1835,10 @@ def sweep(run, config, studies, load):
 def main(config):
     run = Run(config)
     datasets = [read_studies(run, config, name) for name in config.dataset]
-    responses = b"".join(study.y.tobytes() for studies in datasets for study in studies)
-    run.content = hashlib.sha256(responses).hexdigest()[:6]
+    content = hashlib.sha256()
+    for study in itertools.chain(*datasets):
+        content.update(study.y.tobytes())
+    run.content = content.hexdigest()[:6]
     rows = []
     for studies in datasets:
         rows += sweep(run, config, studies, load_candidate)

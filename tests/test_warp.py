@@ -248,6 +248,35 @@ def test_two_passes_are_one(kind):
     assert torch.allclose(gradients[0][1], gradients[1][1], rtol=5e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["text", "module"])
+def test_readers_give_the_same_gradients_in_batches(kind):
+    """The model is run again on the way back, with its hooks and early ends."""
+    torch.manual_seed(0)
+    if kind == "text":
+        lm = HiddenStates(
+            {"model": small_gpt(), "tokenizer": Tokenizer(state_of(byte_tokenizer()))}
+        )
+        reader = W.TextReader(lm, ["0", "1"], "mean").requires_grad_(True)
+        ids = torch.randint(0, 257, (90, 7))
+        inputs = (ids, torch.ones_like(ids, dtype=torch.bool), ids % 5 > 0)
+    else:
+        reader = W.ModuleReader(net(), ["0", "1"], "mean")
+        inputs = (torch.randn(90, 20),)
+    _, study = make_study(objective=W.RSA)
+    rows = torch.as_tensor(study.folds[0]["train"])
+    gradients = []
+    for size in (1000, 16):
+        config = Config(batch_size=size)
+        objective = W.RSA(config, study, study.folds[0], inputs[0])
+        wrapper = FastfoodWrapper(reader, 20)
+        with torch.no_grad():
+            wrapper.z.copy_(torch.linspace(-1, 1, 20))
+        loss = W.gradients(config, wrapper, objective, inputs, rows)
+        gradients.append((loss, wrapper.z.grad))
+    assert np.isclose(gradients[0][0], gradients[1][0], rtol=1e-4) and gradients[0][1].any()
+    assert torch.allclose(gradients[0][1], gradients[1][1], rtol=5e-3, atol=1e-5)
+
+
 def test_cka_is_the_formula_and_debiased():
     rng = np.random.default_rng(0)
 
