@@ -932,10 +932,12 @@ def train_on_gpu(run, alpha):
 
 
 def on_cpus(target):
+    """{kind of machine: target} of a claim that holds on CPUs alone."""
     return {"avx2": target, "bf16": target}
 
 
 def everywhere(target):
+    """{kind of machine: target} of a claim that holds on every machine."""
     return {"avx2": target, "bf16": target, "cuda": target}
 
 
@@ -965,6 +967,7 @@ CLAIMS = {
 
 
 def kind_of_machine(run):
+    """cuda; a CPU is avx2 in float32, else bf16."""
     if run.device.type != "cpu":
         return run.device.type
     return "avx2" if run.dtype is torch.float32 else "bf16"
@@ -989,6 +992,7 @@ def measure(run, claim):
 
 
 def markdown(table):
+    """The lines of a DataFrame as a table of docs/bench.md."""
     lines = [list(table), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -106,6 +106,7 @@ class Job:
 
 
 def modified(path):
+    """When a file was written, in seconds."""
     return path.stat().st_mtime
 
 
@@ -403,6 +404,7 @@ def rows_of(jobs, query, what, kind="", main=""):
 
 
 def show_train(jobs, config):
+    """(rows of the table, [lines of the overview]), as of each show_ function: losses."""
     rows = rows_of(jobs, "metric == 'val_loss'", "metric").drop_duplicates("model", keep="last")
     difference = unpaired(*rows[["score", "low", "high"]].to_numpy())
     question = "What does place cost in language?"
@@ -411,11 +413,13 @@ def show_train(jobs, config):
 
 
 def show_init_pos(jobs, config):
+    """Spatial losses of the layouts; no line in the overview."""
     rows = rows_of(jobs, "score == score", "layer")
     return rows.assign(model="swapped"), []
 
 
 def show_topography(jobs, config):
+    """Moran's I of the contrast maps, and minimal pairs."""
     table = pd.read_csv(jobs[0].result).query("blur == 0")
     table["model"] = table.model.replace("model", "topographic")
     table["what"] = table.contrast
@@ -434,6 +438,7 @@ def show_topography(jobs, config):
 
 
 def show_probe(jobs, config):
+    """Accuracies of the probes, by task."""
     query = "metric == 'accuracy' and (layer == 'best' or baseline == 'layer0')"
     rows = rows_of(jobs, query, "dataset", "baseline")
     rows["model"] = rows.model.replace({"random_init, topographic": "random weights"})
@@ -443,6 +448,7 @@ def show_probe(jobs, config):
 
 
 def show_warp(jobs, config):
+    """d_warp of both brains, and their mean."""
     parts, gaps = [], []
     for job, brain in zip(jobs, NAMES):
         table = pd.read_csv(job.result)
@@ -463,6 +469,7 @@ def show_warp(jobs, config):
 
 
 def show_decode(jobs, config):
+    """Word AUC where words were planted."""
     query = "metric == 'auc' and fold != 'mean' and (lag == '300.0' or model == 'oracle')"
     rows = rows_of(jobs, query, "fold", "model", "ridge")
     measure = "word ROC-AUC at 300 ms, where words were planted (chance: shifted words)"
@@ -470,6 +477,7 @@ def show_decode(jobs, config):
 
 
 def show_telepath(jobs, config):
+    """EEG to words, ranked, by evaluation set."""
     rows = rows_of(jobs, "metric == 'top1'", "set", "control", "eeg")
     samples = []
     for job in jobs:
@@ -488,6 +496,7 @@ def show_telepath(jobs, config):
 
 
 def show_foundation(jobs, config):
+    """R² of hidden patches; no line in the overview."""
     rows = rows_of(jobs, "metric == 'r2' and set == 'test'", "mask")
     return rows.assign(model=rows.method), []
 

@@ -677,12 +677,14 @@ def name_of(probe):
 
 
 def predicts_values(probe):
+    """Whether a probe is a regression."""
     if probe in CLOSED:
         return probe == "Ridge"
     return not getattr(PROBES.get(probe, probe)(4), "discrete_targets", False)
 
 
 def reads_tokens(probe):
+    """Whether a probe needs the states of all tokens, not pooled ones."""
     return getattr(PROBES.get(probe, probe), "attention", False)
 
 

@@ -116,11 +116,13 @@ def sweep(run, config, jobs, work, draw):
 
 
 def error_bars(axis, part, x, label):
+    """Scores of a table over x, with their intervals."""
     errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
     axis.errorbar(x, part.score, errors, fmt="-o", ms=4, capsize=2, label=label)
 
 
 def chance_line(axis, table):
+    """The chance level of a table."""
     axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
 
 
@@ -130,10 +132,12 @@ def chance_line(axis, table):
 
 
 def slices(config):
+    """Where slices of the window start, in s from picture onset."""
     return np.arange(-2 * SLICE, config.t_end - SLICE / 2, SLICE).round(3).tolist()
 
 
 def window_jobs(run, config):
+    """One job a model, as of each _jobs function: {what its rows are known by}."""
     jobs = []
     for start in slices(config):
         jobs.append({"kind": "slice", "start": start, "end": round(start + SLICE, 3)})
@@ -143,6 +147,7 @@ def window_jobs(run, config):
 
 
 def window_rows(run, config, job):
+    """Train a job's model and give its rows of results, as each _rows function does."""
     options = {}
     if job["kind"] != "silenced":
         options = {"t_start": job["start"], "t_end": job["end"]}
@@ -162,6 +167,7 @@ def window_rows(run, config, job):
 
 
 def draw_window(table):
+    """The figure of a table of results, as of each draw_ function."""
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     labels = {"slice": "trained on these 100 ms", "growing": "trained from 0 to here"}
     labels["silenced"] = "trained on all, these 100 ms silenced"
@@ -184,10 +190,12 @@ def draw_window(table):
 
 
 def frozen_jobs(run, config):
+    """Trained with a frozen GPT, and fine-tuned."""
     return [{"train": "encoder+expert"}, {"train": "all"}]
 
 
 def frozen_rows(run, config, job):
+    """What each GPT still knows of words that it was not trained on."""
     one, experiment = fresh(run, config, train=job["train"])
     original = copy.deepcopy(experiment.model.lm).eval()
     neutral = neutral_text(run, one, experiment, original)
@@ -252,6 +260,7 @@ def drift_on(neutral, original, lm):
 
 
 def draw_frozen(table):
+    """Probability, samples, ranks and drift, frozen beside fine-tuned."""
     metrics = ("log-probability", "place among all names", "said", "drift")
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, metric in zip(axes, metrics):
@@ -278,12 +287,14 @@ def seen_and_unseen(config, experiment):
 
 
 def generalise_jobs(run, config):
+    """Numbers of words to train on."""
     seen, _, least = seen_and_unseen(config, fresh(run, config)[1])
     sizes = np.unique(np.geomspace(least, len(seen), 4).round().astype(int)).tolist()
     return [{"trained": n_words} for n_words in sizes]
 
 
 def generalise_rows(run, config, job):
+    """Seen and unseen words among ten, of each number."""
     one, experiment = fresh(run, config)
     seen, unseen, least = seen_and_unseen(config, experiment)
     ids = experiment.sets["train"]
@@ -294,6 +305,7 @@ def generalise_rows(run, config, job):
 
 
 def draw_generalise(table):
+    """Accuracy of seen and unseen words over their number."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, label in (("trial", "seen words"), ("object", "unseen words")):
         part = table[table.set == name].sort_values("trained")
@@ -324,6 +336,7 @@ def architecture_jobs(run, config):
 
 
 def architecture_rows(run, config, job):
+    """Scores, size and time of one encoder or fusion."""
     one, experiment = fresh(run, config, **job)
     start = time.perf_counter()
     fit(run, one, experiment, experiment.sets["train"])
@@ -337,6 +350,7 @@ def architecture_rows(run, config, job):
 
 
 def draw_architecture(table):
+    """Scores of encoders and fusions beside their cost."""
     labels = []
     base = table.iloc[0]  # the options as they are
     for row in table.to_dict("records"):
@@ -361,6 +375,7 @@ def draw_architecture(table):
 
 
 def analyse_tokens(run, config):
+    """Neural tokens through token space, query and key, and layers."""
     experiment = telepath.Experiment(run, config, config.dataset)
     if not run.master:
         return

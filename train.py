@@ -816,6 +816,7 @@ def save_due(run, config, data, training):
 
 
 def due(step, *intervals):
+    """Whether a step is a multiple of any interval; 0: never."""
     return any(interval and step % interval == 0 for interval in intervals)
 
 

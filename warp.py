@@ -1465,6 +1465,7 @@ def interval(draws):
 
 
 def in_words(score, low, high):
+    """A score with its interval."""
     return f"{score:.3f} [{low:.3f}, {high:.3f}]"
 
 
