@@ -49,7 +49,7 @@ from torch.nn.utils.rnn import pad_sequence
 from configurator import Run, configure, key_seed
 from convert import load_lm
 from data import InputError, aside, write_aside
-from data.recording import Recording, named_places, places, read_set
+from data.recording import Recording, named_places, read_set
 from data.tokens import Tokenizer
 from model import (
     ENCODERS,
@@ -97,7 +97,7 @@ class Config:
     # ---- encoder
     encoder: str = "transformer"  # any kind of model.ENCODERS, or pretrained:PATH, a run of ours
     patch: int = 10  # samples per neural token
-    width: int = 128  # of the encoder; electrodes are mixed into a quarter as many channels
+    width: int = 128  # of the encoder, a head each 32; a quarter as many channels are mixed
     encoder_layers: int = 2  # blocks, or convolutions
     dropout: float = 0.2  # in the encoder
     # ---- fusion with the language model
@@ -135,10 +135,8 @@ class Config:
     wandb_log: bool = False  # log to Weights & Biases
     wandb_project: str = "nanocortex"  # its project
 
-    POSITIVE = (
-        "patch width encoder_layers batch_size log_interval save_interval eval_interval shuffles "
-        "max_new_tokens"
-    )
+    POSITIVE = "patch width encoder_layers batch_size shuffles max_new_tokens"
+    POSITIVE += " log_interval save_interval eval_interval"
     SHARES = "held_out_subjects held_out_objects held_out_trials augment_share dropout"
     SIGNED = "t_start t_end"
     RENAMED = {"tokens": "encoder", "checkpoint": "encoder", "core_lr": "expert_lr"}
@@ -153,8 +151,6 @@ class Config:
         check_choice("encoder", kind, [*ENCODERS, "pretrained"])
         if kind == "pretrained" and not path:
             raise InputError("encoder=pretrained needs a run: encoder=pretrained:out/foundation")
-        if self.width % 32 and self.width > 32:
-            raise InputError(f"width={self.width}: take a multiple of 32, a head each")
         if self.stage == "dpo" and self.init_from == "scratch":
             raise InputError("stage=dpo goes on from a supervised run: give init_from=out/telepath")
         if self.fusion == "cross" and self.train == "encoder":
@@ -167,19 +163,17 @@ PLURALS = inflect.engine()
 PLURALS.classical(all=True)  # cacti, indices
 
 
-@functools.cache
 def singular(word):
-    """The singular of an English noun, by inflect, which takes gas and lens for plurals."""
-    if len(word) < 4 or re.search(r"(us|is|ss|lens|alias|atlas|bias|canvas)$", word):
-        return word
-    return PLURALS.singular_noun(word) or word
+    """What singular and plural share, by inflect: bu of bus and buses; princess is no princes."""
+    shorter = len(word) > 2 and not word.endswith("ss") and PLURALS.singular_noun(word)
+    return singular(shorter) if shorter not in (False, word) else word
 
 
 @functools.cache
 def words_of(text):
-    """Words of a name or an answer: lower case, no marks, no article in front, singular."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    words = re.findall(r"[^\W_]+", re.sub(r"['’]s\b", "", text))
+    """Words of a name or an answer: no capitals, accents, marks, plurals, no article in front."""
+    text = unicodedata.normalize("NFKD", text).casefold()
+    words = re.findall(r"[^\W_]+", re.sub(r"[\u0300-\u036f]|['’]s\b", "", text))
     if len(words) > 1 and words[0] in ("a", "an", "the"):
         words = words[1:]
     return [singular(word) for word in words]
@@ -191,29 +185,14 @@ def same_word(word):
     return "".join(words_of(word)) or word
 
 
-def spelled(name):
-    """A name as it is written: balance_beam -> balance beam."""
-    return re.sub(r"[\s_]+", " ", name).strip()
-
-
-def naive(answer, word, synonyms=()):
-    """The very same text."""
-    return answer.strip() == spelled(word)
-
-
 def flexible(answer, word, synonyms=()):
     """Whether an answer names the word or a synonym, as whole words, in any case or number."""
     said = " ".join(words_of(answer.split("\n")[0]))
     for name in (word, *synonyms):
-        name = re.sub(r"(?<=[a-z])\d+\b", "", " ".join(words_of(name)))  # calf1 is a calf
+        name = " ".join(words_of(name))
         if name and f" {name} " in f" {said} ":
             return True
-    return naive(answer, word)
-
-
-def one_spelling(words):
-    """A Series of words in which what is the same word has its most frequent spelling."""
-    return words.groupby(words.map(same_word)).transform(lambda spellings: spellings.mode()[0])
+    return answer.strip() == word
 
 
 # ---- data: trials
@@ -225,10 +204,10 @@ class Trials:
     table: a row a trial (number of its recording, subject, row of its signal, trial: its name,
     object, word, synonyms, image, block). words, subjects: names in order; word, subject (N,):
     their numbers, -1 for who is held out. xyz (R, C, 3) of R recordings and all their channels,
-    nan where one is absent. white (R, C, C), scale (R, C) in V: see learn. notes: what is left out.
+    nan where one is absent. white (R, C, C), scale (R, C) in V: see learn.
     """
 
-    def __init__(self, folder, config):
+    def __init__(self, folder, config, pretrained=None):
         meta = read_set(folder)
         self.source = Path(folder).name
         self.data = self.source + ", synthetic" * meta["synthetic"]
@@ -243,49 +222,35 @@ class Trials:
         read = np.concatenate([self.before, self.offsets])
         self.reach = (read.min() - spare, read.max() + spare)  # what a trial may read
         self.notes = []
-        names = dict.fromkeys(itertools.chain(*(rec.names for rec in self.recordings)))
+        names = pd.Index(itertools.chain(*(rec.names for rec in self.recordings))).unique()
         self.xyz = np.full((len(self.recordings), len(names), 3), np.nan, np.float32)
         self.columns = []  # where the channels of each recording are in x and xyz
-        recipe = (pretrained_state(config) or {}).get("recording")
         parts = []
         for number, rec in enumerate(self.recordings):
-            self.check_channels(rec, recipe)
-            self.columns.append(pd.Index(list(names)).get_indexer(rec.names))
+            self.check_channels(rec, (pretrained or {}).get("recording"))
+            self.columns.append(names.get_indexer(rec.names))
             self.xyz[number, self.columns[number]] = np.where(rec.good[:, None], rec.xyz, np.nan)
             parts.append(self.read_events(rec).assign(recording=number, subject=rec.subject))
-        self.table = complete_table(pd.concat(parts, ignore_index=True), self.sfreq)
+        self.table = pd.concat(parts, ignore_index=True)
+        spellings = self.table.word.groupby(self.table.word.map(same_word))
+        self.table["word"] = spellings.transform(lambda words: words.mode()[0])  # the commonest
         self.words = sorted(set(self.table.word))
         self.word = np.searchsorted(self.words, self.table.word)
         self.recording = self.table.recording.to_numpy()
         self.row = self.table.row.to_numpy()
 
     def check_channels(self, rec, recipe):
-        """Mark channels bad that are flat or hold nan; refuse those without a place.
-
-        With the recipe of a pretrained encoder, what it knows by name gets the place that it had.
-        """
+        """Refuse a good channel without a place; a pretrained encoder's recipe may know one."""
         if recipe:
-            if recipe["bands"]:
-                raise InputError("encoder=: pretrained on bands side by side; give one of bands=[]")
-            xyz = places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"])
-            rec.xyz, counts = named_places(rec.names, xyz, recipe)
-            self.notes.append(
-                f"{rec.path.name}: channels known to {recipe['sfreq']:g} Hz of pretraining, by: "
-                f"{counts}; these are {self.sfreq:g} Hz"
-            )
-        names = np.array(rec.names)
-        span = np.ptp(rec.signal, axis=0)  # nan where a sample is
-        useless = rec.good & ~((span > 0) & np.isfinite(span))
-        rec.good = rec.good & ~useless
-        if useless.any():
-            useless = ", ".join(names[useless])
-            self.notes.append(f"{rec.path.name}: {useless} flat or with nan, left out")
-        lost = names[rec.good & ~np.isfinite(rec.xyz).all(1)]
+            if recipe["bands"] or recipe["grid"]:
+                raise InputError("encoder=: pretrained on bands side by side, or on a grid")
+            rec.xyz, counts = named_places(rec.names, rec.xyz, recipe)
+            rates = f"{recipe['sfreq']:g} Hz of pretraining; these are {self.sfreq:g} Hz"
+            self.notes.append(f"{rec.path.name}: channels known by: {counts}, {rates}")
+        lost = np.array(rec.names)[rec.good & ~np.isfinite(rec.xyz).all(1)]
         if len(lost):
-            raise InputError(
-                f"{rec.path / 'channels.csv'}: channel {lost[0]} has no position x, y, z in m: "
-                "prepare it with montage=standard_1005, or mark it bad"
-            )
+            cure = "prepare it with montage=standard_1005, or mark it bad"
+            raise InputError(f"{rec.path}: channel {lost[0]} has no position x, y, z (m): {cure}")
         if rec.sfreq != self.sfreq or not rec.good.any():
             raise InputError(f"{rec.path} has another rate, or no good channel: prepare it anew")
 
@@ -293,23 +258,23 @@ class Trials:
         """The events of a recording that have a word, and whose window lies inside it."""
         events = rec.events.assign(row=rec.rows(rec.events["onset"]))
         events["trial"] = rec.path.name + ":" + events["row"].astype(str)
-        if "target" in events:
-            events = events[~events["target"].astype(str).isin(["1", "1.0", "True"])]
-        if "word" in events:
-            events = events[events["word"].str.strip() != ""]
+        minute = "minute " + (events["row"] // round(60 * self.sfreq)).astype(str)
+        nothing = pd.Series("", events.index)
+        events["word"] = events.get("word", nothing).str.strip()
+        defaults = {"object": events["word"], "image": events["trial"], "block": minute}
+        for column, default in {**defaults, "synonyms": "", "target": ""}.items():
+            given = events.get(column, nothing).fillna("").astype(str)
+            events[column] = given.where(given != "", default)
+        events = events[(events["word"] != "") & ~events["target"].isin(["1", "1.0", "True"])]
         first, last = self.reach
+        inside = (events["row"] + first >= 0) & (events["row"] + last < len(rec.signal))
         if "epoch_samples" in rec.meta:  # epochs of somebody else, one after the other
             begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
-            end = begin + rec.meta["epoch_samples"]
-            if first < begin or last >= end:
-                holds = f"holds epochs of {begin / rec.sfreq} to {end / rec.sfreq} s"
-                raise InputError(f"{rec.path} {holds}: change t_start, t_end, baseline or jitter")
-        inside = (events["row"] + first >= 0) & (events["row"] + last < len(rec.signal))
-        if "word" not in events or not inside.any():
-            raise InputError(
-                f"{rec.path / 'events.csv'}: subject {rec.subject} has no events with a word whose "
-                "window lies inside the recording: prepare it with word_column=, or change t_end"
-            )
+            inside &= begin <= first and last < begin + rec.meta["epoch_samples"]
+        if not inside.any():
+            problem = "has no events with a word whose window lies inside the recording or epoch"
+            cure = "prepare it with word_column=, or change t_start, t_end or jitter"
+            raise InputError(f"{rec.path}: subject {rec.subject} {problem}: {cure}")
         if not inside.all():
             self.notes.append(f"{rec.path.name}: {(~inside).sum()} trials outside, left out")
         return events[inside]
@@ -328,17 +293,14 @@ class Trials:
             x[np.ix_(rows, self.columns[number])] = part
         return x
 
-    def finish(self, x, xyz, ids, device):
-        """Whiten windows in V: what the encoder takes, x (B, C, T), xyz (B, C, 3), subject (B,)."""
-        x = np.clip(self.white[self.recording[ids]] @ x, -CLAMP, CLAMP)
+    def batch(self, ids, device="cpu", x=None, xyz=None):
+        """Whitened x (B, C, T), xyz and subject (B,) of trials, or of augmented x in V and xyz."""
+        recording = self.recording[ids]
+        if x is None:
+            x = self.cut(ids)
+            xyz = self.xyz[recording]
+        x = np.clip(self.white[recording] @ x, -CLAMP, CLAMP)
         return [torch.from_numpy(array).to(device) for array in (x, xyz, self.subject[ids])]
-
-    def batch(self, ids, device="cpu", silent=False):
-        """What the encoder takes of trials, without augmentation; silent: no EEG, of nobody."""
-        x, xyz, subject = self.finish(self.cut(ids), self.xyz[self.recording[ids]], ids, device)
-        if silent:
-            return torch.zeros_like(x), xyz, torch.full_like(subject, -1)
-        return x, xyz, subject
 
     def learn(self, train, held_out_subjects):
         """Number the people, and learn noise normalisation and scales from trials `train` alone.
@@ -348,39 +310,27 @@ class Trials:
         self.subjects = sorted(set(self.table.subject) - set(held_out_subjects))
         self.subject = pd.Index(self.subjects).get_indexer(self.table.subject)
         rng = np.random.default_rng(0)
-        R, C = self.xyz.shape[:2]
         present = np.isfinite(self.xyz[..., 0])
-        pairs = [np.ix_(channels, channels) for channels in present]
+        R, C = present.shape
         covariances = np.zeros((R, C, C))
-        for number in range(R):
+        for number, there in enumerate(present):
             ids = train[self.recording[train] == number]
             if len(ids) > 1:
-                x = self.cut(np.sort(rng.permutation(ids)[:600]))[:, present[number]]
-                covariances[number][pairs[number]] = noise_covariance(x)
+                x = self.cut(np.sort(rng.permutation(ids)[:600]))[:, there]
+                covariances[number][np.ix_(there, there)] = noise_covariance(x)
         mean = covariances.sum(0) / np.maximum((covariances != 0).sum(0), 1)
         variance = mean.diagonal()
         mean += np.diag(np.where(variance == 0, variance[variance > 0].mean(), 0))
         self.scale = np.zeros((R, C), np.float32)
         self.white = np.zeros((R, C, C), np.float32)
-        for number in range(R):
-            known = covariances[number].any()
-            covariance = (covariances[number] if known else mean)[pairs[number]]
-            self.scale[number, present[number]] = 1e-6 * np.sqrt(covariance.diagonal())
+        for number, there in enumerate(present):
+            covariance = covariances[number] if covariances[number].any() else mean
+            covariance = covariance[np.ix_(there, there)]
+            self.scale[number, there] = 1e-6 * np.sqrt(covariance.diagonal())
             values, vectors = np.linalg.eigh(covariance)
             values = np.maximum(values, 1e-2 * np.median(values) + 1e-9)
             root = (vectors / np.sqrt(values)) @ vectors.T
-            self.white[number][pairs[number]] = 1e6 * root  # V to SD of the noise
-
-
-def complete_table(table, sfreq):
-    """The table of trials, with what the events leave open."""
-    table["word"] = table["word"].str.strip()
-    minute = "minute " + (table.row // round(60 * sfreq)).astype(str)
-    defaults = {"object": table.word, "synonyms": "", "image": table.trial, "block": minute}
-    for column, default in defaults.items():
-        given = table.get(column, pd.Series("", table.index)).fillna("").astype(str)
-        table[column] = given.where(given != "", default)
-    return table.assign(word=one_spelling(table.word))
+            self.white[number][np.ix_(there, there)] = 1e6 * root  # V to SD of the noise
 
 
 def noise_covariance(x):
@@ -395,7 +345,7 @@ def noise_covariance(x):
 
 
 def split(trials, config):
-    """{set: sorted trial numbers}: train, val and the four evaluation sets; and a manifest of it.
+    """{side: sorted trial numbers} of train, val and the evaluation sets; and a manifest of it.
 
     Words are held out whole, with all their objects; so are people. Pictures and the blocks they
     are shown in go to training, validation or evaluation together. Left out are training and
@@ -409,32 +359,30 @@ def split(trials, config):
     part = deal_pictures(trials, rng, config.held_out_trials)
     new_word = table.word.isin(held_words).to_numpy()
     new_subject = table.subject.isin(held_subjects).to_numpy()
-    masks = {
-        "train": (part == 0) & ~new_word & ~new_subject,
-        "val": (part == 1) & ~new_word & ~new_subject,
-        "trial": (part == 2) & ~new_word & ~new_subject,
-        "object": (part == 2) & new_word & ~new_subject,
-        "subject": (part == 2) & ~new_word & new_subject,
-        "subject_object": (part == 2) & new_word & new_subject,
-    }
-    n_purged = purge(trials, masks["val"], part == 2)
-    n_purged += purge(trials, masks["train"], (part == 2) | masks["val"])
+    known = ~new_word & ~new_subject
+    side = np.select([known, ~new_subject, ~new_word], SETS[:3], SETS[3]).astype(object)
+    side[part != 2] = ""
+    side[known & (part == 0)] = "train"
+    side[known & (part == 1)] = "val"
+    n_purged = purge(trials, side, "val", part == 2)
+    n_purged += purge(trials, side, "train", (part == 2) | (side == "val"))
     for column, names in (("word", ("trial", "subject")), ("subject", ("trial", "object"))):
-        trained = table[column].isin(table[column][masks["train"]]).to_numpy()
-        for name in ("val", *names):
-            masks[name] &= trained
-    sets = {}
-    for name, mask in masks.items():
-        sets[name] = np.flatnonzero(mask)
+        trained = table[column].isin(table[column][side == "train"])
+        side[~trained & np.isin(side, ("val", *names))] = ""
+    sets = {name: np.flatnonzero(side == name) for name in ("train", "val", *SETS)}
     if not all([len(sets["train"]), len(sets["val"]), sum(len(sets[name]) for name in SETS)]):
         raise InputError(
-            f"{trials.source}: the split leaves no trial to train, validate or evaluate on. If "
-            "every word has one picture, tell pictures apart when preparing (image_column=), else "
-            "change held_out_trials, held_out_objects or held_out_subjects"
+            f"{trials.source}: the split leaves no trial to train, validate or evaluate on: change "
+            "held_out_trials, held_out_objects or held_out_subjects or, where every word has one "
+            "picture, tell pictures apart when preparing (image_column=)"
         )
-    manifest = {"dataset": trials.source, "purged": n_purged}
-    manifest |= {"held_out_words": sorted(held_words), "held_out_subjects": sorted(held_subjects)}
-    manifest["sets"] = {name: table.trial.iloc[ids].tolist() for name, ids in sets.items()}
+    manifest = {
+        "dataset": trials.source,
+        "purged": n_purged,
+        "held_out_words": sorted(held_words),
+        "held_out_subjects": sorted(held_subjects),
+        "sets": {name: table.trial.iloc[ids].tolist() for name, ids in sets.items()},
+    }
     text = json.dumps(manifest, sort_keys=True)
     manifest["hash"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     return sets, manifest
@@ -475,14 +423,14 @@ def deal(rng, codes, share):
     return parts[codes]
 
 
-def purge(trials, mask, others):
-    """Clear from a mask the trials that may read samples of the others; returns how many."""
+def purge(trials, side, name, others):
+    """Take trials off a side that may read samples of the others; returns how many."""
+    ids = np.flatnonzero(side == name)
     length = trials.reach[1] - trials.reach[0]
     at = trials.row + 1e12 * trials.recording  # recordings are far apart
-    nearest = scipy.spatial.KDTree(at[others, None]).query(at[mask, None])[0]
-    overlapping = np.flatnonzero(mask)[nearest <= length]
-    mask[overlapping] = False
-    return len(overlapping)
+    nearest = scipy.spatial.KDTree(at[others, None]).query(at[ids, None])[0]
+    side[ids[nearest <= length]] = ""
+    return (nearest <= length).sum().item()
 
 
 # ---- data: augmentation
@@ -578,8 +526,7 @@ def gain(x, rng, scale, xyz, sfreq):
     return x * np.exp(rng.uniform(-0.5, 0.5))
 
 
-KINDS = (pink, line, blink, muscle, drift, pop, drop, reference, gain)
-AUGMENT = {function.__name__: function for function in KINDS}
+AUGMENT = {f.__name__: f for f in (pink, line, blink, muscle, drift, pop, drop, reference, gain)}
 
 
 def augmented(x, xyz, scale, rng, sfreq, config):
@@ -602,31 +549,30 @@ class Batch:
     """A micro-batch of training trials."""
 
     inputs: list  # signal (B, C, T), xyz, subject, idx (B, T), position, mask: of NeuralGPT
-    target: torch.Tensor  # (B, K, W + 1) token ids, see Text.pack
+    target: torch.Tensor  # (B, K, W) token ids, see Text.pack
     word: torch.Tensor  # (B,) number of the trial's word among the training words
     heard: torch.Tensor  # (B,) False where the EEG is silence
 
 
-def trial_order(trials, ids, seed):
-    """Trial numbers for ever: subjects in turn, the trials of each in an order of each epoch."""
-    subject = trials.subject[ids]
-    streams = []
-    for i, number in enumerate(np.unique(subject)):
-        streams.append(epochs(ids[subject == number], seed, i))
-    return itertools.chain.from_iterable(zip(*streams))
+def draw_trials(training, number):
+    """Trials (B,) of micro-batch `number`: people in turn, each one's in an order of each epoch."""
+    config = training.config
+    ids = []
+    for k in range(number * config.batch_size, (number + 1) * config.batch_size):
+        turn, person = divmod(k, len(training.by_person))
+        own = training.by_person[person]
+        epoch, at = divmod(turn, len(own))
+        rng = np.random.default_rng(key_seed(config.seed, "epoch", person, epoch))
+        ids.append(rng.permutation(own)[at])
+    return np.array(ids)
 
 
-def epochs(ids, seed, i):
-    """The trials of person number i, epoch after epoch."""
-    for epoch in itertools.count():
-        rng = np.random.default_rng(key_seed(seed, "epoch", i, epoch))
-        yield from rng.permutation(ids)
-
-
-def make_batch(device, config, experiment, step, micro, ids):
-    """A micro-batch; its jitter, noise, silence, synonyms and negatives are keyed by its number."""
+def make_batch(training, number):
+    """Micro-batch `number`, which fixes its jitter, noise, silence, synonyms and negatives."""
+    config, experiment, device = training.config, training.experiment, training.run.device
     trials, text = experiment.trials, experiment.text
-    rng = np.random.default_rng(key_seed(config.seed, step, micro, "augment"))
+    rng = np.random.default_rng(key_seed(*training.key(number), "augment"))
+    ids = draw_trials(training, number)
     late = round(config.jitter * trials.sfreq)
     x = trials.cut(ids, rng.integers(-late, late + 1, len(ids)))
     recording = trials.recording[ids]
@@ -640,32 +586,13 @@ def make_batch(device, config, experiment, step, micro, ids):
     names = [[rng.choice(text.trained[word])] for word in words]
     word = np.searchsorted(experiment.train_words, words)
     if config.stage == "dpo":
-        rng = np.random.default_rng(key_seed(config.seed, step, micro, "negatives"))
+        rng = np.random.default_rng(key_seed(*training.key(number), "negatives"))
         for row, shares in zip(names, experiment.negatives[word]):
             row.append(rng.choice(experiment.train_words, p=shares))
     *packed, target = text.pack(names, device)
-    inputs = [*trials.finish(x, xyz, ids, device), *packed]
+    inputs = [*trials.batch(ids, device, x, xyz), *packed]
     word = torch.from_numpy(word).to(device)
     return Batch(inputs, target, word, torch.from_numpy(heard).to(device))
-
-
-def make_batches(device, config, experiment, ids, n_micro, micros, step):
-    """Micro-batches from a step on, made ahead by threads: the same by any number of them.
-
-    n_micro: micro-batches of a step, over all ranks; micros: numbers of those of this rank.
-    """
-    order = trial_order(experiment.trials, ids, config.seed)
-    order = itertools.islice(order, step * n_micro * config.batch_size, None)
-    ahead = deque()
-    with ThreadPoolExecutor(max(1, config.num_workers)) as threads:
-        for number in itertools.count(step * n_micro):
-            step, micro = divmod(number, n_micro)
-            chosen = np.array(list(itertools.islice(order, config.batch_size)))
-            if micro in micros:
-                job = (device, config, experiment, step, micro, chosen)
-                ahead.append(threads.submit(make_batch, *job))
-            if len(ahead) > 2 * config.num_workers:
-                yield ahead.popleft().result()
 
 
 # ---- names as tokens
@@ -684,33 +611,35 @@ class Text:
         self.prompt = [tokenizer.eot] * (text != config.prompt) + tokenizer.encode(text)
         if not self.prompt or self.prompt[0] is None:
             raise InputError("prompt= has no token, or lm= none for <|endoftext|>: give prompt=The")
-        self.start = len(self.prompt) - 1  # whose logits say the first token of a name
+        self.start = len(self.prompt) - 1  # of the slots in a row, see pack
         self.stop = tokenizer.encode("\n")[-1] if tokenizer.eot is None else tokenizer.eot
-        held_out = {same_word(word) for word in held_out}
+        held_out = set(map(same_word, held_out))
         self.ids, self.synonyms, self.trained = {}, {}, {}
         for word, synonyms in trials.table.groupby("word").synonyms.unique().items():
-            names = dict.fromkeys(map(spelled, re.split(r"[|,]", "|".join(synonyms))))
-            self.synonyms[word] = [name for name in names if name and name != word]
+            names = dict.fromkeys("|".join(synonyms).split("|"))
+            self.synonyms[word] = [name for name in names if name not in ("", word)]
             self.trained[word] = [word]
-            for name in self.synonyms[word] if config.synonyms else ():
-                if same_word(name) not in held_out:
+            for name in self.synonyms[word]:
+                if config.synonyms and same_word(name) not in held_out:
                     self.trained[word].append(name)
             for name in self.trained[word]:
-                self.ids[name] = tokenizer.encode(" " + spelled(name))
+                self.ids[name] = tokenizer.encode(" " + name)
 
     def pack(self, rows, device="cpu"):
-        """B rows of K names, behind the prompt, in one pass.
+        """B rows of K names in one pass: idx (B, T), position (T,), mask (T, T), target (B, K, W).
 
-        Returns idx (B, T), position (T,), mask (T, T), target (B, K, W + 1) with -1 for nothing:
-        T is the prompt and K slots of W tokens. A slot sees the prompt and itself.
+        T: the prompt but for its last token, which begins each of K slots of W tokens. A slot sees
+        the prompt and itself. target: -1 for nothing.
         """
-        P, B, K = len(self.prompt), len(rows), len(rows[0])
-        ids = [self.ids[name] for name in itertools.chain(*rows)]
-        slots = pad_sequence([torch.tensor(tokens) for tokens in ids], batch_first=True)
-        ends = [torch.tensor([*tokens, self.stop]) for tokens in ids]
+        P, B, K = self.start, len(rows), len(rows[0])
+        slots, ends = [], []
+        for name in itertools.chain(*rows):
+            slots.append(torch.tensor([self.prompt[-1], *self.ids[name]]))
+            ends.append(torch.tensor([*self.ids[name], self.stop]))
         target = pad_sequence(ends, batch_first=True, padding_value=-1).view(B, K, -1)
-        W = slots.size(1)
-        idx = torch.cat([torch.tensor(self.prompt).expand(B, -1), slots.view(B, K * W)], dim=1)
+        W = target.size(2)
+        begin = torch.tensor(self.prompt[:-1], dtype=torch.long).expand(B, -1)
+        idx = torch.cat([begin, pad_sequence(slots, batch_first=True).view(B, K * W)], dim=1)
         slot = torch.cat([torch.full((P,), -1), torch.arange(K).repeat_interleave(W)])
         position = torch.cat([torch.arange(P), P + torch.arange(W).repeat(K)])
         mask = (slot[:, None] == slot) | (slot == -1)
@@ -718,17 +647,10 @@ class Text:
 
 
 def log_probs(logits, target):
-    """Log-probability of every token, (B, K, W + 1), 0 where target is -1.
-
-    logits (B, 1 + K W, V): those of the prompt's last token, then of the slots.
-    """
-    B, K, W1 = target.shape
-    said_after = 1 + torch.arange(K * (W1 - 1), device=target.device).view(K, W1 - 1)
-    said_after = F.pad(said_after, (1, 0))  # (K, W + 1): a name's first token is the prompt's
-    each = torch.arange(B, device=target.device)[:, None, None]
-    wanted = logits[each, said_after, target.clamp_min(0)].float()
-    norm = logits.float().logsumexp(-1)[:, said_after]
-    return (wanted - norm) * (target >= 0)
+    """Log-probability of every token, (B, K, W), 0 where target is -1; logits (B, K W, V)."""
+    options = {"ignore_index": -1, "reduction": "none"}
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), **options)
+    return -losses.view_as(target)
 
 
 def unit(x, smallest=1e-3):
@@ -760,47 +682,33 @@ class WordSpace:
 
 # ---- model
 
-
-def checkpoint_path(path):
-    return Path(path) if path.endswith(".pt") else Path(path) / "best.pt"
-
-
-def pretrained_state(config):
-    """The checkpoint that encoder=pretrained:PATH names; None for other encoders."""
-    kind, _, path = config.encoder.partition(":")
-    if kind != "pretrained":
-        return None
-    state = load_checkpoint(checkpoint_path(path))
-    if "encoder_args" not in state:
-        raise InputError(f"{path} holds no encoder: give a run of foundation.py or telepath.py")
-    return state
-
-
 # options that a run cannot be resumed without
 FIXED = "stage fusion text_positions prefix_attention encoder patch width encoder_layers train"
 
 
-def build(run, config, trials, manifest):
+def checkpoint_path(path):
+    """The checkpoint that init_from= or encoder= names: a file, or the best of a run's folder."""
+    return Path(path) if path.endswith(".pt") else Path(path) / "best.pt"
+
+
+def build(run, config, trials, manifest, pretrained):
     """(NeuralGPT, tokenizer, checkpoint or None): of lm= and options, or as init_from says."""
     if config.init_from == "scratch":
         lm, tokenizer = load_lm(config.lm, dropout=0.0)
-        fusion = {"fusion": config.fusion, "text_positions": config.text_positions}
-        encoder = build_encoder(run, config, trials, manifest, lm.config.n_embd)
-        model = NeuralGPT(lm, encoder, **fusion, attention=config.prefix_attention)
+        encoder = build_encoder(run, config, trials, manifest, pretrained, lm.config.n_embd)
+        order = {"text_positions": config.text_positions, "attention": config.prefix_attention}
+        model = NeuralGPT(lm, encoder, config.fusion, **order)
         return model.to(run.device), tokenizer, None
-    path = checkpoint_path(config.init_from)
-    if config.init_from == "resume":
-        path = run.out / "ckpt.pt"
+    resumed = config.init_from == "resume"
+    path = run.out / "ckpt.pt" if resumed else checkpoint_path(config.init_from)
     state = load_checkpoint(path)
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
-    for key in FIXED.split() if config.init_from == "resume" else ():
+    for key in FIXED.split() if resumed else ():
         check_choice(f"{key} of the resumed run", getattr(config, key), [state["config"][key]])
     if state["split"] != manifest["hash"]:
-        raise InputError(
-            f"{path} was trained on another split than these data and options give, and may know "
-            "what is held out here: give those of its config.yaml"
-        )
+        problem = f"{path} was trained on another split, and may know what is held out here"
+        raise InputError(f"{problem}: give the data and options of its config.yaml")
     lm = GPT(GPTConfig(**state["lm_args"]))
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     model = NeuralGPT(lm, encoder, **state["fusion_args"])
@@ -808,40 +716,35 @@ def build(run, config, trials, manifest):
     return model.to(run.device), Tokenizer(state["tokenizer"]), state
 
 
-def build_encoder(run, config, trials, manifest, n_embd):
+def build_encoder(run, config, trials, manifest, pretrained, n_embd):
     """NeuralEncoder of the options, or a pretrained one for these people and windows."""
     args = {"kind": config.encoder, "width": config.width, "n_layer": config.encoder_layers}
-    args |= {"n_head": max(1, config.width // 32), "virtual": max(1, config.width // 4)}
-    args |= {"patch": config.patch}
-    pretrained = pretrained_state(config)
+    args |= {"n_head": math.gcd(config.width, max(1, config.width // 32)), "patch": config.patch}
+    args["virtual"] = max(1, config.width // 4)
     if pretrained:
         args = dict(pretrained["encoder_args"])
     args |= {"n_embd": n_embd, "subjects": len(trials.subjects), "dropout": config.dropout}
     args["window"] = len(trials.offsets) // args["patch"]  # the first token reads all of it
     encoder = NeuralEncoder(EncoderConfig(**args))
     if pretrained:
-        check_pretrained(config, pretrained, manifest)
+        seen = eeg_seen(pretrained).get(trials.source)
+        if seen not in (None, manifest["hash"]):
+            problem = f"encoder={config.encoder} saw EEG of {trials.source} that is held out here"
+            raise InputError(f"{problem}: pretrain on other recordings, or on the same split")
         weights = {}
         for name, value in pretrained["model"].items():
-            if name.startswith("encoder."):
+            if ".subject_" not in name:  # of other people
                 weights[name.removeprefix("encoder.")] = value
         share, new = load_matching(encoder, weights, MATCH, config.encoder)
         run.print(f"{config.encoder}: {share:.1%} of its weights are pretrained, not {new}")
     return encoder
 
 
-def check_pretrained(config, state, manifest):
-    """Refuse a pretrained encoder that may have seen what is held out of these recordings."""
+def eeg_seen(state):
+    """{dataset: split} of the EEG that a checkpoint's encoder was ever trained on; "": all."""
     if state["kind"] == "telepath":
-        recordings = [state["config"]]
-    else:
-        recordings = state["recording"]["recordings"]
-    names = {Path(recording["dataset"]).name for recording in recordings}
-    if manifest["dataset"] in names and state.get("split") != manifest["hash"]:
-        raise InputError(
-            f"encoder={config.encoder} saw EEG of {manifest['dataset']} that is held out here: "
-            "pretrain on other recordings, or on the same split"
-        )
+        return state.get("eeg_seen", {Path(state["config"]["dataset"]).name: state["split"]})
+    return {Path(rec["dataset"]).name: "" for rec in state["recording"]["recordings"]}
 
 
 def freeze(model, config):
@@ -868,11 +771,21 @@ class Experiment:
     """
 
     def __init__(self, run, config, folder):
-        self.trials = Trials(folder, config)
+        pretrained = None
+        kind, _, path = config.encoder.partition(":")
+        if kind == "pretrained":
+            pretrained = load_checkpoint(checkpoint_path(path))
+            if "encoder_args" not in pretrained:
+                raise InputError(f"{path} has no encoder: give a run of foundation.py")
+        self.trials = Trials(folder, config, pretrained)
         self.sets, self.manifest = split(self.trials, config)
         self.trials.learn(self.sets["train"], self.manifest["held_out_subjects"])
         torch.manual_seed(key_seed(config.seed, "model"))
-        self.model, tokenizer, self.state = build(run, config, self.trials, self.manifest)
+        built = build(run, config, self.trials, self.manifest, pretrained)
+        self.model, tokenizer, self.state = built
+        earlier = self.state or pretrained
+        self.eeg_seen = eeg_seen(earlier) if earlier else {}
+        self.eeg_seen[self.trials.source] = self.manifest["hash"]
         self.text = Text(tokenizer, self.trials, self.manifest["held_out_words"], config)
         wte = self.model.lm.transformer.wte.weight
         self.space = WordSpace((self.state or {}).get("wte", wte))
@@ -890,24 +803,17 @@ class Experiment:
 
     @functools.cached_property
     def negatives(self):
-        """(K, K): how often each training word is the negative of each, no synonyms among them."""
+        """(K, K): how often each training word is the negative of each; a synonym never."""
         similarity = (self.train_points @ self.train_points.T).double().numpy()
         same = [same_word(word) for word in self.train_words]
         alike = np.zeros(similarity.shape, bool)
         for i, word in enumerate(self.train_words):
             names = [same_word(name) for name in (word, *self.text.synonyms[word])]
             alike[i] = np.isin(same, names)
-        shares = np.zeros_like(similarity)
-        for i, others in enumerate(~(alike | alike.T)):
-            shares[i, others] = unlike(similarity[i, others])
-        return shares
-
-
-def unlike(similarity):
-    """Shares (N,) of words by similarity (N,): none above a quantile, the less the likelier."""
-    weight = np.exp(-(similarity - similarity.min()) / NEGATIVES_TAU)
-    weight[similarity > np.quantile(similarity, NEGATIVES_BELOW)] = 0
-    return weight / weight.sum()
+        similarity[alike | alike.T] = np.nan
+        highest = np.nanquantile(similarity, NEGATIVES_BELOW, axis=1, keepdims=True)
+        weight = np.where(similarity <= highest, np.exp(-similarity / NEGATIVES_TAU), 0)
+        return weight / weight.sum(1, keepdims=True)
 
 
 # ---- training
@@ -917,31 +823,36 @@ class Training:
     """Optimiser, batches and counters of one training run; `alone`: of this rank only."""
 
     def __init__(self, run, config, experiment, ids, alone=False):
-        rank, self.world = (0, 1) if alone else (run.rank, run.world)
-        per_step = config.trials_per_step or config.batch_size * self.world
-        if per_step % (config.batch_size * self.world):
-            raise InputError(f"trials_per_step={per_step} is no multiple of batch_size x ranks")
-        n_micro = per_step // config.batch_size
         self.run = run
         self.config = config
+        self.experiment = experiment
+        self.rank, self.world = (0, 1) if alone else (run.rank, run.world)
+        per_step = config.trials_per_step or config.batch_size * self.world
+        self.n_micro = per_step // config.batch_size  # micro-batches of a step, over all ranks
+        if per_step % (config.batch_size * self.world):
+            raise InputError(f"trials_per_step={per_step} is no multiple of batch_size x ranks")
+        subject = experiment.trials.subject[ids]
+        self.by_person = [ids[subject == number] for number in np.unique(subject)]
         self.optimizer = torch.optim.AdamW(freeze(experiment.model, config), betas=(0.9, 0.98))
-        named = experiment.model.named_parameters()
-        self.learned = {name: p for name, p in named if p.requires_grad}
+        self.learned = {}
+        self.reference = {}  # dpo: what the weights that learn were at first
+        for name, p in experiment.model.named_parameters():
+            if p.requires_grad:
+                self.learned[name] = p
+                if config.stage == "dpo":
+                    self.reference[name] = p.detach().clone()
         self.step = 0
         self.best = math.inf  # ranking loss
-        self.began = time.time()
-        self.validation = 0.0  # s that one takes
-        self.waited = 0.0  # s, for data
-        self.reference = {}  # dpo: what the weights that learn were at first
-        if config.stage == "dpo":
-            self.reference = {name: p.detach().clone() for name, p in self.learned.items()}
+        self.tokens = {}  # {step: neural tokens of some validation trials (N, P, C)}
         if config.init_from == "resume":
             self.resume(experiment.state)
-        self.first = self.step
-        self.micros = range(rank, n_micro, self.world)
-        self.ahead = make_batches(
-            run.device, config, experiment, ids, n_micro, self.micros, self.step
-        )
+        self.began = time.time()
+        self.validation = 0.0  # s that one takes
+        if config.compile:
+            experiment.model.lm.compile_blocks()
+        self.threads = ThreadPoolExecutor(max(1, config.num_workers))
+        self.ahead = deque()  # micro-batches that the threads make
+        self.numbers = itertools.count(self.step * self.n_micro + self.rank, self.world)
 
     def resume(self, state):
         self.step = state["step"]
@@ -952,20 +863,28 @@ class Training:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
             self.run.scaler.load_state_dict(state["scaler"])
+        self.tokens = state.get("tokens", {})
         for name, value in state["reference"].items():
             self.reference[name] = value.to(self.run.device)
 
     def batches(self):
-        """The micro-batches of one step; dropout is keyed by their numbers."""
-        for micro in self.micros:
-            start = time.perf_counter()
-            batch = next(self.ahead)
-            self.waited += time.perf_counter() - start
-            torch.manual_seed(key_seed(self.config.seed, self.step, micro, "dropout"))
+        """The micro-batches of a step, made ahead by threads: the same by any number of them."""
+        for _ in range(self.n_micro // self.world):
+            while len(self.ahead) <= 2 * self.config.num_workers:
+                number = next(self.numbers)
+                self.ahead.append((number, self.threads.submit(make_batch, self, number)))
+            number, made = self.ahead.popleft()
+            batch = made.result()
+            torch.manual_seed(key_seed(*self.key(number), "dropout"))
             yield batch
 
+    def key(self, number):
+        """What fixes everything random about a micro-batch: seed, step, and its number in it."""
+        return self.config.seed, *divmod(number, self.n_micro)
+
     def backward(self, loss):
-        self.run.scaler.scale(loss / len(self.micros)).backward()
+        """Add a micro-batch's share to the gradient."""
+        self.run.scaler.scale(loss * self.world / self.n_micro).backward()
 
     def update(self):
         """One optimiser step, linear warm-up, then cosine to 0; returns the gradient's norm."""
@@ -991,24 +910,6 @@ class Training:
         return norm
 
 
-def align_loss(first, batch, experiment):
-    """Cross-entropy of the first neural token (B, C) among the training words' embeddings.
-
-    Silent trials do not count: they know no word.
-    """
-    space, points = experiment.space, experiment.train_points.to(first.device)
-    first = unit(first.float() - space.mean.to(first.device), 0.01 * space.size)
-    losses = F.cross_entropy(first @ points.T / TEMPERATURE, batch.word, reduction="none")
-    return (losses * batch.heard).sum() / batch.heard.sum().clamp_min(1)
-
-
-def dpo_loss(policy, reference, beta):
-    """-log sigmoid of the margin, and the margin (B,); log-probabilities (B, 2) of right, wrong."""
-    gained = policy - reference
-    margin = beta * (gained[:, 0] - gained[:, 1])
-    return -F.logsigmoid(margin).mean(), margin
-
-
 # ---- evaluate
 
 
@@ -1020,55 +921,70 @@ def subset(ids, config):
 
 
 @torch.no_grad()
+def neural_tokens(run, experiment, ids, silenced=(), without_eeg=False):
+    """Neural tokens (b, P, C) of some trials (b,) after the other.
+
+    silenced: numbers of the window's samples that are set to 0. without_eeg: silence, of nobody.
+    """
+    for part in np.split(ids, range(64, len(ids), 64)):
+        x, xyz, subject = experiment.trials.batch(part, run.device)
+        x[..., list(silenced)] = 0
+        if without_eeg:
+            x = torch.zeros_like(x)
+            subject = torch.full_like(subject, -1)
+        with run.autocast():
+            n = experiment.model.eval().prefix(x, xyz, subject)
+        yield part, n
+
+
+@torch.no_grad()
 def rank(run, experiment, ids, names, silenced=()):
     """Log-probability (N, K) of each of K names after each trial's EEG, and after silence (K,).
-
-    silenced: numbers of the window's samples that are set to 0.
-    """
-    rows = []
-    for part in np.split(ids, range(32, len(ids), 32)):
-        signals = experiment.trials.batch(part, run.device)
-        signals[0][..., list(silenced)] = 0
-        rows.append(score_names(run, experiment, signals, names))
-    empty = experiment.trials.batch(ids[:1], run.device, silent=True)
-    return np.concatenate(rows), score_names(run, experiment, empty, names)[0]
-
-
-def score_names(run, experiment, signals, names, chunk=64):
-    """Log-probability (N, K) of names after signals.
 
     As many names at a time as fit into the GPT's block. In float32 from the last layer on: half
     precision would tie them.
     """
-    model, text = experiment.model.eval(), experiment.text
+    model, text = experiment.model, experiment.text
     head = model.lm.transformer.wte.weight.float()
-    longest = max(len(text.ids[name]) for name in names)
-    chunk = min(chunk, (model.lm.config.block_size - len(text.prompt)) // longest)
-    with run.autocast():
-        n = model.prefix(*signals)
-    scores = []
-    for first in range(0, len(names), chunk):
-        idx, position, mask, target = text.pack([names[first : first + chunk]], run.device)
-        with run.autocast():
-            x = model.trunk(n, idx.expand(len(n), -1), position, mask)[:, text.start :]
-        lp = log_probs(F.linear(x.float(), head), target.expand(len(n), -1, -1))
-        scores.append(lp.sum(-1))
-    return torch.cat(scores, dim=1).double().cpu().numpy()
+    longest = 1 + max(len(text.ids[name]) for name in names)
+    chunk = min(32, (model.lm.config.block_size - text.start) // longest)
+    silence = neural_tokens(run, experiment, ids[:1], without_eeg=True)
+    rows = []
+    for _, n in itertools.chain(neural_tokens(run, experiment, ids, silenced), silence):
+        scores = []
+        for first in range(0, len(names), chunk):
+            idx, position, mask, target = text.pack([names[first : first + chunk]], run.device)
+            with run.autocast():
+                x = model.trunk(n, idx.expand(len(n), -1), position, mask)[:, text.start :]
+            lp = log_probs(F.linear(x.float(), head), target.expand(len(n), -1, -1))
+            scores.append(lp.sum(-1))
+        rows.append(torch.cat(scores, dim=1).double().cpu().numpy())
+    return np.concatenate(rows[:-1]), rows[-1][0]
 
 
-@torch.no_grad()
 def say(run, config, experiment, ids, without_eeg=False, temperature=0.0):
     """What the model says of each trial: N texts."""
-    model, text = experiment.model.eval(), experiment.text
+    text = experiment.text
+    options = {"max_new_tokens": config.max_new_tokens, "stop": [text.stop]}
+    options["temperature"] = temperature
     said = []
-    for part in np.split(ids, range(64, len(ids), 64)):
-        signals = experiment.trials.batch(part, run.device, without_eeg)
-        options = {"temperature": temperature, "seed": key_seed(config.seed, int(part[0]))}
-        options |= {"max_new_tokens": config.max_new_tokens, "stop": [text.stop]}
+    for part, n in neural_tokens(run, experiment, ids, without_eeg=without_eeg):
+        options["seed"] = key_seed(config.seed, int(part[0]))
         with run.autocast():
-            rows = model.generate(model.prefix(*signals), text.prompt, **options)
+            rows = experiment.model.generate(n, text.prompt, **options)
         said += [text.tokenizer.decode(row).strip() for row in rows]
     return said
+
+
+def right_answers(text, names, answers):
+    """Is each of N answers right for each of K names? To the letter, and flexibly: two (N, K)."""
+    exact = np.zeros((len(answers), len(names)))
+    flexibly = np.zeros((len(answers), len(names)))
+    for i, answer in enumerate(answers):
+        for j, name in enumerate(names):
+            exact[i, j] = answer == name
+            flexibly[i, j] = flexible(answer, name, text.synonyms[name])
+    return exact, flexibly
 
 
 def measured(values, chance, objects, config):
@@ -1080,14 +996,15 @@ def measured(values, chance, objects, config):
     chosen = rng.integers(len(total), size=(config.shuffles, len(total)))
     means = total[chosen].sum(1) / count[chosen].sum(1)
     low, high = np.quantile(means, (0.025, 0.975))
+    if len(total) == 1:  # which says nothing of others
+        low, high = -math.inf, math.inf
     return {"score": values.mean(), "chance": chance, "low": low, "high": high, "n": len(values)}
 
 
 def strata(table, least=10):
-    """(N,) within what trials change places under the null, so that slow drift is no knowledge.
+    """(N,) within what trials change places under the null: blocks, as slow drift is no knowledge.
 
-    Blocks of a recording; where a block has fewer than `least` of the trials, the rest of its
-    recording, and then of all: a trial that can only stay where it is tests nothing.
+    Where one has fewer than `least` trials, the rest of its recording, and then of all.
     """
     recording = table.recording.astype(str)
     codes = recording + "/" + table.block
@@ -1096,25 +1013,30 @@ def strata(table, least=10):
     return codes.to_numpy()
 
 
-def permuted(right, places, draws, seed):
-    """Scores of shuffled EEG: right (N, N), what trial j's EEG gives for trial i's name.
-
-    Trials change places within places (N,) only. Returns the expected score (N,) of each trial,
-    and p of the mean score: the share of `draws` permutations that reach it.
-    """
+def shuffles(places, draws, seed):
+    """Orders (draws, N) of trials, which change places within places (N,) alone."""
     rng = np.random.default_rng(key_seed(seed, "shuffle"))
+    orders = np.tile(np.arange(len(places)), (draws, 1))
     groups = [np.flatnonzero(places == place) for place in np.unique(places)]
-    own = np.arange(len(right))
-    reached = 0
-    for _ in range(draws):
-        other = own.copy()
+    for order in orders:
         for group in groups:
-            other[group] = rng.permutation(group)
-        reached += right[own, other].mean() >= right[own, own].mean() - 1e-12
+            order[group] = rng.permutation(group)
+    return orders
+
+
+def permuted(right, places, draws, seed):
+    """Expected score (N,) of each trial with shuffled EEG, and p of the mean score.
+
+    right (N, N): what trial j's EEG gives for trial i's name.
+    """
+    each = np.arange(len(right))
+    score = right[each, each].mean()
+    reached = (right[each, shuffles(places, draws, seed)].mean(1) >= score - 1e-12).sum()
     expected = np.zeros(len(right))
-    for group in groups:
+    for place in np.unique(places):
+        group = np.flatnonzero(places == place)
         expected[group] = right[np.ix_(group, group)].mean(1)
-    return expected, (1 + reached) / (1 + draws)
+    return expected, (1 + reached) / (1 + draws) if math.isfinite(score) else math.nan
 
 
 def top_k(scores, k):
@@ -1133,8 +1055,7 @@ def score_rows(config, table, metric, good, names, chance=None, sign=1, **consta
     """A metric beside its controls, as rows of results.csv.
 
     good (N, K): what each trial's EEG gives for each of K names; sign -1: less is better. chance:
-    the majority word's or shuffled EEG's where none is given. constants, by control: (K,) what
-    each name gets whatever the EEG is.
+    the best control by default. constants, by control: (K,), what names get whatever the EEG is.
     """
     own = np.searchsorted(names, table.word)
     right = sign * good[:, own].T
@@ -1143,7 +1064,7 @@ def score_rows(config, table, metric, good, names, chance=None, sign=1, **consta
     for control, constant in constants.items():
         values[control] = constant[own]
     if chance is None:
-        chance = float(np.mean(values.get("majority", values["shuffled"])))
+        chance = max(np.mean(values[control]) for control in ("shuffled", *constants))
     rows = []
     for control, value in values.items():
         row = {"metric": metric, "control": control}
@@ -1174,13 +1095,12 @@ def evaluate(run, config, experiment, name, prior):
         rows += score(f"top{k}", good, names, min(1.0, k / len(names)), **controls)
     by_token = information / [1 + len(text.ids[name]) for name in names]
     rows += score("top1 by pmi per token", top_k(by_token, 1), names, 1 / len(names))
-    rows += score("top1 by likelihood", top_k(scores[:, columns], 1), names, 1 / len(names))
     said = say(run, config, experiment, ids)
     nothing = say(run, config, experiment, ids[:1], without_eeg=True)
-    majority = spelled(experiment.commonest[0])
-    for metric, right in (("naive accuracy", naive), ("flexible accuracy", flexible)):
-        good = right_answers(right, text, names, [*said, *nothing, majority])
-        rows += score(metric, good[:-2], names, empty=good[-2], majority=good[-1])
+    answers = [*said, *nothing, experiment.commonest[0]]
+    for kind, good in zip(("naive", "flexible"), right_answers(text, names, answers)):
+        controls = {"empty": good[-2], "majority": good[-1]}
+        rows += score(f"{kind} accuracy", good[:-2], names, **controls)
     answers = [text.tokenizer.encode(" " + (answer or "?")) for answer in said]
     similar = (experiment.space.names(answers) @ experiment.points(words).T).numpy()
     rows += score("similarity", similar, words)
@@ -1192,45 +1112,16 @@ def evaluate(run, config, experiment, name, prior):
     return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.data)
 
 
-def right_answers(right, text, names, answers):
-    """(N, K): is each of N answers right for each of K names?"""
-    good = np.zeros((len(answers), len(names)))
-    for j, name in enumerate(names):
-        good[:, j] = [right(answer, name, text.synonyms[name]) for answer in answers]
-    return good
-
-
-def probes(experiment):
-    """Validation trials whose neural tokens are kept: one each of some words."""
-    ids = experiment.sets["val"]
-    ids = ids[np.unique(experiment.trials.word[ids], return_index=True)[1]]
-    return ids[np.linspace(0, len(ids) - 1, min(PROBES, len(ids))).astype(int)]
-
-
-@torch.no_grad()
-def keep_tokens(run, experiment, step):
-    """Keep the neural tokens of the probes (N, P, C) for telepath_questions.py."""
-    signals = experiment.trials.batch(probes(experiment), run.device)
-    with run.autocast():
-        tokens = experiment.model.eval().prefix(*signals)
-    folder = run.out / "tokens"
-    folder.mkdir(exist_ok=True)
-    for file in folder.glob("*.npy"):
-        if int(file.stem) >= step:  # of an earlier run, or beyond the checkpoint
-            file.unlink()
-    with aside(folder / f"{step:07d}.npy") as file:
-        np.save(file, tokens.float().cpu().numpy())
-
-
-def evaluate_sets(run, config, experiment):
-    """Rows and samples of all evaluation sets that have trials: two tables."""
+def report(run, config, experiment):
+    """Score all evaluation sets that have trials with the best model, once: tables and a figure."""
+    best = run.load("best.pt")
+    experiment.model.load_state_dict(best["model"])
+    run.print(f"step {best['step']} was chosen on validation")
     words, ids = experiment.trials.words, experiment.text.ids
     unsayable = [word for word in words if len(ids[word]) > config.max_new_tokens]
     if unsayable:
-        run.print(
-            f"{len(unsayable)} of {len(words)} names are longer than max_new_tokens="
-            f"{config.max_new_tokens} and cannot be said: {', '.join(unsayable[:10])}"
-        )
+        limit = f"max_new_tokens={config.max_new_tokens} and cannot be said"
+        run.print(f"{len(unsayable)} of {len(words)} names are longer than {limit}: {unsayable}")
     scores, _ = rank(run, experiment, subset(experiment.sets["val"], config), words)
     prior = np.logaddexp.reduce(scores, axis=0) - math.log(len(scores))
     tables = []
@@ -1240,52 +1131,31 @@ def evaluate_sets(run, config, experiment):
     table, samples = map(pd.concat, zip(*tables))
     decisive = (table.metric == "top1") & (table.control == "eeg")
     table["p_corrected"] = (decisive.sum() * table.p.where(decisive)).clip(upper=1)
-    return table.assign(data=experiment.trials.data, unsayable=len(unsayable)), samples
-
-
-def report(run, config, experiment):
-    """Score the evaluation sets with the best model, once, and draw the figures."""
-    run.barrier()
-    best = run.load("best.pt")
-    experiment.model.load_state_dict(best["model"])
-    run.print(f"step {best['step']} was chosen on validation")
-    if run.master:
-        table, samples = evaluate_sets(run, config, experiment)
-        for _, row in table.iterrows():
-            run.result(**row.dropna())
-        write_aside(run.out / "samples.csv", samples.to_csv(index=False))
-        run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
-        lines = table[table.metric.isin(METRICS)].pivot(index=["set", "metric"], columns="control")
-        columns = [("low", "eeg"), ("high", "eeg"), ("chance", "eeg"), ("p", "eeg"), ("n", "eeg")]
-        run.print(lines[["score"]].join(lines[columns]).to_string(float_format="{:.3f}".format))
-        title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
-        plot_curves(run.out / "curves.png", run.out / "log.jsonl", title)
-        plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
-    run.merge()
+    table = table.assign(data=experiment.trials.data, unsayable=len(unsayable))
+    for _, row in table.iterrows():
+        run.result(**row.dropna())
+    write_aside(run.out / "samples.csv", samples.to_csv(index=False))
+    run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
+    shown = table[(table.control == "eeg") & table.metric.isin(METRICS)]
+    columns = ["set", "metric", "score", "low", "high", "chance", "p", "n"]
+    run.print(shown[columns].to_string(index=False, float_format="{:.3f}".format))
+    title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
+    plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
 
 
 # ---- plots
-
-
-def save_figure(figure, path):
-    with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png", bbox_inches="tight")
-    plt.close(figure)
-
-
-def plot_curves(path, log, title):
-    """Training and validation over steps, from the log."""
-    panels = [("train_loss", "val_rank_loss"), ("val_top1", "val_chance")]
-    table = pd.read_json(log, lines=True).groupby("step").first()
-    table = table.reindex(columns=sum(panels, ())).interpolate("index", limit_area="inside")
-    axes = table.plot(subplots=panels, layout=(1, 2), figsize=(10, 3.6), title=title)
-    save_figure(axes[0, 0].figure, path)
-
 
 METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
 METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
 METRICS |= {"similarity": "similarity of what is said"}
 COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majority": "#d9a441"}
+
+
+def save_figure(figure, path):
+    """Write a PNG aside."""
+    with aside(path) as file:
+        figure.savefig(file, dpi=130, format="png", bbox_inches="tight")
+    plt.close(figure)
 
 
 def plot_results(path, table, title):
@@ -1308,11 +1178,32 @@ def plot_results(path, table, title):
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 
 
+def describe(run, experiment):
+    """Write splits.json, and say what there is."""
+    trials, manifest = experiment.trials, experiment.manifest
+    if run.master:
+        write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
+    counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
+    counts = f"{trials.data}: {counts} trials, {manifest['purged']} purged for overlap"
+    run.print("\n".join([*trials.notes, counts]))
+
+
+def log_step(run, config, training, losses, norm):
+    """Log the mean of each loss over the micro-batches of a step, on all ranks."""
+    if training.step % config.log_interval and training.step > 1:
+        return
+    numbers = {}
+    for key in losses[0]:
+        mean = torch.stack([part[key].detach() for part in losses]).mean()
+        numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
+    run.log(training.step, **numbers, grad_norm=norm.item())
+
+
 def settle(run, config, training):
     """With `minutes`, settle max_iters once enough steps were measured, but for the first three."""
+    n_measured = training.step - 3
     if config.max_iters != UNSETTLED:
         return
-    n_measured = training.step - training.first - 3
     if n_measured == 0:
         training.began = time.time()
     seconds = run.reduce(time.time() - training.began, "max")
@@ -1326,40 +1217,15 @@ def settle(run, config, training):
     run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
 
 
-def describe(run, experiment):
-    """Say what is trained on what, and write splits.json."""
-    trials, manifest = experiment.trials, experiment.manifest
-    if run.master:
-        write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
-    counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
-    millions, learned = 0.0, 0.0
-    for p in experiment.model.parameters():
-        millions += p.numel() / 1e6
-        learned += p.numel() / 1e6 * p.requires_grad
-    run.print("\n".join(trials.notes))
-    run.print(
-        f"{trials.data}: {len(trials.recordings)} recordings, {counts} trials, "
-        f"{manifest['purged']} purged for overlap; {learned:.2f} M of {millions:.2f} M weights "
-        f"learn, {run.dtype} on {run.device}"
-    )
-
-
-def save(run, config, experiment, training, name):
-    """Write a checkpoint; ckpt.pt has what a resumed run needs, too."""
-    model = experiment.model
-    state = {"kind": "telepath", "step": training.step, "config": asdict(config)}
-    state |= {"lm_args": asdict(model.lm.config), "encoder_args": asdict(model.encoder.config)}
-    state |= {"fusion_args": model.args, "model": model.state_dict()}
-    state |= {"tokenizer": experiment.text.tokenizer.state, "split": experiment.manifest["hash"]}
-    if name == "ckpt.pt":
-        state |= {"optimizer": training.optimizer.state_dict(), "best": training.best}
-        state |= {"scaler": run.scaler.state_dict(), "reference": training.reference}
-        state["wte"] = experiment.space.wte
-    run.save(name, state)
+def probes(experiment):
+    """Validation trials whose neural tokens are kept: one each of some words."""
+    ids = experiment.sets["val"]
+    ids = ids[np.unique(experiment.trials.word[ids], return_index=True)[1]]
+    return ids[np.linspace(0, len(ids) - 1, min(PROBES, len(ids))).astype(int)]
 
 
 def validate(run, config, experiment, training):
-    """Rank validation trials among the training words, keep their tokens, and the best model."""
+    """Rank validation trials among the training words, keep neural tokens, and the best model."""
     start = time.time()
     ids = subset(experiment.sets["val"], config)
     words = experiment.train_words
@@ -1369,60 +1235,59 @@ def validate(run, config, experiment, training):
     loss = F.cross_entropy(torch.from_numpy(information), torch.from_numpy(own)).item()
     right = top_k(information, 1)[np.arange(len(ids)), own].mean()
     run.log(training.step, val_rank_loss=loss, val_top1=right, val_chance=1 / len(words))
-    if run.master:
-        keep_tokens(run, experiment, training.step)
+    _, tokens = next(neural_tokens(run, experiment, probes(experiment)))
+    training.tokens[training.step] = tokens.float().cpu()
     if loss < training.best:
         training.best = loss
         save(run, config, experiment, training, "best.pt")
     training.validation = run.reduce(time.time() - start, "max")
 
 
-def log_step(run, config, training, losses, norm):
-    """Log what the losses (a dict of each micro-batch) were made of, mean over ranks."""
-    if training.step % config.log_interval and training.step > 1:
-        return
-    numbers = {}
-    for key in losses[0]:
-        mean = torch.stack([part[key].detach() for part in losses]).mean()
-        numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
-    run.log(training.step, **numbers, grad_norm=norm.item())
+def save(run, config, experiment, training, name):
+    """Write a checkpoint."""
+    model = experiment.model
+    state = {"kind": "telepath", "step": training.step, "config": asdict(config)}
+    state |= {"lm_args": asdict(model.lm.config), "encoder_args": asdict(model.encoder.config)}
+    state |= {"fusion_args": model.args, "model": model.state_dict()}
+    state |= {"tokenizer": experiment.text.tokenizer.state, "wte": experiment.space.wte}
+    state |= {"split": experiment.manifest["hash"], "eeg_seen": experiment.eeg_seen}
+    state |= {"optimizer": training.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+    state |= {"reference": training.reference, "best": training.best, "tokens": training.tokens}
+    run.save(name, state)
 
 
-def supervised_step(run, config, experiment, training):
-    """One step towards the names of what was seen: losses of each micro-batch, gradient norm."""
-    experiment.model.train()
-    losses = []
-    for batch in training.batches():
-        with run.autocast():  # [BON, neural tokens, EON | prompt, name]
-            logits, neural = experiment.model(*batch.inputs, start=experiment.text.start)
-        loss = log_probs(logits, batch.target).sum() / -(batch.target >= 0).sum()
-        parts = {"word": loss}  # of word and stop alone
-        if config.align:
-            parts["align"] = align_loss(neural[:, 0], batch, experiment)
-            loss = loss + config.align * parts["align"]
-        training.backward(loss)
-        losses.append({"loss": loss, **parts})
-    return losses, training.update()
+def supervised_loss(run, config, experiment, batch):
+    """The losses of a micro-batch, towards the names of what was seen."""
+    model, space = experiment.model.train(), experiment.space
+    with run.autocast():  # [BON, neural tokens, EON | prompt, name]
+        logits, neural = model(*batch.inputs, start=experiment.text.start)
+    word = log_probs(logits, batch.target).sum() / -(batch.target >= 0).sum()
+    if not config.align:
+        return {"loss": word}
+    # which training word's embedding is near the first neural token, where it has heard anything
+    points = experiment.train_points.to(run.device)
+    first = unit(neural[:, 0].float() - space.mean.to(run.device), 0.01 * space.size)
+    losses = F.cross_entropy(first @ points.T / TEMPERATURE, batch.word, reduction="none")
+    align = (losses * batch.heard).sum() / batch.heard.sum().clamp_min(1)
+    return {"loss": word + config.align * align, "word": word, "align": align}
 
 
-def preference_step(run, config, experiment, training):
-    """One step towards preferring the right name over one of something unlike it."""
-    experiment.model.eval()  # no dropout between policy and reference
-    losses = []
-    for batch in training.batches():
-        start = {"start": experiment.text.start}
-        with run.autocast():
-            policy, _ = experiment.model(*batch.inputs, **start)
-        with torch.no_grad(), run.autocast():  # the frozen GPT is shared
-            weights, inputs = training.reference, tuple(batch.inputs)
-            reference, _ = torch.func.functional_call(experiment.model, weights, inputs, start)
-        policy = log_probs(policy, batch.target).sum(-1)  # (B, 2)
-        reference = log_probs(reference, batch.target).sum(-1)
-        loss, margin = dpo_loss(policy, reference, config.beta)
-        training.backward(loss)
-        preferred = (margin > 0).float().mean()
-        losses.append({"loss": loss, "margin": margin.mean(), "preferred": preferred})
-    return losses, training.update()
+def preference_loss(run, config, experiment, batch, weights):
+    """The losses of a micro-batch: prefer the right name over one of something unlike it.
+
+    weights: what those that learn were at first; the rest is shared.
+    """
+    model = experiment.model.eval()  # no dropout between policy and reference
+    start = {"start": experiment.text.start}
+    with run.autocast():
+        policy, _ = model(*batch.inputs, **start)
+    with torch.no_grad(), run.autocast():
+        reference, _ = torch.func.functional_call(model, weights, tuple(batch.inputs), start)
+    gained = log_probs(policy, batch.target) - log_probs(reference, batch.target)
+    gained = gained.sum(-1)  # (B, 2): of the right name, and of the other
+    margin = config.beta * (gained[:, 0] - gained[:, 1])
+    preferred = (margin > 0).float().mean()
+    return {"loss": -F.logsigmoid(margin).mean(), "margin": margin.mean(), "preferred": preferred}
 
 
 def main(config):
@@ -1432,17 +1297,21 @@ def main(config):
     training = Training(run, config, experiment, experiment.sets["train"])
     describe(run, experiment)
     run.rewind(training.step)
-    if config.compile:
-        experiment.model.lm.compile_blocks()
     if not training.step:
         validate(run, config, experiment, training)
         if config.minutes:
             config.max_iters = UNSETTLED
-    train_step = preference_step if config.stage == "dpo" else supervised_step
     bar = run.progress(config.max_iters, training.step, config.stage)
     run.stopping()  # from here on a signal waits for the end of a step
     while training.step < config.max_iters and not run.stopped:
-        losses, norm = train_step(run, config, experiment, training)
+        losses = []  # of each micro-batch
+        for batch in training.batches():
+            if config.stage == "sft":
+                losses.append(supervised_loss(run, config, experiment, batch))
+            else:
+                losses.append(preference_loss(run, config, experiment, batch, training.reference))
+            training.backward(losses[-1]["loss"])
+        norm = training.update()
         log_step(run, config, training, losses, norm)
         settle(run, config, training)
         bar.total = config.max_iters
@@ -1455,7 +1324,10 @@ def main(config):
             save(run, config, experiment, training, "ckpt.pt")
     bar.close()
     if not run.stopped:
-        report(run, config, experiment)
+        run.barrier()
+        if run.master:
+            report(run, config, experiment)
+        run.merge()
     run.close()
 
 

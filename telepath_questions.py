@@ -1,4 +1,4 @@
-"""The questions behind telepath.py, each a table and a figure with its null.
+"""The questions behind telepath.py, each a table with its null.
 
     python telepath_questions.py analysis=window        # does EEG before the picture matter, too?
     python telepath_questions.py analysis=frozen        # does a fine-tuned GPT unlearn other names?
@@ -16,7 +16,6 @@ nostalgebraist 2020 (logit lens).
 
 import copy
 import math
-import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,7 +28,7 @@ from torch.nn import functional as F
 import telepath
 from configurator import Run, configure, key_seed
 from data import InputError, write_aside
-from model import ENCODERS
+from model import ENCODERS, load_checkpoint
 from telepath import measured, place, rank, save_figure, score_rows, subset, top_k
 
 NULLS = 500  # shuffles of the words, for query-key and logit lens
@@ -48,10 +47,8 @@ class Config(telepath.Config):
         if self.minutes:
             raise InputError("minutes= is for telepath.py alone: give max_iters= here")
         if (self.analysis == "tokens") != (self.init_from != "scratch"):
-            raise InputError(
-                "analysis=tokens reads a run of telepath.py (init_from=out/telepath), the others "
-                "train models of their own"
-            )
+            problem = "analysis=tokens reads a run (init_from=out/telepath)"
+            raise InputError(f"{problem}, the others train models of their own")
         if self.analysis in ("frozen", "generalise", "architecture") and not self.held_out_objects:
             raise InputError(f"analysis={self.analysis} needs held_out_objects= above 0")
 
@@ -65,11 +62,18 @@ def fresh(run, config, **options):
     return config, telepath.Experiment(run, config, config.dataset)
 
 
+def train_step(run, config, experiment, training):
+    """One step towards the names of what was seen."""
+    for batch in training.batches():
+        training.backward(telepath.supervised_loss(run, config, experiment, batch)["loss"])
+    training.update()
+
+
 def fit(run, config, experiment, ids):
     """Train on some trials for config.max_iters steps, on this rank alone."""
     training = telepath.Training(run, config, experiment, ids, alone=True)
     for _ in range(config.max_iters):
-        telepath.supervised_step(run, config, experiment, training)
+        train_step(run, config, experiment, training)
 
 
 def top1(run, config, experiment, name, words=None, silenced=()):
@@ -78,41 +82,12 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     ids = experiment.sets[name]
     words = sorted(words or set(table.word.iloc[ids]))
     ids = subset(ids[table.word.iloc[ids].isin(words).to_numpy()], config)
-    table = table.iloc[ids]
     scores, empty = rank(run, experiment, ids, words, silenced)
     good = top_k(scores - empty, 1)
-    row, shuffled = score_rows(config, table, "top1", good, words, 1 / len(words))
+    row, shuffled = score_rows(config, table.iloc[ids], "top1", good, words, 1 / len(words))
     row |= {"set": name, "shuffled": shuffled["score"], "data": experiment.trials.data}
-    run.print(
-        f"    {name}: top-1 {row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}] beside "
-        f"{row['chance']:.3f} of chance, {row['shuffled']:.3f} shuffled, n = {row['n']}"
-    )
+    run.print(f"    {name}: top-1 {row['score']:.3f}, shuffled EEG {row['shuffled']:.3f}")
     return row
-
-
-def sweep(run, config, jobs, work, draw):
-    """Deal jobs (dicts of keys) over ranks, skip those whose rows are there, draw the table.
-
-    work(run, config, job) returns a job's rows, which are written together: a job cut short is
-    done again.
-    """
-    done = run.rows()
-    for job in run.share(jobs):
-        same = done.reindex(columns=list(job)) == pd.Series(job)
-        if not same.all(axis=1).any():
-            run.print(job)
-            for row in work(run, config, job):
-                run.result(**{**job, **row})
-    table = run.merge()
-    if run.master and len(table):
-        figure = draw(table)
-        figure.suptitle(
-            f"analysis={config.analysis}, {config.max_iters} steps each; {table.data.iloc[0]} "
-            "(95 % over objects)",
-            fontsize=10,
-        )
-        save_figure(figure, run.out / f"{config.analysis}.png")
-        run.print(f"{config.analysis}.png and results.csv in {run.out}")
 
 
 def error_bars(axis, part, x, label):
@@ -121,14 +96,8 @@ def error_bars(axis, part, x, label):
     axis.errorbar(x, part.score, errors, fmt="-o", ms=4, capsize=2, label=label)
 
 
-def chance_line(axis, table):
-    """The chance level of a table."""
-    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
-
-
 # ---- window: does EEG from before or after the picture matter?
-# Models of slices, of growing windows, and of the whole window with a slice silenced. Before the
-# picture it must be chance.
+# Models of slices, of growing windows, and of the whole one with a slice silenced.
 
 
 def slices(config):
@@ -148,13 +117,12 @@ def window_jobs(run, config):
 
 def window_rows(run, config, job):
     """Train a job's model and give its rows of results, as each _rows function does."""
-    options = {}
     if job["kind"] != "silenced":
-        options = {"t_start": job["start"], "t_end": job["end"]}
-    one, experiment = fresh(run, config, **options)
-    fit(run, one, experiment, experiment.sets["train"])
-    if job["kind"] != "silenced":
+        one, experiment = fresh(run, config, t_start=job["start"], t_end=job["end"])
+        fit(run, one, experiment, experiment.sets["train"])
         return [top1(run, one, experiment, "trial")]
+    one, experiment = fresh(run, config)
+    fit(run, one, experiment, experiment.sets["train"])
     trials = experiment.trials
     rows = []
     for start in slices(config):
@@ -177,7 +145,7 @@ def draw_window(table):
         error_bars(axis, part, x, label)
         if kind == "slice":
             axis.plot(x, part.shuffled, c="0.6", label="shuffled EEG")
-    chance_line(axis, table)
+    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
     axis.axvline(0, c="0.8", zorder=0)
     axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set")
     axis.legend(fontsize=8, frameon=False)
@@ -200,27 +168,22 @@ def frozen_rows(run, config, job):
     original = copy.deepcopy(experiment.model.lm).eval()
     neutral = neutral_text(run, one, experiment, original)
     training = telepath.Training(run, one, experiment, experiment.sets["train"], alone=True)
-    interval = max(1, config.max_iters // 5)
     rows = []
     for step in range(config.max_iters + 1):
         if step:
-            telepath.supervised_step(run, one, experiment, training)
-        if step % interval == 0 or step == config.max_iters:
-            drift = drift_on(neutral, original, experiment.model.lm)
+            train_step(run, one, experiment, training)
+        if step % max(1, config.max_iters // 5) == 0 or step == config.max_iters:
+            drift = drift_on(neutral, original, experiment.model.lm, one)
             run.print(f"    step {step}: drift {drift['score']:.4f} nats")
             for row in [*held_out_names(run, one, experiment), drift]:
                 rows.append({**row, "step": step, "data": experiment.trials.data})
-    for name in ("trial", "object"):
-        rows.append(top1(run, one, experiment, name))
-    return rows
+    return [*rows, top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
 
 
 def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
     """Text (n_texts, length) that the GPT itself writes."""
     text = experiment.text
-    begin = text.prompt
-    if text.tokenizer.eot is not None:
-        begin = [text.tokenizer.eot]
+    begin = text.prompt if text.tokenizer.eot is None else [text.tokenizer.eot]
     rows = lm.generate([begin] * n_texts, length, seed=key_seed(config.seed, "neutral"))
     return torch.tensor([begin + row for row in rows], device=run.device)
 
@@ -239,24 +202,22 @@ def held_out_names(run, config, experiment):
     values["place among all names"] = (place(scores)[own], 0.5)
     for metric, without_eeg in (("said", False), ("said without EEG", True)):
         answers = telepath.say(run, config, experiment, ids, without_eeg, temperature=1.0)
-        said = telepath.right_answers(telepath.flexible, text, held_out, answers).any(1)
-        values[metric] = (said, len(held_out) / len(trials.words))
+        _, right = telepath.right_answers(text, held_out, answers)
+        values[metric] = (right.any(1), len(held_out) / len(trials.words))
     rows = []
     for metric, (value, chance) in values.items():
-        row = measured(value, chance, table.object, config)
-        rows.append({**row, "metric": metric, "set": "object"})
-    return rows
+        rows.append({**measured(value, chance, table.object, config), "metric": metric})
+    return [{**row, "set": "object"} for row in rows]
 
 
 @torch.no_grad()
-def drift_on(neutral, original, lm):
+def drift_on(neutral, original, lm, config):
     """KL (nats per token) from the original GPT on its own text: a row, interval over texts."""
     p = original(neutral).logits.float().log_softmax(-1)
     q = lm(neutral).logits.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
-    half = 1.96 * kl.std(ddof=1) / math.sqrt(len(kl))
-    row = {"score": kl.mean(), "low": kl.mean() - half, "high": kl.mean() + half, "n": len(kl)}
-    return {**row, "chance": 0.0, "metric": "drift", "set": "neutral text"}
+    row = measured(kl, 0.0, range(len(kl)), config)
+    return {**row, "metric": "drift", "set": "neutral text"}
 
 
 def draw_frozen(table):
@@ -304,18 +265,6 @@ def generalise_rows(run, config, job):
     return [of_seen, top1(run, one, experiment, "object", unseen[:least])]
 
 
-def draw_generalise(table):
-    """Accuracy of seen and unseen words over their number."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, label in (("trial", "seen words"), ("object", "unseen words")):
-        part = table[table.set == name].sort_values("trained")
-        error_bars(axis, part, part.trained, label)
-    chance_line(axis, table)
-    axis.set(xlabel="words in training", ylabel=f"top-1 among {1 / table.chance.iloc[0]:.0f} words")
-    axis.legend(frameon=False)
-    return figure
-
-
 # ---- architecture: are there better ones?
 # Encoders, fusions, positions and masks at equal steps.
 
@@ -336,39 +285,12 @@ def architecture_jobs(run, config):
 
 
 def architecture_rows(run, config, job):
-    """Scores, size and time of one encoder or fusion."""
+    """Scores of one encoder or fusion, and how many weights learned."""
     one, experiment = fresh(run, config, **job)
-    start = time.perf_counter()
     fit(run, one, experiment, experiment.sets["train"])
-    ms = 1e3 * (time.perf_counter() - start) / one.max_iters
     learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
-    run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms per step")
-    rows = []
-    for name in ("trial", "object"):
-        rows.append({**top1(run, one, experiment, name), "learned": learned})
-    return rows
-
-
-def draw_architecture(table):
-    """Scores of encoders and fusions beside their cost."""
-    labels = []
-    base = table.iloc[0]  # the options as they are
-    for row in table.to_dict("records"):
-        keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
-        changed = [f"{key}={row[key]}" for key in keys if row[key] != base[key]]
-        labels.append(f"{', '.join(changed) or 'as it is'} ({row['learned'] / 1e6:.2f} M)")
-    table = table.assign(label=labels)
-    size = (11, 0.16 * len(table) + 1.6)
-    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
-    for axis, name in zip(axes, ("trial", "object")):
-        part = table[table.set == name].iloc[::-1]
-        errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
-        axis.errorbar(part.score, part.label, xerr=errors, fmt="o", capsize=2)
-        axis.plot(part.shuffled, part.label, "x", c="0.6", label="shuffled EEG")
-        axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
-        axis.set(xlabel=f"closed-set top-1, {name} set (parameters that learn)")
-    axes[0].legend(frameon=False, fontsize=8)
-    return figure
+    rows = [top1(run, one, experiment, name) for name in ("trial", "object")]
+    return [{**row, "learned": learned} for row in rows]
 
 
 # ---- tokens: where do the neural tokens of a run go, and what do they ask for?
@@ -379,46 +301,41 @@ def analyse_tokens(run, config):
     experiment = telepath.Experiment(run, config, config.dataset)
     if not run.master:
         return
-    source = telepath.checkpoint_path(config.init_from).parent
     ids = experiment.sets["trial"]
-    if not len(ids):
-        ids = experiment.sets["val"]
-    ids = subset(ids, config)
-    tables = {"trajectory": (trajectory(experiment, source), plot_way)}
+    ids = subset(ids if len(ids) else experiment.sets["val"], config)
+    folder = telepath.checkpoint_path(config.init_from).parent
+    last = load_checkpoint(folder / "ckpt.pt")
+    tables = {"trajectory": trajectory(experiment, last["tokens"])}
+    plot_way(tables["trajectory"], experiment.space, run.out / "trajectory.png")
     if experiment.model.fusion != "cross":  # there neural tokens never ask
-        tables["query_key"] = (query_key(run, config, experiment, ids), plot_query_key)
-        tables["logit_lens"] = (logit_lens(run, config, experiment, ids), plot_lens)
-    for name, (table, plot) in tables.items():
+        tables["query_key"] = query_key(run, config, experiment, ids)
+        plot_query_key(tables["query_key"], run.out / "query_key.png")
+        tables["logit_lens"] = logit_lens(run, config, experiment, ids)
+    for name, table in tables.items():
         table = table.assign(data=experiment.trials.data)
         write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
-        figure = plot(table, experiment)
-        figure.suptitle(f"{experiment.trials.data}; {config.init_from}", fontsize=10)
-        save_figure(figure, run.out / f"{name}.png")
-        run.print(f"{name}.csv and {name}.png in {run.out}")
+        run.print(f"{name}.csv in {run.out}")
 
 
-def trajectory(experiment, source):
-    """Rows (step, trial, token): where the neural tokens of the probes were.
+def trajectory(experiment, kept):
+    """Rows (step, trial, token): where the neural tokens of the probes were; kept: {step: tokens}.
 
     nearest: the five nearest tokens by cleaned cosine; entropy: nats, of their softmax at a
     temperature of 0.1 (1.61 at most); distance: 1 - cosine to the word's own embedding, others:
     mean to all other names; pc1, pc2: on the first axes of the token embedding.
     """
-    files = sorted((source / "tokens").glob("*.npy"))
-    if not files:
-        raise InputError(f"{source / 'tokens'} holds no neural tokens: train with telepath.py")
     space, text, words = experiment.space, experiment.text, experiment.trials.words
     vocabulary = space.clean(space.wte)
     names = experiment.points(words)
     parts = []
-    for file in files:
-        for trial, tokens in zip(telepath.probes(experiment), torch.from_numpy(np.load(file))):
+    for step, probes in kept.items():
+        for trial, tokens in zip(telepath.probes(experiment), probes):
             own = experiment.trials.word[trial]
             away = 1 - space.clean(tokens) @ names.T  # (P, K)
             near = (space.clean(tokens) @ vocabulary.T).topk(5)
             p = (near.values / 0.1).softmax(-1)
             at = (tokens - space.mean) @ space.axes
-            part = {"step": int(file.stem), "trial": trial, "token": range(len(tokens))}
+            part = {"step": step, "trial": trial, "token": range(len(tokens))}
             part |= {"word": words[own], "nearest": [quoted(text, row) for row in near.indices]}
             part |= {"entropy": -(p * p.log()).sum(-1), "distance": away[:, own]}
             part["others"] = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
@@ -434,23 +351,21 @@ def quoted(text, tokens):
 @torch.no_grad()
 def neural_states(run, experiment, ids):
     """Input of every layer in the neural stream: n_layer tensors (N, P, C)."""
-    model = experiment.model.eval()
     idx = torch.tensor([experiment.text.prompt], device=run.device)
     layers = []
-    for part in np.split(ids, range(64, len(ids), 64)):
+    for _, n in telepath.neural_tokens(run, experiment, ids):
         states = []
         with run.autocast():
-            n = model.prefix(*experiment.trials.batch(part, run.device))
-            model.trunk(n, idx.expand(len(n), -1), states=states)
+            experiment.model.trunk(n, idx.expand(len(n), -1), states=states)
         layers.append([neural[:, 1:].float() for neural, _ in states])
     return [torch.cat(parts) for parts in zip(*layers)]
 
 
 def shuffled_words(config, experiment, ids):
     """Numbers (N,) of the trials' words among the training words, and NULLS shuffles of them."""
-    own = np.searchsorted(experiment.train_words, experiment.trials.table.word.iloc[ids])
-    rng = np.random.default_rng(key_seed(config.seed, "words"))
-    return own, np.stack([rng.permutation(own) for _ in range(NULLS)])
+    table = experiment.trials.table.iloc[ids]
+    own = np.searchsorted(experiment.train_words, table.word)
+    return own, own[telepath.shuffles(telepath.strata(table), NULLS, config.seed)]
 
 
 @torch.no_grad()
@@ -494,9 +409,8 @@ def name_states(run, lm, text, words):
     rows = [torch.tensor(text.prompt + text.ids[word]) for word in words]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(run.device)
     hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
-    each = torch.arange(len(rows))
-    last = torch.tensor([len(row) - 1 for row in rows])
-    return [hidden[i][each, last] for i in range(lm.config.n_layer)]
+    last = [len(row) - 1 for row in rows]
+    return [hidden[i][range(len(rows)), last] for i in range(lm.config.n_layer)]
 
 
 def mean_embeddings(lm, text, words):
@@ -541,10 +455,9 @@ def logit_lens(run, config, experiment, ids):
     return pd.DataFrame(rows)
 
 
-def plot_way(table, experiment):
+def plot_way(table, space, path):
     """The first neural token on the plane of the embedding's first axes, and its distance."""
     table = table[table.token == 0]
-    space = experiment.space
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     cloud = ((space.wte - space.mean) @ space.axes).numpy()[:: max(1, len(space.wte) // 3000)]
     left.scatter(*cloud.T, s=2, c="0.8", lw=0, rasterized=True)
@@ -558,10 +471,10 @@ def plot_way(table, experiment):
     left.set(xlabel="first axis of the token embedding", ylabel="second axis")
     right.set(xlabel="step", ylabel="1 − cosine to the seen word's embedding")
     right.legend(fontsize=8, frameon=False, title="word: nearest token")
-    return figure
+    save_figure(figure, path)
 
 
-def plot_query_key(table, experiment):
+def plot_query_key(table, path):
     """Likeness of neural queries and the key of the word, by layer and head; * corrected p < .05"""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     limit = max(4, table.z.abs().max())
@@ -575,27 +488,14 @@ def plot_query_key(table, experiment):
         axis.set(xlabel="head", ylabel="layer", title=f"key: {kind} (* corrected p < .05)")
         axis.set(xticks=grid.columns, yticks=grid.index)
     figure.colorbar(image, ax=axes, label="z against shuffled words")
-    return figure
+    save_figure(figure, path)
 
 
-def plot_lens(table, experiment):
-    """Place of the true word among all, read off each layer."""
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    for layer, part in table.groupby("layer"):
-        axis.plot(part.token, part.score, "-o", ms=4, label=f"before layer {layer}")
-    null = table.groupby("token").agg({"null_low": "min", "null_high": "max"})
-    axis.fill_between(null.index, null.null_low, null.null_high, color="0.85", label="shuffled")
-    axis.invert_yaxis()
-    axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)")
-    axis.legend(fontsize=8, frameon=False)
-    return figure
-
-
-SWEEPS = {
+QUESTIONS = {
     "window": (window_jobs, window_rows, draw_window),
     "frozen": (frozen_jobs, frozen_rows, draw_frozen),
-    "generalise": (generalise_jobs, generalise_rows, draw_generalise),
-    "architecture": (architecture_jobs, architecture_rows, draw_architecture),
+    "generalise": (generalise_jobs, generalise_rows, None),
+    "architecture": (architecture_jobs, architecture_rows, None),
 }
 
 
@@ -605,9 +505,24 @@ def main(config):
     config.dataset = str(run.dataset(config.dataset))
     if config.analysis == "tokens":
         analyse_tokens(run, config)
-    else:
-        jobs, work, draw = SWEEPS[config.analysis]
-        sweep(run, config, jobs(run, config), work, draw)
+        return run.close()
+    make_jobs, work, draw = QUESTIONS[config.analysis]
+    done = run.rows()
+    for job in run.share(make_jobs(run, config)):  # a model each
+        same = done.reindex(columns=list(job)) == pd.Series(job)
+        if not same.all(axis=1).any():
+            run.print(job)
+            for row in work(
+                run, config, job
+            ):  # all of them, or none: a job cut short is done again
+                run.result(**{**job, **row})
+    table = run.merge()
+    if run.master and draw and len(table):
+        figure = draw(table)
+        title = f"{config.max_iters} steps each; {table.data.iloc[0]} (95 % over objects)"
+        figure.suptitle(f"analysis={config.analysis}, {title}", fontsize=10)
+        save_figure(figure, run.out / f"{config.analysis}.png")
+    run.print(f"results.csv in {run.out}")
     run.close()
 
 
