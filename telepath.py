@@ -188,11 +188,8 @@ def same_word(word):
 def flexible(answer, word, synonyms=()):
     """Whether an answer names the word or a synonym, as whole words, in any case or number."""
     said = " ".join(words_of(answer.split("\n")[0]))
-    for name in (word, *synonyms):
-        name = " ".join(words_of(name))
-        if name and f" {name} " in f" {said} ":
-            return True
-    return answer.strip() == word
+    names = [" ".join(words_of(name)) for name in (word, *synonyms)]
+    return any(name and f" {name} " in f" {said} " for name in names)
 
 
 # ---- data: trials
@@ -550,8 +547,7 @@ class Batch:
 
     inputs: list  # signal (B, C, T), xyz, subject, idx (B, T), position, mask: of NeuralGPT
     target: torch.Tensor  # (B, K, W) token ids, see Text.pack
-    word: torch.Tensor  # (B,) number of the trial's word among the training words
-    heard: torch.Tensor  # (B,) False where the EEG is silence
+    word: torch.Tensor  # (B,) number among the training words, -1 where the EEG is silence
 
 
 def draw_trials(training, number):
@@ -569,7 +565,8 @@ def draw_trials(training, number):
 
 def make_batch(training, number):
     """Micro-batch `number`, which fixes its jitter, noise, silence, synonyms and negatives."""
-    config, experiment, device = training.config, training.experiment, training.run.device
+    config = training.config
+    experiment = training.experiment
     trials, text = experiment.trials, experiment.text
     rng = np.random.default_rng(key_seed(*training.key(number), "augment"))
     ids = draw_trials(training, number)
@@ -578,21 +575,20 @@ def make_batch(training, number):
     recording = trials.recording[ids]
     xyz, scale = trials.xyz[recording], trials.scale[recording]
     x, xyz = augmented(x, xyz, scale, rng, trials.sfreq, config)
-    heard = np.ones(len(ids), bool)
-    if config.stage == "sft":
-        heard = rng.random(len(ids)) >= SILENT
-        x[~heard] = 0
     words = trials.table.word.iloc[ids]
-    names = [[rng.choice(text.trained[word])] for word in words]
     word = np.searchsorted(experiment.train_words, words)
+    if config.stage == "sft":
+        silent = rng.random(len(ids)) < SILENT
+        x[silent] = 0
+        word[silent] = -1
+    names = [[rng.choice(text.trained[word])] for word in words]
     if config.stage == "dpo":
         rng = np.random.default_rng(key_seed(*training.key(number), "negatives"))
         for row, shares in zip(names, experiment.negatives[word]):
             row.append(rng.choice(experiment.train_words, p=shares))
-    *packed, target = text.pack(names, device)
-    inputs = [*trials.batch(ids, device, x, xyz), *packed]
-    word = torch.from_numpy(word).to(device)
-    return Batch(inputs, target, word, torch.from_numpy(heard).to(device))
+    *packed, target = text.pack(names, training.run.device)
+    inputs = [*trials.batch(ids, training.run.device, x, xyz), *packed]
+    return Batch(inputs, target, torch.from_numpy(word).to(training.run.device))
 
 
 # ---- names as tokens
@@ -1032,10 +1028,8 @@ def permuted(right, places, draws, seed):
     each = np.arange(len(right))
     score = right[each, each].mean()
     reached = (right[each, shuffles(places, draws, seed)].mean(1) >= score - 1e-12).sum()
-    expected = np.zeros(len(right))
-    for place in np.unique(places):
-        group = np.flatnonzero(places == place)
-        expected[group] = right[np.ix_(group, group)].mean(1)
+    same = places[:, None] == places
+    expected = (right * same).sum(1) / same.sum(1)
     return expected, (1 + reached) / (1 + draws) if math.isfinite(score) else math.nan
 
 
@@ -1262,13 +1256,12 @@ def supervised_loss(run, config, experiment, batch):
     with run.autocast():  # [BON, neural tokens, EON | prompt, name]
         logits, neural = model(*batch.inputs, start=experiment.text.start)
     word = log_probs(logits, batch.target).sum() / -(batch.target >= 0).sum()
-    if not config.align:
-        return {"loss": word}
     # which training word's embedding is near the first neural token, where it has heard anything
     points = experiment.train_points.to(run.device)
     first = unit(neural[:, 0].float() - space.mean.to(run.device), 0.01 * space.size)
-    losses = F.cross_entropy(first @ points.T / TEMPERATURE, batch.word, reduction="none")
-    align = (losses * batch.heard).sum() / batch.heard.sum().clamp_min(1)
+    options = {"ignore_index": -1, "reduction": "sum"}
+    align = F.cross_entropy(first @ points.T / TEMPERATURE, batch.word, **options)
+    align = align / (batch.word >= 0).sum().clamp_min(1)
     return {"loss": word + config.align * align, "word": word, "align": align}
 
 

@@ -153,8 +153,7 @@ def draw_window(table):
 
 
 # ---- frozen: does fine-tuning a GPT make names that were not in training unsayable?
-# The same run with the GPT frozen and learning: log-probability and place of held-out names for
-# EEG of their objects, how often one is sampled, and the drift from the GPT on its own text.
+# Probability, place and samples of held-out names, and the drift from the GPT on its own text.
 
 
 def frozen_jobs(run, config):
@@ -206,8 +205,9 @@ def held_out_names(run, config, experiment):
         values[metric] = (right.any(1), len(held_out) / len(trials.words))
     rows = []
     for metric, (value, chance) in values.items():
-        rows.append({**measured(value, chance, table.object, config), "metric": metric})
-    return [{**row, "set": "object"} for row in rows]
+        row = measured(value, chance, table.object, config)
+        rows.append({**row, "metric": metric, "set": "object"})
+    return rows
 
 
 @torch.no_grad()
@@ -222,9 +222,8 @@ def drift_on(neutral, original, lm, config):
 
 def draw_frozen(table):
     """Probability, samples, ranks and drift, frozen beside fine-tuned."""
-    metrics = ("log-probability", "place among all names", "said", "drift")
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
-    for axis, metric in zip(axes, metrics):
+    for axis, metric in zip(axes, ("log-probability", "place among all names", "said", "drift")):
         for arm, label in (("encoder+expert", "frozen GPT"), ("all", "fine-tuned GPT")):
             part = table[(table.metric == metric) & (table.train == arm)]
             error_bars(axis, part, part.step, label)
@@ -239,11 +238,10 @@ def draw_frozen(table):
 
 
 def seen_and_unseen(config, experiment):
-    """Training words in the order in which jobs take them, and held-out words; sorted numbers."""
+    """Training words in the order in which jobs take them, held-out words, the lesser number."""
     rng = np.random.default_rng(key_seed(config.split_seed, "generalise"))
     seen = rng.permutation(experiment.train_words).tolist()
-    ids = experiment.sets["object"]
-    unseen = sorted(set(experiment.trials.table.word.iloc[ids]))
+    unseen = sorted(set(experiment.trials.table.word.iloc[experiment.sets["object"]]))
     return seen, unseen, min(len(seen), len(unseen))
 
 
@@ -289,7 +287,7 @@ def architecture_rows(run, config, job):
     one, experiment = fresh(run, config, **job)
     fit(run, one, experiment, experiment.sets["train"])
     learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
-    rows = [top1(run, one, experiment, name) for name in ("trial", "object")]
+    rows = [top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
     return [{**row, "learned": learned} for row in rows]
 
 
@@ -320,9 +318,9 @@ def analyse_tokens(run, config):
 def trajectory(experiment, kept):
     """Rows (step, trial, token): where the neural tokens of the probes were; kept: {step: tokens}.
 
-    nearest: the five nearest tokens by cleaned cosine; entropy: nats, of their softmax at a
-    temperature of 0.1 (1.61 at most); distance: 1 - cosine to the word's own embedding, others:
-    mean to all other names; pc1, pc2: on the first axes of the token embedding.
+    nearest: the five nearest tokens by cleaned cosine; entropy: of their softmax (1.61 nats at
+    most); distance: 1 - cosine to the word's own embedding, others: mean to all other names; pc1,
+    pc2: on the first axes of the token embedding.
     """
     space, text, words = experiment.space, experiment.text, experiment.trials.words
     vocabulary = space.clean(space.wte)
@@ -335,17 +333,15 @@ def trajectory(experiment, kept):
             near = (space.clean(tokens) @ vocabulary.T).topk(5)
             p = (near.values / 0.1).softmax(-1)
             at = (tokens - space.mean) @ space.axes
+            nearest = []  # side by side, as they are typed
+            for row in near.indices.tolist():
+                nearest.append("|".join(repr(text.tokenizer.decode([i]))[1:-1] for i in row))
             part = {"step": step, "trial": trial, "token": range(len(tokens))}
-            part |= {"word": words[own], "nearest": [quoted(text, row) for row in near.indices]}
+            part |= {"word": words[own], "nearest": nearest}
             part |= {"entropy": -(p * p.log()).sum(-1), "distance": away[:, own]}
             part["others"] = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
             parts.append(pd.DataFrame({**part, "pc1": at[:, 0], "pc2": at[:, 1]}))
     return pd.concat(parts, ignore_index=True)
-
-
-def quoted(text, tokens):
-    """Tokens side by side, as they are typed."""
-    return "|".join(repr(text.tokenizer.decode([token]))[1:-1] for token in tokens.tolist())
 
 
 @torch.no_grad()
@@ -522,7 +518,6 @@ def main(config):
         title = f"{config.max_iters} steps each; {table.data.iloc[0]} (95 % over objects)"
         figure.suptitle(f"analysis={config.analysis}, {title}", fontsize=10)
         save_figure(figure, run.out / f"{config.analysis}.png")
-    run.print(f"results.csv in {run.out}")
     run.close()
 
 
