@@ -844,6 +844,7 @@ class Training:
             self.resume(experiment.state)
         self.began = time.time()
         self.validation = 0.0  # s that one takes
+        self.waited = 0.0  # s, for batches
         if config.compile:
             experiment.model.lm.compile_blocks()
         self.threads = ThreadPoolExecutor(max(1, config.num_workers))
@@ -866,11 +867,13 @@ class Training:
     def batches(self):
         """The micro-batches of a step, made ahead by threads: the same by any number of them."""
         for _ in range(self.n_micro // self.world):
+            start = time.perf_counter()
             while len(self.ahead) <= 2 * self.config.num_workers:
                 number = next(self.numbers)
                 self.ahead.append((number, self.threads.submit(make_batch, self, number)))
             number, made = self.ahead.popleft()
             batch = made.result()
+            self.waited += time.perf_counter() - start
             torch.manual_seed(key_seed(*self.key(number), "dropout"))
             yield batch
 
@@ -1126,8 +1129,8 @@ def report(run, config, experiment):
     decisive = (table.metric == "top1") & (table.control == "eeg")
     table["p_corrected"] = (decisive.sum() * table.p.where(decisive)).clip(upper=1)
     table = table.assign(data=experiment.trials.data, unsayable=len(unsayable))
-    for _, row in table.iterrows():
-        run.result(**row.dropna())
+    for row in table.to_dict("records"):
+        run.result(**row)
     write_aside(run.out / "samples.csv", samples.to_csv(index=False))
     run.print(samples.groupby("set", sort=False).head(3).to_string(index=False))
     shown = table[(table.control == "eeg") & table.metric.isin(METRICS)]
