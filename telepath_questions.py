@@ -216,8 +216,7 @@ def drift_on(neutral, original, lm, config):
     p = original(neutral).logits.float().log_softmax(-1)
     q = lm(neutral).logits.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
-    row = measured(kl, 0.0, range(len(kl)), config)
-    return {**row, "metric": "drift", "set": "neutral text"}
+    return {**measured(kl, 0.0, range(len(kl)), config), "metric": "drift", "set": "neutral text"}
 
 
 def draw_frozen(table):
@@ -263,8 +262,7 @@ def generalise_rows(run, config, job):
     return [of_seen, top1(run, one, experiment, "object", unseen[:least])]
 
 
-# ---- architecture: are there better ones?
-# Encoders, fusions, positions and masks at equal steps.
+# ---- architecture: are there better encoders, fusions, positions, masks at equal steps?
 
 
 def architecture_jobs(run, config):
@@ -301,8 +299,7 @@ def analyse_tokens(run, config):
         return
     ids = experiment.sets["trial"]
     ids = subset(ids if len(ids) else experiment.sets["val"], config)
-    folder = telepath.checkpoint_path(config.init_from).parent
-    last = load_checkpoint(folder / "ckpt.pt")
+    last = load_checkpoint(telepath.checkpoint_path(config.init_from).parent / "ckpt.pt")
     tables = {"trajectory": trajectory(experiment, last["tokens"])}
     plot_way(tables["trajectory"], experiment.space, run.out / "trajectory.png")
     if experiment.model.fusion != "cross":  # there neural tokens never ask
@@ -389,9 +386,8 @@ def query_key(run, config, experiment, ids):
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             cosines = torch.einsum("nhd,khd->hnk", q, k).double().cpu().numpy()
             for head, cosine in enumerate(cosines):
-                n_others = max(1, len(words) - 1)
-                excess = cosine - (cosine.sum(1, keepdims=True) - cosine) / n_others
-                row, null = against_shuffled(excess, own, shuffled)
+                others = (cosine.sum(1, keepdims=True) - cosine) / max(1, len(words) - 1)
+                row, null = against_shuffled(cosine - others, own, shuffled)
                 rows.append({"layer": i, "head": head, "key": kind, **row})
                 nulls.append(null)
     table = pd.DataFrame(rows)
@@ -462,8 +458,7 @@ def plot_way(table, space, path):
         left.annotate(word, part[["pc1", "pc2"]].iloc[-1], color=way.get_color())
         nearest = part.nearest.iloc[-1].split("|")[0].strip()
         right.plot(part.step, part.distance, "-o", ms=3, label=f"{word}: {nearest}")
-    mean = table.groupby("step").others.mean()
-    right.plot(mean.index, mean, c="k", ls=":", label="all other names, mean")
+    right.plot(table.groupby("step").others.mean(), c="k", ls=":", label="all other names, mean")
     left.set(xlabel="first axis of the token embedding", ylabel="second axis")
     right.set(xlabel="step", ylabel="1 − cosine to the seen word's embedding")
     right.legend(fontsize=8, frameon=False, title="word: nearest token")
