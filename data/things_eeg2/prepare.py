@@ -12,9 +12,6 @@ meta.yaml says epoch_tmin (s) and epoch_samples, and no window may leave its epo
 normalisation was the authors' and is not known to have spared the test trials' session.
 """
 
-import codecs
-import pickle
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +23,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, folder_of, options_of
+from data import InputError, folder_of, options_of, read_pickle
 from data import raw as reader
 from data.bids_eeg import prepare as bids
 from data.recording import write_recording
@@ -58,56 +55,21 @@ class Config:
         self.subjects = [s.removeprefix("sub-").zfill(2) for s in self.subjects]
 
 
-# ---- pickles, which could run anything: only what makes plain data is let in
-
-PLAIN = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "_codecs.encode": codecs.encode,  # protocol 2 writes bytes as text
-    "multiarray._reconstruct": np._core.multiarray._reconstruct,
-    "multiarray.scalar": np._core.multiarray.scalar,
-    "numeric._frombuffer": np._core.numeric._frombuffer,  # protocol 5
-}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads arrays, dicts, lists, tuples, strings and numbers."""
-
-    def find_class(self, module, name):
-        known = re.sub(r"^numpy\.(_core|core)\.", "", f"{module}.{name}")
-        if known not in PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return PLAIN[known]
-
-
 def read_dict(path, *keys):
-    """A dict with these keys out of a .npy that numpy would unpickle, or a plain pickle. InputError
-    for what is torn or holds anything but plain data."""
+    """The dictionary with these keys in a .npy or a pickle. Raises InputError."""
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{path} is not there: fetch it from osf.io/3jk45 (and unpack it)")
-    with open(check_content(path), "rb") as file:
-        try:
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
-                major, minor = np.lib.format.read_magic(file)
-                getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
-            else:
-                file.seek(0)
-            found = PlainUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a torn or hostile pickle may go wrong in any way it likes
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{path} is torn or no plain data ({reason}): fetch it again"
-            ) from None
-    if isinstance(found, np.ndarray) and found.shape == ():
-        found = found.item()
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__} where a dictionary was expected")
+    content = read_pickle(path)
+    if isinstance(content, np.ndarray) and content.shape == ():
+        content = content.item()
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} where a dictionary was expected")
     for key in keys:
-        if key not in found:
-            raise InputError(f"{path} lacks the key '{key}', it has {', '.join(map(str, found))}")
-    return found
+        if key not in content:
+            there = ", ".join(map(str, content))
+            raise InputError(f"{path} lacks the key '{key}', it has {there}")
+    return content
 
 
 # ---- what was shown
