@@ -140,12 +140,7 @@ def _parse(value, kind):
     origin = typing.get_origin(kind) or kind
     choices = typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):  # int | None, int | Literal["sheet"]
-        if str(value).lower() in ("none", "null", "") and types.NoneType in choices:
-            return None
-        try:
-            return _parse(value, choices[0])
-        except (ValueError, TypeError):
-            return _parse(value, choices[1])
+        return _parse_union(value, choices)
     if origin is typing.Literal:
         return {str(choice).lower(): choice for choice in choices}[str(value).lower()]
     if origin is str and not isinstance(value, (list, dict)):
@@ -161,6 +156,15 @@ def _parse(value, kind):
     if not isinstance(value, origin):
         raise TypeError(value)
     return value
+
+
+def _parse_union(value, kinds):
+    if types.NoneType in kinds and str(value).lower() in ("none", "null", ""):
+        return None
+    try:
+        return _parse(value, kinds[0])
+    except (ValueError, TypeError):
+        return _parse(value, kinds[1])
 
 
 def _parse_number(value, kind):
@@ -227,10 +231,14 @@ def check_keys(given, allowed, option):
 
 
 def load_function(spec, option):
-    """The function that spec, `my_file.py:name`, names."""
+    """The function that spec, `my_file.py:name`, names. The file may import its neighbours."""
     file, _, name = spec.partition(":")
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    before = set(sys.modules)
     try:
-        source = Path(file).read_text(encoding="utf-8")
+        _user_code.append(_hash(Path(file).read_text(encoding="utf-8")))
         loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
         module = types.ModuleType(loader.name)
         module.__file__ = file
@@ -239,7 +247,10 @@ def load_function(spec, option):
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
-    _user_code.append(_hash(source))
+    for imported in sys.modules.keys() - before:
+        path = getattr(sys.modules[imported], "__file__", None)
+        if path and Path(path).parent == Path(folder):
+            _user_code.append(_hash(Path(path).read_text(encoding="utf-8")))
     return function
 
 

@@ -2,6 +2,8 @@
 folder, keyed randomness, rows known by options, code and content."""
 
 import importlib
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +13,7 @@ import yaml
 
 import configurator
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
+from tests.helpers import ROOT
 
 
 @dataclass
@@ -143,6 +146,24 @@ def test_functions_of_a_users_file(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             load_function(spec, "model")
+
+
+def test_rows_are_known_by_what_a_users_file_imports(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import my_shapes\n\n\ndef build():\n    return my_shapes.n\n"
+    )
+    script = "import configurator, sys; from data.text import prepare; "
+    script += "build = configurator.load_function(sys.argv[1], 'model'); "
+    script += "print(build(), configurator.hash_code(prepare.Config))"
+    hashes = []
+    for n in (7, 7, 8):
+        (tmp_path / "my_shapes.py").write_text(f"n = {n}\n")
+        command = [sys.executable, "-B", "-c", script, f"{tmp_path}/mine.py:build"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True)
+        value, code = done.stdout.split()
+        assert int(value) == n
+        hashes.append(code)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @pytest.mark.parametrize(
