@@ -169,15 +169,16 @@ def stack_layers(layers, n_layer, n_units, path):
 
 
 def normalise(x):
-    """Columns of x (T, C) centred and of unit length in float32; z.T @ z are correlations.
+    """Rows of x (C, T), units over tokens, centred and of unit length in float32.
 
-    A column that is constant but for rounding, or all but silent, becomes zeros.
+    z @ z.T are correlations. A row that is constant but for rounding, or all but silent, becomes
+    zeros.
     """
     x = x.float()
-    mean = x.mean(0)
+    mean = x.mean(1, keepdim=True)
     x = x - mean
-    energy = x.square().sum(0)
-    alive = energy > 1e-11 * (energy + len(x) * mean.square()) + 1e-12
+    energy = x.square().sum(1, keepdim=True)
+    alive = energy > 1e-11 * (energy + x.size(1) * mean.square()) + 1e-12
     return x * (torch.where(alive, energy, 1.0).rsqrt() * alive)
 
 
@@ -186,12 +187,12 @@ def window_correlations(x, units):
 
     units (K, n): the units in each window.
     """
-    z = normalise(x)
     K, n = units.shape
-    if K * n * n > z.size(1) ** 2:  # many windows: blocks of one Gram matrix
-        return (z.T @ z)[units[:, :, None], units[:, None, :]]
-    window = z.T.index_select(0, units.flatten()).view(K, n, -1)  # (K, n, T)
-    return window @ window.transpose(1, 2)
+    if K * n * n > x.size(1) ** 2:  # many windows: blocks of one Gram matrix
+        z = normalise(x.T)
+        return (z @ z.T)[units[:, :, None], units[:, None, :]]
+    z = normalise(x.T.index_select(0, units.flatten())).view(K, n, -1)
+    return z @ z.mT
 
 
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
@@ -325,8 +326,8 @@ def correlations(x):
 
     The diagonal is zero; constant units count as uncorrelated.
     """
-    z = normalise(torch.as_tensor(x).detach()).cpu().numpy()
-    r = z.T @ z  # numpy sees the symmetry and computes one half
+    z = normalise(torch.as_tensor(x).detach().T).cpu().numpy()
+    r = z @ z.T  # numpy sees the symmetry and computes one half
     np.fill_diagonal(r, 0)
     return r
 

@@ -501,8 +501,8 @@ def component_maps(run, model, idx):
         responses = model(idx, hidden=names).hidden
     maps = {}
     for name, unit_at_cell in zip(names, model.unit_at_cell.cpu()):
-        z = positions.normalise(responses[name].flatten(0, 1)).cpu()  # (tokens, C)
-        _, components = torch.linalg.eigh((z.T @ z).double())
+        z = positions.normalise(responses[name].flatten(0, 1).T).cpu()  # (C, tokens)
+        _, components = torch.linalg.eigh((z @ z.T).double())
         maps[name] = components[:, -1][unit_at_cell].reshape(side, side).numpy()
     return maps
 
