@@ -1130,7 +1130,7 @@ class NeuralGPT(nn.Module):
     def _cross_keys(self, n):
         """{layer: (Cross, its keys and values of n)}"""
         keys = {}
-        for i, cross in enumerate(self.crosses):
+        for i, cross in enumerate(self.crosses or ()):
             keys[self.first + i] = (cross, cross.keys(n))
         return keys
 

@@ -680,7 +680,7 @@ def count(parameters):
 def estimate_step(run, config, data, model, tokens):
     """Seconds of a step of `model` on so many tokens, from steps on a part of a micro-batch."""
     n_rows = max(1, min(config.batch_size, 1024 // config.block_size))
-    part = replace(config, batch_size=n_rows, compile=False)
+    part = replace(config, batch_size=n_rows, tokens_per_step=0, compile=False)
     training = set_up(run, part, data, model, None)
     seconds = []
     for n_micro in (1, 1, 2):  # the first warms up

@@ -490,10 +490,11 @@ def test_dry_run_reads_a_part_of_one_step_and_leaves_nothing(
 
     monkeypatch.setattr(Loader, "batch", spying_batch)
     out = tmp_path / "none"
-    trained(dataset, out, dry_run=True, compile="auto", tokens_per_step=819_200, n_layer=30)
+    step = {"batch_size": 3, "block_size": 512, "tokens_per_step": 923_136}  # of which 2 rows fit
+    trained(dataset, out, dry_run=True, compile="auto", n_layer=30, **step)
     text = capsys.readouterr().out
-    assert all(word in text for word in ("parameters", "819,200", "memory", "disk", "time"))
-    assert f"{30 * 12 * 16 * 16 + 30 * 32 + 16 + (320 + 16) * 16:,}" in text
+    assert all(word in text for word in ("parameters", "923,136", "memory", "disk", "time"))
+    assert f"{30 * 12 * 16 * 16 + 30 * 32 + 16 + (320 + 512) * 16:,}" in text
     assert not out.exists() and sum(rows_read) < 20
 
 
