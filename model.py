@@ -530,7 +530,9 @@ class GPT(nn.Module):
         cache = None
         for n_new in range(max_new_tokens):
             if cache is None or cache.used - cache.room == size:
-                rows = [row if len(row) <= size else row[-(size // 2) :] for row in rows]
+                for i, row in enumerate(rows):
+                    if len(row) > size:
+                        rows[i] = row[-(size // 2) :]
                 length = max(map(len, rows)) + max_new_tokens - n_new
                 x, cache = (start or self._start)(rows, min(size, length))
             else:  # one more token of each row, against the cache

@@ -438,7 +438,9 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362,
 
 def utilisation(run, config, model, tokens_per_s):
     """{'mfu': share of the GPUs' peak}, {} where the peak is not known."""
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+    if run.device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(run.device)
     for key, peak in PEAK_TFLOPS.items():
         if key in name:
             c = model.config  # operations per token, both passes: Chowdhery et al. 2022, appendix B
