@@ -30,7 +30,6 @@ import sys
 import time
 import types
 import typing
-from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -385,9 +384,7 @@ class Run:
 
     def autocast(self):
         """Context of the run's precision; leaves float32 alone."""
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not torch.float32)
 
     def generator(self, *key):
         """A torch.Generator (CPU) keyed by (seed, *key): what it draws depends on nothing else."""
@@ -478,8 +475,15 @@ class Run:
         prepare = folder / "prepare.py"
         if not prepare.exists():  # a variant of a set, made into a folder inside it
             prepare = folder.parent / "prepare.py"
-        if self.master and prepare.exists() and not (folder / "meta.yaml").exists():
-            self._make_if_embedded(name, prepare)
+        makes = self.master and prepare.exists() and not (folder / "meta.yaml").exists()
+        if makes and re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
+            print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
+            environment = dict(os.environ)
+            for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                environment.pop(key, None)
+            with open(prepare.parent / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
+                subprocess.run([sys.executable, str(prepare)], env=environment)
         self.barrier()
         # token files of other projects have no meta.yaml: data/tokens.py reads them
         if (folder / "meta.yaml").exists() or any(folder.glob("*train*.bin")):
@@ -489,17 +493,6 @@ class Run:
         if prepare.exists():
             hint = f"run python {os.path.relpath(prepare)}"
         raise InputError(f"dataset '{name}': {folder / 'meta.yaml'} is missing: {hint}")
-
-    def _make_if_embedded(self, name, prepare):
-        if not re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
-            return
-        print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
-        environment = dict(os.environ)
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(key, None)
-        with open(prepare.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
-            subprocess.run([sys.executable, str(prepare)], env=environment)
 
     def save(self, name, state):
         """Write a checkpoint, a dict of plain types and tensors, to out_dir/name (rank 0)."""

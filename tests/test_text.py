@@ -5,16 +5,12 @@ import gzip
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import run
 from test_tokens import BYTES, ODD, offline, texts, write_headed  # noqa: F401 (a fixture)
 
 import configurator
@@ -226,34 +222,6 @@ def prepare(name, *options, status=0):
     return "".join(run(f"data/{name}/prepare", *options, status=status, env=NO_NETWORK))
 
 
-def test_killed_in_the_middle_it_goes_on(tmp_path):
-    """The prepare script itself, killed as hard as can be."""
-    write_lines(tmp_path / "in/a.jsonl", texts(3000))
-    T.write_dataset(tmp_path / "tok", {"train": [[0]]}, BYTES)
-    options = [f"root={tmp_path / 'in'}", f"tokenizer={tmp_path / 'tok'}", "shard_mb=1"]
-    script = ROOT / "data/text/prepare.py"
-    slow = (
-        "import runpy, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"sys.argv[0] = {str(script)!r}\n"
-        "from data import tokens\n"
-        "real = tokens.write_aside\n"
-        "tokens.write_aside = lambda *given: (real(*given), time.sleep(3))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", slow, *options, f"out_dir={tmp_path / 'out'}", "workers=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("out/unfinished/*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not complete(tmp_path / "out")
-    prepare("text", *options, f"out_dir={tmp_path / 'out'}", "workers=2")
-    prepare("text", *options, f"out_dir={tmp_path / 'other'}", "workers=1")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
-
-
 def test_ones_own_text_in_one_command(tmp_path):
     book = "\n".join(texts(200))
     (tmp_path / "book.txt").write_text(book)
@@ -380,17 +348,14 @@ def test_no_network_is_one_sentence(monkeypatch):
         shakespeare.get_text("", Path("nowhere"))
 
 
-def test_shakespeare_from_a_local_copy(tmp_path, capsys):
+def test_shakespeare_from_a_local_copy(tmp_path):
     text = "ROMEO:\nBut soft, what light through yonder window breaks?\n" * 20
     (tmp_path / "input.txt").write_text(text)
-    config = shakespeare.Config(root=str(tmp_path), out_dir=str(tmp_path / "char"))
-    shakespeare.main(config)
+    shakespeare.main(shakespeare.Config(root=str(tmp_path), out_dir=str(tmp_path / "char")))
     train = Tokens(tmp_path / "char", "train")
     tokenizer = Tokenizer(tokenizer_state(tmp_path / "char"))
     assert tokenizer.decode([*train.tokens, *Tokens(tmp_path / "char", "val").tokens]) == text
     assert len(train) == int(0.9 * len(text)) and train.vocab_size == len(set(text)) + 1
-    shakespeare.main(config)
-    assert "is there already" in capsys.readouterr().out
 
 
 # ---- data/pydocs
