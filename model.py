@@ -1239,7 +1239,7 @@ def load_checkpoint(path):
 def patch_checkpoint(state):
     """The one place where checkpoints of older versions are brought up to date."""
     if state["version"] == 1 and "encoder_args" in state:
-        raise InputError("an encoder of the first version has weights of other names: train again")
+        state["model"] = _rename_encoder(state["model"], EncoderConfig(**state["encoder_args"]))
     for key in {"model_args", "lm_args"} & state.keys():
         args = {**asdict(GPTConfig()), **state[key]}
         if args["windows"] == 0:  # version 1: every window
@@ -1247,6 +1247,23 @@ def patch_checkpoint(state):
         state[key] = args
     state["version"] = VERSION
     return state
+
+
+def _rename_encoder(weights, config):
+    """Version 1 had all kinds of encoder in one class."""
+    of_montage = ("place", "subject_mix", "subject_token")
+    by_electrode = config.kind == "transformer" and config.tokens == "electrode"
+    renamed = {}
+    for name, value in weights.items():
+        if name.startswith("encoder.") and not name.startswith("encoder.whole."):
+            first, dot, rest = name.removeprefix("encoder.").partition(".")
+            if first == "out" or (first == "embed" and config.kind == "linear"):
+                first = "output"
+            if first in of_montage and not by_electrode:
+                first = f"montage.{first}"
+            name = f"encoder.net.{first}{dot}{rest}"
+        renamed[name] = value
+    return renamed
 
 
 def lm_state(model):

@@ -18,6 +18,7 @@ from model import (
     GPTConfig,
     NeuralEncoder,
     NeuralGPT,
+    load_checkpoint,
     load_encoder,
     load_matching,
     save_checkpoint,
@@ -312,3 +313,20 @@ def test_generation_with_the_cache_is_that_without(fusion, order, attention):
         expected.append(row[len(prompt) :])
         assert model.generate(n[i : i + 1], prompt, 7, temperature=0) == expected[i:]  # alone
     assert model.generate(n, prompts, 7, temperature=0) == expected
+
+
+def test_encoders_of_version_1(tmp_path):
+    """Their names as the first version wrote them; `whole` and other parts stay as they are."""
+    names = {
+        "linear": {"embed.weight": "net.output.weight", "place": "net.montage.place"},
+        "conv": {"out.bias": "net.output.bias", "convs.0.weight": "net.convs.0.weight"},
+        "transformer": {"place": "net.place", "blocks.0.ln_1.bias": "net.blocks.0.ln_1.bias"},
+    }
+    for kind, renamed in names.items():
+        args = {"kind": kind, "tokens": "electrode" if kind == "transformer" else "time"}
+        weights = {f"encoder.{old}": torch.zeros(1) for old in [*renamed, "whole.bias"]}
+        state = {"format": "nanocortex", "version": 1, "kind": "foundation"}
+        state |= {"encoder_args": args, "model": {**weights, "place": torch.zeros(1)}}
+        torch.save(state, tmp_path / "old.pt")
+        expected = {f"encoder.{new}" for new in [*renamed.values(), "whole.bias"]}
+        assert set(load_checkpoint(tmp_path / "old.pt")["model"]) == expected | {"place"}

@@ -320,3 +320,36 @@ def test_weight_loss_is_topoloss():
         shuffled[order] = net[0].weight.detach()  # unit order[c] lies on cell c
         loss = positions.weight_loss(shuffled, order, factor).item()
         assert loss == pytest.approx(reference, abs=1e-6)
+
+
+def test_slopes_are_the_gradient_of_the_mean_loss():
+    sheet = Sheet(64, 3, dtype=np.float64)
+    r = np.corrcoef(np.random.default_rng(0).standard_normal((64, 90))) - np.eye(64)
+    A, B = sheet.slopes(r)
+    off_diagonal = torch.as_tensor(1 - np.eye(25))
+    leaf = torch.tensor(r, requires_grad=True)
+    blocks = leaf[sheet.cells[:, :, None], sheet.cells[:, None]]  # (M, n, n)
+    near = torch.as_tensor(sheet.near[np.ix_(sheet.cells[0], sheet.cells[0])])
+    total = (blocks * off_diagonal).sum((1, 2))
+    variance = (blocks.square() * off_diagonal).sum((1, 2)) - total.square() / 600
+    corr = (blocks * near).sum((1, 2)) / (variance * near.square().sum()).sqrt()
+    loss = (0.5 * (1 - corr)).mean()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert abs(loss.item() - sheet.losses(r).mean()) < 1e-12 and grad.abs().max() > 1e-5
+    expected = 2 * (1 - np.eye(64)) * grad.numpy()
+    assert np.abs(A + 2 * r * B - expected).max() < 1e-12
+
+
+def test_a_trial_never_raises_its_windows_loss():
+    sheet = Sheet(64, 3)
+    r = correlations(smooth_responses(8, noise=1))
+    layout = positions.random_positions(1, 64)[0]
+    for seed in range(30):  # one window, a few trials at a time
+        window = np.random.default_rng(seed).permutation(len(sheet.cells))[0]
+        new, _ = swap_window(r, sheet, layout, 1, 4, seed)
+        before = sheet.losses(r[layout][:, layout])[window]
+        after = sheet.losses(r[new][:, new])[window]
+        cells = sheet.cells[window]
+        assert after <= before + 1e-6 and set(new[cells]) == set(layout[cells])
+        layout = new
+    assert is_permutation(swap_window(r, sheet, layout, 100, 2)[0])  # each window at least twice
