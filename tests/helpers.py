@@ -193,6 +193,15 @@ def make_eeg(  # noqa: PLR0913
 # ---- scripts
 
 
+def prepare(module, **options):
+    """Run a prepare script in this process; paths may be Paths."""
+    for key, value in options.items():
+        options[key] = str(value) if isinstance(value, Path) else value
+    config = module.Config(**options)
+    configurator.check(config)
+    module.main(config)
+
+
 def start(script, *options, ranks=1, restarts=0, patch="", env=None):
     """Start a script in a process of its own, under torchrun where ranks > 1.
 

@@ -1,9 +1,6 @@
 """data/grammar: labels recomputed from what is written, and nothing that gives a label away."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -14,7 +11,7 @@ from data import InputError
 from data.grammar import prepare as grammar
 from data.stimuli import read_meta, read_pairs, read_task
 from data.tokens import Tokens, encoding, tokenizer_state
-from tests.helpers import ROOT
+from tests.helpers import ROOT, prepare, run
 
 SMALL = {"train": 400, "val": 100, "test": 200, "pairs": 60}
 
@@ -22,7 +19,7 @@ SMALL = {"train": 400, "val": 100, "test": 200, "pairs": 60}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grammar")
-    grammar.main(grammar.Config(out_dir=str(folder), **SMALL))
+    prepare(grammar, out_dir=folder, **SMALL)
     return folder
 
 
@@ -299,9 +296,7 @@ def test_number_mismatch_is_what_goes_wrong(folder):
 
 def test_a_seed_makes_the_same_files_and_another_seed_others(folder, tmp_path):
     options = [f"{key}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, "data/grammar/prepare.py", f"out_dir={tmp_path}", *options]
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run(command, cwd=ROOT, check=True, env=env, stdout=subprocess.DEVNULL)
+    run("data/grammar/prepare", f"out_dir={tmp_path}", *options, env={"PYTHONHASHSEED": "7"})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 1 + len(grammar.TASKS) + len(grammar.PARADIGMS)
     for file in files:
@@ -311,20 +306,10 @@ def test_a_seed_makes_the_same_files_and_another_seed_others(folder, tmp_path):
     assert len(shared) < len(other) / 2
 
 
-def test_made_once(folder, capsys):
-    before = (folder / "meta.yaml").stat().st_mtime_ns
-    grammar.main(grammar.Config(out_dir=str(folder), **SMALL))
-    assert "is there already" in capsys.readouterr().out
-    assert (folder / "meta.yaml").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="was made with seed=0: give overwrite=True"):
-        grammar.main(grammar.Config(out_dir=str(folder), seed=5, **SMALL))
+def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     with pytest.raises(InputError, match="val=3 leaves labels without sentences: give 40 or more"):
         grammar.Config(val=3).check()
-    meta = read_meta(folder)
-    assert meta["synthetic"] is True and meta["options"]["seed"] == 0
 
-
-def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     def always(g):
         verb = grammar.Tree("VBZ", word="is", lemma="be")
         return grammar.Tree("S", verb), verb, "are"

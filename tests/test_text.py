@@ -187,6 +187,17 @@ def test_sources_that_are_damaged(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+def test_empty_files_and_links_without_content(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").touch()
+    for i, row in enumerate(texts(40)):
+        (tmp_path / f"in/b{i}.txt").write_text(row)
+    assert make_shards(tmp_path / "out", tmp_path / "in")["documents"] == 40
+    (tmp_path / "in/c.txt").symlink_to("../.git/annex/objects/c.txt")
+    with pytest.raises(InputError, match="c.txt is a git-annex link"):
+        make_shards(tmp_path / "out", tmp_path / "in")
+
+
 def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"torn")
     with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 .* is not JSON"):
