@@ -55,8 +55,11 @@ def read_tsv(path, *columns):
     is_quoted = check_content(path).read_bytes()[:4].lstrip(b"\xef\xbb\xbf").startswith(b'"')
     quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
-    table = read_table(path, columns, **options).map(str.strip, na_action="ignore")
-    return table.mask(table.isin(["n/a", ""]))
+    table = read_table(path, columns, **options)
+    for name in table:
+        text = table[name].str.strip()
+        table[name] = text.mask(text.isin(["n/a", ""]))
+    return table
 
 
 def read_json(path):
