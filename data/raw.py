@@ -63,13 +63,18 @@ def read_tsv(path, *columns):
 
 
 def read_json(path):
-    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    """The content of a JSON file, {} for None. Raises InputError."""
     if path is None:
         return {}
     try:
-        facts = json.loads(read_text(path))
+        return json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error})") from None
+
+
+def read_facts(path):
+    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    facts = read_json(path)
     if not isinstance(facts, dict):
         raise InputError(f"{path} is no JSON object: a sidecar is one of keys and values")
     return facts
@@ -200,9 +205,15 @@ def open_raw(path, root, sensors=""):
     except Exception as error:  # each format has errors of its own for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read by MNE ({reason}): is it complete?") from None
-    stamps = read_stamps(path) if path.suffix.lower() in (".edf", ".bdf") else None
-    if stamps is not None:
-        raw = _fill_gaps(raw, path, stamps)
+    stamps = None
+    if path.suffix.lower() in (".edf", ".bdf"):
+        head, labels, n_samples = _read_edf_header(path)
+        is_text = np.char.endswith(labels, b" Annotations")
+        if len(set(n_samples[~is_text])) > 1:  # MNE brings them to one rate: not piece by piece
+            raw.load_data(verbose="error")
+        if head[192:197] in (b"EDF+D", b"BDF+D"):
+            stamps = _read_stamps(path, head, is_text, n_samples)
+            raw = _fill_gaps(raw, path, stamps)
     tells_gaps = stamps is not None or path.suffix == ".fif"
     _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
     stated = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
@@ -222,7 +233,7 @@ def files_of(path):
 
 def _check_length(raw, path, described, tells_gaps):
     """Refuse a torn file, and one with gaps that its format does not tell."""
-    facts = read_json(described)
+    facts = read_facts(described)
     if facts.get("RecordingType") == "discontinuous" and not tells_gaps:
         raise InputError(
             f"{path} is discontinuous, says {described.name}, and the file does not tell where: "
@@ -235,25 +246,28 @@ def _check_length(raw, path, described, tells_gaps):
         raise InputError(f"{path} is {lengths}: it is torn, fetch it again")
 
 
-def read_stamps(path):
-    """Onsets (s) of the records of an interrupted EDF+ or BDF+, else None: the annotation signal of
-    each record begins with one, as in +50.0."""
+def _read_edf_header(path):
+    """Of an EDF or BDF: its first 256 bytes, the labels of its signals, their samples a record."""
     with open(path, "rb") as file:
         head = file.read(256)
         n_signals = int(head[252:256])
         fields = file.read(256 * n_signals)
-    if head[192:197] not in (b"EDF+D", b"BDF+D"):
-        return None
     labels = np.char.strip(np.frombuffer(fields, "S16", n_signals))
-    annotations = np.flatnonzero(np.char.endswith(labels, b" Annotations"))
-    if not len(annotations):
-        raise InputError(f"{path} is interrupted and does not tell when: convert it to FIF")
     n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
+    return head, labels, n_samples
+
+
+def _read_stamps(path, head, is_text, n_samples):
+    """Onsets (s) of the records of an interrupted EDF+ or BDF+: the first signal of annotations
+    begins with one in each record, as in +50.0."""
+    if not is_text.any():
+        raise InputError(f"{path} is interrupted and does not tell when: convert it to FIF")
+    first = is_text.argmax()
     width = 2 if head[:1] == b"0" else 3  # bytes
     ends = np.cumsum(n_samples) * width
     records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
     records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
-    start = ends[annotations[0]] - n_samples[annotations[0]] * width
+    start = ends[first] - n_samples[first] * width
     texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
     return np.char.partition(texts, b"\x14")[:, 0].astype(float)
 
@@ -422,7 +436,7 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
     """Give a Raw the positions of electrodes.tsv; with landmarks, in MNE's head frame."""
     table = read_tsv(electrodes, "name", "x", "y", "z").dropna(subset="name")
     table = table.drop_duplicates("name")
-    facts = read_json(coordsystem)
+    facts = read_facts(coordsystem)
     prefix = "iEEG" if notes["sensors"] == "ieeg" else "EEG"
     unit = str(facts.get(f"{prefix}CoordinateUnits", "m")).lower()
     axes = np.eye(3) * METRES.get(unit, 1.0)

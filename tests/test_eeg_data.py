@@ -50,10 +50,11 @@ def samples(sfreq=200.0, seconds=20, seed=0):
     return 1e-5 * signal * rng.uniform(0.5, 1, (4, 1))
 
 
-def write_edf(path, data, sfreq, names, unit="uV", limit=400, starts=None):
+def write_edf(path, data, sfreq, names, *, unit="uV", limit=400, starts=None, slow=0):  # noqa: PLR0913
     """EDF or BDF in records of a second; with `starts` (s) of the records, an interrupted EDF+.
 
-    data: (C, T) in µV, or what `unit` calls it; it lies between -limit and limit.
+    data: (C, T) in µV, or what `unit` calls it; it lies between -limit and limit. slow: how many of
+    the last channels have every other sample only.
     """
     bdf = path.suffix == ".bdf"
     width = 3 if bdf else 2
@@ -73,6 +74,7 @@ def write_edf(path, data, sfreq, names, unit="uV", limit=400, starts=None):
         "reserved": (32, "", ""),
     }
     signals = pd.DataFrame({name: field[1] for name, field in fields.items()}, range(len(data)))
+    signals.loc[len(data) - slow :, "samples"] = per // 2
     if starts is not None:
         signals.loc[len(data)] = [field[2] for field in fields.values()]
 
@@ -89,8 +91,9 @@ def write_edf(path, data, sfreq, names, unit="uV", limit=400, starts=None):
     digital = np.round(scaled).astype("<i4").reshape(len(data), n_records, per)
     body = b""
     for record in range(n_records):
-        block = np.ascontiguousarray(digital[:, record])
-        body += block[..., None].view("u1").reshape(-1, 4)[:, :width].tobytes()
+        for channel, n_samples in enumerate(signals["samples"][: len(data)]):
+            block = np.ascontiguousarray(digital[channel, record, :: per // n_samples])
+            body += block[:, None].view("u1").reshape(-1, 4)[:, :width].tobytes()
         if starts is not None:
             body += f"+{starts[record]}\x14\x14".encode().ljust(width * 20, b"\0")
     path.write_bytes(header + body)
@@ -262,6 +265,15 @@ def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
     make_bids(root, "edf")  # with no word of its gaps
     with pytest.raises(InputError, match="is discontinuous.*does not tell where"):
         convert(root, tmp_path / "out2")
+
+
+def test_channels_of_two_rates_come_to_one_without_seams(tmp_path, recwarn):
+    """MNE resamples what it is asked for: block by block, each block would have edges."""
+    data = samples(190.0, 70)[:, : 200 * 66]
+    write_edf(tmp_path / "two.edf", data * 1e6, 200.0, NAMES, slow=2)
+    (made,) = reader.convert_files(tmp_path, tmp_path / "out", montage="colin27_1005")
+    error = np.abs(recording.Recording(made).signal - data.T)
+    assert error[1000:-1000].max() < 1e-7 and len(recwarn) == 0
 
 
 @pytest.mark.parametrize("rate, n", [(1000, 4), (200, 3)])

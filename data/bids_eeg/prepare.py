@@ -389,7 +389,7 @@ def main(config):
     root = Path(config.root)
     folder = folder_of(config, __file__, root.resolve().name)
     description = root / "dataset_description.json"
-    facts = reader.read_json(description if description.is_file() else None)
+    facts = reader.read_facts(description if description.is_file() else None)
     name = str(facts.get("Name", ""))
     source = f"BIDS: {name or root.resolve().name}"
     convert(folder, root, config, source=source, synthetic="synthetic" in name.lower())
