@@ -405,6 +405,19 @@ def test_nsd_tests_on_the_shared_thousand(tmp_path):
     assert set(data.units.roi) == {"LOC"} and data.units["subject"].unique() == ["subj01"]
 
 
+def test_images_that_lie_in_the_dataset_already_stay(tmp_path):
+    """root= may be the dataset's own folder: nobody's only copy is unlinked."""
+    make_nsd(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "images")
+    table = pd.read_csv(tmp_path / "metadata.csv")
+    table.assign(filename=table.filename.str[2:]).to_csv(tmp_path / "metadata.csv", index=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    for _ in range(2):
+        options = {"images": tmp_path / "images", "out_dir": tmp_path, "overwrite": True}
+        prepare(nsd, root=tmp_path, **options)
+    assert before == {path: path.read_bytes() for path in Encoding(tmp_path).inputs()}
+
+
 @pytest.mark.parametrize(
     "change, sentence",
     [

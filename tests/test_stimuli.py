@@ -77,6 +77,9 @@ def test_tasks_round_trip(tmp_path):
     assert not complete(tmp_path)
     write_tasks(tmp_path, task(frame), {"v": [BLIMP]})
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["v.jsonl"]  # the old one went
+    (tmp_path / "meta.yaml").unlink()  # somebody's own folder
+    write_tasks(tmp_path, task(frame))
+    assert (tmp_path / "pairs/v.jsonl").exists() and not read_meta(tmp_path)["pairs"]
 
 
 @pytest.mark.parametrize(
