@@ -19,6 +19,14 @@ from data.tokens import state_of, write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def real(name):
+    """A folder of real files; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared/real" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
 # ---- datasets
 
 

@@ -21,20 +21,11 @@ from data.synthetic_eeg import prepare as synthetic
 from data.things_eeg1 import prepare as things1
 from data.things_eeg2 import prepare as things2
 from data.tokens import character_state, encoding, write_dataset
-from tests.helpers import prepare, refused, run
+from tests.helpers import prepare, real, refused, run
 from tests.test_fetch import serve
 
-ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT.parent / "shared/real"
 NAMES = ["Fp1", "Cz", "Pz", "Oz"]
 AS_IS = {"l_freq": 0.0, "h_freq": 0.0, "reference": "none", "sfreq": 0.0, "bads": "mark"}
-
-
-def real(name):
-    """A folder of real files; the test is skipped where it is absent."""
-    if not (REAL / name).is_dir():
-        pytest.skip(f"{REAL / name} is absent")
-    return REAL / name
 
 
 # ---- files with samples that are known
@@ -995,19 +986,6 @@ def made(pydocs, tmp_path_factory):
         folders[gain] = tmp_path_factory.mktemp("made") / str(gain)
         prepare(synthetic, pydocs=pydocs, gain=float(gain), out_dir=folders[gain], **SMALL)
     return folders
-
-
-def test_nouns_and_meanings_are_the_text_s_own(pydocs):
-    ids, names = synthetic.read_words(pydocs)
-    nouns = NOUNS.split()
-    assert sorted(synthetic.nouns(ids, names, 12)) == sorted(nouns)
-    vectors = synthetic.meanings(ids, names, nouns, 3)
-    np.testing.assert_allclose(vectors.std(0), 1)
-    unit = vectors[:, 0] / np.abs(vectors[:, 0]).max()
-    gap = abs(unit[:6].mean() - unit[6:].mean())
-    assert min(gap, 1) > 5 * unit[:6].std()  # the company they keep
-    with pytest.raises(InputError, match="objects=13: the text has only 12 frequent nouns"):
-        synthetic.nouns(ids, names, 13)
 
 
 def test_synthetic_files_are_brainvision_and_bids(made):

@@ -11,10 +11,7 @@ from data.labelled import prepare as labelled
 from data.localizer import prepare as localizer
 from data.stimuli import read_meta, read_task
 from data.tokens import state_of, write_dataset
-from tests.helpers import ROOT, byte_tokenizer, prepare
-
-REAL = ROOT.parent / "shared/real"
-
+from tests.helpers import byte_tokenizer, prepare, real
 
 # ---- GLUE
 
@@ -160,9 +157,8 @@ def test_cola_as_its_authors_release_it(tmp_path):
     assert sets.to_dict() == {"in_domain": 10, "out_of_domain": 6}
 
 
-@pytest.mark.skipif(not (REAL / "cola").is_dir(), reason="../shared/real/cola is not there")
 def test_real_cola(tmp_path):
-    prepare(glue, root=REAL / "cola", out_dir=tmp_path, tasks=["cola"])
+    prepare(glue, root=real("cola"), out_dir=tmp_path, tasks=["cola"])
     sizes = read_meta(tmp_path)["tasks"]["cola"]["sizes"]
     assert sizes == {"train": 7680, "val": 853, "test": 1043}  # 18 of 8,551 are in both
 
@@ -206,13 +202,12 @@ def test_classes_with_few_texts_are_left_out(tmp_path):
         prepare(labelled, root=path, val=0.6, test=0.5)
 
 
-@pytest.mark.skipif(not (REAL / "concreteness").is_dir(), reason="../shared/real is not there")
 def test_real_ratings_and_concepts(tmp_path):
-    path = REAL / "concreteness/Concreteness_ratings_Brysbaert_et_al_BRM.txt"
+    path = real("concreteness") / "Concreteness_ratings_Brysbaert_et_al_BRM.txt"
     prepare(labelled, root=path, text="Word", label="Conc.M", out_dir=tmp_path / "words")
     table = read_task(tmp_path / "words", "label")
     assert len(table) == 39_954 and {"null", "true", "none"} <= set(table["text"])
-    path = REAL / "things_concepts/things_concepts.tsv"
+    path = real("things_concepts") / "things_concepts.tsv"
     label = "Top-down Category (WordNet)"
     prepare(labelled, root=path, text="Word", label=label, out_dir=tmp_path / "things")
     table = read_task(tmp_path / "things", "label")

@@ -18,9 +18,7 @@ from data.stimuli import (
     write_encoding,
     write_tasks,
 )
-from tests.helpers import ROOT
-
-REAL = ROOT.parent / "shared/real"
+from tests.helpers import real
 
 # ---- labelled sentences
 
@@ -191,11 +189,10 @@ def test_what_holds_no_pairs_is_named(tmp_path, name, lines, sentence):
         read_pairs(tmp_path / name)
 
 
-@pytest.mark.skipif(not (REAL / "blimp").is_dir(), reason="../shared/real/blimp is not there")
 def test_real_blimp():
-    pairs = read_pairs(REAL / "blimp")
+    pairs = read_pairs(real("blimp"))
     assert len(pairs) == 8 and {len(members) for members in pairs.values()} == {1000}
-    assert set(pairs) == {path.stem for path in (REAL / "blimp").iterdir()}
+    assert set(pairs) == {path.stem for path in real("blimp").iterdir()}
 
 
 # ---- stimuli with responses

@@ -6,9 +6,8 @@ import pytest
 from data import InputError
 from data.stimuli import Encoding
 from data.words_brains import prepare as words_brains
-from tests.helpers import ROOT, prepare
+from tests.helpers import prepare, real
 
-REAL = ROOT.parent / "shared/real/words_brains"
 ROWS = "nan 0.5 -1\nnull 0.25 2\n007 1e-3 3\nApple 1 4\n"
 QUOTED = '"v0" "v1"\n"nan" 0.5 -1\n"null" 0.25 2\n"007" 1e-3 3\n"Apple" 1 4\n'
 
@@ -187,7 +186,6 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
 # ---- real tables
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real/words_brains is not there")
 @pytest.mark.parametrize(
     "name, people, words, groups, units",
     [
@@ -199,7 +197,7 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     ],
 )
 def test_real_tables(tmp_path, name, people, words, groups, units):
-    prepare(words_brains, root=REAL / name, out_dir=tmp_path)
+    prepare(words_brains, root=real("words_brains") / name, out_dir=tmp_path)
     data = Encoding(tmp_path)
     assert data.units.subject.nunique() == people and data.responses.shape == (words, units)
     assert len(data.stimuli) == words and data.stimuli.group.nunique() == groups
