@@ -205,16 +205,9 @@ def open_raw(path, root, sensors=""):
     except Exception as error:  # each format has errors of its own for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read by MNE ({reason}): is it complete?") from None
-    stamps = None
+    tells_gaps = path.suffix == ".fif"
     if path.suffix.lower() in (".edf", ".bdf"):
-        head, labels, n_samples = _read_edf_header(path)
-        is_text = np.char.endswith(labels, b" Annotations")
-        if len(set(n_samples[~is_text])) > 1:  # MNE brings them to one rate: not piece by piece
-            raw.load_data(verbose="error")
-        if head[192:197] in (b"EDF+D", b"BDF+D"):
-            stamps = _read_stamps(path, head, is_text, n_samples)
-            raw = _fill_gaps(raw, path, stamps)
-    tells_gaps = stamps is not None or path.suffix == ".fif"
+        raw, tells_gaps = _mend_edf(raw, path)
     _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
     stated = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
     _pick_sensors(raw, path, sensors, notes)
@@ -246,15 +239,21 @@ def _check_length(raw, path, described, tells_gaps):
         raise InputError(f"{path} is {lengths}: it is torn, fetch it again")
 
 
-def _read_edf_header(path):
-    """Of an EDF or BDF: its first 256 bytes, the labels of its signals, their samples a record."""
+def _mend_edf(raw, path):
+    """(the Raw of an EDF or BDF in real time, whether the file tells its gaps). Channels of several
+    rates are loaded: MNE brings them to one, and pieces of them would have edges."""
     with open(path, "rb") as file:
         head = file.read(256)
         n_signals = int(head[252:256])
         fields = file.read(256 * n_signals)
     labels = np.char.strip(np.frombuffer(fields, "S16", n_signals))
     n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
-    return head, labels, n_samples
+    is_text = np.char.endswith(labels, b" Annotations")
+    if len(set(n_samples[~is_text])) > 1:
+        raw.load_data(verbose="error")
+    if head[192:197] not in (b"EDF+D", b"BDF+D"):
+        return raw, False
+    return _fill_gaps(raw, path, _read_stamps(path, head, is_text, n_samples)), True
 
 
 def _read_stamps(path, head, is_text, n_samples):

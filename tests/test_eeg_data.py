@@ -41,7 +41,9 @@ def samples(sfreq=200.0, seconds=20, seed=0):
     return 1e-5 * signal * rng.uniform(0.5, 1, (4, 1))
 
 
-def write_edf(path, data, sfreq, names, *, unit="uV", limit=400, starts=None, slow=0):  # noqa: PLR0913
+def write_edf(  # noqa: PLR0913
+    path, data, sfreq, names, *, unit="uV", limit=400, starts=None, slow=0
+):
     """EDF or BDF in records of a second; with `starts` (s) of the records, an interrupted EDF+.
 
     data: (C, T) in µV, or what `unit` calls it; it lies between -limit and limit. slow: how many of
