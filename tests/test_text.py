@@ -475,12 +475,26 @@ def test_docstrings_come_in_source_order(tmp_path):
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
 
 
-def test_what_is_installed_is_found():
-    files, versions, missing = pydocs.sources("yaml not_a_package")
+def test_sources_that_do_not_parse_are_left_out(tmp_path):
+    (tmp_path / "deep.py").write_text("-" * 100_000 + "1")
+    (tmp_path / ".#lock.py").symlink_to("nobody@nowhere")
+    (tmp_path / "torn.py").write_text('"""torn')
+    files = [(path.stem, path) for path in tmp_path.iterdir()]
+    texts, bad = pydocs.read(files, workers=1)
+    assert not texts and len(bad) == 3
+
+
+def test_what_is_installed_is_found(tmp_path, monkeypatch):
+    (tmp_path / "a_copy").mkdir()
+    (tmp_path / "a_copy/__init__.py").write_text('"""A package that nobody installed."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    files, versions, missing = pydocs.sources("yaml a_copy not_a_package")
     paths = dict(files)
     assert missing == ["not_a_package"] and set(versions) == {"python", "PyYAML"}
     assert paths["yaml.loader"].name == "loader.py" and paths["yaml"].name == "__init__.py"
-    assert "json.decoder" in paths and not any("test" in name.split(".") for name in paths)
+    assert {"json.decoder", "a_copy"} <= paths.keys() and not any(
+        "test" in name.split(".") for name in paths
+    )
     topics = pydocs.topics(paths[pydocs.TOPICS])
     assert "boolean" in topics[f"{pydocs.TOPICS}.booleans"].lower()
 
