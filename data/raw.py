@@ -655,6 +655,8 @@ def summary(notes):
         phrases.append(f"{len(renamed)} channels renamed as in {name} → {new}")
     for kind, n in notes.get("other_sensors", {}).items():
         phrases.append(f"{n} {kind} channels not read (sensors={kind})")
+    if notes.get("segments"):
+        phrases.append(f"{notes['segments']} rows mark segments (BAD..., EDGE, boundary)")
     if "edges" in notes:
         phrases.append(notes["edges"])
     for key in ("bads", "flat", "nan", "without_position", "left_out"):

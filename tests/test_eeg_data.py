@@ -284,7 +284,7 @@ def test_missing_onsets_are_dropped_and_decimal_commas_read(tmp_path):
     assert one.meta["dropped"] == {"events without onset or word": 4}
 
 
-def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
+def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path, capsys):
     """Marked in the file, where times are the recording's own, or in events.tsv."""
     events = events_tsv(word=["a", "b", "badger", "c", "d", "BADGER"])
     rows = [(3.05, 0.5, "BAD_blink"), (9.05, 0, "EDGE boundary"), (0.0, 0, "New Segment/")]
@@ -300,6 +300,7 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path):
     _, (one,) = convert(root, tmp_path / "out")
     assert one.events["word"].tolist() == ["a", "badger", "BADGER"]  # not at 3, 7 and 9 s
     assert one.meta["dropped"] == {"events in BAD segments": 3}
+    assert "4 rows mark segments" in capsys.readouterr().out  # "bad apple" would be one, too
     spans = np.array(one.meta["bad_spans"]) - 77 / 200
     np.testing.assert_allclose(
         spans, [[3.05, 3.55], [6.9, 7.9], [9.05, 9.05], [10, 10], [18, 19]], atol=1e-3

@@ -320,7 +320,9 @@ def convert_one(folder, path, root, config, to_events, **meta):
     raw, notes = reader.open_raw(path, root, getattr(config, "sensors", ""))
     table = reader.read_tsv(events_tsv, "onset")
     named = {"trial_type", getattr(config, "word_column", ""), getattr(config, "object_column", "")}
+    n_rows = len(table)
     table = reader.take_segments(raw, table, sorted(named & set(table)), events_tsv)
+    notes["segments"] = n_rows - len(table)
     events = to_events(table, events_tsv, config, raw.info["sfreq"])
     subject = re.match(r"sub-([^_]+)", path.name)[1]
     return convert_raw(folder, raw, events, config, events_tsv, notes, subject=subject, **meta)
