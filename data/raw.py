@@ -368,6 +368,8 @@ def _set_units(raw, path, stated, notes):
         raw.load_data(verbose="error")
         raw.apply_function(lambda x: x * factor[:, None], picks="all", channel_wise=False)
         notes["units"] = "of channels.tsv"
+    elif (ratio != 1).any():
+        notes["units"] = "of the file, where channels.tsv says others"
 
 
 def sd_within_seconds(raw, n=60):
@@ -648,7 +650,7 @@ def summary(notes):
     """What was done about a file, in phrases."""
     phrases = []
     if "units" in notes:
-        phrases.append("units of channels.tsv")
+        phrases.append(f"units {notes['units']}")
     renamed = notes.get("renamed", {})
     if renamed:
         name, new = next(iter(renamed.items()))

@@ -233,6 +233,14 @@ def test_sidecars_decide_where_a_file_has_no_unit(tmp_path, unit, stated):
     assert one.meta["preprocessing"]["units"] == "of channels.tsv"
 
 
+def test_units_that_differ_are_said(tmp_path, capsys):
+    """Both could be a brain's: the file's own are taken."""
+    root = make_bids(tmp_path / "b", "edf", channels={"units": "mV"}, data=samples() / 100)
+    _, (one,) = convert(root, tmp_path / "out")
+    np.testing.assert_allclose(one.signal, samples().T / 100, atol=7e-9)
+    assert "units of the file, where channels.tsv says others" in capsys.readouterr().out
+
+
 def test_no_brain_is_that_large(tmp_path):
     for i, channels in enumerate([None, {"units": "V"}, {"units": "n/a"}]):
         root = make_bids(tmp_path / str(i), "edf", unit="", channels=channels)
