@@ -13,6 +13,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -156,17 +157,19 @@ def read_text(path):
 
 
 def read_table(path, columns=(), **options):
-    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text."""
+    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text.
+    Rows longer than the header are refused, but for a last field that is missing in all."""
     import pandas as pd
 
+    text = io.StringIO(read_text(path))
     try:
-        table = pd.read_csv(io.StringIO(read_text(path)), keep_default_na=False, **options)
-    except InputError:
-        raise
-    except ValueError as error:  # the errors of pandas are ValueErrors
-        reason = " ".join(str(error).split())
-        folder = Path(path).parent
-        raise InputError(f"{path} is not a CSV table ({reason}){remedy(folder)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # the header is too short
+            table = pd.read_csv(text, keep_default_na=False, index_col=False, **options)
+    except (ValueError, Warning) as error:  # the errors of pandas are ValueErrors
+        reason = f"({' '.join(str(error).split())}){remedy(Path(path).parent)}"
+        raise InputError(f"{path} is not a CSV table {reason}") from None
+    table = table.rename(columns=str.strip)
     for name in columns:
         column(table, path, name)
     return table

@@ -183,6 +183,17 @@ def test_sources_that_are_damaged(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+def test_empty_files_and_links_without_content(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").touch()
+    for i, row in enumerate(texts(40)):
+        (tmp_path / f"in/b{i}.txt").write_text(row)
+    assert make_shards(tmp_path / "out", tmp_path / "in")["documents"] == 40
+    (tmp_path / "in/c.txt").symlink_to("../.git/annex/objects/c.txt")
+    with pytest.raises(InputError, match="c.txt is a git-annex link"):
+        make_shards(tmp_path / "out", tmp_path / "in")
+
+
 def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"torn")
     with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 .* is not JSON"):
@@ -429,12 +440,26 @@ def test_docstrings_come_in_source_order(tmp_path):
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
 
 
-def test_what_is_installed_is_found():
-    files, versions, missing = pydocs.sources("yaml not_a_package")
+def test_sources_that_do_not_parse_are_left_out(tmp_path):
+    (tmp_path / "deep.py").write_text("-" * 100_000 + "1")
+    (tmp_path / ".#lock.py").symlink_to("nobody@nowhere")
+    (tmp_path / "torn.py").write_text('"""torn')
+    files = [(path.stem, path) for path in tmp_path.iterdir()]
+    texts, bad = pydocs.read(files, workers=1)
+    assert not texts and len(bad) == 3
+
+
+def test_what_is_installed_is_found(tmp_path, monkeypatch):
+    (tmp_path / "a_copy").mkdir()
+    (tmp_path / "a_copy/__init__.py").write_text('"""A package that nobody installed."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    files, versions, missing = pydocs.sources("yaml a_copy not_a_package")
     paths = dict(files)
     assert missing == ["not_a_package"] and set(versions) == {"python", "PyYAML"}
     assert paths["yaml.loader"].name == "loader.py" and paths["yaml"].name == "__init__.py"
-    assert "json.decoder" in paths and not any("test" in name.split(".") for name in paths)
+    assert {"json.decoder", "a_copy"} <= paths.keys() and not any(
+        "test" in name.split(".") for name in paths
+    )
     topics = pydocs.topics(paths[pydocs.TOPICS])
     assert "boolean" in topics[f"{pydocs.TOPICS}.booleans"].lower()
 

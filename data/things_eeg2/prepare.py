@@ -79,11 +79,12 @@ def read_images(path):
     """{phase: table of object, word, synonyms, image, phase}, a row a picture, by its code."""
     phases = {}
     for phase in ("train", "test"):
-        concepts, files = f"{phase}_img_concepts_THINGS", f"{phase}_img_files"
-        found = read_dict(path, concepts, files)
-        objects = pd.Series(found[concepts], dtype=str).str.partition("_")[2]  # 00001_aardvark
+        concepts = f"{phase}_img_concepts_THINGS"
+        files = f"{phase}_img_files"
+        lists = read_dict(path, concepts, files)
+        objects = pd.Series(lists[concepts], dtype=str).str.partition("_")[2]  # 00001_aardvark
         table = pd.DataFrame({"object": objects, "word": objects.map(bids.word_of)})
-        images = list(map(str, found[files]))
+        images = list(map(str, lists[files]))
         phases[phase] = table.assign(synonyms="", image=images, phase=phase)
     return phases
 
@@ -106,10 +107,13 @@ def shown(codes, images, path):
 
 def convert_continuous(folder, path, images, config, **meta):
     """raw_eeg_training.npy or raw_eeg_test.npy of one session → recording; returns its events."""
-    found = read_dict(path, "raw_eeg_data", "ch_names", "ch_types", "sfreq")
-    data, sfreq = found.pop("raw_eeg_data"), float(found["sfreq"])
-    names, types = np.array(found["ch_names"], dtype=str), np.array(found["ch_types"], dtype=str)
-    eeg, stim = np.flatnonzero(types == "eeg"), np.flatnonzero(types == "stim")
+    session = read_dict(path, "raw_eeg_data", "ch_names", "ch_types", "sfreq")
+    data = session.pop("raw_eeg_data")
+    sfreq = float(session["sfreq"])
+    names = np.array(session["ch_names"], dtype=str)
+    types = np.array(session["ch_types"], dtype=str)
+    eeg = np.flatnonzero(types == "eeg")
+    stim = np.flatnonzero(types == "stim")
     if np.ndim(data) != 2 or not len(data) == len(names) == len(types):
         sizes = f"{len(names)} channel names and {len(types)} types"
         raise InputError(f"{path}: raw_eeg_data of shape {np.shape(data)} does not fit {sizes}")
@@ -119,9 +123,8 @@ def convert_continuous(folder, path, images, config, **meta):
     rows = np.flatnonzero((codes != 0) & (np.diff(codes, prepend=0) != 0))
     if not rows.size:
         raise InputError(f"{path} has no event in its stim channel: leave it out with subjects=")
-    onset = rows / sfreq
     events = shown(codes[rows], images, path)
-    events = events.assign(onset=onset, duration=0.1, block=stretches(onset))
+    events = events.assign(onset=rows / sfreq, duration=0.1, block=stretches(rows / sfreq))
     info = mne.create_info(names[eeg].tolist(), sfreq, "eeg")
     raw = mne.io.RawArray(np.asarray(data[eeg], dtype=float), info, verbose="error")
     del data
@@ -130,9 +133,10 @@ def convert_continuous(folder, path, images, config, **meta):
 
 def convert_epochs(folder, path, images, config, **meta):
     """preprocessed_eeg_training.npy or _test.npy → recording of epoch after epoch; its events."""
-    found = read_dict(path, "preprocessed_eeg_data", "ch_names", "times")
-    data, names = found["preprocessed_eeg_data"], np.array(found["ch_names"], dtype=str)
-    times = np.asarray(found["times"], dtype=float)
+    session = read_dict(path, "preprocessed_eeg_data", "ch_names", "times")
+    data = session["preprocessed_eeg_data"]
+    names = np.array(session["ch_names"], dtype=str)
+    times = np.asarray(session["times"], dtype=float)
     expected = (len(images), len(names))
     if np.ndim(data) != 4 or data.shape[::2] != expected or len(times) < data.shape[3]:
         wanted = f"({len(images):,} pictures of image_metadata.npy, repeats, {len(names)} channels"
@@ -210,23 +214,20 @@ def main(config):
     source = f"THINGS-EEG2, osf.io/3jk45, {config.kind} (Gifford et al. 2022)"
     meta = {"source": source, "synthetic": False}
     (folder / "meta.yaml").unlink(missing_ok=True)
-    events, epochs = {}, {}
+    events = {}
     for subject, path in files:
         phase = "train" if path.stem.endswith("training") else "test"
         session = f"{path.parent.name}_" if config.kind == "raw" else ""
         name = f"sub-{subject}_{session}{phase}"
         options["bytes"] = path.stat().st_size  # of another root, maybe
-        old = bids.there_already(folder / name, options, config.overwrite)
-        if old:
-            print(f"{name}: there already", flush=True)
-            events[name] = old.events
-            continue
-        one = {"subject": subject, "options": options, **meta}
-        events[name] = convert(folder / name, path, images[phase], config, **one)
+        events[name] = bids.there_already(folder / name, options, config.overwrite)
+        if events[name] is None:
+            one = {"subject": subject, "options": options, **meta}
+            events[name] = convert(folder / name, path, images[phase], config, **one)
     if config.kind == "preprocessed":
-        one = bids.read_meta(folder / next(iter(events)))
-        epochs = {key: one[key] for key in ("epoch_tmin", "epoch_samples")}
-    bids.finish(folder, events, config, **meta, **epochs)
+        one = bids.read_meta(folder / name)
+        meta |= {key: one[key] for key in ("epoch_tmin", "epoch_samples")}
+    bids.finish(folder, events, config, **meta)
 
 
 if __name__ == "__main__":
