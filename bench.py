@@ -43,7 +43,7 @@ from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT, lm_st
 @dataclass
 class Config:
     claims: list[str] = field(default_factory=list)  # none: all that have a target here
-    gpu: bool = False  # instead: the the tests marked gpu, and GPT-2 124M, into docs/gpu.md
+    gpu: bool = False  # instead: the tests marked gpu, and GPT-2 124M, into docs/gpu.md
     out_dir: str = "out/bench"  # bench.md, the table
     seed: int = 1337
     device: str = "auto"  # cuda, cpu
@@ -881,7 +881,7 @@ def warp_memory(run):
 
 
 def measure_gpu(run):
-    """Run the the tests marked gpu, train and generate with GPT-2 124M; write docs/gpu.md."""
+    """Run the tests marked gpu, train and generate with GPT-2 124M; write docs/gpu.md."""
     if run.device.type != "cuda":
         raise InputError("make gpu needs a CUDA GPU, and torch finds none on this machine")
     tests = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-m", "gpu", "tests"]

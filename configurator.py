@@ -30,7 +30,6 @@ import sys
 import time
 import types
 import typing
-from contextlib import nullcontext
 from pathlib import Path
 
 import yaml
@@ -140,12 +139,7 @@ def _parse(value, kind):
     origin = typing.get_origin(kind) or kind
     choices = typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):  # int | None, int | Literal["sheet"]
-        if str(value).lower() in ("none", "null", "") and types.NoneType in choices:
-            return None
-        try:
-            return _parse(value, choices[0])
-        except (ValueError, TypeError):
-            return _parse(value, choices[1])
+        return _parse_union(value, choices)
     if origin is typing.Literal:
         return {str(choice).lower(): choice for choice in choices}[str(value).lower()]
     if origin is str and not isinstance(value, (list, dict)):
@@ -161,6 +155,15 @@ def _parse(value, kind):
     if not isinstance(value, origin):
         raise TypeError(value)
     return value
+
+
+def _parse_union(value, kinds):
+    if types.NoneType in kinds and str(value).lower() in ("none", "null", ""):
+        return None
+    try:
+        return _parse(value, kinds[0])
+    except (ValueError, TypeError):
+        return _parse(value, kinds[1])
 
 
 def _parse_number(value, kind):
@@ -227,10 +230,14 @@ def check_keys(given, allowed, option):
 
 
 def load_function(spec, option):
-    """The function that spec, `my_file.py:name`, names."""
+    """The function that spec, `my_file.py:name`, names. The file may import its neighbours."""
     file, _, name = spec.partition(":")
+    folder = str(Path(file).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    before = set(sys.modules)
     try:
-        source = Path(file).read_text(encoding="utf-8")
+        _user_code.append(_hash(Path(file).read_text(encoding="utf-8")))
         loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
         module = types.ModuleType(loader.name)
         module.__file__ = file
@@ -239,7 +246,10 @@ def load_function(spec, option):
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
-    _user_code.append(_hash(source))
+    for imported in sys.modules.keys() - before:
+        path = getattr(sys.modules[imported], "__file__", None)
+        if path and Path(path).parent == Path(folder):
+            _user_code.append(_hash(Path(path).read_text(encoding="utf-8")))
     return function
 
 
@@ -374,9 +384,7 @@ class Run:
 
     def autocast(self):
         """Context of the run's precision; leaves float32 alone."""
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, self.dtype is not torch.float32)
 
     def generator(self, *key):
         """A torch.Generator (CPU) keyed by (seed, *key): what it draws depends on nothing else."""
@@ -467,8 +475,15 @@ class Run:
         prepare = folder / "prepare.py"
         if not prepare.exists():  # a variant of a set, made into a folder inside it
             prepare = folder.parent / "prepare.py"
-        if self.master and prepare.exists() and not (folder / "meta.yaml").exists():
-            self._make_if_embedded(name, prepare)
+        makes = self.master and prepare.exists() and not (folder / "meta.yaml").exists()
+        if makes and re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
+            print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
+            environment = dict(os.environ)
+            for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+                environment.pop(key, None)
+            with open(prepare.parent / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
+                subprocess.run([sys.executable, str(prepare)], env=environment)
         self.barrier()
         # token files of other projects have no meta.yaml: data/tokens.py reads them
         if (folder / "meta.yaml").exists() or any(folder.glob("*train*.bin")):
@@ -478,17 +493,6 @@ class Run:
         if prepare.exists():
             hint = f"run python {os.path.relpath(prepare)}"
         raise InputError(f"dataset '{name}': {folder / 'meta.yaml'} is missing: {hint}")
-
-    def _make_if_embedded(self, name, prepare):
-        if not re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
-            return
-        print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
-        environment = dict(os.environ)
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(key, None)
-        with open(prepare.parent / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
-            subprocess.run([sys.executable, str(prepare)], env=environment)
 
     def save(self, name, state):
         """Write a checkpoint, a dict of plain types and tensors, to out_dir/name (rank 0)."""

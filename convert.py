@@ -19,7 +19,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
+import transformers
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -56,7 +59,12 @@ def load_lm(spec, **options):
     path = find_checkpoint(spec)
     if path is None:
         return gpt_from_hub(spec, **options), Tokenizer(tokenizer_state_from_hub(spec))
-    state = read_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        foreign = "format" not in state and isinstance(state["model_args"], dict)
+    except Exception:  # torn, or something else: load_checkpoint says what
+        foreign = False
+    state = adopt_checkpoint(state, path) if foreign else load_checkpoint(path)
     return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
 
 
@@ -80,22 +88,6 @@ def find_checkpoint(spec):
 def in_order(path):
     """Sorting key of numbered files: 9 before 10."""
     return len(path.name), path.name
-
-
-def read_checkpoint(path):
-    """A checkpoint of ours, or a foreign one as ours."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        foreign = "format" not in state and isinstance(state["model_args"], dict)
-    except Exception:  # torn, or something else: load_checkpoint says what
-        foreign = False
-    return adopt_checkpoint(state, Path(path)) if foreign else load_checkpoint(path)
-
-
-def print_once(text):
-    """Print to stderr, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
 
 
 # ---- hidden states of any language model
@@ -289,13 +281,8 @@ class HiddenStates:
             torch.manual_seed(seed)
             if self.is_gpt:
                 model = GPT(self.model.config, seed=seed)
-            elif hasattr(self.model, "config"):
-                model = type(self.model)(self.model.config)
             else:
-                model = copy.deepcopy(self.model)
-                for module in model.modules():
-                    if hasattr(module, "reset_parameters"):
-                        module.reset_parameters()
+                model = type(self.model)(self.model.config)
         twin._attach(model, self.padding_side)
         return twin
 
@@ -412,28 +399,18 @@ def longest_text(model, tokenizer):
 
 def load_from_transformers(name, dtype, head):
     """(model, tokenizer) of a causal or masked language model of transformers."""
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    Auto = auto_class(from_hub(AutoConfig, name), name) if head else AutoModel
+    Auto = transformers.AutoModel
+    if head:
+        config = from_hub(transformers.AutoConfig, name)
+        names = transformers.models.auto.modeling_auto
+        causal = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+        Auto = transformers.AutoModelForCausalLM
+        masked = config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        if masked and causal not in (config.architectures or []):  # BERT's kind can be either
+            Auto = transformers.AutoModelForMaskedLM
     if dtype != torch.float32:
         dtype = "auto"  # as the file has it; the pass is in autocast
-    return load_weights(Auto, name, dtype=dtype), from_hub(AutoTokenizer, name)
-
-
-def auto_class(config, name):
-    """AutoModelForCausalLM or AutoModelForMaskedLM, whichever the model was saved as."""
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
-    from transformers.models.auto import modeling_auto
-
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    kind = config.model_type
-    saved_as = (config.architectures or [""])[0]
-    if kind in causal and (kind not in masked or saved_as == causal[kind]):
-        return AutoModelForCausalLM
-    if kind in masked:
-        return AutoModelForMaskedLM
-    raise InputError(f"{name} is a {kind} model, which gives no next or masked token")
+    return load_weights(Auto, name, dtype=dtype), from_hub(transformers.AutoTokenizer, name)
 
 
 # ---- Hugging Face
@@ -483,8 +460,6 @@ def from_hub(Auto, name, **options):
 
 def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
-    import transformers
-
     transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
     missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
@@ -502,10 +477,8 @@ def gpt_from_hub(name, **options):
 
     A folder that export_lm wrote gives the sheets and their positions back, too.
     """
-    from transformers import AutoConfig, GPT2LMHeadModel
-
-    shape = gpt_shape(from_hub(AutoConfig, name), name)
-    hub_model = load_weights(GPT2LMHeadModel, name, dtype=torch.float32).eval()
+    shape = gpt_shape(from_hub(transformers.AutoConfig, name), name)
+    hub_model = load_weights(transformers.GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = hub_model.state_dict()
     exported = exported_facts(name)
     args = {**exported.get("model_args", {}), **shape}
@@ -590,16 +563,14 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
     units' positions, the tokenizer's state. facts: paragraphs of the model card. Raises
     InputError for a model that is more than a GPT-2.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     c = model.config
     eot = getattr(tokenizer, "eot", None)
-    config = GPT2Config(n_positions=c.block_size, bos_token_id=eot, eos_token_id=eot)
+    config = transformers.GPT2Config(n_positions=c.block_size, bos_token_id=eot, eos_token_id=eot)
     config.activation_function = {"tanh": "gelu_new", "exact": "gelu"}[c.gelu]
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = c.dropout
     for key in ("vocab_size", "n_layer", "n_head", "n_embd"):
         setattr(config, key, getattr(c, key))
-    hub_model = GPT2LMHeadModel(config).eval()
+    hub_model = transformers.GPT2LMHeadModel(config).eval()
     weights = {"lm_head.weight": model.transformer.wte.weight}
     for key, value in hub_model.state_dict().items():
         if key.endswith(".bias") and not c.bias:
@@ -651,13 +622,16 @@ def tokenizer_state_from_hub(name):
 
     Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = from_hub(AutoTokenizer, name)
+    tokenizer = from_hub(transformers.AutoTokenizer, name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
         state = exported_facts(name).get("tokenizer")
-        state = state or byte_level_state(form["vocabulary"], special, Path(name).name)
+        if state is None:
+            ranks = {}
+            for token, rank in form["vocabulary"].items():
+                if token not in special and BYTE_OF.keys() >= set(token):
+                    ranks[bytes_of(token)] = rank
+            state = make_state(Path(name).name, GPT2_PATTERN, rank_file(ranks), special)
         try:
             if form == tokenizer_form(fast_tokenizer(state))[0]:
                 return state
@@ -691,41 +665,28 @@ def tokenizer_form(fast):
     return {"rules": [model["type"], *rules, words], "vocabulary": vocabulary}, special
 
 
-def byte_level_state(vocabulary, special, name):
-    """The state of a byte-level BPE; of another tokenizer, a state that differs."""
-    ranks = {}
-    for token, rank in vocabulary.items():
-        if token not in special and BYTE_OF.keys() >= set(token):
-            ranks[bytes_of(token)] = rank
-    return make_state(name, GPT2_PATTERN, rank_file(ranks), special)
-
-
 def export_tokenizer(tokenizer, folder):
     """Write our Tokenizer for AutoTokenizer: the same ids for the same text.
 
     But '<|endoftext|>' in a text is plain text for ours, and the token there.
     """
-    from transformers import PreTrainedTokenizerFast
-
     special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
     fast = fast_tokenizer(tokenizer.state)
-    options = {"clean_up_tokenization_spaces": False, **special}
-    PreTrainedTokenizerFast(tokenizer_object=fast, **options).save_pretrained(folder)
+    options = {"tokenizer_object": fast, "clean_up_tokenization_spaces": False, **special}
+    transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
 
 
 def fast_tokenizer(state):
     """The tokenizers.Tokenizer with the ids of a tokenizer state."""
-    from tokenizers import Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as FastTokenizer
-
     ranks = ranks_of(state)
-    split = pre_tokenizers.Split(Regex(state["pattern"]), "isolated")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cutters = tokenizers.pre_tokenizers
+    split = cutters.Split(tokenizers.Regex(state["pattern"]), "isolated")
+    level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
     merges = []
     if state["pattern"] == CHARACTERS and any(bytes([b]) not in ranks for b in range(256)):
         vocab = {token.decode(): rank for token, rank in ranks.items()}
         cut = split
-        decoder = decoders.Fuse()
+        decoder = tokenizers.decoders.Fuse()
     else:
         character_of = {byte: character for character, byte in BYTE_OF.items()}
         vocab = {}
@@ -734,9 +695,10 @@ def fast_tokenizer(state):
             if len(token) > 1:
                 parts = last_merge(token, ranks)
                 merges.append(tuple("".join(map(character_of.get, part)) for part in parts))
-        cut = pre_tokenizers.Sequence([split, level])
-        decoder = decoders.ByteLevel()
-    fast = FastTokenizer(models.BPE({**vocab, **state["special_tokens"]}, merges))
+        cut = cutters.Sequence([split, level])
+        decoder = tokenizers.decoders.ByteLevel()
+    bpe = tokenizers.models.BPE({**vocab, **state["special_tokens"]}, merges)
+    fast = tokenizers.Tokenizer(bpe)
     fast.pre_tokenizer = cut
     fast.decoder = decoder
     return fast
@@ -789,7 +751,7 @@ def adopt_checkpoint(state, path):
     maker = "nanoGPT"
     if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & foreign_args.keys():
         maker = adopt_sheets(args, weights, foreign_args, path)
-    print_once(f"{path}: a checkpoint of {maker}")
+    print(f"{path}: a checkpoint of {maker}", file=sys.stderr)
     dataset = str((state.get("config") or {}).get("dataset", ""))
     tokenizer = foreign_tokenizer(path, len(embedding), dataset)
     return {"kind": "lm", "model_args": args, "model": weights, "tokenizer": tokenizer}
@@ -859,40 +821,33 @@ def read_layer_pickles(folder):
         raise InputError(f"{folder} holds no position files (layer.0.attn.pkl ...) of TopoLM")
     layouts = {}
     facts = {}
-    shared = []
+    n_moved = 0
     for file in files:
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
         if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
             raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
         layouts[file.stem], moved = place_units(coordinates)
-        if moved.any():
-            n_cells = len(np.unique(coordinates, axis=0))
-            shared.append(
-                f"in {file.stem} {len(moved)} units share {n_cells} cells. One unit a cell now: "
-                f"{np.count_nonzero(moved)} of them moved, by {moved[moved > 0].mean():.1f} cells "
-                f"on average, {moved.max():.1f} at most."
-            )
+        n_moved += np.count_nonzero(moved)
         masks = getattr(layer, "neighborhood_indices", None)
         if torch.is_tensor(masks) and masks.dim() == 2:
             facts["radius"] = round((masks[0].sum().item() ** 0.5 + 1) / 2)
-            facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", 0))
-    if shared:
-        count = f"{len(shared)} of {len(files)} position files are no permutations"
-        print_once(f"{folder}: {count}; {shared[0]}")
+            facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", GPTConfig.windows))
+    if n_moved:
+        shared = "units share cells: one a cell now, with the least displacement,"
+        print(f"{folder}: {shared} for which {n_moved} moved", file=sys.stderr)
     return layouts, facts
 
 
 def place_units(coordinates):
     """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
 
-    coordinates (C, 2) are rows and columns of the square sheet; those that fill it stay.
+    coordinates (C, 2) are rows and columns, whatever the shape of our grid (positions.places_of):
+    cells are numbered row by row. Units that have a cell each stay.
     """
-    from scipy.optimize import linear_sum_assignment
-
     side = positions.sheet_side(len(coordinates))
-    places = positions.places_of(np.arange(side * side), side)
-    distance = np.linalg.norm(coordinates[:, None] - places, axis=-1)  # (units, cells)
+    cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
+    distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)
     cell = distance.argmin(axis=1)
     if len(set(cell)) < len(cell) or distance.min(axis=1).any():
         cell = linear_sum_assignment(distance)[1]

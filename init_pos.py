@@ -200,32 +200,18 @@ def colours(r):
 
 
 def plot_sheets(path, title, layers, sheet, scheme):
-    """Three panels per layer: the random and the chosen layout, and correlation by distance."""
-    offsets = positions.offsets(np.arange(sheet.side**2), sheet.side)
-    steps = np.linalg.norm(offsets, axis=-1).round().astype(int).ravel()
-    near = (steps > 0) & (steps < sheet.side)  # farther ones are corner against corner
-    n_pairs = np.bincount(steps[near])[1:]  # at each distance, in whole cells
-    figure = Figure(figsize=(13, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
-    panels = figure.subplots(len(layers) // 2, 6, squeeze=False).reshape(-1, 3)
-    for layer, (left, middle, right) in zip(layers, panels):
+    """Each sheet, random and as chosen: units that respond alike look alike."""
+    figure = Figure(figsize=(9, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
+    panels = figure.subplots(len(layers) // 2, 4, squeeze=False).reshape(-1, 2)
+    for layer, (left, right) in zip(layers, panels):
         colour_of = colours(layer.r)
-        shown = [("random", left, layer.random), (scheme, middle, layer.unit_at_cell)]
+        shown = [("random", left, layer.random), (scheme, right, layer.unit_at_cell)]
         for label, axis, unit_at_cell in shown:
             loss = losses_of(sheet, layer.r, unit_at_cell).mean()
             axis.imshow(colour_of[unit_at_cell].reshape(sheet.side, sheet.side, 3))
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{label}: {loss:.3f}", fontsize=8)
-            r = layer.r[unit_at_cell][:, unit_at_cell].ravel()[near]
-            curve = np.bincount(steps[near], r)[1:] / n_pairs
-            right.plot(np.arange(1, len(curve) + 1), curve, label=label)
         left.set_ylabel(layer.name, fontsize=8)
-        right.axhline(0, color="0.85", lw=0.8, zorder=0)
-        right.tick_params(labelsize=7)
-    for axis in panels[:2, 2]:
-        axis.set_title("correlation by distance", fontsize=8)
-        axis.legend(fontsize=7, frameon=False)
-    for axis in panels[-2:, 2]:
-        axis.set_xlabel("distance (cells)", fontsize=8)
     figure.suptitle(f"{title}\ncolour: first three components of the correlations; number: loss")
     figure.savefig(path, dpi=110)
 

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -457,6 +458,8 @@ class GPT(nn.Module):
                 states[i + 1] = x
             if taps:
                 states[f"layer.{i}.attn"], states[f"layer.{i}.mlp"] = sheets
+        if cache is not None:
+            cache.used += T
         x = self.transformer.ln_f(x)
         states[c.n_layer] = x
         total = None if near is None else torch.stack(losses).sum(0)
@@ -498,11 +501,6 @@ class GPT(nn.Module):
         of_positions = sum(p.numel() for p in self.transformer.wpe.parameters())
         return sum(p.numel() for p in self.parameters()) - of_positions
 
-    def flops_per_token(self, length):
-        """Floating-point operations per token, both passes (Chowdhery et al. 2022, appendix B)."""
-        c = self.config
-        return 6 * self.n_params() + 12 * c.n_layer * c.n_embd * length
-
     # -- generation
 
     def generate(self, prompts, max_new_tokens, **options):
@@ -515,31 +513,34 @@ class GPT(nn.Module):
         return rows
 
     @torch.no_grad()
-    def stream(self, prompts, max_new_tokens, stop=(), start=None, **sampling):
+    def stream(self, prompts, max_new_tokens, stop=(), start=None, seed=0, **sampling):
         """Sample with a cache, yielding after each step B new tokens, None for rows that ended.
 
         prompts: B lists of token ids of any lengths, or a tensor (B, T). stop: token ids that end a
-        row and are not given out. sampling: see Sampling. start(rows, length) reads the rows in
+        row and are not given out. sampling: see pick_tokens. start(rows, length) reads the rows in
         place of _start. A row whose context is full goes on from its last block_size // 2 tokens.
         """
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
             raise InputError("a prompt needs a token: begin with the end-of-text token")
-        how = Sampling(**sampling)
         head = self.transformer.wte.weight
         size = self.config.block_size
-        generator = torch.Generator(head.device).manual_seed(how.seed)
+        generator = torch.Generator(head.device).manual_seed(seed)
         ended = [False] * len(rows)
         cache = None
         for n_new in range(max_new_tokens):
             if cache is None or cache.used - cache.room == size:
-                rows = [within(row, size) for row in rows]
+                for i, row in enumerate(rows):
+                    if len(row) > size:
+                        rows[i] = row[-(size // 2) :]
                 length = max(map(len, rows)) + max_new_tokens - n_new
                 x, cache = (start or self._start)(rows, min(size, length))
-            else:
-                x = self._step([row[-1] for row in rows], cache)
+            else:  # one more token of each row, against the cache
+                idx = torch.tensor([row[-1:] for row in rows], device=head.device)
+                position, mask = cache.next()
+                x = self.trunk(idx, None, (), position, mask, cache, cache.crosses)[0][:, -1]
             logits = (head @ x.T).T.float()  # for a few rows quicker on CPUs than x @ head.T
-            tokens = how.pick(logits, generator).tolist()
+            tokens = pick_tokens(logits, generator, **sampling).tolist()
             for i, token in enumerate(tokens):
                 ended[i] = ended[i] or token in stop
                 rows[i].append(token)
@@ -550,56 +551,33 @@ class GPT(nn.Module):
     def _start(self, rows, length):
         """Read rows of token ids; last states (B, C), and a Cache with room for `length` tokens."""
         idx, position, real, mask = left_pad(rows, self.transformer.wte.weight.device)
-        cache = Cache(self, len(rows), length)
+        cache = Cache(self, real, length)
         x = self.trunk(idx, position=position, mask=mask, cache=cache)[0]
-        cache.begin(real)
         return x[:, -1], cache
 
-    def _step(self, tokens, cache):
-        """Read one more token of each row against the cache; states (B, C)."""
-        idx = torch.tensor(tokens, device=cache.real.device)[:, None]
-        position, mask = cache.next()
-        x = self.trunk(idx, None, (), position, mask, cache, cache.crosses)[0]
-        cache.used += 1
-        return x[:, -1]
 
+def pick_tokens(logits, generator, temperature=1.0, top_k=None, top_p=None):
+    """Draw the next token ids (B,) from logits (B, V).
 
-@dataclass
-class Sampling:
-    """How the next token is drawn. Raises InputError for values out of range."""
-
-    temperature: float = 1.0  # 0: the most likely token, always
-    top_k: int | None = None  # only the k most likely
-    top_p: float | None = None  # only the smallest set of at least this probability (nucleus)
-    seed: int = 0
-
-    def __post_init__(self):
-        cuts = (self.top_k is None or self.top_k > 0, self.top_p is None or 0 < self.top_p <= 1)
-        if self.temperature < 0 or not all(cuts):
-            raise InputError(
-                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}: "
-                "they must be at least 0, above 0, and above 0 up to 1"
-            )
-
-    def pick(self, logits, generator):
-        """Next token ids (B,) from logits (B, V)."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.size(-1)))[0][:, -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
-        if self.top_p is not None:
-            ordered, order = logits.sort(descending=True)
-            p = ordered.softmax(-1)
-            beyond = p.cumsum(-1) - p >= self.top_p  # never the first
-            logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def within(row, size):
-    """What a text goes on from in a context of `size` tokens: its last half, where it is full."""
-    return row if len(row) <= size else row[-(size // 2) :]
+    temperature: 0 is the most likely token, always. top_k: only the k most likely. top_p: only the
+    smallest set of at least this probability (nucleus).
+    """
+    cuts = (top_k is None or top_k > 0, top_p is None or 0 < top_p <= 1)
+    if temperature < 0 or not all(cuts):
+        given = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        raise InputError(f"{given}: they must be at least 0, above 0, and above 0 up to 1")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1)))[0][:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p is not None:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # never the first
+        logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def left_pad(rows, device):
@@ -624,28 +602,24 @@ class Cache:
     """Keys and values of all layers, while text is generated.
 
     kv (n_layer, 2, B, H, room + length, hd), of which `used` columns are filled: first `room` of a
-    neural prefix, then the text's. real (B, used): False where text does not look. position (B,):
-    of the next token. crosses: as GPT.trunk takes it.
+    neural prefix, then the text's. real (B, room + T): False where text does not look. position
+    (B,): of the next token. crosses: as GPT.trunk takes it.
     """
 
-    def __init__(self, lm, batch, length, room=0, crosses=None):
+    def __init__(self, lm, real, length, room=0, crosses=None):
         c = lm.config
         weight = lm.transformer.wte.weight
         device = weight.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        shape = (c.n_layer, 2, batch, c.n_head, room + length, c.n_embd // c.n_head)
+        shape = (c.n_layer, 2, len(real), c.n_head, room + length, c.n_embd // c.n_head)
         self.kv = torch.empty(shape, dtype=dtype, device=weight.device)
         self.room = room
         self.crosses = crosses
         self.used = 0
-
-    def begin(self, real, first_position=0):
-        """Note what was read: the text's columns real (B, T), and where its positions begin."""
-        self.real = F.pad(real, (self.room, 0), value=True)
-        self.position = first_position + real.sum(1)
-        self.used = self.real.size(1)
+        self.real = F.pad(real, (room, 0), value=True)
+        self.position = real.sum(1)
 
     def next(self):
         """Position (B, 1) and mask of one more token of each row."""
@@ -753,9 +727,8 @@ class LinearEncoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.patch = c.patch
-        self.state_width = c.patch * c.virtual
         self.montage = Montage(c, c.n_embd)
-        self.output = nn.Linear(self.state_width, c.n_embd)
+        self.output = nn.Linear(c.patch * c.virtual, c.n_embd)
 
     def forward(self, x, xyz, subject):
         v, person = self.montage(x, xyz, subject)
@@ -769,7 +742,6 @@ class TransformerEncoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.patch = c.patch
-        self.state_width = c.width
         self.montage = Montage(c, c.width)
         self.embed = nn.Linear(c.patch * c.virtual, c.width)
         self.blocks = encoder_blocks(c)
@@ -796,7 +768,6 @@ class ElectrodeEncoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.patch = c.patch
-        self.state_width = c.width
         self.code = PlaceCode(c.degree)
         self.place = self.code.weights(c.width)
         self.subject_token = nn.Parameter(torch.zeros(c.subjects, c.width))
@@ -857,7 +828,6 @@ class ConvEncoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.dropout = c.dropout
-        self.state_width = c.width
         self.montage = Montage(c, c.width)
         self.embed = nn.Conv1d(c.virtual, c.width, c.patch, c.patch)
         self.convs = nn.ModuleList()
@@ -883,7 +853,6 @@ class TSConvEncoder(nn.Module):
         super().__init__()
         self.patch = c.patch
         self.dropout = c.dropout
-        self.state_width = c.width
         self.montage = Montage(c, c.width)
         self.temporal = nn.Conv1d(c.virtual, 2 * c.virtual, 25, padding=12, groups=c.virtual)
         self.embed = nn.Conv1d(2 * c.virtual, c.width, 1)
@@ -911,8 +880,7 @@ def encoder_blocks(c):
     return blocks
 
 
-# Each makes (tokens (B, P, n_embd), states (B, P, state_width)) of signals; `output` is its last
-# linear layer.
+# Each makes tokens (B, P, n_embd) of signals, and the states that its linear layer `output` reads.
 ENCODERS: dict[str, Any] = {
     "linear": LinearEncoder,
     "transformer": TransformerEncoder,
@@ -931,8 +899,6 @@ class NeuralEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        check_choice("encoder", config.kind, ENCODERS)
-        check_choice("tokens", config.tokens, ("time", "electrode"))
         kind = config.kind
         if kind == "transformer" and config.tokens == "electrode":
             kind = "electrodes"
@@ -940,7 +906,7 @@ class NeuralEncoder(nn.Module):
         self.net = ENCODERS[kind](config)
         self.whole = None
         if config.window:
-            self.whole = nn.Linear(config.window * self.net.state_width, config.n_embd)
+            self.whole = nn.Linear(config.window * self.net.output.in_features, config.n_embd)
 
     def forward(self, x, xyz, subject):
         """x (B, C, T), xyz (C, 3) or (B, C, 3), subject (B,) -> (B, P, n_embd)."""
@@ -1090,9 +1056,6 @@ class NeuralGPT(nn.Module):
     ):
         super().__init__()
         n_layer = lm.config.n_layer
-        check_choice("fusion", fusion, ("prefix", "expert", "cross"))
-        check_choice("text_positions", text_positions, ("zero", "after_prefix"))
-        check_choice("prefix_attention", attention, ("causal", "full", "blocked"))
         if not 0 <= layers <= n_layer:
             raise InputError(f"{layers} layers with experts, the language model has {n_layer}")
         width = lm.config.n_embd
@@ -1162,6 +1125,8 @@ class NeuralGPT(nn.Module):
                 context = context._replace(kv=cache.kv[i])
             last = i + 1 == len(lm.transformer.h)
             n, x = block.routed(n, x, expert, context, self.attention != "full", last)
+        if cache is not None:
+            cache.used = context.position.size(-1)
         return lm.transformer.ln_f(x[:, 1:])
 
     def _cross_keys(self, n):
@@ -1213,22 +1178,21 @@ class NeuralGPT(nn.Module):
         longest = max(len(row) for row in prompts)
         self.check_length(n.size(1), longest + max_new_tokens)
 
-        def start(rows, length):
-            return self._start(n, rows, length)
-
+        start = partial(self._start, n)
         return self.lm.generate(prompts, max_new_tokens, start=start, **options)
 
     def _start(self, n, rows, length):
         """As GPT._start, behind the neural tokens n."""
         idx, position, real, mask = left_pad(rows, n.device)
         if self.fusion == "cross":
-            cache = Cache(self.lm, len(rows), length, crosses=self._cross_keys(n))
+            cache = Cache(self.lm, real, length, crosses=self._cross_keys(n))
         else:
-            cache = Cache(self.lm, len(rows), length, room=n.size(1) + 2)
+            cache = Cache(self.lm, real, length, room=n.size(1) + 2)
+            if self.text_positions == "after_prefix":
+                cache.position += cache.room
+            if self.attention == "blocked":
+                cache.real[:, : cache.room - 1] = False  # all but EON
         x = self.trunk(n, idx, position, mask, cache)
-        cache.begin(real, cache.room if self.text_positions == "after_prefix" else 0)
-        if self.attention == "blocked":
-            cache.real[:, : max(0, cache.room - 1)] = False  # all but EON
         return x[:, -1], cache
 
 
@@ -1239,28 +1203,18 @@ VERSION = 2
 
 def save_checkpoint(path, state):
     """Write plain types and tensors aside, flushed, renamed: a kill leaves the old or the new."""
-    _check_plain(state, "checkpoint")
     try:
         with aside(path) as file:
             torch.save({"format": "nanocortex", "version": VERSION, **state}, file)
+            file.flush()
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+            if others:
+                raise TypeError(f"a checkpoint holds plain types and tensors only, not {others}")
     except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         reason = getattr(cause, "strerror", error)
         remedy = "make room, then go on with init_from=resume"
         raise InputError(f"{path} could not be written ({reason}): {remedy}") from None
-
-
-def _check_plain(value, where):
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_plain(key, where)
-            _check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_plain(item, where)
-    elif type(value) not in (int, float, str, bool, type(None), torch.Tensor, nn.Parameter):
-        kind = type(value).__name__
-        raise TypeError(f"{where} is a {kind}: a checkpoint holds plain types and tensors only")
 
 
 def load_checkpoint(path):
@@ -1284,13 +1238,13 @@ def load_checkpoint(path):
 
 def patch_checkpoint(state):
     """The one place where checkpoints of older versions are brought up to date."""
+    if state["version"] == 1 and "encoder_args" in state:
+        state["model"] = _rename_encoder(state["model"], EncoderConfig(**state["encoder_args"]))
     for key in {"model_args", "lm_args"} & state.keys():
         args = {**asdict(GPTConfig()), **state[key]}
         if args["windows"] == 0:  # version 1: every window
             args["windows"] = args["n_embd"]
         state[key] = args
-    if state["version"] == 1 and "encoder_args" in state:
-        state["model"] = _rename_encoder(state["model"], EncoderConfig(**state["encoder_args"]))
     state["version"] = VERSION
     return state
 

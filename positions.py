@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.spatial import KDTree
 from torch.nn import functional as F
 
 from data import InputError, aside, check_content
@@ -44,9 +45,12 @@ def sheet_side(n_units):
 def places_of(cells, side):
     """Where cells (n,) lie on the sheet: row and column (n, 2).
 
-    The only place that knows the shape of the grid: windows, closeness, neighbours, swaps and
-    Moran's I follow from it. For hexagons, say, move every other row by half a column and bring
-    rows together to 3 ** 0.5 / 2.
+    Windows, closeness, neighbours, swaps and Moran's I follow from it. For hexagons, say, move
+    every other row by half a column and bring rows together to 3 ** 0.5 / 2.
+
+    What takes the side x side cells for the pixels of an image stays square, and is to be changed
+    by itself: weight_loss and head_mosaic here, the blur of topography.contrast_map, and pictures
+    (imshow). Position files name cells by number, so they fit any grid.
     """
     return np.stack(np.divmod(np.asarray(cells), side), axis=1).astype(np.float64)
 
@@ -71,11 +75,11 @@ def window_cells(side, radius, norm=float("inf")):
     most = (side + 1) // 2
     if not 2 <= radius <= most:
         raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
-    distance = np.linalg.norm(offsets(np.arange(side * side), side), ord=norm, axis=-1)
-    inside = distance < radius - 1e-9  # (centres, cells); rounding makes no cell nearer
-    count = inside.sum(1)
-    whole = inside[count == count.max()]  # windows at the edge have fewer cells
-    return np.nonzero(whole)[1].reshape(len(whole), -1)
+    places = places_of(np.arange(side * side), side)
+    near = radius - 1e-9  # rounding makes no cell nearer
+    windows = KDTree(places).query_ball_point(places, near, p=norm, return_sorted=True)
+    n_cells = max(map(len, windows))  # windows at the edge have fewer
+    return np.array([cells for cells in windows if len(cells) == n_cells])
 
 
 @cache
@@ -169,15 +173,16 @@ def stack_layers(layers, n_layer, n_units, path):
 
 
 def normalise(x):
-    """Columns of x (T, C) centred and of unit length in float32; z.T @ z are correlations.
+    """Rows of x (C, T), units over tokens, centred and of unit length in float32.
 
-    A column that is constant but for rounding, or all but silent, becomes zeros.
+    z @ z.T are correlations. A row that is constant but for rounding, or all but silent, becomes
+    zeros.
     """
     x = x.float()
-    mean = x.mean(0)
+    mean = x.mean(1, keepdim=True)
     x = x - mean
-    energy = x.square().sum(0)
-    alive = energy > 1e-11 * (energy + len(x) * mean.square()) + 1e-12
+    energy = x.square().sum(1, keepdim=True)
+    alive = energy > 1e-11 * (energy + x.size(1) * mean.square()) + 1e-12
     return x * (torch.where(alive, energy, 1.0).rsqrt() * alive)
 
 
@@ -186,12 +191,12 @@ def window_correlations(x, units):
 
     units (K, n): the units in each window.
     """
-    z = normalise(x)
     K, n = units.shape
-    if K * n * n > z.size(1) ** 2:  # many windows: blocks of one Gram matrix
-        return (z.T @ z)[units[:, :, None], units[:, None, :]]
-    window = z.T.index_select(0, units.flatten()).view(K, n, -1)  # (K, n, T)
-    return window @ window.transpose(1, 2)
+    if K * n * n > x.size(1) ** 2:  # many windows: blocks of one Gram matrix
+        z = normalise(x.T)
+        return (z @ z.T)[units[:, :, None], units[:, None, :]]
+    z = normalise(x.T.index_select(0, units.flatten())).view(K, n, -1)
+    return z @ z.mT
 
 
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
@@ -325,8 +330,8 @@ def correlations(x):
 
     The diagonal is zero; constant units count as uncorrelated.
     """
-    z = normalise(torch.as_tensor(x).detach()).cpu().numpy()
-    r = z.T @ z  # numpy sees the symmetry and computes one half
+    z = normalise(torch.as_tensor(x).detach().T).cpu().numpy()
+    r = z @ z.T  # numpy sees the symmetry and computes one half
     np.fill_diagonal(r, 0)
     return r
 

@@ -43,14 +43,6 @@ def read_prompt(config):
         raise InputError(f"file={config.file} cannot be read as UTF-8 text ({error})") from None
 
 
-def show(text, n_shown):
-    """Print what is new in a growing text. Returns how many characters are printed."""
-    if text.endswith("\ufffd"):  # a character may take several tokens
-        return n_shown
-    print(text[n_shown:], end="", flush=True)
-    return len(text)
-
-
 def main(config):
     run = Run(config)
     model, tokenizer = load_lm(config.lm)
@@ -73,7 +65,10 @@ def main(config):
         for sample, token in zip(samples, tokens):
             if token is not None:  # this one goes on
                 sample.append(token)
-        n_shown = show(tokenizer.decode(samples[0]), n_shown)
+        first = tokenizer.decode(samples[0])
+        if not first.endswith("\ufffd"):  # a character may take several tokens
+            print(first[n_shown:], end="", flush=True)
+            n_shown = len(first)
         if run.stopping():
             break
     print(tokenizer.decode(samples[0])[n_shown:])

@@ -17,8 +17,6 @@ import os
 import platform
 import tempfile
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -150,7 +148,7 @@ def validation_starts(tokens, config):
 
 
 class Loader:
-    """Micro-batches of random windows without replacement, read ahead by a thread.
+    """Micro-batches of random windows without replacement.
 
     Window k of the run, counted over all ranks, is the same for any number of ranks and any alpha:
     epoch k // n_windows reads the stream's windows in an order, and from an offset, keyed by
@@ -165,16 +163,6 @@ class Loader:
         if self.n_windows < 1:
             raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than two of block_size")
         self.epoch = None
-        self.thread = ThreadPoolExecutor(1)
-        self.read_ahead = deque()
-        self.first_windows = self.plan(cursor)
-
-    def plan(self, cursor):
-        """The number of the first window of each micro-batch of this rank."""
-        while True:
-            for micro in range(self.run.rank, self.n_micro, self.run.world):
-                yield cursor + micro * self.config.batch_size
-            cursor += self.n_micro * self.config.batch_size
 
     def start_of(self, window):
         """Where a window starts in the stream."""
@@ -186,20 +174,15 @@ class Loader:
             self.offset = int(rng.integers(self.config.block_size))
         return self.order[i] * self.config.block_size + self.offset
 
-    def read(self, first):
-        """Windows (B, T + 1) from number `first` on."""
-        windows = range(first, first + self.config.batch_size)
-        starts = [self.start_of(window) for window in windows]
+    def batch(self, micro):
+        """idx, targets (B, T) int64 on the device: a micro-batch of the step that comes next."""
+        size = self.config.batch_size
+        first = self.cursor + micro * size
+        starts = [self.start_of(window) for window in range(first, first + size)]
         batch = torch.from_numpy(self.tokens.windows(starts, self.config.block_size + 1))
         if self.run.device.type == "cuda":
             batch = batch.pin_memory()
-        return batch
-
-    def next(self):
-        """idx, targets (B, T) int64 on the device."""
-        while len(self.read_ahead) < 2:
-            self.read_ahead.append(self.thread.submit(self.read, next(self.first_windows)))
-        batch = self.read_ahead.popleft().result().to(self.run.device, non_blocking=True)
+        batch = batch.to(self.run.device, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
 
 
@@ -253,30 +236,27 @@ FREE += ["spatial_kind", "accum", "tap", "activation_decay"]
 
 
 def model_options(config, data):
-    """Fields of GPTConfig that Config has, as two dicts: what shapes the weights, and the rest."""
-    shape = asdict(config)
-    shape["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
-    shape["sheet"] = config.positions != "none"
-    for key in shape.keys() - asdict(GPTConfig()).keys():
-        del shape[key]
-    rest = {key: shape.pop(key) for key in FREE}
-    return shape, rest
+    """The fields of GPTConfig, from Config's of the same names and the data."""
+    options = {key: value for key, value in asdict(config).items() if hasattr(GPTConfig, key)}
+    options["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
+    options["sheet"] = config.positions != "none"
+    return options
 
 
 def build(run, config, data):
     """The GPT to train and, on resume, the checkpoint it comes from."""
-    shape, rest = model_options(config, data)
+    options = model_options(config, data)
     state = None
     if config.init_from == "scratch":
         layout = load_layout(config, config.n_layer, config.n_embd)
-        model = GPT(GPTConfig(**shape, **rest), layout, config.seed)
+        model = GPT(GPTConfig(**options), layout, config.seed)
     elif config.init_from == "resume":
         path = run.out / "ckpt.pt"
         state = run.load(path.name)
-        check_resumable(path, state, shape)
-        model = lm_from(state, path, **rest)
+        check_resumable(path, state, options)
+        model = lm_from(state, path, **options)
     else:
-        model = start_from(config, data, rest)
+        model = start_from(config, data, options)
     if data.vocab_size > model.config.vocab_size:
         raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
     return model.to(run.device), state
@@ -292,20 +272,21 @@ def load_layout(config, n_layer, n_units):
     return load_positions(path, n_layer, n_units)
 
 
-def check_resumable(path, state, shape):
+def check_resumable(path, state, options):
     """Raise InputError where a checkpoint is of another script, or has another shape."""
     if "optimizers" not in state:
         raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
-    for key, value in shape.items():
+    for key, value in options.items():
         saved = state["model_args"][key]
-        if saved != value:
+        if key not in FREE and saved != value:
             raise InputError(f"{path} has {key}={saved}, the options say {value}")
 
 
-def start_from(config, data, rest):
+def start_from(config, data, options):
     """The GPT of another checkpoint or of Hugging Face, with the sheet that the options ask for."""
+    free = {key: options[key] for key in FREE}
     spec = f"init_from={config.init_from}"
-    model, tokenizer = load_lm(config.init_from, **rest)
+    model, tokenizer = load_lm(config.init_from, **free)
     if tokenizer.state["ranks"] != data.tokenizer["ranks"]:
         raise InputError(f"{spec} has another tokenizer than dataset={config.dataset}")
     longest = model.config.block_size
@@ -457,11 +438,14 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362,
 
 def utilisation(run, config, model, tokens_per_s):
     """{'mfu': share of the GPUs' peak}, {} where the peak is not known."""
-    name = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else ""
+    if run.device.type != "cuda":
+        return {}
+    name = torch.cuda.get_device_name(run.device)
     for key, peak in PEAK_TFLOPS.items():
         if key in name:
-            flops = tokens_per_s * model.flops_per_token(config.block_size)
-            return {"mfu": flops / (1e12 * peak * run.world)}
+            c = model.config  # operations per token, both passes: Chowdhery et al. 2022, appendix B
+            flops = 6 * model.n_params() + 12 * c.n_layer * c.n_embd * config.block_size
+            return {"mfu": tokens_per_s * flops / (1e12 * peak * run.world)}
     return {}
 
 
@@ -501,8 +485,8 @@ def component_maps(run, model, idx):
         responses = model(idx, hidden=names).hidden
     maps = {}
     for name, unit_at_cell in zip(names, model.unit_at_cell.cpu()):
-        z = positions.normalise(responses[name].flatten(0, 1)).cpu()  # (tokens, C)
-        _, components = torch.linalg.eigh((z.T @ z).double())
+        z = positions.normalise(responses[name].flatten(0, 1).T).cpu()  # (C, tokens)
+        _, components = torch.linalg.eigh((z @ z.T).double())
         maps[name] = components[:, -1][unit_at_cell].reshape(side, side).numpy()
     return maps
 
@@ -665,10 +649,10 @@ def dry_run(run, config, data):
 
     Memory and disk are of weights, gradients and optimiser state in float32, without activations.
     """
-    shape, rest = model_options(config, data)
-    whole = GPTConfig(**shape, **rest)
+    options = model_options(config, data)
+    whole = GPTConfig(**options)
     if config.init_from not in ("scratch", "resume"):
-        whole = start_from(config, data, rest).config
+        whole = start_from(config, data, options).config
     layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
@@ -698,7 +682,7 @@ def count(parameters):
 def estimate_step(run, config, data, model, tokens):
     """Seconds of a step of `model` on so many tokens, from steps on a part of a micro-batch."""
     n_rows = max(1, min(config.batch_size, 1024 // config.block_size))
-    part = replace(config, batch_size=n_rows, compile=False)
+    part = replace(config, batch_size=n_rows, tokens_per_step=0, compile=False)
     training = set_up(run, part, data, model, None)
     seconds = []
     for n_micro in (1, 1, 2):  # the first warms up
@@ -858,7 +842,7 @@ def train_step(run, config, training):
     losses = torch.zeros(2, device=run.device)
     micros = range(run.rank, loader.n_micro, run.world)
     for micro in micros:
-        idx, targets = loader.next()
+        idx, targets = loader.batch(micro)
         windows = None
         if config.alpha:
             windows = model.draw_windows(run.generator(step, micro, "windows"))

@@ -4,6 +4,7 @@ This file is what they all share: `InputError`, how files are written, and how Y
 pickles are read.
 """
 
+import codecs
 import collections
 import hashlib
 import io
@@ -12,10 +13,12 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 
@@ -154,17 +157,19 @@ def read_text(path):
 
 
 def read_table(path, columns=(), **options):
-    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text."""
+    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text.
+    Rows longer than the header are refused, but for a last field that is missing in all."""
     import pandas as pd
 
+    text = io.StringIO(read_text(path))
     try:
-        table = pd.read_csv(io.StringIO(read_text(path)), keep_default_na=False, **options)
-    except InputError:
-        raise
-    except ValueError as error:  # the errors of pandas are ValueErrors
-        reason = " ".join(str(error).split())
-        folder = Path(path).parent
-        raise InputError(f"{path} is not a CSV table ({reason}){remedy(folder)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # the header is too short
+            table = pd.read_csv(text, keep_default_na=False, index_col=False, **options)
+    except (ValueError, Warning) as error:  # the errors of pandas are ValueErrors
+        reason = f"({' '.join(str(error).split())}){remedy(Path(path).parent)}"
+        raise InputError(f"{path} is not a CSV table {reason}") from None
+    table = table.rename(columns=str.strip)
     for name in columns:
         column(table, path, name)
     return table
@@ -183,31 +188,50 @@ class PickledObject:
     """What an unpickled object of somebody else's class becomes: its attributes, nothing else."""
 
 
-def read_pickle(path, allowed=()):
-    """The object in a pickle file: plain types, and PickledObjects for class names in `allowed`
-    (with which torch tensors are read, too). Raises InputError for a torn file, and for code."""
-    import torch
+# what a pickle may call: it makes arrays, tensors and plain containers, and can run nothing
+SAFE_IN_PICKLES = {
+    "collections.OrderedDict": collections.OrderedDict,
+    "_codecs.encode": codecs.encode,  # protocol 2 writes bytes as text
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    "numpy.multiarray._reconstruct": np._core.multiarray._reconstruct,
+    "numpy.multiarray.scalar": np._core.multiarray.scalar,
+    "numpy.numeric._frombuffer": np._core.numeric._frombuffer,  # protocol 5
+}
 
-    known = {}
+
+def read_pickle(path, allowed=()):
+    """The object in a pickle, or in a .npy that holds one: plain types and NumPy's arrays.
+
+    allowed: names of classes whose objects become PickledObjects; torch's tensors are read beside
+    them. Raises InputError for a torn file, and for one that holds code.
+    """
+    known = dict(SAFE_IN_PICKLES)
     if allowed:
-        known = {
-            ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch.storage", "_load_from_bytes"): _load_storage,
-        }
+        import torch
+
+        known["torch._utils._rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
+        known["torch.storage._load_from_bytes"] = _load_storage
 
     class RestrictedUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if name in allowed:
                 return PickledObject
-            if (module, name) not in known:
+            module = re.sub(r"^numpy\.(_core|core)\.", "numpy.", module)  # of NumPy 2 or 1
+            if f"{module}.{name}" not in known:
                 raise pickle.UnpicklingError(f"it wants {module}.{name}")
-            return known[module, name]
+            return known[f"{module}.{name}"]
 
     check_content(path)
     try:
         with open(path, "rb") as file:
-            return RestrictedUnpickler(file).load()
+            if file.read(6) == b"\x93NUMPY":
+                file.seek(0)
+                major, minor = np.lib.format.read_magic(file)
+                getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
+            else:
+                file.seek(0)
+            return RestrictedUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a torn pickle raises nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputError(

@@ -97,6 +97,9 @@ def _values(item):
             missing = values == np.ravel(item.attrs[key])[0]
             if missing.any():
                 values = np.where(missing, np.nan, values)
+    for key, operation in (("scale_factor", np.multiply), ("add_offset", np.add)):
+        if key in item.attrs:  # packed into integers
+            values = operation(values, np.ravel(item.attrs[key])[0])
     if _plain(item.attrs.get("dtype", "")) == "bool":
         values = values.astype(bool)
     return values

@@ -18,6 +18,10 @@ class Person:
     channels: np.ndarray
     mixing: np.ndarray | None = None
 
+    def mixed(self, windows):
+        """Windows (..., channels, time) as (..., electrodes, time)."""
+        return windows if self.mixing is None else self.mixing @ windows
+
 
 class Montage:
     """The chosen electrodes of one or more recordings.
@@ -29,7 +33,9 @@ class Montage:
     def __init__(self, chosen, reference="none"):
         """chosen: [(Recording, numbers of its channels)]; reference: none or laplacian."""
         self.sfreq = chosen[0][0].sfreq
-        self.people, self.names, self.gaps = [], [], []
+        self.people = []
+        self.names = []
+        self.gaps = []
         xyz = []
         for recording, channels in chosen:
             if recording.sfreq != self.sfreq:
@@ -67,9 +73,7 @@ class Montage:
             windows = np.empty((len(begins), len(person.channels), width), np.float32)
             for n, begin in enumerate(begins):
                 windows[n] = person.recording.signal[begin : begin + width][:, person.channels].T
-            if person.mixing is not None:
-                windows = person.mixing @ windows
-            parts.append(windows)
+            parts.append(person.mixed(windows))
         return np.concatenate(parts, axis=1)
 
     def bins(self, first, width, n_bins):
@@ -83,10 +87,7 @@ class Montage:
                 window = signal[begin : begin + width]
                 np.add.reduceat(window, edges[:-1], axis=0, dtype=np.float64, out=sums[n])
             means = sums[:, :, person.channels] / np.diff(edges)[:, None]
-            means = means.transpose(0, 2, 1).astype(np.float32)
-            if person.mixing is not None:
-                means = person.mixing @ means
-            parts.append(means)
+            parts.append(person.mixed(means.transpose(0, 2, 1).astype(np.float32)))
         return np.concatenate(parts, axis=1)
 
     def spectra(self, first, width, segment, highest):
@@ -111,9 +112,7 @@ class Montage:
         parts = []
         for person, row in zip(self.people, rows):
             windows = lag_windows(person.recording.signal, person.channels, row, offsets, edges)
-            if person.mixing is not None:
-                windows = person.mixing @ windows
-            parts.append(windows)
+            parts.append(person.mixed(windows))
         if len(parts) == 1:  # a gigabyte need not be copied
             return parts[0]
         return np.concatenate(parts, axis=2)
@@ -184,13 +183,18 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
             cure = f"its prepare.py adds people with subjects={asked}"
             folder = recordings[0].path.parent
             raise InputError(f"subjects: {folder} has no {asked}, only {there}; {cure}")
-    table = read_table(electrodes, ["subject", "elec"], dtype=str) if electrodes else None
+    try:
+        pattern = re.compile(channels)
+    except re.error as error:
+        raise InputError(f"channels={channels} is no regular expression: {error}") from None
+    if electrodes:
+        table = read_table(electrodes, ["subject", "elec"], dtype=str)
     chosen = []
     for recording in recordings:
         if subjects and not any(is_subject(asked, recording) for asked in subjects):
             continue
-        wanted = recording.good & [bool(re.match(channels, name)) for name in recording.names]
-        if table is not None:
+        wanted = recording.good & [bool(pattern.match(name)) for name in recording.names]
+        if electrodes:
             listed = [is_subject(subject, recording) for subject in table.subject]
             wanted &= np.isin(recording.names, table.elec[listed])
         if wanted.any():

@@ -34,11 +34,14 @@ SENSORS = {
     "mag": (("mag",), 1e-17, 1e-9),
     "grad": (("grad",), 1e-16, 1e-8),
 }
+FOLDERS = {"meg": ("mag", "grad"), "ieeg": ("ieeg",)}  # whose sensors come first there
 # Channel types of channels.tsv that MNE knows, most by the same name; those of MEG are in the file.
 CHANNEL_TYPES = ("eeg", "ecog", "seeg", "dbs", "eog", "ecg", "emg", "stim")
 TYPE_NAMES = {"veog": "eog", "heog": "eog", "trig": "stim"}
 VOLTS = {"v": 1.0, "mv": 1e-3, "uv": 1e-6, "nv": 1e-9}
 METRES = {"m": 1.0, "cm": 1e-2, "mm": 1e-3}
+# Coordinate systems of BIDS whose x is to the nose and y to the left; to others x is to the right.
+NOSE_FIRST = ("EEGLAB", "EEGLAB-HJ", "CTF", "4DBti", "KitYokogawa")
 # Annotations and rows of events.tsv that mark segments, as MNE, EEGLAB and BrainVision call them.
 SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New Segment")
 
@@ -47,22 +50,34 @@ SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New 
 
 
 def read_tsv(path, *columns):
-    """A table of BIDS with these columns, all text; n/a and empty are NaN. Quotes are marks like
-    any other, unless the first column's name is in quotes."""
+    """A table of BIDS with these columns, all text without blanks around it; n/a and empty are NaN.
+    Quotes are marks like any other, unless the first column's name is in quotes."""
     is_quoted = check_content(path).read_bytes()[:4].lstrip(b"\xef\xbb\xbf").startswith(b'"')
     quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
     options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
-    return read_table(path, columns, **options)
+    table = read_table(path, columns, **options)
+    for name in table:
+        text = table[name].str.strip()
+        table[name] = text.mask(text.isin(["n/a", ""]))
+    return table
 
 
 def read_json(path):
-    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    """The content of a JSON file, {} for None. Raises InputError."""
     if path is None:
         return {}
     try:
         return json.loads(read_text(path))
     except ValueError as error:
         raise InputError(f"{path} is no JSON ({error})") from None
+
+
+def read_facts(path):
+    """A JSON sidecar as a dict, {} for None. Raises InputError."""
+    facts = read_json(path)
+    if not isinstance(facts, dict):
+        raise InputError(f"{path} is no JSON object: a sidecar is one of keys and values")
+    return facts
 
 
 def numbers(table, name, path):
@@ -103,7 +118,8 @@ def find_recordings(root, subjects=(), task="", sensors=""):
     """[(name, path)] of a BIDS folder's raw recordings, such as sub-01 or sub-01_ses-02_run-1;
     nothing of derivatives/, sourcedata/ or code/. Raises InputError for subjects without any."""
     root = Path(root)
-    there = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.name != "sub-emptyroom"]
+    there = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.is_dir()]
+    there = [name for name in there if name != "emptyroom"]
     if not there:
         raise InputError(f"root={root} is no BIDS folder: give the one with sub-01, sub-02, ...")
     subjects = [_subject(asked, there, root) for asked in subjects] or there
@@ -155,17 +171,20 @@ def _find_paths(root, subjects, datatype, task):
 
 
 def _names(paths):
-    """Names of recordings: the entities of their files that differ within any subject."""
+    """Names of recordings: the entities of their files that differ within any subject. A second
+    file that differs in its format or processing (proc-sss) is the same recording again."""
     rows = []
     for path in paths:
-        parts = path.stem.split("_")[:-1]
-        rows.append({part.split("-")[0]: part for part in parts if not part.startswith("split-")})
+        row = {part.split("-")[0]: part for part in path.stem.split("_")[:-1]}
+        row.pop("split", None)
+        row.pop("proc", None)
+        rows.append(row)
     telling = pd.DataFrame(rows).groupby("sub").nunique(dropna=False).max() > 1
     names = []
     for row in rows:
         names.append("_".join(part for key, part in row.items() if telling.get(key, True)))
         if names.count(names[-1]) > 1:
-            raise InputError(f"{names[-1]} is there in two formats: keep one")
+            raise InputError(f"{names[-1]} is there in two formats, or as raw and proc-: keep one")
     return names
 
 
@@ -178,19 +197,18 @@ def open_raw(path, root, sensors=""):
     Types, units and bads are those of channels.tsv, positions those of electrodes.tsv. sensors: a
     key of SENSORS; "": that of the folder, else the first that is there. Raises InputError.
     """
-    path, notes, stamps = Path(path), {}, None
+    path = Path(path)
+    notes = {}
     files_of(path)
     try:
         raw = mne.io.read_raw(path, verbose="error")
     except Exception as error:  # each format has errors of its own for a damaged file
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read by MNE ({reason}): is it complete?") from None
+    tells_gaps = path.suffix == ".fif"
     if path.suffix.lower() in (".edf", ".bdf"):
-        stamps = read_stamps(path)
-    tells_gaps = stamps is not None or path.suffix == ".fif"
+        raw, tells_gaps = _mend_edf(raw, path)
     _check_length(raw, path, sidecar(path, root, f"_{path.stem.split('_')[-1]}.json"), tells_gaps)
-    if stamps is not None:
-        raw = _fill_gaps(raw, path, stamps)
     stated = _read_channels(raw, path, sidecar(path, root, "_channels.tsv"))
     _pick_sensors(raw, path, sensors, notes)
     _set_units(raw, path, stated, notes)
@@ -208,44 +226,55 @@ def files_of(path):
 
 def _check_length(raw, path, described, tells_gaps):
     """Refuse a torn file, and one with gaps that its format does not tell."""
-    facts = read_json(described)
-    stated, seconds = facts.get("RecordingDuration"), raw.n_times / raw.info["sfreq"]
-    if isinstance(stated, (int, float)) and seconds < 0.99 * stated - 1:
-        lengths = f"{seconds:.0f} s long where {described.name} says {stated:.0f}"
-        raise InputError(f"{path} is {lengths}: it is torn, fetch it again")
+    facts = read_facts(described)
     if facts.get("RecordingType") == "discontinuous" and not tells_gaps:
         raise InputError(
             f"{path} is discontinuous, says {described.name}, and the file does not tell where: "
             "convert it to FIF or EDF+D, or correct RecordingType if onsets count the file's time"
         )
+    stated = facts.get("RecordingDuration")
+    seconds = raw.n_times / raw.info["sfreq"]
+    if isinstance(stated, (int, float)) and seconds < 0.99 * stated - 1:
+        lengths = f"{seconds:.0f} s long where {described.name} says {stated:.0f}"
+        raise InputError(f"{path} is {lengths}: it is torn, fetch it again")
 
 
-def read_stamps(path):
-    """Onsets (s) of the records of an interrupted EDF+ or BDF+, else None: the annotation signal of
-    each record begins with one, as in +50.0."""
+def _mend_edf(raw, path):
+    """(the Raw of an EDF or BDF in real time, whether the file tells its gaps). Channels of several
+    rates are loaded: MNE brings them to one, and pieces of them would have edges."""
     with open(path, "rb") as file:
         head = file.read(256)
         n_signals = int(head[252:256])
         fields = file.read(256 * n_signals)
-    if head[192:197] not in (b"EDF+D", b"BDF+D"):
-        return None
     labels = np.char.strip(np.frombuffer(fields, "S16", n_signals))
-    annotations = np.flatnonzero(np.char.endswith(labels, b" Annotations"))
-    if not len(annotations):
-        raise InputError(f"{path} is interrupted and does not tell when: convert it to FIF")
     n_samples = np.frombuffer(fields, "S8", n_signals, offset=216 * n_signals).astype(int)
+    is_text = np.char.endswith(labels, b" Annotations")
+    if len(set(n_samples[~is_text])) > 1:
+        raw.load_data(verbose="error")
+    if head[192:197] not in (b"EDF+D", b"BDF+D"):
+        return raw, False
+    return _fill_gaps(raw, path, _read_stamps(path, head, is_text, n_samples)), True
+
+
+def _read_stamps(path, head, is_text, n_samples):
+    """Onsets (s) of the records of an interrupted EDF+ or BDF+: the first signal of annotations
+    begins with one in each record, as in +50.0."""
+    if not is_text.any():
+        raise InputError(f"{path} is interrupted and does not tell when: convert it to FIF")
+    first = is_text.argmax()
     width = 2 if head[:1] == b"0" else 3  # bytes
     ends = np.cumsum(n_samples) * width
     records = np.memmap(path, np.uint8, "r", offset=int(head[184:192]))
     records = records[: len(records) // ends[-1] * ends[-1]].reshape(-1, ends[-1])
-    start = ends[annotations[0]] - n_samples[annotations[0]] * width
+    start = ends[first] - n_samples[first] * width
     texts = np.ascontiguousarray(records[:, start : start + 32]).view("S32")[:, 0]
     return np.char.partition(texts, b"\x14")[:, 0].astype(float)
 
 
 def _fill_gaps(raw, path, stamps):
     """A Raw in real time, 0 and BAD where nothing was recorded; stamps: onsets (s) of records."""
-    sfreq, width = raw.info["sfreq"], raw.n_times // len(stamps)
+    sfreq = raw.info["sfreq"]
+    width = raw.n_times // len(stamps)
     starts = np.round((stamps - stamps[0]) * sfreq).astype(int)
     gaps = np.flatnonzero(np.diff(starts) > width + 1)  # records before one
     if not len(gaps):
@@ -255,7 +284,8 @@ def _fill_gaps(raw, path, stamps):
         n = min((last - first + 1) * width, signal.shape[1] - starts[first])
         block = raw.get_data(start=first * width, stop=first * width + n)
         signal[:, starts[first] : starts[first] + n] = block
-    begin, end = (starts[gaps] + width) / sfreq, starts[gaps + 1] / sfreq
+    begin = (starts[gaps] + width) / sfreq
+    end = starts[gaps + 1] / sfreq
     annotations = mne.read_annotations(path)
     annotations.append(begin, end - begin, "BAD_ACQ_SKIP")
     filled = mne.io.RawArray(signal, raw.info, verbose="error")
@@ -266,6 +296,9 @@ def _fill_gaps(raw, path, stamps):
 def _read_channels(raw, path, channels):
     """Give a Raw the types and bads of channels.tsv; returns its units in V, None without any."""
     if channels is None:
+        if path.parent.name == "ieeg":  # to most formats any channel is EEG
+            contacts = [raw.ch_names[i] for i in mne.pick_types(raw.info, eeg=True)]
+            raw.set_channel_types(dict.fromkeys(contacts, "seeg"), verbose="error")
         return None
     table = read_tsv(channels, "name").dropna(subset="name").drop_duplicates("name")
     table = table.set_index("name")
@@ -297,8 +330,8 @@ def _pick_sensors(raw, path, sensors, notes):
         if types.isin(of_kind).any():
             counts[kind] = int(types.isin(of_kind).sum())
     there = list(counts)
-    if path.parent.name == "meg":  # EEG channels there are beside the MEG
-        there.sort(key=lambda kind: kind not in ("mag", "grad"))
+    if path.parent.name in FOLDERS:  # EEG channels there are beside the MEG, or the iEEG
+        there.sort(key=lambda kind: kind not in FOLDERS[path.parent.name])
     if not there or sensors not in ("", *there):
         wanted = sensors or "eeg, ieeg, mag (MEG) or grad (MEG)"
         found = ", ".join(sorted(set(types)))
@@ -335,6 +368,8 @@ def _set_units(raw, path, stated, notes):
         raw.load_data(verbose="error")
         raw.apply_function(lambda x: x * factor[:, None], picks="all", channel_wise=False)
         notes["units"] = "of channels.tsv"
+    elif (ratio != 1).any():
+        notes["units"] = "of the file, where channels.tsv says others"
 
 
 def sd_within_seconds(raw, n=60):
@@ -384,8 +419,9 @@ def _rename(raw, known, notes):
 
 
 def set_places(raw, montage, notes):
-    """Give electrodes the places that a montage of MNE has for their names."""
-    if notes["sensors"] in ("mag", "grad"):
+    """Give EEG electrodes the places that a montage of MNE has for their names. Contacts in a brain
+    may have the same names (F3, C4), and are elsewhere."""
+    if notes["sensors"] != "eeg":
         return
     try:
         standard = mne.channels.make_standard_montage(montage)
@@ -401,27 +437,30 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
     """Give a Raw the positions of electrodes.tsv; with landmarks, in MNE's head frame."""
     table = read_tsv(electrodes, "name", "x", "y", "z").dropna(subset="name")
     table = table.drop_duplicates("name")
-    facts = read_json(coordsystem)
+    facts = read_facts(coordsystem)
     prefix = "iEEG" if notes["sensors"] == "ieeg" else "EEG"
     unit = str(facts.get(f"{prefix}CoordinateUnits", "m")).lower()
     axes = np.eye(3) * METRES.get(unit, 1.0)
-    if facts.get(f"{prefix}CoordinateSystem") in ("EEGLAB", "EEGLAB-HJ", "CTF"):
-        axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]  # x is to the nose there, y to the left
+    if facts.get(f"{prefix}CoordinateSystem") in NOSE_FIRST:
+        axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
     xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
-    _rename(raw, table["name"], notes)
+    rows = dict(zip(table["name"], xyz))
+    _rename(raw, rows, notes)
     farthest = np.nanmax(np.abs(xyz), initial=0)
     if farthest > 1:
         cure = "say in coordsystem.json in which unit the positions are (m, cm, mm)"
         raise InputError(f"{electrodes}: an electrode {farthest:.0f} m from the head: {cure}")
     places = {}
-    for name, place in zip(table["name"], xyz):
-        if name in raw.ch_names and np.isfinite(place).all():
-            places[name] = place
+    for name, match in match_names(raw.ch_names, rows).items():  # fp1 is Fp1
+        if np.isfinite(rows[match]).all():
+            places[name] = rows[match]
     landmarks = {}
-    stated = facts.get("AnatomicalLandmarkCoordinates") or {}
+    stated = facts.get("AnatomicalLandmarkCoordinates")
     for name, bids_name in (("nasion", "NAS"), ("lpa", "LPA"), ("rpa", "RPA")):
-        if np.shape(stated.get(bids_name)) == (3,):
-            landmarks[name] = axes @ np.array(stated[bids_name], dtype=float)
+        place = stated.get(bids_name) if isinstance(stated, dict) else "n/a"
+        place = pd.to_numeric(pd.Series(place), errors="coerce")
+        if place.notna().sum() == 3:
+            landmarks[name] = axes @ place.to_numpy()
     if places:
         frame = "unknown" if len(landmarks) == 3 else "head"
         montage = mne.channels.make_dig_montage(places, coord_frame=frame, **landmarks)
@@ -455,15 +494,18 @@ def is_segment(text):
 
 def bad_spans(raw):
     """[[begin, end]] (s from the first sample) that a Raw's annotations mark as bad or joints."""
-    marks = raw.annotations
     spans = []
-    for onset, length, text, names in zip(
-        marks.onset, marks.duration, marks.description, marks.ch_names
-    ):
-        begin = float(onset - raw.first_time)
+    for mark in raw.annotations:
+        text = mark["description"]
+        begin = float(mark["onset"] - raw.first_time)
         begins_all = begin <= 0 and not text.lower().startswith("bad")  # as a New Segment does
-        if is_segment(text) and not begins_all and not names:  # names: of these channels alone
-            spans.append([begin, float(onset - raw.first_time + length)])
+        length = float(np.nan_to_num(mark["duration"]))
+        if text.lower().endswith("boundary"):  # EEGLAB writes how much it cut out there
+            length = 0.0
+        is_span = is_segment(text) or (text.lower() == "bad" and length > 0)
+        of_some = mark.get("ch_names")  # of these channels alone
+        if is_span and not begins_all and not of_some:
+            spans.append([begin, begin + length])
     return sorted(spans)
 
 
@@ -511,8 +553,9 @@ def check_onsets(onset, seconds, sfreq, path):
 
 def raw_files(folder):
     """(files under a folder that MNE reads as raw data, numbered ones last; files it skips)."""
-    folder, paths, skipped = Path(folder), [], []
-    for path in sorted(folder.rglob("*")):
+    paths = []
+    skipped = []
+    for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not name.lower().endswith(READABLE) or re.search(r"\.(ds|mff)/", name):
             continue
@@ -531,7 +574,9 @@ def convert_files(folder, out, montage="", sensors="", places=True):
     montage: MNE's, gives places by names; places: leave out, and name, files in which no channel
     has one.
     """
-    folder, made, later_parts, reason = Path(folder), [], set(), None
+    made = []
+    later_parts = set()
+    reason = None
     paths, skipped = raw_files(folder)
     if skipped:
         print(f"{folder}: no raw data, left out: {', '.join(skipped)}", flush=True)
@@ -539,6 +584,8 @@ def convert_files(folder, out, montage="", sensors="", places=True):
         if path.resolve() in later_parts:
             print(f"{path.name}: read with the first part of its recording", flush=True)
             continue
+        if _target(path, folder, out) in made:
+            raise InputError(f"{path} has the name of another file, but for blanks or /: rename it")
         try:
             recording = _convert_file(path, folder, out, montage, sensors, places)
         except NoPlaces as error:
@@ -603,13 +650,15 @@ def summary(notes):
     """What was done about a file, in phrases."""
     phrases = []
     if "units" in notes:
-        phrases.append("units of channels.tsv")
+        phrases.append(f"units {notes['units']}")
     renamed = notes.get("renamed", {})
     if renamed:
         name, new = next(iter(renamed.items()))
         phrases.append(f"{len(renamed)} channels renamed as in {name} → {new}")
     for kind, n in notes.get("other_sensors", {}).items():
         phrases.append(f"{n} {kind} channels not read (sensors={kind})")
+    if notes.get("segments"):
+        phrases.append(f"{notes['segments']} rows mark segments (BAD..., EDGE, boundary)")
     if "edges" in notes:
         phrases.append(notes["edges"])
     for key in ("bads", "flat", "nan", "without_position", "left_out"):

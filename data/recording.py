@@ -39,7 +39,8 @@ from data import (
     write_yaml,
 )
 
-FORMAT, SET_FORMAT = "recording-1", "recordings-1"
+FORMAT = "recording-1"
+SET_FORMAT = "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
 TEXT_COLUMNS = ["name", "word", "norm_word", "object", "image", "synonyms", "category", "phase"]
 PIECE = 2**21  # samples that are filtered at once
@@ -175,21 +176,20 @@ class Recording:
         self.subject = str(self.meta["subject"])
         self.first_sample = int(self.meta["first_sample"])
         self.synthetic = bool(self.meta["synthetic"])
-        channels_csv, events_csv = self.path / "channels.csv", self.path / "events.csv"
-        self.channels = check_channels(_read_csv(channels_csv), channels_csv)
-        self.events = check_events(_read_csv(events_csv), events_csv)
+        self.channels = check_channels(*_read_csv(self.path / "channels.csv"))
+        self.events = check_events(*_read_csv(self.path / "events.csv"))
         self.names = self.channels["name"].tolist()
         self.xyz = self.channels[["x", "y", "z"]].to_numpy(float)
         self.good = (self.channels["status"] == "good").to_numpy()
         self.signal = self._open_signal(self.path / "signal.f32")
 
     def _open_signal(self, file):
-        samples, n_channels = int(self.meta["samples"]), len(self.names)
+        samples = int(self.meta["samples"])
+        n_channels = len(self.names)
+        expected = 4 * samples * n_channels
         size = check_content(file).stat().st_size
-        if size != 4 * samples * n_channels or size == 0:
-            wanted = (
-                f"{samples:,} samples of {n_channels} channels take {4 * samples * n_channels:,}"
-            )
+        if size != expected or size == 0:
+            wanted = f"{samples:,} samples of {n_channels} channels take {expected:,}"
             raise InputError(f"{file} is {size:,} bytes long where {wanted}{remedy(self.path)}")
         return np.memmap(file, "<f4", mode="r", shape=(samples, n_channels))
 
@@ -231,9 +231,10 @@ def made_recordings(folder, options):
 
 
 def _read_csv(path):
-    """A table in which only an empty number is missing: 'null', 'NA' and '007' may be words."""
+    """(table, path); only an empty number is missing: 'null', 'NA' and '007' may be words."""
     missing = dict.fromkeys(("x", "y", "z", "onset", "duration"), [""])
-    return read_table(path, na_values=missing, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    table = read_table(path, na_values=missing, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+    return table, path
 
 
 def check_channels(table, path):
@@ -292,7 +293,8 @@ def resampled(signal, sfreq, recipe, channels=None):
     envelopes of recipe['bands'], or the signal itself. Row i begins i / recipe['sfreq'] s after row
     0. A file is read piece by piece: hours take little memory. Raises InputError for a slow signal.
     """
-    target, bands = recipe["sfreq"], recipe["bands"]
+    target = recipe["sfreq"]
+    bands = recipe["bands"]
     if target > sfreq:
         raise InputError(f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording")
     for _, high in bands:
@@ -394,8 +396,8 @@ def encoder_input(windows, recipe, centre, scale):
     patch) float32, in units of `scale` about `centre` (C, F), cut at recipe['clamp']; the features
     of a patch side by side. Samples beyond the last whole patch are left out."""
     N, T, C, F = windows.shape
-    patch, clamp = recipe["patch"], recipe["clamp"]
-    x = np.clip((windows - centre) / scale, -clamp, clamp).astype(np.float32)
+    patch = recipe["patch"]
+    x = np.clip((windows - centre) / scale, -recipe["clamp"], recipe["clamp"]).astype(np.float32)
     x = x[:, : T // patch * patch].reshape(N, -1, patch, C, F)
     return x.transpose(0, 3, 1, 4, 2).reshape(N, C, -1)
 

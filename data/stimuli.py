@@ -85,10 +85,11 @@ def write_tasks(folder, tasks, pairs=None, **meta):
         contents[path], entries["pairs"][uid] = _pairs_file(path, uid, members)
 
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
-    (folder / "meta.yaml").unlink(missing_ok=True)
-    for path in (folder / "pairs").glob("*.jsonl"):
-        if path not in contents:  # of an older version
-            path.unlink()
+    if (folder / "meta.yaml").exists():
+        (folder / "meta.yaml").unlink()
+        for path in (folder / "pairs").glob("*.jsonl"):
+            if path not in contents:  # of an older version
+                path.unlink()
     for path, content in contents.items():
         write_aside(path, content)
     meta = {"format": FORMAT, **entries, **meta}
@@ -296,6 +297,8 @@ def link_images(places, folder):
     """Bring images into a dataset, {name: path}: hard links where the disk allows, else copies."""
     for name, path in places.items():
         target = folder / name
+        if target.exists() and target.samefile(path):  # the user's own, in its place already
+            continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         try:

@@ -539,7 +539,7 @@ def find_documents(root, pattern=""):
     of_kind = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
         is_hidden = "/." in f"/{path.relative_to(root)}"
-        if path.is_file() and not is_hidden:
+        if not path.is_dir() and not is_hidden:
             of_kind["any" if pattern else kind_of(path)].append(path)
     for kind in ("any", *ENDINGS):
         if of_kind[kind]:
@@ -657,13 +657,13 @@ def group_files(files, plan):
     sources = []
     room = 0
     for path in files:
-        size = path.stat().st_size
+        size = check_content(path).stat().st_size
         is_text = kind_of(path) in ("text", "")
         if kind_of(path) == "parquet":
             size = sum(_group_bytes(path, plan.column))  # refuses a wrong column= before any work
         elif str(path).endswith(".gz"):
             size *= 3
-        if is_text and size <= room:
+        if is_text and sources and size <= room:
             sources[-1].files.append(str(path))
             sources[-1].bytes += size
             room -= size

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -49,7 +50,7 @@ def read_vectors(path, wanted):
     """
     vectors = {}
     try:
-        with open(check_content(path), encoding="utf-8") as file:
+        with open(check_content(path), encoding="utf-8-sig") as file:
             n_dims = count_dims(islice(file, 1000))
             file.seek(0)
             for line in file:
@@ -64,15 +65,16 @@ def read_vectors(path, wanted):
 
 
 def count_dims(lines):
-    """How many numbers a line ends with: a token without spaces leaves the fewest fields."""
-    fields = []
+    """How many numbers a line ends with: most tokens are without spaces."""
+    counts = Counter()
     for number, line in enumerate(lines):
         is_sizes = number == 0 and line.count(" ") == 1
         if not is_sizes:
-            fields.append(len(line.rstrip().split(" ")))
-    if not fields or min(fields) < 2:
+            counts[line.rstrip().count(" ")] += 1
+    n_dims = max(sorted(counts), key=counts.get, default=0)  # the fewest of equally many
+    if n_dims < 1:
         raise ValueError("no vectors")
-    return min(fields) - 1
+    return n_dims
 
 
 # ---- features that came with the recordings
@@ -88,8 +90,9 @@ def released_features(folder, meta, name, layer, word_idx):
         there = ", ".join(layers)
         cure = f"set layer=, or prepare it with layers={layer}"
         raise InputError(f"embedding={name} has no {key} in {folder}, only {there}: {cure}")
-    path, entry = folder / layers[key], meta["arrays"][layers[key]]
-    shape, dtype = entry["shape"], np.dtype(entry["dtype"]).newbyteorder("<")
+    path = folder / layers[key]
+    shape = meta["arrays"][layers[key]]["shape"]
+    dtype = np.dtype(meta["arrays"][layers[key]]["dtype"]).newbyteorder("<")
     if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
         cure = "run the set's prepare.py again with overwrite=True"
         raise InputError(f"{path} is missing or not as long as meta.yaml says: {cure}")

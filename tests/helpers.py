@@ -19,6 +19,14 @@ from data.tokens import state_of, write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def real(name):
+    """A folder of real files; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared/real" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder
+
+
 # ---- datasets
 
 
@@ -191,6 +199,15 @@ def make_eeg(  # noqa: PLR0913
 
 
 # ---- scripts
+
+
+def prepare(module, **options):
+    """Run a prepare script in this process; paths may be Paths."""
+    for key, value in options.items():
+        options[key] = str(value) if isinstance(value, Path) else value
+    config = module.Config(**options)
+    configurator.check(config)
+    module.main(config)
 
 
 def start(script, *options, ranks=1, restarts=0, patch="", env=None):

@@ -1,7 +1,6 @@
 """Published brains as stimuli with responses: on small files in the layouts that xarray writes."""
 
 import hashlib
-import importlib
 import zipfile
 
 import h5py
@@ -13,29 +12,19 @@ from sklearn.datasets import load_digits
 
 from data import InputError
 from data.assembly import read_assembly, responses
+from data.brainscore import prepare as brainscore
+from data.digits import prepare as digits
+from data.majajhong import prepare as majajhong
+from data.nsd import prepare as nsd
+from data.podcast_encoding import prepare as podcast_encoding
 from data.recording import write_recording, write_set
 from data.stimuli import Encoding, complete_encoding
-from tests.helpers import refused
+from data.synthetic_brain import prepare as synthetic_brain
+from tests.helpers import prepare, refused
 from tests.test_fetch import serve
 
 
-def script(name):
-    return importlib.import_module(f"data.{name}.prepare")
-
-
-def make(name, **options):
-    """Run data/NAME/prepare.py in this process."""
-    module = script(name)
-    for key in ("root", "out_dir", "images", "podcast", "pydocs"):
-        if key in options:
-            options[key] = str(options[key])
-    config = module.Config(**options)
-    if hasattr(config, "check"):
-        config.check()
-    module.main(config)
-
-
-def netcdf(path, values, dims, name="data", **coords):
+def netcdf(path, values, dims, name="data", fill=np.nan, **coords):
     """A file as xarray lays it out with the NetCDF4 library.
 
     coords: coordinate=(dimension, array). Each dimension is a scale; coordinates are attached to
@@ -61,7 +50,7 @@ def netcdf(path, values, dims, name="data", **coords):
         item = put(name, values)
         for axis, dim in enumerate(dims):
             item.dims[axis].attach_scale(file[dim])
-        item.attrs["_FillValue"] = np.asarray([np.nan], values.dtype)
+        item.attrs["_FillValue"] = np.asarray([fill], values.dtype)
         item.attrs["coordinates"] = " ".join(set(coords) - set(dims))
     return path
 
@@ -137,6 +126,16 @@ def test_reads_what_xarray_writes(tmp_path):
     assert rows.image_id.tolist()[-1] == "i39" and units.region.tolist() == ["IT"]
 
 
+def test_packed_numbers_are_unpacked(tmp_path):
+    packed = np.array([[100, -32768], [-50, 7]], "<i2")
+    path = netcdf(tmp_path / "t.nc", packed, ("presentation", "neuroid"), fill=-32768)
+    with h5py.File(path, "a") as file:
+        file["data"].attrs["scale_factor"] = np.array([0.01])
+        file["data"].attrs["add_offset"] = 1.0
+    values = read_assembly(path).values
+    np.testing.assert_allclose(values, [[2.0, np.nan], [0.5, 1.07]])
+
+
 def test_files_that_are_no_assemblies(tmp_path):
     path, y = tuckute(tmp_path)
     whole = path.read_bytes()
@@ -162,7 +161,7 @@ def test_files_that_are_no_assemblies(tmp_path):
 
 def test_tuckute_from_a_local_copy(tmp_path, capsys):
     path, y = tuckute(tmp_path)
-    make("brainscore", root=path, out_dir=tmp_path / "out")
+    prepare(brainscore, root=path, out_dir=tmp_path / "out")
     data = Encoding(tmp_path / "out" / "Tuckute2024")
     assert np.allclose(data.responses, y) and data.inputs()[7] == "Sentence 7 is café."
     assert data.stimuli.group.nunique() == 40 and np.isnan(data.units.ceiling).all()
@@ -170,15 +169,15 @@ def test_tuckute_from_a_local_copy(tmp_path, capsys):
     assert data.stimuli.cond[0] == "B"
     assert data.meta["published"] is False and not data.meta["synthetic"]
     assert "not the published version" in capsys.readouterr().out
-    make("brainscore", root=tmp_path, out_dir=tmp_path / "out")  # the folder, a second time
+    prepare(brainscore, root=tmp_path, out_dir=tmp_path / "out")  # the folder, a second time
     assert "there already" in capsys.readouterr().out
     with pytest.raises(InputError, match="made with context=0: give overwrite=True"):
-        make("brainscore", root=tmp_path, out_dir=tmp_path / "out", context=1)
+        prepare(brainscore, root=tmp_path, out_dir=tmp_path / "out", context=1)
 
 
 def test_pereira_is_one_dataset_an_experiment_with_its_ceilings(tmp_path):
     y = pereira(tmp_path)
-    make("brainscore", set="Pereira2018", root=tmp_path, out_dir=tmp_path)
+    prepare(brainscore, set="Pereira2018", root=tmp_path, out_dir=tmp_path)
     first = Encoding(tmp_path / "Pereira2018-243sentences")
     # unit 2 was not there, 3 has a gap, 0 has no ceiling
     assert first.units.neuroid_id.tolist() == ["v1", "v4", "v5", "v6", "v7"]
@@ -201,7 +200,7 @@ def test_pereira_is_one_dataset_an_experiment_with_its_ceilings(tmp_path):
 def test_pereira_without_context_gaps_and_ceilings(tmp_path):
     pereira(tmp_path)
     options = {"missing": "presentations", "context": 0, "ceilings": False}
-    make("brainscore", set="Pereira2018", root=tmp_path, out_dir=tmp_path, **options)
+    prepare(brainscore, set="Pereira2018", root=tmp_path, out_dir=tmp_path, **options)
     data = Encoding(tmp_path / "Pereira2018-243sentences")
     assert len(data.stimuli) == 11 and "S4." not in data.inputs() and "S5." in data.inputs()
     assert data.units.neuroid_id.tolist() == ["v0", "v1", "v3", "v4", "v5", "v6", "v7"]
@@ -223,7 +222,7 @@ def test_words_are_read_in_their_sentence(tmp_path):
         neuroid_id=("neuroid", [0, 1]),
         subject_UID=("neuroid", [1, 2]),
     )
-    make("brainscore", set="Fedorenko2016", root=tmp_path, out_dir=tmp_path)
+    prepare(brainscore, set="Fedorenko2016", root=tmp_path, out_dir=tmp_path)
     data = Encoding(tmp_path / "Fedorenko2016")
     of = {key: y[0] for key, y in zip(zip(data.stimuli.group, data.inputs()), data.responses)}
     assert of["0", "ALEX WAS TIRED"] == 4 and of["1", "ALEX"] == 16
@@ -245,7 +244,7 @@ def test_pieces_are_read_in_their_story(tmp_path):
         subject_id=("neuroid", ["090", "061"]),
         fROI_area=("neuroid", ["03_LH_IFG", "01_LH_PostTemp"]),
     )
-    make("brainscore", set="Blank2014", root=tmp_path, out_dir=tmp_path, context=2)
+    prepare(brainscore, set="Blank2014", root=tmp_path, out_dir=tmp_path, context=2)
     data = Encoding(tmp_path / "Blank2014")
     assert data.inputs() == [
         "If you were",
@@ -260,7 +259,7 @@ def test_pieces_are_read_in_their_story(tmp_path):
 def test_a_missing_coordinate_is_named_with_those_that_are_there(tmp_path):
     tuckute(tmp_path, drop=("stimulus",))
     with pytest.raises(InputError, match="no column 'stimulus' or 'sentence', only .*cond"):
-        make("brainscore", root=tmp_path, out_dir=tmp_path / "out")
+        prepare(brainscore, root=tmp_path, out_dir=tmp_path / "out")
     assert not (tmp_path / "out" / "Tuckute2024").exists()
 
 
@@ -270,23 +269,23 @@ def test_responses_that_are_no_numbers(tmp_path):
     with h5py.File(path, "a") as file:
         file["data"][:] = y
     with pytest.raises(InputError, match="all units have gaps.*missing=presentations"):
-        make("brainscore", root=tmp_path, out_dir=tmp_path)
-    make("brainscore", root=tmp_path, out_dir=tmp_path, missing="presentations")
+        prepare(brainscore, root=tmp_path, out_dir=tmp_path)
+    prepare(brainscore, root=tmp_path, out_dir=tmp_path, missing="presentations")
     assert len(Encoding(tmp_path / "Tuckute2024").stimuli) == 39
     with h5py.File(path, "a") as file:
         file["data"][:] = np.nan
     with pytest.raises(InputError, match="not one response"):
-        make("brainscore", root=tmp_path, out_dir=tmp_path, overwrite=True)
+        prepare(brainscore, root=tmp_path, out_dir=tmp_path, overwrite=True)
 
 
 def test_bad_options_end_in_one_sentence(tmp_path):
     refused("data/brainscore/prepare", "set=Tuckute2023", says=["Tuckute2024", "Blank2014"])
     with pytest.raises(InputError, match="there is no assy_Tuckute2024_language.nc"):
-        make("brainscore", root=tmp_path)
+        prepare(brainscore, root=tmp_path)
     with pytest.raises(InputError, match="context=-2"):
-        make("brainscore", context=-2)
+        prepare(brainscore, context=-2)
     with pytest.raises(InputError, match="local copy only"):
-        make("nsd")
+        prepare(nsd)
 
 
 # ---- fetching
@@ -295,15 +294,14 @@ def test_bad_options_end_in_one_sentence(tmp_path):
 def test_a_set_is_fetched_once_and_without_ceilings_where_there_are_none(tmp_path, capsys):
     pereira(tmp_path, ceilings=False)
     path = tmp_path / "assy_Pereira2018_language.nc"
-    module = script("brainscore")
     options = {"set": "Pereira2018", "out_dir": str(tmp_path / "out")}
     with serve(tmp_path) as server, pytest.MonkeyPatch.context() as patch:
         sha1 = hashlib.sha1(path.read_bytes()).hexdigest()
-        patch.setattr(module.SETS["Pereira2018"], "sha1", sha1)
-        module.main(module.Config(url=server.url, **options))
+        patch.setattr(brainscore.SETS["Pereira2018"], "sha1", sha1)
+        prepare(brainscore, url=server.url, **options)
         assert "without ceilings" in capsys.readouterr().out
         n_requests = server.asked
-        module.main(module.Config(url=server.url, **options))
+        prepare(brainscore, url=server.url, **options)
         assert server.asked == n_requests and server.sent[path.name] == path.stat().st_size
     data = Encoding(tmp_path / "out" / "Pereira2018-384sentences")
     assert data.meta["published"] is True and np.isnan(data.units.ceiling).all()
@@ -344,7 +342,7 @@ def hvm(folder):
 
 def test_majajhong_keeps_repeats_and_regions(tmp_path):
     shown, y = hvm(tmp_path)
-    make("majajhong", root=tmp_path, out_dir=tmp_path / "out", group="object")
+    prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out", group="object")
     data = Encoding(tmp_path / "out")
     kept = np.arange(12) != 5
     assert data.units.roi.tolist() == ["IT", "V4", "IT"] and data.kind == "image"
@@ -354,9 +352,6 @@ def test_majajhong_keeps_repeats_and_regions(tmp_path):
     assert len(data.stimuli) == 4 and set(data.stimuli.group) == {"bear", "car"}
     for path in data.inputs():
         assert path.read_bytes() == (tmp_path / "images" / path.name).read_bytes()
-    make("majajhong", root=tmp_path, out_dir=tmp_path / "two", repeats=2)
-    counts = Encoding(tmp_path / "two").presentations.stimulus.value_counts()
-    assert counts.tolist() == [2, 2, 2, 2]
 
 
 def test_majajhong_bad_copies(tmp_path):
@@ -364,18 +359,18 @@ def test_majajhong_bad_copies(tmp_path):
     archive = tmp_path / "image_dicarlo_hvm-public.zip"
     archive.write_bytes(archive.read_bytes()[:-60])
     with pytest.raises(InputError, match="torn, or no zip"):
-        make("majajhong", root=tmp_path, out_dir=tmp_path / "out")
+        prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")
     archive.unlink()  # then the folder images/ is taken
     (tmp_path / "images" / "im2.png").unlink()
     with pytest.raises(InputError, match="lacks 1 of 4 images, im2.png"):
-        make("majajhong", root=tmp_path, out_dir=tmp_path / "out")
+        prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")
     (tmp_path / "image_dicarlo_hvm-public.csv").unlink()
     with pytest.raises(InputError, match="has no image_dicarlo_hvm-public.csv"):
-        make("majajhong", root=tmp_path, out_dir=tmp_path / "out")
+        prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")
     assert not complete_encoding(tmp_path / "out")
 
 
-def nsd(folder):
+def make_nsd(folder):
     y = np.random.default_rng(0).standard_normal((36, 5)).astype("<f4")
     shown = np.repeat(np.arange(100, 112), 3)
     netcdf(
@@ -397,14 +392,27 @@ def nsd(folder):
 
 
 def test_nsd_tests_on_the_shared_thousand(tmp_path):
-    y, _ = nsd(tmp_path)
-    make("nsd", root=tmp_path, out_dir=tmp_path / "out", roi="LOC", subject="subj01")
+    y, _ = make_nsd(tmp_path)
+    prepare(nsd, root=tmp_path, out_dir=tmp_path / "out", roi="LOC", subject="subj01")
     data = Encoding(tmp_path / "out")
     assert np.array_equal(data.responses, y) and "session" in data.presentations
     assert data.presentations["repeat"].tolist() == [0, 1, 2] * 12
     assert data.stimuli.split.tolist() == ["test", "train", "train"] * 4
     assert data.stimuli.file[3] == "images/a/im3.png"
     assert set(data.units.roi) == {"LOC"} and data.units["subject"].unique() == ["subj01"]
+
+
+def test_images_that_lie_in_the_dataset_already_stay(tmp_path):
+    """root= may be the dataset's own folder: nobody's only copy is unlinked."""
+    make_nsd(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "images")
+    table = pd.read_csv(tmp_path / "metadata.csv")
+    table.assign(filename=table.filename.str[2:]).to_csv(tmp_path / "metadata.csv", index=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    for _ in range(2):
+        options = {"images": tmp_path / "images", "out_dir": tmp_path, "overwrite": True}
+        prepare(nsd, root=tmp_path, **options)
+    assert before == {path: path.read_bytes() for path in Encoding(tmp_path).inputs()}
 
 
 @pytest.mark.parametrize(
@@ -419,28 +427,25 @@ def test_nsd_tests_on_the_shared_thousand(tmp_path):
     ],
 )
 def test_nsd_bad_metadata(tmp_path, change, sentence):
-    _, table = nsd(tmp_path)
+    _, table = make_nsd(tmp_path)
     change(table).to_csv(tmp_path / "metadata.csv", index=False)
     with pytest.raises(InputError, match=sentence):
-        make("nsd", root=tmp_path, out_dir=tmp_path / "bad")
+        prepare(nsd, root=tmp_path, out_dir=tmp_path / "bad")
 
 
 # ---- embedded sets
 
 
-def test_digits_are_scikit_learns(tmp_path, capsys):
-    make("digits", out_dir=tmp_path)
+def test_digits_are_scikit_learns(tmp_path):
+    prepare(digits, out_dir=tmp_path)
     data = Encoding(tmp_path)
-    digits = load_digits()
+    given = load_digits()
     pixels = np.stack([np.asarray(Image.open(path)) for path in data.inputs()])
-    assert np.array_equal(np.round(pixels / 255 * 16), digits.images)
-    assert data.stimuli.label.astype(int).tolist() == digits.target.tolist()
-    assert data.responses.argmax(1).tolist() == digits.target.tolist()
+    assert np.array_equal(np.round(pixels / 255 * 16), given.images)
+    assert data.stimuli.label.astype(int).tolist() == given.target.tolist()
+    assert data.responses.argmax(1).tolist() == given.target.tolist()
     shares = pd.crosstab(data.stimuli.label, data.stimuli.split, normalize="index")
     assert np.allclose(shares[["train", "val", "test"]], [0.6, 0.2, 0.2], atol=0.01)
-    capsys.readouterr()
-    make("digits", out_dir=tmp_path)
-    assert "there already" in capsys.readouterr().out
 
 
 def test_phrases_are_single_tokens_in_all_combinations(tmp_path):
@@ -448,7 +453,7 @@ def test_phrases_are_single_tokens_in_all_combinations(tmp_path):
         def encode(self, word):
             return [0] if word.strip() not in ("all", "Find") else [0, 1]
 
-    phrases = script("synthetic_brain").phrases(Encoding())
+    phrases = synthetic_brain.phrases(Encoding())
     assert len(phrases) == len(set(phrases)) == 7 * 3 * 8 * 7
     assert all(words[2] != words[3] for words in phrases)
 
@@ -473,7 +478,7 @@ def test_podcast_words_with_their_windows(tmp_path):
         write_recording(tmp_path / name, signal, channels, words, subject=name, **about)
     write_set(tmp_path, list(signals), synthetic=True)
     options = {"podcast": tmp_path, "out_dir": tmp_path / "out", "lag": 0.2, "width": 0.1}
-    make("podcast_encoding", **options, context=2, block=1.0)
+    prepare(podcast_encoding, **options, context=2, block=1.0)
     data = Encoding(tmp_path / "out")
     texts = ["For", "For night,", "For night, he", "night, he and", "he and they"]
     assert data.inputs() == texts and data.meta["synthetic"]
@@ -484,8 +489,8 @@ def test_podcast_words_with_their_windows(tmp_path):
     windows = [z[round(t * 100) + 15 : round(t * 100) + 25].mean() for t in onset[:5]]
     assert np.allclose(data.responses[:, 3], windows, atol=1e-4)
     with pytest.raises(ValueError, match="no recording sub-09, only sub-01, sub-02"):
-        make("podcast_encoding", **options, subjects=["sub-09"], overwrite=True)
+        prepare(podcast_encoding, **options, subjects=["sub-09"], overwrite=True)
     with pytest.raises(ValueError, match="no window lies inside"):
-        make("podcast_encoding", **options | {"lag": 60.0}, overwrite=True)
+        prepare(podcast_encoding, **options | {"lag": 60.0}, overwrite=True)
     with pytest.raises(ValueError, match="does not exist"):
-        make("podcast_encoding", **options | {"podcast": tmp_path / "none"}, overwrite=True)
+        prepare(podcast_encoding, **options | {"podcast": tmp_path / "none"}, overwrite=True)

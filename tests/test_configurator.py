@@ -2,6 +2,8 @@
 folder, keyed randomness, rows known by options, code and content."""
 
 import importlib
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +13,7 @@ import yaml
 
 import configurator
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
+from tests.helpers import ROOT
 
 
 @dataclass
@@ -73,12 +76,20 @@ def test_strings_stay_as_they_are_typed(tmp_path):
         ("seed=true", ["'seed'"]),
         ("seed=inf", ["'seed'"]),
         ("top_k=1e99", ["'top_k'", "below"]),
+        ("seed=nan", ["'seed'"]),
+        ("seed=[1]", ["'seed'"]),
+        ("top_k=x", ["'top_k'", "int | None"]),
         ("on=maybe", ["'on'", "bool"]),
+        ("on=2", ["'on'", "bool"]),
         ("kind=c", ["'kind'", "a or b"]),
+        ("kind=[]", ["'kind'", "a or b"]),
         ("learning_rate=fast", ["float"]),
+        ("learning_rate=true", ["float"]),
         ("lags=a", ["list[int]"]),
+        ("lags=[[1]]", ["list[int]"]),
+        ("lags={a: 1}", ["list[int]"]),
         ("seed.x=1", ["'seed'", "not a group"]),
-        ("more=3", ["'more'", "dict"]),
+        ("more=[1]", ["'more'", "dict"]),
         ("nowhere.yaml", ["nowhere.yaml"]),
     ],
 )
@@ -145,12 +156,31 @@ def test_functions_of_a_users_file(tmp_path):
             load_function(spec, "model")
 
 
+def test_rows_are_known_by_what_a_users_file_imports(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import my_shapes\n\n\ndef build():\n    return my_shapes.n\n"
+    )
+    script = "import configurator, sys; from data.text import prepare; "
+    script += "build = configurator.load_function(sys.argv[1], 'model'); "
+    script += "print(build(), configurator.hash_code(prepare.Config))"
+    hashes = []
+    for n in (7, 7, 8):
+        (tmp_path / "my_shapes.py").write_text(f"n = {n}\n")
+        command = [sys.executable, "-B", "-c", script, f"{tmp_path}/mine.py:build"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True)
+        value, code = done.stdout.split()
+        assert int(value) == n
+        hashes.append(code)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
         ("seed: [1", "not a YAML file"),
         ("- 1\n", "key: value"),
         ("seed: high\n", "must be int"),
+        ("text: {a: 1}\n", "must be str"),
         ("!!python/object/apply:os.getcwd []", "YAML"),
         ("more: &a {x: 1}\ntext: *a\n", "alias"),
     ],

@@ -146,8 +146,14 @@ FAMILIES = ("gpt2", "llama", "bloom", "neox", "bert_decoder", "bert", "roberta")
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_its_texts_one_by_one(folder_of, family, side):
-    lm = HiddenStates(folder_of(family), padding_side=side, head=True)
+def test_a_batch_is_what_transformers_gives_text_by_text(folder_of, family, side):
+    folder = folder_of(family)
+    Auto = transformers.AutoModelForCausalLM
+    if family in ("bert", "roberta"):
+        Auto = transformers.AutoModelForMaskedLM
+    theirs = Auto.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    lm = HiddenStates(folder, padding_side=side, head=True)
     assert lm.causal == (family not in ("bert", "roberta"))
     assert (lm.n_layer, lm.width) == (3, 32) and lm.blocks is not None
     if side == "left" and family in ("llama", "bloom", "neox", "bert_decoder"):
@@ -157,29 +163,13 @@ def test_a_batch_is_its_texts_one_by_one(folder_of, family, side):
     states, logits = lm.states(ids, real), lm.logits(ids, real)
     assert list(states) == [0, 1, 2, 3]
     for i, text in enumerate(TEXTS):
-        row, alone = lm.pad(lm.encode([text])[0])
-        for layer, state in lm.states(row, alone).items():
-            assert torch.allclose(states[layer][i][real[i]], state[0], atol=1e-4), layer
-        assert torch.allclose(logits[i][real[i]], lm.logits(row, alone)[0], atol=2e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_states_and_logits_are_those_that_transformers_gives(folder_of, family):
-    folder = folder_of(family)
-    Auto = transformers.AutoModelForCausalLM
-    if family in ("bert", "roberta"):
-        Auto = transformers.AutoModelForMaskedLM
-    theirs = Auto.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    lm = HiddenStates(folder, head=True)
-    for text in TEXTS:
-        ids, real = lm.pad(lm.encode([text])[0])
-        assert ids.tolist() == [tokenizer(text)["input_ids"]]
+        row = tokenizer(text, return_tensors="pt")["input_ids"]
+        assert torch.equal(ids[i][real[i]], row[0])
         with torch.no_grad():
-            output = theirs(ids, output_hidden_states=True)
-        for layer, state in lm.states(ids, real).items():
-            assert torch.allclose(state, output.hidden_states[layer], atol=1e-4), layer
-        assert torch.allclose(lm.logits(ids, real), output.logits, atol=2e-4)
+            output = theirs(row, output_hidden_states=True)
+        for layer, state in states.items():
+            assert torch.allclose(state[i][real[i]], output.hidden_states[layer][0], atol=1e-4)
+        assert torch.allclose(logits[i][real[i]], output.logits[0], atol=2e-4)
 
 
 def test_the_pass_holds_nothing_and_stops_at_the_deepest_layer(folder_of):
@@ -318,24 +308,6 @@ def test_models_of_the_package_index(package):
 # ---- GPT-2 of Hugging Face, in and out
 
 
-@pytest.mark.parametrize("gelu, bias", [("tanh", True), ("exact", True), ("exact", False)])
-def test_gpt2_both_ways(tmp_path, gelu, bias):
-    ours = gpt(100, gelu=gelu, bias=bias)
-    export_gpt(ours, tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    theirs.save_pretrained(tmp_path, max_shard_size="20KB")  # in several files, as large ones come
-    ids = some_ids(100)
-    with torch.no_grad():
-        output = theirs(ids, output_hidden_states=True)
-        mine = ours(ids, hidden=[0, 1, 2])
-        assert torch.allclose(mine.logits, output.logits, atol=1e-5)
-        for i in range(3):
-            assert torch.allclose(mine.hidden[i], output.hidden_states[i], atol=1e-5)
-        back = convert.gpt_from_hub(str(tmp_path), dropout=0.1).eval()
-        assert torch.allclose(back(ids).logits, output.logits, atol=1e-5)
-    assert back.config.dropout == 0.1 and back.config.bias == bias
-
-
 @pytest.mark.parametrize(
     "option", [{"activation_function": "relu"}, {"layer_norm_epsilon": 1e-6}, {"n_inner": 8}]
 )
@@ -364,20 +336,19 @@ def test_sentences_without_network_weights_or_content(tmp_path, monkeypatch):
     convert.hub_answers.cache_clear()
     nothing = "holds nothing that transformers can read"
     transformers.BertConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        with pytest.raises(InputError, match=nothing):
-            HiddenStates(str(tmp_path))
-        (tmp_path / name).write_bytes(b"torn")
-        with pytest.raises(InputError, match=nothing):
-            HiddenStates(str(tmp_path))
-        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid x\nsize 9\n")
-        with pytest.raises(InputError, match=f"{name} is a pointer whose content is missing"):
-            HiddenStates(str(tmp_path))
-        (tmp_path / name).unlink()
-    for config in ("{", "{}", "[]"):
-        (tmp_path / "config.json").write_text(config)
-        with pytest.raises(InputError, match=nothing):
-            load_lm(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    with pytest.raises(InputError, match=nothing):
+        HiddenStates(str(tmp_path))
+    weights.write_bytes(b"torn")
+    with pytest.raises(InputError, match=nothing):
+        HiddenStates(str(tmp_path))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid x\nsize 9\n")
+    with pytest.raises(InputError, match="safetensors is a pointer whose content is missing"):
+        HiddenStates(str(tmp_path))
+    weights.unlink()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match=nothing):
+        load_lm(str(tmp_path))
     (tmp_path / "config.json").unlink()
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     for spec in (tmp_path, tmp_path / "a.gguf"):
@@ -454,16 +425,6 @@ def test_an_export_refuses_what_it_cannot_express(tmp_path):
         del model.transformer["wpe"]
         return model
 
-    def with_a_scale():
-        model = gpt()
-        model.transformer.h[1].scale = torch.nn.Parameter(torch.ones(1))
-        return model
-
-    def wider():
-        model = gpt()
-        model.transformer.h[0].mlp.c_fc = torch.nn.Linear(64, 128)
-        return model
-
     def rectified():
         model = gpt()
         model.transformer.h[0].mlp.forward = lambda x: torch.zeros_like(x)
@@ -473,8 +434,6 @@ def test_an_export_refuses_what_it_cannot_express(tmp_path):
         (gpt(head_loss=True), "c_proj.weight"),
         (gpt(attn_proj=True), "attn_proj.weight"),
         (without_positions(), "wpe.weight"),
-        (with_a_scale(), "h.1.scale"),
-        (wider(), "mlp.c_fc"),
         (rectified(), "its weights give other logits"),
     ):
         with pytest.raises(InputError, match=words):
@@ -613,24 +572,12 @@ def test_checkpoints_of_something_else(tmp_path):
     def with_head(state):
         state["model"]["_orig_mod.lm_head.weight"] = torch.zeros(30, 64)
 
-    def with_more(state):
-        state["model"]["_orig_mod.transformer.h.0.attn.rope"] = torch.zeros(3)
-
-    def with_less(state):
-        del state["model"]["_orig_mod.transformer.h.1.mlp.c_fc.weight"]
-
     def without_heads(state):
         del state["model_args"]["n_head"]
 
-    def without_positions(state):
-        del state["model"]["_orig_mod.transformer.wpe.weight"]
-
     for change, words in (
         (with_head, "a head of its own"),
-        (with_more, "attn.rope"),
-        (with_less, "mlp.c_fc.weight"),
         (without_heads, "of no GPT-2"),
-        (without_positions, "of no GPT-2"),
     ):
         path = foreign_checkpoint(tmp_path / "ckpt.pt", gpt(30))
         write_characters(tmp_path / "meta.pkl", "abcdefgh")
@@ -643,16 +590,12 @@ def test_checkpoints_of_something_else(tmp_path):
 
 def test_specs_that_mean_no_language_model(tmp_path):
     save_checkpoint(tmp_path / "decoder.pt", {"kind": "decoder"})
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/ckpt.pt").write_text("version https://git-lfs.github.com/spec/v1\n")
     (tmp_path / "torn.pt").write_bytes(b"PK")
     for spec, words in (
         (tmp_path / "decoder.pt", "no language model"),
         (tmp_path / "nothing", "no language model.*python train.py"),
-        (tmp_path / "nothing.pt", "no language model"),
         ("out/nothing", "python train.py"),
         (tmp_path, "no language model"),
-        (tmp_path / "run", "ckpt.pt is a pointer whose content is missing"),
         (tmp_path / "torn.pt", "torn"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -694,7 +637,7 @@ def coordinates_of(layouts):
     return np.stack(np.divmod(np.argsort(layouts, -1), side), -1)
 
 
-def test_positions_of_topolm(tmp_path, write_topolm, capsys):
+def test_positions_of_topolm(tmp_path, write_topolm, monkeypatch, capsys):
     layouts = positions.random_positions(2, 64, seed=3)
     folder = write_topolm(tmp_path / "gpt2-positions-3-5", coordinates_of(layouts))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)
@@ -707,6 +650,8 @@ def test_positions_of_topolm(tmp_path, write_topolm, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="holds no position files"):
         load_positions(str(tmp_path / "empty"), 2, 64)
+    monkeypatch.setattr(positions, "places_of", lambda cells, side: np.zeros((len(cells), 2)))
+    assert np.array_equal(load_positions(str(folder), 2, 64), layouts)  # whatever our grid is
 
 
 def test_units_that_share_a_cell_are_placed_with_the_least_displacement(
@@ -718,8 +663,7 @@ def test_units_that_share_a_cell_are_placed_with_the_least_displacement(
     folder = write_topolm(tmp_path / "p", shared)
     loaded = load_positions(str(folder), 2, 64)
     said = capsys.readouterr().err
-    assert "1 of 4 position files are no permutations" in said
-    assert "in layer.0.mlp 64 units share 54 cells" in said
+    assert "units share cells: one a cell now" in said
     assert (np.sort(loaded, axis=1) == np.arange(64)).all()
     assert np.array_equal(loaded[[0, 2, 3]], layouts[[0, 2, 3]])
 
@@ -742,9 +686,7 @@ def test_position_pickles_run_no_code(tmp_path, write_topolm):
         def __reduce__(self):
             return torch.storage._load_from_bytes, (pickle.dumps(Hostile()),)
 
-    whole = path.read_bytes()
-    hostile, nested = pickle.dumps(Hostile()), pickle.dumps({"coordinates": Nested()})
-    for content in (hostile, nested, whole[: len(whole) // 2], b""):
+    for content in (pickle.dumps(Hostile()), pickle.dumps({"coordinates": Nested()}), b""):
         path.write_bytes(content)
         with pytest.raises(InputError, match="layer.0.attn.pkl cannot be read"):
             load_positions(str(folder), 1, 64)

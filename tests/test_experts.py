@@ -141,25 +141,6 @@ def test_pretrained_weights_must_fit():
     prefixed = {f"module.{name}": value for name, value in pretrained.items()}
     with pytest.raises(InputError, match=r"x\.pt fits only 0\.0%"):
         load_matching(an_encoder(), prefixed, 0.5, "x.pt")
-    with pytest.raises(InputError, match="encoder must be linear or transformer or conv"):
-        an_encoder(kind="rnn")
-
-
-def test_encoders_of_version_1(tmp_path):
-    """Their names as the first version wrote them; `whole` and other parts stay as they are."""
-    names = {
-        "linear": {"embed.weight": "net.output.weight", "place": "net.montage.place"},
-        "conv": {"out.bias": "net.output.bias", "convs.0.weight": "net.convs.0.weight"},
-        "transformer": {"place": "net.place", "blocks.0.ln_1.bias": "net.blocks.0.ln_1.bias"},
-    }
-    for kind, renamed in names.items():
-        args = {"kind": kind, "tokens": "electrode" if kind == "transformer" else "time"}
-        weights = {f"encoder.{old}": torch.zeros(1) for old in [*renamed, "whole.bias"]}
-        state = {"format": "nanocortex", "version": 1, "kind": "foundation"}
-        state |= {"encoder_args": args, "model": {**weights, "place": torch.zeros(1)}}
-        torch.save(state, tmp_path / "old.pt")
-        expected = {f"encoder.{new}" for new in [*renamed.values(), "whole.bias"]}
-        assert set(load_checkpoint(tmp_path / "old.pt")["model"]) == expected | {"place"}
 
 
 def test_load_encoder(tmp_path):
@@ -303,8 +284,6 @@ def test_one_graph(fusion):
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="fusion must be prefix or expert or cross"):
-        a_model("sum")
     with pytest.raises(InputError, match="4 layers with experts, the language model has 3"):
         a_model(layers=4)
     with pytest.raises(InputError, match="tokens 32 wide, a language model 16 wide"):
@@ -336,38 +315,18 @@ def test_generation_with_the_cache_is_that_without(fusion, order, attention):
     assert model.generate(n, prompts, 7, temperature=0) == expected
 
 
-class RuleGPT(GPT):
-    """The next token is the last one plus the row's own number, modulo the vocabulary."""
-
-    def trunk(self, idx, *args, **kwargs):
-        return F.one_hot((idx + self.number[:, None]) % 10, 10).float(), None, {}
-
-
-class RuleModel(NeuralGPT):
-    def trunk(self, n, idx, *args, **kwargs):
-        self.lm.number = n[:, 0, 0].long()
-        return self.lm.trunk(idx)[0]
-
-
-def test_a_rule_shows_order_and_stopping():
-    lm = RuleGPT(GPTConfig(block_size=32, vocab_size=10, n_layer=1, n_head=1, n_embd=10))
-    with torch.no_grad():
-        lm.transformer.wte.weight.copy_(torch.eye(10))
-    model = RuleModel(lm, an_encoder(n_embd=10))
-
-    def expected(number, token, stop):
-        new = []
-        while len(new) < 12 and (token + number) % 10 != stop:
-            token = (token + number) % 10
-            new.append(token)
-        return new
-
-    def generate(numbers, prompt, **options):
-        n = torch.tensor(numbers).float()[:, None, None].expand(-1, 3, 10)
-        return model.generate(n, prompt, 12, temperature=0, **options)
-
-    for numbers in itertools.permutations([1, 2, 3, 5]):  # each stops at its time, one never
-        texts = [expected(number, 7, 9) for number in numbers]
-        assert generate(numbers, [7], stop=[9]) == texts, numbers
-    assert generate([1, 1], [8], stop=[9]) == [[], []]  # all stop at once
-    assert generate([1, 1], [8]) == [expected(1, 8, None)] * 2  # none stops
+def test_encoders_of_version_1(tmp_path):
+    """Their names as the first version wrote them; `whole` and other parts stay as they are."""
+    names = {
+        "linear": {"embed.weight": "net.output.weight", "place": "net.montage.place"},
+        "conv": {"out.bias": "net.output.bias", "convs.0.weight": "net.convs.0.weight"},
+        "transformer": {"place": "net.place", "blocks.0.ln_1.bias": "net.blocks.0.ln_1.bias"},
+    }
+    for kind, renamed in names.items():
+        args = {"kind": kind, "tokens": "electrode" if kind == "transformer" else "time"}
+        weights = {f"encoder.{old}": torch.zeros(1) for old in [*renamed, "whole.bias"]}
+        state = {"format": "nanocortex", "version": 1, "kind": "foundation"}
+        state |= {"encoder_args": args, "model": {**weights, "place": torch.zeros(1)}}
+        torch.save(state, tmp_path / "old.pt")
+        expected = {f"encoder.{new}" for new in [*renamed.values(), "whole.bias"]}
+        assert set(load_checkpoint(tmp_path / "old.pt")["model"]) == expected | {"place"}

@@ -1,9 +1,6 @@
 """data/grammar: labels recomputed from what is written, and nothing that gives a label away."""
 
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -14,7 +11,7 @@ from data import InputError
 from data.grammar import prepare as grammar
 from data.stimuli import read_meta, read_pairs, read_task
 from data.tokens import Tokens, encoding, tokenizer_state
-from tests.helpers import ROOT
+from tests.helpers import ROOT, prepare, run
 
 SMALL = {"train": 400, "val": 100, "test": 200, "pairs": 60}
 
@@ -22,7 +19,7 @@ SMALL = {"train": 400, "val": 100, "test": 200, "pairs": 60}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("grammar")
-    grammar.main(grammar.Config(out_dir=str(folder), **SMALL))
+    prepare(grammar, out_dir=folder, **SMALL)
     return folder
 
 
@@ -58,16 +55,8 @@ def find(tree, *labels):
 PAST = {"was", "were", "had", "did", "wrote", "built", "met", "slept", "said", "thought", "broke"}
 PLURALS = {"children", "people", "matrices", "indices", "vertices", "axes", "criteria", "leaves"}
 PLURALS |= {"hypotheses", "bases", "spectra", "formulae"}
+TAGS = ("VB", "VBZ", "VBP", "VBD", "VBN", "VBG")
 BINS = ("4-6", "7-8", "9-10", "11-13", "14-17", "18-24")
-SIGNS = {
-    "positive": "valid useful correct safe efficient easy nice good clear helpful fast accurate "
-    "stable robust strong perfect reliable flexible reasonable convenient correctly safely "
-    "efficiently easily nicely perfectly accurately properly successfully carefully improve fix "
-    "restore simplify",
-    "negative": "invalid useless incorrect unsafe inefficient bad redundant ambiguous noisy wrong "
-    "slow inaccurate unstable weak expensive malformed difficult tricky poor illegal incorrectly "
-    "accidentally slowly arbitrarily break lose reject destroy broke broken lost losing",
-}
 
 
 def number_of_noun(noun):
@@ -119,12 +108,14 @@ def sign_of(row):
     words = set(spoken(row.text))
     assert "not" not in words, row.text
     signs = set()
-    for sign, listed in SIGNS.items():
-        for word in listed.split():
-            forms = {word + ending for ending in ("", "s", "es", "d", "ed", "ing")}
-            forms |= {word[:-1] + ending for ending in ("ing", "ies", "ied")}
-            if forms & words:
-                signs.add(sign)
+    for category, listed in grammar.lexicon(0, 1).items():
+        sign, _, kind = category.partition("_")
+        forms = set(listed)
+        if kind == "act":
+            for tag in TAGS:
+                forms.update(grammar.inflect(verb, tag) for verb in listed)
+        if sign in ("good", "bad") and forms & words:
+            signs.add({"good": "positive", "bad": "negative"}[sign])
     assert len(signs) == 1, row.text
     return signs.pop()
 
@@ -299,9 +290,7 @@ def test_number_mismatch_is_what_goes_wrong(folder):
 
 def test_a_seed_makes_the_same_files_and_another_seed_others(folder, tmp_path):
     options = [f"{key}={value}" for key, value in SMALL.items()]
-    command = [sys.executable, "data/grammar/prepare.py", f"out_dir={tmp_path}", *options]
-    env = {**os.environ, "PYTHONHASHSEED": "7"}
-    subprocess.run(command, cwd=ROOT, check=True, env=env, stdout=subprocess.DEVNULL)
+    run("data/grammar/prepare", f"out_dir={tmp_path}", *options, env={"PYTHONHASHSEED": "7"})
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     assert len(files) == 1 + len(grammar.TASKS) + len(grammar.PARADIGMS)
     for file in files:
@@ -311,20 +300,10 @@ def test_a_seed_makes_the_same_files_and_another_seed_others(folder, tmp_path):
     assert len(shared) < len(other) / 2
 
 
-def test_made_once(folder, capsys):
-    before = (folder / "meta.yaml").stat().st_mtime_ns
-    grammar.main(grammar.Config(out_dir=str(folder), **SMALL))
-    assert "is there already" in capsys.readouterr().out
-    assert (folder / "meta.yaml").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="was made with seed=0: give overwrite=True"):
-        grammar.main(grammar.Config(out_dir=str(folder), seed=5, **SMALL))
+def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     with pytest.raises(InputError, match="val=3 leaves labels without sentences: give 40 or more"):
         grammar.Config(val=3).check()
-    meta = read_meta(folder)
-    assert meta["synthetic"] is True and meta["options"]["seed"] == 0
 
-
-def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     def always(g):
         verb = grammar.Tree("VBZ", word="is", lemma="be")
         return grammar.Tree("S", verb), verb, "are"
@@ -351,8 +330,7 @@ def test_a_grammar_that_runs_dry_says_so(monkeypatch):
     ],
 )
 def test_verbs_are_inflected(verb, forms):
-    tags = ("VB", "VBZ", "VBP", "VBD", "VBN", "VBG")
-    assert " ".join(grammar.inflect(verb, tag) for tag in tags) == forms
+    assert " ".join(grammar.inflect(verb, tag) for tag in TAGS) == forms
 
 
 def test_the_lexicon_is_in_the_embedded_corpus():

@@ -118,22 +118,6 @@ def test_each_command_can_be_typed(document):
     assert found or document != "README.md"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "python nosuch.py",
-        "python train.py alhpa=1",
-        "make dinner",
-        "python train.py config/nosuch.yaml",
-        "python -c 'import model; model.nosuch()'",
-        "torchrun --standalone data/podcast/prepare.py subjekts=3",
-    ],
-)
-def test_a_wrong_command_is_found(command):
-    with pytest.raises((AssertionError, ValueError, OSError)):
-        check(shlex.split(command))
-
-
 def test_citation_names_the_project_and_its_sources():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["title"] == "nanoCortex"

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from data import InputError, recording
+from data.montage import choose_electrodes
 
 
 def make_raw(types=("eeg", "eeg"), first_samp=100):
@@ -97,6 +98,14 @@ def test_damage_is_a_sentence(tmp_path):
         recording.Recording(tmp_path / "r")
     with pytest.raises(InputError, match="at least one recording"):
         recording.write_set(tmp_path, [], synthetic=True)
+
+
+def test_channels_are_chosen_by_a_regular_expression(tmp_path):
+    write(tmp_path / "r", channels=pd.DataFrame({"name": ["LA1", "LB1"]}))
+    read = recording.Recording(tmp_path / "r")
+    assert choose_electrodes([read], channels="LB")[0][1].tolist() == [1]
+    with pytest.raises(InputError, match=r"channels=L\( is no regular expression"):
+        choose_electrodes([read], channels="L(")
 
 
 @pytest.mark.parametrize("bands", [[], [[5, 15], [20, 40]]])

@@ -4,7 +4,6 @@ It continues after any kill as if never stopped, gives the same on 1 and on 2 ra
 options, damaged files and a used folder with one sentence. A new script adds a row.
 """
 
-import dataclasses
 import gc
 import importlib
 import json
@@ -12,7 +11,6 @@ import math
 import shutil
 import signal
 import time
-import typing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -488,56 +486,6 @@ def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(
 # ---- bad input
 
 
-def wrong_values(option, kind, Config):
-    """Values of the command line that an option of this type must refuse."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return ["nosuch", "[]"]
-    if origin is list:
-        return ["[x]", "[[1]]", "[nan]", "{a: 1}"] if inner[0] in (int, float) else []
-    if origin is not None:
-        return ["x", "[1]"] if inner[0] in (int, float) else []
-    wrong = {
-        int: ["x", "1.5", "true", "nan", "[1]"],
-        float: ["x", "true", "nan", "[1]"],
-        bool: ["maybe", "2", "[]"],
-        dict: ["3", "[1]"],
-    }.get(kind, [])
-    if kind not in (int, float):
-        return wrong
-    if option.name in getattr(Config, "POSITIVE", "").split():
-        wrong.append("0")
-    if option.name in getattr(Config, "SHARES", "").split():
-        wrong.append("1.5")
-    if option.default >= 0 and option.name not in getattr(Config, "SIGNED", "").split():
-        wrong.append("-1")
-    if option.default != math.inf:
-        wrong.append("inf")
-    return wrong
-
-
-@each(SCRIPTS)
-def test_no_option_takes_a_wrong_type_or_range(script, tmp_path, capsys):
-    """Every option of the script, from the command line and from a file."""
-    Config = importlib.import_module(script.name).Config
-    kinds = typing.get_type_hints(Config)
-    file = tmp_path / "options.yaml"
-    bomb = "\n  a: &a [x, x, x, x, x, x, x, x, x]"
-    for here, before in zip("bcdefghijklm", "abcdefghijkl"):  # nine times as long, line by line
-        bomb += f"\n  {here}: &{here} [{', '.join(9 * [f'*{before}'])}]"
-    for option in dataclasses.fields(Config):
-        kind = kinds[option.name]
-        for value in wrong_values(option, kind, Config):
-            argument = f"{option.name}={value}"
-            ends_in_a_sentence(lambda: configure(Config, [argument]), capsys, [option.name])  # noqa: B023
-        in_file = ["!!python/object/apply:os.getcwd []", bomb]
-        if kind is not dict:
-            in_file.append("{a: {b: 1}}")
-        for value in in_file:
-            file.write_text(f"{option.name}: {value}\n")
-            ends_in_a_sentence(lambda: configure(Config, [str(file)]), capsys)
-
-
 def files_to_damage(name, path):
     """The files of one input of SCRIPTS that a script reads, a checkpoint by its best.pt."""
     files = []
@@ -602,12 +550,3 @@ def test_bad_options_are_refused(script, given, tmp_path, capsys):
     for i, (case, says) in enumerate(cases.items()):
         arguments = [*options(script, given, tmp_path / str(i)), case]
         ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)  # noqa: B023
-
-
-def test_sample_writes_the_same_text_twice(given, tmp_path):
-    texts = []
-    for name in ("a", "b"):
-        out, _ = run("sample", *options(script_called("sample"), given, tmp_path / name))
-        assert out.count("ab") == 2
-        texts += [out, (tmp_path / name / "samples.txt").read_text()]
-    assert texts[:2] == texts[2:]

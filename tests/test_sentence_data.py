@@ -11,17 +11,7 @@ from data.labelled import prepare as labelled
 from data.localizer import prepare as localizer
 from data.stimuli import read_meta, read_task
 from data.tokens import state_of, write_dataset
-from tests.helpers import ROOT, byte_tokenizer
-
-REAL = ROOT.parent / "shared/real"
-
-
-def make(module, **options):
-    config = module.Config(**options)
-    if hasattr(config, "check"):
-        config.check()
-    module.main(config)
-
+from tests.helpers import byte_tokenizer, prepare, real
 
 # ---- GLUE
 
@@ -80,9 +70,9 @@ def glue_folders(tmp_path_factory):
     """(root of the files, the dataset made of them in two steps)."""
     folder = tmp_path_factory.mktemp("glue")
     write_glue(folder / "files")
-    options = {"root": str(folder / "files"), "out_dir": str(folder / "glue"), "val": 6}
-    make(glue, **options, tasks=["cola", "mnli"])
-    make(glue, **options)  # the rest is added
+    options = {"root": folder / "files", "out_dir": folder / "glue", "val": 6}
+    prepare(glue, **options, tasks=["cola", "mnli"])
+    prepare(glue, **options)  # the rest is added
     return folder / "files", folder / "glue"
 
 
@@ -108,13 +98,13 @@ def test_glue_as_it_is_handed_out(glue_folders, capsys):
         assert table["y"][text] == 1
     scores = read_task(folder, "stsb").set_index("text")["y"]
     assert scores.loc[scores.index.str.contains(" 0-4.\t")].tolist() == [4 / 1.2]
-    make(glue, root=str(root), out_dir=str(folder), val=6)
+    prepare(glue, root=root, out_dir=folder, val=6)
     assert "already" in capsys.readouterr().out
 
 
 def test_what_glue_leaves_out_is_counted(glue_folders, tmp_path, capsys):
     root, _ = glue_folders
-    make(glue, root=str(root), out_dir=str(tmp_path), tasks=["sst2", "qqp"])
+    prepare(glue, root=root, out_dir=tmp_path, tasks=["sst2", "qqp"])
     sst2, qqp = capsys.readouterr().out.split("\n")[:2]
     assert "3 training texts" in sst2 and "0 texts that are broken" in sst2
     assert "0 training texts" in qqp and "2 texts that are broken" in qqp
@@ -128,10 +118,10 @@ def test_hidden_labels_and_scores_that_are_no_numbers_are_counted(tmp_path, caps
         scores = ["nan" if i % 10 == 4 else i % 5 for i in range(60)]
         rows = [[sentence(k, i), sentence(k, i, 2), scores[i]] for i in range(60)]
         write_tsv(tmp_path / f"STS-B/{split}.tsv", ["sentence1", "sentence2", "score"], rows)
-    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "cola"), tasks=["cola"])
+    prepare(glue, root=tmp_path, out_dir=tmp_path / "cola", tasks=["cola"])
     assert "20 texts that are broken or whose labels are unknown" in capsys.readouterr().out
     assert "test" not in read_meta(tmp_path / "cola")["tasks"]["cola"]["sizes"]
-    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "stsb"), tasks=["stsb"])
+    prepare(glue, root=tmp_path, out_dir=tmp_path / "stsb", tasks=["stsb"])
     assert "12 texts that are broken" in capsys.readouterr().out
     assert np.isfinite(read_task(tmp_path / "stsb", "stsb")["y"]).all()
 
@@ -152,24 +142,23 @@ def test_what_is_no_glue_is_named(tmp_path, files, sentence):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=sentence):
-        make(glue, root=str(tmp_path), tasks=["rte"], out_dir=str(tmp_path / "x"))
+        prepare(glue, root=tmp_path, tasks=["rte"], out_dir=tmp_path / "x")
     with pytest.raises(InputError, match="is no folder"):
-        make(glue, root=str(tmp_path / "none"))
+        prepare(glue, root=tmp_path / "none")
 
 
 def test_cola_as_its_authors_release_it(tmp_path):
     for part, n in {"in_domain_train": 60, "in_domain_dev": 10, "out_of_domain_dev": 6}.items():
         rows = [["gj04", i % 2, "*" * (1 - i % 2), f"{part} {i}."] for i in range(n)]
         write_tsv(tmp_path / f"{part}.tsv", [], rows)
-    make(glue, root=str(tmp_path), out_dir=str(tmp_path / "out"), tasks=["cola"])
+    prepare(glue, root=tmp_path, out_dir=tmp_path / "out", tasks=["cola"])
     table = read_task(tmp_path / "out", "cola")
     sets = table[table["split"] == "test"]["set"].value_counts()
     assert sets.to_dict() == {"in_domain": 10, "out_of_domain": 6}
 
 
-@pytest.mark.skipif(not (REAL / "cola").is_dir(), reason="../shared/real/cola is not there")
 def test_real_cola(tmp_path):
-    make(glue, root=str(REAL / "cola"), out_dir=str(tmp_path), tasks=["cola"])
+    prepare(glue, root=real("cola"), out_dir=tmp_path, tasks=["cola"])
     sizes = read_meta(tmp_path)["tasks"]["cola"]["sizes"]
     assert sizes == {"train": 7680, "val": 853, "test": 1043}  # 18 of 8,551 are in both
 
@@ -185,8 +174,8 @@ RATED = "Word\tConc.M\tDom_Pos\n" + "".join(
 def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
     path = tmp_path / "rated.txt"
     path.write_text(RATED.replace("\n", "\r\n") + "nothing\t\tNoun\r\n")
-    options = {"text": "Word", "label": "Conc.M", "by": "Dom_Pos", "out_dir": str(tmp_path / "out")}
-    make(labelled, root=str(path), **options)
+    options = {"text": "Word", "label": "Conc.M", "by": "Dom_Pos", "out_dir": tmp_path / "out"}
+    prepare(labelled, root=path, **options)
     table = read_task(tmp_path / "out", "label")
     assert table["text"][:3].tolist() == ["null", "NA", "007"] and len(table) == 20
     assert table["y"].tolist() == [i / 10 for i in range(20)]
@@ -196,34 +185,31 @@ def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
     conditions = pd.read_csv(tmp_path / "out/conditions.csv", keep_default_na=False)
     counts = conditions["condition"].value_counts().to_dict()
     assert counts == {"low #N/A": 3, "low Noun": 2, "high Noun": 3, "high #N/A": 2}
-    make(labelled, root=str(path), **options)
-    assert "already" in capsys.readouterr().out
 
 
 def test_classes_with_few_texts_are_left_out(tmp_path):
     path = tmp_path / "classes.csv"
     rows = [f"word{i},{'animal' if i % 2 else 'food'}\n" for i in range(40)] + ["x,car\n"]
     path.write_text("text,label\n" + "".join(rows))
-    make(labelled, root=str(path), out_dir=str(tmp_path / "out"))
+    prepare(labelled, root=path, out_dir=tmp_path / "out")
     assert read_meta(tmp_path / "out")["tasks"]["label"]["labels"] == ["animal", "food"]
     assert set(read_task(tmp_path / "out", "label")["label"]) == {"animal", "food"}
     with pytest.raises(InputError, match="no column 'Word', only text, label"):
-        make(labelled, root=str(path), text="Word", out_dir=str(tmp_path / "x"))
+        prepare(labelled, root=path, text="Word", out_dir=tmp_path / "x")
     with pytest.raises(InputError, match="does not exist: give a table"):
-        make(labelled, root=str(tmp_path / "none.csv"))
+        prepare(labelled, root=tmp_path / "none.csv")
     with pytest.raises(InputError, match="val=0.6"):
-        make(labelled, root=str(path), val=0.6, test=0.5)
+        prepare(labelled, root=path, val=0.6, test=0.5)
 
 
-@pytest.mark.skipif(not (REAL / "concreteness").is_dir(), reason="../shared/real is not there")
 def test_real_ratings_and_concepts(tmp_path):
-    path = REAL / "concreteness/Concreteness_ratings_Brysbaert_et_al_BRM.txt"
-    make(labelled, root=str(path), text="Word", label="Conc.M", out_dir=str(tmp_path / "words"))
+    path = real("concreteness") / "Concreteness_ratings_Brysbaert_et_al_BRM.txt"
+    prepare(labelled, root=path, text="Word", label="Conc.M", out_dir=tmp_path / "words")
     table = read_task(tmp_path / "words", "label")
     assert len(table) == 39_954 and {"null", "true", "none"} <= set(table["text"])
-    path = REAL / "things_concepts/things_concepts.tsv"
+    path = real("things_concepts") / "things_concepts.tsv"
     label = "Top-down Category (WordNet)"
-    make(labelled, root=str(path), text="Word", label=label, out_dir=str(tmp_path / "things"))
+    prepare(labelled, root=path, text="Word", label=label, out_dir=tmp_path / "things")
     table = read_task(tmp_path / "things", "label")
     assert len(table) == 944 and table["label"].value_counts()["animal"] == 131
 
@@ -279,8 +265,8 @@ def test_docstrings_of_a_small_corpus(tmp_path, capsys):
         splits["train"] += [document(package, i, rng) for i in range(20)]
         splits["val"] += [document(package, 100 + i, rng) for i in range(4)]
     write_dataset(tmp_path / "pydocs", splits, state_of(byte_tokenizer()), synthetic=True)
-    options = {"pydocs": str(tmp_path / "pydocs"), "val": 5, "test": 20}
-    make(docstrings, **options, train=20, out_dir=str(tmp_path / "doc"))
+    options = {"pydocs": tmp_path / "pydocs", "val": 5, "test": 20}
+    prepare(docstrings, **options, train=20, out_dir=tmp_path / "doc")
     assert "8 areas" in capsys.readouterr().out
     table = read_task(tmp_path / "doc", "area")
     counts = table.groupby(["label", "split"]).size().unstack()
@@ -290,8 +276,6 @@ def test_docstrings_of_a_small_corpus(tmp_path, capsys):
         assert int(module.split(".m")[1]) >= 100
     assert not table["text"].str.contains("|".join(packages) + "|some_code|Parameters").any()
     assert table["text"].str.contains("value of _ number").all()
-    make(docstrings, **options, train=20, out_dir=str(tmp_path / "doc"))
-    assert "already" in capsys.readouterr().out
     assert "validation documents" in read_meta(tmp_path / "doc")["seen"]
     with pytest.raises(InputError, match="smaller train="):
-        make(docstrings, **options, train=1000, out_dir=str(tmp_path / "x"))
+        prepare(docstrings, **options, train=1000, out_dir=tmp_path / "x")

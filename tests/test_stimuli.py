@@ -18,9 +18,7 @@ from data.stimuli import (
     write_encoding,
     write_tasks,
 )
-from tests.helpers import ROOT
-
-REAL = ROOT.parent / "shared/real"
+from tests.helpers import real
 
 # ---- labelled sentences
 
@@ -77,6 +75,9 @@ def test_tasks_round_trip(tmp_path):
     assert not complete(tmp_path)
     write_tasks(tmp_path, task(frame), {"v": [BLIMP]})
     assert [path.name for path in (tmp_path / "pairs").iterdir()] == ["v.jsonl"]  # the old one went
+    (tmp_path / "meta.yaml").unlink()  # somebody's own folder
+    write_tasks(tmp_path, task(frame))
+    assert (tmp_path / "pairs/v.jsonl").exists() and not read_meta(tmp_path)["pairs"]
 
 
 @pytest.mark.parametrize(
@@ -168,40 +169,30 @@ def test_blimp_files_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, sentence",
+    "name, lines, sentence",
     [
-        ("empty", "holds no minimal pairs .*make it with: python .*prepare.py"),
-        ("none", "none is missing"),
-        ("c.jsonl", "c.jsonl is missing"),
+        ("", [], "holds no minimal pairs .*make it with: python .*prepare.py"),
+        ("none", [], "none is missing"),
+        ("c.jsonl", [], "c.jsonl is missing"),
+        ("", [BLIMP, "{torn"], "b.jsonl, line 2: JSONDecodeError"),
+        ("", [BLIMP, {"sentence_good": "It is."}], "line 2: KeyError.'sentence_bad'"),
+        ("", [BLIMP, BLIMP | {"sentence_good": " "}], "line 2: .*an empty sentence_good"),
+        ("", [BLIMP, [1]], "line 2: .*a minimal pair is a JSON object"),
     ],
 )
-def test_no_pairs_are_said(tmp_path, name, sentence):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "prepare.py").touch()
+def test_what_holds_no_pairs_is_named(tmp_path, name, lines, sentence):
+    (tmp_path / "prepare.py").touch()
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    if texts:
+        (tmp_path / "b.jsonl").write_text("\n".join(texts))
     with pytest.raises(InputError, match=sentence):
         read_pairs(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "line, sentence",
-    [
-        ("{torn", "b.jsonl, line 2: JSONDecodeError"),
-        ('{"sentence_good": "It is."}', "line 2: KeyError.'sentence_bad'"),
-        ('{"sentence_good": " ", "sentence_bad": "It are."}', "line 2: .*an empty sentence_good"),
-        ("[1]", "line 2: .*a minimal pair is a JSON object"),
-    ],
-)
-def test_lines_that_are_no_pairs_are_named(tmp_path, line, sentence):
-    (tmp_path / "b.jsonl").write_text(json.dumps(BLIMP) + "\n" + line)
-    with pytest.raises(InputError, match=sentence):
-        read_pairs(tmp_path)
-
-
-@pytest.mark.skipif(not (REAL / "blimp").is_dir(), reason="../shared/real/blimp is not there")
 def test_real_blimp():
-    pairs = read_pairs(REAL / "blimp")
+    pairs = read_pairs(real("blimp"))
     assert len(pairs) == 8 and {len(members) for members in pairs.values()} == {1000}
-    assert set(pairs) == {path.stem for path in (REAL / "blimp").iterdir()}
+    assert set(pairs) == {path.stem for path in real("blimp").iterdir()}
 
 
 # ---- stimuli with responses

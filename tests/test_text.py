@@ -5,16 +5,12 @@ import gzip
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import run
 from test_tokens import BYTES, ODD, offline, texts, write_headed  # noqa: F401 (a fixture)
 
 import configurator
@@ -187,6 +183,17 @@ def test_sources_that_are_damaged(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+def test_empty_files_and_links_without_content(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.txt").touch()
+    for i, row in enumerate(texts(40)):
+        (tmp_path / f"in/b{i}.txt").write_text(row)
+    assert make_shards(tmp_path / "out", tmp_path / "in")["documents"] == 40
+    (tmp_path / "in/c.txt").symlink_to("../.git/annex/objects/c.txt")
+    with pytest.raises(InputError, match="c.txt is a git-annex link"):
+        make_shards(tmp_path / "out", tmp_path / "in")
+
+
 def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b"torn")
     with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 .* is not JSON"):
@@ -224,34 +231,6 @@ NO_NETWORK = {"TIKTOKEN_CACHE_DIR": "/nowhere", "HF_HUB_OFFLINE": "1"}
 
 def prepare(name, *options, status=0):
     return "".join(run(f"data/{name}/prepare", *options, status=status, env=NO_NETWORK))
-
-
-def test_killed_in_the_middle_it_goes_on(tmp_path):
-    """The prepare script itself, killed as hard as can be."""
-    write_lines(tmp_path / "in/a.jsonl", texts(3000))
-    T.write_dataset(tmp_path / "tok", {"train": [[0]]}, BYTES)
-    options = [f"root={tmp_path / 'in'}", f"tokenizer={tmp_path / 'tok'}", "shard_mb=1"]
-    script = ROOT / "data/text/prepare.py"
-    slow = (
-        "import runpy, sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"sys.argv[0] = {str(script)!r}\n"
-        "from data import tokens\n"
-        "real = tokens.write_aside\n"
-        "tokens.write_aside = lambda *given: (real(*given), time.sleep(3))\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", slow, *options, f"out_dir={tmp_path / 'out'}", "workers=1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    while not list(tmp_path.glob("out/unfinished/*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not complete(tmp_path / "out")
-    prepare("text", *options, f"out_dir={tmp_path / 'out'}", "workers=2")
-    prepare("text", *options, f"out_dir={tmp_path / 'other'}", "workers=1")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "other")
 
 
 def test_ones_own_text_in_one_command(tmp_path):
@@ -380,17 +359,14 @@ def test_no_network_is_one_sentence(monkeypatch):
         shakespeare.get_text("", Path("nowhere"))
 
 
-def test_shakespeare_from_a_local_copy(tmp_path, capsys):
+def test_shakespeare_from_a_local_copy(tmp_path):
     text = "ROMEO:\nBut soft, what light through yonder window breaks?\n" * 20
     (tmp_path / "input.txt").write_text(text)
-    config = shakespeare.Config(root=str(tmp_path), out_dir=str(tmp_path / "char"))
-    shakespeare.main(config)
+    shakespeare.main(shakespeare.Config(root=str(tmp_path), out_dir=str(tmp_path / "char")))
     train = Tokens(tmp_path / "char", "train")
     tokenizer = Tokenizer(tokenizer_state(tmp_path / "char"))
     assert tokenizer.decode([*train.tokens, *Tokens(tmp_path / "char", "val").tokens]) == text
     assert len(train) == int(0.9 * len(text)) and train.vocab_size == len(set(text)) + 1
-    shakespeare.main(config)
-    assert "is there already" in capsys.readouterr().out
 
 
 # ---- data/pydocs
@@ -464,12 +440,26 @@ def test_docstrings_come_in_source_order(tmp_path):
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
 
 
-def test_what_is_installed_is_found():
-    files, versions, missing = pydocs.sources("yaml not_a_package")
+def test_sources_that_do_not_parse_are_left_out(tmp_path):
+    (tmp_path / "deep.py").write_text("-" * 100_000 + "1")
+    (tmp_path / ".#lock.py").symlink_to("nobody@nowhere")
+    (tmp_path / "torn.py").write_text('"""torn')
+    files = [(path.stem, path) for path in tmp_path.iterdir()]
+    texts, bad = pydocs.read(files, workers=1)
+    assert not texts and len(bad) == 3
+
+
+def test_what_is_installed_is_found(tmp_path, monkeypatch):
+    (tmp_path / "a_copy").mkdir()
+    (tmp_path / "a_copy/__init__.py").write_text('"""A package that nobody installed."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    files, versions, missing = pydocs.sources("yaml a_copy not_a_package")
     paths = dict(files)
     assert missing == ["not_a_package"] and set(versions) == {"python", "PyYAML"}
     assert paths["yaml.loader"].name == "loader.py" and paths["yaml"].name == "__init__.py"
-    assert "json.decoder" in paths and not any("test" in name.split(".") for name in paths)
+    assert {"json.decoder", "a_copy"} <= paths.keys() and not any(
+        "test" in name.split(".") for name in paths
+    )
     topics = pydocs.topics(paths[pydocs.TOPICS])
     assert "boolean" in topics[f"{pydocs.TOPICS}.booleans"].lower()
 

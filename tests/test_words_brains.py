@@ -5,10 +5,9 @@ import pytest
 
 from data import InputError
 from data.stimuli import Encoding
-from data.words_brains import prepare
-from tests.helpers import ROOT
+from data.words_brains import prepare as words_brains
+from tests.helpers import prepare, real
 
-REAL = ROOT.parent / "shared/real/words_brains"
 ROWS = "nan 0.5 -1\nnull 0.25 2\n007 1e-3 3\nApple 1 4\n"
 QUOTED = '"v0" "v1"\n"nan" 0.5 -1\n"null" 0.25 2\n"007" 1e-3 3\n"Apple" 1 4\n'
 
@@ -16,7 +15,7 @@ QUOTED = '"v0" "v1"\n"nan" 0.5 -1\n"null" 0.25 2\n"007" 1e-3 3\n"Apple" 1 4\n'
 def read(tmp_path, content, name="table.txt"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return prepare.read_table(path)
+    return words_brains.read_table(path)
 
 
 def make(tmp_path, tables, **options):
@@ -25,9 +24,7 @@ def make(tmp_path, tables, **options):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tables.items():
         (folder / name).write_text(content)
-    config = prepare.Config(root=str(folder), out_dir=str(tmp_path / "out"), **options)
-    config.check()
-    prepare.main(config)
+    prepare(words_brains, root=folder, out_dir=tmp_path / "out", **options)
     return Encoding(tmp_path / "out")
 
 
@@ -121,7 +118,7 @@ def test_people_share_words_and_keep_their_units(tmp_path, capsys):
     assert data.stimuli.text.tolist() == WORDS
     assert data.stimuli.group.tolist() == ["apple", "apple", "its", "its", "bread", "ring"]
     m15 = data.mean_responses(data.select_units(subject="M15"))
-    source = prepare.read_table(tmp_path / "tables/scaled_targets_M15.txt")
+    source = words_brains.read_table(tmp_path / "tables/scaled_targets_M15.txt")
     assert np.allclose(m15, source.loc[WORDS], atol=1e-6)
     assert data.units.column.tolist() == ["v0", "v1", "v2", "v0", "v1"]
     with pytest.raises(InputError, match="no units of subject=M1: it has M03, M15"):
@@ -189,7 +186,6 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
 # ---- real tables
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="../shared/real/words_brains is not there")
 @pytest.mark.parametrize(
     "name, people, words, groups, units",
     [
@@ -201,7 +197,7 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     ],
 )
 def test_real_tables(tmp_path, name, people, words, groups, units):
-    prepare.main(prepare.Config(root=str(REAL / name), out_dir=str(tmp_path)))
+    prepare(words_brains, root=real("words_brains") / name, out_dir=tmp_path)
     data = Encoding(tmp_path)
     assert data.units.subject.nunique() == people and data.responses.shape == (words, units)
     assert len(data.stimuli) == words and data.stimuli.group.nunique() == groups

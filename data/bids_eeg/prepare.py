@@ -24,7 +24,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, column, folder_of, options_of, write_aside
+from data import InputError, check_content, column, folder_of, options_of, write_aside
 from data import raw as reader
 from data.recording import Recording, read_meta, write_raw, write_set
 
@@ -105,34 +105,33 @@ def events_of(table, path, config, sfreq):
     for name in ("word", "object", "image", "synonyms", "category", "block", "target", "phase"):
         asked = getattr(config, f"{name}_column")
         if asked:
-            columns[name] = column(table, f"{path} ({name}_column=)", asked)
-    if "word" not in columns and "object" not in columns:
-        raise InputError(
-            "word_column and object_column are both empty: one must say what was shown"
-        )
+            columns[name] = column(table, f"{path} ({name}_column=)", asked).fillna("")
+    if not columns.keys() & {"word", "object"}:
+        raise InputError("word_column and object_column are both empty: one says what was shown")
     nothing = pd.Series("", table.index)
-    objects = columns.get("object", columns.get("word")).fillna("")
-    words = columns["word"].fillna("").map(spaced) if "word" in columns else objects.map(word_of)
+    objects = columns.get("object", columns.get("word"))
+    images = columns.get("image", nothing)
+    targets = columns.get("target", nothing).str.lower()
     events = pd.DataFrame({"onset": reader.numbers(table, "onset", path), "duration": 0.0})
     if "duration" in table:
         events["duration"] = reader.numbers(table, "duration", path).fillna(0.0)
     events["object"] = objects
-    events["word"] = words
-    events["synonyms"] = columns.get("synonyms", nothing).fillna("").map(synonyms_of)
-    events["image"] = columns.get("image", objects).fillna(objects)
-    events["block"] = columns.get("block", nothing).fillna("")
-    targets = columns.get("target", nothing).str.lower()
+    events["word"] = columns["word"].map(spaced) if "word" in columns else objects.map(word_of)
+    events["synonyms"] = columns.get("synonyms", nothing).map(synonyms_of)
+    events["image"] = images.where(images != "", objects)
+    events["block"] = columns.get("block", nothing)
     events["target"] = targets.isin(["1", "1.0", "true", "yes"]).astype(int)
     for name in ("phase", "category"):
         if name in columns:
-            events[name] = columns[name].fillna("")
+            events[name] = columns[name]
     return events
 
 
 def keep_events(events, raw, path):
     """(the events that can be used, {why others were left out: how many}): inside the recording,
     outside of bad segments and, unless they are catch trials, with a word. path: for messages."""
-    seconds, sfreq = raw.n_times / raw.info["sfreq"], raw.info["sfreq"]
+    sfreq = raw.info["sfreq"]
+    seconds = raw.n_times / sfreq
     dropped = {}
     known = np.isfinite(events["onset"]) & ((events["word"] != "") | (events["target"] == 1))
     events = keep(events, known, "events without onset or word", dropped, path)
@@ -218,17 +217,20 @@ def resample(raw, sfreq, method):
 
 def find_bads(raw, name, notes):
     """Mark channels that are flat or hold NaN, beside those that channels.tsv calls bad."""
-    low, high = np.inf, -np.inf
+    low = np.inf
+    high = -np.inf
     for start in range(0, raw.n_times, 1 << 14):  # NaN where there is one
         block = raw.get_data(start=start, stop=min(start + (1 << 14), raw.n_times))
-        low, high = np.minimum(low, block.min(axis=1)), np.maximum(high, block.max(axis=1))
+        low = np.minimum(low, block.min(axis=1))
+        high = np.maximum(high, block.max(axis=1))
     broken = ~np.isfinite(low + high)
     if broken.any():  # a filter would smear a NaN over its channel, a reference over all of them
         raw.apply_function(lambda x: 0 * np.nan_to_num(x), picks=np.flatnonzero(broken))
     flat = low == high
     names = np.array(raw.ch_names)
-    notes["nan"], notes["flat"] = names[broken].tolist(), names[flat].tolist()
     bad = np.isin(names, raw.info["bads"]) | broken | flat
+    notes["nan"] = names[broken].tolist()
+    notes["flat"] = names[flat].tolist()
     notes["bads"] = raw.info["bads"] = names[bad].tolist()
     if 2 * bad.sum() > len(names):
         found = (
@@ -270,14 +272,15 @@ def rereference(raw, reference, name):
 
 
 def there_already(folder, options, overwrite):
-    """The Recording in a folder if it was made with these options and is whole, else None."""
-    if overwrite:
-        return None
+    """The events of a whole recording that was made with these options, else None."""
     try:
         recording = Recording(folder)
     except (ValueError, OSError):
         return None
-    return recording if recording.meta.get("options") == options else None
+    if overwrite or recording.meta.get("options") != options:
+        return None
+    print(f"{folder.name}: there already", flush=True)
+    return recording.events
 
 
 def convert_raw(folder, raw, events, config, path, notes, **meta):
@@ -308,17 +311,18 @@ def convert_raw(folder, raw, events, config, path, notes, **meta):
 def convert_one(folder, path, root, config, to_events, **meta):
     """One BIDS recording → folder, unless it is there of the same files and options; its events."""
     meta["options"] = meta["options"] | {"made_of": made_of(path, root)}
-    old = there_already(folder, meta["options"], config.overwrite)
-    if old:
-        print(f"{folder.name}: there already", flush=True)
-        return old.events
+    events = there_already(folder, meta["options"], config.overwrite)
+    if events is not None:
+        return events
     events_tsv = reader.sidecar(path, root, "_events.tsv")
     if not events_tsv:
-        raise InputError(f"{path} has no events.tsv beside it: leave it out with subjects=")
+        raise InputError(f"{path} has no events.tsv beside it: give task= or subjects= without it")
     raw, notes = reader.open_raw(path, root, getattr(config, "sensors", ""))
     table = reader.read_tsv(events_tsv, "onset")
     named = {"trial_type", getattr(config, "word_column", ""), getattr(config, "object_column", "")}
+    n_rows = len(table)
     table = reader.take_segments(raw, table, sorted(named & set(table)), events_tsv)
+    notes["segments"] = n_rows - len(table)
     events = to_events(table, events_tsv, config, raw.info["sfreq"])
     subject = re.match(r"sub-([^_]+)", path.name)[1]
     return convert_raw(folder, raw, events, config, events_tsv, notes, subject=subject, **meta)
@@ -330,7 +334,7 @@ def made_of(path, root):
     tables = ("events.tsv", "channels.tsv", "electrodes.tsv", "coordsystem.json")
     for name in (*tables, f"{path.stem.split('_')[-1]}.json"):
         file = reader.sidecar(path, root, f"_{name}")
-        digest.update(file.read_bytes() if file else b"")
+        digest.update(check_content(file).read_bytes() if file else b"")
     size = sum(file.stat().st_size for file in reader.files_of(path))
     return f"{digest.hexdigest()[:16]}, {size} bytes"
 
@@ -345,12 +349,13 @@ def convert(folder, root, config, *, to_events=events_of, table=objects_of, **me
     events; meta: source, synthetic and more keys of the set.
     """
     folder = Path(folder)
-    task, sensors = getattr(config, "task", ""), getattr(config, "sensors", "")
-    recordings = reader.find_recordings(root, config.subjects, task, sensors)
+    asked = (getattr(config, "task", ""), getattr(config, "sensors", ""))
+    recordings = reader.find_recordings(root, config.subjects, *asked)
     options = options_of(config, "root", "subjects")
     one_meta = {"options": options, "source": meta["source"], "synthetic": meta["synthetic"]}
     (folder / "meta.yaml").unlink(missing_ok=True)
-    events, reason = {}, None
+    events = {}
+    reason = None
     for name, path in recordings:
         try:
             events[name] = convert_one(folder / name, path, root, config, to_events, **one_meta)
@@ -386,7 +391,7 @@ def main(config):
     root = Path(config.root)
     folder = folder_of(config, __file__, root.resolve().name)
     description = root / "dataset_description.json"
-    facts = reader.read_json(description if description.is_file() else None)
+    facts = reader.read_facts(description if description.is_file() else None)
     name = str(facts.get("Name", ""))
     source = f"BIDS: {name or root.resolve().name}"
     convert(folder, root, config, source=source, synthetic="synthetic" in name.lower())

@@ -122,6 +122,10 @@ IRREGULAR_FORMS = {
 }
 SINGULAR, PLURAL = "singular", "plural"
 OTHER = {SINGULAR: PLURAL, PLURAL: SINGULAR}
+WAS = {SINGULAR: "was", PLURAL: "were"}
+PRESENT = {SINGULAR: "VBZ", PLURAL: "VBP"}  # the tag of a finite verb
+ITSELF = {SINGULAR: "itself", PLURAL: "themselves"}
+IT = {SINGULAR: "it", PLURAL: "them"}  # as an object
 DETERMINERS = {
     SINGULAR: ["the"] * 6 + ["a", "a", "this", "that", "your", "our"],
     PLURAL: ["the"] * 6 + ["some", "some", "these", "those", "your", "our"],
@@ -162,7 +166,7 @@ def inflect(verb, tag, number=SINGULAR):
     """The form of a verb under a Penn Treebank tag: VB open, VBZ opens, VBP open, VBD opened, VBN
     opened, VBG opening. The number is for was, were."""
     if verb == "be" and tag == "VBD":
-        return "was" if number == SINGULAR else "were"
+        return WAS[number]
     if verb in IRREGULAR_FORMS.get(tag, {}):
         return IRREGULAR_FORMS[tag][verb]
     if tag == "VBZ":
@@ -254,10 +258,6 @@ def head(np):
 
 def number_of(np):
     return SINGULAR if head(np).label == "NN" else PLURAL
-
-
-def tense_of(clause):
-    return "past" if finite(clause).label == "VBD" else "present"
 
 
 def top_of(sentence):
@@ -385,7 +385,7 @@ class Grammar:
         aspect = aspect or self.one(("simple",) * 5 + ("progressive", "perfect", "negated"))
         if frame == "say" and aspect != "negated":  # nobody is noting that
             aspect = "simple"
-        now = "VBZ" if number == SINGULAR else "VBP"
+        now = PRESENT[number]
         if (tense or self.one(("past", "present"))) == "past":
             now = "VBD"
         negation = aspect == "negated" and Tree("RB", word="not")
@@ -609,7 +609,7 @@ def pronoun(word):
 
 def reflexive_number(g):
     number = g.number()
-    object = pronoun("itself" if number == SINGULAR else "themselves")
+    object = pronoun(ITSELF[number])
     subject = g.np("tool", number)
     tree = g.sentence(number=number, subject=subject, frame="act", object=object)
     return tree, object.children[0], flip(object.children[0])
@@ -653,8 +653,8 @@ def polarity_item(g):
     subject = g.np("agent", number, det="no")
     frame = g.one(("act", "meet"))
     tree = g.sentence(number=number, subject=subject, frame=frame, aspect="perfect", adverb="ever")
-    wrong = ("the", "this", "every") if number == SINGULAR else ("the", "these", "many")
-    return tree, subject.child("DT"), g.one(wrong)
+    wrong = {SINGULAR: ("the", "this", "every"), PLURAL: ("the", "these", "many")}
+    return tree, subject.child("DT"), g.one(wrong[number])
 
 
 @dataclass
@@ -819,7 +819,7 @@ def simple(g, **options):
 def draw_tense(g):
     """tense of the main clause"""
     tree = simple(g)
-    return of_tree(tense_of(tree), tree)
+    return of_tree("past" if finite(tree).label == "VBD" else "present", tree)
 
 
 def draw_subj_number(g):
@@ -874,7 +874,7 @@ def draw_coord_inversion(g):
         number = PLURAL
     determiner = ""
     if cue == "definite":
-        determiner = "a" if object_number == SINGULAR else "some"
+        determiner = {SINGULAR: "a", PLURAL: "some"}[object_number]
     thing = g.np("thing", object_number, det=determiner)
     first = g.clause(number, tense, "act", subject=subject, object=thing)
     second = second_clause(g, cue, tense, object_number, head(thing).lemma)
@@ -890,7 +890,7 @@ def second_clause(g, cue, tense, object_number, lemma):
         frame = g.one(("act", "meet", "go"))
         return g.clause(PLURAL, tense, frame, subject=pronoun("they"))
     if cue == "it":
-        object = pronoun("it" if object_number == SINGULAR else "them")
+        object = pronoun(IT[object_number])
         return g.clause(tense=tense, frame="act", object=object, place=False)
     if cue == "definite":
         object = g.np("thing", object_number, det="the", adjective=False, lemma=lemma)

@@ -38,7 +38,6 @@ SHA1 = {  # of Brain-Score's registry
 @dataclass
 class Config:
     group: Literal["image", "object"] = "image"  # what no split tears apart: an image, an object
-    repeats: int = 0  # at most so many presentations of each image, 0: all
     missing: Literal["units", "presentations"] = "presentations"  # what goes where one is missing
     # where from and where to
     assembly: str = ASSEMBLY  # file name
@@ -127,8 +126,6 @@ def main(config):
     units["subject"] = units["animal"].astype(str) if "animal" in units else ""
 
     rows, columns, left_out = without_gaps(y, config.missing, str(assembly_path))
-    if config.repeats:
-        rows &= (pd.Series(rows).groupby(ids).cumsum() <= config.repeats).to_numpy()
     stimulus, shown = pd.factorize(ids[rows])
     images = images.loc[shown]
     names = images["filename"].tolist()

@@ -45,7 +45,8 @@ class Config:
 
 def heard_words(recording):
     """One row a word that was heard, in the order of the transcript: word_idx, word, onset."""
-    events, path = recording.events, recording.path / "events.csv"
+    events = recording.events
+    path = recording.path / "events.csv"
     word_idx = column(events, path, "word_idx").astype(int)
     words = events.assign(word_idx=word_idx, word=column(events, path, "word").str.strip())
     words = words[words["word"] != ""].sort_values("word_idx").drop_duplicates("word_idx")
@@ -77,7 +78,9 @@ def mean_responses(recording, onset, lag, width):
 def read_podcast(podcast, names, config):
     """(words, (words, electrodes) responses, table of electrodes, (words,) in everybody's)."""
     words = heard_words(Recording(podcast / names[0]))
-    responses, units, inside = [], [], True
+    responses = []
+    units = []
+    inside = True
     for name in names:
         recording = Recording(podcast / name)
         heard = heard_words(recording)

@@ -81,8 +81,8 @@ def sources(packages=PACKAGES):
         if spec is None or not spec.submodule_search_locations:
             missing.append(package)
             continue
-        distribution = distributions.get(package, [package])[0]
-        versions[distribution] = importlib.metadata.version(distribution)
+        for distribution in distributions.get(package, [])[:1]:  # a copy on the path has none
+            versions[distribution] = importlib.metadata.version(distribution)
         for folder in spec.submodule_search_locations:
             files |= modules(Path(folder), package)
     return sorted(files.items()), versions, missing
@@ -108,7 +108,7 @@ def docstrings(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
             tree = ast.parse(Path(path).read_bytes())
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):  # OSError: torn links
         return None
     return [units(text) for text in documentation(tree)]
 

@@ -73,7 +73,8 @@ def fetch_subjects(url, root, subjects):
 
 def events_of(table, path, config, sfreq):
     """events.tsv of ds003825 as our table of events; see data/bids_eeg."""
-    things, stim = column(table, path, "object"), column(table, path, "stim")
+    things = column(table, path, "object")
+    stim = column(table, path, "stim")
     onset = reader.numbers(table, "onset", path)
     if "sample" in table:
         onset = reader.numbers(table, "sample", path) / sfreq
@@ -90,23 +91,13 @@ def events_of(table, path, config, sfreq):
     events["image"] = stim.fillna("").str.replace("\\", "/").str.rsplit("/", n=1).str[-1]
     events["block"] = stretches(onset)
     events["target"] = (reader.numbers(table, "istarget", path) == 1).astype(int)
-    test = is_test(table, events["image"], path)
-    events["phase"] = np.where(test, "test", "train")
+    is_test = reader.numbers(table, "blocksequencenumber", path) < 0
+    if "isteststim" in table:
+        is_test |= reader.numbers(table, "isteststim", path) == 1
+    events["phase"] = np.where(is_test, "test", "train")
     if config.concepts:
         events = with_concepts(events, read_concepts(config.concepts))
     return events
-
-
-def is_test(table, image, path):
-    """(N,) whether a trial showed one of the repeated test pictures, however a release says so."""
-    test = reader.numbers(table, "blocksequencenumber", path) < 0
-    if "isteststim" in table:
-        test |= reader.numbers(table, "isteststim", path) == 1
-    folders = Path(path).parents
-    if len(folders) > 2 and (folders[2] / "test_images.csv").is_file():
-        lines = (folders[2] / "test_images.csv").read_text().split()  # object/picture.jpg
-        test |= image.isin([line.rsplit("/", 1)[-1] for line in lines])
-    return test
 
 
 def stretches(onset, pause=1.0):

@@ -12,9 +12,6 @@ meta.yaml says epoch_tmin (s) and epoch_samples, and no window may leave its epo
 normalisation was the authors' and is not known to have spared the test trials' session.
 """
 
-import codecs
-import pickle
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +23,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, folder_of, options_of
+from data import InputError, folder_of, options_of, read_pickle
 from data import raw as reader
 from data.bids_eeg import prepare as bids
 from data.recording import write_recording
@@ -58,56 +55,21 @@ class Config:
         self.subjects = [s.removeprefix("sub-").zfill(2) for s in self.subjects]
 
 
-# ---- pickles, which could run anything: only what makes plain data is let in
-
-PLAIN = {
-    "numpy.ndarray": np.ndarray,
-    "numpy.dtype": np.dtype,
-    "_codecs.encode": codecs.encode,  # protocol 2 writes bytes as text
-    "multiarray._reconstruct": np._core.multiarray._reconstruct,
-    "multiarray.scalar": np._core.multiarray.scalar,
-    "numeric._frombuffer": np._core.numeric._frombuffer,  # protocol 5
-}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads arrays, dicts, lists, tuples, strings and numbers."""
-
-    def find_class(self, module, name):
-        known = re.sub(r"^numpy\.(_core|core)\.", "", f"{module}.{name}")
-        if known not in PLAIN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return PLAIN[known]
-
-
 def read_dict(path, *keys):
-    """A dict with these keys out of a .npy that numpy would unpickle, or a plain pickle. InputError
-    for what is torn or holds anything but plain data."""
+    """The dictionary with these keys in a .npy or a pickle. Raises InputError."""
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         raise InputError(f"{path} is not there: fetch it from osf.io/3jk45 (and unpack it)")
-    with open(check_content(path), "rb") as file:
-        try:
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
-                major, minor = np.lib.format.read_magic(file)
-                getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
-            else:
-                file.seek(0)
-            found = PlainUnpickler(file, encoding="latin1").load()
-        except Exception as error:  # a torn or hostile pickle may go wrong in any way it likes
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(
-                f"{path} is torn or no plain data ({reason}): fetch it again"
-            ) from None
-    if isinstance(found, np.ndarray) and found.shape == ():
-        found = found.item()
-    if not isinstance(found, dict):
-        raise InputError(f"{path} holds a {type(found).__name__} where a dictionary was expected")
+    content = read_pickle(path)
+    if isinstance(content, np.ndarray) and content.shape == ():
+        content = content.item()
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__} where a dictionary was expected")
     for key in keys:
-        if key not in found:
-            raise InputError(f"{path} lacks the key '{key}', it has {', '.join(map(str, found))}")
-    return found
+        if key not in content:
+            there = ", ".join(map(str, content))
+            raise InputError(f"{path} lacks the key '{key}', it has {there}")
+    return content
 
 
 # ---- what was shown
@@ -117,11 +79,12 @@ def read_images(path):
     """{phase: table of object, word, synonyms, image, phase}, a row a picture, by its code."""
     phases = {}
     for phase in ("train", "test"):
-        concepts, files = f"{phase}_img_concepts_THINGS", f"{phase}_img_files"
-        found = read_dict(path, concepts, files)
-        objects = pd.Series(found[concepts], dtype=str).str.partition("_")[2]  # 00001_aardvark
+        concepts = f"{phase}_img_concepts_THINGS"
+        files = f"{phase}_img_files"
+        lists = read_dict(path, concepts, files)
+        objects = pd.Series(lists[concepts], dtype=str).str.partition("_")[2]  # 00001_aardvark
         table = pd.DataFrame({"object": objects, "word": objects.map(bids.word_of)})
-        images = list(map(str, found[files]))
+        images = list(map(str, lists[files]))
         phases[phase] = table.assign(synonyms="", image=images, phase=phase)
     return phases
 
@@ -144,10 +107,13 @@ def shown(codes, images, path):
 
 def convert_continuous(folder, path, images, config, **meta):
     """raw_eeg_training.npy or raw_eeg_test.npy of one session → recording; returns its events."""
-    found = read_dict(path, "raw_eeg_data", "ch_names", "ch_types", "sfreq")
-    data, sfreq = found.pop("raw_eeg_data"), float(found["sfreq"])
-    names, types = np.array(found["ch_names"], dtype=str), np.array(found["ch_types"], dtype=str)
-    eeg, stim = np.flatnonzero(types == "eeg"), np.flatnonzero(types == "stim")
+    session = read_dict(path, "raw_eeg_data", "ch_names", "ch_types", "sfreq")
+    data = session.pop("raw_eeg_data")
+    sfreq = float(session["sfreq"])
+    names = np.array(session["ch_names"], dtype=str)
+    types = np.array(session["ch_types"], dtype=str)
+    eeg = np.flatnonzero(types == "eeg")
+    stim = np.flatnonzero(types == "stim")
     if np.ndim(data) != 2 or not len(data) == len(names) == len(types):
         sizes = f"{len(names)} channel names and {len(types)} types"
         raise InputError(f"{path}: raw_eeg_data of shape {np.shape(data)} does not fit {sizes}")
@@ -157,9 +123,8 @@ def convert_continuous(folder, path, images, config, **meta):
     rows = np.flatnonzero((codes != 0) & (np.diff(codes, prepend=0) != 0))
     if not rows.size:
         raise InputError(f"{path} has no event in its stim channel: leave it out with subjects=")
-    onset = rows / sfreq
     events = shown(codes[rows], images, path)
-    events = events.assign(onset=onset, duration=0.1, block=stretches(onset))
+    events = events.assign(onset=rows / sfreq, duration=0.1, block=stretches(rows / sfreq))
     info = mne.create_info(names[eeg].tolist(), sfreq, "eeg")
     raw = mne.io.RawArray(np.asarray(data[eeg], dtype=float), info, verbose="error")
     del data
@@ -168,9 +133,10 @@ def convert_continuous(folder, path, images, config, **meta):
 
 def convert_epochs(folder, path, images, config, **meta):
     """preprocessed_eeg_training.npy or _test.npy → recording of epoch after epoch; its events."""
-    found = read_dict(path, "preprocessed_eeg_data", "ch_names", "times")
-    data, names = found["preprocessed_eeg_data"], np.array(found["ch_names"], dtype=str)
-    times = np.asarray(found["times"], dtype=float)
+    session = read_dict(path, "preprocessed_eeg_data", "ch_names", "times")
+    data = session["preprocessed_eeg_data"]
+    names = np.array(session["ch_names"], dtype=str)
+    times = np.asarray(session["times"], dtype=float)
     expected = (len(images), len(names))
     if np.ndim(data) != 4 or data.shape[::2] != expected or len(times) < data.shape[3]:
         wanted = f"({len(images):,} pictures of image_metadata.npy, repeats, {len(names)} channels"
@@ -248,23 +214,20 @@ def main(config):
     source = f"THINGS-EEG2, osf.io/3jk45, {config.kind} (Gifford et al. 2022)"
     meta = {"source": source, "synthetic": False}
     (folder / "meta.yaml").unlink(missing_ok=True)
-    events, epochs = {}, {}
+    events = {}
     for subject, path in files:
         phase = "train" if path.stem.endswith("training") else "test"
         session = f"{path.parent.name}_" if config.kind == "raw" else ""
         name = f"sub-{subject}_{session}{phase}"
         options["bytes"] = path.stat().st_size  # of another root, maybe
-        old = bids.there_already(folder / name, options, config.overwrite)
-        if old:
-            print(f"{name}: there already", flush=True)
-            events[name] = old.events
-            continue
-        one = {"subject": subject, "options": options, **meta}
-        events[name] = convert(folder / name, path, images[phase], config, **one)
+        events[name] = bids.there_already(folder / name, options, config.overwrite)
+        if events[name] is None:
+            one = {"subject": subject, "options": options, **meta}
+            events[name] = convert(folder / name, path, images[phase], config, **one)
     if config.kind == "preprocessed":
-        one = bids.read_meta(folder / next(iter(events)))
-        epochs = {key: one[key] for key in ("epoch_tmin", "epoch_samples")}
-    bids.finish(folder, events, config, **meta, **epochs)
+        one = bids.read_meta(folder / name)
+        meta |= {key: one[key] for key in ("epoch_tmin", "epoch_samples")}
+    bids.finish(folder, events, config, **meta)
 
 
 if __name__ == "__main__":
