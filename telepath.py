@@ -49,7 +49,7 @@ from torch.nn.utils.rnn import pad_sequence
 from configurator import Run, configure, key_seed
 from convert import load_lm
 from data import InputError, aside, write_aside
-from data.recording import Recording, named_places, read_set
+from data.recording import Recording, named_places, places, read_set
 from data.tokens import Tokenizer
 from model import (
     ENCODERS,
@@ -237,14 +237,26 @@ class Trials:
         self.row = self.table.row.to_numpy()
 
     def check_channels(self, rec, recipe):
-        """Refuse a good channel without a place; a pretrained encoder's recipe may know one."""
+        """Mark channels bad that are flat or hold nan; refuse those without a place.
+
+        With the recipe of a pretrained encoder, what it knows by name gets the place that it had.
+        """
         if recipe:
-            if recipe["bands"] or recipe["grid"]:
-                raise InputError("encoder=: pretrained on bands side by side, or on a grid")
-            rec.xyz, counts = named_places(rec.names, rec.xyz, recipe)
+            if recipe["bands"]:
+                raise InputError("encoder=: pretrained on bands side by side; give one of bands=[]")
+            xyz = places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"])
+            rec.xyz, counts = named_places(rec.names, xyz, recipe)
             rates = f"{recipe['sfreq']:g} Hz of pretraining; these are {self.sfreq:g} Hz"
             self.notes.append(f"{rec.path.name}: channels known by: {counts}, {rates}")
-        lost = np.array(rec.names)[rec.good & ~np.isfinite(rec.xyz).all(1)]
+        names = np.array(rec.names)
+        span = np.ptp(rec.signal, axis=0)  # nan where a sample is
+        useless = rec.good & ~((span > 0) & np.isfinite(span))
+        rec.good = rec.good & ~useless
+        if useless.any():
+            self.notes.append(
+                f"{rec.path.name}: {', '.join(names[useless])} flat or with nan, left out"
+            )
+        lost = names[rec.good & ~np.isfinite(rec.xyz).all(1)]
         if len(lost):
             cure = "prepare it with montage=standard_1005, or mark it bad"
             raise InputError(f"{rec.path}: channel {lost[0]} has no position x, y, z (m): {cure}")

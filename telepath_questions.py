@@ -16,6 +16,7 @@ nostalgebraist 2020 (logit lens).
 
 import copy
 import math
+import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -262,6 +263,18 @@ def generalise_rows(run, config, job):
     return [of_seen, top1(run, one, experiment, "object", unseen[:least])]
 
 
+def draw_generalise(table):
+    """Accuracy of seen and unseen words over their number."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, label in (("trial", "seen words"), ("object", "unseen words")):
+        part = table[table.set == name].sort_values("trained")
+        error_bars(axis, part, part.trained, label)
+    axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+    axis.set(xlabel="words in training", ylabel=f"top-1 among {1 / table.chance.iloc[0]:.0f} words")
+    axis.legend(frameon=False)
+    return figure
+
+
 # ---- architecture: are there better encoders, fusions, positions, masks at equal steps?
 
 
@@ -281,12 +294,37 @@ def architecture_jobs(run, config):
 
 
 def architecture_rows(run, config, job):
-    """Scores of one encoder or fusion, and how many weights learned."""
+    """Scores of one encoder or fusion, how many weights learned, and how long a step took."""
     one, experiment = fresh(run, config, **job)
+    start = time.perf_counter()
     fit(run, one, experiment, experiment.sets["train"])
+    ms = 1000 * (time.perf_counter() - start) / one.max_iters
     learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
+    run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms a step")
     rows = [top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
     return [{**row, "learned": learned} for row in rows]
+
+
+def draw_architecture(table):
+    """Scores of encoders and fusions beside their cost."""
+    labels = []
+    base = table.iloc[0]  # the options as they are
+    for row in table.to_dict("records"):
+        keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
+        changed = [f"{key}={row[key]}" for key in keys if row[key] != base[key]]
+        labels.append(f"{', '.join(changed) or 'as it is'} ({row['learned'] / 1e6:.2f} M)")
+    table = table.assign(label=labels)
+    size = (11, 0.16 * len(table) + 1.6)
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    for axis, name in zip(axes, ("trial", "object")):
+        part = table[table.set == name].iloc[::-1]
+        errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
+        axis.errorbar(part.score, part.label, xerr=errors, fmt="o", capsize=2)
+        axis.plot(part.shuffled, part.label, "x", c="0.6", label="shuffled EEG")
+        axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
+        axis.set(xlabel=f"closed-set top-1, {name} set (parameters that learn)")
+    axes[0].legend(frameon=False, fontsize=8)
+    return figure
 
 
 # ---- tokens: where do the neural tokens of a run go, and what do they ask for?
@@ -306,6 +344,7 @@ def analyse_tokens(run, config):
         tables["query_key"] = query_key(run, config, experiment, ids)
         plot_query_key(tables["query_key"], run.out / "query_key.png")
         tables["logit_lens"] = logit_lens(run, config, experiment, ids)
+        plot_lens(tables["logit_lens"], run.out / "logit_lens.png")
     for name, table in tables.items():
         table = table.assign(data=experiment.trials.data)
         write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
@@ -482,11 +521,24 @@ def plot_query_key(table, path):
     save_figure(figure, path)
 
 
+def plot_lens(table, path):
+    """Place of the true word among all, read off each layer."""
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for layer, part in table.groupby("layer"):
+        axis.plot(part.token, part.score, "-o", ms=4, label=f"before layer {layer}")
+    null = table.groupby("token").agg({"null_low": "min", "null_high": "max"})
+    axis.fill_between(null.index, null.null_low, null.null_high, color="0.85", label="shuffled")
+    axis.invert_yaxis()
+    axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)")
+    axis.legend(fontsize=8, frameon=False)
+    save_figure(figure, path)
+
+
 QUESTIONS = {
     "window": (window_jobs, window_rows, draw_window),
     "frozen": (frozen_jobs, frozen_rows, draw_frozen),
-    "generalise": (generalise_jobs, generalise_rows, None),
-    "architecture": (architecture_jobs, architecture_rows, None),
+    "generalise": (generalise_jobs, generalise_rows, draw_generalise),
+    "architecture": (architecture_jobs, architecture_rows, draw_architecture),
 }
 
 
@@ -501,14 +553,14 @@ def main(config):
     done = run.rows()
     for job in run.share(make_jobs(run, config)):  # a model each
         same = done.reindex(columns=list(job)) == pd.Series(job)
-        if not same.all(axis=1).any():
-            run.print(job)
-            for row in work(
-                run, config, job
-            ):  # all of them, or none: a job cut short is done again
-                run.result(**{**job, **row})
+        if same.all(axis=1).any():
+            continue
+        run.print(job)
+        rows = work(run, config, job)  # all of them, or none: a job cut short is done again
+        for row in rows:
+            run.result(**{**job, **row})
     table = run.merge()
-    if run.master and draw and len(table):
+    if run.master and len(table):
         figure = draw(table)
         title = f"{config.max_iters} steps each; {table.data.iloc[0]} (95 % over objects)"
         figure.suptitle(f"analysis={config.analysis}, {title}", fontsize=10)

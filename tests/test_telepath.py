@@ -814,3 +814,15 @@ def test_names_and_tokenizers(given, whole):
         T.Text(tokenizer, trials, set(), replace(config, prompt=""))
     with pytest.raises(InputError, match="no run of telepath.py"):
         prepared(given, init_from=str(given / "lm.pt"))
+
+
+def test_channels_without_a_signal_are_left_out_and_said(tmp_path):
+    def change(name, given):
+        given["signal"][100, 3] = np.nan
+        given["signal"][:, 5] = 1e-6
+
+    trials = trials_of(tmp_path, change)
+    assert trials.notes[0] == "sub-01: E3, E5 flat or with nan, left out"
+    sets = learned(trials, T.Config(t_end=0.4))
+    x, xyz, _ = trials.batch(sets["train"][:4])
+    assert x.isfinite().all() and (x[:, [3, 5]] == 0).all() and xyz[:, [3, 5]].isnan().all()

@@ -21,7 +21,7 @@ def a_config(given, **options):  # noqa: F811
 def test_analyses(given, tmp_path, analysis):  # noqa: F811
     Q.main(a_config(given, analysis=analysis, out_dir=str(tmp_path)))
     table = pd.read_csv(tmp_path / "results.csv")
-    assert (tmp_path / f"{analysis}.png").exists() == (analysis == "frozen") and len(table) > 3
+    assert (tmp_path / f"{analysis}.png").exists() and len(table) > 3
     assert table[["score", "chance", "low", "high", "n"]].notna().all().all()
     assert table.data.str.contains("synthetic").all()
     Q.main(a_config(given, analysis=analysis, out_dir=str(tmp_path)))  # all rows are there
@@ -80,7 +80,7 @@ def test_where_the_tokens_of_a_run_go(given, whole, tmp_path):  # noqa: F811
     assert whole_window.score < whole_window.null_low
     assert (lens.low <= lens.score).all() and (lens.n == 40).all()
     for name, table in (("trajectory", way), ("query_key", keys), ("logit_lens", lens)):
-        assert (tmp_path / f"{name}.png").exists() != (name == "logit_lens")
+        assert (tmp_path / f"{name}.png").exists()
         assert table.data.str.contains("synthetic").all()
 
 
