@@ -96,7 +96,8 @@ def flat(settings, path):
         if key not in GROUPS:
             values[str(key)] = value
         elif isinstance(value, dict):
-            values |= {f"{key}.{name}": inner for name, inner in value.items()}
+            for name, inner in value.items():
+                values[f"{key}.{name}"] = inner
         elif value is not None:
             raise InputError(f"{path}: {key} must hold 'key: value' lines, not {value}")
     return {key: value for key, value in values.items() if value is not None}

@@ -68,7 +68,7 @@ class UserFunction:
         self.function = function
         self.montage = montage
         self.description = f"preprocess={spec}, of windows of {len(montage.names)} electrodes"
-        names = [name.partition(" ")[2] for name in montage.names]
+        names = pd.Series(montage.names).str.partition(" ")[2].tolist()
         self.params = {"ch_names": names, "sfreq": montage.sfreq, **params}
         self.key = files_in([*params.values(), spec.partition(":")[0]])
 
@@ -87,9 +87,11 @@ def files_in(values):
     """(path, size, time of change) of every file that values name: a new file, new content."""
     files = []
     for value in values:
-        if isinstance(value, str) and value and Path(value).exists():
-            files += [Path(value), *sorted(Path(value).rglob("*"))]
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+        if isinstance(value, str) and value:
+            for file in [Path(value), *sorted(Path(value).rglob("*"))]:
+                if file.is_file():
+                    files.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return files
 
 
 def neural_conv(experiment_config, raws, df_word, word_embeddings):
@@ -110,7 +112,7 @@ def call_setter(setter, config, montage, target):
     raws = []
     for person in montage.people:
         recording = person.recording
-        names = [recording.names[c] for c in person.channels]
+        names = np.array(recording.names)[person.channels].tolist()
         info = mne.create_info(names, recording.sfreq, "ecog")
         signal = recording.signal[:, person.channels].T.astype(float)
         raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
