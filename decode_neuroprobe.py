@@ -133,7 +133,7 @@ class Benchmark:
         return table[table.task == task].sort_values("onset", kind="stable")
 
     def windows(self, name, onset):
-        """((N, channels, ...) float32, regions of the channels) of windows that begin at onsets."""
+        """((N, channels, ...) float32, regions by channel) of windows that begin at onsets."""
         recording = self.recordings[name]
         if name not in self.opened:
             if len(self.opened) > 1:
@@ -149,8 +149,7 @@ class Benchmark:
             raise InputError(f"{name}: windows of {self.config.window} s go beyond the recording")
         names = pd.Series(windows.montage.names).str.partition(" ")[2]
         x = windows.at(rows, 500 * self.config.window)  # from the onset on
-        regions = recording.channels.set_index("name").region
-        return x, regions[regions.index.isin(names)].tolist()
+        return x, recording.channels.set_index("name").region[names]
 
     def inputs(self, name, task):
         """(windows (N, ...), [table], number of the first test window) for a recording and task.
@@ -165,23 +164,24 @@ class Benchmark:
         arrays = [x for x, regions in parts]
         if self.config.split == "subject" and not self.config.preprocess:
             arrays = means_of_regions(*parts)
-        if arrays[0].shape[1:] != arrays[-1].shape[1:]:
+        same = arrays[0].shape[1:] == arrays[-1].shape[1:]
+        if self.config.split == "session" and not self.config.preprocess:
+            same = parts[0][1].index.equals(parts[1][1].index)  # as many others are not the same
+        if not same or arrays[0].size == 0:
             raise InputError(
-                f"split={self.config.split}: {self.sources[name]} and {name} give inputs of "
-                "different shapes: take preprocess= an encoder that makes the same of all"
+                f"split={self.config.split}: {self.sources[name]} and {name} have other contacts, "
+                "or no region in common: take preprocess= an encoder that makes the same of all"
             )
         x = np.concatenate(arrays)
         return x, tables, len(x) - len(tables[-1])
 
 
 def means_of_regions(one, other):
-    """Windows of two people as means over brain regions that both have; unchanged without any.
+    """Windows of two people as means over the brain regions that both have, (N, regions, ...).
 
     Contacts have no counterpart in another person. one, other: (windows, regions of channels).
     """
     shared = sorted((set(one[1]) & set(other[1])) - {""})
-    if not shared:
-        return [one[0], other[0]]
     arrays = []
     for x, regions in (one, other):
         of_region = pd.get_dummies(regions)[shared].to_numpy(np.float32)  # (channels, regions)
