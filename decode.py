@@ -45,7 +45,7 @@ from torch.nn import functional as F
 
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 from convert import HiddenStates
-from data import vectors, write_aside
+from data import file_hash, vectors, write_aside
 from data.montage import Montage, Windows, choose_electrodes
 from data.podcast import benchmark_yaml, registry
 from data.podcast.speech import TASKS, as_target, describe, read_podcast
@@ -248,16 +248,16 @@ def keep_words(target, windows, config):
             f"every lag from {min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} "
             "folds: narrow min_lag= and max_lag=, or window="
         )
-    reason = "with a window outside a recording or in a BAD segment at some lag"
-    return target.only(inside, reason), rows[:, inside]
+    return target.only(inside, "with a window outside or BAD at some lag"), rows[:, inside]
 
 
 def content_of(config, windows, target, rows):
-    """A hash of what a result depends on and options only name: recordings, targets, files."""
-    content = windows.content().encode() + rows.tobytes() + target.values.tobytes()
+    """A hash of what a result depends on and options do not hold: recordings, files, code."""
+    values = target.values.tobytes()
     if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
-        files = repr(registry.files_in([config.lm])).encode()
-        content = windows.content().encode() + rows.tobytes() + files
+        values = repr(registry.files_in([config.lm])).encode()
+    content = windows.content() + file_hash(vectors.__file__)
+    content = content.encode() + rows.tobytes() + values
     return hashlib.sha256(content).hexdigest()[:6]
 
 

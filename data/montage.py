@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.signal
 
-from data import InputError, aside, read_table
+from data import InputError, aside, file_hash, read_table
 from data.recording import Recording
 
 
@@ -181,7 +181,7 @@ class Windows:
         """What windows depend on, as text: signals, parameters, the files they name, code."""
         config = self.config
         content = [self.montage.names, self.montage.checksums(), config.reference, self.width]
-        content += [config.preprocess, config.preprocessor_params]
+        content += [config.preprocess, config.preprocessor_params, file_hash(__file__)]
         if self.reader:
             content.append(self.reader.key)
         return repr(content)

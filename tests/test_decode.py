@@ -245,7 +245,7 @@ def test_spectra_are_the_log_power_of_every_electrode(podcast, tmp_path):
 def test_words_are_the_same_at_every_lag_and_drops_are_told(podcast, tmp_path, capsys):
     config, experiment = prepared(podcast, tmp_path, lags=[-800.0, 900.0])
     notes, windows = experiment.target.notes, experiment.inputs[""]
-    n_outside = notes["with a window outside a recording or in a BAD segment at some lag"]
+    n_outside = notes["with a window outside or BAD at some lag"]
     said = capsys.readouterr().out
     assert "1 without onset" in said and f"{n_outside} with a window outside" in said
     assert n_outside >= 4
