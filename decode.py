@@ -2,7 +2,6 @@
 
     python decode.py                                            # embedded: made-up electrodes
     python decode.py config/decode_podcast.yaml                 # Podcast ECoG (make neural-conv)
-    python decode.py model=ridge represent=spectrum reference=laplacian
     python decode.py task=content       # or pos, sentence_onset, surprisal, volume, my_file.py:name
     python decode.py model=my_file.py:constructor preprocess=my_file.py:function
     python decode.py config/decode_foundation.yaml              # latents of foundation.py's encoder
@@ -26,6 +25,7 @@ import itertools
 import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -45,10 +45,10 @@ from torch.nn import functional as F
 
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 from convert import HiddenStates
-from data import aside, vectors, write_aside
-from data.montage import Montage, choose_electrodes
+from data import file_hash, vectors, write_aside
+from data.montage import Montage, Windows, choose_electrodes
 from data.podcast import benchmark_yaml, registry
-from data.podcast.speech import TASKS, Podcast, Target, as_target, read_podcast
+from data.podcast.speech import TASKS, as_target, describe, read_podcast
 from model import save_checkpoint
 
 
@@ -70,7 +70,7 @@ class Config:
     bins: int = 10  # of a window
     spectrum_segment: float = 0.1  # s of a Hann window, half overlapping
     spectrum_max: float = 200.0  # Hz
-    preprocess: str = ""  # instead: my_file.py:function(windows, preprocessor_params); see Windows
+    preprocess: str = ""  # instead: my_file.py:function(windows, preprocessor_params)
     preprocessor_params: dict = field(default_factory=dict)  # for it
     untrained: int = 0  # twins of a pretrained encoder with random weights, beside it
     # ---- target
@@ -86,7 +86,7 @@ class Config:
     model_params: dict = field(default_factory=dict)  # for it; none: its own defaults
     beside: list[str] = field(default_factory=lambda: ["ridge"])  # others, on the same windows
     controls: list[str] = field(default_factory=lambda: ["mean", "unigram", "preceding", "oracle"])
-    config_setter: str = ""  # one of SETTERS, or my_file.py:function, see change_settings
+    config_setter: str = ""  # one of SETTERS, or my_file.py:function, see data/podcast/registry.py
     # ---- training
     batch_size: int = 32  # words
     epochs: int = 60  # at most
@@ -119,6 +119,8 @@ class Config:
         if len(self.embedding) != 1:
             raise InputError("embedding: decoding has one target; decode_encoding.py takes several")
         check_keys(self.controls, CONTROLS, "controls")
+        for name in [self.model, *self.beside]:
+            registry.resolve(name, DECODERS, "model")
         if self.untrained and self.preprocess != "foundation_model_preprocessing_fn":
             raise InputError("untrained= needs preprocess=foundation_model_preprocessing_fn")
         if bool(self.apply) != bool(self.recording):
@@ -128,9 +130,8 @@ class Config:
 FDR = 0.05  # false discovery rate, over lags or over electrodes
 VAL_SHARE = 0.25  # of the words that are not tested
 ALPHAS = 10.0 ** np.arange(-1, 9, dtype=np.float32)  # of ridge, chosen on validation words
-TOP_K = (1, 5, 10)
-HERE = Path(__file__).resolve().parent
-FOUNDATION = HERE / "decode_foundation.py"  # pretrained encoders
+FOUNDATION = Path(__file__).with_name("decode_foundation.py")  # pretrained encoders
+APPLY = Path(__file__).with_name("decode_apply.py")
 
 
 def check_folds_and_lags(config):
@@ -145,19 +146,6 @@ def all_lags(config):
     """Lags in ms, as numpy.arange has them: the end is left out."""
     return config.lags or np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
 
-
-def resolve(spec, known, option):
-    """What an option names: one of `known`, or my_file.py:name, which may import its neighbours."""
-    spec = known.get(spec, spec)
-    if not isinstance(spec, str):
-        return spec
-    if ":" not in spec:
-        raise InputError(f"{option}={spec} is none of {', '.join(known)}, and no my_file.py:name")
-    sys.path += [str(Path(spec).resolve().parent), str(HERE / "data" / "podcast")]
-    return load_once(spec, option)
-
-
-load_once = functools.cache(load_function)  # code of a user's file names the run's jobs, once
 
 # ---- recordings and words
 
@@ -174,129 +162,50 @@ def load_podcast(run, config):
     return podcast, montage
 
 
+# What preprocess= may be beside my_file.py:function(windows, preprocessor_params).
 PREPROCESSORS = {
-    "preprocess_neural_data": registry.preprocess_neural_data,
+    "preprocess_neural_data": registry.preprocess_neural_data,  # Windows makes these bins itself
     "foundation_model_preprocessing_fn": f"{FOUNDATION}:frozen_latents",
     "foundation_model_input": f"{FOUNDATION}:EncoderInput",
 }
 
 
-class Windows:
-    """What decoders read of every word at a lag: bins, spectra, or what preprocess= makes.
-
-    preprocess=my_file.py:f: f(windows (words, electrodes, samples), preprocessor_params) gives an
-    array whose first dimension is the words. Readers of decode_foundation.py see the whole
-    recording: reader(first, width), the same of windows from rows `first` on.
-    """
-
-    def __init__(self, montage, config, cache):
-        self.montage, self.config, self.cache = montage, config, cache
-        self.width = round(config.window * montage.sfreq)
-        self.function = self.reader = None
-        n_bins = config.bins
-        if config.preprocess == "preprocess_neural_data":  # bins, counted in samples
-            step = config.preprocessor_params.get("num_average_samples", 32)
-            if self.width % step:
-                raise InputError(f"num_average_samples={step} does not divide {self.width} samples")
-            n_bins = self.width // step
-        elif config.preprocess:
-            self.function = resolve(config.preprocess, PREPROCESSORS, "preprocess")
-            if config.preprocess in PREPROCESSORS:
-                self.reader = self.function(montage, config.preprocessor_params, config.device)
-        if self.width < n_bins:
-            size = f"{self.width} samples at {montage.sfreq:g} Hz"
-            raise InputError(f"window={config.window} s has {size}: too few for {n_bins} bins")
-        self.n_bins = n_bins
-        self.are_bins = self.function is None and config.represent == "bins"
-
-    def first(self, rows, lag):
-        """Row of the first sample of each window, for words at `rows` and a lag (ms)."""
-        return rows + round(self.montage.sfreq * (lag / 1000 - self.config.window / 2))
-
-    def at(self, rows, lag):
-        """(words, ...) float32 at a lag (ms), for words at rows (people, words)."""
-        first = self.first(rows, lag)
-        if self.function:
-            return self.preprocessed(first)
-        if self.are_bins:
-            return self.montage.bins(first, self.width, self.n_bins)
-        spectrum = self.config.spectrum_segment, self.config.spectrum_max
-        return self.montage.spectra(first, self.width, *spectrum)
-
-    def content(self):
-        """What windows depend on, as text: signals, parameters, the files they name, code."""
-        montage, params = self.montage, self.config.preprocessor_params
-        content = [montage.names, montage.checksums(), self.config.reference, self.width, params]
-        content.append(self.config.preprocess)
-        if self.reader is None:
-            content += files_in([*params.values(), self.config.preprocess.partition(":")[0]])
+def make_windows(config, montage, cache):
+    """Windows (data/montage.py): bins, spectra, or what preprocess= makes of them."""
+    reader = None
+    spec, params = config.preprocess, config.preprocessor_params
+    if spec not in ("", "preprocess_neural_data"):
+        function = registry.resolve(spec, PREPROCESSORS, "preprocess")
+        if spec in PREPROCESSORS:
+            reader = function(montage, params, config.device)
         else:
-            content.append(self.reader.key)
-        return repr(content)
-
-    def preprocessed(self, first):
-        """What preprocess= makes of every window; kept on disk by content, since it may be slow."""
-        key = hashlib.sha256(self.content().encode() + first.tobytes()).hexdigest()[:20]
-        path = self.cache / f"{key}.npy"
-        if not path.is_file():
-            array = self.reader(first, self.width) if self.reader else self.call(first)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with aside(path) as file:
-                np.save(file, array)
-        return np.load(path)
-
-    def call(self, first):
-        """The array that a user's function makes, checked."""
-        names = [name.partition(" ")[2] for name in self.montage.names]
-        params = {"ch_names": names, "sfreq": self.montage.sfreq, **self.config.preprocessor_params}
-        array = self.function(self.montage.samples(first, self.width), params)
-        array = torch.as_tensor(array).detach().cpu().float().numpy()
-        if array.ndim < 2 or len(array) != first.shape[1] or not np.isfinite(array).all():
-            raise InputError(
-                f"preprocess={self.config.preprocess} returned shape {array.shape} for "
-                f"{first.shape[1]} words: its first dimension must stay the words, with features "
-                "behind it, all of them finite"
-            )
-        return array
-
-
-def files_in(values):
-    """(path, size, time of change) of every file that values name: a new file, new content."""
-    files = []
-    for value in values:
-        if isinstance(value, str) and value and Path(value).exists():
-            files += [Path(value), *sorted(Path(value).rglob("*"))]
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+            reader = registry.UserFunction(spec, function, montage, params)
+    return Windows(montage, config, cache, reader)
 
 
 # ---- targets
 
 
 def make_target(run, config, podcast):
-    """The Target of task=. Raises InputError."""
+    """The Target of task=. A user's f(words, task_params) gives a target a word, or a table with
+    start and target. Raises InputError."""
     events = podcast.words
     if config.task == "embedding":
         values = word_vectors(run, config, podcast, config.embedding[0])
     elif config.task in TASKS:
         events, values = TASKS[config.task](podcast, config.window)
     else:
-        events, values = own_task(config, podcast)
+        values = registry.resolve(config.task, TASKS, "task")(events.copy(), config.task_params)
+        if isinstance(values, pd.DataFrame):
+            events = values
+            check_keys(["start", "target"], events, f"task={config.task}")
+            values = np.stack(list(events.target))
+        if np.ndim(values) not in (1, 2) or len(values) != len(events):
+            raise InputError(
+                f"task={config.task} returned shape {np.shape(values)} for {len(events)} words: "
+                "return a target a word, or a table with start and target"
+            )
     return as_target(events, values, config.word)
-
-
-def own_task(config, podcast):
-    """(events, values) that a user's function(words, task_params) gives, checked."""
-    events = resolve(config.task, TASKS, "task")(podcast.words.copy(), config.task_params)
-    if isinstance(events, pd.DataFrame):
-        check_keys(["start", "target"], events, f"task={config.task}")
-        return events, np.stack(list(events.target))
-    values = np.asarray(events)
-    if len(values) != len(podcast.words) or values.ndim > 2:
-        raise InputError(
-            f"task={config.task} returned shape {values.shape} for {len(podcast.words)} words: "
-            "return a target a word, or a table with start and target"
-        )
-    return podcast.words, values
 
 
 def word_vectors(run, config, podcast, name):
@@ -308,14 +217,13 @@ def word_vectors(run, config, podcast, name):
     words = podcast.words
     features = podcast.meta.get("features", {})
     labels = words[config.word].astype(str)
+    spoken = words.word.astype(str).tolist()
     if name == "arbitrary":
         return vectors.arbitrary_vectors(labels, config.pca or 50, config.seed)
-    if name in ("lm", "static"):
-        lm = HiddenStates(config.lm, run.device)
-        spoken = words.word.astype(str).tolist()
-        if name == "static":
-            return vectors.static_vectors(lm, spoken)
-        return vectors.contextual_vectors(lm, spoken, config.layer)
+    if name == "lm":
+        return vectors.contextual_vectors(HiddenStates(config.lm, run.device), spoken, config.layer)
+    if name == "static":
+        return vectors.static_vectors(HiddenStates(config.lm, run.device), spoken)
     if name in features:
         parts = name, config.layer, words.word_idx
         return vectors.released_features(podcast.folder, podcast.meta, *parts)
@@ -325,6 +233,32 @@ def word_vectors(run, config, podcast, name):
         f"embedding={name} is neither lm, static or arbitrary, nor one of the set's features "
         f"({', '.join(features)}), nor a file of vectors (glove.6B.50d.txt, say)"
     )
+
+
+def keep_words(target, windows, config):
+    """(target, rows (people, words)) of the words whose windows are recorded at every lag."""
+    lags = all_lags(config)
+    rows = windows.montage.rows(target.start)
+    inside = np.ones(len(target.start), bool)
+    for lag in lags:
+        inside &= windows.montage.inside(windows.first(rows, lag), windows.width)
+    if inside.sum() < 10 * config.n_folds:
+        raise InputError(
+            f"{inside.sum()} words have their window in the recording, clear of BAD segments, at "
+            f"every lag from {min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} "
+            "folds: narrow min_lag= and max_lag=, or window="
+        )
+    return target.only(inside, "with a window outside or BAD at some lag"), rows[:, inside]
+
+
+def content_of(config, windows, target, rows):
+    """A hash of what a result depends on and options do not hold: recordings, files, code."""
+    values = target.values.tobytes()
+    if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
+        values = repr(registry.files_in([config.lm])).encode()
+    content = windows.content() + file_hash(vectors.__file__)
+    content = content.encode() + rows.tobytes() + values
+    return hashlib.sha256(content).hexdigest()[:6]
 
 
 # ---- folds
@@ -392,7 +326,7 @@ def set_target(fold, target, config):
     """Set fold.Y: the target as this fold's decoders see it, by the training words alone."""
     if target.kind != "classes":
         n_dims = config.pca if target.kind == "vectors" else 0
-        fold.Y, fold.projection = project(target.values, fold.train, n_dims)
+        fold.Y, fold.projection = vectors.project(target.values, fold.train, n_dims)
         return
     fold.Y = target.values
     for part in ("train", "val", "test"):
@@ -402,20 +336,6 @@ def set_target(fold, target, config):
                 f"task={config.task}: the {part} events of fold {fold.number} are all "
                 f"'{target.names[classes[0]]}': take fewer n_folds, or another task"
             )
-
-
-def project(values, train, n_dims):
-    """(Y (N, D) float32, (mean, components, scale)) of values (N, D'), by the rows `train`.
-
-    Y are the n_dims principal components (0: all dimensions, as they are), in one unit for all.
-    """
-    mean = values[train].mean(axis=0, dtype=np.float64)
-    components = np.eye(values.shape[1])
-    if n_dims:
-        components = np.linalg.svd(values[train] - mean, full_matrices=False)[2][:n_dims].T
-    y = (values - mean) @ components
-    scale = math.sqrt(y[train].var(axis=0).mean()) or 1.0
-    return (y / scale).astype(np.float32), (mean, components, scale)
 
 
 # ---- decoders
@@ -515,7 +435,7 @@ DECODERS = {
 
 def build_network(spec, model_params, input_shape, output_dim):
     """The module of a decoder, see DECODERS. Raises InputError."""
-    constructor = resolve(spec, DECODERS, "model")
+    constructor = registry.resolve(spec, DECODERS, "model")
     params = {
         "input_shape": list(input_shape),
         "input_channels": input_shape[0],
@@ -527,11 +447,7 @@ def build_network(spec, model_params, input_shape, output_dim):
         return constructor(params)
     named = inspect.signature(constructor).parameters
     check_keys(model_params, {*named, "input_channels", "embedding_dim"}, "model_params")
-    arguments = {key: params[key] for key in named if key in params}
-    try:
-        return constructor(**arguments)
-    except ValueError as error:
-        raise InputError(f"model={spec}, its model_params: {error}") from None
+    return constructor(**{key: params[key] for key in named if key in params})
 
 
 class Decoder(nn.Module):
@@ -540,18 +456,19 @@ class Decoder(nn.Module):
     def __init__(self, spec, model_params, input_shape, output_dim, kind):
         super().__init__()
         self.spec, self.output_dim = spec, output_dim
-        self.network = build_network(spec, model_params, input_shape, output_dim)
-        if hasattr(self.network, "norm_output"):
-            self.network.norm_output = kind == "vectors"
         channels = (input_shape[0], 1) if len(input_shape) == 2 else input_shape
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         try:
+            self.network = build_network(spec, model_params, input_shape, output_dim)
+            if hasattr(self.network, "norm_output"):
+                self.network.norm_output = kind == "vectors"
             out = self.eval()(torch.zeros(2, *input_shape))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            shape = "x".join(str(n) for n in input_shape)
+        except InputError:
+            raise
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             raise InputError(
-                f"model={spec} cannot read {shape} inputs a word "
+                f"model={spec} cannot read {list(input_shape)} inputs a word "
                 f"({' '.join(str(error).split())}): set bins=, window= or model_params="
             ) from None
         if out.ndim != 3 or out.shape[::2] != (2, output_dim):
@@ -575,11 +492,12 @@ class Decoder(nn.Module):
 # ---- training
 
 
-def fit_decoder(spec, model_params, X, target, fold, config):
+def fit_decoder(spec, X, target, fold, config):
     """(Decoder, its outputs for the validation words); X: (words, ...), a tensor."""
     output_dim = len(target.names) or fold.Y.shape[1]
+    params = config.model_params if spec == config.model else {}
     torch.manual_seed(key_seed(config.seed, spec, fold.number))
-    decoder = Decoder(spec, model_params, X.shape[1:], output_dim, target.kind).to(X.device)
+    decoder = Decoder(spec, params, X.shape[1:], output_dim, target.kind).to(X.device)
     if config.preprocess != "foundation_model_input":  # which has units of its own
         decoder.set_scale(X[fold.train])
     if spec not in CLOSED_FORM:
@@ -713,6 +631,7 @@ CLOSED_FORM = {"ridge": fit_ridge, "linear": fit_least_squares, "logistic": fit_
 PRIMARY = {"vectors": "auc", "classes": "roc_auc", "number": "corr"}  # chooses the lag
 LOWER_IS_BETTER = ["perplexity", "occ_perplexity", "mse", "cross_entropy"]
 NO_SHIFTS = np.zeros(0)
+FACTS = ["score", "low", "high", "chance", "n"]  # columns of scores; the others: a shift each
 
 
 def unit(x):
@@ -761,52 +680,53 @@ class WordScorer:
     """
 
     def __init__(self, fold, rows, labels, config):
+        spoken = labels[rows]
         zero_shot = config.fold_type == "zero_shot"
-        source = rows if zero_shot else fold.train
-        means = word_means(fold.Y, labels, source)
-        self.words = np.intersect1d(labels[rows], means.index)
-        if len(self.words) == 0:
-            raise InputError(f"fold {fold.number}: no word was in training: take fewer n_folds")
-        self.vectors = means.loc[self.words].to_numpy()
-        self.occurrences = unit(fold.Y[rows])
-        self.has_word = np.isin(labels[rows], self.words)
-        self.y = np.searchsorted(self.words, labels[rows][self.has_word])
+        means = word_means(fold.Y, labels, rows if zero_shot else fold.train)
+        words = np.intersect1d(spoken, means.index)
         trained = pd.Series(labels[fold.train]).value_counts()
-        self.n_trained = trained.reindex(self.words, fill_value=0).to_numpy()
-        self.n_trained_of_rows = trained.reindex(labels[rows], fill_value=0).to_numpy()
-        self.n_spoken = np.bincount(self.y, minlength=len(self.words))
+        self.vectors = means.loc[words].to_numpy()
+        self.occurrences = unit(fold.Y[rows])
+        self.known = np.isin(spoken, words)
+        self.y = np.searchsorted(words, spoken[self.known])
+        self.n_trained = trained.reindex(words, fill_value=0).to_numpy()
+        self.n_trained_of_rows = trained.reindex(spoken, fill_value=0).to_numpy()
+        self.n_spoken = np.bincount(self.y, minlength=len(words))
         self.counted = (self.n_spoken if zero_shot else self.n_trained) >= config.min_count
         self.gap = fold.gap
+        if not self.counted.any():
+            raise InputError(
+                f"fold {fold.number}: no word is heard min_count={config.min_count} times: take a "
+                "smaller min_count=, or fewer n_folds"
+            )
 
     def similarities(self, out):
         """Cosines of outputs (N, members, D), members averaged: to words (n, V), to rows (N, N)."""
         mean = unit(out).mean(axis=1)
-        return mean[self.has_word] @ self.vectors.T, mean @ self.occurrences.T
+        return mean[self.known] @ self.vectors.T, mean @ self.occurrences.T
 
-    def aucs(self, words, shifts, kept=slice(None)):
-        """{metric: (1 + shifts,)} of rows `kept` of words (n, V): mean AUC, plain and weighted."""
-        y = self.y[kept]
-        log_p = special.log_softmax(words[kept], axis=1)
-        each = np.ma.masked_invalid(word_auc(log_p, y, circular(shifts, len(y), self.gap)))
-        weights = {"auc": 1, "auc_train": self.n_trained, "auc_test": self.n_spoken}
-        values = {}
-        for metric, weight in weights.items():
-            mean = np.ma.average(each, axis=1, weights=weight * self.counted)
-            values[metric] = mean.filled(0.5)
-        return values
-
-    def metrics(self, words, pairs):
-        """measure(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words and to rows."""
+    def measure(self, words, pairs):
+        """f(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words and to rows."""
+        log_p = special.log_softmax(words, axis=1)
+        weights = {"auc": 1, "auc_test": self.n_spoken}
+        if self.n_trained.any():  # not in zero-shot folds
+            weights["auc_train"] = self.n_trained
         word_table = rank_table(words)
         pair_table = {f"occ_{metric}": values for metric, values in rank_table(pairs).items()}
         pair_table["two_afc"] = (stats.rankdata(pairs, axis=1) - 1) / max(1, len(pairs) - 1)
         pair_table["cosine"] = pairs
 
         def measure(kept, shifts):
-            values = self.aucs(words, shifts, kept[self.has_word])
-            values |= shifted_means(word_table, self.y, kept[self.has_word], shifts, self.gap)
-            values |= shifted_means(pair_table, np.arange(len(pairs)), kept, shifts, self.gap)
-            return values
+            y = self.y[kept[self.known]]
+            orders = circular(shifts, len(y), self.gap)
+            each = np.ma.masked_invalid(word_auc(log_p[kept[self.known]], y, orders))
+            values = {}
+            for metric, weight in weights.items():
+                mean = np.ma.average(each, axis=1, weights=weight * self.counted)
+                values[metric] = mean.filled(np.nan)
+            values |= shifted_means(word_table, self.y, kept[self.known], orders)
+            orders = circular(shifts, kept.sum(), self.gap)
+            return values | shifted_means(pair_table, np.arange(len(kept)), kept, orders)
 
         return measure
 
@@ -816,15 +736,15 @@ def rank_table(scores):
     lowest = stats.rankdata(-scores, method="min", axis=1)
     tied = stats.rankdata(-scores, method="max", axis=1) - lowest + 1
     table = {"perplexity": -special.log_softmax(scores, axis=1)}
-    for k in TOP_K:  # ties share, as if they were broken at random
+    for k in (1, 5, 10):  # ties share, as if they were broken at random
         table[f"top{k}"] = np.clip((k + 1 - lowest) / tied, 0, 1)
     return table
 
 
-def shifted_means(table, right, kept, shifts, gap):
-    """{metric: (1 + shifts,)}: mean over the rows `kept` of a table's `right`, shifted."""
+def shifted_means(table, right, kept, orders):
+    """{metric: (P,)}: mean over the rows `kept` of a table's candidate `right`, reordered."""
     rows = np.flatnonzero(kept)
-    right = right[rows][circular(shifts, len(rows), gap)]
+    right = right[rows][orders]
     values = {}
     for metric, scores in table.items():
         values[metric] = scores[rows, right].mean(axis=1)
@@ -837,8 +757,6 @@ def measure_classes(out, y, names, orders):
     """{metric: (P,)} of outputs (n, K) for classes y (n,), reordered by orders (P, n)."""
     log_p = special.log_softmax(out, axis=1)
     auc = word_auc(log_p, y, orders)
-    if len(names) == 2:
-        auc = auc[:, 1:]
     one_hot = np.eye(len(names))
     confusion = one_hot[y[orders]].transpose(0, 2, 1) @ one_hot[log_p.argmax(axis=1)]
     hits = confusion.diagonal(axis1=1, axis2=2)  # confusion: (P, truth, answers)
@@ -869,48 +787,51 @@ def measure_numbers(out, y, orders):
     return {"corr": corr, "r2": 1 - mse / np.maximum(y.var(axis=1), 1e-12), "mse": mse}
 
 
-def measure_others(out, y, target, gap, kept, shifts):
-    """{metric: (1 + shifts,)} over rows `kept`, where the target is no vector."""
-    orders = circular(shifts, int(kept.sum()), gap)
-    if target.kind == "classes":
-        return measure_classes(out[kept], y[kept], target.names, orders)
-    return measure_numbers(out[kept, 0], y[kept, 0], orders)
+def measure_of(out, rows, target, fold, config):
+    """f(kept, shifts) -> {metric: (1 + shifts,)} of outputs (rows, members, D) for some rows.
 
-
-def primary_scores(out, rows, target, fold, config, shifts=NO_SHIFTS):
-    """(1 + shifts,) of the metric that chooses lags, for outputs (rows, members, D)."""
+    kept: (rows,) bool, those that count; shifts: of the words, see circular.
+    """
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
-        return scorer.aucs(scorer.similarities(out)[0], shifts)["auc"]
-    everyone = np.ones(len(rows), bool)
-    scores = measure_others(out.mean(axis=1), fold.Y[rows], target, fold.gap, everyone, shifts)
-    return scores[PRIMARY[target.kind]]
+        return scorer.measure(*scorer.similarities(out))
+
+    def measure(kept, shifts):
+        orders = circular(shifts, kept.sum(), fold.gap)
+        mean, y = out.mean(axis=1)[kept], fold.Y[rows][kept]
+        if target.kind == "classes":
+            return measure_classes(mean, y, target.names, orders)
+        return measure_numbers(mean[:, 0], y[:, 0], orders)
+
+    return measure
+
+
+def primary_score(out, target, fold, config):
+    """The metric of PRIMARY for outputs (words, members, D) of the validation events."""
+    measure = measure_of(out, fold.val, target, fold, config)
+    return measure(np.ones(len(out), bool), NO_SHIFTS)[PRIMARY[target.kind]][0]
 
 
 def evaluate(out, target, fold, config):
     """with_intervals of outputs (words, members, D) for the test events."""
-    if target.kind != "vectors":
-        parts = out.mean(axis=1), fold.Y[fold.test], target, fold.gap
-        return with_intervals(functools.partial(measure_others, *parts), fold, len(out))
-    scorer = WordScorer(fold, fold.test, target.labels, config)
-    return with_intervals(scorer.metrics(*scorer.similarities(out)), fold, len(scorer.y))
+    return with_intervals(measure_of(out, fold.test, target, fold, config), fold)
 
 
-def with_intervals(measure, fold, n):
-    """A row a metric of measure(kept, shifts): score, low, high, n, then that of every shift.
+def with_intervals(measure, fold):
+    """A row a metric of measure(kept, shifts) on the test events: FACTS, then every shift's score.
 
-    95 % intervals: jackknife over ten stretches of the test words.
+    95 % intervals: jackknife over ten stretches of the test events.
     """
     rows = np.arange(len(fold.test))
-    values = measure(rows >= 0, fold.shifts)
+    table = pd.DataFrame(measure(rows >= 0, fold.shifts)).T.rename_axis("metric")
     parts = []
     for stretch in np.array_split(rows, min(10, len(rows))):
         parts.append(pd.DataFrame(measure(~np.isin(rows, stretch), NO_SHIFTS)))
     half = 1.96 * np.sqrt((len(parts) - 1) * pd.concat(parts).var(ddof=0))
-    table = pd.DataFrame(np.stack(list(values.values())), list(values)).rename(columns=str)
-    score, null = table["0"], table.iloc[:, 1:]
-    columns = {"score": score, "low": score - half, "high": score + half, "n": n}
-    return pd.concat([pd.DataFrame(columns), null], axis=1)
+    score, null = table[0], table.iloc[:, 1:].rename(columns=str)
+    facts = {"score": score, "low": score - half, "high": score + half}
+    facts |= {"chance": null.mean(axis=1), "n": len(rows)}
+    return pd.concat([pd.DataFrame(facts), null], axis=1)
 
 
 def p_value(observed, null):
@@ -939,12 +860,6 @@ def say_few_shifts(run, p, q, n_shifts):
         )
 
 
-def over_folds(scores):
-    """(mean, low, high): 95 % t interval over folds."""
-    half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
-    return np.mean(scores), np.mean(scores) - half, np.mean(scores) + half
-
-
 # ---- controls, which read no brain
 
 
@@ -962,7 +877,7 @@ def most_frequent_words(target, fold, config):
     scorer = WordScorer(fold, fold.test, target.labels, config)
     words = np.tile(np.log(scorer.n_trained + 0.5), (len(scorer.y), 1))
     pairs = np.tile(np.log(scorer.n_trained_of_rows + 0.5), (len(fold.test), 1))
-    scores = with_intervals(scorer.metrics(words, pairs), fold, len(words))
+    scores = with_intervals(scorer.measure(words, pairs), fold)
     return scores.drop(["cosine", "perplexity", "occ_perplexity"])  # frequencies are no cosines
 
 
@@ -986,66 +901,10 @@ CONTROLS = {
     "unigram": most_frequent_words,
     "preceding": preceding_words,
     "oracle": oracle,
-    "arbitrary": None,  # ridge from the brain to a random vector a word, at every lag
 }
 
 
-def run_controls(config, target, folds):
-    """Scores, with rows (lag, fold, model, metric), of the controls that read no brain."""
-    jobs = {}
-    for fold, name in itertools.product(folds, config.controls):
-        if CONTROLS[name] and (target.kind == "vectors" or name == "mean"):
-            jobs[fold.number, name] = CONTROLS[name](target, fold, config)
-    if not jobs:
-        return pd.DataFrame()
-    scores = pd.concat(jobs, names=INDEX[1:]).assign(lag=np.nan)
-    return scores.set_index("lag", append=True).reorder_levels(INDEX)
-
-
-# ---- every lag and fold
-
-
-@dataclass
-class Experiment:
-    """What all lags and folds share.
-
-    inputs: {name: Windows}, '' for all decoders, others for twins; rows: (people, words) where the
-    words begin; keys: what rows of results.csv say of it.
-    """
-
-    podcast: Podcast
-    montage: Montage
-    target: Target
-    inputs: dict
-    rows: np.ndarray
-    folds: list
-    keys: dict
-
-
-def prepare(run, config):
-    """The Experiment that the options describe."""
-    for name in (config.model, *config.beside):
-        resolve(name, DECODERS, "model")
-    podcast, montage = load_podcast(run, config)
-    target = make_target(run, config, podcast)
-    if config.config_setter:
-        setter = resolve(config.config_setter, SETTERS, "config_setter")
-        for option, value in registry.call_setter(setter, config, montage, target).items():
-            setattr(config, option, value)
-    inputs = make_inputs(run, config, montage)
-    target, rows = keep_words(target, inputs[""], all_lags(config), config)
-    folds = make_folds(config, target.start, target.labels, inputs[""].width / montage.sfreq)
-    for fold in folds:
-        set_target(fold, target, config)
-    run.print(describe(podcast, montage, target))
-    run.content = content_of(config, inputs[""], target, rows)
-    name = config.embedding[0] if config.task == "embedding" else config.task
-    layers = podcast.meta.get("features", {}).get(name, {})
-    if name == "lm" or f"layer-{config.layer}" in layers:
-        name += f" layer {config.layer}"
-    keys = {"data": podcast.source, "target": name}
-    return Experiment(podcast, montage, target, inputs, rows, folds, keys)
-
+# ---- what is fitted at every lag
 
 SETTERS = {
     "neural_conv": registry.neural_conv,
@@ -1054,87 +913,27 @@ SETTERS = {
 
 
 def make_inputs(run, config, montage):
-    """Experiment.inputs. Ridge alone reads the twins: untrained encoders, windows as they are."""
-    configs = {"": config}
+    """{name: Windows}: '' for all decoders; for ridge alone, untrained twins, windows as they are.
+
+    An encoder of preprocess= adds its own to model_params.
+    """
+    cache = run.out.parent / "cache"
+    inputs = {"": make_windows(config, montage, cache)}
     for k in range(1, config.untrained + 1):
         params = {**config.preprocessor_params, "untrained": k}
-        configs[f"untrained {k}"] = replace(config, preprocessor_params=params)
+        twin = replace(config, preprocessor_params=params)
+        inputs[f", untrained {k}"] = make_windows(twin, montage, cache)
     if config.untrained:
-        configs["raw signal"] = replace(config, preprocess="")
-    inputs = {}
-    for name, options in configs.items():
-        inputs[name] = Windows(montage, options, run.out.parent / "cache")
+        inputs[", raw signal"] = make_windows(replace(config, preprocess=""), montage, cache)
     reader = inputs[""].reader
-    if reader is not None:
+    if reader:
         run.print(reader.description)
         config.model_params = {**reader.model_params, **config.model_params}
     return inputs
 
 
-def keep_words(target, windows, lags, config):
-    """(target, rows (people, words)) of the words whose windows are recorded at every lag."""
-    rows = windows.montage.rows(target.start)
-    inside = np.ones(len(target.start), bool)
-    for lag in lags:
-        inside &= windows.montage.inside(windows.first(rows, lag), windows.width)
-    if inside.sum() < 10 * config.n_folds:
-        raise InputError(
-            f"{inside.sum()} words have their window in the recording at every lag from "
-            f"{min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} folds: narrow "
-            "min_lag= and max_lag=, or window="
-        )
-    return target.only(inside, "with a window outside a recording at some lag"), rows[:, inside]
-
-
-def describe(podcast, montage, target):
-    """What is decoded from what, in a sentence."""
-    left_out = [f"{n} {reason}" for reason, n in target.notes.items() if n]
-    return (
-        f"{podcast.source}: {len(montage.names)} electrodes of {len(montage.people)} people, "
-        f"{len(target.start):,} events at every lag, {len(set(target.labels)):,} types "
-        f"({', '.join(left_out) or 'none'} left out)"
-    )
-
-
-def content_of(config, windows, target, rows):
-    """A hash of what a result depends on and options only name: recordings, targets, files."""
-    digest = hashlib.sha256(windows.content().encode() + rows.tobytes())
-    if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
-        digest.update(repr(files_in([config.lm])).encode())
-    else:
-        digest.update(target.values.tobytes())
-    return digest.hexdigest()[:6]
-
-
-def fit_and_score(run, config, experiment, X, fold, lag):
-    """Scores, with rows (model, metric), of every decoder; X: {input: windows (words, ...)}."""
-    target = experiment.target
-    decoders = {name: (name, "") for name in [config.model, *config.beside]}
-    if config.untrained:
-        decoders["ridge"] = "ridge", ""
-        decoders.update({f"ridge, {source}": ("ridge", source) for source in X if source})
-    if "arbitrary" in config.controls and target.kind == "vectors":
-        decoders["arbitrary"] = "ridge", ""
-    results = {}
-    for name, (spec, source) in decoders.items():
-        job = fold
-        if name == "arbitrary":
-            y = vectors.arbitrary_vectors(target.labels, 50, config.seed)
-            job = replace(fold, Y=y - y[fold.train].mean(axis=0))
-        params = config.model_params if name == config.model else {}
-        decoder, val = fit_decoder(spec, params, X[source], target, job, config)
-        val_score = float(primary_scores(val, fold.val, target, job, config)[0])
-        results[name] = evaluate(predict(decoder, X[source][fold.test]), target, job, config)
-        results[name].loc["val", "score"] = val_score
-        if config.save_models and name == config.model:
-            facts = {"lag": float(lag), "val": val_score}
-            save_decoder(run, config, experiment, decoder, fold, facts)
-    return pd.concat(results)
-
-
-def save_decoder(run, config, experiment, decoder, fold, facts):
+def save_decoder(run, config, decoder, fold, target, montage, facts):
     """models/lag_L_fold_K.pt for decode_apply.py: weights and z-scores, PCA, words, electrodes."""
-    target, montage = experiment.target, experiment.montage
     of_words = pd.DataFrame()
     if target.kind == "vectors":
         of_words = word_means(fold.Y, target.labels, fold.train)
@@ -1159,38 +958,14 @@ def save_decoder(run, config, experiment, decoder, fold, facts):
     save_checkpoint(run.out / "models" / f"lag_{facts['lag']:g}_fold_{fold.number}.pt", state)
 
 
-# ---- finished jobs: a file each, so that a stopped run goes on and ranks share the work
-
-INDEX = ["lag", "fold", "model", "metric"]  # of the rows of scores
-DIGITS = "%.9g"
-
-
 def job_file(run, lag, fold):
-    """Where the scores of a lag (or those of electrodes) and fold are kept."""
+    """Where the scores of a lag and fold are kept: a stopped run goes on, ranks share the work."""
     folder = run.out / "jobs" / run.options_hash()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"lag_{lag}_fold_{fold.number}.csv"
 
 
-def read_jobs(run, lags, folds):
-    """The scores of jobs: a DataFrame with rows (lag, fold, model, metric)."""
-    jobs = {}
-    for lag, fold in itertools.product(lags, folds):
-        jobs[lag, fold.number] = pd.read_csv(job_file(run, lag, fold), index_col=[0, 1])
-    return pd.concat(jobs, names=INDEX)
-
-
-# ---- report
-
-
-def null_of(scores):
-    """Those columns of scores that are of shifted words."""
-    return scores.drop(columns=["score", "low", "high", "n"], errors="ignore")
-
-
-def intervals_of(scores):
-    """score, low, high, n and chance of scores."""
-    return scores[["score", "low", "high", "n"]].assign(chance=null_of(scores).mean(axis=1))
+# ---- report, of scores with columns lag, fold, model, metric, FACTS and those of the shifts
 
 
 def write_results(run, table, **keys):
@@ -1199,23 +974,52 @@ def write_results(run, table, **keys):
         run.result(**row, **keys)
 
 
+def all_scores(run, config, target, folds):
+    """The scores of every job, and of the controls, whose lag is NaN."""
+    jobs = itertools.product(all_lags(config), folds)
+    parts = [pd.read_csv(job_file(run, lag, fold)) for lag, fold in jobs]
+    for fold, name in itertools.product(folds, config.controls):
+        if target.kind == "vectors" or name == "mean":
+            scores = CONTROLS[name](target, fold, config).reset_index()
+            parts.append(scores.assign(model=name, lag=np.nan, fold=fold.number))
+    return pd.concat(parts, ignore_index=True)
+
+
+def at_chosen_lags(scores):
+    """(scores at the lags that validation words choose, those lags by model and fold)."""
+    val = scores[scores.metric == "val"]
+    lags = val.loc[val.groupby(["model", "fold"]).score.idxmax(), ["model", "fold", "lag"]]
+    return scores.merge(lags).assign(lag="chosen"), lags
+
+
+def worth_of_pretraining(chosen):
+    """Rows for `chosen`: ridge on a pretrained encoder less ridge on each twin, fold by fold."""
+    scores = chosen.pivot(index=["fold", "metric"], columns="model", values="score")
+    twins = scores.filter(like="ridge, untrained")
+    if twins.shape[1] > 1:
+        scores[f"ridge, mean of {twins.shape[1]} untrained"] = twins.mean(axis=1)
+    gains = scores.filter(like="ridge, ").rsub(scores["ridge"], axis=0)
+    gains = gains.rename(columns=lambda name: name.replace("ridge,", "ridge, pretrained -"))
+    gains = gains.melt(var_name="model", value_name="score", ignore_index=False).reset_index()
+    return gains.assign(lag="chosen").reindex(columns=chosen.columns, fill_value=0.0)
+
+
 def summarise(scores):
     """Means over folds: a row a model, metric and lag, with 95 % t intervals over folds.
 
     q is FDR over lags, p_max family-wise: against the best lag of every shift.
     """
-    groups = scores.drop("val", level="metric", errors="ignore")
-    groups = groups.groupby(["model", "metric", "lag"], sort=False, dropna=False)
+    scores = scores[scores.metric != "val"].drop(columns="fold")
+    groups = scores.groupby(["model", "metric", "lag"], sort=False, dropna=False)
     means = groups.mean()
     half = groups.score.sem() * stats.t.ppf(0.975, groups.size() - 1)
-    low, high = means.score - half, means.score + half
-    null = null_of(means)
-    table = pd.DataFrame({"score": means.score, "low": low, "high": high})
-    table["chance"] = null.mean(axis=1)
+    null = means.drop(columns=FACTS)
+    table = pd.DataFrame({"score": means.score, "low": means.score - half})
+    table = table.assign(high=means.score + half, chance=null.mean(axis=1))
     table["null_low"], table["null_high"] = null.quantile([0.025, 0.975], axis=1).to_numpy()
+    by_metric = ["model", "metric"]
     sign = np.where(table.index.isin(LOWER_IS_BETTER, level="metric"), -1, 1)
     null = null.mul(sign, axis=0)
-    by_metric = ["model", "metric"]
     best = null.groupby(by_metric).transform("max")
     table["p"] = p_value(sign * table.score, null.T.to_numpy())
     table["q"] = table.groupby(by_metric).p.transform(fdr_q)
@@ -1223,140 +1027,59 @@ def summarise(scores):
     return table.reset_index()
 
 
-def at_chosen_lags(scores):
-    """(scores at the lag that each fold's validation words choose, the lags (model, fold))."""
-    lags = scores.score.xs("val", level="metric").unstack("lag").idxmax(axis=1)
-    lags = lags.swaplevel()
-    chosen = lags.reindex(scores.index.droplevel(["lag", "metric"]).swaplevel()).to_numpy()
-    scores = scores[scores.index.get_level_values("lag") == chosen].droplevel("lag")
-    return pd.concat({"chosen": scores}, names=INDEX), lags
-
-
-def worth_of_pretraining(chosen, metric):
-    """Ridge on a pretrained encoder less that on each of its twins, in pairs over folds."""
-    scores = chosen.score.xs(metric, level="metric").unstack("model")
-    twins = scores.filter(like="ridge, untrained")
-    if twins.shape[1] > 1:
-        scores[f"ridge, mean of {twins.shape[1]} untrained"] = twins.mean(axis=1)
-    rows = []
-    for name in scores.filter(like="ridge, "):
-        score, low, high = over_folds(scores["ridge"] - scores[name])
-        interval = {"score": score, "low": low, "high": high, "chance": 0.0}
-        rows.append({"model": name.replace("ridge,", "ridge, pretrained -"), **interval})
-    return pd.DataFrame(rows).assign(metric=metric, lag="chosen")
-
-
-def single_electrodes(run, config, experiment, lags):
-    """Ridge on each electrode alone, at each fold's lag of `lags`: a job a fold."""
-    target, windows = experiment.target, experiment.inputs[""]
-    for fold, lag in run.share(zip(experiment.folds, lags)):
-        file = job_file(run, "electrodes", fold)
-        if file.exists():
-            continue
-        X = torch.as_tensor(windows.at(experiment.rows, lag))
-        scores = {}
-        for i, electrode in enumerate(windows.montage.names):
-            x = X[:, i : i + 1]
-            decoder, _ = fit_decoder("ridge", {}, x, target, fold, config)
-            parts = predict(decoder, x[fold.test]), fold.test, target, fold, config
-            scores[electrode, PRIMARY[target.kind]] = primary_scores(*parts, fold.shifts)
-        scores = pd.DataFrame(scores).T.rename(columns={0: "score"})
-        write_aside(file, scores.to_csv(float_format=DIGITS))
-    run.barrier()
-
-
-def electrode_table(run, experiment):
-    """electrodes.csv, and rows of results.csv, of single_electrodes."""
-    table = summarise(read_jobs(run, ["electrodes"], experiment.folds))
-    table = table.rename(columns={"model": "electrode"}).assign(n=len(experiment.target.start))
-    keys = {**experiment.keys, "model": "ridge, one electrode", "lag": "chosen", "fold": "mean"}
-    columns = ["electrode", "metric", "score", "low", "high", "chance", "p", "n"]
-    write_results(run, table[columns], **keys)
-    table["q"] = fdr_q(table.p)
-    table["subject"] = table.electrode.str.split(" ").str[0]
-    table["data"] = experiment.keys["data"]
-    table[["x", "y", "z"]] = experiment.montage.xyz
-    table = table[["subject", *columns, "q", "x", "y", "z", "data"]]
-    write_aside(run.out / "electrodes.csv", table.to_csv(index=False))
-    return table
-
-
-def say_results(run, config, table, summary, lags):
-    """The closing table: at the lags chosen on validation words, beside shifted words."""
-    metric = summary.metric.iloc[0]
-    of_metric = table[table.metric == metric]
-    closing = summary.set_index("model")[["score", "low", "high", "chance"]].round(3)
-    closing["lags (ms)"] = lags.map("{:g}".format).groupby(level="model").agg(" ".join)
-    beyond = of_metric[of_metric.p_max < FDR]
-    closing["beyond it at (ms)"] = beyond.lag.map("{:g}".format).groupby(beyond.model).agg(" ".join)
-    run.print(
-        f"{metric} at the lag that each fold's validation words chose, n = {table.n.iloc[0]:,}; "
-        f"chance: shifted words; beyond it: family-wise {FDR:g}\n{closing.to_string(na_rep='')}"
-    )
-    for _, part in of_metric[of_metric.lag.notna()].groupby("model"):
-        say_few_shifts(run, part.p, part.q, config.n_shifts)
-    controls = table[table.lag.isna() & table.metric.isin([metric, "top1"])]
-    if len(controls):
-        run.print(f"controls\n{controls.pivot(index='model', columns='metric', values='score')}")
-
-
-def report(run, config, experiment):
-    """Single electrodes, tables, figures and the closing lines, when every job is done."""
-    podcast, target, keys = experiment.podcast, experiment.target, experiment.keys
-    metric = PRIMARY[target.kind]
-    scores = read_jobs(run, all_lags(config), experiment.folds)
+def report(run, config, podcast, target, folds):
+    """Tables, the figure and the closing lines, when every job is done."""
+    scores = all_scores(run, config, target, folds)
     chosen, lags = at_chosen_lags(scores)
-    are_bins = experiment.inputs[""].are_bins
-    if are_bins:
-        single_electrodes(run, config, experiment, lags[config.model])
-    if not run.master:
-        return
-    scores = pd.concat([scores, run_controls(config, target, experiment.folds)])
-    table = summarise(scores).assign(n=len(target.start), **keys)
-    write_aside(run.out / "lags.csv", table.to_csv(index=False))
-    summary = pd.concat([summarise(chosen), worth_of_pretraining(chosen, metric)])
+    if config.untrained:
+        chosen = pd.concat([chosen, worth_of_pretraining(chosen)])
+    table, summary = summarise(scores), summarise(chosen)
+    name = config.embedding[0] if config.task == "embedding" else config.task
+    keys = {"data": podcast.source, "target": name}
+    n = len(target.start)
+    write_aside(run.out / "lags.csv", table.assign(n=n, **keys).to_csv(index=False))
     columns = ["model", "metric", "lag", "score", "low", "high", "chance"]
-    means = pd.concat([table, summary])[columns].assign(n=len(target.start))
-    write_results(run, means, fold="mean", **keys)
-    by_fold = intervals_of(scores.drop("val", level="metric"))
-    write_results(run, by_fold.reset_index().astype({"n": int}), **keys)
-    title = f"{podcast.source}: {keys['target']} from {len(experiment.montage.names)} electrodes"
+    write_results(run, pd.concat([table, summary])[columns], fold="mean", n=n, **keys)
+    by_fold = scores.loc[scores.metric != "val", [*columns, "n", "fold"]]
+    write_results(run, by_fold.astype({"n": int}), **keys)
     key = "volume_lag_ms" if config.task == "volume" else "lag_ms"
     planted = podcast.meta.get("planted", {}).get(key, np.nan)
-    plot_lags(run.out / "lags.png", table, title, planted)
-    if are_bins:
-        electrodes = electrode_table(run, experiment)
-        title = f"{podcast.source}: ridge on one electrode at the lag chosen on validation words"
-        plot_electrodes(run.out / "electrodes.png", electrodes, title, metric)
-        say_few_shifts(run, electrodes.p, electrodes.q, config.n_shifts)
-    say_results(run, config, table, summary[summary.metric == metric], lags)
+    plot_lags(run.out / "lags.png", table, f"{podcast.source}: {name}, {n:,} events", planted)
+
+    metric = PRIMARY[target.kind]
+    closing = pd.concat([summary, table[table.lag.isna()]])
+    closing = closing[closing.metric == metric].set_index("model")[columns[3:]].round(3)
+    closing["lags (ms)"] = lags.lag.map("{:g}".format).groupby(lags.model).agg(" ".join)
+    run.print(
+        f"{metric} at the lag that each fold's validation words chose, and of controls; n = {n:,}, "
+        f"chance: shifted words\n{closing.to_string(na_rep='')}"
+    )
+    for _, part in table[(table.metric == metric) & table.lag.notna()].groupby("model"):
+        say_few_shifts(run, part.p, part.q, config.n_shifts)
     if not podcast.meta["synthetic"]:
         run.print(registry.PUBLISHED)
-    run.print(f"lags.png, electrodes.png, lags.csv, electrodes.csv, results.csv in {run.out}")
+    run.print(f"lags.png, lags.csv, results.csv in {run.out}")
 
 
-# ---- plots
-
-PLOTTED = ["auc", "top1", "two_afc", "cosine"]  # of vectors
-PLOTTED += ["roc_auc", "balanced_accuracy", "f1", "cross_entropy"]  # of classes
-PLOTTED += ["corr", "r2", "mse"]  # of numbers
+PLOTTED = ["auc", "top1", "two_afc", "cosine"]  # of vectors; then of classes, and of numbers
+PLOTTED += ["roc_auc", "balanced_accuracy", "f1", "cross_entropy", "corr", "r2", "mse"]
 
 
 def plot_lags(path, table, title, planted):
     """lags.png: metrics over lag, the null's band, what is significant; controls are dotted."""
     metrics = [metric for metric in PLOTTED if metric in set(table.metric)]
     colors = {model: f"C{i}" for i, model in enumerate(table.model.unique())}
-    size = 4.4 * len(metrics), 4.2
-    figure, axes = plt.subplots(1, len(metrics), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(metrics), layout="constrained", squeeze=False)
+    figure.set_size_inches(4.4 * len(metrics), 4.2)
     for axis, metric in zip(axes[0], metrics):
         for model, part in table[table.metric == metric].groupby("model", sort=False):
             color = colors[model]
-            if part.lag.isna().all():
+            if part.lag.isna().all():  # a control
                 axis.axhline(part.score.iloc[0], ls=":", color=color, label=model)
                 continue
             if color == "C0":
-                band = part.null_low, part.null_high
-                axis.fill_between(part.lag, *band, color="0.85", lw=0, label="95 % of shifts")
+                band = {"color": "0.85", "lw": 0, "label": "95 % of shifts"}
+                axis.fill_between(part.lag, part.null_low, part.null_high, **band)
             bars = [part.score - part.low, part.high - part.score]
             axis.errorbar(part.lag, part.score, bars, capsize=2, color=color, label=model)
             for column, marker, fill in (("q", "o", "w"), ("p_max", "s", color)):
@@ -1365,41 +1088,10 @@ def plot_lags(path, table, title, planted):
         axis.axvline(0, c="0.6", lw=0.8)
         axis.axvline(planted, c="C8", lw=3, alpha=0.4, label="planted")
         axis.set(xlabel="lag of the window's middle (ms)", title=metric)
-    handles = axes[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", fontsize=8, frameon=False)
-    marks = f"ring: FDR {FDR:g} over lags, square: family-wise {FDR:g}"
-    figure.suptitle(f"{title}\nmean of folds, 95 % intervals over folds; {marks}", fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_electrodes(path, table, title, label):
-    """electrodes.png: electrodes in their places (x, y, z in m), and the best ones' scores."""
-    size = {"figsize": (15, 4.2), "width_ratios": [1, 1, 1, 0.9]}
-    figure, axes = plt.subplots(1, 4, layout="constrained", **size)
-    table = table.sort_values("score")
-    chance = table.chance.mean()
-    limit = max((table.score - chance).abs().max(), 1e-6)
-    for axis, (a, b) in zip(axes, ("yz", "xy", "xz")):
-        image = axis.scatter(
-            1000 * table[a],
-            1000 * table[b],
-            c=table.score,
-            s=16 + 60 * (table.score - chance).abs() / limit,
-            cmap="RdBu_r",
-            vmin=chance - limit,
-            vmax=chance + limit,
-            edgecolors=np.where(table.q < FDR, "k", "0.75"),
-        )
-        axis.set(xlabel=f"{a} (mm)", ylabel=f"{b} (mm)", aspect="equal")
-    figure.colorbar(image, ax=axes[:3], shrink=0.5, aspect=40, location="bottom", label=label)
-    best = table.tail(16)
-    bars = [best.score - best.low, best.high - best.score]
-    axes[3].errorbar(best.score, best.electrode, xerr=bars, fmt="o", ms=4, capsize=2)
-    axes[3].axvline(chance, c="0.6", lw=0.8)
-    axes[3].tick_params(axis="y", labelsize=7)
-    axes[3].set(xlabel=label, title="the best")
-    figure.suptitle(f"{title}; black edges: FDR {FDR:g}", fontsize=10)
+    labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside right center", fontsize=8, frameon=False)
+    marks = f"95 % intervals over folds; ring: FDR {FDR:g} over lags, square: family-wise"
+    figure.suptitle(f"{title}; {marks}", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -1409,26 +1101,47 @@ def plot_electrodes(path, table, title, label):
 
 def main(config):
     if config.apply:
-        return load_function(f"{HERE / 'decode_apply.py'}:apply_decoders", "apply")(config)
+        return load_function(f"{APPLY}:apply_decoders", "apply")(config)
     run = Run(config)
-    experiment = prepare(run, config)
-    jobs = run.share(itertools.product(all_lags(config), range(config.n_folds)))
-    bar = run.progress(len(jobs), desc="lags and folds")
-    for lag in all_lags(config):
-        folds = [fold for fold in experiment.folds if (lag, fold.number) in jobs]
-        todo = [fold for fold in folds if not job_file(run, lag, fold).exists()]
-        X = {}
-        for name, windows in experiment.inputs.items():
-            if todo:
-                X[name] = torch.as_tensor(windows.at(experiment.rows, lag), device=run.device)
-        for fold in todo:
-            scores = fit_and_score(run, config, experiment, X, fold, lag)
-            write_aside(job_file(run, lag, fold), scores.to_csv(float_format=DIGITS))
+    podcast, montage = load_podcast(run, config)
+    target = make_target(run, config, podcast)
+    if config.config_setter:
+        setter = registry.resolve(config.config_setter, SETTERS, "config_setter")
+        registry.call_setter(setter, config, montage, target)
+    inputs = make_inputs(run, config, montage)
+    decoders = {name: (name, "") for name in [config.model, *config.beside]}
+    if config.untrained:
+        decoders |= {f"ridge{name}": ("ridge", name) for name in inputs}
+    target, rows = keep_words(target, inputs[""], config)
+    folds = make_folds(config, target.start, target.labels, inputs[""].width / montage.sfreq)
+    for fold in folds:
+        set_target(fold, target, config)
+    run.print(describe(podcast, montage, target))
+    run.content = content_of(config, inputs[""], target, rows)
+
+    jobs = run.share(itertools.product(all_lags(config), folds))
+    todo = [job for job in jobs if not job_file(run, *job).exists()]
+    bar = run.progress(len(todo), desc="lags and folds")
+    for lag, jobs in itertools.groupby(todo, key=itemgetter(0)):
+        X = {name: torch.as_tensor(windows.at(rows, lag)) for name, windows in inputs.items()}
+        for _, fold in jobs:
+            scores = {}
+            for name, (spec, source) in decoders.items():
+                x = X[source].to(run.device)
+                decoder, val = fit_decoder(spec, x, target, fold, config)
+                table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
+                table.loc["val", "score"] = primary_score(val, target, fold, config)
+                scores[lag, fold.number, name] = table
+                if config.save_models and name == config.model:
+                    facts = {"lag": float(lag), "val": float(table.score["val"])}
+                    save_decoder(run, config, decoder, fold, target, montage, facts)
+            scores = pd.concat(scores, names=["lag", "fold", "model"])
+            write_aside(job_file(run, lag, fold), scores.to_csv(float_format="%.9g"))
             bar.update()
-        bar.update(len(folds) - len(todo))
     bar.close()
     run.barrier()
-    report(run, config, experiment)
+    if run.master:
+        report(run, config, podcast, target, folds)
     run.merge()
     run.close()
 

@@ -7,19 +7,20 @@ set with the same people. Of each fold, the decoder of the lag that its validati
 taken; scores are means over folds. decode.py calls this file; copy both to change it.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.special
 import torch
+from scipy import special
 
 import decode
 from configurator import InputError, Run, key_seed
 from data import write_aside
 from data.montage import Montage
 from data.recording import Recording, read_set
-from decode import Config, Decoder, Windows
+from decode import Config, Decoder
 from model import load_checkpoint
 
 
@@ -73,50 +74,46 @@ def same_electrodes(path, state, reference):
     return montage, chosen[0][0].events
 
 
-def scores_of(out, state):
-    """DataFrame (events, names) of what a saved decoder's outputs (events, members, D) say.
+def scores_of(state, X, model_params):
+    """DataFrame (events, names) of what a saved decoder says of windows X.
 
     The cosine of outputs and a word's vector, probabilities of classes, or the number itself.
     """
+    shape, output_dim = X.shape[1:], state["output_dim"]
+    decoder = Decoder(state["spec"], model_params, shape, output_dim, state["target"])
+    decoder.load_state_dict(state["weights"])
+    out = decode.predict(decoder, X)  # (events, members, D)
     if state["target"] == "vectors":
         scores = decode.unit(out).mean(axis=1) @ state["vectors"].numpy().T
     elif state["target"] == "classes":
-        scores = scipy.special.softmax(out.mean(axis=1), axis=1)
+        scores = special.softmax(out.mean(axis=1), axis=1)
     else:
         scores = out.mean(axis=1) * state["scale"] + state["pca"]["mean"].numpy()
     return pd.DataFrame(scores, columns=state["names"])
-
-
-def decode_events(states, montage, events, config, cache):
-    """(events whose windows are recorded, DataFrame (events, names) of scores)."""
-    windows = Windows(montage, config, cache)
-    rows = montage.rows(events.onset.to_numpy())
-    inside = np.ones(len(events), bool)
-    for state in states:
-        inside &= montage.inside(windows.first(rows, state["lag"]), windows.width)
-    if not inside.any():
-        raise InputError("no event has its window in the recording")
-    tables = []
-    for state in states:
-        X = torch.as_tensor(windows.at(rows[:, inside], state["lag"]))
-        shape, output_dim = X.shape[1:], state["output_dim"]
-        decoder = Decoder(state["spec"], config.model_params, shape, output_dim, state["target"])
-        decoder.load_state_dict(state["weights"])
-        tables.append(scores_of(decode.predict(decoder, X), state))
-    scores = pd.concat(tables).groupby(level=0).mean()
-    return events[inside].reset_index(drop=True), scores
 
 
 def apply_decoders(config):
     """Write scores.csv, and score them where the words of a new recording are known."""
     states = load_decoders(config.apply)
     trained = Config(**states[0]["config"])
+    trained.device = config.device
     if config.out_dir == Config.out_dir:
         config.out_dir = f"{config.apply}/applied"
     run = Run(config)
     montage, events = same_electrodes(config.recording, states[0], trained.reference)
-    n_events = len(events)
-    events, scores = decode_events(states, montage, events, trained, run.out.parent / "cache")
+    windows = decode.make_windows(trained, montage, run.out.parent / "cache")
+    rows = montage.rows(events.onset.to_numpy())
+    inside = np.ones(len(events), bool)
+    for state in states:
+        inside &= montage.inside(windows.first(rows, state["lag"]), windows.width)
+    if not inside.any():
+        raise InputError(f"recording={config.recording}: no event has its window in it")
+    events = events[inside].reset_index(drop=True)
+    tables = []
+    for state in states:
+        X = torch.as_tensor(windows.at(rows[:, inside], state["lag"]))
+        tables.append(scores_of(state, X, trained.model_params))
+    scores = pd.concat(tables).groupby(level=0).mean()
     table = events.filter(list(dict.fromkeys(["onset", "word", trained.word])))
     if len(scores.columns) > 1:
         table = table.assign(best=scores.columns[scores.to_numpy().argmax(axis=1)])
@@ -124,36 +121,33 @@ def apply_decoders(config):
     write_aside(run.out / "scores.csv", table.to_csv(index=False))
     lags = ", ".join(f"{state['lag']:g}" for state in states)
     run.print(
-        f"{config.recording}: {len(events):,} events, {n_events - len(events)} with a window "
-        f"outside left out; {len(states)} decoders, of {lags} ms; {len(scores.columns):,} scores "
-        f"an event in {run.out / 'scores.csv'}"
+        f"{config.recording}: {len(events):,} events, {(~inside).sum()} with a window outside or "
+        f"BAD left out; {len(states)} decoders, of {lags} ms; {run.out / 'scores.csv'}"
     )
     if set(montage.checksums()) & set(states[0]["recordings"]):
         run.print("the decoders were trained on this very recording: its scores are no test")
     elif trained.word in events and states[0]["target"] == "vectors":
-        score_words(run, config, scores, events[trained.word].to_numpy(str))
+        score_words(run, config, scores, events, trained)
     run.close()
 
 
-def score_words(run, config, scores, labels):
+def score_words(run, config, scores, events, trained):
     """Word ROC-AUC on a new recording whose words are known, as a row of results.csv."""
-    known = np.isin(labels, scores.columns)
-    y = scores.columns.get_indexer(labels[known])
-    log_p = scipy.special.log_softmax(scores.to_numpy()[known], axis=1)
+    events = events[events[trained.word].astype(str).isin(scores.columns)].sort_values("onset")
+    if len(events) < 10:
+        return run.print(f"{len(events)} of its words are known to the decoders: too few to score")
+    log_p = special.log_softmax(scores.loc[events.index].to_numpy(), axis=1)
+    y = scores.columns.get_indexer(events[trained.word].astype(str))
+    gap = math.ceil(trained.window / max(np.median(np.diff(events.onset)), 1e-3)) + 1
 
     def measure(kept, shifts):
-        orders = decode.circular(shifts, int(kept.sum()), 5)
+        orders = decode.circular(shifts, kept.sum(), gap)
         return {"auc": np.nanmean(decode.word_auc(log_p[kept], y[kept], orders), axis=1)}
 
     shifts = np.random.default_rng(key_seed(config.seed, "shift")).random(config.n_shifts)
     fold = decode.Fold(0, y, y, np.arange(len(y)), shifts)
-    scores = decode.with_intervals(measure, fold, len(y))
-    row = decode.intervals_of(scores).loc["auc"]
-    p = float(decode.p_value(scores.score, decode.null_of(scores).T.to_numpy())[0])
-    keys = {"data": config.recording, "model": config.apply, "metric": "auc", "p": p}
-    run.result(row.score, row.chance, row.low, row.high, len(y), **keys)
-    run.merge()
-    run.print(
-        f"word ROC-AUC {row.score:.3f} [{row.low:.3f}, {row.high:.3f}], shifted words "
-        f"{row.chance:.3f}, p = {p:.4f}, n = {len(y):,}"
-    )
+    table = decode.with_intervals(measure, fold)
+    p = decode.p_value(table.score, table.drop(columns=decode.FACTS).T.to_numpy())
+    keys = {"data": config.recording, "model": config.apply, "metric": "auc"}
+    decode.write_results(run, table[decode.FACTS].assign(p=p), **keys)
+    run.print(run.merge().to_string(index=False))

@@ -25,7 +25,9 @@ from himalaya.scoring import correlation_score_split, r2_score
 
 import decode
 from configurator import Run, configure
-from data import aside, write_aside
+from data import aside, vectors, write_aside
+from data.montage import Windows
+from data.podcast.speech import as_target, describe
 from decode import ALPHAS, FDR, all_lags, circular, fdr_q, p_value
 
 
@@ -68,21 +70,14 @@ class Config:
 # ---- model
 
 
-def fit_ridge(X, Y, fold):
-    """(predictions for the test words, R2 of the validation words): X (words, features), Y."""
-    weights, offset, val = decode.fit_ridge(X, Y, fold)
-    return X[fold.test] @ weights + offset, r2_score(Y[fold.val], val)
-
-
 def fit_banded_ridge(spaces, Y, fold, seed):
-    """As fit_ridge, of several feature spaces [(words, features)]: each has a penalty of its own.
-
-    The third value is the correlation that each space contributes, (spaces, targets).
-    """
+    """Ridge on feature spaces [(words, features)], each with a penalty of its own: predictions for
+    the test words, R2 of the validation words, and the correlation that each space contributes."""
     X = np.concatenate(spaces, axis=1)
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
-    centre, offset = X[rows].mean(axis=0), Y[rows].mean(axis=0)
+    centre = X[rows].mean(axis=0)
+    offset = Y[rows].mean(axis=0)
     solver = {"n_iter": 20, "alphas": ALPHAS, "score_func": r2_score}
     model = GroupRidgeCV(
         groups=np.repeat(np.arange(len(spaces)), [space.shape[1] for space in spaces]),
@@ -98,12 +93,14 @@ def fit_banded_ridge(spaces, Y, fold, seed):
 
 def encode_fold(spaces, Y, fold, config):
     """{name: array} of a fold: r (1 + shifts, targets), val (targets,), alone (spaces, targets)."""
-    features = [decode.project(space, fold.train, config.pca)[0] for space in spaces]
+    features = [vectors.project(space, fold.train, config.pca)[0] for space in spaces]
     sd = Y[fold.train].std(axis=0)
     y = ((Y - Y[fold.train].mean(axis=0)) / np.where(sd > 0, sd, 1)).astype(np.float32)
     arrays = {}
     if len(spaces) == 1:
-        predicted, arrays["val"] = fit_ridge(features[0], y, fold)
+        weights, offset, val = decode.fit_ridge(features[0], y, fold)
+        predicted = features[0][fold.test] @ weights + offset
+        arrays["val"] = r2_score(y[fold.val], val)
     else:
         predicted, arrays["val"], arrays["alone"] = fit_banded_ridge(features, y, fold, config.seed)
     orders = circular(fold.shifts, len(fold.test), fold.gap)
@@ -148,7 +145,8 @@ def table_of(r, n, columns):
 
 def at_chosen_lags(arrays, lags, n_electrodes):
     """(r (1 + P, electrodes), median lag): each at the lag that its validation words choose."""
-    chosen, scores = [], []
+    scores = []
+    chosen = []
     for r, val in zip(arrays["r"], arrays["val"]):
         best = val.reshape(len(lags), n_electrodes).argmax(axis=0)
         chosen.append(np.array(lags)[best])
@@ -159,7 +157,8 @@ def at_chosen_lags(arrays, lags, n_electrodes):
 
 def report(run, config, podcast, montage, arrays, n):
     """Tables, figures and the closing lines."""
-    lags, names = all_lags(config), montage.names
+    lags = all_lags(config)
+    names = montage.names
     r = np.mean(arrays["r"], axis=0)  # (1 + P, lags * electrodes)
     columns = {"electrode": np.tile(names, len(lags)), "lag": np.repeat(lags, len(names))}
     table = table_of(r, n, columns).rename(columns={"score": "r"})
@@ -167,6 +166,7 @@ def report(run, config, podcast, montage, arrays, n):
         for name, alone in zip(config.embedding, np.mean(arrays["alone"], axis=0)):
             table[f"r_{Path(name).stem}"] = alone
     write_aside(run.out / "encoding.csv", table.assign(data=podcast.source).to_csv(index=False))
+
     at_chosen, median_lags = at_chosen_lags(arrays, lags, len(names))
     electrodes = table_of(at_chosen, n, {"electrode": names, "lag": median_lags})
     target = " + ".join(config.embedding)
@@ -177,13 +177,13 @@ def report(run, config, podcast, montage, arrays, n):
     electrodes["subject"] = electrodes.electrode.str.split(" ").str[0]
     electrodes["data"] = podcast.source
     write_aside(run.out / "electrodes.csv", electrodes.to_csv(index=False))
+
     title = f"{podcast.source}: {target} to {len(names)} electrodes, {n:,} words"
     threshold = np.quantile(r[1:].max(axis=1), 0.95)
     planted = podcast.meta.get("planted", {}).get("lag_ms", np.nan)
     by_lag = r[0].reshape(len(lags), len(names))
     plot_encoding(run.out / "encoding.png", lags, by_lag, threshold, planted, title)
-    label = "correlation at the lag chosen on validation words"
-    decode.plot_electrodes(run.out / "electrodes.png", electrodes, title, label)
+    plot_electrodes(run.out / "electrodes.png", electrodes, title)
     best = electrodes.sort_values("score").iloc[-1]
     run.print(
         f"{(electrodes.p_max < FDR).sum()} of {len(names)} electrodes follow the embeddings "
@@ -203,11 +203,11 @@ def plot_encoding(path, lags, r, threshold, planted, title):
     limit = max(np.abs(r).max(), 1e-6)
     order = np.argsort(-r.max(axis=0))
     step = lags[1] - lags[0] if len(lags) > 1 else 100
-    edges = np.append(lags, lags[-1] + step) - step / 2, np.arange(r.shape[1] + 1)
+    edges = np.append(lags, lags[-1] + step) - step / 2
     colors = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    image = image_axis.pcolormesh(*edges, r[:, order].T, **colors)
+    image = image_axis.pcolormesh(edges, np.arange(len(order) + 1), r[:, order].T, **colors)
     figure.colorbar(image, ax=image_axis, label="held-out correlation")
-    image_axis.set(ylabel="electrodes, best first", ylim=(r.shape[1], 0))
+    image_axis.set(ylabel="electrodes, best first", ylim=(len(order), 0))
     mean = r.mean(axis=1)
     sem = r.std(axis=1) / math.sqrt(r.shape[1])
     axis.fill_between(lags, mean - sem, mean + sem, alpha=0.3, lw=0)
@@ -223,30 +223,48 @@ def plot_encoding(path, lags, r, threshold, planted, title):
     plt.close(figure)
 
 
+def plot_electrodes(path, table, title):
+    """electrodes.png: the electrodes in their places (mm), seen from three sides."""
+    figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(12, 4.2))
+    table = table.sort_values("score")
+    limit = max(table.score.abs().max(), 1e-6)
+    size = 16 + 60 * table.score.abs() / limit
+    edges = np.where(table.q < FDR, "k", "0.75")
+    colors = {"c": table.score, "cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    for axis, (a, b) in zip(axes, ("yz", "xy", "xz")):
+        image = axis.scatter(1000 * table[a], 1000 * table[b], s=size, edgecolors=edges, **colors)
+        axis.set(xlabel=f"{a} (mm)", ylabel=f"{b} (mm)", aspect="equal")
+    figure.colorbar(image, ax=axes, label="correlation at the lag chosen on validation words")
+    figure.suptitle(f"{title}; black edges: FDR {FDR:g}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+# ---- main
+
+
 def main(config):
     run = Run(config)
     podcast, montage = decode.load_podcast(run, config)
-    spaces, n_dims = [], []
+    spaces = []
+    widths = []
     for name in config.embedding:
         spaces.append(decode.word_vectors(run, config, podcast, name))
-        n_dims.append(spaces[-1].shape[1])
-    target = decode.as_target(podcast.words, np.concatenate(spaces, axis=1), config.word)
+        widths.append(spaces[-1].shape[1])
+    target = as_target(podcast.words, np.concatenate(spaces, axis=1), config.word)
     one_bin = decode.Config(window=config.window, reference=config.reference, bins=1)
-    windows = decode.Windows(montage, one_bin, run.out.parent / "cache")
-    lags = all_lags(config)
-    target, rows = decode.keep_words(target, windows, lags, config)
-    spaces = np.split(target.values, np.cumsum(n_dims)[:-1], axis=1)
-    width = windows.width / montage.sfreq
-    folds = decode.make_folds(config, target.start, target.labels, width)
-    run.print(decode.describe(podcast, montage, target))
+    windows = Windows(montage, one_bin, run.out.parent / "cache")
+    target, rows = decode.keep_words(target, windows, config)
+    spaces = np.split(target.values, np.cumsum(widths)[:-1], axis=1)
+    seconds = windows.width / montage.sfreq
+    folds = decode.make_folds(config, target.start, target.labels, seconds)
+    run.print(describe(podcast, montage, target))
     run.content = decode.content_of(config, windows, target, rows)
 
-    folder = run.out / "jobs" / run.options_hash()
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"fold_{fold.number}.npz" for fold in folds]
+    files = [decode.job_file(run, "all", fold).with_suffix(".npz") for fold in folds]
     todo = [fold for fold in run.share(folds) if not files[fold.number].exists()]
     if todo:
-        offsets = [windows.first(0, lag) for lag in lags]
+        offsets = [windows.first(0, lag) for lag in all_lags(config)]
         Y = montage.bin_means(rows, offsets, [0, windows.width]).squeeze(-1)
         Y = Y.transpose(1, 0, 2).reshape(len(target.start), -1)  # (words, lags * electrodes)
     bar = run.progress(len(todo), desc="folds")

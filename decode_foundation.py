@@ -15,6 +15,7 @@ my_file.py:constructor gives the module that model.pth fits.
 """
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,10 @@ import pandas as pd
 import torch
 import torch.nn as nn
 
-from configurator import InputError, check_keys, key_seed, load_function
+from configurator import InputError, check_keys, choose_device, key_seed, load_function
 from data.podcast.benchmark_yaml import read_ini
+from data.podcast.registry import files_in
+from data.raw import inside_spans
 from data.recording import encoder_input, named_places, places, resampled, robust_scale
 from model import NeuralEncoder, load_encoder
 
@@ -43,10 +46,6 @@ def model_folder(params):
     return folder
 
 
-def is_foreign(folder):
-    return (folder / "experiment_config.ini").is_file()
-
-
 def pretrained(params):
     """(NeuralEncoder, recipe) of model_dir; with untrained=K, random weights instead."""
     encoder, recipe = load_encoder(model_folder(params))
@@ -58,7 +57,7 @@ def pretrained(params):
 
 def frozen_latents(montage, params, device):
     """The reader of preprocess=foundation_model_preprocessing_fn, see decode.Windows."""
-    if is_foreign(model_folder(params)):
+    if (model_folder(params) / "experiment_config.ini").is_file():
         return ForeignLatents(montage, params, device)
     return FrozenLatents(montage, params, device)
 
@@ -71,7 +70,7 @@ def foundation_model(experiment_config, raws, df_word, word_embeddings):
     for raw in raws:
         params["ch_names"] += raw.ch_names
     folder = model_folder(params)
-    if is_foreign(folder):
+    if (folder / "experiment_config.ini").is_file():
         data_params.window_width = read_ini(folder).ecog_data_config.sample_length
     else:
         data_params.window_width = load_encoder(folder)[1]["window"]
@@ -84,93 +83,110 @@ def foundation_model(experiment_config, raws, df_word, word_embeddings):
 class EncoderInput:
     """Windows as an encoder of foundation.py was pretrained on them: its rate, bands and places.
 
-    Scales are those of pretraining's time where a recording was in it, else of all of it; no word
-    is looked at. People stand side by side: (words, electrodes, samples).
+    Scales are those of pretraining's time where a recording was in it, else of all of it, without
+    segments that are marked BAD; no word is looked at. People stand side by side: (words,
+    electrodes, samples).
     """
 
     def __init__(self, montage, params, device):
         self.encoder, self.recipe = pretrained(params)
         self.params = params
-        self.people, places, subjects, seen = [], [], [], []
+        sfreq = self.recipe["sfreq"]
+        if sfreq > montage.sfreq:
+            raise InputError(
+                f"preprocessor_params.model_dir={params['model_dir']} reads {sfreq:g} Hz and the "
+                f"recordings have {montage.sfreq:g} Hz: take an encoder that was pretrained on less"
+            )
+        self.people = []
         for person in montage.people:
             if person.mixing is not None:
                 raise InputError("reference=laplacian is for windows, not for an encoder: leave it")
-            person = self.match(person.recording, person.channels)
-            self.people.append(person)
-            places.append(person["xyz"].tolist())
-            subjects.append(person["subject"])
-            seen.append(person["seen"])
-        facts = repr((type(self).__name__, self.recipe, places, subjects, seen))
-        digest = hashlib.sha256(facts.encode())
+            self.people.append(self.match(person.recording, person.channels))
+        table = pd.DataFrame(self.people)
+        places = [xyz.tolist() for xyz in table.xyz]
+        subjects = table.subject.tolist()
+        bad = [person.recording.meta.get("bad_spans") for person in montage.people]
+        facts = type(self).__name__, self.recipe, places, subjects, table.seen.tolist(), bad
+        digest = hashlib.sha256(repr(facts).encode())
         for value in self.encoder.state_dict().values():
             digest.update(value.numpy().tobytes())
         self.key = digest.hexdigest()
         self.model_params = {"model_dir": params["model_dir"], "places": places}
         self.model_params |= {"untrained": params.get("untrained", 0), "subjects": subjects}
-        self.description = self.describe()
-
-    def describe(self):
-        """How electrodes were matched, and what of the recordings pretraining has heard."""
-        counts = {"name": 0, "position": 0, "absent": 0}
-        heard = []
-        for person in self.people:
-            for how, n in person["matched"].items():
-                counts[how] += n
-            if person["seen"]:
-                begin, end = person["seen"]
-                heard.append(f"{person['recording'].path.name} from {begin:.0f} to {end:.0f} s")
-        return (
-            f"{self.params['model_dir']}: electrodes {counts['name']} known by name, "
-            f"{counts['position']} by position only, {counts['absent']} without a place, left out; "
-            f"pretraining heard, without words, {', '.join(heard) or 'none of these recordings'}"
+        known = pd.DataFrame(table.matched.tolist()).sum()
+        self.description = (
+            f"{params['model_dir']}: {montage.sfreq:g} Hz are read as {sfreq:g} Hz; electrodes: "
+            f"{known['name']} known by name, {known['position']} by position only, "
+            f"{known['absent']} without a place, left out; pretraining heard, without words, "
+            f"{', '.join(filter(None, table.heard)) or 'none of these recordings'}"
         )
 
     def match(self, recording, channels):
-        """How the encoder sees a person's recording: places, number in pretraining, signal."""
+        """How the encoder sees a person's recording: places, number in pretraining, time."""
         names = [recording.names[c] for c in channels]
         good = recording.good[channels]
         xyz = places(names, recording.xyz[channels], good, self.recipe["grid"])
         xyz, matched = named_places(names, xyz, self.recipe)
         person = {"recording": recording, "channels": channels, "xyz": xyz, "matched": matched}
-        person |= {"subject": -1, "seen": None, "signal": None}
+        person |= {"subject": -1, "seen": (0, math.inf), "heard": ""}
         for known in self.recipe["recordings"]:
             dataset = Path(known["dataset"]).name
             if (dataset, known["name"]) == (recording.path.parent.name, recording.path.name):
                 person["subject"] = self.recipe["subjects"].index(known["subject"])
-                person["seen"] = known["seen"]
+                begin, end = person["seen"] = known["seen"]
+                person["heard"] = f"{known['name']} from {begin:.0f} to {end:.0f} s"
         return person
 
     def signal(self, person):
         """(signal (T', C, F) at the encoder's rate, centre, scale), made once."""
-        if person["signal"] is None:
-            recording = person["recording"]
+        if "signal" not in person:
+            recording, sfreq = person["recording"], self.recipe["sfreq"]
             x = resampled(recording.signal, recording.sfreq, self.recipe, person["channels"])
-            begin, end = 0, len(x)
-            if person["seen"]:
-                begin, end = np.round(np.multiply(person["seen"], self.recipe["sfreq"])).astype(int)
-            person["signal"] = x, *robust_scale(x[begin:end])
+            seconds = np.arange(len(x)) / sfreq
+            begin, end = person["seen"]
+            counts = (seconds >= begin) & (seconds < end)
+            seconds += recording.first_sample / recording.sfreq  # on the recording's clock
+            bad = recording.meta.get("bad_spans", [])
+            counts &= ~inside_spans(seconds, seconds + 1 / sfreq, bad)
+            person["signal"] = x, *robust_scale(x[counts])
         return person["signal"]
-
-    def read(self, person, batch):
-        """What becomes of a person's encoder input (words, electrodes, samples)."""
-        return batch
 
     def __call__(self, first, width):
         """(words, ...): windows of `width` samples from rows `first` (people, words) on."""
-        size = self.params.get("foundation_model_batch_size", 64)
         parts = []
         for person, row in zip(self.people, first):
             x, centre, scale = self.signal(person)
             rate = self.recipe["sfreq"] / person["recording"].sfreq
             samples = np.arange(round(width * rate))
+            if len(samples) < self.recipe["patch"]:
+                raise InputError(f"window=: {width} samples hold no patch of the encoder")
             begin = np.round(row * rate).astype(int).clip(0, len(x) - len(samples))
-            batches = []
-            for at in np.split(begin, range(size, len(begin), size)):
-                windows = x[at[:, None] + samples]
-                batch = encoder_input(windows, self.recipe, centre, scale)
-                batches.append(self.read(person, batch))
-            parts.append(np.concatenate(batches))
+            windows = x[begin[:, None] + samples]
+            parts.append(encoder_input(windows, self.recipe, centre, scale))
         return np.concatenate(parts, axis=1)
+
+
+class Latents(nn.Module):
+    """An encoder's tokens of people side by side: (words, electrodes, samples) -> (words, latents).
+
+    places, subjects: of the people, as EncoderInput gives them.
+    """
+
+    def __init__(self, encoder, places, subjects):
+        super().__init__()
+        self.encoder = encoder
+        self.subjects = list(subjects)
+        self.sizes = [len(xyz) for xyz in places]
+        for i, xyz in enumerate(places):
+            self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
+
+    def forward(self, x):
+        parts = []
+        for i, part in enumerate(x.split(self.sizes, dim=1)):
+            subject = torch.full((len(x),), self.subjects[i], device=x.device)
+            xyz = getattr(self, f"xyz{i}")
+            parts.append(self.encoder(part, xyz, subject).flatten(1))
+        return torch.cat(parts, dim=1)
 
 
 class FrozenLatents(EncoderInput):
@@ -178,25 +194,22 @@ class FrozenLatents(EncoderInput):
 
     def __init__(self, montage, params, device):
         super().__init__(montage, params, device)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = device
-        self.encoder.to(device)
+        places, subjects = self.model_params["places"], self.model_params["subjects"]
+        self.latents = Latents(self.encoder, places, subjects).to(choose_device(device))
+        self.device = self.latents.xyz0.device
         self.model_params = {}  # these are the finetuned decoder's
 
     @torch.no_grad()
-    def read(self, person, batch):
-        x = torch.as_tensor(batch, device=self.device)
-        xyz = torch.as_tensor(person["xyz"], dtype=torch.float32, device=self.device)
-        subject = torch.full((len(x),), person["subject"], device=self.device)
-        return self.encoder(x, xyz, subject).flatten(1).cpu().numpy()
+    def __call__(self, first, width):
+        x = torch.as_tensor(super().__call__(first, width))
+        parts = []
+        for batch in x.split(self.params.get("foundation_model_batch_size", 64)):
+            parts.append(self.latents(batch.to(self.device)).cpu())
+        return torch.cat(parts).numpy()
 
 
 class FineTune(nn.Module):
-    """The pretrained encoder and a linear layer on its tokens: (words, electrodes, samples) in.
-
-    places, subjects: of the people who stand side by side, as EncoderInput gives them.
-    """
+    """The pretrained encoder and a linear layer on its tokens: (words, electrodes, samples) in."""
 
     def __init__(
         self,
@@ -211,23 +224,15 @@ class FineTune(nn.Module):
         super().__init__()
         if not places:
             raise InputError("model=foundation_finetune needs preprocess=foundation_model_input")
-        self.encoder, _ = pretrained({"model_dir": model_dir, "untrained": untrained})
-        self.subjects = list(subjects)
-        self.sizes = [len(xyz) for xyz in places]
-        for i, xyz in enumerate(places):
-            self.register_buffer(f"xyz{i}", torch.tensor(xyz), persistent=False)
-        config = self.encoder.config
-        n_tokens = input_shape[1] // config.patch + (self.encoder.whole is not None)
+        encoder, _ = pretrained({"model_dir": model_dir, "untrained": untrained})
+        self.latents = Latents(encoder, places, subjects)
+        with torch.no_grad():
+            n_latents = self.latents(torch.zeros(1, *input_shape)).shape[1]
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(len(places) * n_tokens * config.n_embd, output_dim)
+        self.head = nn.Linear(n_latents, output_dim)
 
     def forward(self, x):
-        parts = []
-        for i, part in enumerate(x.split(self.sizes, dim=1)):
-            subject = torch.full((len(x),), self.subjects[i], device=x.device)
-            xyz = getattr(self, f"xyz{i}")
-            parts.append(self.encoder(part, xyz, subject).flatten(1))
-        return self.head(self.dropout(torch.cat(parts, dim=1)))
+        return self.head(self.dropout(self.latents(x)))
 
 
 # ---- encoders of another code
@@ -241,7 +246,6 @@ class ForeignLatents:
     """
 
     model_params: dict = {}
-    description = ""
 
     def __init__(self, montage, params, device):
         folder = model_folder(params)
@@ -253,19 +257,21 @@ class ForeignLatents:
                 f"{folder} holds a model of another code: give preprocessor_params.model="
                 "my_file.py:constructor, which makes the module of model.pth, and no untrained="
             )
-        if montage.sfreq != self.config.original_fs:
-            rates = f"{self.config.original_fs:g} Hz, not {montage.sfreq:g} Hz"
-            raise InputError(f"{folder} reads recordings at {rates}")
+        sfreq = self.config.original_fs
+        if montage.sfreq != sfreq:
+            raise InputError(f"{folder} reads recordings at {sfreq:g} Hz, not {montage.sfreq:g} Hz")
         names = pd.Series(montage.names).str.partition(" ")[2]
-        cells = pd.Index([f"G{number}" for number in range(1, 65)])
-        self.cells = cells.get_indexer(names)  # -1: not of the grid
-        if self.cells.max() < 0:
+        grid = pd.Index([f"G{number}" for number in range(1, 65)])
+        self.cells = grid.get_indexer(names)  # -1: not of the grid
+        on_grid = names[self.cells >= 0]
+        if on_grid.empty or not on_grid.is_unique:
             raise InputError(
-                f"{folder} reads electrodes G1 to G64, and there are {', '.join(names[:6])}: "
-                "choose others with subjects= or channels="
+                f"{folder} reads electrodes G1 to G64 of one person, and there are "
+                f"{', '.join(montage.names[:6])}: choose others with subjects= or channels="
             )
+        self.description = f"{folder}: {len(on_grid)} of 64 electrodes are there, others are zeros"
+        self.key = files_in([str(folder), params["model"].partition(":")[0]])
         self.model = load_function(params["model"], "preprocessor_params.model")(read_ini(folder))
-        self.key = hashlib.sha256((folder / "model.pth").read_bytes()).hexdigest()
         try:
             state = torch.load(folder / "model.pth", weights_only=True, map_location="cpu")
             self.model.load_state_dict(state)
@@ -274,10 +280,8 @@ class ForeignLatents:
                 f"{folder / 'model.pth'} is not the weights of {params['model']} "
                 f"({' '.join(str(error).split())[:160]})"
             ) from None
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = device
-        self.model.to(device).eval()
+        self.device = choose_device(device)
+        self.model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, first, width):

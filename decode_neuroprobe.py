@@ -21,11 +21,13 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 import decode
 from configurator import InputError, Run, configure, key_seed
-from data import read_table, write_aside
+from data import file_hash, montage, read_table, write_aside
 from data.montage import Montage, is_subject
+from data.podcast.registry import files_in
 from data.podcast.speech import Target
 from data.recording import Recording, read_set
 
@@ -131,7 +133,7 @@ class Benchmark:
         return table[table.task == task].sort_values("onset", kind="stable")
 
     def windows(self, name, onset):
-        """((N, channels, ...) float32, regions of the channels) of windows that begin at onsets."""
+        """((N, channels, ...) float32, regions by channel) of windows that begin at onsets."""
         recording = self.recordings[name]
         if name not in self.opened:
             if len(self.opened) > 1:
@@ -140,45 +142,46 @@ class Benchmark:
             if montage.gaps:
                 self.run.print(f"left out, since samples are missing (NaN): {montage.gaps}")
             cache = self.run.out.parent / "cache"
-            self.opened[name] = decode.Windows(montage, self.config, cache)
+            self.opened[name] = decode.make_windows(self.config, montage, cache)
         windows = self.opened[name]
         rows = windows.montage.rows(onset)
         if not windows.montage.inside(rows, windows.width).all():
             raise InputError(f"{name}: windows of {self.config.window} s go beyond the recording")
         names = pd.Series(windows.montage.names).str.partition(" ")[2]
         x = windows.at(rows, 500 * self.config.window)  # from the onset on
-        regions = recording.channels.set_index("name").region
-        return x, regions[regions.index.isin(names)].tolist()
+        return x, recording.channels.set_index("name").region[names]
 
     def inputs(self, name, task):
         """(windows (N, ...), [table], number of the first test window) for a recording and task.
 
         What it is trained on comes first, where it is another recording.
         """
-        tables, parts, arrays = [], [], []
+        tables = []
+        parts = []
         for recording in dict.fromkeys([self.sources[name], name]):
             tables.append(self.table(recording, task))
             parts.append(self.windows(recording, tables[-1].onset.to_numpy()))
-            arrays.append(parts[-1][0])
+        arrays = [x for x, regions in parts]
         if self.config.split == "subject" and not self.config.preprocess:
             arrays = means_of_regions(*parts)
-        if arrays[0].shape[1:] != arrays[-1].shape[1:]:
+        same = arrays[0].shape[1:] == arrays[-1].shape[1:]
+        if self.config.split == "session" and not self.config.preprocess:
+            same = parts[0][1].index.equals(parts[1][1].index)  # as many others are not the same
+        if not same or arrays[0].size == 0:
             raise InputError(
-                f"split={self.config.split}: {self.sources[name]} and {name} give inputs of "
-                "different shapes: take preprocess= an encoder that makes the same of all"
+                f"split={self.config.split}: {self.sources[name]} and {name} have other contacts, "
+                "or no region in common: take preprocess= an encoder that makes the same of all"
             )
         x = np.concatenate(arrays)
         return x, tables, len(x) - len(tables[-1])
 
 
 def means_of_regions(one, other):
-    """Windows of two people as means over brain regions that both have; unchanged without any.
+    """Windows of two people as means over the brain regions that both have, (N, regions, ...).
 
     Contacts have no counterpart in another person. one, other: (windows, regions of channels).
     """
     shared = sorted((set(one[1]) & set(other[1])) - {""})
-    if not shared:
-        return [one[0], other[0]]
     arrays = []
     for x, regions in (one, other):
         of_region = pd.get_dummies(regions)[shared].to_numpy(np.float32)  # (channels, regions)
@@ -216,21 +219,20 @@ def score_task(run, config, benchmark, name, task):
     rows = []
     for fold in make_folds(tables, first, config):
         target = Target("classes", fold.Y, fold.Y, fold.Y, ["0", "1"])
-        decoder, _ = decode.fit_decoder(config.model, config.model_params, X, target, fold, config)
+        decoder, _ = decode.fit_decoder(config.model, X, target, fold, config)
         scores = decode.evaluate(decode.predict(decoder, X[fold.test]), target, fold, config)
         scores = scores.loc[["roc_auc", "accuracy"]]
         train = decode.predict(decoder, X[fold.train]).mean(axis=1)
         identity = np.arange(len(train))[None]
         trained = decode.measure_classes(train, fold.Y[fold.train], target.names, identity)
-        table = decode.intervals_of(scores)
-        table["p"] = decode.p_value(scores.score, decode.null_of(scores).T.to_numpy())
-        table["train_score"] = pd.DataFrame(trained).loc[0]
+        table = scores[decode.FACTS].assign(train_score=pd.DataFrame(trained).loc[0])
+        table["p"] = decode.p_value(scores.score, scores.drop(columns=decode.FACTS).T.to_numpy())
         table["test_near_train"] = 0
         if not first:
             onset = tables[-1].onset.to_numpy()
             far = decode.embargo(fold.test, fold.train, onset, config.window)
             table["test_near_train"] = len(fold.test) - len(far)
-        rows.append(table.assign(fold=fold.number).rename_axis("metric").reset_index())
+        rows.append(table.assign(fold=fold.number).reset_index())
     keys = {"recording": name, "task": task, "split": config.split, "model": config.model}
     decode.write_results(run, pd.concat(rows), data="BrainTreebank", **keys)
 
@@ -266,16 +268,14 @@ def report(run, config, results, n_expected):
     each = auc.groupby(["recording", "task"], sort=False)[["score", "chance"]].mean()
     by_task = each.rename(columns={"chance": "shifted labels"}).groupby("task", sort=False).mean()
     run.print(f"mean test ROC-AUC over recordings:\n{by_task.round(3).to_string()}")
-    by_recording = each.groupby("recording").score.mean().to_numpy()
-    interval = ""
-    if len(by_recording) > 1:
-        _, low, high = decode.over_folds(by_recording)
-        interval = f" [{low:.3f}, {high:.3f}] over recordings"
+    by_recording = each.groupby("recording").score.mean()
+    half = by_recording.sem() * stats.t.ppf(0.975, len(by_recording) - 1)  # nan: of one recording
     run.print(
-        f"{SPLITS[config.split]}, {description}: mean test ROC-AUC {by_recording.mean():.3f}"
-        f"{interval}, shifted labels {each.chance.mean():.3f}, {len(each)} of {n_expected} "
-        f"recordings x tasks, {auc.n.sum():,} test windows, {auc.test_near_train.sum():,.0f} of "
-        "which share samples with a training window (the split is the benchmark's)"
+        f"{SPLITS[config.split]}, {description}: mean test ROC-AUC {by_recording.mean():.3f} "
+        f"± {half:.3f} over recordings, shifted labels {each.chance.mean():.3f}, {len(each)} of "
+        f"{n_expected} recordings x tasks, {auc.n.sum():,} test windows, "
+        f"{auc.test_near_train.sum():,.0f} of which share samples with a training window (the "
+        "split is the benchmark's)"
     )
     column = list(SPLITS).index(config.split)
     published = ", ".join(f"{model} {scores[column]:.3f}" for model, scores in LEADERBOARD.items())
@@ -287,8 +287,8 @@ def main(config):
     run = Run(config)
     benchmark = Benchmark(run, config)
     checksums = [r.meta.get("sha256") for r in benchmark.recordings.values()]
-    content = repr((checksums, decode.files_in(config.preprocessor_params.values())))
-    run.content = hashlib.sha256(content.encode()).hexdigest()[:6]
+    content = checksums, files_in(config.preprocessor_params.values()), file_hash(montage.__file__)
+    run.content = hashlib.sha256(repr(content).encode()).hexdigest()[:6]
     jobs = list(itertools.product(benchmark.sources, benchmark.tasks))
     rows = run.rows()
     done = set(zip(rows.recording, rows.task)) if len(rows) else set()

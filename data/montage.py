@@ -1,12 +1,13 @@
 """Recordings side by side, as if their electrodes were one person's, and windows cut from them."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.signal
 
-from data import InputError, read_table
+from data import InputError, aside, file_hash, read_table
 from data.recording import Recording
 
 
@@ -62,9 +63,16 @@ class Montage:
         return np.stack([person.recording.rows(start) for person in self.people])
 
     def inside(self, first, width):
-        """(events,) whether windows of `width` from rows `first` (people, events) on are whole."""
-        lengths = np.array([len(person.recording.signal) for person in self.people])
-        return ((first >= 0) & (first + width <= lengths[:, None])).all(axis=0)
+        """(events,) whether windows of `width` from rows `first` (people, events) on are whole, and
+        clear of segments that were marked BAD."""
+        inside = np.ones(first.shape[1], bool)
+        for person, begins in zip(self.people, first):
+            recording = person.recording
+            inside &= (begins >= 0) & (begins + width <= len(recording.signal))
+            for span in recording.meta.get("bad_spans", []):
+                begin, end = recording.rows(span)
+                inside &= (begins >= end) | (begins + width <= begin)
+        return inside
 
     def samples(self, first, width):
         """(events, electrodes, width) float32 from rows `first` (people, events) on."""
@@ -120,6 +128,62 @@ class Montage:
     def checksums(self):
         """What makers of recordings say of their content, one a person."""
         return [person.recording.meta.get("sha256") for person in self.people]
+
+
+class Windows:
+    """Windows around events at a lag, as decoders read them: bins, spectra, or what a reader makes.
+
+    config has window, bins, represent, ..., as in decode.py. A reader(first, width) gives an array
+    (events, ...) for windows from rows `first` (people, events) on; its key names what it depends
+    on beside the recordings and preprocessor_params.
+    """
+
+    def __init__(self, montage, config, cache, reader=None):
+        self.montage, self.config, self.cache, self.reader = montage, config, cache, reader
+        self.width = round(config.window * montage.sfreq)
+        self.n_bins = config.bins
+        if config.preprocess == "preprocess_neural_data":  # bins, counted in samples
+            step = config.preprocessor_params.get("num_average_samples", 32)
+            if self.width % step:
+                raise InputError(f"num_average_samples={step} does not divide {self.width} samples")
+            self.n_bins = self.width // step
+        if self.width < self.n_bins:
+            size = f"{self.width} samples at {montage.sfreq:g} Hz"
+            raise InputError(f"window={config.window} s has {size}: too few for {self.n_bins} bins")
+
+    def first(self, rows, lag):
+        """Row of the first sample of each window, for events at `rows` and a lag (ms)."""
+        return rows + round(self.montage.sfreq * (lag / 1000 - self.config.window / 2))
+
+    def at(self, rows, lag):
+        """(events, ...) float32 at a lag (ms), for events at rows (people, events)."""
+        first = self.first(rows, lag)
+        if self.reader:
+            return self.read(first)
+        if self.config.represent == "bins":
+            return self.montage.bins(first, self.width, self.n_bins)
+        spectrum = self.config.spectrum_segment, self.config.spectrum_max
+        return self.montage.spectra(first, self.width, *spectrum)
+
+    def read(self, first):
+        """What the reader makes of every window; kept on disk by content, since it may be slow."""
+        key = hashlib.sha256(self.content().encode() + first.tobytes()).hexdigest()[:20]
+        path = self.cache / f"{key}.npy"
+        if not path.is_file():
+            array = self.reader(first, self.width)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside(path) as file:
+                np.save(file, array)
+        return np.load(path)
+
+    def content(self):
+        """What windows depend on, as text: signals, parameters, the files they name, code."""
+        config = self.config
+        content = [self.montage.names, self.montage.checksums(), config.reference, self.width]
+        content += [config.preprocess, config.preprocessor_params, file_hash(__file__)]
+        if self.reader:
+            content.append(self.reader.key)
+        return repr(content)
 
 
 def finite_channels(signal):

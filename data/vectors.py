@@ -157,6 +157,23 @@ def states_of_words(lm, words, layer):
     return mean_of_tokens(states[covers], word_of_token[covers], range(len(words)))
 
 
+# ---- as a decoder sees them
+
+
+def project(values, train, n_dims):
+    """(Y (N, D) float32, (mean, components, scale)) of values (N, D'), by the rows `train`.
+
+    Y are the n_dims principal components (0: all dimensions, as they are), in one unit for all.
+    """
+    mean = values[train].mean(axis=0, dtype=np.float64)
+    components = np.eye(values.shape[1])
+    if n_dims:
+        components = np.linalg.svd(values[train] - mean, full_matrices=False)[2][:n_dims].T
+    y = (values - mean) @ components
+    scale = math.sqrt(y[train].var(axis=0).mean()) or 1.0
+    return (y / scale).astype(np.float32), (mean, components, scale)
+
+
 # ---- no meaning at all
 
 

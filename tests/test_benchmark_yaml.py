@@ -95,9 +95,8 @@ def test_what_a_file_leaves_out_takes_the_benchmarks_defaults():
     options = benchmark.translate(settings, "short.yml")
     assert options["embedding"] == ["data/glove/glove.6B.50d.txt"] and options["model_params"] == {}
     assert (options["min_lag"], options["max_lag"], options["lag_step"]) == (-10000, 10000, 1000)
-    assert benchmark.translate({"training_params": {"lag": 200}}, "", defaults=False) == {
-        "lags": [200]
-    }
+    lag = {"training_params": {"lag": 200, "batch_size": None}, "data_params": None}
+    assert benchmark.translate(lag, "", defaults=False) == {"lags": [200]}
 
 
 def test_files_and_dotted_settings_on_the_command_line(tmp_path):
@@ -111,8 +110,8 @@ def test_files_and_dotted_settings_on_the_command_line(tmp_path):
     alone = ["ours.yaml", "--data_params.embedding_layer=3", "trial_name=again", "epochs=3"]
     assert benchmark.command_line(alone) == [
         "ours.yaml",
-        "out_dir=out/again",
         "layer=3",
+        "out_dir=out/again",
         "epochs=3",
     ]
     ours = ["decode_podcast.yaml", "epochs=3", "model_params.dropout=0.1"]
@@ -122,7 +121,10 @@ def test_files_and_dotted_settings_on_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     "settings, sentence",
     [
-        ({"training_params": {"batchsize": 3}}, "odd.yml: .*params.batchsize .*'batch_size'"),
+        (
+            {"training_params": {"batchsize": 3}},
+            "odd.yml: .*params.batchsize .*mean training_params.batch_size",
+        ),
         ({"training_params": {"fold_type": "random"}}, "sequential_folds or zero_shot_folds"),
         ({"training_params": {"loss_name": "nll"}}, "loss_name=nll .* mse or cosine_dist"),
         ({"training_params": {"shuffle_targets": True}}, "shuffle_targets=True .* n_shifts"),

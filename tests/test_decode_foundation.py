@@ -1,5 +1,7 @@
 """Pretrained encoders in decode.py: frozen, beside untrained twins, tuned, and of another code."""
 
+import shutil
+
 import mne
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from configurator import InputError
 from data.montage import Montage
 from data.podcast import benchmark_yaml
 from data.recording import Recording, write_recording
-from decode_foundation import ForeignLatents, foundation_model
+from decode_foundation import EncoderInput, ForeignLatents, foundation_model
 from model import EncoderConfig, NeuralEncoder, load_encoder, save_checkpoint
 
 
@@ -81,6 +83,32 @@ def test_latents_are_the_encoders_and_cached_by_weights_and_window(podcast, tmp_
     assert windows_at(narrow, 300.0).shape[1] == 2 * 2 * 6
 
 
+def test_bad_segments_do_not_count_in_a_scale_and_slow_recordings_are_refused(podcast, tmp_path):
+    folder = make_encoder(tmp_path / "encoder", podcast)
+    shutil.copytree(podcast, tmp_path / "set")
+    for name in ("sub-01", "sub-02"):
+        path = tmp_path / "set" / name
+        meta = path / "meta.yaml"
+        meta.write_text(meta.read_text() + "bad_spans: [[10.0, 50.0]]\n")
+        recording = Recording(path)
+        first, last = recording.rows([10.0, 50.0])
+        signal = np.memmap(path / "signal.f32", "<f4", "r+").reshape(recording.signal.shape)
+        signal[first:last] *= 1000
+        signal.flush()
+    params = {"model_dir": str(folder)}
+    scales = []
+    for place in (podcast, tmp_path / "set"):
+        recording = Recording(place / "sub-02")
+        reader = EncoderInput(Montage([(recording, np.arange(5))]), params, "cpu")
+        scales.append(reader.signal(reader.people[0])[2])
+    assert np.allclose(scales[1], scales[0], rtol=0.2)
+    slow = grid_recording(tmp_path / "slow", ["LGA1", "LGA2"], sfreq=32.0)
+    with pytest.raises(InputError, match="encoder reads 64 Hz and the recordings have 32 Hz"):
+        EncoderInput(slow, params, "cpu")
+    with pytest.raises(InputError, match="hold no patch"):
+        reader(np.array([[0, 100]]), 10)
+
+
 def test_pretrained_beside_untrained_and_raw_in_pairs(podcast, tmp_path, capsys):
     folder = make_encoder(tmp_path / "encoder", podcast, bands=[(5, 20), (20, 50)])
     options = frozen(folder, model="foundation_mlp", untrained=2, controls=["mean"])
@@ -88,14 +116,15 @@ def test_pretrained_beside_untrained_and_raw_in_pairs(podcast, tmp_path, capsys)
     twins = [table.loc[(f"ridge, untrained {k}", "auc")].score.item() for k in (1, 2)]
     assert twins[0] != twins[1]
     results = pd.read_csv(tmp_path / "runs/run/results.csv")
-    pair = results[results.model == "ridge, pretrained - raw signal"].iloc[-1]
+    pair = results[(results.model == "ridge, pretrained - raw signal") & (results.metric == "auc")]
+    (pair,) = pair.itertuples()
     by_fold = results[(results.lag == "300.0") & (results.metric == "auc")]
     by_fold = by_fold.pivot_table(index="fold", columns="model", values="score").drop("mean")
     difference = (by_fold["ridge"] - by_fold["ridge, raw signal"]).mean()
     assert abs(pair.score - difference) < 1e-6 and pair.low < pair.score < pair.high
     said = capsys.readouterr().out
     assert "mean of 2 untrained" in said and "known by name" in said
-    assert "sub-01 from 0 to 55 s" in said
+    assert "sub-01 from 0 to 55 s" in said and "128 Hz are read as 64 Hz" in said
 
 
 def test_the_encoder_is_tuned_end_to_end(podcast, tmp_path):
@@ -163,6 +192,9 @@ def test_the_documents_model_folder(tmp_path):
     assert np.allclose(latents, expected, atol=1e-6)
     with pytest.raises(InputError, match="constructor"):
         ForeignLatents(montage, {**params, "model": ""}, "cpu")
+    both = Montage([(montage.people[0].recording, np.arange(3))] * 2)
+    with pytest.raises(InputError, match="of one person"):
+        ForeignLatents(both, params, "cpu")
     with pytest.raises(InputError, match="512 Hz"):
         slow = grid_recording(tmp_path / "slow", ["G2"], sfreq=256.0)
         ForeignLatents(slow, params, "cpu")

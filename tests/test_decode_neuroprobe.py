@@ -1,6 +1,7 @@
 """decode_neuroprobe.py by the benchmark's splits, on a small set in the prepared layout."""
 
 import json
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -113,6 +114,21 @@ def test_a_frozen_encoder_reads_people_with_other_electrodes(benchmark, tmp_path
         decode_neuroprobe.main(Config(**options(benchmark, out, **given)))
         scores.append(pd.read_csv(out / "results.csv").set_index("metric").score.roc_auc)
     assert scores[0] != scores[1]
+
+
+def test_contacts_of_other_places_are_not_mixed_up(benchmark, tmp_path):
+    shutil.copytree(benchmark, tmp_path / "set")
+    for name, changes in ((NAMES[0], {"LA1": "LC1"}), (NAMES[2], {",a\n": ",d\n", ",b\n": ",e\n"})):
+        path = tmp_path / "set" / name / "channels.csv"
+        text = path.read_text()
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        path.write_text(text)
+    for split in ("session", "subject"):
+        given = options(tmp_path / "set", tmp_path / "out", split=split)
+        with pytest.raises(InputError, match="have other contacts, or no region in common"):
+            decode_neuroprobe.main(Config(**given))
 
 
 def test_bad_input_is_refused_in_a_sentence(benchmark, tmp_path):

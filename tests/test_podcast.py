@@ -203,6 +203,7 @@ def test_words_in_bad_segments_are_dropped(tree, tmp_path):
     words = read_words(tmp_path / "a").dropna(subset=["start", "end"])
     in_bad = (words["start"] <= start + 5) & (words["end"] >= start)
     assert recording.meta["dropped"]["words_in_bad"] == in_bad.sum() > 5
+    assert np.allclose(recording.meta["bad_spans"], [[start, start + 5]])
     assert not set(words["word_idx"][in_bad]) & set(recording.events["word_idx"])
 
 
@@ -335,19 +336,6 @@ def test_pauses_of_the_released_transcript(released):
     assert facts["sentences"] == 416 and facts["sentences_by"] == "pauses of 0.4 s"
     tags = podcast.parts_of_speech(words, released / "stimuli/syntactic/transcript.tsv")
     assert tags[:8] == ["NNP", "CD", "NN", "IN", "DT", "NN", "RB", "EX"] and "" not in tags
-
-
-def test_electrodes_of_the_release(released, tmp_path):
-    for electrodes, counts in (
-        ("LG[AB]*", {"sub-03": 127}),
-        (str(REAL / "podcast_tables/all_subject_sig.csv"), {"sub-03": 43, "sub-08": 16}),
-        (str(REAL / "podcast_tables/sig_elecs_gpt2.csv"), {"sub-03": 56, "sub-08": 13}),
-    ):
-        subjects = [3] if len(counts) == 1 else []
-        options = {"electrodes": electrodes, "subjects": subjects, "overwrite": True}
-        prepare(released, tmp_path, **options, **BARE)
-        assert {name: len(Recording(tmp_path / name).names) for name in counts} == counts
-        assert all(not Recording(tmp_path / name).meta["dropped"]["not_in_file"] for name in counts)
 
 
 # ---- the planted truth
@@ -531,30 +519,6 @@ def test_the_synthetic_set_is_made_once(made, tmp_path, capsys):
 # ---- choosing
 
 
-def test_electrodes_by_expression_and_by_table(tree, tmp_path, capsys):
-    prepare(tree, tmp_path / "a", subjects=[1], electrodes="LG[AB]*", **BARE)
-    recording = Recording(tmp_path / "a/sub-01")
-    assert recording.names and all(name.startswith("LG") for name in recording.names)
-    assert recording.meta["dropped"]["not_selected"] == 4
-    table = tmp_path / "sig.csv"
-    table.write_text("subject,elec,matfile\n902,LF2,x\nsub-01,DA2,x\n1,LGA3,x\n901,ZZ9,x\n")
-    meta = prepare(tree, tmp_path / "b", electrodes=str(table), **BARE)
-    assert meta["recordings"] == ["sub-01", "sub-02"]
-    recording = Recording(tmp_path / "b/sub-01")
-    assert recording.names == ["LGA3", "DA2"] and Recording(tmp_path / "b/sub-02").names == ["LF2"]
-    assert "ZZ9" in capsys.readouterr().out and recording.meta["dropped"]["not_in_file"] == ["ZZ9"]
-    table.write_text("subject,elec\n2,LF2\n")
-    meta = prepare(tree, tmp_path / "c", electrodes=str(table), **BARE)
-    assert meta["recordings"] == ["sub-02"]
-
-
-def test_bad_electrodes_can_stay(tree, tmp_path):
-    prepare(tree, tmp_path / "a", subjects=[1], bads="mark", **BARE)
-    recording = Recording(tmp_path / "a/sub-01")
-    descriptions = recording.channels["status_description"]
-    assert descriptions[~recording.good].tolist() == ["noisy psd"]
-
-
 def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys, monkeypatch):
     out = tmp_path / "a"
     prepare(tree, out, subjects=[2])
@@ -565,8 +529,8 @@ def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys,
     assert (out / "sub-02/meta.yaml").stat().st_mtime_ns == before
     podcast.main(podcast.Config(out_dir=str(out), subjects=[1]))
     assert "already" in capsys.readouterr().out.splitlines()[-1]
-    with pytest.raises(InputError, match="was made with bads=drop"):
-        prepare(tree, out, bads="mark")
+    with pytest.raises(InputError, match="was made with pause=0.4"):
+        prepare(tree, out, pause=0.3)
     prepare(tree, tmp_path / "b", subjects=[1])
     text = (tree / "stimuli/podcast_transcript.csv").read_text()
     replace(tree, "stimuli/podcast_transcript.csv", text.replace("the", "thy", 1))
@@ -601,32 +565,11 @@ def test_a_subject_without_the_file(tree, tmp_path):
         prepare(tmp_path / "nothing", tmp_path / "b")
 
 
-@pytest.mark.parametrize(
-    "electrodes, sentence",
-    [
-        ("RG", r"electrodes=RG leaves nothing of sub-01.* 0 match.* LGA \(\d+\).*DA \(4\)"),
-        ("subject,elec\n1,QQ1\n", "leaves nothing of sub-01"),
-        ("subject,channel\n1,QQ1\n", "no column 'elec', only subject, channel"),
-        ("nowhere.csv", "nowhere.csv is missing"),
-    ],
-)
-def test_no_electrode_left(tree, tmp_path, electrodes, sentence):
-    if "\n" in electrodes:
-        (tmp_path / "table.csv").write_text(electrodes)
-        electrodes = str(tmp_path / "table.csv")
-    with pytest.raises(InputError, match=sentence):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=electrodes)
-
-
-def test_electrodes_that_fit_nobody(tree, tmp_path):
-    table = read_tsv(tree / CHANNELS.format(n=1)).set_index("status")
-    with pytest.raises(InputError, match="1 match, all bad ones .bads=mark"):
-        prepare(tree, tmp_path / "a", subjects=[1], electrodes=f"{table['name']['bad']}$")
-    (tmp_path / "sig.csv").write_text("subject,elec\n661,LGA1\n")
-    with pytest.raises(InputError, match="lists electrodes of nobody"):
-        prepare(tree, tmp_path / "a", electrodes=str(tmp_path / "sig.csv"))
-    with pytest.raises(InputError, match="no regular expression"):
-        podcast.Config(electrodes="LG[").check()
+def test_no_good_electrode_left(tree, tmp_path):
+    text = (tree / CHANNELS.format(n=1)).read_text().replace("\tgood\t", "\tbad\t")
+    replace(tree, CHANNELS.format(n=1), text)
+    with pytest.raises(InputError, match="sub-01: each of its 22 electrodes is bad"):
+        prepare(tree, tmp_path / "a", subjects=[1])
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.999])
@@ -668,11 +611,11 @@ def test_damaged_files(tree, tmp_path, name, content, sentence):
 
 
 def test_tables_in_latin_1_and_words_like_numbers(tree, tmp_path):
-    text = (tree / CHANNELS.format(n=1)).read_text().replace("noisy psd", "größer als 5 µV")
+    text = (tree / CHANNELS.format(n=1)).read_text().replace("n/a", "größer als 5 µV")
     replace(tree, CHANNELS.format(n=1), text.encode("latin-1"))
     words = "word,start,end\nNA,0,n/a\nnull,1,n/a\n007,2,n/a\n"
     replace(tree, "stimuli/podcast_transcript.csv", words + "008,NaN,nan\n")
-    prepare(tree, tmp_path / "a", subjects=[1], bads="mark", **BARE)
+    prepare(tree, tmp_path / "a", subjects=[1], **BARE)
     recording = Recording(tmp_path / "a/sub-01")
     assert "größer als 5 µV" in set(recording.channels["status_description"])
     assert recording.events["word"].tolist() == ["NA", "null", "007"]

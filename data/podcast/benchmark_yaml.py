@@ -21,73 +21,40 @@ import yaml
 
 from data import InputError, read_yaml
 
-GROUPS = ("model_params", "training_params", "data_params")
+GROUPS = ("training_params", "data_params")  # of settings; all others stand alone
 
-# The benchmark's name of a setting -> the option of decode.py.
-TOP_LEVEL = {
-    "model_constructor_name": "model",
-    "config_setter_name": "config_setter",
-    "model_params": "model_params",
-}
-TRAINING = {
-    "batch_size": "batch_size",
-    "epochs": "epochs",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "early_stopping_patience": "patience",
-    "n_folds": "n_folds",
-    "fold_type": "fold_type",
-    "min_lag": "min_lag",
-    "max_lag": "max_lag",
-    "lag_step_size": "lag_step",
-    "lag": "lags",
-    "min_train_freq_auc": "min_count",
-    "random_seed": "seed",
-    "loss_name": "loss",
-}
-DATA = {
-    "data_root": "dataset",
-    "subject_ids": "subjects",
-    "channel_reg_ex": "channels",
-    "electrode_file_path": "electrodes",
-    "window_width": "window",
-    "preprocessing_fn_name": "preprocess",
-    "preprocessor_params": "preprocessor_params",
-    "embedding_type": "embedding",
-    "embedding_layer": "layer",
-    "embedding_pca_dim": "pca",
-    "word_column": "word",
-}
-TABLES = {"training_params": TRAINING, "data_params": DATA}
-
-# What the benchmark takes for a setting that a YAML file leaves out.
-DEFAULTS = {
-    "model_constructor_name": "",
-    "config_setter_name": "",
-    "model_params": {},
-    "trial_name": "",
-    "training_params": {
-        "batch_size": 32,
-        "epochs": 100,
-        "learning_rate": 1e-3,
-        "weight_decay": 1e-4,
-        "early_stopping_patience": 10,
-        "n_folds": 5,
-        "min_lag": -10000,
-        "max_lag": 10000,
-        "lag_step_size": 1000,
-        "fold_type": "sequential_folds",
-    },
-    "data_params": {
-        "data_root": "data",
-        "subject_ids": [],
-        "channel_reg_ex": "",
-        "window_width": -1,
-        "preprocessing_fn_name": "",
-        "embedding_type": "gpt-2xl",
-        "embedding_layer": 24,
-        "embedding_pca_dim": 0,
-    },
+# The benchmark's name of a setting: the option of decode.py, and the default that it has there
+# (None: decode.py's own).
+SETTINGS = {
+    "model_constructor_name": ("model", ""),
+    "config_setter_name": ("config_setter", ""),
+    "model_params": ("model_params", {}),
+    "trial_name": ("out_dir", ""),
+    "training_params.batch_size": ("batch_size", 32),
+    "training_params.epochs": ("epochs", 100),
+    "training_params.learning_rate": ("learning_rate", 1e-3),
+    "training_params.weight_decay": ("weight_decay", 1e-4),
+    "training_params.early_stopping_patience": ("patience", 10),
+    "training_params.n_folds": ("n_folds", 5),
+    "training_params.fold_type": ("fold_type", "sequential_folds"),
+    "training_params.min_lag": ("min_lag", -10000),
+    "training_params.max_lag": ("max_lag", 10000),
+    "training_params.lag_step_size": ("lag_step", 1000),
+    "training_params.lag": ("lags", None),
+    "training_params.min_train_freq_auc": ("min_count", None),
+    "training_params.random_seed": ("seed", None),
+    "training_params.loss_name": ("loss", None),
+    "data_params.data_root": ("dataset", "data"),
+    "data_params.subject_ids": ("subjects", []),
+    "data_params.channel_reg_ex": ("channels", ""),
+    "data_params.electrode_file_path": ("electrodes", None),
+    "data_params.window_width": ("window", -1),
+    "data_params.preprocessing_fn_name": ("preprocess", ""),
+    "data_params.preprocessor_params": ("preprocessor_params", None),
+    "data_params.embedding_type": ("embedding", "gpt-2xl"),
+    "data_params.embedding_layer": ("layer", 24),
+    "data_params.embedding_pca_dim": ("pca", 0),
+    "data_params.word_column": ("word", None),
 }
 
 # Values of a setting that decode.py calls differently.
@@ -118,73 +85,68 @@ ONLY = {
 
 def is_benchmark(settings):
     """Whether a dictionary, as YAML holds it, is of podcast-benchmark and not ours."""
-    marks = {"model_constructor_name", "config_setter_name", "trial_name", *TABLES}
+    marks = {"model_constructor_name", "config_setter_name", "trial_name", *GROUPS}
     return isinstance(settings, dict) and not marks.isdisjoint(settings)
 
 
+def flat(settings, path):
+    """Nested settings as {training_params.batch_size: 32, ...}; what is None is left out."""
+    values = {}
+    for key, value in settings.items():
+        if key not in GROUPS:
+            values[str(key)] = value
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                values[f"{key}.{name}"] = inner
+        elif value is not None:
+            raise InputError(f"{path}: {key} must hold 'key: value' lines, not {value}")
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def translate(settings, path, defaults=True):
-    """Options of decode.py for nested settings of podcast-benchmark. Raises InputError.
+    """Options of decode.py for settings of podcast-benchmark, nested or flat. Raises InputError.
 
     path: where they stand, for messages; defaults: whether what is left out takes the benchmark's
     own default (a whole file), or is left to decode.py (settings on the command line).
     """
-    settings = {key: value for key, value in settings.items() if value is not None}
+    settings = flat(settings, path)
     if defaults:
-        settings = _merged(DEFAULTS, settings)
+        for key, (_, default) in SETTINGS.items():
+            if default is not None:
+                settings.setdefault(key, default)
     options = {}
     folder = settings.pop("output_dir", "out")
-    if "trial_name" in settings:
-        options["out_dir"] = f"{folder}/{settings.pop('trial_name') or 'decode'}"
-    for group, table in TABLES.items():
-        group_settings = settings.pop(group, {})
-        if not isinstance(group_settings, dict):
-            raise InputError(f"{path}: {group} must hold 'key: value' lines, not {group_settings}")
-        for key, value in group_settings.items():
-            if value is not None:
-                _translate_one(options, table, key, value, f"{path}: {group}.{key}")
     for key, value in settings.items():
-        _translate_one(options, TOP_LEVEL, key, value, f"{path}: {key}")
+        place = f"{path}: {key}"
+        name = key.rpartition(".")[2]
+        if name in ONLY:
+            expected, remedy = ONLY[name]
+            if value != expected:
+                raise InputError(f"{place}={value} is not possible in decode.py: {remedy}")
+            continue
+        if key not in SETTINGS:
+            nearest = difflib.get_close_matches(key, SETTINGS, 1) or SETTINGS
+            hint = f"did you mean {' or '.join(nearest)}?"
+            raise InputError(f"{place} is not a setting that decode.py can express: {hint}")
+        value = value_of(name, value, place)
+        if name == "trial_name":
+            value = f"{folder}/{value or 'decode'}"
+        options[SETTINGS[key][0]] = value
     return options
 
 
-def _translate_one(options, table, key, value, place):
-    """Put one setting into `options`; place: where it stands, for messages."""
-    if key in ONLY:
-        expected, remedy = ONLY[key]
-        if value != expected:
-            raise InputError(f"{place}={value} is not possible in decode.py: {remedy}")
-        return
-    if key not in table:
-        nearest = difflib.get_close_matches(key, table, 1)
-        hint = f"did you mean '{nearest[0]}'?" if nearest else f"it knows {', '.join(table)}"
-        raise InputError(f"{place} is not a setting that decode.py can express: {hint}")
-    if key in VALUES:
-        value = _renamed(value, key, place)
-    if key in ("subject_ids", "embedding_type", "lag") and not isinstance(value, list):
-        value = [value]
-    if key == "subject_ids":
-        value = [str(subject) for subject in value]
-    options[table[key]] = value
-
-
-def _renamed(value, key, place):
-    """A value under decode.py's name; folders, features and files keep their own."""
-    names = VALUES[key]
-    if isinstance(value, str) and value in names:
-        return names[value]
-    if key in ("fold_type", "loss_name") and value not in names.values():
+def value_of(name, value, place):
+    """A value as decode.py has it; folders, features and files keep their own names."""
+    names = VALUES.get(name, {})
+    if isinstance(value, str):
+        value = names.get(value, value)
+    if name in ("fold_type", "loss_name") and value not in names.values():
         raise InputError(f"{place}={value} is not possible in decode.py: give {' or '.join(names)}")
+    if name in ("subject_ids", "embedding_type", "lag") and not isinstance(value, list):
+        value = [value]
+    if name == "subject_ids":
+        value = [str(subject) for subject in value]
     return value
-
-
-def _merged(first, second):
-    """Nested dictionaries in one; where both have a key, the second one's value stands."""
-    merged = dict(first)
-    for key, value in second.items():
-        if isinstance(value, dict) and isinstance(first.get(key), dict):
-            value = first[key] | value
-        merged[key] = value
-    return merged
 
 
 # ---- the command line
@@ -205,15 +167,15 @@ def command_line(argv):
         if argument == "--config":
             continue
         argument = argument.removeprefix("--config=")
-        found = _settings_in(argument)
-        if found is None:
+        found = settings_in(argument)
+        if not found:
             arguments.append(argument)
             continue
         if "=" not in argument:
             source = argument
         if position is None:
             position = len(arguments)
-        settings = _merged(settings, found)
+        settings |= found
     if position is None:
         return arguments
     translated = []
@@ -223,23 +185,22 @@ def command_line(argv):
     return arguments[:position] + translated + arguments[position:]
 
 
-def _settings_in(argument):
-    """The settings that one argument gives as a nested dictionary; None where it is not theirs."""
+def settings_in(argument):
+    """The flat settings that one argument gives; none where it is not theirs."""
     if "=" not in argument:
         try:
             content = read_yaml(Path(argument).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            return None  # configure says what is wrong with it
-        return content if is_benchmark(content) else None
+            return {}  # configure says what is wrong with it
+        return flat(content, argument) if is_benchmark(content) else {}
     key, _, text = argument.removeprefix("--").partition("=")
-    group, _, name = key.partition(".")
-    if not is_benchmark({group: None}) or bool(name) != (group in TABLES):
-        return None
+    group, dot, _ = key.partition(".")
+    if not is_benchmark({group: None}) or bool(dot) != (group in GROUPS):
+        return {}
     try:
-        value = read_yaml(text)
+        return {key: read_yaml(text)}
     except yaml.YAMLError:
-        value = text
-    return {group: {name: value}} if name else {group: value}
+        return {key: text}
 
 
 # ---- what config setters read and change
@@ -247,35 +208,30 @@ def _settings_in(argument):
 
 def experiment_config(options):
     """The benchmark's nested configuration with the values of our options, for a config setter."""
-    back = {}
-    for group, table in TABLES.items():
-        values = {}
-        for key, option in table.items():
-            if option in options and key != "lag":
-                values[key] = _named_back(options[option], key)
-        back[group] = SimpleNamespace(**values)
+    groups = {group: SimpleNamespace() for group in GROUPS}
+    for key, (option, _) in SETTINGS.items():
+        group, _, name = key.partition(".")
+        if group in groups and option in options and name != "lag":
+            value = options[option]
+            if name == "embedding_type":
+                value = value[0]
+            theirs = {ours: theirs for theirs, ours in VALUES.get(name, {}).items()}
+            if isinstance(value, str):
+                value = theirs.get(value, value)
+            setattr(groups[group], name, value)
     return SimpleNamespace(
         model_constructor_name=options["model"],
         config_setter_name=options["config_setter"],
         model_params=dict(options["model_params"]),
         trial_name=Path(options["out_dir"]).name,
-        **back,
+        **groups,
     )
-
-
-def _named_back(value, key):
-    if key == "embedding_type":
-        value = value[0]
-    for theirs, ours in VALUES.get(key, {}).items():
-        if value == ours:
-            return theirs
-    return value
 
 
 def settings_of(experiment, option):
     """What a config setter (`option`) gave back, as translate(defaults=False) takes it."""
     settings = {}
-    for group in GROUPS:
+    for group in ("model_params", *GROUPS):
         values = getattr(experiment, group, None)
         if values is None:
             raise InputError(f"{option} must return the configuration it was given")

@@ -4,8 +4,6 @@ electrodes, half an hour of one podcast.
     python data/podcast/prepare.py subjects=3                # fetched: high gamma of sub-03 (1 GB)
     python data/podcast/prepare.py subjects=1,2,3            # more can be added later
     python data/podcast/prepare.py root=path/to/ds005574     # from a local copy, every subject
-    python data/podcast/prepare.py subjects=3 electrodes='LG[AB]*'          # by regular expression
-    python data/podcast/prepare.py root=... electrodes=all_subject_sig.csv  # columns subject, elec
     python data/podcast/prepare.py root=... sentences=all_sentences_podcast.csv pos=tags.csv
 
 Writes one recording a subject (data/recording.py), the transcript, the released features with
@@ -18,7 +16,6 @@ import os
 import re
 import sys
 import urllib.parse
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -64,8 +61,6 @@ class Config:
     subjects: list[int] = field(default_factory=list)  # 1 to 9; none: all of the local copy
     # envelope of 70-200 Hz, the cleaned recording, or the EDF as recorded
     signal: Literal["highgamma", "broadband", "raw"] = "highgamma"
-    electrodes: str = ""  # "": all; a regular expression, or a CSV with columns subject and elec
-    bads: Literal["drop", "mark"] = "drop"  # bad channels: left out, or kept with status bad
     space: str = "MNI152NLin2009aSym"  # of the electrode positions
     features: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # folders under stimuli/
     layers: list[int] = field(default_factory=lambda: [24])  # of features that have layers
@@ -80,13 +75,6 @@ class Config:
     overwrite: bool = False  # make it again although it is there
 
     POSITIVE = "pause"
-
-    def check(self):
-        try:
-            self.electrodes.endswith(".csv") or re.compile(self.electrodes)
-        except re.error as error:
-            problem = f"is no regular expression ({error}) and no .csv file"
-            raise InputError(f"electrodes={self.electrodes} {problem}") from None
 
 
 # ---- where things are in ds005574
@@ -394,17 +382,6 @@ def subject_ids(root, numbers, signal):
     return subjects, nyu_ids
 
 
-def electrode_table(path, nyu_ids):
-    """{subject: [electrode, ...]} of a CSV with columns subject (sub-03, 3 or nyu_id) and elec."""
-    table = read_table(path, ["subject", "elec"], dtype=str)
-    subjects = {}
-    for name, electrode in zip(table["subject"], table["elec"]):
-        if name.isdigit():
-            name = nyu_ids.get(name, f"sub-{int(name):02d}")
-        subjects.setdefault(name, []).append(electrode)
-    return subjects
-
-
 def read_channels(root, subject, raw, space):
     """channels.tsv with a row for every brain channel of a Raw, and its position (m); bad is what
     the table or the file says is bad."""
@@ -435,32 +412,6 @@ def read_positions(root, subject, space):
         problem = f"an electrode {farthest * scale:.2f} m from the origin is in nobody's head"
         raise InputError(f"{path}: {problem}: correct the unit in the sidecar ({unit or 'none'})")
     return table * scale
-
-
-def choose_channels(channels, subject, nyu_ids, config):
-    """(the rows of `channels` that are kept, {reason: what was dropped})."""
-    names = channels["name"]
-    listed = []
-    if config.electrodes.endswith(".csv"):
-        listed = electrode_table(config.electrodes, nyu_ids).get(subject, [])
-        selected = names.isin(listed)
-    else:
-        selected = names.str.match(config.electrodes)
-    good = channels["status"] == "good"
-    kept = channels[selected]
-    if config.bads == "drop":
-        kept = channels[selected & good]
-    if not len(kept):
-        stems = Counter(names[good].str.replace(r"\d+$", "", regex=True))
-        there = ", ".join(f"{stem} ({count})" for stem, count in stems.items())
-        matched = f"{selected.sum()} match, all bad ones (bads=mark keeps them)"
-        problem = f"leaves nothing of {subject}: {matched}; it has {there}"
-        raise InputError(f"electrodes={config.electrodes} {problem}")
-    unknown = [name for name in listed if name not in set(names)]
-    if unknown:
-        print(f"{subject}: in {config.electrodes}, not in the recording: {', '.join(unknown)}")
-    n_bad = int(selected.sum()) - len(kept)
-    return kept, {"bad": n_bad, "not_selected": int((~selected).sum()), "not_in_file": unknown}
 
 
 # ---- recordings
@@ -496,7 +447,7 @@ def signal_blocks(raw, names, path, seconds=30):
         wrong = np.flatnonzero(~np.isfinite(block).all(0))
         if len(wrong):
             span = f"between {start / sfreq:.0f} and {start / sfreq + seconds:.0f} s"
-            cure = "leave it out with electrodes=, or mark it bad in channels.tsv"
+            cure = "mark it bad in channels.tsv"
             name = names[wrong[0]]
             raise InputError(f"{path}: {name} has samples that are no numbers {span}: {cure}")
         yield block
@@ -518,7 +469,9 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
     path = need(root, signal_names(subject, config.signal))
     raw = open_signal(path, root)
     channels = read_channels(root, subject, raw, config.space)
-    kept, dropped = choose_channels(channels, subject, nyu_ids, config)
+    kept = channels[channels["status"] == "good"]
+    if not len(kept):
+        raise InputError(f"{subject}: each of its {len(channels)} electrodes is bad, says {path}")
     events, dropped_words = word_events(words, raw)
     sfreq = float(raw.info["sfreq"])
     rows = np.round(events["onset"] * sfreq) - raw.first_samp
@@ -541,8 +494,9 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
         electrodes_in_file=len(channels),
         located=located,
         bad_electrodes=channels["name"][channels["status"] == "bad"].tolist(),
-        dropped={**dropped, **dropped_words},
+        dropped={"bad": len(channels) - len(kept), **dropped_words},
         events_outside=int((~rows.between(0, raw.n_times - 1)).sum()),
+        bad_spans=clock_spans(raw),
     )
     print(
         f"{subject}: {len(kept)} of {len(channels)} electrodes ({len(made['bad_electrodes'])} bad, "
@@ -572,11 +526,6 @@ def find_tree(folder, kept, config):
         root.mkdir(parents=True, exist_ok=True)
         fetch_missing(root, subjects, config)
     subjects, nyu_ids = subject_ids(root, config.subjects, config.signal)
-    if config.electrodes.endswith(".csv") and not config.subjects:
-        listed = electrode_table(config.electrodes, nyu_ids)
-        subjects = [subject for subject in subjects if subject in listed]
-        if not subjects:
-            raise InputError(f"{config.electrodes} lists electrodes of nobody in {root}")
     return root, [subject for subject in subjects if subject not in kept], nyu_ids
 
 

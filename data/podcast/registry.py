@@ -4,13 +4,20 @@ it is, and what it has registered itself.
     @registry.register_model_constructor("name")    # or without a name: the function's own
     def constructor(model_params): ...
 
-model=my_file.py:name finds it; nothing else is registered.
+model=my_file.py:name finds it (`resolve`); nothing else is registered.
 """
 
+import functools
+import sys
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
+from configurator import load_function
+from data import InputError
 from data.podcast.benchmark_yaml import experiment_config, settings_of, translate
 
 
@@ -27,10 +34,64 @@ def register_model_constructor(name=None):
 register_data_preprocessor = register_config_setter = register_model_constructor
 
 
+def resolve(spec, known, option):
+    """What an option names: one of `known`, or my_file.py:name, which may import its neighbours."""
+    spec = known.get(spec, spec)
+    if not isinstance(spec, str):
+        return spec
+    if ":" not in spec:
+        raise InputError(f"{option}={spec} is none of {', '.join(known)}, and no my_file.py:name")
+    sys.path += [str(Path(spec).resolve().parent), str(Path(__file__).parent)]
+    return load_once(spec, option)
+
+
+load_once = functools.cache(load_function)  # code of a user's file names the run's jobs, once
+
+
 def preprocess_neural_data(data, preprocessor_params):
     """Means of num_average_samples, (words, electrodes, bins); decode.py makes them by itself."""
     step = preprocessor_params.get("num_average_samples", 32)
     return data.reshape(data.shape[0], data.shape[1], -1, step).mean(-1)
+
+
+class UserFunction:
+    """The reader (see data/montage.py's Windows) of preprocess=my_file.py:f.
+
+    f(windows (words, electrodes, samples), preprocessor_params) gives an array whose first
+    dimension is still the words.
+    """
+
+    model_params: dict = {}
+
+    def __init__(self, spec, function, montage, params):
+        self.spec = spec
+        self.function = function
+        self.montage = montage
+        self.description = f"preprocess={spec}, of windows of {len(montage.names)} electrodes"
+        names = pd.Series(montage.names).str.partition(" ")[2].tolist()
+        self.params = {"ch_names": names, "sfreq": montage.sfreq, **params}
+        self.key = files_in([*params.values(), spec.partition(":")[0]])
+
+    def __call__(self, first, width):
+        array = self.function(self.montage.samples(first, width), self.params)
+        array = torch.as_tensor(array).detach().cpu().float().numpy()
+        if array.ndim < 2 or len(array) != first.shape[1] or not np.isfinite(array).all():
+            raise InputError(
+                f"preprocess={self.spec} returned shape {array.shape} for {first.shape[1]} words: "
+                "its first dimension must stay the words, with finite features behind it"
+            )
+        return array
+
+
+def files_in(values):
+    """(path, size, time of change) of every file that values name: a new file, new content."""
+    files = []
+    for value in values:
+        if isinstance(value, str) and value:
+            for file in [Path(value), *sorted(Path(value).rglob("*"))]:
+                if file.is_file():
+                    files.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
+    return files
 
 
 def neural_conv(experiment_config, raws, df_word, word_embeddings):
@@ -41,7 +102,7 @@ def neural_conv(experiment_config, raws, df_word, word_embeddings):
 
 
 def call_setter(setter, config, montage, target):
-    """{option: value} that a config setter, f(config, raws, words, embeddings) -> config, sets.
+    """Let a config setter, f(config, raws, words, embeddings) -> config, set options.
 
     It sees podcast-benchmark's nested config and the recordings as MNE has them; what it leaves
     alone stays as it is.
@@ -51,14 +112,15 @@ def call_setter(setter, config, montage, target):
     raws = []
     for person in montage.people:
         recording = person.recording
-        names = [recording.names[c] for c in person.channels]
+        names = np.array(recording.names)[person.channels].tolist()
         info = mne.create_info(names, recording.sfreq, "ecog")
         signal = recording.signal[:, person.channels].T.astype(float)
         raws.append(mne.io.RawArray(signal, info, recording.first_sample, verbose="error"))
     words = pd.DataFrame({"word": target.labels, "start": target.start})
     experiment = setter(experiment_config(asdict(config)), raws, words, target.values)
     settings = settings_of(experiment, f"config_setter={config.config_setter}")
-    return translate(settings, config.config_setter, defaults=False)
+    for option, value in translate(settings, config.config_setter, defaults=False).items():
+        setattr(config, option, value)
 
 
 PUBLISHED = """\

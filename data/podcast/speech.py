@@ -69,28 +69,40 @@ def as_target(events, values, word):
     events: DataFrame with start (s) and, where they are words, the column `word`.
     """
     values = np.asarray(values)
+    start = events.start.to_numpy(float)
     labels = np.arange(len(events)).astype(str)
     if word in events:
         labels = events[word].to_numpy(str)
     if values.ndim == 2:
-        kind, known = "vectors", np.isfinite(values).all(axis=1) & (labels != "")
+        kind = "vectors"
+        known = np.isfinite(values).all(axis=1) & (labels != "")
     elif values.dtype.kind == "f":
-        kind, known, values = "number", np.isfinite(values), values[:, None]
+        kind = "number"
+        known = np.isfinite(values)
+        values = values[:, None]
     else:
-        kind, known = "classes", ~np.isin(values.astype(str), ["", "nan", "None"])
-    start = events.start.to_numpy(float)
+        kind = "classes"
+        known = ~np.isin(values.astype(str), ["", "nan", "None"])
     timed = np.isfinite(start)
-    target = Target(kind, values, start, labels).only(timed, "without onset")
-    target = target.only(known[timed], "without target")
-    order = np.argsort(target.start, kind="stable")
-    target = replace(target, start=target.start[order], labels=target.labels[order])
-    values = target.values[order]
-    if len(values) == 0:
+    kept = np.flatnonzero(timed & known)
+    if len(kept) == 0:
         raise InputError("no word has an onset and a target: look at task= and embedding=")
-    if kind == "classes":
-        names, values = np.unique(values.astype(str), return_inverse=True)
-        return replace(target, values=values, names=names.tolist())
-    return replace(target, values=values.astype(np.float32))
+    kept = kept[np.argsort(start[kept], kind="stable")]
+    notes = {"without onset": (~timed).sum(), "without target": (timed & ~known).sum()}
+    if kind != "classes":
+        return Target(kind, values[kept].astype(np.float32), start[kept], labels[kept], [], notes)
+    names, values = np.unique(values[kept].astype(str), return_inverse=True)
+    return Target(kind, values, start[kept], labels[kept], names.tolist(), notes)
+
+
+def describe(podcast, montage, target):
+    """What is decoded from what, in a sentence."""
+    left_out = [f"{n} {reason}" for reason, n in target.notes.items() if n]
+    return (
+        f"{podcast.source}: {len(montage.names)} electrodes of {len(montage.people)} people, "
+        f"{len(target.start):,} events at every lag, {len(set(target.labels)):,} types "
+        f"({', '.join(left_out) or 'none'} left out)"
+    )
 
 
 # ---- tasks

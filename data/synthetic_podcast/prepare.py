@@ -175,8 +175,8 @@ def make_audio(table, config):
     levels = np.exp(rng.normal(-2.4, 0.5, len(table)))
     ends = table["end"].fillna(table["onset"] + 0.18)
     for onset, end, level in zip(table["onset"], ends, levels):
-        start, stop = round(onset * SFREQ), min(round(end * SFREQ), len(envelope))
-        envelope[start:stop] += level * np.hanning(stop - start + 2)[1:-1]
+        word = envelope[round(onset * SFREQ) : round(end * SFREQ)]
+        word += level * np.hanning(len(word) + 2)[1:-1]
     times = np.arange(round(seconds * AUDIO_RATE)) / AUDIO_RATE
     amplitude = np.interp(times, np.arange(len(envelope)) / SFREQ, envelope)
     return np.clip(amplitude * rng.normal(size=len(amplitude)), -1, 1), envelope
@@ -338,10 +338,13 @@ def write_subject(root, number, table, z, envelope, config):
     bad = clean[len(clean) // 2] if clean else names[0]  # one that carries nothing, if there is one
     drift = 40 * np.sin(2 * np.pi * 0.37 * np.arange(len(signal)) / SFREQ)
     signal[:, names.index(bad)] = drift + 20 * rng.standard_normal(len(signal))
-    start, stop = 0, len(signal) - round(3.1 * SFREQ)
+    start = 0
     if number == 1:
-        start, stop = round(2.3 * SFREQ), len(signal)
-    volts = (VOLTS * (1 + SWING * signal[start:stop])).T
+        start = round(2.3 * SFREQ)
+        signal = signal[start:]
+    else:
+        signal = signal[: -round(3.1 * SFREQ)]
+    volts = (VOLTS * (1 + SWING * signal)).T
     files = {"desc-highgamma_ieeg": volts}
     if config.broadband:
         files["ieeg"] = broadband(rng, volts)
