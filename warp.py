@@ -157,11 +157,10 @@ def check_dims(config):
     config.dims = sorted(set(config.dims))
     if config.dims[0] < 0 or min(config.learning_rates) <= 0:
         raise InputError("dims must be 0 or more, and learning_rates above 0")
-    if config.common in ("lowest", "highest") and (config.full or config.dims == [0]):
-        return
-    if np.isnan(to_number(config.common)):
-        message = "must be a score (with full=False), lowest or highest"
-        raise InputError(f"common={config.common} {message}")
+    from_full = config.common in ("lowest", "highest") and (config.full or config.dims == [0])
+    if not from_full and np.isnan(to_number(config.common)):
+        wanted = "a score (with full=False), lowest or highest"
+        raise InputError(f"common={config.common} must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -185,13 +184,12 @@ def make_candidates(config):
         layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
         given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
         candidate = Candidate(**given)
-        name = candidate.name
         if candidate.toward not in ("", "teacher", "random"):
-            wrong = f"'{name}' must go toward teacher or random, not '{candidate.toward}'"
+            wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
             raise InputError(f"models: {wrong}")
-        if name in candidates:
-            raise InputError(f"models: two are called '{name}': give each a name")
-        candidates[name] = candidate
+        if candidate.name in candidates:
+            raise InputError(f"models: two are called '{candidate.name}': give each a name")
+        candidates[candidate.name] = candidate
     return candidates
 
 
@@ -230,11 +228,10 @@ class Fastfood:
 
     B = ±1, G is normal, Π a permutation. Within a tensor blocks share H B, and those of a chunk
     Π: with a G of their own they are independent all the same, and one of the two transforms is
-    done once. Four bytes a row are kept, and no more for the way back: all factors are constants.
+    done once. Four bytes a row are kept.
     """
 
     def __init__(self, rows, n, norm, generator, device):
-        self.rows = rows
         scale = norm / (n * rows) ** 0.5  # ||H G Π H e|| = n where the mean of G² is 1
         sign = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
         self.sign = (sign * scale).to(device)
@@ -247,13 +244,29 @@ class Fastfood:
             order = torch.randperm(n, generator=generator)
             self.chunks.append((g.to(device), order.to(device)))
 
-    def __call__(self, z):
-        """P z (rows,); z has the first d <= n coordinates, or more: they are cut."""
+    def forward(self, z, out):
+        """Write P z into out (rows,); z has the first d <= n coordinates, or more: they are cut."""
         n = len(self.sign)
         x = F.pad(z[:n], (0, max(0, n - len(z)))) * self.sign
         x = walsh_hadamard(x[:, None])
-        parts = [walsh_hadamard(x[order] * g).flatten() for g, order in self.chunks]
-        return torch.cat(parts)[: self.rows]
+        start = 0
+        for g, order in self.chunks:
+            part = walsh_hadamard(x[order] * g).flatten()[: len(out) - start]
+            out[start : start + len(part)] = part
+            start += len(part)
+
+    def transpose(self, grad, total):
+        """Add P' grad to total (d,); grad (rows,)."""
+        x = grad.new_zeros(len(self.sign), 1)
+        start = 0
+        for g, order in self.chunks:
+            part = grad[start : start + g.numel()]
+            start += len(part)
+            part = F.pad(part, (0, g.numel() - len(part)))
+            part = walsh_hadamard(part.view(g.shape)).mul_(g).sum(1, keepdim=True)
+            x.index_add_(0, order, part)
+        x = walsh_hadamard(x)[:, 0] * self.sign
+        total[: len(x)] += x[: len(total)]
 
 
 class Dense:
@@ -265,8 +278,50 @@ class Dense:
             column.normal_(generator=generator)
         self.p = (self.p * norm / self.p.norm(dim=1, keepdim=True)).to(device)
 
-    def __call__(self, z):
-        return z @ self.p[: len(z)]
+    def forward(self, z, out):
+        out.copy_(z @ self.p[: len(z)])
+
+    def transpose(self, grad, total):
+        total += self.p[: len(total)] @ grad
+
+
+class Identity:
+    """All parameters, trained directly."""
+
+    def forward(self, z, out):
+        out.copy_(z)
+
+    def transpose(self, grad, total):
+        total += grad
+
+
+class Warp(torch.autograd.Function):
+    """theta0 + P z, bundle by bundle: nothing of size D is kept beside theta itself.
+
+    z (m + 1, d - m), a row for each group of layers and one for the rest -> the warped tensors.
+    Plain operations would do, and take a third more memory: all their parts have to be joined.
+    """
+
+    @staticmethod
+    def forward(ctx, z, wrapper):
+        ctx.wrapper = wrapper
+        ctx.shape = z.shape
+        tensors = []
+        for bundle, P, group in wrapper.parts:
+            sizes = [p.numel() for p in bundle.values()]
+            out = z.new_empty(sum(sizes))
+            P.forward(z[group], out)
+            for p, move in zip(bundle.values(), out.split(sizes)):
+                tensors.append(move.view(p.shape).add_(p.detach()))
+        return tuple(tensors)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        dz = grads[0].new_zeros(ctx.shape)
+        grads = iter(grads)
+        for bundle, P, group in ctx.wrapper.parts:
+            P.transpose(torch.cat([next(grads).flatten() for _ in bundle]), dz[group])
+        return dz, None
 
 
 class FastfoodWrapper(nn.Module):
@@ -290,39 +345,36 @@ class FastfoodWrapper(nn.Module):
     def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are not ours
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.sizes = [p.numel() for p in named.values()]
-        self.D = sum(self.sizes)
+        self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.D = sum(p.numel() for p in self.originals.values())
         self.m = len(layer_groups or [])
-        self.identity = projection == "identity"
         d = self.D if d is None else d
         if d > self.D:
             raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
-        group_of = find_groups(named, layer_groups or [])
-        n = power_of_two(d - self.m)
-        self.parts = []  # of each tensor: (name, original, projection, its group or -1)
-        for name, p in named.items():
-            generator = torch.Generator().manual_seed(key_seed("P", seed, name))
-            size = p.numel()
+        self.parts = []  # of bundles: ({name: original}, projection, number of the group or -1)
+        for bundle, group in make_bundles(self.originals, layer_groups or [], projection):
+            first, *_ = bundle
+            generator = torch.Generator().manual_seed(key_seed("P", seed, first))
+            size = sum(p.numel() for p in bundle.values())
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
-            small = size * n <= CHUNK  # not worth transforms
-            if self.identity:
-                P = nn.Identity()
-            elif projection == "dense" or (projection == "fastfood" and small):
-                P = Dense(size, d - self.m, norm, generator, p.device)
-            elif projection == "fastfood":
-                P = Fastfood(size, n, norm, generator, p.device)
+            device = bundle[first].device
+            if projection == "fastfood":
+                P = Fastfood(size, power_of_two(d - self.m), norm, generator, device)
+            elif projection == "fastfood_tensor":
+                P = Fastfood(size, power_of_two(size), 1.0, generator, device)
+            elif projection == "dense":
+                P = Dense(size, d - self.m, norm, generator, device)
             else:
-                P = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
-            self.parts.append((name, p, P, group_of.get(name, -1)))
-        self.norm = float(nn.utils.get_total_norm(named.values()))  # ||theta0||
+                P = Identity()
+            self.parts.append((bundle, P, group))
+        self.norm = float(nn.utils.get_total_norm(self.originals.values()))  # ||theta0||
         self.start(d)
 
     def start(self, d):
         """Begin anew at theta0, with d dimensions: P's first columns."""
         if d <= self.m:
             raise InputError(f"d={d} must be above the {self.m} scales of layer_groups, part of it")
-        like = self.parts[0][1]
+        like = next(iter(self.originals.values()))
         self.d = d
         self.z = nn.Parameter(torch.zeros(d - self.m, device=like.device, dtype=like.dtype))
         self.scales = nn.Parameter(torch.ones(self.m, device=like.device, dtype=like.dtype))
@@ -331,14 +383,8 @@ class FastfoodWrapper(nn.Module):
     def tensors(self):
         """{name: warped parameter}."""
         scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1: what is in no group
-        z = (scales[:, None] * self.z).unbind()  # lambda_g P z = P lambda_g z
-        if self.identity:
-            z = self.z.split(self.sizes)
-        tensors = {}
-        for number, (name, p, P, group) in enumerate(self.parts):
-            move = P(z[number if self.identity else group])
-            tensors[name] = p.detach() + move.view(p.shape)
-        return tensors
+        z = scales[:, None] * self.z  # lambda_g P z = P lambda_g z
+        return dict(zip(self.originals, Warp.apply(z, self)))
 
     def call(self, tensors, *args, **kwargs):
         """The model's output with these parameters; tied names follow."""
@@ -350,11 +396,28 @@ class FastfoodWrapper(nn.Module):
     @torch.no_grad()
     def merge(self):
         """A plain state_dict of the model with the warp in it."""
-        warped = {}
-        for (_, p, *_), tensor in zip(self.parts, self.tensors().values()):
-            warped[id(p)] = tensor
+        warped = {id(self.originals[name]): tensor for name, tensor in self.tensors().items()}
         state = self.model.state_dict(keep_vars=True)
         return {name: warped.get(id(p), p).detach().clone() for name, p in state.items()}
+
+
+def make_bundles(named, layer_groups, projection):
+    """[({name: parameter}, number of its group or -1)]: tensors that share a projection.
+
+    Neighbours of one group do, up to CHUNK parameters: few transforms instead of many small ones.
+    """
+    most = {"identity": 2**62, "fastfood_tensor": 0}.get(projection, CHUNK)
+    group_of = find_groups(named, layer_groups)
+    bundles = []
+    size = np.inf
+    for name, p in named.items():
+        group = group_of.get(name, -1)
+        size += p.numel()
+        if size > most or group != bundles[-1][1]:
+            bundles.append(({}, group))
+            size = p.numel()
+        bundles[-1][0][name] = p
+    return bundles
 
 
 def find_groups(names, layer_groups):
@@ -1030,20 +1093,19 @@ def list_fits(run, config, study, candidates):
         for head in ("ols", "pls", "ridge"):
             parts.append(bare.assign(objective=head, d=0.0, learning_rate=0.0))
     if config.shuffled and max(config.dims):
-        first = (fits["model"] == next(iter(candidates))) & (fits["seed"] == 0)
-        control = fits[first & (fits["d"] < ALL)].assign(control="shuffled")
+        first, *_ = candidates
+        control = fits[(fits["model"] == first) & (fits["seed"] == 0) & (fits["d"] < ALL)]
+        control = control.assign(control="shuffled")
         n = max(1, (fits["learning_rate"] > 0).sum() // (10 * len(control)))  # a tenth of the run
         for number in range(1, n + 1):
             parts.append(control.assign(shuffle=number, seed=number - 1))
     fits = pd.concat(parts, ignore_index=True)
     at_zero = (fits["measure"] == "score") & (fits[["d", "seed", "shuffle"]] == 0).all(axis=1)
     fits["shuffles"] = np.where(at_zero, config.shuffles, 20)
-    folder = run.out / "fits"
-    folder.mkdir(exist_ok=True)
+    (run.out / "fits").mkdir(exist_ok=True)
     files = []
-    for fit in fits.to_dict("records"):
-        fit["responses"] = study.content
-        files.append(folder / file_name(config, candidates[fit["model"]], fit))
+    for fit in fits.assign(responses=study.content).to_dict("records"):
+        files.append(run.out / "fits" / file_name(config, candidates[fit["model"]], fit))
     return fits.assign(file=files)
 
 
