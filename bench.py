@@ -817,7 +817,7 @@ def fastfood(run):
         (butterfly(gauss * x[order]) / size).backward(grad)
 
     def ours():
-        wrapper.tensors()[0].backward(grad)
+        wrapper.tensors()["p"].backward(grad)
 
     return in_turns(ours, textbook, turns=3)[0]
 

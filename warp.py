@@ -22,10 +22,10 @@ import copy
 import hashlib
 import itertools
 import re
+from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -61,14 +61,15 @@ from data import read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
 
 # options that no single fit depends on: fits are kept when one of them changes
-ANALYSIS = ["models", "dataset", "subject", "seeds", "dims", "full", "learning_rates", "common"]
-ANALYSIS += ["common_share", "reach", "draws", "shuffled", "shuffles", "baselines"]
+ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
+ANALYSIS += " shuffled shuffles baselines"
+ALL = np.inf  # as a number of dimensions: all parameters, trained directly
 PLANTED_UNITS = 64  # of the planted brain: mixtures of
 PLANTED_COMPONENTS = 8  # the first principal components of the teacher's features
 HEAD_RATE = 3e-3  # learning rate of a readout that is trained
 HEAD_STEPS = 500  # before any warp
 CHUNK = 2**18  # parameters that a Fastfood chunk makes: what fits a cache
-
+PARTS = ["train", "val", "test"]
 
 # candidates of the embedded run, on the line through the planted teacher and lm; random weights
 SHORT_NAMES = {
@@ -156,11 +157,10 @@ def check_dims(config):
     config.dims = sorted(set(config.dims))
     if config.dims[0] < 0 or min(config.learning_rates) <= 0:
         raise InputError("dims must be 0 or more, and learning_rates above 0")
-    if config.common in ("lowest", "highest") and (config.full or config.dims == [0]):
-        return
-    if np.isnan(to_number(config.common)):
-        message = "must be a score (with full=False), lowest or highest"
-        raise InputError(f"common={config.common} {message}")
+    from_full = config.common in ("lowest", "highest") and (config.full or config.dims == [0])
+    if not from_full and np.isnan(to_number(config.common)):
+        wanted = "a score (with full=False), lowest or highest"
+        raise InputError(f"common={config.common} must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -173,14 +173,9 @@ class Candidate:
     toward: str = ""  # teacher (of the planted brain) or random (new weights)
     share: float = 1.0  # of the way there; below 0: away from it
 
-    @property
-    def random(self):
-        """Whether its weights are drawn anew for each seed."""
-        return self.toward == "random"
-
 
 def make_candidates(config):
-    """The Candidates that the option `models` lists. Raises InputError."""
+    """{name: Candidate} of what the option `models` lists. Raises InputError."""
     candidates = {}
     for given in config.models:
         if isinstance(given, str):
@@ -189,14 +184,13 @@ def make_candidates(config):
         layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
         given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
         candidate = Candidate(**given)
-        name = candidate.name
         if candidate.toward not in ("", "teacher", "random"):
-            wrong = f"'{name}' must go toward teacher or random, not '{candidate.toward}'"
+            wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
             raise InputError(f"models: {wrong}")
-        if name in candidates:
-            raise InputError(f"models: two are called '{name}': give each a name")
-        candidates[name] = candidate
-    return list(candidates.values())
+        if candidate.name in candidates:
+            raise InputError(f"models: two are called '{candidate.name}': give each a name")
+        candidates[candidate.name] = candidate
+    return candidates
 
 
 # ---- low-dimensional training
@@ -208,7 +202,7 @@ def hadamard(n, device, dtype):
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def walsh_hadamard(x, largest=64):
+def walsh_hadamard(x, most_bits=6):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
     H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
@@ -216,12 +210,10 @@ def walsh_hadamard(x, largest=64):
     """
     n, C = x.shape
     bits = n.bit_length() - 1
-    n_factors = max(1, -(-bits // (largest.bit_length() - 1)))
     before = 1
-    for i in range(n_factors):
-        factor = 2 ** (bits // n_factors + (i < bits % n_factors))
-        h = hadamard(factor, x.device, x.dtype)
-        x = h @ x.reshape(before, factor, -1)
+    for part in np.array_split(np.arange(bits), max(1, -(-bits // most_bits))):
+        factor = 2 ** len(part)
+        x = hadamard(factor, x.device, x.dtype) @ x.reshape(before, factor, -1)
         before *= factor
     return x.reshape(n, C)
 
@@ -240,9 +232,9 @@ class Fastfood:
     """
 
     def __init__(self, rows, n, norm, generator, device):
-        self.n = n
-        self.scale = norm / (n * rows) ** 0.5  # ||H G Π H e|| = n where the mean of G² is 1
-        self.sign = (torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1).to(device)
+        scale = norm / (n * rows) ** 0.5  # ||H G Π H e|| = n where the mean of G² is 1
+        sign = torch.randint(0, 2, (n,), generator=generator) * 2.0 - 1
+        self.sign = (sign * scale).to(device)
         self.chunks = []
         n_blocks = -(-rows // n)
         step = max(1, CHUNK // n)
@@ -250,29 +242,31 @@ class Fastfood:
             g = torch.randn(n, min(step, n_blocks - first), generator=generator)
             g = g / g.square().mean(0).sqrt()
             order = torch.randperm(n, generator=generator)
-            self.chunks.append((first * n, g.to(device), order.to(device)))
+            self.chunks.append((g.to(device), order.to(device)))
 
     def forward(self, z, out):
         """Write P z into out (rows,); z has the first d <= n coordinates, or more: they are cut."""
-        z = z[: self.n]
-        x = z.new_zeros(self.n, 1)
-        x[: len(z), 0] = z * self.sign[: len(z)] * self.scale
-        x = walsh_hadamard(x)
-        for start, g, order in self.chunks:
-            part = walsh_hadamard(x[order] * g).flatten()
-            end = min(start + len(part), len(out))
-            out[start:end] = part[: end - start]
+        n = len(self.sign)
+        x = F.pad(z[:n], (0, max(0, n - len(z)))) * self.sign
+        x = walsh_hadamard(x[:, None])
+        start = 0
+        for g, order in self.chunks:
+            part = walsh_hadamard(x[order] * g).flatten()[: len(out) - start]
+            out[start : start + len(part)] = part
+            start += len(part)
 
     def transpose(self, grad, total):
         """Add P' grad to total (d,); grad (rows,)."""
-        x = grad.new_zeros(self.n, 1)
-        for start, g, order in self.chunks:
+        x = grad.new_zeros(len(self.sign), 1)
+        start = 0
+        for g, order in self.chunks:
             part = grad[start : start + g.numel()]
+            start += len(part)
             part = F.pad(part, (0, g.numel() - len(part)))
             part = walsh_hadamard(part.view(g.shape)).mul_(g).sum(1, keepdim=True)
             x.index_add_(0, order, part)
-        d = min(len(total), self.n)
-        total[:d] += walsh_hadamard(x)[:d, 0] * self.sign[:d] * self.scale
+        x = walsh_hadamard(x)[:, 0] * self.sign
+        total[: len(x)] += x[: len(total)]
 
 
 class Dense:
@@ -292,42 +286,42 @@ class Dense:
 
 
 class Identity:
-    """All parameters, trained directly: a tensor's own stretch of z."""
-
-    def __init__(self, start, rows):
-        self.stretch = slice(start, start + rows)
+    """All parameters, trained directly."""
 
     def forward(self, z, out):
-        out.copy_(z[self.stretch])
+        out.copy_(z)
 
     def transpose(self, grad, total):
-        total[self.stretch] += grad
+        total += grad
 
 
 class Warp(torch.autograd.Function):
-    """theta0 + P z, tensor by tensor: nothing of size D is kept beside theta itself.
+    """theta0 + P z, bundle by bundle: nothing of size D is kept beside theta itself.
 
-    z (m + 1, d - m), a row for each group of layers and one for the rest -> the wrapper's tensors.
+    z (m + 1, d - m), a row for each group of layers and one for the rest -> the warped tensors.
+    Plain operations would do, but have to join their parts: at GPT-2 124M their peak was 3.9 times
+    the weights above plain inference, and bench.py's warp_memory asks for 3.5.
     """
 
     @staticmethod
     def forward(ctx, z, wrapper):
         ctx.wrapper = wrapper
-        ctx.set_materialize_grads(False)
+        ctx.shape = z.shape
         tensors = []
-        for original, projection, group in wrapper.parts:
-            out = z.new_empty(original.numel())
-            projection.forward(z[-1 if group is None else group], out)
-            tensors.append(out.view(original.shape).add_(original.detach()))
+        for bundle, P, group in wrapper.parts:
+            sizes = [p.numel() for p in bundle.values()]
+            out = z.new_empty(sum(sizes))
+            P.forward(z[group], out)
+            for p, move in zip(bundle.values(), out.split(sizes)):
+                tensors.append(move.view(p.shape).add_(p.detach()))
         return tuple(tensors)
 
     @staticmethod
     def backward(ctx, *grads):
-        wrapper = ctx.wrapper
-        dz = wrapper.z.new_zeros(wrapper.m + 1, len(wrapper.z))
-        for grad, (_, projection, group) in zip(grads, wrapper.parts):
-            if grad is not None:
-                projection.transpose(grad.flatten(), dz[-1 if group is None else group])
+        dz = grads[0].new_zeros(ctx.shape)
+        grads = iter(grads)
+        for bundle, P, group in ctx.wrapper.parts:
+            P.transpose(torch.cat([next(grads).flatten() for _ in bundle]), dz[group])
         return dz, None
 
 
@@ -340,70 +334,62 @@ class FastfoodWrapper(nn.Module):
 
     Its own parameters are z (d - m,), from 0, and the m scales, from 1. The model's code is not
     touched: those of its parameters that require a gradient (tied ones once) are fed by
-    functional_call, its buffers and its train/eval mode stay as they are. The model must be on its
-    device already.
+    functional_call; buffers and train/eval mode stay. It must be on its device already.
 
     layer_groups: lists of names of modules or parameters, each with one learned scale, taken out
     of d (Aghajanyan et al. 2020); what is in no list moves with scale 1. projection: fastfood,
     blocks as large as d with columns of norm 1 over all parameters; fastfood_tensor, the published
-    one: a transform as large as each tensor, which crops z for small tensors; dense; identity.
+    one: a transform as large as each tensor, which crops z for small ones; dense; identity.
     Raises InputError for a d that does not fit and for names that are none.
     """
 
     def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
         self.__dict__["model"] = model  # not a submodule: its parameters are not ours
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.names = list(named)
-        self.D = sum(p.numel() for p in named.values())
+        self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.D = sum(p.numel() for p in self.originals.values())
         self.m = len(layer_groups or [])
         d = self.D if d is None else d
         if d > self.D:
             raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
-        group_of = find_groups(self.names, layer_groups or [])
-        n = power_of_two(d - self.m)
-        self.parts = []  # of each tensor: (original, projection, number of its group or None)
-        start = 0
-        for name, p in named.items():
-            generator = torch.Generator().manual_seed(key_seed("P", seed, name))
-            size = p.numel()
+        self.parts = []  # of bundles: ({name: original}, projection, number of the group or -1)
+        for bundle, group in make_bundles(self.originals, layer_groups or [], projection):
+            first, *_ = bundle
+            generator = torch.Generator().manual_seed(key_seed("P", seed, first))
+            size = sum(p.numel() for p in bundle.values())
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
-            small = size * n <= CHUNK  # not worth transforms
-            if projection == "dense" or (projection == "fastfood" and small):
-                P = Dense(size, d - self.m, norm, generator, p.device)
-            elif projection == "fastfood":
-                P = Fastfood(size, n, norm, generator, p.device)
+            device = bundle[first].device
+            if projection == "fastfood":
+                P = Fastfood(size, power_of_two(d - self.m), norm, generator, device)
             elif projection == "fastfood_tensor":
-                P = Fastfood(size, power_of_two(size), 1.0, generator, p.device)
+                P = Fastfood(size, power_of_two(size), 1.0, generator, device)
+            elif projection == "dense":
+                P = Dense(size, d - self.m, norm, generator, device)
             else:
-                P = Identity(start, size)
-            self.parts.append((p, P, group_of.get(name)))
-            start += size
-        self.norm = float(nn.utils.get_total_norm(named.values()))  # ||theta0||
+                P = Identity()
+            self.parts.append((bundle, P, group))
+        self.norm = float(nn.utils.get_total_norm(self.originals.values()))  # ||theta0||
         self.start(d)
 
     def start(self, d):
         """Begin anew at theta0, with d dimensions: P's first columns."""
         if d <= self.m:
-            raise InputError(
-                f"d={d} must be above the {self.m} scales of layer_groups, counted in it"
-            )
-        like = self.parts[0][0]
+            raise InputError(f"d={d} must be above the {self.m} scales of layer_groups, part of it")
+        like = next(iter(self.originals.values()))
         self.d = d
         self.z = nn.Parameter(torch.zeros(d - self.m, device=like.device, dtype=like.dtype))
         self.scales = nn.Parameter(torch.ones(self.m, device=like.device, dtype=like.dtype))
         return self
 
     def tensors(self):
-        """The warped parameters, in the order of self.names."""
-        if not self.m:
-            return Warp.apply(self.z[None], self)
-        scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1 for what is in no group
-        return Warp.apply(scales[:, None] * self.z, self)  # lambda_g P z = P lambda_g z
+        """{name: warped parameter}."""
+        scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1: what is in no group
+        z = scales[:, None] * self.z  # lambda_g P z = P lambda_g z
+        return dict(zip(self.originals, Warp.apply(z, self)))
 
     def call(self, tensors, *args, **kwargs):
         """The model's output with these parameters; tied names follow."""
-        return functional_call(self.model, dict(zip(self.names, tensors)), args, kwargs)
+        return functional_call(self.model, tensors, args, kwargs)
 
     def forward(self, *args, **kwargs):
         return self.call(self.tensors(), *args, **kwargs)
@@ -411,11 +397,28 @@ class FastfoodWrapper(nn.Module):
     @torch.no_grad()
     def merge(self):
         """A plain state_dict of the model with the warp in it."""
-        warped = {}
-        for (original, _, _), tensor in zip(self.parts, self.tensors()):
-            warped[id(original)] = tensor
+        warped = {id(self.originals[name]): tensor for name, tensor in self.tensors().items()}
         state = self.model.state_dict(keep_vars=True)
         return {name: warped.get(id(p), p).detach().clone() for name, p in state.items()}
+
+
+def make_bundles(named, layer_groups, projection):
+    """[({name: parameter}, number of its group or -1)]: tensors that share a projection.
+
+    Neighbours of one group do, up to CHUNK parameters: few transforms instead of many small ones.
+    """
+    most = {"identity": 2**62, "fastfood_tensor": 0}.get(projection, CHUNK)
+    group_of = find_groups(named, layer_groups)
+    bundles = []
+    size = np.inf
+    for name, p in named.items():
+        group = group_of.get(name, -1)
+        size += p.numel()
+        if size > most or group != bundles[-1][1]:
+            bundles.append(({}, group))
+            size = p.numel()
+        bundles[-1][0][name] = p
+    return bundles
 
 
 def find_groups(names, layer_groups):
@@ -425,10 +428,8 @@ def find_groups(names, layer_groups):
         for prefix in prefixes:
             inside = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
             if not inside:
-                tops = sorted({".".join(name.split(".")[:2]) for name in names})
-                raise InputError(
-                    f"layer_groups: nothing is called '{prefix}', only {', '.join(tops)}"
-                )
+                tops = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
+                raise InputError(f"layer_groups: nothing is called '{prefix}', only {tops}")
             for name in inside:
                 if name in group_of:
                     raise InputError(f"layer_groups: '{name}' is in two groups")
@@ -441,43 +442,40 @@ def find_groups(names, layer_groups):
 
 @dataclass
 class Study:
-    """Stimuli with the responses of one brain, and who is compared on them."""
+    """Stimuli with the responses of one brain."""
 
     name: str
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
-    y: np.ndarray  # (n, V) mean responses
-    group: np.ndarray  # (n,) whose members are never split
-    folds: list  # {train, val, test: row numbers} of each
-    meta: dict  # columns of results.csv
-    candidates: list  # of Candidates
-    objective: type  # of Objective
-    ceiling: float = 1.0  # median R2
     pieces: list | None = None  # texts: the end that is the stimulus, behind what is read with it
-    folder: Path | None = None  # of its fits
-    fits: list = field(default_factory=list)
+    y: np.ndarray | None = None  # (n, V) mean responses
+    group: np.ndarray | None = None  # (n,) whose members are never split
+    folds: list | None = None  # {train, val, test: row numbers} of each
+    objective: type | None = None  # of Objective
+    meta: dict = field(default_factory=dict)  # columns of results.csv
+    ceiling: float = 1.0  # median R2
 
     @property
     def tested(self):
         """Rows of the test stimuli, fold after fold."""
         return np.concatenate([fold["test"] for fold in self.folds])
 
+    @property
+    def content(self):
+        """A hash of the responses, without which a fit or a score is not the same."""
+        return hashlib.sha256(self.y.tobytes()).hexdigest()[:8]
+
     def shuffled(self, number):
-        """The study with its responses dealt to other stimuli; number 0: as it is."""
-        return replace(self, y=self.y[shuffle_order(len(self.y), number)])
-
-
-def shuffle_order(n, number):
-    """Permutation of n stimuli: 0 leaves them, 1, 2, ... are shuffles, the same for everybody."""
-    if not number:
-        return np.arange(n)
-    return np.random.default_rng(key_seed("shuffle", number)).permutation(n)
+        """The study with its responses dealt to other stimuli, the same for all; 0: as it is."""
+        if not number:
+            return self
+        rng = np.random.default_rng(key_seed("shuffle", int(number)))
+        return replace(self, y=self.y[rng.permutation(len(self.y))])
 
 
 def read_studies(run, config, name):
     """The Studies of a dataset, one, or one for each person: split and checked."""
-    folder = plant(run, config) if name == "synthetic_brain" else run.dataset(name)
-    data = Encoding(folder)
+    data = Encoding(plant(run, config) if name == "synthetic_brain" else run.dataset(name))
     people = [config.subject]
     if config.subject == "each":
         people = data.units["subject"].unique()
@@ -496,22 +494,14 @@ def read_brain(config, name, data, person):
         )
     units, ceiling = choose_units(config, data, person, folds)
     y = data.mean_responses(units)
+    y = y / (y[folds[0]["train"]].std(0).mean() or 1.0)  # one scale for all units
     regions = sorted(set(data.units["roi"][units]) - {""})
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
-    return Study(
-        name=f"{name} {person}".strip(),
-        kind=data.kind,
-        stimuli=data.inputs(),
-        y=y / (y[folds[0]["train"]].std(0).mean() or 1.0),  # one scale for all units
-        group=group,
-        folds=folds,
-        meta=meta,
-        candidates=make_candidates(config),
-        objective=objective_class(config),
-        ceiling=ceiling,
-        pieces=data.stimuli["piece"].tolist() if "piece" in data.stimuli else None,
-    )
+    pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
+    kind = objective_class(config)
+    name = f"{name} {person}".strip()
+    return Study(name, data.kind, data.inputs(), pieces, y, group, folds, kind, meta, ceiling)
 
 
 def choose_units(config, data, person, folds):
@@ -542,34 +532,29 @@ def make_folds(config, group, split):
 
     A dataset's own split is kept; else groups are dealt by a key of their name.
     """
-    names = sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split"))
-    names = np.array(names)
+    names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
+    n_val = round(config.val_share * len(names))
+    splits = []
     if not (split == "").any() and not config.n_folds:
-        split = split.copy()
+        splits.append(split.copy())
         if not (split == "val").any():
             learned = names[np.isin(names, group[split == "train"])]
             val = learned[: round(config.val_share * len(learned))]
-            split[np.isin(group, val) & (split == "train")] = "val"
-        return [rows_of_parts(split)]
-    tested = [names[: round(config.test_share * len(names))]]
-    if config.n_folds:
-        tested = np.array_split(names, config.n_folds)
-    n_val = round(config.val_share * len(names))
+            splits[0][np.isin(group, val) & (split == "train")] = "val"
+    else:
+        tested = [names[: round(config.test_share * len(names))]]
+        if config.n_folds:
+            tested = np.array_split(names, config.n_folds)
+        end = 0
+        for test in tested:
+            end += len(test)
+            splits.append(np.full(len(group), "train"))
+            splits[-1][np.isin(group, np.roll(names, -end)[:n_val])] = "val"
+            splits[-1][np.isin(group, test)] = "test"
     folds = []
-    end = 0
-    for test in tested:
-        end += len(test)
-        val = np.roll(names, -end)[: len(names) - len(test)][:n_val]
-        split = np.full(len(group), "train")
-        split[np.isin(group, val)] = "val"
-        split[np.isin(group, test)] = "test"
-        folds.append(rows_of_parts(split))
+    for split in splits:
+        folds.append({part: np.flatnonzero(split == part) for part in PARTS})
     return folds
-
-
-def rows_of_parts(split):
-    """{train, val, test: row numbers} of the part (n,) that each row is in."""
-    return {part: np.flatnonzero(split == part) for part in ("train", "val", "test")}
 
 
 def noise_ceiling(y, stimulus):
@@ -593,27 +578,19 @@ def plant(run, config):
     if run.master:
         texts = read_table(source, ["text", "group"], dtype=str)
         teacher = Candidate("teacher", toward="teacher", layers=tuple(config.layers))
-        stimuli = texts["text"].tolist()
-        study = Study("", "text", stimuli, None, None, [], {}, [teacher], None)
-        loaded = load_candidate(run, config, teacher, study, 0)
-        f = read_features(loaded.reader, loaded.inputs, np.arange(len(texts)), config.batch_size)
-        f = f.double().cpu().numpy()
+        study = Study("", "text", texts["text"].tolist())
+        f = load_candidate(run, config, teacher, study, 0).features.double().cpu().numpy()
         u, s, _ = np.linalg.svd(f - f.mean(0), full_matrices=False)
         components = u[:, :PLANTED_COMPONENTS] * s[:PLANTED_COMPONENTS]
         rng = np.random.default_rng(key_seed(config.seed, "brain"))
         signal = components @ rng.standard_normal((components.shape[1], PLANTED_UNITS))
         signal = np.tile(signal / signal.std(0), (config.repeats, 1))
         sd = (config.repeats * (1 - config.planted_ceiling) / config.planted_ceiling) ** 0.5
-        write_encoding(
-            folder,
-            texts[["text", "group"]],
-            signal + sd * rng.standard_normal(signal.shape),
-            pd.DataFrame({"stimulus": np.tile(np.arange(len(texts)), config.repeats)}),
-            modality="planted",
-            species="none",
-            synthetic=True,
-            source=f"mixtures of components of {config.lm}, warped by {config.planted_warp}; noise",
-        )
+        signal += sd * rng.standard_normal(signal.shape)
+        presentations = pd.DataFrame({"stimulus": np.tile(np.arange(len(texts)), config.repeats)})
+        source = f"mixtures of components of {config.lm}, warped by {config.planted_warp}; noise"
+        about = {"modality": "planted", "species": "none", "synthetic": True, "source": source}
+        write_encoding(folder, texts[["text", "group"]], signal, presentations, **about)
     run.barrier()
     return folder
 
@@ -626,7 +603,7 @@ class Loaded:
     """A candidate, ready for its fits."""
 
     reader: nn.Module  # inputs -> features (B, p), or logits
-    inputs: tuple  # tensors with a row for each stimulus
+    inputs: torch.Tensor  # a row for each stimulus
     architecture: str
     features: torch.Tensor | None = None  # (n, p) of all stimuli, before any warp
 
@@ -661,15 +638,18 @@ class TextReader(nn.Module):
             raise InputError(f"layers={','.join(layers)}: {error}") from None
         self.pool = pool
 
-    def forward(self, ids, real, inside):
-        """ids (B, T), real (B, T): no padding, inside (B, T): tokens of the stimulus -> (B, p)."""
-        width = int(real.sum(1).max())  # pads are on the right
-        states = self.lm.states(ids[:, :width], real[:, :width], self.layers)
-        inside = inside[:, :width]
-        return torch.cat([pool_states(states[i], inside, self.pool) for i in self.layers], -1)
+    def forward(self, inputs):
+        """What encode gives, (B, 3, T) -> (B, p)."""
+        width = int(inputs[:, 1].sum(1).max())  # pads are on the right
+        ids, real, inside = inputs[:, :, :width].unbind(1)
+        states = self.lm.states(ids, real.bool(), self.layers)
+        return torch.cat([pool_states(states[i], inside > 0, self.pool) for i in self.layers], -1)
 
     def encode(self, texts, pieces):
-        """ids, real and inside (n, T) of texts, whose ends `pieces` are the stimuli themselves."""
+        """(n, 3, T): ids, 1 where no padding is, 1 in the stimuli themselves, which end the texts.
+
+        pieces: these ends, or None.
+        """
         rows = []
         masks = []
         for text, piece in zip(texts, pieces or texts):
@@ -685,7 +665,8 @@ class TextReader(nn.Module):
                 inside[-1] = True
             masks.append(torch.from_numpy(inside))
         ids, real = self.lm.pad(rows)
-        return ids, real, nn.utils.rnn.pad_sequence(masks, batch_first=True).to(ids.device)
+        inside = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        return torch.stack([ids, real.to(ids), inside.to(ids)], 1)
 
 
 class ModuleReader(nn.Module):
@@ -715,21 +696,6 @@ class ModuleReader(nn.Module):
         return torch.cat(pooled, -1)
 
 
-class WithHead(nn.Module):
-    """Features and a linear map on them, one model."""
-
-    def __init__(self, reader, weight, bias):
-        super().__init__()
-        self.reader = reader
-        self.head = nn.Linear(*weight.shape, device=weight.device)
-        with torch.no_grad():
-            self.head.weight.copy_(weight.T)
-            self.head.bias.copy_(bias)
-
-    def forward(self, *inputs):
-        return self.head(self.reader(*inputs))
-
-
 def load_candidate(run, config, candidate, study, draw):
     """The Loaded candidate for a study's stimuli; draw: of random weights."""
     if study.kind == "text" and ".py:" not in candidate.model:
@@ -739,12 +705,15 @@ def load_candidate(run, config, candidate, study, draw):
     reader = loaded.reader.eval()
     # parameters that no feature depends on, above the layers read, are no part of theta
     reader.requires_grad_(True)
-    reader(*take(loaded.inputs, slice(2))).square().sum().backward()
+    reader(loaded.inputs[:2]).square().sum().backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
     if candidate.toward == "teacher":
         move_toward_teacher(config, reader, candidate.share)
+    bar = run.progress(len(loaded.inputs), desc=f"{candidate.name} reads")
+    rows = np.arange(len(loaded.inputs))
+    loaded.features = read_features(reader, loaded.inputs, rows, config.batch_size, bar)
     return loaded
 
 
@@ -789,7 +758,7 @@ def load_module(run, config, candidate, study, draw):
             raise InputError(f"models: random weights of {candidate.model} are for its constructor")
         blend(model, type(model)(model.config), candidate.share)
     reader = ModuleReader(model, candidate.layers, config.pool).to(run.device)
-    return Loaded(reader, (encode(study.stimuli).to(run.device),), type(model).__name__)
+    return Loaded(reader, encode(study.stimuli).to(run.device), type(model).__name__)
 
 
 @torch.no_grad()
@@ -823,16 +792,15 @@ def split_groups(config, model):
     return list(blocks.values())
 
 
-def take(inputs, rows):
-    """The rows of all tensors that a model is given."""
-    return [t[rows] for t in inputs]
-
-
 @torch.no_grad()
-def read_features(model, inputs, rows, batch_size):
+def read_features(model, inputs, rows, batch_size, bar=None):
     """(n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
-    rows = torch.as_tensor(rows, device=inputs[0].device)
-    return torch.cat([model(*take(inputs, part)) for part in rows.split(batch_size)])
+    features = []
+    for batch in torch.as_tensor(rows, device=inputs.device).split(batch_size):
+        features.append(model(inputs[batch]))
+        if bar is not None:
+            bar.update(len(batch))
+    return torch.cat(features)
 
 
 # ---- objectives: what is trained, and how it is scored
@@ -845,7 +813,7 @@ class Objective:
     stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
-    pairs = False  # whether pairs of stimuli are scored, (n, n), not responses to each
+    pairs = False  # predict and truth are (n, n), stimulus by stimulus, instead of (n, V)
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -859,9 +827,6 @@ class Objective:
 
     def fit(self, f_train, f_val):
         """Whatever is chosen on validation stimuli, at every validation."""
-
-    def refit(self, f, rows):
-        """Whatever is fitted anew to training and validation stimuli, before the test."""
 
     def loss(self, f, rows):
         return F.mse_loss(self.predict(f), self.y[rows])
@@ -877,7 +842,7 @@ class Objective:
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under B weightings of the stimuli, (B, n)."""
+        """(B,) scores under B weightings of the stimuli, (B, n); of pairs, 0 and 1 only."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
@@ -896,44 +861,8 @@ class Objective:
 
     @torch.no_grad()
     def test(self, f_train, f_val, f_test):
-        """What is scored of the test stimuli; a readout is fitted to all others."""
-        self.fit(f_train, f_val)
-        rows = np.concatenate([self.fold["train"], self.fold["val"]])
-        self.refit(torch.cat([f_train, f_val]), rows)
+        """What is scored of the test stimuli."""
         return self.predict(f_test).cpu().numpy().astype(np.float32)
-
-
-class Ridge:
-    """Ridge regression with an intercept on x (n, p): one SVD for all targets and penalties."""
-
-    def __init__(self, x):
-        self.x_mean = x.mean(0)
-        self.u, self.s, self.vt = torch.linalg.svd(x - self.x_mean, full_matrices=False)
-
-    def fit(self, y):
-        """To the targets y (n, V)."""
-        self.y_mean = y.mean(0)
-        self.uty = self.u.T @ y  # u has mean 0: that of y does not matter
-        return self
-
-    def rotated(self, alpha):
-        """Weights of the components (r, V), of one penalty or one for each target (V,)."""
-        s = self.s[:, None]
-        return s / (s**2 + alpha) * self.uty
-
-    def weights(self, alpha):
-        """(p, V)"""
-        return self.vt.T @ self.rotated(alpha)
-
-    def predict(self, x, alpha):
-        x = (x - self.x_mean) @ self.vt.T  # few components first: weights (p, V) may be large
-        return x @ self.rotated(alpha) + self.y_mean
-
-    def choose(self, x, y, alphas):
-        """(V,): the penalty that predicts each target of other stimuli best."""
-        errors = [(self.predict(x, alpha) - y).square().mean(0) for alpha in alphas]
-        best = torch.stack(errors).argmin(0)
-        return torch.tensor(alphas, dtype=x.dtype, device=x.device)[best]
 
 
 class RidgeReadout(Objective):
@@ -946,30 +875,56 @@ class RidgeReadout(Objective):
 
     def __init__(self, config, study, fold, f0):
         super().__init__(config, study, fold, f0)
-        self.mean, self.basis = head_basis(config, f0)
+        self.mean = f0.mean(0)
+        sd = f0.std(0).clamp_min(1e-6)
+        n = config.head_dims
+        if n > min(f0.shape):
+            shape = f"{len(f0)} training stimuli x {f0.size(1)} features"
+            raise InputError(f"head_dims={n}, but {shape} have fewer components")
+        self.basis = torch.diag(1 / sd)
+        if n:
+            components = torch.linalg.svd((f0 - self.mean) / sd, full_matrices=False)[2][:n]
+            self.basis = components.T / sd[:, None]
 
     def project(self, f):
         return (f - self.mean) @ self.basis
 
     @torch.no_grad()
     def fit(self, f_train, f_val):
-        y_train = self.y[self.fold["train"]].double()
-        y_val = self.y[self.fold["val"]].double()
-        ridge = Ridge(self.project(f_train).double()).fit(y_train)
-        self.alpha = ridge.choose(self.project(f_val).double(), y_val, self.config.alphas)
+        x = self.project(f_train).double()
+        y = self.y[self.fold["train"]].double()
+        y_val = self.y[self.fold["val"]].double() - y.mean(0)
+        u, s, vt = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        x_val = (self.project(f_val).double() - x.mean(0)) @ vt.T
+        uty = u.T @ y  # u has mean 0: that of y does not matter
+        errors = []
+        for alpha in self.config.alphas:
+            shrunk = (s / (s**2 + alpha))[:, None] * uty
+            errors.append((x_val @ shrunk - y_val).square().mean(0))
+        alphas = torch.tensor(self.config.alphas, dtype=x.dtype, device=x.device)
+        self.alpha = alphas[torch.stack(errors).argmin(0)]
         self.refit(f_train, self.fold["train"])
 
     @torch.no_grad()
     def refit(self, f, rows):
         x = self.project(f).double()
         y = self.y[rows].double()
-        weights = self.solve(x, y)
+        weights = self.solve(x - x.mean(0), y - y.mean(0))
         self.bias = (y.mean(0) - x.mean(0) @ weights).float()
         self.weights = weights.float()
 
+    def test(self, f_train, f_val, f_test):
+        """The readout is fitted to all other stimuli."""
+        self.fit(f_train, f_val)
+        rows = np.concatenate([self.fold["train"], self.fold["val"]])
+        self.refit(torch.cat([f_train, f_val]), rows)
+        return super().test(f_train, f_val, f_test)
+
     def solve(self, x, y):
-        """Weights (p, V) of y (n, V) on x (n, p)."""
-        return Ridge(x).fit(y).weights(self.alpha)
+        """Weights (p, V) of y (n, V) on x (n, p), whose means are 0."""
+        u, s, vt = torch.linalg.svd(x, full_matrices=False)
+        s = s[:, None]
+        return vt.T @ (s / (s**2 + self.alpha) * (u.T @ y))
 
     def loss(self, f, rows):
         if self.config.exact:
@@ -986,7 +941,7 @@ class OLSReadout(RidgeReadout):
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())
-        return torch.linalg.pinv(x - x.mean(0)) @ (y - y.mean(0))
+        return torch.linalg.pinv(x) @ y
 
 
 class PLSReadout(RidgeReadout):
@@ -1013,8 +968,8 @@ class SGDReadout(RidgeReadout):
             adam.step()
 
     fit = Objective.fit
-    refit = Objective.refit
     loss = Objective.loss
+    test = Objective.test
 
 
 class RSA(Objective):
@@ -1045,7 +1000,12 @@ class RSA(Objective):
     @staticmethod
     def compare(config, x):
         """What pairs of stimuli are to each other, (n, n), from x (n, p)."""
-        return distances(x, config.rdm)
+        if config.rdm == "correlation":
+            x = x - x.mean(1, keepdim=True)
+            x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
+            return 1 - x @ x.T
+        square = x.square().sum(1)
+        return (square[:, None] + square[None, :] - 2 * x @ x.T) / x.size(1)
 
     @staticmethod
     def similarity(a, b):
@@ -1055,16 +1015,28 @@ class RSA(Objective):
 
 
 class CKA(RSA):
-    """One minus the debiased linear CKA of model and brain (Nguyen et al. 2021); no readout."""
+    """One minus the debiased linear CKA of model and brain; no readout.
+
+    Nguyen et al. 2021; Song et al. 2012.
+    """
 
     @staticmethod
     def compare(config, x):
         x = x - x.mean(0)
         return x @ x.T
 
+    @classmethod
+    def similarity(cls, a, b):
+        return cls.hsic(a, b) / (cls.hsic(a, a) * cls.hsic(b, b)).clamp_min(1e-24).sqrt()
+
     @staticmethod
-    def similarity(a, b):
-        return cka(a.double(), b.double())
+    def hsic(a, b):
+        """Unbiased, of Gram matrices a, b (n, n), n >= 4."""
+        n = len(a)
+        a = (a - torch.diag(torch.diagonal(a))).double()
+        b = (b - torch.diag(torch.diagonal(b))).double()
+        shared = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
+        return ((a * b).sum() + shared) / (n * (n - 3))
 
 
 HEADS = {"ridge": RidgeReadout, "ols": OLSReadout, "pls": PLSReadout, "sgd": SGDReadout}
@@ -1074,42 +1046,6 @@ OBJECTIVES = {"linear": RidgeReadout, "linear_first": Objective, "rsa": RSA, "ck
 def objective_class(config):
     """The class of Objective that the options ask for."""
     return HEADS[config.head] if config.objective == "linear" else OBJECTIVES[config.objective]
-
-
-def head_basis(config, f):
-    """(mean, basis (p, p')) that turn features f (n, p) into what a readout sees."""
-    mean = f.mean(0)
-    sd = f.std(0).clamp_min(1e-6)
-    if not config.head_dims:
-        return mean, torch.diag(1 / sd)
-    if config.head_dims > min(f.shape):
-        shape = f"{len(f)} training stimuli x {f.size(1)} features"
-        raise InputError(f"head_dims={config.head_dims}, but {shape} have fewer components")
-    components = torch.linalg.svd((f - mean) / sd, full_matrices=False)[2][: config.head_dims]
-    return mean, components.T / sd[:, None]
-
-
-def cka(k, l):
-    """Debiased linear CKA of Gram matrices k, l (n, n), n >= 4 (Song et al. 2012)."""
-    n = len(k)
-
-    def hsic(a, b):
-        a = a - torch.diag(torch.diagonal(a))
-        b = b - torch.diag(torch.diagonal(b))
-        shared = a.sum() * b.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (a.sum(0) @ b.sum(0))
-        return ((a * b).sum() + shared) / (n * (n - 3))
-
-    return hsic(k, l) / (hsic(k, k) * hsic(l, l)).clamp_min(1e-24).sqrt()
-
-
-def distances(x, kind):
-    """Dissimilarities (n, n) of x (n, p): 1 - correlation, or mean squared difference."""
-    if kind == "correlation":
-        x = x - x.mean(1, keepdim=True)
-        x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        return 1 - x @ x.T
-    square = x.square().sum(1)
-    return (square[:, None] + square[None, :] - 2 * x @ x.T) / x.size(1)
 
 
 def unit_scores(metric, predicted, y, weights):
@@ -1131,192 +1067,141 @@ def unit_scores(metric, predicted, y, weights):
 # ---- fits
 
 
-@dataclass(frozen=True)
-class Fit:
-    """One of the fits of a study; its result is a file."""
+def list_fits(run, config, study, candidates):
+    """DataFrame, a row for each fit of a study, with the file that keeps its arrays.
 
-    candidate: Candidate
-    what: str  # warp, full, shuffles (of d = 0, in closed form), or a baseline: ols, pls, ridge
-    d: int = 0
-    rate: float = 0.0
-    draw: int = 0  # of P, and of random weights
-    fold: int = 0
-    shuffle: int = 0  # of the responses; 0: the true ones
-
-    def file(self, folder, config):
-        """Its file; other weights, or another P, have another one."""
-        key = {**asdict(self.candidate), "stamps": []}
-        for spec in (config.lm, self.candidate.model):
-            for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
-                if path.is_file():
-                    key["stamps"].append((path.name, path.stat().st_mtime_ns))
-        if self.d:  # P has as many columns as a power of two of the largest d
-            key["P"] = power_of_two(max(config.dims))
-        if self.what == "shuffles":
-            key["shuffles"] = config.shuffles
-        numbers = f"{self.d}-{self.rate}-{self.draw}-{self.fold}-{self.shuffle}"
-        name = quote(self.candidate.name, safe="")
-        return folder / f"{name}-{self.what}-{numbers}-{hash_options(key)}.npz"
-
-
-def list_fits(config, study):
-    """Every Fit of a study; those without a P are made once, not for each draw of P."""
-    fits = []
+    measure: score, or baseline (a head on all features, without a warp); d: dimensions, 0 without
+    a warp, ALL for all parameters; seed: draw of P; weights: draw of random weights; shuffle: of
+    the responses, 0 for the true ones; shuffles: of its null.
+    """
+    dims = [*config.dims, ALL] if config.full else config.dims
     folds = range(len(study.folds))
-    for candidate in study.candidates:
-        for draw, fold in itertools.product(range(config.seeds), folds):
-            fits += fits_of_draw(config, candidate, draw, fold, config.full)
-        if study.objective is RidgeReadout and config.dims[0] == 0:
-            fits.append(Fit(candidate, "shuffles"))
-        if config.baselines:
-            for name, fold in itertools.product(("ols", "pls", "ridge"), folds):
-                fits.append(Fit(candidate, name, fold=fold))
+    axes = [candidates, range(config.seeds), folds, dims, config.learning_rates]
+    columns = ["model", "seed", "fold", "d", "learning_rate"]
+    fits = pd.DataFrame(itertools.product(*axes), columns=columns).astype({"d": float})
+    fits = fits.assign(measure="score", objective=config.objective, projection=config.projection)
+    fits = fits.assign(control="none", shuffle=0)
+    fields = pd.DataFrame(list(candidates.values()), index=list(candidates))
+    fits["weights"] = fits["seed"].where(fits["model"].map(fields["toward"]) == "random", 0)
+    fits["layer"] = fits["model"].map(fields["layers"].str.join("+"))
+    fits.loc[fits["d"] == 0, "learning_rate"] = 0.0
+    fits.loc[fits["d"] == ALL, "projection"] = "none"
+    fits.loc[fits["d"].isin([0, ALL]), "seed"] = fits["weights"]  # there is no P
+    fits = fits.drop_duplicates()
+    parts = [fits]
+    if config.baselines:
+        bare = fits.drop_duplicates(["model", "fold"]).assign(measure="baseline", projection="none")
+        for head in ("ols", "pls", "ridge"):
+            parts.append(bare.assign(objective=head, d=0.0, learning_rate=0.0))
     if config.shuffled and max(config.dims):
-        n_steps = sum(fit.rate > 0 for fit in fits)
-        control = []
-        for fold in folds:
-            control += fits_of_draw(config, study.candidates[0], 0, fold, full=False)
-        n_shuffles = max(1, n_steps // (10 * len(control)))  # they cost a tenth of the run
-        for number in range(1, n_shuffles + 1):
-            for fit in control:
-                fits.append(replace(fit, shuffle=number, draw=number - 1))
-    return fits
+        first, *_ = candidates
+        control = fits[(fits["model"] == first) & (fits["seed"] == 0) & (fits["d"] < ALL)]
+        control = control.assign(control="shuffled")
+        n = max(1, (fits["learning_rate"] > 0).sum() // (10 * len(control)))  # a tenth of the run
+        for number in range(1, n + 1):
+            parts.append(control.assign(shuffle=number, seed=number - 1))
+    fits = pd.concat(parts, ignore_index=True)
+    at_zero = (fits["measure"] == "score") & (fits[["d", "seed", "shuffle"]] == 0).all(axis=1)
+    fits["shuffles"] = np.where(at_zero, config.shuffles, 20)
+    (run.out / "fits").mkdir(exist_ok=True)
+    files = []
+    for fit in fits.assign(responses=study.content).to_dict("records"):
+        files.append(run.out / "fits" / file_name(config, candidates[fit["model"]], fit))
+    return fits.assign(file=files)
 
 
-def fits_of_draw(config, candidate, draw, fold, full):
-    """The Fits of one draw and fold."""
-    fits = []
-    first = draw == 0 or candidate.random
-    if first and config.dims[0] == 0:
-        fits.append(Fit(candidate, "warp", 0, 0.0, draw, fold))
-    for d, rate in itertools.product(config.dims, config.learning_rates):
-        if d:
-            fits.append(Fit(candidate, "warp", d, rate, draw, fold))
-    for rate in config.learning_rates:
-        if full and first:
-            fits.append(Fit(candidate, "full", 0, rate, draw, fold))
-    return fits
-
-
-def run_fits(run, config, studies, load):
-    """Run the Fits that have no file yet; the studies share their stimuli."""
-    jobs = []
-    for study in studies:
-        jobs += itertools.product([study], study.fits)
-    jobs.sort(key=weights_of)
-    todo = []
-    n_trained = 0
-    for study, fit in run.share(jobs):
-        if not fit.file(study.folder, config).exists():
-            todo.append((study, fit))
-            n_trained += fit.rate > 0
-    first = studies[0]
-    n_train = len(first.folds[0]["train"])
-    run.print(
-        f"{first.meta['dataset']}: {len(first.stimuli):,} stimuli, {len(todo):,} fits to do here, "
-        f"{n_trained:,} with {config.steps} steps; the bar counts stimuli that models read"
-    )
-    passes = config.steps + config.steps // config.eval_interval + 3  # validations and the test
-    n_read = len(set(map(weights_of, todo))) * len(first.stimuli)
-    bar = run.progress(n_read + n_trained * passes * n_train, desc=first.meta["dataset"])
-    for weights, group in itertools.groupby(todo, weights_of):
-        group = list(group)
-        study, fit = group[0]
-        loaded = load(run, config, fit.candidate, study, weights[1])
-        loaded.reader.register_forward_hook(partial(move_bar, bar))
-        rows = np.arange(len(study.stimuli))
-        loaded.features = read_features(loaded.reader, loaded.inputs, rows, config.batch_size)
-        for study, fit in group:
-            arrays = run_fit(run, config, study.shuffled(fit.shuffle), fit, loaded)
-            with aside(fit.file(study.folder, config)) as file:
-                np.savez(file, architecture=loaded.architecture, **arrays)
-    bar.close()
-
-
-def weights_of(job):
-    """(name of the candidate, draw of its random weights): what a (Study, Fit) has to load."""
-    fit = job[1]
-    return fit.candidate.name, fit.draw if fit.candidate.random else 0
-
-
-def move_bar(bar, module, inputs, output):
-    """A forward hook: the progress bar counts the stimuli that pass through a model."""
-    bar.update(len(output))
+def file_name(config, candidate, fit):
+    """Name of a fit's file, with a hash of whatever can change its arrays."""
+    key = asdict(config)
+    for option in ANALYSIS.split():
+        key.pop(option, None)
+    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": []}
+    for spec in (config.lm, candidate.model):
+        for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
+            if path.is_file():
+                key["stamps"].append((path.name, path.stat().st_mtime_ns))
+    if 0 < fit["d"] < ALL:  # P has as many columns as a power of two of the largest d
+        key["P"] = power_of_two(max(config.dims))
+    return f"{quote(candidate.name, safe='')}-{fit['d']:g}-{hash_options(key)}.npz"
 
 
 def run_fit(run, config, study, fit, loaded):
-    """The arrays of one Fit: evidence of the test stimuli, validation, step, curve, D."""
-    if fit.what == "shuffles":
-        numbers = range(1, config.shuffles + 1)
-        return {"scores": linear_scores(config, study, loaded.features, numbers)}
+    """The arrays of one fit, a row of list_fits: what train returns, and the null of d = 0."""
+    study = study.shuffled(fit.shuffle)
     fold = study.folds[fit.fold]
-    if fit.what in HEADS:
-        config = replace(config, head_dims=0)
-        return fit_readout(config, study, fold, loaded, HEADS[fit.what])[1]
     reader = loaded.reader
-    if config.objective == "linear_first":
-        head, _ = fit_readout(config, study, fold, loaded, HEADS[config.head])
-        weight = head.basis @ head.weights.detach()
-        reader = WithHead(reader, weight, head.bias.detach() - head.mean @ weight).eval()
-    elif fit.what == "warp" and fit.d == 0:
-        return fit_readout(config, study, fold, loaded, study.objective)[1]
-    objective = study.objective(config, study, fold, loaded.features[fold["train"]])
-    if fit.what == "full":
+    f = loaded.features
+    kind = study.objective
+    if fit.measure == "baseline":
+        config = replace(config, head_dims=0)
+        kind = HEADS[fit.objective]
+    elif config.objective == "linear_first":
+        head = fit_head(config, study, fold, f)
+        reader = nn.Sequential(OrderedDict(reader=reader, head=head)).eval()
+        f = head(f).detach()
+    objective = kind(config, study, fold, f[fold["train"]])
+    if fit.d == 0:
+        f_train, f_val, f_test = take_parts(f, fold)
+        best = objective.validate(f_train, f_val)
+        arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
+        arrays["evidence"] = objective.test(f_train, f_val, f_test)
+        if kind is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
+            arrays["null"] = null_scores(config, study, loaded.features, fit.shuffles)
+        return arrays
+    if fit.d == ALL:
         wrapper = FastfoodWrapper(reader, projection="identity")
-    elif fit.d == 0:
-        wrapper = FastfoodWrapper(reader, 1)
     else:
         groups = split_groups(config, reader)
-        P_seed = (config.seed, fit.draw)
+        P_seed = (config.seed, fit.seed)
         wrapper = FastfoodWrapper(reader, max(config.dims), groups, config.projection, P_seed)
-        wrapper.start(fit.d)
-    arrays = train(config, wrapper, objective, loaded.inputs, fit.rate, fit.draw)
+        wrapper.start(int(fit.d))
+    arrays = train(config, wrapper, objective, loaded.inputs, fit.learning_rate, fit.seed)
     if arrays["diverged"]:
         run.print(
-            f"{fit.candidate.name}, d = {fit.d or 'all'}: learning rate {fit.rate} diverged, step "
+            f"{fit.model}, d = {fit.d:g}: learning rate {fit.learning_rate} diverged, step "
             f"{arrays['diverged']}; its best step before counts"
         )
     return {**arrays, "D": wrapper.D}
 
 
-def fit_readout(config, study, fold, loaded, kind):
-    """(Objective of a kind, arrays) without a warp, from the features that were read already."""
-    f = loaded.features
-    objective = kind(config, study, fold, f[fold["train"]])
-    parts = [f[rows] for rows in (fold["train"], fold["val"], fold["test"])]
-    best = objective.validate(*parts[:2])
-    arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
-    return objective, {**arrays, "evidence": objective.test(*parts)}
+def fit_head(config, study, fold, f):
+    """The option head's linear map from features to responses, fitted to training stimuli."""
+    readout = HEADS[config.head](config, study, fold, f[fold["train"]])
+    readout.fit(f[fold["train"]], f[fold["val"]])
+    weight = readout.basis @ readout.weights.detach()
+    head = nn.Linear(*weight.shape, device=weight.device)
+    bias = readout.bias.detach() - readout.mean @ weight
+    head.load_state_dict({"weight": weight.T, "bias": bias})
+    return head
 
 
 def train(config, wrapper, objective, inputs, rate, draw):
     """Fit z, the scales and a readout by Adam; the step that is best on validation stimuli counts.
 
-    rate: of a step, a share of ||theta0||; 0: no step is taken. Returns {evidence: of the test
-    stimuli, validation: the best score, step, curve: (step, loss, best), diverged: 0 or the step
-    at which the loss was no number}.
+    rate: of a step, a share of ||theta0||. Returns {evidence: of the test stimuli, validation: the
+    best score, step, curve: (step, loss, best), diverged: 0 or the step at which the loss was no
+    number}.
     """
     params = [wrapper.z, wrapper.scales, *objective.parameters]
     rates = [rate * wrapper.norm / len(wrapper.z) ** 0.5, rate]
     rates += [HEAD_RATE] * len(objective.parameters)
     groups = [{"params": [p], "lr": lr} for p, lr in zip(params, rates)]
     adam = torch.optim.Adam(groups, eps=1e-12)
-    steps = config.steps if rate else 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=config.steps))
     batches = draw_batches(config, objective.fold["train"], draw)
     best = {"validation": -np.inf, "step": 0, "diverged": 0}
     best_params = copy.deepcopy(params)
     loss = np.nan
     curve = []
-    for step in range(steps + 1):
-        if step % config.eval_interval == 0 or step == steps:
+    for step in range(config.steps + 1):
+        if step % config.eval_interval == 0 or step == config.steps:
             f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val"))
             score = objective.validate(*f)
             if score > best["validation"]:
                 best |= {"validation": score, "step": step}
                 best_params = copy.deepcopy(params)
             curve.append((step, loss, best["validation"]))
-        if step == steps:
+        if step == config.steps:
             break
         adam.zero_grad()
         loss = gradients(config, wrapper, objective, inputs, next(batches))
@@ -1328,25 +1213,25 @@ def train(config, wrapper, objective, inputs, rate, draw):
     with torch.no_grad():
         for p, value in zip(params, best_params):
             p.copy_(value)
-    f = warped_features(config, wrapper, inputs, objective.fold, ("train", "val", "test"))
+    f = warped_features(config, wrapper, inputs, objective.fold, PARTS)
     return {**best, "curve": np.array(curve), "evidence": objective.test(*f)}
 
 
 def pace(step, steps):
     """Share of the learning rate: up over a tenth of the steps, then down along a cosine."""
     warm = min(1, (step + 1) / max(0.1 * steps, 1))
-    return warm * 0.5 * (1 + np.cos(np.pi * step / max(steps, 1)))
+    return warm * 0.5 * (1 + np.cos(np.pi * step / steps))
 
 
 def draw_batches(config, rows, draw):
     """Rows of training stimuli for each step: all, or batches in which no stimulus is twice."""
     rows = torch.as_tensor(rows)
-    size = len(rows) if config.exact else min(config.batch_size, len(rows))
+    size = min(config.batch_size, len(rows))
     generator = torch.Generator().manual_seed(key_seed(config.seed, "batches", draw))
+    while config.exact or size == len(rows):
+        yield rows
     while True:
-        order = torch.arange(size)
-        if size < len(rows):
-            order = torch.randperm(len(rows), generator=generator)
+        order = torch.randperm(len(rows), generator=generator)
         for batch in order[: len(rows) // size * size].split(size):
             yield rows[batch]
 
@@ -1357,12 +1242,12 @@ def gradients(config, wrapper, objective, inputs, rows):
     Where they are more than a batch, the model is run again, batch by batch, on the way back: exact
     for any loss of all features, in the memory of one batch.
     """
-    batches = rows.to(inputs[0].device).split(config.batch_size)
+    batches = rows.to(inputs.device).split(config.batch_size)
     call = wrapper.call
     if len(batches) > 1:
         call = partial(checkpoint, wrapper.call, use_reentrant=False)
     tensors = wrapper.tensors()
-    f = torch.cat([call(tensors, *take(inputs, batch)) for batch in batches])
+    f = torch.cat([call(tensors, inputs[batch]) for batch in batches])
     if not f.isfinite().all():
         return np.nan
     loss = objective.loss(f, rows.numpy())
@@ -1377,35 +1262,30 @@ def warped_features(config, wrapper, inputs, fold, parts):
     return [read_features(model, inputs, fold[part], config.batch_size) for part in parts]
 
 
-def linear_scores(config, study, f, numbers):
-    """(N,) scores at d = 0 with the responses dealt to other stimuli by shuffles of these numbers.
+def null_scores(config, study, f, number):
+    """(number,) scores at d = 0 with the responses dealt to other stimuli, fitted anew.
 
-    Shuffles are further units: one SVD a fold is enough, and penalties are chosen for each.
+    Shuffled responses stand beside one another, as further units: one SVD serves many.
     """
-    y = study.y.astype(np.float32)
-    ridges = []
-    for fold in study.folds:
-        mean, basis = head_basis(config, f[fold["train"]])
-        x = ((f - mean) @ basis).cpu()
-        others = np.concatenate([fold["train"], fold["val"]])
-        ridges.append((x, fold, others, Ridge(x[fold["train"]]), Ridge(x[others])))
-    orders = np.array([shuffle_order(len(y), number) for number in numbers])
     scores = []
-    n_chunks = -(-y.size * len(orders) // 2**20)  # each fits a cache
-    for chunk in np.array_split(orders, n_chunks):
-        shuffled = torch.from_numpy(y[chunk].transpose(1, 0, 2).reshape(len(y), -1))
+    n_chunks = -(-study.y.size * number // 2**20)  # each fits a cache
+    for numbers in np.array_split(range(1, number + 1), n_chunks):
+        y = np.concatenate([study.shuffled(i).y for i in numbers], axis=1)
         predicted = []
         truth = []
-        for x, fold, others, ridge, refitted in ridges:
-            ridge.fit(shuffled[fold["train"]])
-            alpha = ridge.choose(x[fold["val"]], shuffled[fold["val"]], config.alphas)
-            refitted.fit(shuffled[others])
-            predicted.append(refitted.predict(x[fold["test"]], alpha).numpy())
-            truth.append(shuffled[fold["test"]].numpy())
+        for fold in study.folds:
+            readout = RidgeReadout(config, replace(study, y=y), fold, f[fold["train"]])
+            predicted.append(readout.test(*take_parts(f, fold)))
+            truth.append(y[fold["test"]])
         equal = np.ones((1, len(study.tested)))
         units = unit_scores(config.metric, join_folds(predicted), join_folds(truth), equal)
-        scores.append(np.median(units.reshape(len(chunk), -1), axis=1))
+        scores.append(np.median(units.reshape(len(numbers), -1), axis=1))
     return np.concatenate(scores)
+
+
+def take_parts(f, fold):
+    """Features of the training, validation and test stimuli."""
+    return [f[fold[part]] for part in PARTS]
 
 
 def join_folds(parts):
@@ -1422,41 +1302,50 @@ def join_folds(parts):
 # ---- evaluate
 
 
-def assemble(config, study, fits):
-    """The arrays of one model at one d, with `predicted` and `truth` of all folds.
+# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
+# goes into the results
+CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
+COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
+COLUMNS += ["learning_rate", "validation", "step"]
 
-    The fits differ in learning rate, which validation chooses, and in fold.
+
+def read_cell(config, study, objective, fits):
+    """(the first fold's fit, predictions, truth) of the test stimuli of all folds.
+
+    fits: of one cell; validation chooses the learning rate in each fold.
     """
-    kind = study.objective
-    study = study.shuffled(fits[0].shuffle)
+    study = study.shuffled(fits["shuffle"].iloc[0])
+    chosen = []
     predicted = []
     truth = []
-    for number, fold in enumerate(study.folds):
-        tried = []
-        for fit in fits:
-            if fit.fold == number:
-                with np.load(fit.file(study.folder, config)) as file:
-                    tried.append({**file, "rate": fit.rate})
-        best = max(tried, key=itemgetter("validation"))
-        predicted.append(best["evidence"])
-        truth.append(kind.truth(config, study, fold["test"]))
-    return {**best, "predicted": join_folds(predicted), "truth": join_folds(truth)}
+    for number, tried in fits.groupby("fold"):
+        kept = tried["file"].map(np.load).tolist()
+        validation = [arrays["validation"] for arrays in kept]
+        best = np.argmax(np.nan_to_num(validation, nan=-np.inf))
+        chosen.append({**tried.iloc[best], **kept[best]})
+        predicted.append(chosen[-1].pop("evidence"))
+        truth.append(objective.truth(config, study, study.folds[number]["test"]))
+    return chosen[0], join_folds(predicted), join_folds(truth)
 
 
-def resample(config, study):
-    """(draws, n) weightings of the test stimuli: groups with replacement.
+def resample(config, study, objective, predicted, truth):
+    """(draws,) scores of resampled test stimuli, a group at a time.
 
-    For pairs (a stimulus beside itself is no pair) half of the groups, which varies as much.
+    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
+    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean as
+    far as those of all groups are, then moved to the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
-    n_groups = len(names)
-    if study.objective.pairs:
-        half = np.arange(n_groups) < max(n_groups // 2, min(n_groups, 6))
-        chosen = rng.permuted(np.tile(half, (config.draws, 1)), axis=1)
-    else:
-        chosen = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), config.draws)
-    return chosen[:, number].astype(float)
+    n = len(names)
+    if not objective.pairs:
+        weights = rng.multinomial(n, np.full(n, 1 / n), config.draws)[:, number]
+        return objective.score(config, predicted, truth, weights.astype(float))
+    n_kept = max(n // 2, min(n - 1, 6))
+    kept = rng.permuted(np.tile(np.arange(n) < n_kept, (config.draws, 1)), axis=1)[:, number]
+    scores = objective.score(config, predicted, truth, kept.astype(float))
+    spread = (scores - scores.mean()) * (n_kept / (n - n_kept)) ** 0.5
+    return objective.score_all(config, predicted, truth) + spread
 
 
 def interval(draws):
@@ -1464,187 +1353,70 @@ def interval(draws):
     return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
-def in_words(score, low, high):
-    """A score with its interval."""
-    return f"{score:.3f} [{low:.3f}, {high:.3f}]"
+def p_value(score, null):
+    """Share of the scores without knowledge that are as high, the score itself counted."""
+    return (1 + (null >= score).sum()) / (1 + len(null))
 
 
-def null_scores(config, study, fit, cell):
-    """Scores without knowledge: refitted to shuffled responses where that is ridge at d = 0.
-
-    Elsewhere predictions are shuffled instead: `shuffles` times at d = 0, 20 times at any other d.
-    """
-    shuffles = Fit(fit.candidate, "shuffles")
-    at_zero = fit == replace(fit, what="warp", d=0, draw=0, shuffle=0)
-    if at_zero and shuffles in study.fits:
-        with np.load(shuffles.file(study.folder, config)) as file:
-            return file["scores"]
-    rng = np.random.default_rng(key_seed(config.seed, "chance"))
-    scores = []
-    for _ in range(config.shuffles if at_zero else 20):
-        order = rng.permutation(len(cell["truth"]))
-        shuffled = cell["predicted"][order]
-        if study.objective.pairs:
-            shuffled = shuffled[:, order]
-        scores.append(study.objective.score_all(config, shuffled, cell["truth"]))
-    return np.array(scores)
-
-
-@dataclass
-class Scored:
-    """What one model scores at one d, in one draw."""
-
-    score: float
-    draws: np.ndarray  # (B,) bootstrap over test stimuli
-    null: np.ndarray  # (N,) scores without knowledge
-    steps: np.ndarray  # training curve
-
-    def p(self):
-        return (1 + (self.null >= self.score).sum()) / (1 + len(self.null))
-
-
-def score_fits(run, config, study, fits, weights):
-    """Scored, of one model at one d and in one draw; and its row of results."""
-    fit = fits[0]
-    cell = assemble(config, study, fits)
-    predicted = cell["predicted"]
-    truth = cell["truth"]
-    scored = Scored(
-        score=study.objective.score_all(config, predicted, truth),
-        draws=study.objective.score(config, predicted, truth, weights),
-        null=null_scores(config, study, fit, cell),
-        steps=cell["curve"],
-    )
-    D = int(cell.get("D", 0))
-    ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
-    baseline = fit.what in HEADS
-    run.result(
-        scored.score,
-        scored.null.mean(),
-        *interval(scored.draws),
-        len(truth),
-        p=scored.p(),
-        measure="baseline" if baseline else "score",
-        model=fit.candidate.name,
-        architecture=str(cell["architecture"]),
-        layer="+".join(fit.candidate.layers),
-        **study.meta,
-        objective=fit.what if baseline else config.objective,
-        projection=config.projection if fit.what == "warp" else "none",
-        control="shuffled" if fit.shuffle else "none",
-        d=D if fit.what == "full" else fit.d,
-        D=D,
-        seed=fit.draw,
-        ceiling=ceiling,
-        normalised=scored.score / ceiling,
-        validation=float(cell["validation"]),
-        learning_rate=cell["rate"],
-        step=int(cell["step"]),
-    )
-    return scored
-
-
-def report_people(run, people):
-    """Mean over people of the scores at d = 0: rows of results and of the table.
-
-    people: the Curves of each. p: of the mean, under the same shuffles of stimuli for all; p
-    over people: of a t-test of what each person's score has above its own null.
-    """
+def score_fits(run, config, study, fits):
+    """DataFrame, a row for each model at one d and in one draw; and these rows of results."""
     rows = []
-    for curves in zip(*people):  # of one model
-        name = curves[0].name
-        zeros = pd.DataFrame([vars(curve.first[0]) for curve in curves])
-        scores = zeros["score"].to_numpy()
-        nulls = np.stack(zeros["null"])  # (people, shuffles)
-        mean = Scored(scores.mean(), scores, nulls.mean(0), None)
-        test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
-        low, high = np.array(test.confidence_interval()) + nulls.mean()
-        columns = {"measure": "score", "model": name, "subject": "mean", "d": 0, "control": "none"}
-        columns["dataset"] = curves[0].meta["dataset"]
-        columns |= {"p": mean.p(), "p_people": test.pvalue}
-        run.result(mean.score, nulls.mean(), low, high, len(people), **columns)
-        row = {"dataset": columns["dataset"], "person": f"mean of {len(people)}", "model": name}
-        row["score at 0"] = in_words(mean.score, low, high)
-        row |= {"null": f"{nulls.mean():.3f}", "p": f"{mean.p():.2g}"}
-        row["p over people"] = f"{test.pvalue:.2g}"
-        p = (1 + (scores <= nulls.T).sum(0)) / (1 + nulls.shape[1])
-        row["p < .05"] = str((p < 0.05).sum())
-        rows.append(row)
-    return rows
+    for (_, measure, *_), cell in fits.groupby(CELL, sort=False):
+        objective = Objective if measure == "baseline" else study.objective
+        fit, predicted, truth = read_cell(config, study, objective, cell)
+        score = objective.score_all(config, predicted, truth)
+        draws = resample(config, study, objective, predicted, truth)
+        null = fit.get("null", [])
+        rng = np.random.default_rng(key_seed(config.seed, "chance"))
+        while len(null) < fit["shuffles"]:  # predictions dealt to other stimuli
+            order = rng.permutation(len(truth))
+            dealt = predicted[order][:, order] if objective.pairs else predicted[order]
+            null.append(objective.score_all(config, dealt, truth))
+        null = np.array(null)
+        D = int(fit.get("D", 0))
+        ceiling = np.nan  # it bounds r and R2, not how alike pairs are
+        if not objective.pairs:
+            ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
+        columns = {key: fit[key] for key in COLUMNS} | study.meta
+        columns |= {"architecture": str(fit["architecture"]), "p": p_value(score, null), "D": D}
+        columns |= {"d": D if fit["d"] == ALL else int(fit["d"])}
+        columns |= {"ceiling": ceiling, "normalised": score / ceiling}
+        run.result(score, null.mean(), *interval(draws), len(truth), **columns)
+        rows.append({**fit, "score": score, "draws": draws, "null": null})
+    return pd.DataFrame(rows)
 
 
 @dataclass
 class Curve:
     """Scores of one candidate over d, and what they say."""
 
-    name: str
+    model: str
     control: str  # none or shuffled
-    meta: dict  # of the study
-    points: np.ndarray  # (seeds, dims)
-    boot: np.ndarray  # (B, dims), over seeds and test stimuli
-    first: dict  # {d or all: Scored} of the first draw
-    full: float = np.nan  # score of all parameters
-    full_boot: np.ndarray | None = None  # (B,)
-    d_warp: dict = field(default_factory=dict)  # {absolute, relative: (value, draws (B,))}
+    points: pd.DataFrame  # scores (draws of P, d)
+    scores: pd.DataFrame  # (1 + B, d): their mean, then resampled over draws and test stimuli
+    d_warp: dict = field(default_factory=dict)  # {absolute, relative: (1 + B,)}, likewise
     level: float = np.nan  # of the absolute one
-    row: dict = field(default_factory=dict)  # of the table
 
     @property
-    def mean(self):
-        return self.points.mean(0)
+    def name(self):
+        return self.model if self.control == "none" else f"{self.model} ({self.control} responses)"
 
 
-def read_curves(run, config, study, weights):
+def make_curves(config, scores):
     """The Curves of all candidates, and of the first one on shuffled responses."""
-    groups = {}
-    for fit in study.fits:
-        if fit.what in ("warp", "full"):
-            d = "all" if fit.what == "full" else fit.d
-            cells = groups.setdefault((fit.candidate, fit.shuffle > 0), {})
-            cells.setdefault((fit.draw, d), []).append(fit)
     curves = []
-    for (candidate, shuffled), cells in groups.items():
-        scored = {}
-        for (_, d), fits in cells.items():
-            draw = score_fits(run, config, study, fits, weights)
-            scored.setdefault(d, []).append(draw)
-        curve = make_curve(config, candidate.name, study.meta, scored)
-        if shuffled:
-            curve.name += " (shuffled responses)"
-            curve.control = "shuffled"
-        curve.row = {"dataset": study.meta["dataset"], "person": study.meta["subject"]}
-        curve.row["model"] = curve.name
-        if 0 in curve.first:
-            zero = curve.first[0]
-            curve.row["score at 0"] = in_words(zero.score, *interval(zero.draws))
-            curve.row |= {"null": f"{zero.null.mean():.3f}", "p": f"{zero.p():.2g}"}
-        curves.append(curve)
+    scores = scores[scores["measure"] == "score"]
+    for key, rows in scores.groupby(["model", "control"], sort=False):
+        points = rows.pivot(index="seed", columns="d", values="score").ffill()  # one if without P
+        draws = rows.pivot(index="seed", columns="d", values="draws").ffill()
+        rng = np.random.default_rng(key_seed(config.seed, "seeds"))
+        chosen = rng.integers(0, len(points), (config.draws, len(points)))
+        resampled = {}
+        for d in points:
+            values = np.take_along_axis(np.stack(draws[d], axis=1), chosen, axis=1).mean(1)
+            resampled[d] = np.append(points[d].mean(), values)
+        curves.append(Curve(*key, points, pd.DataFrame(resampled)))
     return curves
-
-
-def make_curve(config, name, meta, scored):
-    """The Curve of {d or all: Scored of each draw, or of the only one where there is no P}."""
-    n_draws = max(map(len, scored.values()))
-    rng = np.random.default_rng(key_seed(config.seed, "seeds"))
-    chosen = rng.integers(0, n_draws, (config.draws, n_draws))
-    points = {}
-    boots = {}
-    first = {}
-    for d, draws in scored.items():
-        first[d] = draws[0]
-        if len(draws) == 1:
-            draws = draws * n_draws
-        points[d] = [draw.score for draw in draws]
-        resampled = np.array([draw.draws for draw in draws]).T  # (B, draws)
-        boots[d] = np.take_along_axis(resampled, chosen, axis=1).mean(1)
-    boots = pd.DataFrame(boots)
-    points = pd.DataFrame(points)
-    dims = config.dims
-    curve = Curve(name, "none", meta, points[dims].to_numpy(), boots[dims].to_numpy(), first)
-    if "all" in points:
-        curve.full = points["all"].mean()
-        curve.full_boot = boots["all"].to_numpy()
-    return curve
 
 
 def crossing(dims, scores, level):
@@ -1664,66 +1436,85 @@ def measure_d_warp(config, curves):
 
     In every bootstrap draw the level is measured again.
     """
-    B = len(curves[0].boot)
+    common = np.full(len(curves[0].scores), to_number(config.common))
     if config.common in ("lowest", "highest"):
-        pick = min if config.common == "lowest" else max
-        model = pick([c for c in curves if c.full_boot is not None], key=attrgetter("full"))
-        common = config.common_share * np.append(model.full, model.full_boot)
-    else:
-        common = np.full(1 + B, float(config.common))
+        full = pd.DataFrame({c.name: c.scores[ALL] for c in curves if ALL in c.scores})
+        model = full.loc[0].idxmin() if config.common == "lowest" else full.loc[0].idxmax()
+        common = config.common_share * full[model].to_numpy()
     for curve in curves:
-        scores = np.vstack([curve.mean, curve.boot])  # the first row is no draw
-        curve.level = common[0]
+        scores = curve.scores[config.dims].to_numpy()
         levels = {"absolute": common}
-        if curve.full_boot is not None:
-            full = np.append(curve.full, curve.full_boot)
+        if ALL in curve.scores:
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
-            levels["relative"] = start + config.reach * (full - start)
-        for name, values in levels.items():
-            crossings = np.array([crossing(config.dims, *row) for row in zip(scores, values)])
-            curve.d_warp[name] = crossings[0], crossings[1:]
+            levels["relative"] = start + config.reach * (curve.scores[ALL] - start)
+        for name, level in levels.items():
+            crossings = [crossing(config.dims, *row) for row in zip(scores, level)]
+            curve.d_warp[name] = np.array(crossings)
+        curve.level = common[0]
 
 
 def report_d_warp(run, config, study, curves):
-    """d_warp of every candidate and how pairs compare: rows of results, columns of the table."""
+    """Rows of results: d_warp of every candidate, and how pairs of them compare."""
     last = max(config.dims)
-    words = partial(dims_in_words, last=last)
-    B = len(curves[0].boot)
     shared = {**study.meta, "objective": config.objective, "projection": config.projection}
     shared |= {"d": 0, "seed": -1}
     for curve in curves:
-        columns = {**shared, "model": curve.name, "control": curve.control}
-        curve.row["level"] = f"{curve.level:.3f}"
-        for name, (value, draws) in curve.d_warp.items():
-            low, high = interval(draws)
-            curve.row[f"d_warp, {name}"] = f"{words(value)} [{words(low)}, {words(high)}]"
+        columns = {**shared, "model": curve.model, "control": curve.control}
+        for name, values in curve.d_warp.items():
             columns["measure"] = f"d_warp {name}"
-            columns["state"] = "censored" if np.isinf(value) else "reached"
-            run.result(min(value, last), last, min(low, last), min(high, last), B, **columns)
-        d = np.broadcast_to(config.dims, curve.points.shape).ravel()
-        trend = scipy.stats.kendalltau(d, curve.points.ravel(), alternative="greater")
-        curve.row |= {f"at {last}": f"{curve.mean[-1]:.3f}", "at all": f"{curve.full:.3f}"}
-        curve.row["p of a rise"] = f"{trend.pvalue:.2g}"
+            columns["state"] = "censored" if np.isinf(values[0]) else "reached"
+            value, *draws = values.clip(max=last)
+            run.result(value, last, *interval(draws), config.draws, **columns)
     for a, b in itertools.combinations(curves, 2):
         if "shuffled" in (a.control, b.control):
             continue
-        near = np.append(*a.d_warp["absolute"]).clip(max=last)
-        far = np.append(*b.d_warp["absolute"]).clip(max=last)
+        near = a.d_warp["absolute"].clip(max=last)
+        far = b.d_warp["absolute"].clip(max=last)
         ratio = np.log10(1 + far) - np.log10(1 + near)
         low, high = interval(ratio[1:])
         columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
-        run.result(ratio[0], 0.0, low, high, B, **columns, **shared)
-        run.print(
-            f"{b.name} needs {10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}] times the d of "
-            f"{a.name} (1 + d_warp, cut at {last:,}, paired)"
-        )
+        run.result(ratio[0], 0.0, low, high, config.draws, **columns, **shared)
+        times = f"{10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}]"
+        run.print(f"1 + d_warp, cut at {last:,}: {b.name} needs {times} times that of {a.name}")
 
 
-def dims_in_words(d, last):
-    """A number of dimensions for a table."""
-    if np.isinf(d):
-        return f"> {last:,}"
-    return f"{d:.1f}" if 0 < d < 9.95 else f"{d:,.0f}"
+def report_people(run, dataset, people):
+    """Rows of results: the mean over people of the scores at d = 0.
+
+    people: what score_fits returns of each. p: of the mean, under the same shuffles of stimuli for
+    all; p over people: of a t-test of what each person's score has above its own null.
+    """
+    zeros = pd.concat(people).query("measure == 'score' and d == 0 and seed == 0 and shuffle == 0")
+    for name, zero in zeros.groupby("model", sort=False):
+        scores = zero["score"].to_numpy()
+        nulls = np.stack(zero["null"])  # (people, shuffles)
+        test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
+        low, high = np.array(test.confidence_interval()) + nulls.mean()
+        columns = {"measure": "score", "model": name, "dataset": dataset, "subject": "mean", "d": 0}
+        columns |= {"control": "none", "p": p_value(scores.mean(), nulls.mean(0))}
+        columns["p_people"] = test.pvalue
+        run.result(scores.mean(), nulls.mean(), low, high, len(people), **columns)
+
+
+def make_table(config, rows):
+    """The results of each model side by side, in words: scores, means over draws, and d_warp."""
+    last = max(config.dims)
+    is_score = rows["measure"] == "score"
+    is_full = is_score & (rows["projection"] == "none")
+    what = rows["measure"].mask(is_score, rows["d"].map("score at {:.0f}".format))
+    rows = rows.assign(what=what.mask(is_full, "score at all"))
+    is_d_warp = rows["measure"].str.startswith("d_warp")
+    rows = rows[is_full | is_d_warp | (is_score & rows["d"].isin([0, last]))]
+    index = ["dataset", "subject", "model", "control", "what"]
+    means = rows.groupby(index, sort=False)[["score", "low", "high", "chance", "p"]].mean()
+    words = means.map("{:.4g}".format)
+    is_d_warp = words.index.get_level_values("what").str.startswith("d_warp")
+    words[is_d_warp] = words[is_d_warp].mask(means >= last, f"> {last:,}")
+    table = (words["score"] + " [" + words["low"] + ", " + words["high"] + "]").unstack()
+    if config.dims[0] == 0:
+        zero = words.xs("score at 0", level="what")
+        table = table.assign(null=zero["chance"], p=zero["p"])
+    return table.fillna("").reset_index()
 
 
 # ---- plots
@@ -1743,18 +1534,20 @@ def plot_curves(path, config, curves, about):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
     for i, curve in enumerate(curves):
         color = f"C{i}" if curve.control == "none" else "0.6"
-        rising = isotonic_regression(curve.mean)
-        band = np.quantile(curve.boot, [0.025, 0.975], axis=0)
+        scores = curve.scores[config.dims].to_numpy()
+        rising = isotonic_regression(scores[0])
+        band = np.quantile(scores[1:], [0.025, 0.975], axis=0)
         left.fill_between(x, *band, color=color, alpha=0.15, lw=0)
         left.plot(x, rising, color=color, label=curve.name)
-        left.plot(x, curve.points.T, ".", color=color, ms=4)
-        if curve.full_boot is not None:
-            left.plot([x[-1], end], [rising[-1], curve.full], ":D", color=color, markevery=[1])
-        value, draws = curve.d_warp["absolute"]
+        left.plot(x, curve.points[config.dims].T, ".", color=color, ms=4)
+        if ALL in curve.scores:
+            full = curve.scores[ALL][0]
+            left.plot([x[-1], end], [rising[-1], full], ":D", color=color, markevery=[1])
+        value, *draws = curve.d_warp["absolute"]
         ends = np.log10(1 + np.array([*interval(draws), value])).clip(max=x[-1])
-        right.plot([curve.mean[0]] * 2, ends[:2], color=color, lw=3, alpha=0.5)
+        right.plot([scores[0, 0]] * 2, ends[:2], color=color, lw=3, alpha=0.5)
         marker = "^" if np.isinf(value) else "o"
-        right.plot(curve.mean[0], ends[2], marker, color=color, ms=9, label=curve.name)
+        right.plot(scores[0, 0], ends[2], marker, color=color, ms=9, label=curve.name)
     left.axhline(curve.level, ls="--", c="0.5", lw=1, label=f"level {curve.level:.2f}")
     left.set_xticks([*x, end], [*config.dims, "all"])
     left.set(xlabel="dimensions of the warp, d", ylabel="test score")
@@ -1767,16 +1560,19 @@ def plot_curves(path, config, curves, about):
     save(figure, path)
 
 
-def plot_training(path, curves, about):
+def plot_training(path, scores, about):
     """Best validation score over steps, a line for each d, a panel for each candidate."""
-    size = 3.4 * len(curves), 3.4
+    panels = scores[scores["measure"] == "score"].query("seed == 0").groupby(["model", "control"])
+    n = len(panels)
+    size = 3.4 * n, 3.4
     figure, axes = plt.subplots(
-        1, len(curves), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        1, n, figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, curve in zip(axes[0], curves):
-        for d, scored in curve.first.items():
-            axis.plot(scored.steps[:, 0], scored.steps[:, 2], ".-", label=f"d = {d}")
-        axis.set_title(curve.name, fontsize=9)
+    for axis, ((name, control), rows) in zip(axes[0], panels):
+        for fit in rows.itertuples():
+            steps, _, best = fit.curve.T
+            axis.plot(steps, best, ".-", label=f"d = {fit.d:g}")
+        axis.set_title(name if control == "none" else f"{name}, {control}", fontsize=9)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("best validation score")
     axes[0, -1].legend(fontsize=7, frameon=False)
@@ -1784,76 +1580,64 @@ def plot_training(path, curves, about):
     save(figure, path)
 
 
-def report(run, config, study):
-    """Write the rows of results and figures of a study; returns its Curves."""
-    weights = resample(config, study)
-    predictions = replace(study, objective=Objective)  # baselines, whatever the objective is
-    baselines = [fit for fit in study.fits if fit.what in HEADS]
-    for _, fits in itertools.groupby(baselines, attrgetter("candidate", "what")):
-        score_fits(run, config, predictions, list(fits), weights)
-    curves = read_curves(run, config, study, weights)
-    if max(config.dims):
-        measure_d_warp(config, curves)
-        report_d_warp(run, config, study, curves)
-        about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
-        about += f"; {config.objective} ({config.metric}), {config.projection}"
-        place = run.out / quote(study.name, safe=" ")
-        if len(config.dataset) == 1 and config.subject != "each":
-            place = run.out
-        place.mkdir(exist_ok=True)
-        plot_curves(place / "curves.png", config, curves, about)
-        plot_training(place / "training.png", curves, about)
-    return curves
+def plot(run, config, study, curves, scores):
+    """The figures of a study, in a folder of its own where it is one of several."""
+    about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
+    about += f"; {config.objective} ({config.metric}), {config.projection}"
+    folder = run.out
+    if len(config.dataset) > 1 or config.subject == "each":
+        folder = run.out / quote(study.name, safe=" ")
+    folder.mkdir(exist_ok=True)
+    plot_curves(folder / "curves.png", config, curves, about)
+    plot_training(folder / "training.png", scores, about)
 
 
-def sweep(run, config, studies, load):
-    """All fits of one dataset, a study a person, and what they say: rows of the table.
-
-    load(run, config, candidate, study, draw) gives a Loaded.
-    """
-    options = asdict(config)
-    for key in ANALYSIS:
-        options.pop(key, None)
-    for study in studies:  # other options or responses: other fits
-        content = hashlib.sha256(study.y.tobytes()).hexdigest()[:8]
-        study.folder = run.out / "fits" / f"{hash_options(options)}-{content}"
-        study.folder.mkdir(parents=True, exist_ok=True)
-        study.fits = list_fits(config, study)
-    run_fits(run, config, studies, load)
-    run.barrier()
-    rows = []
-    if run.master:
-        people = []
-        for study in studies:
-            curves = report(run, config, study)
-            people.append(curves)
-            rows += [curve.row for curve in curves]
-        if len(studies) > 1 and config.dims[0] == 0:
-            rows += report_people(run, people)
-    return rows
+# ---- the experiment
 
 
 def main(config):
     run = Run(config)
-    datasets = [read_studies(run, config, name) for name in config.dataset]
-    content = hashlib.sha256()
-    for study in itertools.chain(*datasets):
-        content.update(study.y.tobytes())
-    run.content = content.hexdigest()[:6]
-    rows = []
-    for studies in datasets:
-        rows += sweep(run, config, studies, load_candidate)
-    close(run, rows)
+    candidates = make_candidates(config)
+    datasets = {name: read_studies(run, config, name) for name in config.dataset}
+    responses = [study.content for study in itertools.chain(*datasets.values())]
+    run.content = hash_options({"responses": responses})[:6]
+    for dataset, studies in datasets.items():  # one study, or one for each person
+        fits = [list_fits(run, config, study, candidates) for study in studies]
+        fits = pd.concat(fits, keys=range(len(studies)), names=["person", "number"])
+        mine = fits.iloc[run.share(range(len(fits)))]
+        todo = mine[~mine["file"].map(Path.exists)]
+        bar = run.progress(len(todo), desc=f"{dataset}: fits")
+        for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
+            loaded = load_candidate(run, config, candidates[name], studies[0], int(draw))
+            for fit in group.reset_index().itertuples():
+                arrays = run_fit(run, config, studies[fit.person], fit, loaded)
+                with aside(fit.file) as file:
+                    np.savez(file, architecture=loaded.architecture, **arrays)
+                bar.update()
+        bar.close()
+        run.barrier()
+        if run.master:
+            people = []
+            for person, study in enumerate(studies):
+                people.append(score_fits(run, config, study, fits.loc[person]))
+                if max(config.dims):
+                    curves = make_curves(config, people[-1])
+                    measure_d_warp(config, curves)
+                    report_d_warp(run, config, study, curves)
+                    plot(run, config, study, curves, people[-1])
+            if len(people) > 1 and config.dims[0] == 0:
+                report_people(run, dataset, people)
+    close(run, config)
 
 
-def close(run, rows):
+def close(run, config):
     """Write and print the table, and end the run."""
+    rows = run.merge()
     if run.master:
-        table = pd.DataFrame(rows)
+        table = make_table(config, rows)
         write_aside(run.out / "table.csv", table.to_csv(index=False))
-        run.print(table.to_string(index=False, na_rep=""))
+        run.print(table.to_string(index=False))
         run.print(f"figures, table.csv and results.csv in {run.out}")
-    run.merge()
     run.close()
 
 

@@ -9,6 +9,7 @@ what is closest needs the fewest dimensions.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -19,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import warp
-from configurator import Run, configure, key_seed
+from configurator import Run, aside, configure, key_seed
 from warp import Candidate, FastfoodWrapper, Loaded, Objective, Study
 
 FUNCTIONS = {
@@ -76,40 +77,41 @@ class Classes(Objective):
 
 
 def read_digits(config):
-    """The Study of scikit-learn's digits, 64 pixels each: 60 % train, 10 % val, 30 % test."""
+    """Candidates, and the Study of scikit-learn's digits: 60 % train, 10 % val, 30 % test."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(key_seed(config.seed, "digits")).permutation(len(y))
     parts = np.split(order, [len(y) * 6 // 10, len(y) * 7 // 10])
-    return Study(
+    study = Study(
         name="digits",
         kind="vector",
         stimuli=(x / 16).astype(np.float32),
         y=y,
         group=np.arange(len(y)),
-        folds=[dict(zip(("train", "val", "test"), parts))],
-        meta={"dataset": "digits", "subject": "", "synthetic": False},
-        candidates=[Candidate(f"width {n}", str(n), toward="random") for n in config.widths],
+        folds=[dict(zip(warp.PARTS, parts))],
         objective=Classes,
+        meta={"dataset": "digits", "subject": "", "synthetic": False},
     )
+    names = {f"width {n}": str(n) for n in config.widths}
+    return {name: Candidate(name, n, toward="random") for name, n in names.items()}, study
 
 
 def read_functions(config):
-    """The Study of the simulation: normal x, those of the test sorted, and sin(3πx/4)."""
+    """Candidates, and the Study: normal x, those of the test sorted, and sin(3πx/4)."""
     rng = np.random.default_rng(key_seed(config.seed, "x"))
     x = rng.standard_normal((4000, 1)).astype(np.float32)
     x[3000:] = np.sort(x[3000:], axis=0)
     parts = np.split(np.arange(4000), [2000, 3000])
-    return Study(
+    study = Study(
         name="sin(3πx over 4)",
         kind="vector",
         stimuli=x,
         y=np.sin(0.75 * np.pi * x),
         group=np.arange(4000),
-        folds=[dict(zip(("train", "val", "test"), parts))],
-        meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
-        candidates=[Candidate(name, name, toward="random") for name in FUNCTIONS],
+        folds=[dict(zip(warp.PARTS, parts))],
         objective=Objective,
+        meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
     )
+    return {name: Candidate(name, name, toward="random") for name in FUNCTIONS}, study
 
 
 def load_network(run, config, candidate, study, draw):
@@ -132,28 +134,30 @@ def load_network(run, config, candidate, study, draw):
         source = replace(study, y=FUNCTIONS[candidate.model](study.stimuli))
         wrapper = FastfoodWrapper(network, 16_896, projection="identity")
         objective = Objective(config, source, study.folds[0], x)
-        warp.train(config, wrapper, objective, (x,), 0.05, draw)
+        warp.train(config, wrapper, objective, x, 0.05, draw)
         network.load_state_dict(wrapper.merge())
-    return Loaded(network, (x,), "-".join(map(str, sizes)))
+    features = warp.read_features(network, x, np.arange(len(x)), config.batch_size)
+    return Loaded(network, x, "-".join(map(str, sizes)), features)
 
 
-def plot_functions(path, config, study):
+def plot_functions(path, config, study, fits):
     """The target, each candidate (a row) and what a warp of d dimensions makes of it (a column)."""
+    fits = fits[fits["seed"] == 0]
+    names = fits["model"].unique()
     dims = [d for d in config.dims if d]
-    shape = len(study.candidates), len(dims)
+    shape = len(names), len(dims)
     size = 2.1 * shape[1], 2.2 * shape[0]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     x = study.stimuli[study.tested, 0]
     for (i, j), axis in np.ndenumerate(axes):
-        candidate = study.candidates[i]
         for d, style in ((0, "-"), (dims[j], "--")):
-            own = [f for f in study.fits if (f.candidate, f.draw, f.d) == (candidate, 0, d)]
-            cell = warp.assemble(config, study, own)
-            axis.plot(x, cell["predicted"], style, label=f"d = {d}")
-        axis.plot(x, cell["truth"], lw=1, label="target")
+            cell = fits[(fits["model"] == names[i]) & (fits["d"] == d)]
+            _, predicted, truth = warp.read_cell(config, study, Objective, cell)
+            axis.plot(x, predicted, style, label=f"d = {d}")
+        axis.plot(x, truth, lw=1, label="target")
         axis.set(xlim=(-1, 1), ylim=(-1.6, 1.6))
-        r2 = Objective.score_all(config, cell["predicted"], cell["truth"])
-        axis.set_title(f"{candidate.name}, d = {dims[j]}: R² {r2:.2f}", fontsize=8)
+        r2 = Objective.score_all(config, predicted, truth)
+        axis.set_title(f"{names[i]}, d = {dims[j]}: R² {r2:.2f}", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)
     figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
     warp.save(figure, path)
@@ -161,11 +165,31 @@ def plot_functions(path, config, study):
 
 def main(config):
     run = Run(config)
-    study = read_digits(config) if config.task == "digits" else read_functions(config)
-    rows = warp.sweep(run, config, [study], load_network)
-    if run.master and config.task == "functions":
-        plot_functions(run.out / "simulation.png", config, study)
-    warp.close(run, rows)
+    read = read_digits if config.task == "digits" else read_functions
+    candidates, study = read(config)
+    run.content = study.content
+    fits = warp.list_fits(run, config, study, candidates)
+    mine = fits.iloc[run.share(range(len(fits)))]
+    todo = mine[~mine["file"].map(Path.exists)]
+    bar = run.progress(len(todo), desc=f"{config.task}: fits")
+    for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
+        loaded = load_network(run, config, candidates[name], study, int(draw))
+        for fit in group.itertuples():
+            arrays = warp.run_fit(run, config, study, fit, loaded)
+            with aside(fit.file) as file:
+                np.savez(file, architecture=loaded.architecture, **arrays)
+            bar.update()
+    bar.close()
+    run.barrier()
+    if run.master:
+        scores = warp.score_fits(run, config, study, fits)
+        curves = warp.make_curves(config, scores)
+        warp.measure_d_warp(config, curves)
+        warp.report_d_warp(run, config, study, curves)
+        warp.plot(run, config, study, curves, scores)
+        if config.task == "functions":
+            plot_functions(run.out / "simulation.png", config, study, fits)
+    warp.close(run, config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """warp.py against dense algebra, scikit-learn and naive loops; planted warps are found."""
 
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import torch
 import yaml
 from torch import nn
 from torch.func import functional_call
+from tqdm import tqdm
 
 import warp as W
 import warp_intrinsic
@@ -37,13 +39,13 @@ def flat(tensors):
 
 def matrix(w):
     """P (D, d - m), column by column."""
-    theta0 = flat(original for original, _, _ in w.parts)
+    theta0 = flat(p for p in w.model.parameters() if p.requires_grad)
     columns = []
     with torch.no_grad():
         for j in range(len(w.z)):
             w.z.zero_()
             w.z[j] = 1
-            columns.append(flat(w.tensors()) - theta0)
+            columns.append(flat(w.tensors().values()) - theta0)
         w.z.zero_()
     return torch.stack(columns, 1)
 
@@ -55,8 +57,8 @@ def matrix(w):
 def test_the_transform_is_the_dense_one(n):
     x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
     dense = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float32)
-    for largest in (2, 16, 64):
-        assert torch.allclose(W.walsh_hadamard(x, largest), dense @ x, atol=1e-3)
+    for most_bits in (1, 4, 6):
+        assert torch.allclose(W.walsh_hadamard(x, most_bits), dense @ x, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,7 +78,7 @@ def test_gradients_are_those_of_the_matrix(kind):
     in_layer = torch.tensor([0, 0, 1, 1]).repeat_interleave(torch.tensor(sizes))
     theta = flat(model.parameters()) + scales[in_layer] * (P @ z)
     pieces = {}
-    for name, p, part in zip(w.names, model.parameters(), theta.split(sizes)):
+    for (name, p), part in zip(model.named_parameters(), theta.split(sizes)):
         pieces[name] = part.view(p.shape)
     functional_call(model, pieces, (x,)).square().sum().backward()
     assert torch.allclose(w.z.grad, z.grad, rtol=1e-3, atol=1e-3)
@@ -165,7 +167,7 @@ def test_groups_are_whole_names():
     model = nn.ModuleDict(layers)
     given = [["layer1"], ["layer10"]]
     w = FastfoodWrapper(model, 12, given)
-    assert [group for _, _, group in w.parts] == [0, 0, 1, 1, None, None]
+    assert [group for *_, group in w.parts] == [0, 1, -1]
     wrong = [([["layer"]], 12, "layer1"), ([["layer1"], ["layer1"]], 12, "two groups")]
     wrong += [(given, 2, "2 scales"), (None, 61, "60 parameters")]
     for groups, d, words in wrong:
@@ -184,24 +186,29 @@ def make_study(n=90, p=12, units=5, seed=0, objective=W.RidgeReadout, n_folds=0)
     names = np.array([str(i) for i in range(n)])
     folds = W.make_folds(config, names, np.full(n, ""))
     meta = {"dataset": "made up", "synthetic": True}
-    return torch.from_numpy(x), Study("", "", x, y, names, folds, meta, [], objective)
+    return torch.from_numpy(x), Study("", "", x, None, y, names, folds, objective, meta)
 
 
-@pytest.mark.parametrize("shape", [(40, 10), (20, 50)])
-def test_ridge_is_that_of_scikit_learn(shape):
+@pytest.mark.parametrize("p", [10, 60])
+def test_ridge_is_that_of_scikit_learn(p):
+    """With the penalty of each unit that predicts validation stimuli best."""
     from sklearn.linear_model import Ridge
 
-    rng = np.random.default_rng(0)
-    x, x_val = rng.standard_normal((2, *shape))
-    y, y_val = rng.standard_normal((2, len(x), 6)) + 3
-    alphas = [0.1, 1.0, 10.0, 100.0]
-    fitted = [Ridge(alpha).fit(x, y).predict(x_val) for alpha in alphas]
-    best = np.argmin([((f - y_val) ** 2).mean(0) for f in fitted], axis=0)
-    ridge = W.Ridge(torch.from_numpy(x)).fit(torch.from_numpy(y))
-    alpha = ridge.choose(torch.from_numpy(x_val), torch.from_numpy(y_val), alphas)
-    assert np.array_equal(alpha, np.array(alphas)[best])
-    expected = np.stack([fitted[best[v]][:, v] for v in range(6)], axis=1)
-    assert np.allclose(ridge.predict(torch.from_numpy(x_val), alpha), expected)
+    x, study = make_study(p=p)
+    fold = study.folds[0]
+    train, val, test = (x[fold[part]].numpy() for part in W.PARTS)
+    sd = train.std(0, ddof=1)
+    train, val, test = ((part - train.mean(0)) / sd for part in (train, val, test))
+    config = Config(head_dims=0, alphas=[0.1, 1.0, 10.0, 100.0])
+    fitted = [Ridge(alpha).fit(train, study.y[fold["train"]]) for alpha in config.alphas]
+    errors = [((model.predict(val) - study.y[fold["val"]]) ** 2).mean(0) for model in fitted]
+    best = np.argmin(errors, axis=0)
+    f = [x[fold[part]] for part in W.PARTS]
+    predicted = W.RidgeReadout(config, study, fold, f[0]).test(*f)
+    others = np.concatenate([fold["train"], fold["val"]])
+    for v, alpha in enumerate(np.array(config.alphas)[best]):
+        refitted = Ridge(alpha).fit(np.concatenate([train, val]), study.y[others, v])
+        assert np.allclose(predicted[:, v], refitted.predict(test), atol=1e-4)
 
 
 def test_the_gradient_is_that_of_the_refitted_loss():
@@ -212,11 +219,11 @@ def test_the_gradient_is_that_of_the_refitted_loss():
     model = nn.Sequential(nn.Linear(12, 9), nn.Tanh())
     objective = W.RidgeReadout(config, study, fold, model(x[fold["train"]]).detach())
     w = FastfoodWrapper(model, 9)
-    objective.validate(*W.warped_features(config, w, (x,), fold, ("train", "val")))
+    objective.validate(*W.warped_features(config, w, x, fold, ("train", "val")))
     with torch.no_grad():
         z = w.z.normal_().mul_(0.3).clone()
     rows = torch.as_tensor(fold["train"])
-    W.gradients(config, w, objective, (x,), rows)
+    W.gradients(config, w, objective, x, rows)
     for j in range(3):
         losses = []
         for sign in (1, -1):
@@ -238,10 +245,10 @@ def test_two_passes_are_one(kind):
         config = Config(head_dims=0, batch_size=size)
         objective = kind(config, study, fold, model(x[fold["train"]]).detach())
         w = FastfoodWrapper(model, 20, [["0"]])
-        objective.validate(*W.warped_features(config, w, (x,), fold, ("train", "val")))
+        objective.validate(*W.warped_features(config, w, x, fold, ("train", "val")))
         with torch.no_grad():
             w.z.copy_(torch.linspace(-1, 1, 19))
-        loss = W.gradients(config, w, objective, (x,), torch.as_tensor(fold["train"]))
+        loss = W.gradients(config, w, objective, x, torch.as_tensor(fold["train"]))
         params = [w.z, w.scales, *objective.parameters]
         gradients.append((loss, torch.cat([p.grad.flatten() for p in params])))
     assert np.isclose(gradients[0][0], gradients[1][0], rtol=1e-4)
@@ -258,16 +265,16 @@ def test_readers_give_the_same_gradients_in_batches(kind):
         )
         reader = W.TextReader(lm, ["0", "1"], "mean").requires_grad_(True)
         ids = torch.randint(0, 257, (90, 7))
-        inputs = (ids, torch.ones_like(ids, dtype=torch.bool), ids % 5 > 0)
+        inputs = torch.stack([ids, torch.ones_like(ids), (ids % 5).clamp(max=1)], 1)
     else:
         reader = W.ModuleReader(net(), ["0", "1"], "mean")
-        inputs = (torch.randn(90, 20),)
+        inputs = torch.randn(90, 20)
     _, study = make_study(objective=W.RSA)
     rows = torch.as_tensor(study.folds[0]["train"])
     gradients = []
     for size in (1000, 16):
         config = Config(batch_size=size)
-        objective = W.RSA(config, study, study.folds[0], inputs[0])
+        objective = W.RSA(config, study, study.folds[0], inputs)
         wrapper = FastfoodWrapper(reader, 20)
         with torch.no_grad():
             wrapper.z.copy_(torch.linspace(-1, 1, 20))
@@ -292,9 +299,9 @@ def test_cka_is_the_formula_and_debiased():
 
     k, l = gram(20, 5), gram(20, 8)
     a, b = k.numpy(), l.numpy()
-    assert np.isclose(W.cka(k, l), naive(a, b) / np.sqrt(naive(a, a) * naive(b, b)))
-    assert np.isclose(W.cka(k, k), 1)
-    found = [float(W.cka(gram(32, 20), gram(32, 20))) for _ in range(60)]
+    assert np.isclose(W.CKA.similarity(k, l), naive(a, b) / np.sqrt(naive(a, a) * naive(b, b)))
+    assert np.isclose(W.CKA.similarity(k, k), 1)
+    found = [float(W.CKA.similarity(gram(32, 20), gram(32, 20))) for _ in range(60)]
     assert abs(np.mean(found)) < 0.04  # the biased one is near 0.4 here
 
 
@@ -303,7 +310,7 @@ def test_distances_are_those_of_scipy():
     for ours, theirs, scale in (("correlation", "correlation", 1), ("euclidean", "sqeuclidean", 6)):
         expected = scipy.spatial.distance.pdist(x, theirs) / scale
         expected = scipy.spatial.distance.squareform(expected)
-        assert np.allclose(W.distances(torch.from_numpy(x), ours), expected)
+        assert np.allclose(W.RSA.compare(Config(rdm=ours), torch.from_numpy(x)), expected)
 
 
 def test_no_stimulus_is_twice_in_a_batch():
@@ -327,6 +334,29 @@ def test_weighted_scores_are_those_of_the_resampled_set():
     expected = [np.corrcoef(p[:, v], y[:, v])[0, 1] for v in range(3)]
     assert np.allclose(W.unit_scores("r", p, y, ones)[0], expected)
     assert (W.unit_scores("r", np.ones((30, 3)), y, ones) == 0).all()  # constant: no NaN
+
+
+@pytest.mark.parametrize("n_groups", [40, 8])  # half of them, and six, are kept in a draw
+@pytest.mark.parametrize("kind", [W.RSA, W.CKA])
+def test_draws_of_pairs_vary_as_scores_of_new_stimuli_do(kind, n_groups):
+    rng = np.random.default_rng(0)
+    to_f, to_y = rng.standard_normal((2, 6, 15))
+    group = np.repeat(np.arange(n_groups), 80 // n_groups)
+    config = Config(draws=40)
+    scores = []
+    spreads = []
+    for _ in range(60):
+        z = rng.standard_normal((n_groups, 6))[group] + rng.standard_normal((80, 6))
+        f = torch.from_numpy(z @ to_f + 2 * rng.standard_normal((80, 15)))
+        y = z @ to_y + 2 * rng.standard_normal((80, 15))
+        study = Study("", "", [], None, y, group, [{"test": np.arange(80)}], kind)
+        predicted = kind.compare(config, f).numpy()
+        truth = kind.truth(config, study, np.arange(80))
+        draws = W.resample(config, study, kind, predicted, truth)
+        scores.append(kind.score_all(config, predicted, truth))
+        spreads.append(draws.std())
+        assert np.isclose(draws.mean(), scores[-1])
+    assert 0.75 < np.mean(spreads) / np.std(scores) < 1.33
 
 
 # ---- data
@@ -383,32 +413,34 @@ def test_units_of_low_ceiling_are_left_out(tmp_path):
 # ---- d_warp
 
 
+DIMS = [0, 9, 99, 999]
+
+
 def curve(name, points, full=None):
     """A Curve of three draws with little noise."""
     rng = np.random.default_rng(len(name))
     points = np.tile(points, (3, 1))
     boot = points[0] + 0.01 * rng.standard_normal((200, points.shape[1]))
-    made = W.Curve(name, "none", {}, points, boot, {})
+    scores = pd.DataFrame(np.vstack([points[:1], boot]), columns=DIMS)
     if full:
-        made.full, made.full_boot = full, np.full(200, full)
-    return made
+        scores[W.ALL] = full
+    return W.Curve(name, "none", pd.DataFrame(points, columns=DIMS), scores)
 
 
 def test_d_warp_of_known_curves():
-    dims, scores = [0, 9, 99, 999], [0.2, 0.4, 0.6, 0.8]
     for level, d in ((0.2, 0), (0.6, 99), (0.5, 10**1.5 - 1), (0.81, np.inf)):
-        assert np.isclose(W.crossing(dims, scores, level), d)
-    assert np.isclose(W.crossing(dims, [0.2, 0.5, 0.3, 0.8], 0.4), 9)  # what falls is pooled
+        assert np.isclose(W.crossing(DIMS, [0.2, 0.4, 0.6, 0.8], level), d)
+    assert np.isclose(W.crossing(DIMS, [0.2, 0.5, 0.3, 0.8], 0.4), 9)  # what falls is pooled
 
     near = curve("near", [0.5, 0.7, 0.8, 0.8], full=0.8)
     far = curve("far", [0.3, 0.4, 0.6, 0.8], full=0.8)
     never = curve("never", [0.1, 0.1, 0.1, 0.1])
-    config = Config(dims=dims, common="highest", common_share=0.9)
-    W.measure_d_warp(config, [near, far, never])
-    assert near.d_warp["absolute"][0] < far.d_warp["absolute"][0] < np.inf
-    assert W.interval(near.d_warp["absolute"][1])[1] < W.interval(far.d_warp["absolute"][1])[0]
-    assert W.interval(never.d_warp["absolute"][1])[0] == np.inf
-    expected = W.crossing(dims, near.mean, 0.5 + 0.9 * 0.3)
+    W.measure_d_warp(Config(dims=DIMS, common="highest", common_share=0.9), [near, far, never])
+    d, *draws = near.d_warp["absolute"]
+    d_far, *draws_far = far.d_warp["absolute"]
+    assert d < d_far < np.inf and W.interval(draws)[1] < W.interval(draws_far)[0]
+    assert (never.d_warp["absolute"] == np.inf).all()
+    expected = W.crossing(DIMS, [0.5, 0.7, 0.8, 0.8], 0.5 + 0.9 * 0.3)
     assert np.isclose(near.d_warp["relative"][0], expected)
     assert "relative" not in never.d_warp
 
@@ -417,23 +449,23 @@ def test_the_null_is_ridge_on_shuffled_responses():
     """Shuffles in closed form are those fitted one by one; signal beats them, noise does not."""
     x, study = make_study(n=60, n_folds=5)
     config = Config(head_dims=6, n_folds=5)
-    scores = W.linear_scores(config, study, x, range(41))
+    null = W.null_scores(config, study, x, 40)
     for number in (0, 3):
         dealt = study.shuffled(number)
-        predicted, truth = [], []
+        predicted = []
         for fold in dealt.folds:
-            loaded = W.Loaded(None, (), "", x)
-            arrays = W.fit_readout(config, dealt, fold, loaded, W.RidgeReadout)[1]
-            predicted.append(arrays["evidence"])
-            truth.append(dealt.y[fold["test"]])
-        predicted, truth = W.join_folds(predicted), W.join_folds(truth)
-        assert np.isclose(
-            scores[number], W.Objective.score_all(config, predicted, truth), atol=1e-3
-        )
-    assert W.Scored(scores[0], None, scores[1:], None).p() == 1 / 41
+            f = [x[fold[part]] for part in W.PARTS]
+            predicted.append(W.RidgeReadout(config, dealt, fold, f[0]).test(*f))
+        predicted = W.join_folds(predicted)
+        truth = W.join_folds([dealt.y[fold["test"]] for fold in dealt.folds])
+        score = W.Objective.score_all(config, predicted, truth)
+        if number:
+            assert np.isclose(null[number - 1], score, atol=1e-4)
+        else:
+            assert W.p_value(score, null) == 1 / 41
     study.y[:] = np.random.default_rng(0).standard_normal(study.y.shape)
-    null = W.linear_scores(config, study, x, range(201))
-    assert W.Scored(null[0], None, null[1:], None).p() > 0.05 and abs(null.mean()) < 0.05
+    null = W.null_scores(config, study, x, 200)
+    assert W.p_value(null[0], null[1:]) > 0.05 and abs(null.mean()) < 0.05
 
 
 # ---- models
@@ -452,9 +484,12 @@ def bare():
 class HereRun:
     device = torch.device("cpu")
 
+    def progress(total, desc):
+        return tqdm(total=total, disable=True)
+
 
 def stimuli(kind, items, pieces=None):
-    return Study("", kind, items, None, None, [], {}, [], None, pieces=pieces)
+    return Study("", kind, items, pieces)
 
 
 def candidate_of(model, *layers, **fields):
@@ -490,9 +525,9 @@ def test_vision_and_own_models_are_read(tmp_path):
             HereRun, config, candidate_of(model, layer), stimuli("image", files), 0
         )
         f = W.read_features(loaded.reader, loaded.inputs, range(4), 3)
-        assert f.shape == (4, width)
+        assert f.shape == (4, width) and torch.allclose(loaded.features, f, atol=1e-5)
         w = FastfoodWrapper(loaded.reader, 8)
-        assert torch.allclose(w(*loaded.inputs), f, atol=1e-5)
+        assert torch.allclose(w(loaded.inputs), f, atol=1e-5)
         assert not any(module.training for module in loaded.reader.modules())
     assert w.D == 3 * 5 * 9 + 5 + 10  # what lies above the layer is no part of theta
     for model, layer, words in (
@@ -530,8 +565,9 @@ def test_what_is_read_before_a_stimulus_is_not_pooled():
     tokenizer = Tokenizer(state_of(byte_tokenizer()))
     lm = HiddenStates({"model": small_gpt(block_size=6), "tokenizer": tokenizer}, bos=True)
     reader = W.TextReader(lm, ["1"], "mean")
-    ids, real, own = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
-    pooled = [bytes(row[mask].tolist()) for row, mask in zip(ids, own)]
+    inputs = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
+    ids, _, own = inputs.unbind(1)
+    pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, own)]
     assert pooled == [b"cd", b"xyz", b"efg"]
     assert bytes(ids[2, 1:].tolist()).startswith(b"d efg"[-5:])  # too long: the beginning goes
 
@@ -586,7 +622,7 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
     model = small_gpt(seed=1, scale=10.0, block_size=8, vocab_size=12, n_layer=1, n_embd=8)
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, 12, (160, 4)))
-    real = torch.ones_like(ids, dtype=torch.bool)
+    inputs = torch.stack([ids, torch.ones_like(ids), torch.ones_like(ids)], 1)
     lm = HiddenStates({"model": model, "tokenizer": Tokenizer(state_of(byte_tokenizer()))})
     reader = W.TextReader(lm, ["1"], "last").requires_grad_(True)
     config = Config(head_dims=0, steps=40, eval_interval=20, dims=[0, 2, 4, 16])
@@ -594,23 +630,24 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
     with torch.no_grad():
         w.z[:4] = torch.randn(4, generator=torch.Generator().manual_seed(3))
         w.z *= 0.4 * w.norm / w.z.norm()
-        f = w(ids, real, real).double().numpy()
+        f = w(inputs).double().numpy()
     y = (f - f.mean(0)) @ rng.standard_normal((f.shape[1], 16))
     y = y / y.std(0) + 0.3 * rng.standard_normal(y.shape)
     folds = W.make_folds(config, np.arange(160).astype(str), np.full(160, ""))
-    study = Study("", "text", [], y, np.arange(160), folds, {}, [], W.RidgeReadout)
-    inputs = (ids, real, real)
+    study = Study("", "text", [], None, y, np.arange(160), folds, W.RidgeReadout)
     features = W.read_features(reader, inputs, range(160), 1000)
     loaded = W.Loaded(reader, inputs, "", features)
-    candidate = W.Candidate("c")
+    fit = {"model": "c", "measure": "score", "seed": 0, "fold": 0, "shuffles": 1}
     for shuffle in (0, 1):
         dealt = study.shuffled(shuffle)
         truth = dealt.y[folds[0]["test"]]
         scores = []
         for d in config.dims:
             rates = (0.02, 0.05) if d else (0.0,)
-            fits = [W.Fit(candidate, "warp", d, rate, shuffle=shuffle) for rate in rates]
-            arrays = [W.run_fit(HereRun, config, dealt, fit, loaded) for fit in fits]
+            arrays = []
+            for rate in rates:
+                fit |= {"d": d, "learning_rate": rate, "shuffle": shuffle}
+                arrays.append(W.run_fit(HereRun, config, study, SimpleNamespace(**fit), loaded))
             best = max(arrays, key=lambda fit: fit["validation"])
             scores.append(W.Objective.score_all(config, best["evidence"], truth))
         if shuffle:
@@ -667,15 +704,11 @@ def test_a_stopped_sweep_goes_on_and_two_ranks_are_one(made, tmp_path, warp, mon
     # other options of the analysis, and more draws, fit nothing again
     other = {**more, "common_share": 0.5, "draws": 20, "learning_rates": "0.02,0.05"}
     warp(*options(made, tmp_path / "stopped", **other))
-    assert {fit.rate for fit in n_fits[n_done:]} == {0.05}
+    assert {fit.learning_rate for fit in n_fits[n_done:]} == {0.05}
     assert (table(tmp_path / "stopped", "measure == 'd_warp absolute'").n == 20).all()
     # all parameters are fitted once, not for each draw of P
-    full = [fit for fit in n_fits[:n_done] if fit.what == "full"]
-    assert {(fit.candidate.name, fit.draw) for fit in full} == {
-        ("lm", 0),
-        ("random", 0),
-        ("random", 1),
-    }
+    full = [(fit.model, fit.seed) for fit in n_fits[:n_done] if fit.d == W.ALL]
+    assert set(full) == {("lm", 0), ("random", 0), ("random", 1)}
 
 
 @pytest.mark.parametrize(
