@@ -99,7 +99,7 @@ def check_script(path, options):
     try:
         configure(module.Config, before(options))
     except (ValueError, OSError) as error:
-        missing = "no config file|is no folder|is not there|does not exist|missing"
+        missing = "no config file|is no folder|is not there|does not exist|missing|No such file"
         assert re.search(missing, str(error)), error
         brought = [word for word in options if re.search(r"\.ya?ml$|=.*/", word)]
         assert brought and not any(word.startswith("config/") for word in brought), error
