@@ -466,7 +466,7 @@ def report_score(run, task, table, metric, part, step):
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:
         run.print(
-            f"{split} {metric} of {part}: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} "
+            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} "
             f"of the {task.baseline}, n = {len(y):,} texts in {table.group.nunique():,} groups"
         )
 
