@@ -466,8 +466,9 @@ def report_score(run, task, table, metric, part, step):
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:
         run.print(
-            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} "
-            f"of the {task.baseline}, n = {len(y):,} texts in {table.group.nunique():,} groups"
+            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] beside "
+            f"{chance:.3f} of the {task.baseline}, n = {len(y):,} texts in "
+            f"{table.group.nunique():,} groups"
         )
 
 
