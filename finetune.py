@@ -274,8 +274,7 @@ def build(config, run):
         path = run.out / "ckpt.pt"
         state = run.load("ckpt.pt")
         if "task" not in state:
-            other = "give it as lm= with another out_dir="
-            raise InputError(f"{path} is no run of finetune.py: {other}")
+            raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
         for key in ("dataset", "task", "mode", "k", "twin"):
             before = state["config"][key]
             now = getattr(config, key)
@@ -383,8 +382,7 @@ def interval(metric, y, predictions, groups, config, other=None):
     Whole groups (N,) are drawn: a document, the twins of a minimal pair.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
-    _, codes = np.unique(groups, return_inverse=True)
-    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    members = list(pd.Series(groups).groupby(groups).indices.values())  # rows of each group
     scores = []
     for _ in range(config.resamples):
         drawn = rng.integers(len(members), size=len(members))
@@ -560,12 +558,11 @@ def plan(config, run, n_texts):
 def describe(config, run, task, model, total):
     """Say what is about to be trained, on what."""
     sizes = [f"{name} {len(table):,}" for name, table in task.splits.items()]
-    n_all = sum(p.numel() for p in model.parameters())
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(
         f"lm={config.lm}, twin={config.twin} | {task.name}, {task.source} text: {', '.join(sizes)} "
-        f"| {n_trained / 1e6:.2f} M of {n_all / 1e6:.2f} M parameters trained | "
-        f"{total:,} steps at most | {run.device} {str(run.dtype)[6:]}"
+        f"| {n_trained / 1e6:.2f} M parameters trained, {total:,} steps at most | {run.device} "
+        f"{str(run.dtype)[6:]}"
     )
     if "seen" in task.meta:
         run.print(task.meta["seen"])
