@@ -1074,9 +1074,9 @@ STYLES = {"random_init": "--", "control": ":", "layer0": "-.", "majority": "-"}
 
 def plot_layers(out, table):
     """layers_MODEL.png: scores over layers at one pooling with 95 % bands, a panel a dataset."""
+    table = table[table.metric.isin(PRIMARY.values()) & (table.layer_method == "")]
     usual = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
-    table = table[table.metric.isin(PRIMARY.values()) & (table.n_train == usual)]
-    table = table[table.layer_method == ""]
+    table = table[table.n_train == usual]
     table = table.assign(layer=pd.to_numeric(table.layer, errors="coerce"))
     for model, rows in table.groupby("model"):
         panels = list(rows.groupby("dataset", sort=False))
@@ -1087,7 +1087,9 @@ def plot_layers(out, table):
         for number, (dataset, part) in enumerate(panels, start=1):
             ax = figure.add_subplot(n_rows, n_columns, number, title=dataset)
             draw_panel(ax, part)
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        )
         note = "; synthetic sentences" if rows.synthetic.any() else ""
         figure.suptitle(f"{model}: what each layer knows (95 % bands){note}")
         with aside(out / f"layers_{slug(model)}.png") as file:

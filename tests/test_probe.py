@@ -617,6 +617,22 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     assert (out / "texts/numbers.csv").exists() and list(out.glob("layers_*.png"))
 
 
+def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monkeypatch):
+    row = {"model": "m", "dataset": "d", "baseline": "", "layer": "1", "layer_method": ""}
+    rows = []
+    for name, metric, n in (
+        ("LDA", "accuracy", 160),
+        ("LDA", "accuracy", 60),
+        ("Logistic", "accuracy", 160),
+        ("Logistic", "compression", 214),  # it learns from every text
+    ):
+        rows.append({**row, "synthetic": True, "probe": name, "metric": metric, "n_train": n})
+    drawn = []
+    monkeypatch.setattr(probe, "draw_panel", lambda ax, part: drawn.append(part))
+    probe.plot_layers(tmp_path, pd.DataFrame(rows))
+    assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
+
+
 def test_responses_of_brains_are_columns(tmp_path, capsys):
     rng = np.random.default_rng(0)
     stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
