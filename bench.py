@@ -447,25 +447,19 @@ def probe_fit(run):
         z[:, 5] += 0.8 * y
         site[:] = z @ (rotation * (1 + np.arange(width)[:, None]) ** -0.7)
     train, test = slice(0, n * 4 // 5), slice(n * 4 // 5, n)
-    labels = F.one_hot(torch.as_tensor(y), 2).float()
-    shrinkages = (0.003, 0.03, 0.1, 0.3, 0.7)
-    alphas = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
-    classifiers = []
-    for shrinkage in shrinkages:
-        classifiers.append(LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage))
-    for alpha in alphas:
-        classifiers.append(RidgeClassifier(alpha))
+    labels = np.eye(2)[y]
+    classifiers = [LinearDiscriminantAnalysis("lsqr", shrinkage=s) for s in probe.LDA.penalties]
+    classifiers += [RidgeClassifier(alpha) for alpha in probe.Ridge.penalties]
 
     def ours():
-        scores = []
-        for x in torch.from_numpy(X).split(1):
-            moments = probe.Moments(x[:, train], labels[train])
-            right = []
-            for weights in (probe.lda(moments, shrinkages), probe.ridge(moments, alphas)):
-                outputs = probe.apply(weights, x[:, test])[0]
-                right.append((outputs.argmax(-1).numpy() == y[test, None]).mean(0))
-            scores.append(np.concatenate(right))
-        return np.stack(scores)  # (sites, penalties)
+        scores = np.empty((n_sites, len(classifiers)))
+        for site, x in enumerate(X):
+            outputs = []
+            for make in (probe.LDA, probe.Ridge):
+                model = make(width).fit(x[train].astype(float), labels[train])
+                outputs += [model.predict(x[test].astype(float), p) for p in make.penalties]
+            scores[site] = (np.argmax(outputs, 2) == y[test]).mean(1)
+        return scores
 
     def theirs():
         scores = []

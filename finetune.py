@@ -96,21 +96,13 @@ GLUE_METRIC = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}
 # ---- data
 
 
-@dataclass
-class Split:
-    """The texts of one split."""
-
-    table: pd.DataFrame  # a row a text: label, text, group, y and the task's own columns
-    rows: list  # token ids of each text
-    targets: torch.Tensor  # (N,) class numbers, or standardised numbers
-
-
 class Task:
     """One task of a dataset of labelled sentences, in the tokens of a language model.
 
-    splits: {"train", "val" and perhaps "test": Split}; last: the one that is reported; labels:
-    names of the classes, None of a regression; metrics, and `metric`, which chooses the step;
-    constant: the best guess without reading.
+    splits: {"train", "val" and perhaps "test": table}, a row a text: label, text, group, y, tokens
+    and the task's own columns; last: the one that is reported; labels: names of the classes, None
+    of a regression; metrics, and `metric`, which chooses the step; constant: the best guess without
+    reading.
     """
 
     def __init__(self, config, run, tokenizer, block_size):
@@ -119,15 +111,19 @@ class Task:
         self.meta = read_meta(folder)
         entry = self.meta["tasks"][config.task]
         self.name = f"{config.dataset} {config.task}"
+        self.source = "synthetic" if self.meta.get("synthetic") else "real"
         self.labels = None
         self.metrics = NUMBER_METRICS
         if entry["kind"] == "classification":
             self.labels = entry["labels"]
             self.metrics = CLASS_METRICS
         self.metric = config.metric or GLUE_METRIC.get(config.task, self.metrics[0])
-        self.source = "synthetic" if self.meta.get("synthetic") else "real"
-        self._check(config, table)
-
+        if self.metric not in self.metrics:
+            raise InputError(f"metric={self.metric}: {self.name} has {', '.join(self.metrics)}")
+        if config.by and config.by not in table:
+            raise InputError(f"by={config.by} is no column of {self.name}: {', '.join(table)}")
+        for split in {"train", "val"} - set(table.split):
+            raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
         train = table[table.split == "train"].y
         self.constant = train.mean()
         self.mean = float(train.mean())
@@ -138,35 +134,20 @@ class Task:
             self.sd = 1.0
             self.constant = train.mode()[0]
             self.baseline = f"majority guess ({self.labels[self.constant]})"
+        tokens, n_cut = zip(*[encode(tokenizer, text, block_size) for text in table.text])
+        table["tokens"] = list(tokens)
         self.splits = {}
-        cuts = []
         for name in ("train", "val", "test"):
-            part = table[table.split == name].reset_index(drop=True)
-            rows = []
-            for text in part.text:
-                row, cut = encode(tokenizer, text, block_size)
-                rows.append(row)
-                cuts.append(cut)
-            if rows:
-                self.splits[name] = Split(part, rows, self.make_targets(part.y))
+            if name in set(table.split):
+                self.splits[name] = table[table.split == name].reset_index(drop=True)
                 self.last = name
-        n_cut = np.count_nonzero(cuts)
-        if n_cut:
+        if any(n_cut):
             run.print(
-                f"{n_cut:,} of {len(table):,} texts are longer than the {block_size} tokens of "
-                f"{config.lm}: their ends were cut, {sum(cuts) / n_cut:.0f} tokens on average"
+                f"{np.count_nonzero(n_cut):,} of {len(table):,} texts are longer than the "
+                f"{block_size} tokens of {config.lm}: their ends were cut"
             )
 
-    def _check(self, config, table):
-        if self.metric not in self.metrics:
-            raise InputError(f"metric={self.metric}: {self.name} has {', '.join(self.metrics)}")
-        if config.by and config.by not in table:
-            columns = ", ".join(table.columns)
-            raise InputError(f"task '{config.task}' has no column by={config.by}, only {columns}")
-        for split in {"train", "val"} - set(table.split):
-            raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
-
-    def make_targets(self, y):
+    def targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
         dtype = torch.int64 if self.labels else torch.float32
         return torch.tensor((y.to_numpy() - self.mean) / self.sd, dtype=dtype)
@@ -220,12 +201,11 @@ def texts_of_step(step, per_step, lengths, seed):
     by (seed, epoch).
     """
     n = len(lengths)
+    numbers = np.arange(step * per_step, (step + 1) * per_step)
     chosen = []
-    for k in range(step * per_step, (step + 1) * per_step):
-        epoch, i = divmod(k, n)
-        if i == 0 or not chosen:
-            order = np.random.default_rng(key_seed(seed, "epoch", epoch)).permutation(n)
-        chosen.append(int(order[i]))
+    for epoch in range(numbers[0] // n, numbers[-1] // n + 1):
+        order = np.random.default_rng(key_seed(seed, "epoch", epoch)).permutation(n)
+        chosen += order[numbers[numbers // n == epoch] % n].tolist()
     return sorted(chosen, key=lengths.__getitem__)
 
 
@@ -255,8 +235,7 @@ class Reader(nn.Module):
         """Frozen modules stay as in evaluation: dropout is for what is trained."""
         super().train(mode)
         for module in self.lm.modules():
-            trained = any(p.requires_grad for p in module.parameters())
-            module.training = mode and trained
+            module.training = mode and any(p.requires_grad for p in module.parameters())
         return self
 
     def forward(self, idx, lengths, windows=None):
@@ -269,11 +248,12 @@ class Reader(nn.Module):
         x, _, taps = self.lm.trunk(idx, hidden=names)
         last = x[torch.arange(len(idx), device=idx.device), lengths - 1]  # (B, C)
         out = self.head(F.dropout(last, self.dropout, self.training)).float()
-        if windows is None:
-            return out, None
-        if not on_sheets:
-            return out, self.lm.weight_loss()
-        return out, self.spatial_loss(list(taps.values()), lengths, windows)
+        spatial = None
+        if on_sheets:
+            spatial = self.spatial_loss(list(taps.values()), lengths, windows)
+        elif windows is not None:
+            spatial = self.lm.weight_loss()
+        return out, spatial
 
     def spatial_loss(self, taps, lengths, windows):
         """Over the real tokens: no pad, nor the token that opens every text, which is the same."""
@@ -293,7 +273,13 @@ def build(config, run):
     if config.init_from == "resume":
         path = run.out / "ckpt.pt"
         state = run.load("ckpt.pt")
-        check_resume(state, path, config)
+        if "task" not in state:
+            raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
+        for key in ("dataset", "task", "mode", "k", "twin"):
+            before = state["config"][key]
+            now = getattr(config, key)
+            if before != now:
+                raise InputError(f"{path} has {key}={before}, the options say {now}")
         lm = lm_from(state, path, dropout=config.dropout)
         tokenizer = Tokenizer(state["tokenizer"])
     else:
@@ -313,29 +299,12 @@ def build(config, run):
     return lm, tokenizer, state
 
 
-def check_resume(state, path, config):
-    """Refuse a checkpoint of another script, or of another experiment."""
-    if "task" not in state:
-        raise InputError(f"{path} is no run of finetune.py: give it as lm= with another out_dir=")
-    for key in ("dataset", "task", "mode", "k", "twin"):
-        before = state["config"][key]
-        now = getattr(config, key)
-        if before != now:
-            raise InputError(f"{path} has {key}={before}, the options say {now}")
-
-
 def make_optimizer(model, config):
     """AdamW on what is trained; weight decay on matrices and embeddings."""
-    matrices = []
-    vectors = []
-    for p in model.parameters():
-        if p.requires_grad and p.dim() >= 2:
-            matrices.append(p)
-        elif p.requires_grad:
-            vectors.append(p)
-    decayed = {"params": matrices, "weight_decay": config.weight_decay}
-    groups = [decayed, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
+    vectors = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=config.learning_rate)
 
 
 def lr_share(step, total, config):
@@ -353,13 +322,13 @@ def train_step(training, task, config, run, members):
     Returns task and spatial loss (2,) of this rank's micro-batches, and the gradient's norm.
     """
     lm = training.model.lm
-    step = training.progress.step
-    split = task.splits["train"]
+    step = training.step
+    table = task.splits["train"]
     micros = range(run.rank, len(members) // config.batch_size, run.world)
     losses = torch.zeros(2, device=run.device)
     for micro in micros:
         texts = members[micro * config.batch_size : (micro + 1) * config.batch_size]
-        idx, lengths = pad([split.rows[i] for i in texts], run.device)
+        idx, lengths = pad(table.tokens[texts], run.device)
         windows = None
         if config.alpha_scale:
             windows = lm.draw_windows(run.generator(step, micro, "windows"))
@@ -368,7 +337,7 @@ def train_step(training, task, config, run, members):
             training.net.require_backward_grad_sync = micro == micros[-1]
         with run.autocast():
             out, spatial = training.net(idx, lengths, windows)
-        loss = task.loss(out, split.targets[texts].to(run.device))
+        loss = task.loss(out, task.targets(table.y[texts]).to(run.device))
         losses[0] += loss.detach() / len(micros)
         if spatial is not None:
             losses[1] += spatial.detach() / len(micros)
@@ -413,8 +382,7 @@ def interval(metric, y, predictions, groups, config, other=None):
     Whole groups (N,) are drawn: a document, the twins of a minimal pair.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
-    _, codes = np.unique(groups, return_inverse=True)
-    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    members = list(pd.Series(groups).groupby(groups).indices.values())  # rows of each group
     scores = []
     for _ in range(config.resamples):
         drawn = rng.integers(len(members), size=len(members))
@@ -429,13 +397,13 @@ def interval(metric, y, predictions, groups, config, other=None):
 
 @torch.no_grad()
 def predict(model, run, rows, batch_size):
-    """Outputs (N, n_out) in float64 of all texts, in batches by length dealt over the ranks."""
+    """Outputs (N, n_out) in float64 of token lists (a Series), in batches dealt over the ranks."""
     model.eval()
-    order = np.argsort([len(row) for row in rows], kind="stable")
+    order = np.argsort(rows.map(len), kind="stable").to_numpy()  # by length
     out = torch.zeros(len(rows), model.head.out_features, dtype=torch.float64)
     for start in range(run.rank * batch_size, len(rows), run.world * batch_size):
         members = order[start : start + batch_size]
-        idx, lengths = pad([rows[i] for i in members], run.device)
+        idx, lengths = pad(rows[members], run.device)
         with run.autocast():
             out[members] = model(idx, lengths)[0].double().cpu()
     model.train()
@@ -444,62 +412,67 @@ def predict(model, run, rows, batch_size):
 
 def validate(model, run, task, batch_size, step):
     """{val_loss, val_METRIC of each metric}."""
-    split = task.splits["val"]
-    out = predict(model, run, split.rows, batch_size)
-    loss = task.loss(out.float(), split.targets).item()
+    table = task.splits["val"]
+    out = predict(model, run, table.tokens, batch_size)
+    loss = task.loss(out.float(), task.targets(table.y)).item()
     if not math.isfinite(loss):
         raise InputError(f"the validation loss is not finite at step {step}: stopped; {SMALLER}")
     scores = {"val_loss": loss}
     for metric in task.metrics:
-        scores[f"val_{metric}"] = score(metric, split.table.y.to_numpy(), task.predictions(out))
+        scores[f"val_{metric}"] = score(metric, table.y.to_numpy(), task.predictions(out))
     return scores
 
 
-def report(run, task, outs, step):
-    """Score the chosen model: results.csv beside the constant guess, and predictions.csv.
-
-    outs: {split: outputs (N, n_out)} of validation and, where there is one, test.
-    """
-    tables = []
-    for split, out in outs.items():
-        table = task.splits[split].table.assign(guess=task.predictions(out))
-        columns = table[["split", "label", "text", "group"]].assign(prediction=table.guess)
-        if task.labels:
-            columns["prediction"] = np.array(task.labels)[table.guess]
-            columns["p"] = out.softmax(1).amax(1).numpy()
-        tables.append(columns)
+def report(run, task, rivals, step):
+    """Scores of the chosen step beside the constant guess and beside rivals; predictions.csv."""
+    tables = [task.splits[split] for split in dict.fromkeys(("val", task.last))]
+    columns = ["split", "label", "text", "group", "prediction", "p"]
+    predictions = pd.concat(tables).filter(columns)
+    write_aside(run.out / "predictions.csv", predictions.to_csv(index=False))
+    for table in tables:
         for metric in task.metrics:
-            report_score(run, task, table, metric, split, "all", step)
-        if run.config.by and split == task.last:
-            for value, part in table.groupby(run.config.by):
-                report_score(run, task, part, task.metric, split, value, step)
+            report_score(run, task, table, metric, "all", step)
+    if run.config.by:
+        for value, part in table.groupby(run.config.by):
+            report_score(run, task, part, task.metric, value, step)
     sentence = f"step {step} was chosen on validation"
     if task.last == "val":
         sentence += ": no test split, so the score above is of the very data that chose"
     run.print(sentence)
-    write_aside(run.out / "predictions.csv", pd.concat(tables).to_csv(index=False))
+    y, guess, groups = (table[name].to_numpy() for name in ("y", "guess", "group"))
+    for folder, other in rivals.items():
+        value = score(task.metric, y, guess) - score(task.metric, y, other)
+        low, high = interval(task.metric, y, guess, groups, run.config, other)
+        keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
+        keys |= {"beside": folder, "step": step, "data": task.source}
+        run.result(value, 0.0, low, high, len(y), **keys)
+        run.print(
+            f"{task.last} {task.metric} minus that of {folder}: {value:+.3f} "
+            f"[{low:+.3f}, {high:+.3f}], the same texts in pairs"
+        )
 
 
-def report_score(run, task, table, metric, split, part, step):
+def report_score(run, task, table, metric, part, step):
     """A row of results.csv, and of the metric that counts a line: a score beside the constant's."""
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
+    split = table.split.iloc[0]
     value = score(metric, y, guess)
     chance = score(metric, y, np.full_like(y, task.constant))
     low, high = interval(metric, y, guess, table.group.to_numpy(), run.config)
     keys = {"metric": metric, "split": split, "part": part, "beside": task.baseline}
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:
-        what = f"{split} {metric}" if part == "all" else f"{split} {metric} of {part}"
         run.print(
-            f"{what}: {value:.3f} [{low:.3f}, {high:.3f}] beside {chance:.3f} of the "
-            f"{task.baseline}, n = {len(y):,} texts in {table.group.nunique():,} groups"
+            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] beside "
+            f"{chance:.3f} of the {task.baseline}, n = {len(y):,} texts in "
+            f"{table.group.nunique():,} groups"
         )
 
 
 def read_rivals(config, task):
     """{folder: predictions (N,)} of the finished runs in `against`, on the reported split."""
-    table = task.splits[task.last].table
+    table = task.splits[task.last]
     rivals = {}
     for folder in config.against:
         path = Path(folder) / "predictions.csv"
@@ -517,23 +490,6 @@ def read_rivals(config, task):
     return rivals
 
 
-def report_differences(run, task, predictions, rivals, step):
-    """Rows of results.csv: this run's score minus each rival's, on the same texts in pairs."""
-    table = task.splits[task.last].table
-    y = table.y.to_numpy()
-    groups = table.group.to_numpy()
-    for folder, other in rivals.items():
-        value = score(task.metric, y, predictions) - score(task.metric, y, other)
-        low, high = interval(task.metric, y, predictions, groups, run.config, other)
-        keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
-        keys |= {"beside": folder, "step": step, "data": task.source}
-        run.result(value, 0.0, low, high, len(y), **keys)
-        run.print(
-            f"{task.last} {task.metric} minus that of {folder}: {value:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}], the same texts in pairs"
-        )
-
-
 # ---- plots
 
 
@@ -542,50 +498,19 @@ def plot_curves(run, task):
     log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
-    for axis, keys in zip(axes, (["train_loss", "val_loss"], [f"val_{task.metric}"])):
-        for key in log.columns.intersection(keys):
-            points = log[key].dropna()
-            axis.plot(points.index, points, ".-", label=key)
-    y = task.splits["val"].table.y.to_numpy()
+    for axis, pattern in zip(axes, ("^(train|val)_loss$", f"^val_{task.metric}$")):
+        for key in log.filter(regex=pattern):
+            log[key].dropna().plot(ax=axis, style=".-", grid=True, label=key)
+    y = task.splits["val"].y.to_numpy()
     chance = score(task.metric, y, np.full_like(y, task.constant))
     axes[1].axhline(chance, ls=":", c="gray", label=task.baseline)
-    for axis, name in zip(axes, ("loss", task.metric)):
-        axis.set(xlabel="step", title=name)
-        axis.grid(alpha=0.3)
-        axis.legend()
-    title = f"{task.name} ({task.source} text), {model_name(run.config)}, mode={run.config.mode}"
-    figure.suptitle(f"{run.out}: {title}", fontsize=10)
+    axes[0].legend()
+    axes[1].legend()
+    figure.suptitle(f"{run.out}: {task.name} ({task.source} text), mode={run.config.mode}")
     figure.savefig(run.out / "curves.png", dpi=120)
 
 
-def model_name(config):
-    return f"lm={config.lm}, random weights" if config.twin else f"lm={config.lm}"
-
-
 # ---- the run
-
-
-@dataclass
-class Progress:
-    """How far training is, and the best validation so far; travels in checkpoints."""
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    waited: int = 0  # validations since the best one
-
-    def is_best(self, value):
-        """Note a validation score; is it the best one?"""
-        self.waited += 1
-        if value <= self.best:
-            return False
-        self.best = value
-        self.best_step = self.step
-        self.waited = 0
-        return True
-
-    def ends(self, total, patience):
-        return self.step >= total or 0 < patience <= self.waited
 
 
 @dataclass
@@ -596,7 +521,9 @@ class Training:
     net: nn.Module  # the model or, over several ranks, DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
-    progress: Progress
+    step: int = 0
+    best: float = -math.inf  # validation score so far
+    waited: int = 0  # validations since then
 
 
 def set_up(config, run, task, lm, tokenizer, state):
@@ -605,13 +532,15 @@ def set_up(config, run, task, lm, tokenizer, state):
     net = model
     if run.world > 1:
         net = DistributedDataParallel(model, broadcast_buffers=False)
-    training = Training(model, net, make_optimizer(model, config), tokenizer, Progress())
+    training = Training(model, net, make_optimizer(model, config), tokenizer)
     if state:
         model.head.load_state_dict(state["head"])
         training.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
-        training.progress = Progress(**state["progress"])
-        run.rewind(state["step"])
+        training.step = state["step"]
+        training.best = state["progress"]["best"]
+        training.waited = state["progress"]["waited"]
+        run.rewind(training.step)
     return training
 
 
@@ -628,24 +557,15 @@ def plan(config, run, n_texts):
 
 def describe(config, run, task, model, total):
     """Say what is about to be trained, on what."""
-    sizes = [f"{name} {len(split.rows):,}" for name, split in task.splits.items()]
-    n_all = sum(p.numel() for p in model.parameters())
+    sizes = [f"{name} {len(table):,}" for name, table in task.splits.items()]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(
-        f"{model_name(config)} | {task.name}, {task.source} text: {', '.join(sizes)} | "
-        f"{n_trained / 1e6:.2f} M of {n_all / 1e6:.2f} M parameters trained | "
-        f"{total:,} steps at most | {run.device} {str(run.dtype)[6:]}"
+        f"lm={config.lm}, twin={config.twin} | {task.name}, {task.source} text: {', '.join(sizes)} "
+        f"| {n_trained / 1e6:.2f} M parameters trained, {total:,} steps at most | {run.device} "
+        f"{str(run.dtype)[6:]}"
     )
     if "seen" in task.meta:
         run.print(task.meta["seen"])
-
-
-def log_step(run, training, losses, norm):
-    """A line of the log: losses (2,) of the step, the gradient's norm, the learning rate."""
-    loss, spatial = (run.reduce(losses) / run.world).tolist()
-    n_sheets = 2 * training.model.lm.config.n_layer
-    numbers = {"train_loss": loss, "train_spatial": spatial / n_sheets, "grad_norm": norm.item()}
-    run.log(training.progress.step, **numbers, lr=training.optimizer.param_groups[0]["lr"])
 
 
 def save(run, task, training, name):
@@ -655,8 +575,8 @@ def save(run, task, training, name):
     state["task"] = {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd}
     state["optimizer"] = training.optimizer.state_dict()
     state["scaler"] = run.scaler.state_dict()
-    state["progress"] = asdict(training.progress)
-    state["step"] = training.progress.step
+    state["progress"] = {"best": training.best, "waited": training.waited}
+    state["step"] = training.step
     state["config"] = asdict(run.config)
     state["tokenizer"] = training.tokenizer.state
     run.save(name, state)
@@ -668,51 +588,57 @@ def finish(config, run, task, model, rivals):
     best = run.load("best.pt")
     model.lm.load_state_dict(best["model"])
     model.head.load_state_dict(best["head"])
-    outs = {}
-    for split in ("val", task.last):
-        outs[split] = predict(model, run, task.splits[split].rows, config.batch_size)
+    for split in dict.fromkeys(("val", task.last)):
+        table = task.splits[split]
+        out = predict(model, run, table.tokens, config.batch_size)
+        table["guess"] = task.predictions(out)
+        table["prediction"] = table.guess
+        if task.labels:
+            table["prediction"] = np.array(task.labels)[table.guess]
+            table["p"] = out.softmax(1).amax(1).numpy()
     if run.master:
-        report(run, task, outs, best["step"])
-        predictions = task.predictions(outs[task.last])
-        report_differences(run, task, predictions, rivals, best["step"])
+        report(run, task, rivals, best["step"])
         plot_curves(run, task)
 
 
-def default_out_dir(config):
-    twin = "-twin" if config.twin else ""
-    return f"finetuned/{Path(config.dataset).name}-{config.task}{twin}"
-
-
 def main(config):
-    config.out_dir = config.out_dir or default_out_dir(config)
+    if not config.out_dir:
+        config.out_dir = f"finetuned/{Path(config.dataset).name}-{config.task}"
+        config.out_dir += "-twin" if config.twin else ""
     run = Run(config)
     lm, tokenizer, state = build(config, run)
     task = Task(config, run, tokenizer, lm.config.block_size)
     rivals = read_rivals(config, task)
-    lengths = [len(row) for row in task.splits["train"].rows]
+    lengths = task.splits["train"].tokens.map(len)
     per_step, total, eval_interval = plan(config, run, len(lengths))
+    patience = config.patience or math.inf
     training = set_up(config, run, task, lm, tokenizer, state)
-    progress = training.progress
     describe(config, run, task, training.model, total)
-    bar = run.progress(total, progress.step, "fine-tune")
-    while not progress.ends(total, config.patience) and not run.stopped:
+    bar = run.progress(total, training.step, "fine-tune")
+    while training.step < total and training.waited < patience and not run.stopped:
+        lr = config.learning_rate * lr_share(training.step, total, config)
         for group in training.optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_share(progress.step, total, config)
-        members = texts_of_step(progress.step, per_step, lengths, run.seed)
+            group["lr"] = lr
+        members = texts_of_step(training.step, per_step, lengths, run.seed)
         losses, norm = train_step(training, task, config, run, members)
-        progress.step += 1
+        training.step += 1
         bar.update()
         run.stopping()
-        step = progress.step
-        if step % config.log_interval == 0 or step == 1:
-            log_step(run, training, losses, norm)
-        if step % eval_interval == 0 or step == total:
-            scores = validate(training.model, run, task, config.batch_size, step)
-            run.log(step, **scores)
-            if progress.is_best(scores[f"val_{task.metric}"]):
+        if training.step % config.log_interval == 0 or training.step == 1:
+            loss, spatial = (run.reduce(losses) / run.world).tolist()
+            numbers = {"train_loss": loss, "train_spatial": spatial / (2 * lm.config.n_layer)}
+            run.log(training.step, **numbers, grad_norm=norm.item(), lr=lr)
+        if training.step % eval_interval == 0 or training.step == total:
+            scores = validate(training.model, run, task, config.batch_size, training.step)
+            run.log(training.step, **scores)
+            training.waited += 1
+            if scores[f"val_{task.metric}"] > training.best:
+                training.best = scores[f"val_{task.metric}"]
+                training.waited = 0
                 save(run, task, training, "best.pt")
-        if step % config.save_interval == 0 or run.stopped or progress.ends(total, config.patience):
+        if training.step % config.save_interval == 0:
             save(run, task, training, "ckpt.pt")
+    save(run, task, training, "ckpt.pt")
     bar.close()
     if not run.stopped:
         finish(config, run, task, training.model, rivals)

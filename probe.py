@@ -6,15 +6,7 @@
     streamlit run probe_app.py               # look at what is in out/
 
 Each text goes through each model once. Its hidden states are pooled while the model runs, and only
-the pooled vectors are kept, in a cache that other embedding studies may read: one folder for each
-model, list of texts and poolings, named by a hash of weights and token ids.
-
-    meta.json      model, texts, layers [i, ...] (0 the embeddings, i after block i, the last one
-                   after the final norm), width, dtype, truncated
-    lengths.npy    (N,) pooled tokens of each text
-    POOLING.npy    (N, layers, width); POOLING is a quantile of the tokens (0.0 the first, 1.0 the
-                   last) or a name in REDUCE: np.load(file, mmap_mode="r")
-    done           how many texts are finished, from the shortest: a killed pass goes on from there
+the pooled vectors are kept, in a cache that other embedding studies may read (data/states.py).
 
 Folds are grouped and stratified: one is tested, the next one chooses penalty, threshold, epoch and
 layer, the others are learnt from. Beside every score: the majority guess, the bag of embeddings
@@ -24,7 +16,6 @@ Hewitt & Liang 2019 (control tasks); Voita & Titov 2020 (online code); Nadeau & 
 (corrected t); Conneau et al. 2018 (SentEval).
 """
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -33,14 +24,14 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import groupby, pairwise, product
-from operator import itemgetter
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import scipy.linalg
 import scipy.stats
 import torch
 from sklearn import metrics
@@ -57,12 +48,11 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from configurator import InputError, Run, aside, check, check_keys, configure, key_seed, write_aside
 from convert import HiddenStates
 from data.labelled_texts import LabelledTexts
-from data.stimuli import ENCODING_FORMAT, read_meta
+from data.states import REDUCE, PoolToken, pool_tokens, pooled_states  # noqa: F401
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -91,9 +81,8 @@ class Config:
     poolers: list[dict] = default()  # more poolings: {layer: [2, 3], layer_method: extend}
     max_texts: int = 0  # of a dataset, the first ones; 0: all
     force_classification: bool = False  # round the labels of a regression to 0 and 1
-    bos: bool = False  # begin each text with the first token: context, never pooled
     # ---- probes
-    probe: list[str] = default("LDA", "Logistic")  # see CLOSED and PROBES
+    probe: list[str] = default("LDA", "Logistic")  # see PROBES
     split: Literal["given", "cv"] = "given"  # train and test as given, or all texts in folds
     n_folds: int = 5  # outer folds
     n_seeds: int = 1  # repetitions with other folds
@@ -113,7 +102,7 @@ class Config:
     POSITIVE = "batch_tokens n_seeds"
 
     def check(self):
-        check_keys(self.probe, {**CLOSED, **PROBES}, "probe")
+        check_keys(self.probe, PROBES, "probe")
         check_keys(self.baselines, BASELINES, "baselines")
         if self.n_folds < 3:
             raise InputError(f"n_folds={self.n_folds}: to test, to choose and to learn takes three")
@@ -159,50 +148,25 @@ def load_datasets(run, config, specs):
     for spec in specs:
         if isinstance(spec, NLPDataset):
             datasets.append(spec)
-        elif isinstance(spec, dict):
+        elif isinstance(spec, dict) or Path(spec).is_file():
             datasets.append(NLPDataset(spec, config.force_classification))
-        elif str(spec).endswith(".json"):
-            path = Path(spec) if Path(spec).exists() else HERE / "data" / spec
-            datasets.append(NLPDataset(path, config.force_classification))
+        elif spec.endswith(".json"):
+            datasets.append(NLPDataset(HERE / "data" / spec, config.force_classification))
         else:
-            datasets += prepared_datasets(run, spec)
+            name = spec
+            task = ""
+            if "/" in spec and not Path(spec).is_dir() and not (HERE / "data" / spec).is_dir():
+                name, _, task = spec.rpartition("/")
+            datasets += NLPDataset.from_folder(run.dataset(name), task)
     datasets = [dataset.first(config.max_texts) for dataset in datasets]
     for dataset in datasets:
         if config.split == "cv":
             dataset.split = None
         if config.shuffle_labels:
             rng = np.random.default_rng(key_seed(config.seed, "shuffle"))
-            dataset.y = shuffled(dataset, rng)
+            dataset.y = dataset.shuffled_labels(rng)
         dataset.task = make_task(dataset, config)
     return datasets
-
-
-def prepared_datasets(run, spec):
-    """The task, all tasks or the brains of a folder that a prepare.py has made."""
-    name = spec
-    task = ""
-    if not Path(spec).is_dir() and not (HERE / "data" / spec / "prepare.py").exists():
-        name, _, task = spec.rpartition("/")
-    folder = run.dataset(name or spec)
-    meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
-    if ENCODING_FORMAT in meta:
-        return [NLPDataset.from_encoding(folder)]
-    tasks = [task] if name and task else read_meta(folder)["tasks"]
-    return [NLPDataset.from_task(folder, task) for task in tasks]
-
-
-def shuffled(dataset, rng):
-    """Labels with nothing to know: dealt among groups of equal size, within parts of a split."""
-    y = dataset.y.copy()
-    rows = pd.DataFrame({"row": range(len(y)), "group": dataset.groups, "part": 0})
-    if dataset.split is not None:
-        rows["part"] = dataset.split == "test"
-    rows["size"] = rows.groupby(["part", "group"]).row.transform("size")
-    for (_, size), alike in rows.groupby(["part", "size"]):
-        targets = alike.sort_values("group").row.to_numpy().reshape(-1, size)  # (groups, size)
-        sources = rng.permuted(targets[rng.permutation(len(targets))], axis=1)
-        y[targets] = dataset.y[sources]
-    return y
 
 
 def control_labels(dataset, seed):
@@ -228,315 +192,103 @@ class LMModel(HiddenStates):
         """{'hidden_states': (n_layer + 1) x (B, T, H), 'attention_mask' and 'input_ids' (B, T)}."""
         ids, real = self.pad(self.encode(texts)[0])
         states = tuple(self.states(ids, real).values())
-        mask = self.pooled(real).long()
-        return {"hidden_states": states, "attention_mask": mask, "input_ids": ids}
-
-    def pooled(self, real):
-        """Which tokens (B, T) count: the real ones less the first one that `bos` wrote."""
-        mask = real.clone()
-        if self.bos:
-            mask[torch.arange(len(real)), real.int().argmax(1)] = False
-        return mask
+        return {"hidden_states": states, "attention_mask": real.long(), "input_ids": ids}
 
     def fingerprint(self):
         """Hash of architecture, weights and precision."""
         config = getattr(self.model, "config", "")
-        digest = hashlib.sha256(f"{type(self.model)} {config} {self.dtype} {self.bos}".encode())
+        digest = hashlib.sha256(f"{type(self.model)} {config} {self.dtype}".encode())
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
-# ---- pooling
-
-# What makes one vector of several: x (..., T, H) and real (..., T, 1), bool, -> (..., H). One line
-# more is one name more for quantiles=, quantile_method= and layer_method=.
-REDUCE = {
-    "mean": lambda x, real: (x * real).sum(-2) / real.sum(-2),
-    "max": lambda x, real: x.masked_fill(~real, -math.inf).amax(-2),
-    "min": lambda x, real: x.masked_fill(~real, math.inf).amin(-2),
-}
+# ---- probes: fit_sites(X, task, fit, choose, test) learns from the rows `fit` of X (G, N, H) at
+# each of G sites, and gives its scores (G, n, C) of the rows `choose`, then of `test`
 
 
-def token_at(lengths, quantile):
-    """Which token of texts of these lengths a quantile is (halves go to the even one)."""
-    return (quantile * (lengths.double() - 1)).round().long()
+class ClosedForm:
+    """Linear probes that are solved, not trained, on standardised features.
 
-
-def pool_tokens(x, real, pooling):
-    """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H)."""
-    if pooling in REDUCE:
-        return REDUCE[pooling](x, real[:, :, None])
-    first = real.int().argmax(1)
-    return x[torch.arange(len(x)), first + token_at(real.sum(1), float(pooling))]
-
-
-@dataclass
-class PoolToken:
-    """From a model's output dictionary to one vector a text, or to several.
-
-    layer: index into hidden_states (0 the embeddings, n or -1 the last), a list, or 'all': 1 to
-    n - 1. quantile: 0 the first token, 1.0 or -1 the last one; a list; 'all': each token once; a
-    name in REDUCE: of all tokens. Where several are selected, their method says what becomes of
-    them: a name in REDUCE; 'extend': side by side, H grows; 'concat': rows of their own, at most
-    one of the two. Tokens come first, then layers. Quantiles that meet in one token count once.
+    A subclass has discrete_targets (targets are classes, one-hot), `penalties`, and solve(penalty)
+    -> coefficients (H, C) and intercept (C,) from the covariances that fit(X, Y) leaves.
     """
 
-    layer: int | list | str = -1
-    quantile: float | list | str = -1
-    layer_method: str | None = None
-    quantile_method: str | None = None
+    def __init__(self, input_size):
+        self.name = type(self).__name__
 
-    def __post_init__(self):
-        if self.quantile in list(REDUCE):
-            self.quantile_method = self.quantile
-            self.quantile = "all"
-        methods = [*REDUCE, "extend", "concat"]
-        for what in ("layer", "quantile"):
-            value = getattr(self, what)
-            method = getattr(self, f"{what}_method")
-            several = value == "all" or np.size(value) > 1
-            if method not in methods and (several or method):
-                wanted = f"must be one of {', '.join(methods)}, not {method}"
-                raise InputError(f"poolers: {what}_method of {what}={value} {wanted}")
-        if self.layer_method == self.quantile_method == "concat":
-            raise InputError("layer_method and quantile_method are both concat: only one can be")
-        self.quantiles = []
-        if self.quantile != "all":
-            numbers = pd.to_numeric(pd.Series(self.quantile), errors="coerce").replace(-1, 1.0)
-            self.quantiles = numbers.astype(float).tolist()
-            if not numbers.between(0, 1).all():
-                names = f"a number from 0 to 1, -1 (the last), 'all', {', '.join(REDUCE)}"
-                raise InputError(f"quantile {self.quantile!r} is none of {names}")
-            if len(self.quantiles) == 1:
-                self.quantile = self.quantiles[0]
-        self.poolings = [str(q) for q in self.quantiles] or [self.quantile_method]  # in the cache
-        self.cacheable = self.poolings[0] not in ("extend", "concat")
-
-    def layers(self, n_layer):
-        """Indices of the hidden states of a model of n_layer blocks."""
-        numbers = range(n_layer + 1)
-        if self.layer == "all" and n_layer > 1:
-            return list(numbers[1:-1])
-        try:
-            return [numbers[i] for i in np.atleast_1d(self.layer)]
-        except (IndexError, TypeError):
-            names = f"0 (embeddings) to {n_layer}, -1 (the last), 'all' (neither first nor last)"
-            raise InputError(f"there is no layer {self.layer}, only {names}") from None
-
-    def label(self, n_layer):
-        """Its columns in the results; poolers of equal labels are one."""
-        layers = self.layers(n_layer)
-        layer = "+".join(map(str, layers))
-        if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
-            layer = f"{layers[0]}-{layers[-1]}"
-        return {
-            "layer": layer,
-            "quantile": "+".join(map(str, self.quantiles)) or "all",
-            "layer_method": self.layer_method if len(layers) > 1 else "",
-            "quantile_method": self.quantile_method if len(self.quantiles) != 1 else "",
-        }
-
-    def __call__(self, outputs):
-        return self.pool(outputs)[0]
-
-    def pool(self, outputs):
-        """Rows (R, H') and the text of each (R,), from {'hidden_states', 'attention_mask'}."""
-        real = torch.as_tensor(outputs["attention_mask"]).bool()
-        states = outputs["hidden_states"]
-        layers = []
-        for layer in self.layers(len(states) - 1):
-            x = states[layer].float()
-            if self.cacheable:
-                x = torch.stack([pool_tokens(x, real, pooling) for pooling in self.poolings], 1)
-            layers.append(x)
-        keep = self._unequal(real.sum(1)) if self.cacheable else real
-        return self._combine(torch.stack(layers, 1), keep)
-
-    def from_states(self, states):
-        """The same from cached States: X (R, H') and index (R,), as arrays."""
-        layers = [states.layers.index(layer) for layer in self.layers(states.n_layer)]
-        parts = [states.arrays[pooling][:, layers] for pooling in self.poolings]
-        x = torch.from_numpy(np.stack(parts, 2)).float()
-        x, index = self._combine(x, self._unequal(torch.from_numpy(states.lengths)))
-        return x.numpy(), index.numpy()
-
-    def _unequal(self, lengths):
-        """(B, Q): False where an earlier quantile of the text is the same token."""
-        at = torch.stack([token_at(lengths, q) for q in self.quantiles or [1.0]], 1)
-        return ~(at[:, :, None] == at[:, None, :]).tril(-1).any(2)
-
-    def _combine(self, x, keep):
-        """x (B, L, Q, H) of which keep (B, Q) counts -> rows and their texts."""
-        if self.quantile == "all" and self.quantile_method == "extend" and not keep.all():
-            raise InputError("quantile='all' with extend wants texts of one length")
-        x, texts = combine(x, keep, self.quantile_method)  # (R, L, H')
-        every = torch.ones_like(x[:, :, 0], dtype=torch.bool)
-        x, rows = combine(x[:, None], every, self.layer_method)
-        return x[:, 0], texts[rows]
-
-
-def combine(x, keep, method):
-    """x (B, L, S, H) over S, of which keep (B, S) counts: (R, L, H'), and which of B each is."""
-    index = torch.arange(len(x), device=x.device)
-    if x.size(2) == 1:
-        return x[:, :, 0], index
-    if method in REDUCE:
-        return REDUCE[method](x, keep[:, None, :, None]), index
-    if method == "extend":
-        return x.flatten(2), index
-    return x.transpose(1, 2)[keep], index[:, None].expand_as(keep)[keep]
-
-
-# ---- the one pass
-
-
-@dataclass
-class States:
-    """Pooled states of a list of texts: arrays {pooling: (N, layers, H) memmap}."""
-
-    arrays: dict
-    lengths: np.ndarray
-    layers: list
-    n_layer: int
-
-
-def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtype="float32"):
-    """States of all texts, out of the cache, which one pass over the texts it lacks fills.
-
-    One layer of one batch is held at a time. The format is in the head of this file.
-    """
-    rows, truncated = model.encode(texts)
-    layers = list(layers)
-    poolings = sorted(poolings)
-    key = json.dumps([model.fingerprint(), layers, poolings, dtype, rows])
-    folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:20]
-    folder.mkdir(parents=True, exist_ok=True)
-    lengths = np.array([len(row) - model.bos for row in rows])
-    with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another job that wants the same waits, then reads
-        if not (folder / "done").exists():
-            shape = (len(rows), len(layers), model.width)
-            for name in poolings:
-                np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
-            np.save(folder / "lengths.npy", lengths)
-            meta = {"model": model.name, "texts": len(rows), "layers": layers}
-            meta |= {"width": model.width, "dtype": dtype, "truncated": truncated}
-            write_aside(folder / "meta.json", json.dumps(meta))
-            write_aside(folder / "done", "0")
-        if int((folder / "done").read_text()) < len(rows):
-            if truncated:
-                limit = f"longer than its {model.max_length} tokens and were cut"
-                print(f"{model.name}: {truncated} of {len(rows)} texts are {limit}")
-            fill(model, rows, lengths, layers, poolings, folder, batch_tokens)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in poolings}
-    return States(arrays, lengths, layers, model.n_layer)
-
-
-def fill(model, rows, lengths, layers, poolings, folder, batch_tokens):
-    """Run the unfinished texts, the shortest first, and write each batch as soon as it is pooled.
-
-    The arrays are opened anew for each batch: what is written does not stay in memory.
-    """
-    finished = int((folder / "done").read_text())
-    order = np.argsort(lengths, kind="stable")[finished:]
-    with tqdm(total=len(rows), initial=finished, desc=model.name, mininterval=5) as bar:
-        for batch in length_batches(order, lengths, batch_tokens):
-            pooled = pool_batch(model, [rows[i] for i in batch], layers, poolings)
-            for name, part in zip(poolings, pooled):
-                array = np.load(folder / f"{name}.npy", mmap_mode="r+")
-                array[batch] = part
-                if not np.isfinite(array[batch]).all():
-                    cure = f"not finite as {array.dtype}: give cache_dtype=float32, dtype=float32"
-                    raise InputError(f"{model.name}: hidden states are {cure}")
-            bar.update(len(batch))
-            write_aside(folder / "done", str(bar.n))
-
-
-def pool_batch(model, rows, layers, poolings):
-    """(poolings, B, layers, H) of a batch of token lists."""
-    ids, real = model.pad(rows)
-    mask = model.pooled(real)
-    pooled = torch.empty(len(poolings), len(rows), len(layers), model.width)
-
-    def take(layer, state):
-        for number, pooling in enumerate(poolings):
-            pooled[number, :, layers.index(layer)] = pool_tokens(state.float(), mask, pooling)
-
-    model.run(ids, real, layers, take)
-    return pooled.numpy()
-
-
-def length_batches(order, lengths, batch_tokens):
-    """`order` (short texts first) in batches of at most batch_tokens tokens, pads included."""
-    start = 0
-    for stop in range(1, len(order) + 1):
-        is_last = stop == len(order)
-        if is_last or lengths[order[stop]] * (stop + 1 - start) > batch_tokens:
-            yield order[start:stop]
-            start = stop
-
-
-# ---- LDA and ridge in closed form, at all sites at once; X is (G, N, H): G sites, N texts
-
-
-class Moments:
-    """Covariances of standardised X (G, N, H) with itself and with Y (N, C)."""
-
-    def __init__(self, X, Y):
+    def fit(self, X, Y):
+        """Covariances of X (n, H) with itself and with Y (n, C), both float64."""
         self.n = len(Y)
-        self.mean = X.mean(1, keepdim=True)
-        scale = X.std(1, correction=0, keepdim=True)
-        self.scale = torch.where(scale > 1e-6, scale, 1.0)  # of a feature that never varies: 1
-        self.target_mean = Y.mean(0).double()
+        self.mean = X.mean(0)
+        scale = X.std(0)
+        self.scale = np.where(scale > 1e-6, scale, 1.0)  # of a feature that never varies: 1
+        self.target_mean = Y.mean(0)
         Z = (X - self.mean) / self.scale
-        self.XX = (Z.mT @ Z).double() / self.n
-        self.XY = (Z.mT @ (Y - Y.mean(0))).double() / self.n
-        self.eye = torch.eye(X.size(2))
+        self.XX = Z.T @ Z / self.n  # numpy sees the symmetry and computes one half
+        self.XY = Z.T @ (Y - self.target_mean) / self.n
+        return self
 
-    def weights(self, coefficients, intercept):
-        """(G, 1 + H, C) for features as they are, the intercept first."""
-        W = coefficients / self.scale.mT
-        return torch.cat([intercept - self.mean.double() @ W, W], 1).float()
+    def predict(self, X, penalty):
+        """Values, or log-posteriors up to a constant, (n, C)."""
+        coefficients, intercept = self.solve(penalty)
+        weights = coefficients / self.scale[:, None]
+        return X @ weights + (intercept - self.mean @ weights)
 
-
-def ridge(m, alphas=(1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)):
-    """sklearn's Ridge(alpha) behind StandardScaler: weights (G, 1 + H, alphas, C)."""
-    weights = []
-    for alpha in alphas:
-        coefficients = torch.linalg.solve(m.XX + (alpha / m.n + 1e-6) * m.eye, m.XY)
-        weights.append(m.weights(coefficients, m.target_mean))
-    return torch.stack(weights, 2)
-
-
-def lda(m, shrinkages=(0.003, 0.03, 0.1, 0.3, 0.7)):
-    """sklearn's LinearDiscriminantAnalysis("lsqr", shrinkage) behind StandardScaler, as `ridge`.
-
-    Targets are one-hot; outputs are log-posteriors up to a constant.
-    """
-    prior = m.target_mean.clamp_min(1e-12)
-    means = m.XY / prior  # of the classes, (G, H, K)
-    within = m.XX - (means * prior) @ means.mT
-    variance = within.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    weights = []
-    for s in shrinkages:
-        coefficients = torch.linalg.solve((1 - s) * within + (s * variance + 1e-6) * m.eye, means)
-        intercept = prior.log() - (means * coefficients).sum(1, keepdim=True) / 2
-        weights.append(m.weights(coefficients, intercept))
-    return torch.stack(weights, 2)
+    def fit_sites(self, X, task, fit, choose, test):
+        """The rows to choose on pick the penalty, and are learnt from, too."""
+        kind = "multi" if self.discrete_targets else "regression"
+        Y = task.targets().double()
+        train = np.concatenate([fit, choose])
+        sites = []
+        for x in X.numpy():
+            x = x.astype(float)
+            self.fit(x[fit], Y[fit].numpy())
+            outputs = np.stack([self.predict(x[choose], penalty) for penalty in self.penalties])
+            best = losses_of(torch.from_numpy(outputs), Y[choose], kind).mean(1).argmin()
+            self.fit(x[train], Y[train].numpy())
+            sites.append(
+                np.concatenate([outputs[best], self.predict(x[test], self.penalties[best])])
+            )
+        scores = as_scores(torch.from_numpy(np.stack(sites)), kind)
+        return scores[:, :, 1:] if task.kind == "binary" else scores
 
 
-def apply(weights, X):
-    """Outputs (G, n, penalties, C) of weights (G, 1 + H, penalties, C) for X (G, n, H)."""
-    flat = weights.flatten(2)
-    return (X @ flat[:, 1:] + flat[:, :1]).unflatten(2, weights.shape[2:])
+def solve_shifted(A, shift, B):
+    """(A + shift)⁻¹ B of a covariance A (H, H)."""
+    A = A.copy()
+    A[np.diag_indices_from(A)] += shift
+    return scipy.linalg.cho_solve(scipy.linalg.cho_factor(A), B)
 
 
-CLOSED = {"LDA": lda, "Ridge": ridge}
+class Ridge(ClosedForm):
+    """sklearn's Ridge(penalty) behind StandardScaler."""
+
+    discrete_targets = False
+    penalties = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
+
+    def solve(self, penalty):
+        return solve_shifted(self.XX, penalty / self.n + 1e-6, self.XY), self.target_mean
 
 
-# ---- probes of scikit-learn and of torch
+class LDA(ClosedForm):
+    """sklearn's LinearDiscriminantAnalysis("lsqr", penalty) behind StandardScaler."""
+
+    discrete_targets = True
+    penalties = (0.003, 0.03, 0.1, 0.3, 0.7)
+
+    def solve(self, penalty):
+        prior = self.target_mean.clip(1e-12)
+        means = self.XY / prior  # of the classes, (H, K)
+        within = self.XX - (means * prior) @ means.T
+        shift = penalty * within.diagonal().mean() + 1e-6
+        coefficients = solve_shifted((1 - penalty) * within, shift, means)
+        return coefficients, np.log(prior) - (means * coefficients).sum(0) / 2
+
+
+# its vectors are short: threads that wait for one another make a fit take several times as long
+one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 class SingleStepOpt:
@@ -565,6 +317,26 @@ class SingleStepOpt:
 
     __call__ = forward
 
+    @one_thread
+    def fit_sites(self, X, task, fit, choose, test):
+        """The rows to choose on pick the best of the grid, by squared error, and are learnt from,
+        too."""
+        targets = task.targets()[choose].numpy()
+        grid = list(ParameterGrid(self.grid))
+        sites = []
+        for x in X.numpy():
+            scores = []
+            for parameters in grid:
+                self.classifier.set_params(**parameters)
+                scores.append(self.fit(x[fit], task.y[fit])(x[choose]).reshape(len(choose), -1))
+            losses = np.square(scores - targets[:, -scores[0].shape[1] :]).mean((1, 2))
+            best = losses.argmin()
+            self.classifier.set_params(**grid[best])
+            train = np.concatenate([fit, choose])
+            tested = self.fit(x[train], task.y[train])(x[test]).reshape(len(test), -1)
+            sites.append(np.concatenate([scores[best], tested]))
+        return np.stack(sites)
+
 
 def sklearn_probe(classifier, **grid):
     """The constructor, input_size -> probe, for a classifier of scikit-learn."""
@@ -588,6 +360,7 @@ class MultiStepOpt(nn.Module):
     """
 
     name = ""
+    discrete_targets = False  # classes or values
     batch_size = 128
     max_epoch = 30
     min_steps = 300  # a few hundred texts need more epochs
@@ -596,6 +369,40 @@ class MultiStepOpt(nn.Module):
 
     def forward(self, X):
         return self.layers(X)
+
+    def fit_sites(self, X, task, fit, choose, test):
+        Y = task.targets()
+        if task.kind == "binary":
+            Y = Y[:, 1:]
+        if not self.attention:
+            X = X - X[:, fit].mean(1, keepdim=True)
+            scale = X[:, fit].square().mean(1, keepdim=True).sqrt()
+            X = X / torch.where(scale > 1e-6, scale, 1.0)
+        params, buffers = torch.func.stack_module_state([self] * len(X))
+        stacked = torch.vmap(partial(torch.func.functional_call, self), randomness="different")
+        optimizer = torch.optim.Adam(params.values(), lr=self.learning_rate)
+        best = {name: value.detach().clone() for name, value in params.items()}
+        least = torch.full((len(X),), math.inf)
+        n_batches = -(-len(fit) // self.batch_size)
+        for epoch in range(max(self.max_epoch, self.min_steps // n_batches)):
+            self.train()
+            rng = np.random.default_rng(key_seed(task.seed, epoch))
+            for rows in torch.from_numpy(rng.permutation(fit)).split(self.batch_size):
+                optimizer.zero_grad()
+                outputs = stacked((params, buffers), X[:, rows])
+                losses_of(outputs, Y[rows], task.kind).mean(1).sum().backward()
+                optimizer.step()
+            self.eval()
+            with torch.no_grad():
+                outputs = stacked((params, buffers), X[:, choose])
+            losses = losses_of(outputs, Y[choose], task.kind).mean(1)
+            better = losses < least
+            least = torch.where(better, losses, least)
+            for name, value in params.items():
+                best[name][better] = value.detach()[better]
+        with torch.no_grad():
+            outputs = stacked((best, buffers), X[:, np.concatenate([choose, test])])
+        return as_scores(outputs, task.kind)
 
 
 class SingleLayer(MultiStepOpt):
@@ -646,10 +453,10 @@ class AttentionPool(MultiStepOpt):
 
 
 PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
-# its vectors are short: threads that wait for one another make a fit take several times as long
-one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
+    "LDA": LDA,
+    "Ridge": Ridge,
     "Logistic": sklearn_probe(LOGISTIC, logisticregression__C=PENALTIES),
     "SingleLayer": SingleLayer,
     "DoubleLayer": DoubleLayer,
@@ -662,38 +469,47 @@ PROBES = {
 }
 
 
-def build(probe, width, task):
-    """A probe of this input size, with an output for each class where it can have them."""
-    make = PROBES.get(probe, probe)
-    if task.kind != "multi" or not isinstance(make, type) or not issubclass(make, MultiStepOpt):
-        return make(width)
-    if "output_size" not in inspect.signature(make).parameters:
-        raise InputError(f"the probe {make.__name__} has no output_size: it takes two classes only")
-    return make(width, output_size=task.targets().size(1))
-
-
 def name_of(probe):
     return probe if isinstance(probe, str) else probe(4).name or probe.__name__
 
 
-def predicts_values(probe):
-    """Whether a probe is a regression."""
-    if probe in CLOSED:
-        return probe == "Ridge"
-    return not getattr(PROBES.get(probe, probe)(4), "discrete_targets", False)
+def build(probe, width, task):
+    """A probe of this input size, with an output for each class where it can have them."""
+    make = PROBES.get(probe, probe)
+    if task.kind == "multi" and "output_size" in inspect.signature(make).parameters:
+        return make(width, output_size=task.targets().size(1))
+    model = make(width)
+    if task.kind == "multi" and isinstance(model, MultiStepOpt):
+        raise InputError(f"the probe {make.__name__} has no output_size: it takes two classes only")
+    return model
 
 
-def reads_tokens(probe):
-    """Whether a probe needs the states of all tokens, not pooled ones."""
-    return getattr(PROBES.get(probe, probe), "attention", False)
+def losses_of(outputs, Y, kind):
+    """Losses (..., n) of outputs (..., n, C) for targets (n, C)."""
+    if kind == "multi":
+        return -(outputs.log_softmax(-1) * Y).sum(-1)
+    if kind == "binary":
+        Y = Y.expand_as(outputs)
+        return F.binary_cross_entropy_with_logits(outputs, Y, reduction="none").sum(-1)
+    return (outputs - Y).square().sum(-1)
 
 
-# ---- fitting, fold by fold
+def as_scores(outputs, kind):
+    """Probabilities, or values, in double precision: sure ones stay apart."""
+    outputs = outputs.double()
+    if kind == "multi":
+        outputs = outputs.softmax(-1)
+    elif kind == "binary":
+        outputs = outputs.sigmoid()
+    return outputs.numpy()
+
+
+# ---- what a probe is asked
 
 
 @dataclass
 class Task:
-    """What a probe is asked. A row is a text, or one of several of a text where it has them."""
+    """A row is a text, or one of several of a text where it has them."""
 
     kind: str
     y: np.ndarray  # (N,) classes or values, or (N, V) values
@@ -746,108 +562,15 @@ def make_task(dataset, config):
     return task
 
 
-def fit_closed(probe, X, task, fit, choose, test):
-    """Scores (G, n, C) of LDA or ridge, fitted again with the rows that chose the penalty.
-
-    As of the two other ways to fit, they are of the rows to choose on, then of the test.
-    """
-    kind = "multi" if probe == "LDA" else "regression"
-    Y = task.targets()
-    X = X - X[:, fit].mean(1, keepdim=True)  # any shift: float32 has few digits for large means
-    weights = CLOSED[probe](Moments(X[:, fit], Y[fit]))
-    outputs = apply(weights, X[:, choose])  # (G, n, penalties, C)
-    best = losses_of(outputs, Y[choose][:, None], kind).mean(1).argmin(1)
-    sites = torch.arange(len(X))
-    train = np.concatenate([fit, choose])
-    weights = CLOSED[probe](Moments(X[:, train], Y[train]))[sites, :, best]
-    tested = apply(weights[:, :, None], X[:, test])[:, :, 0]
-    scores = as_scores(torch.cat([outputs[sites, :, best], tested], 1), kind)
-    return scores[:, :, 1:] if task.kind == "binary" else scores
-
-
-@one_thread
-def fit_sklearn(probe, X, task, fit, choose, test):
-    """Scores of a scikit-learn probe at each site.
-
-    The rows to choose on pick the best of its grid, by squared error, and are learnt from, too.
-    """
-    width = X.size(2)
-    targets = task.targets()[choose].numpy()
-    grid = list(ParameterGrid(build(probe, width, task).grid))
-
-    def fit_and_score(x, learnt, scored, parameters):
-        model = build(probe, width, task)
-        model.classifier.set_params(**parameters)
-        return model.fit(x[learnt], task.y[learnt])(x[scored]).reshape(len(scored), -1)
-
-    sites = []
-    for x in X.numpy():
-        scores = np.stack([fit_and_score(x, fit, choose, parameters) for parameters in grid])
-        losses = np.square(scores - targets[:, -scores.shape[2] :]).mean((1, 2))
-        best = losses.argmin()
-        tested = fit_and_score(x, np.concatenate([fit, choose]), test, grid[best])
-        sites.append(np.concatenate([scores[best], tested]))
-    return np.stack(sites)
-
-
-def fit_torch(model, X, task, fit, choose, test):
-    """Scores of copies of a torch probe, one for each site, trained in one optimiser."""
-    Y = task.targets()
-    if task.kind == "binary":
-        Y = Y[:, 1:]
-    if not model.attention:
-        X = X - X[:, fit].mean(1, keepdim=True)
-        scale = X[:, fit].square().mean(1, keepdim=True).sqrt()
-        X = X / torch.where(scale > 1e-6, scale, 1.0)
-    params, buffers = torch.func.stack_module_state([model] * len(X))
-    stacked = torch.vmap(partial(torch.func.functional_call, model), randomness="different")
-    optimizer = torch.optim.Adam(params.values(), lr=model.learning_rate)
-    best = {name: value.detach().clone() for name, value in params.items()}
-    least = torch.full((len(X),), math.inf)
-    n_batches = -(-len(fit) // model.batch_size)
-    for epoch in range(max(model.max_epoch, model.min_steps // n_batches)):
-        model.train()
-        rng = np.random.default_rng(key_seed(task.seed, epoch))
-        for rows in torch.from_numpy(rng.permutation(fit)).split(model.batch_size):
-            optimizer.zero_grad()
-            outputs = stacked((params, buffers), X[:, rows])
-            losses_of(outputs, Y[rows], task.kind).mean(1).sum().backward()
-            optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            outputs = stacked((params, buffers), X[:, choose])
-        losses = losses_of(outputs, Y[choose], task.kind).mean(1)
-        better = losses < least
-        least = torch.where(better, losses, least)
-        for name, value in params.items():
-            best[name][better] = value.detach()[better]
-    with torch.no_grad():
-        return as_scores(stacked((best, buffers), X[:, np.concatenate([choose, test])]), task.kind)
-
-
-def losses_of(outputs, Y, kind):
-    """Losses (..., n) of outputs (..., n, C) for targets (n, C)."""
-    if kind == "multi":
-        return -(outputs.log_softmax(-1) * Y).sum(-1)
-    if kind == "binary":
-        Y = Y.expand_as(outputs)
-        return F.binary_cross_entropy_with_logits(outputs, Y, reduction="none").sum(-1)
-    return (outputs - Y).square().sum(-1)
-
-
-def as_scores(outputs, kind):
-    """Probabilities, or values, in double precision: sure ones stay apart."""
-    outputs = outputs.double()
-    if kind == "multi":
-        outputs = outputs.softmax(-1)
-    elif kind == "binary":
-        outputs = outputs.sigmoid()
-    return outputs.numpy()
-
-
 # ---- evaluate
 
-BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1), "pearson": (-1, 1), "mcc": (-1, 1)}  # else 0, 1
+BOUNDS = {
+    "mse": (0, np.inf),
+    "r2": (-np.inf, 1),
+    "pearson": (-1, 1),
+    "mcc": (-1, 1),
+    "selectivity": (-2, 2),  # a difference of two scores
+}  # of all others 0 and 1
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
@@ -948,13 +671,13 @@ def online_code(X, y, groups, n_classes, seed):
     return code_length
 
 
-# ---- the sweep
+# ---- sites
 
 NO_SITE = dict.fromkeys(("layer", "quantile", "layer_method", "quantile_method"), "")
 
 
 class Sites:
-    """Where one model is read on one dataset: a site for each pooler.
+    """Where one model is read on one dataset: a site for each pooler; `labels` has a row for each.
 
     Without poolers it is every token of each layer, for probes that pool tokens themselves.
     """
@@ -962,23 +685,21 @@ class Sites:
     def __init__(self, model, dataset, poolers, config):
         self.model = model
         self.dataset = dataset
-        self.poolers = poolers
-        self.states = None
         self.all_tokens = poolers is None
         if self.all_tokens:
             layers = model.layers(config.layers)
-            self.poolers = [PoolToken(layer, "all", None, "concat") for layer in layers]
-        self.labels = []
-        for pooler in self.poolers:
-            self.labels.append(pooler.label(model.n_layer))
-            if self.all_tokens:
-                self.labels[-1] |= {"quantile": "attention", "quantile_method": ""}
+            poolers = [PoolToken(layer, "all", None, "concat") for layer in layers]
+        self.poolers = poolers
+        self.labels = pd.DataFrame([pooler.label(model.n_layer) for pooler in poolers])
+        if self.all_tokens:
+            self.labels = self.labels.assign(quantile="attention", quantile_method="")
         layers = set()
         poolings = set()
-        for pooler in self.poolers:
+        for pooler in poolers:
             if pooler.cacheable:
                 layers.update(pooler.layers(model.n_layer))
                 poolings.update(pooler.poolings)
+        self.states = None
         if layers:
             args = (config.cache, config.batch_tokens, config.cache_dtype)
             self.states = pooled_states(model, dataset.texts, sorted(layers), poolings, *args)
@@ -1009,13 +730,27 @@ class Sites:
         yield torch.from_numpy(np.stack(group)), index
 
 
-def measure(sites, probe, task):
-    """Measures and chance levels of each site and fold; scores of each text in the test.
+def read_sites(model, dataset, poolers, config):
+    """{baseline: Sites} of the model ('') and of what is measured as it is."""
+    sites = {"": Sites(model, dataset, poolers, config)}
+    if "random_init" in config.baselines:
+        twin = model.random_twin(key_seed(config.seed, "random twin"))
+        sites["random_init"] = Sites(twin, dataset, poolers, config)
+    if "layer0" in config.baselines and poolers is not None:
+        sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
+    return sites
 
-    Two DataFrames. Scores (of several classes the likeliest one) are those of the first repetition;
-    None of several columns.
+
+# ---- measuring
+
+
+def measure(sites, probe, task):
+    """Two DataFrames: a row for each site, repetition, fold and measure; and one for each score.
+
+    Scores of texts in the test (of several classes the likeliest one) are those of the first
+    repetition; None of several columns.
     """
-    rows = []
+    tables = []
     scores = []
     first = 0
     for X, index in sites.batches():
@@ -1024,17 +759,16 @@ def measure(sites, probe, task):
         texts_per_row = len(np.unique(index)) / len(index)
         for repetition, folds in enumerate(part.folds):
             for fold in range(folds.max() + 1):
-                measured, test, tested = measure_fold(probe, X, part, folds, fold)
-                for g, row in enumerate(measured):
-                    row |= {"repetition": repetition, "site": first + g, "n": n}
-                    row["n_train"] *= texts_per_row
-                    score = tested[g].argmax(1) if task.kind == "multi" else tested[g]
-                    if repetition == 0 and score.ndim == 1:
-                        texts = {"index": index[test], "y": part.y[test], "score": score}
-                        scores.append(pd.DataFrame({**texts, "site": first + g, "fold": fold}))
-                rows += measured
+                table, test, tested = measure_fold(probe, X, part, folds, fold)
+                tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
+                tables[-1]["n_train"] *= texts_per_row
+                if repetition == 0 and tested.ndim == 2:
+                    about = {"index": index[test], "y": part.y[test], "fold": fold}
+                    for g, score in enumerate(tested):
+                        scores.append(pd.DataFrame({**about, "score": score, "site": first + g}))
         first += len(X)
-    return pd.DataFrame(rows), pd.concat(scores) if scores else None
+    folds = pd.concat(tables, ignore_index=True).join(sites.labels, on="site")
+    return folds, pd.concat(scores) if scores else None
 
 
 def measure_fold(probe, X, task, folds, outer):
@@ -1048,49 +782,46 @@ def measure_fold(probe, X, task, folds, outer):
     fit = np.flatnonzero(task.learn & (folds != outer) & (folds != inner))
     choose = np.flatnonzero(task.learn & (folds == inner))
     test = np.flatnonzero(task.judge & (folds == outer))
-    n_train = len(fit) + len(choose)
     torch.manual_seed(key_seed(task.seed, outer))
-    model = None if probe in CLOSED else build(probe, X.size(-1), task)
-    if model is None:
-        scores = fit_closed(probe, X, task, fit, choose, test)
-    elif isinstance(model, MultiStepOpt):
-        scores = fit_torch(model, X, task, fit, choose, test)
-        n_train = len(fit)
-    else:
-        scores = fit_sklearn(probe, X, task, fit, choose, test)
+    model = build(probe, X.size(-1), task)
+    scores = model.fit_sites(X, task, fit, choose, test)
     if scores.shape[2] == 1:
         scores = scores[:, :, 0]
     chosen, tested = np.split(scores, [len(choose)], 1)
-    about = {"fold": outer, "n_train": n_train, "ratio": task.learn.sum() / n_folds / n_train}
-    for name, value in chance_measures(task, test).items():
-        about[f"chance {name}"] = value
+    chance = chance_measures(task, test)
     rows = []
     for g in range(len(X)):
         thresholds = {"accuracy": np.nan}
         if task.kind == "binary":
             thresholds = best_thresholds(task.y[choose], chosen[g])
-        row = {**about, **evaluator(task.y[test], tested[g], task.kind, thresholds)}
+        row = {"site": g, "threshold": thresholds["accuracy"]}
         row["validation"] = primary_measure(task.y[choose], chosen[g], task.kind, thresholds)
-        row["threshold"] = thresholds["accuracy"]
-        rows.append(row)
-    return rows, test, tested
+        for metric, score in evaluator(task.y[test], tested[g], task.kind, thresholds).items():
+            rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
+    # the epoch of a torch probe is chosen on rows that it does not learn from
+    n_train = len(fit) if isinstance(model, MultiStepOpt) else len(fit) + len(choose)
+    ratio = task.learn.sum() / n_folds / n_train
+    table = pd.DataFrame(rows).assign(fold=outer, n_train=n_train, ratio=ratio)
+    return table, test, tested.argmax(2) if task.kind == "multi" else tested
 
 
-def statistics(folds, metric):
-    """Columns of results.csv out of the folds of one site, which share training texts.
+def statistics(folds):
+    """Columns of results.csv out of the folds of one site at one measure.
 
-    The corrected resampled t: ratio is a fold's size over that of what is learnt from (Nadeau &
-    Bengio 2003). Repetitions have no texts of their own and add no degree of freedom; folds that
-    agree by luck are no surer than half a text. p is of a score above chance.
+    Folds share training texts, hence the corrected resampled t: ratio is a fold's size over that of
+    what is learnt from (Nadeau & Bengio 2003). Repetitions have no texts of their own and add no
+    degree of freedom; folds that agree by luck are no surer than half a text. p is of a score above
+    chance.
     """
-    score = folds[metric].mean()
-    chance = folds[f"chance {metric}"].mean()
-    n = folds.n.iloc[0]
-    variance = (1 / len(folds) + folds.ratio.mean()) * folds[metric].var()
-    t = {"df": folds.fold.nunique() - 1, "loc": score, "scale": max(variance**0.5, 0.5 / n)}
-    low, high = np.clip(scipy.stats.t.interval(0.95, **t), *BOUNDS.get(metric, (0, 1)))
-    row = {"metric": metric, "score": score, "chance": chance, "low": low, "high": high, "n": n}
-    return {**row, "n_train": round(folds.n_train.mean()), "p": scipy.stats.t.cdf(chance, **t)}
+    row = folds[["metric", *NO_SITE, "n"]].iloc[0].to_dict()
+    row |= folds[["score", "chance"]].mean()
+    variance = (1 / len(folds) + folds.ratio.mean()) * folds.score.var()
+    t = {"df": folds.fold.nunique() - 1, "loc": row["score"]}
+    t["scale"] = max(variance**0.5, 0.5 / row["n"])
+    bounds = BOUNDS.get(row["metric"], (0, 1))
+    row["low"], row["high"] = np.clip(scipy.stats.t.interval(0.95, **t), *bounds)
+    row["p"] = row["p_holm"] = scipy.stats.t.cdf(row["chance"], **t)
+    return {**row, "n_train": round(folds.n_train.mean())}
 
 
 def chosen_by_validation(folds):
@@ -1098,119 +829,63 @@ def chosen_by_validation(folds):
     return folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
 
 
-def write_rows(run, folds, labels, keys):
+def write_rows(run, folds, keys):
     """A row of each measure for each site; of the primary one, also for the site that is chosen.
 
     p is corrected over all sites, and tests nothing for a baseline.
     """
-    for metric in folds.filter(like="chance ").columns.str.removeprefix("chance "):
-        rows = [statistics(part, metric) for _, part in folds.groupby("site")]
-        for row, label, p in zip(rows, labels, holm([row["p"] for row in rows])):
-            row |= {**label, "p_holm": p}
-        if metric in PRIMARY.values() and len(labels) > 1:
-            best = statistics(chosen_by_validation(folds), metric)
-            rows.append({**best, **NO_SITE, "layer": "best", "quantile": "best"})
-            rows[-1]["p_holm"] = best["p"]
+    for metric, part in folds.groupby("metric", sort=False):
+        rows = [statistics(of_site) for _, of_site in part.groupby("site")]
+        for row, p in zip(rows, holm([row["p"] for row in rows])):
+            row["p_holm"] = p
+        if metric in PRIMARY.values() and len(rows) > 1:
+            best = {**NO_SITE, "layer": "best", "quantile": "best"}
+            rows.append(statistics(chosen_by_validation(part).assign(**best)))
         for row in rows:
             if keys["baseline"] or metric == "mse":
                 row |= {"p": None, "p_holm": None}
             run.result(**row, **keys)
 
 
-def sites_of(model, dataset, poolers, config):
-    """{baseline: Sites} of the model ('') and of what is measured as it is."""
-    sites = {"": Sites(model, dataset, poolers, config)}
-    if "random_init" in config.baselines:
-        twin = model.random_twin(key_seed(config.seed, "random twin"))
-        sites["random_init"] = Sites(twin, dataset, poolers, config)
-    if "layer0" in config.baselines and poolers is not None:
-        sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
-    return sites
-
-
-def probe_pair(run, model, dataset, probes, finished):
-    """Everything about one model and one dataset that is not among the finished rows."""
-    config = run.config
-    keys = {"model": model.name, "dataset": dataset.name, "params": model.params}
-    keys["synthetic"] = bool(dataset.meta.get("synthetic"))
-    todo = [p for p in probes if (model.name, dataset.name, name_of(p)) not in finished]
-    if not todo:
-        return
-    pooled = sites_of(model, dataset, all_poolers(config, model), config)
-    if config.keep_predictions:
-        keep_projections(run, pooled[""])
-    for probe in todo:
-        keys["probe"] = name_of(probe)
-        sites = sites_of(model, dataset, None, config) if reads_tokens(probe) else pooled
-        folds = measure_baselines(run, sites, probe, keys)
-        if probe == probes[0]:
-            if "control" in config.baselines:
-                measure_control(run, sites[""], probe, keys)
-            if "compression" in config.baselines and dataset.kind != "regression":
-                measure_compression(run, pooled, keys)
-            measure_sizes(run, sites[""], probe, keys)
-        write_majority(run, folds, keys)
-
-
-def measure_baselines(run, sites, probe, keys):
-    """Rows of the model, its random twin and its bag of embeddings; the folds of the model."""
-    words = []
-    for baseline, part in sites.items():
-        task = part.dataset.task
-        folds, scores = measure(part, probe, task)
-        write_rows(run, folds, part.labels, {**keys, "baseline": baseline})
-        best = chosen_by_validation(folds)
-        row = statistics(best, PRIMARY[task.kind])
-        row |= {"name": baseline or keys["probe"], **part.labels[best.site.mode()[0]]}
-        words.append("{name} {score:.3f} [{low:.3f}, {high:.3f}] (layer {layer})".format(**row))
-        if not baseline:
-            real = folds
-            words.append("chance {chance:.3f} ({metric}, n = {n})".format(**row))
-            keep_for_app(run, part, keys["probe"], folds, scores)
-    run.print(f"{keys['model']} {keys['dataset']}, layer by validation: {', '.join(words)}")
-    return real
-
-
-def write_majority(run, folds, keys):
-    """What the best constant answer scores; these rows are a probe's last."""
-    folds = folds[folds.site == 0]
-    for name in folds.filter(like="chance "):
-        folds = folds.assign(**{name.removeprefix("chance "): folds[name]})
-    write_rows(run, folds, [NO_SITE], {**keys, "baseline": "majority"})
+def print_best(run, folds, keys):
+    """A line: the score at the layer that validation folds choose, beside chance."""
+    best = chosen_by_validation(folds[folds.metric.isin(PRIMARY.values())])
+    about = {**keys, **statistics(best), "layer": best.layer.mode()[0]}
+    run.print(
+        "{model} {dataset} {probe} {baseline}: {metric} {score:.3f} [{low:.3f}, {high:.3f}], "
+        "chance {chance:.3f}, n = {n}, layer by validation: {layer}".format(**about)
+    )
 
 
 def measure_control(run, sites, probe, keys):
     """Control task and selectivity, both labels learnt and judged where texts share their words."""
-    task = sites.dataset.task
-    task = replace(task, judge=task.learn)
+    task = replace(sites.dataset.task, judge=sites.dataset.task.learn)
     real, _ = measure(sites, probe, task)
     control, _ = measure(sites, probe, replace(task, y=control_labels(sites.dataset, task.seed)))
-    write_rows(run, control, sites.labels, {**keys, "baseline": "control"})
-    metric = PRIMARY[task.kind]
-    selectivity = real[metric] - control[metric]
-    real = real.drop(columns=real.filter(like="chance "))
-    real = real.assign(selectivity=selectivity, **{"chance selectivity": 0.0})
-    write_rows(run, real, sites.labels, {**keys, "baseline": ""})
+    write_rows(run, control, {**keys, "baseline": "control"})
+    gain = real.assign(metric="selectivity", score=real.score - control.score, chance=0.0)
+    write_rows(run, gain[real.metric == PRIMARY[task.kind]], {**keys, "baseline": ""})
 
 
 def measure_compression(run, sites, keys):
     """n log2 K over the bits of the online code, with a normal interval over texts."""
     task = sites[""].dataset.task
+    if task.kind == "regression":
+        return
     n_classes = task.targets().size(1)
     for baseline, part in sites.items():
-        labels = iter(part.labels)
-        for X, index in part.batches():
+        for pooler, label in zip(part.poolers, part.labels.to_dict("records")):
+            X, index = part.vectors(pooler)
             learn = task.learn[index]
             texts = index[learn]
             groups = part.dataset.groups[texts]
-            for x in X[:, learn].numpy():
-                bits = online_code(x, task.y[texts], groups, n_classes, task.seed)
-                spread = 1.96 * bits.std() * math.sqrt(len(bits))
-                sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
-                score, low, high = len(bits) * math.log2(n_classes) / sums.clip(1e-9)
-                about = {**keys, **next(labels), "probe": "Logistic", "baseline": baseline}
-                about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
-                run.result(score, 1.0, low, high, len(bits), **about)
+            bits = online_code(X[learn], task.y[texts], groups, n_classes, task.seed)
+            spread = 1.96 * bits.std() * math.sqrt(len(bits))
+            sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
+            score, low, high = len(bits) * math.log2(n_classes) / sums.clip(1e-9)
+            about = {**keys, **label, "probe": "Logistic", "baseline": baseline}
+            about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
+            run.result(score, 1.0, low, high, len(bits), **about)
 
 
 def measure_sizes(run, sites, probe, keys):
@@ -1226,7 +901,7 @@ def measure_sizes(run, sites, probe, keys):
         if few <= n < 0.9 * sizes.max():
             learn = task.learn & np.isin(groups, sizes.index[sizes <= n])
             folds, _ = measure(sites, probe, replace(task, learn=learn))
-            write_rows(run, folds, sites.labels, {**keys, "baseline": ""})
+            write_rows(run, folds, {**keys, "baseline": ""})
 
 
 # ---- what the app reads
@@ -1244,32 +919,34 @@ def slug(*names, label=None):
 def keep_for_app(run, sites, name, folds, scores):
     """Logs in JSON, and the out-of-fold scores of each site."""
     names = [sites.model.name, sites.dataset.name, name]
-    columns = {"mse": "MSE", "accuracy": "Accuracy", "f1": "F1"}
+    titles = {"mse": "MSE", "accuracy": "Accuracy", "f1": "F1"}
     logs = {}
     for site, pooler in enumerate(sites.poolers):
         part = folds[folds.site == site]
         about = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
         for key in NO_SITE:
             about[key] = getattr(pooler, key)
-        data = {title: part[key].tolist() for key, title in columns.items() if key in part}
+        data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
         meta = sites.dataset.meta
-        logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data}
+        logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data.to_dict()}
         if run.config.keep_predictions and scores is not None:
-            kept = scores[scores.site == site]
-            path = run.out / "predictions" / f"{slug(*names, label=sites.labels[site])}.npz"
-            with aside(path) as file:
-                np.savez(file, **kept.drop(columns="site"), threshold=part.threshold.mean())
+            kept = scores[scores.site == site].drop(columns="site")
+            label = sites.labels.loc[site].to_dict()
+            with aside(run.out / "predictions" / f"{slug(*names, label=label)}.npz") as file:
+                np.savez(file, **kept, threshold=part.threshold.mean())
     write_aside(run.out / "logs" / f"{slug(*names)}.json", json.dumps(logs))
 
 
 def keep_projections(run, sites):
     """The texts, and the first two principal components of each site of a single layer."""
+    if not run.config.keep_predictions:
+        return
     dataset = sites.dataset
     if dataset.y.ndim == 1:
         names = np.array(dataset.label_names)[dataset.y] if dataset.label_names else dataset.y
         table = pd.DataFrame({"text": dataset.texts, "label": names}).rename_axis("index")
         write_aside(run.out / "texts" / f"{slug(dataset.name)}.csv", table.to_csv())
-    for pooler, label in zip(sites.poolers, sites.labels):
+    for pooler, label in zip(sites.poolers, sites.labels.to_dict("records")):
         if pooler.cacheable and not label["layer_method"] and len(pooler.quantiles) < 2:
             X, index = sites.vectors(pooler)
             pca = PCA(2, svd_solver="covariance_eigh")
@@ -1283,23 +960,42 @@ def keep_projections(run, sites):
 
 
 def main(config, lms=None, datasets=None, probes=None):
-    """The sweep: models x datasets dealt over the ranks. Returns the results as a DataFrame."""
+    """Every probe of every model on every dataset. Returns the results as a DataFrame."""
     run = Run(config)
     for name in ("logs", "predictions", "projections", "texts"):
         (run.out / name).mkdir(exist_ok=True)
     lms = lms or config.lm
     datasets = load_datasets(run, config, datasets or config.dataset)
     run.content = hash_content(run, lms, datasets)
-    finished = set()
     rows = run.rows()
-    if len(rows):
-        last = rows[rows.baseline == "majority"]  # written when a probe has all its others
-        finished.update(zip(last.model, last.dataset, last.probe))
-    for lm, pairs in groupby(run.share(product(lms, datasets)), key=itemgetter(0)):
-        model = LMModel(lm, run.device, run.dtype, bos=config.bos)
-        for _, dataset in pairs:
-            usable = usable_probes(run, dataset, probes or config.probe)
-            probe_pair(run, model, dataset, usable, finished)
+    for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
+        model = LMModel(lm, run.device, run.dtype)
+        usable = usable_probes(run, dataset, probes or config.probe)
+        todo = unfinished(rows, model.name, dataset.name, usable)
+        if not todo:
+            continue
+        pooled = read_sites(model, dataset, all_poolers(config, model), config)
+        keep_projections(run, pooled[""])
+        for probe in todo:
+            sites = pooled
+            if getattr(PROBES.get(probe, probe), "attention", False):
+                sites = read_sites(model, dataset, None, config)  # every token
+            keys = {"model": model.name, "dataset": dataset.name, "probe": name_of(probe)}
+            keys |= {"params": model.params, "synthetic": bool(dataset.meta.get("synthetic"))}
+            for baseline, part in sites.items():  # the model, its random twin, its embeddings
+                folds, scores = measure(part, probe, dataset.task)
+                write_rows(run, folds, {**keys, "baseline": baseline})
+                print_best(run, folds, {**keys, "baseline": baseline})
+                if not baseline:
+                    keep_for_app(run, part, keys["probe"], folds, scores)
+                    majority = folds[folds.site == 0].assign(score=folds.chance, **NO_SITE)
+            if probe == usable[0]:
+                if "control" in config.baselines:
+                    measure_control(run, sites[""], probe, keys)
+                if "compression" in config.baselines:
+                    measure_compression(run, pooled, keys)
+                measure_sizes(run, sites[""], probe, keys)
+            write_rows(run, majority, {**keys, "baseline": "majority"})
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
@@ -1315,7 +1011,7 @@ def hash_content(run, lms, datasets):
         facts = [dataset.texts, dataset.y, dataset.groups, dataset.split]
         content.update(json.dumps(facts, default=np.ndarray.tolist).encode())
     for lm in lms:
-        model = LMModel(lm, run.device, run.dtype, bos=run.config.bos)
+        model = LMModel(lm, run.device, run.dtype)
         all_poolers(run.config, model)
         content.update(model.fingerprint().encode())
     return content.hexdigest()[:8]
@@ -1328,15 +1024,24 @@ def all_poolers(config, model):
     return list({str(pooler.label(model.n_layer)): pooler for pooler in poolers}.values())
 
 
+def unfinished(rows, model, dataset, probes):
+    """The probes that lack their last row, the majority's, among those of an earlier run."""
+    rows = rows.reindex(columns=["model", "dataset", "probe", "baseline"])
+    rows = rows[(rows.model == model) & (rows.dataset == dataset) & (rows.baseline == "majority")]
+    return [probe for probe in probes if name_of(probe) not in set(rows.probe)]
+
+
 def usable_probes(run, dataset, probes):
     """Those that can answer: classifiers do no regression, and only ridge does several columns."""
     if dataset.kind != "regression":
         return probes
-    usable = ["Ridge"]
-    if dataset.y.ndim == 1:
-        usable = [probe for probe in probes if predicts_values(probe)] or usable
+    usable = []
+    for probe in probes:
+        if dataset.y.ndim == 1 and not PROBES.get(probe, probe)(4).discrete_targets:
+            usable.append(probe)
+    usable = usable or ["Ridge"]
     if usable != probes:
-        names = ", ".join(name_of(probe) for probe in usable)
+        names = ", ".join(map(name_of, usable))
         run.print(f"{dataset.name} is a regression: it is probed by {names}")
     return usable
 
@@ -1369,25 +1074,24 @@ STYLES = {"random_init": "--", "control": ":", "layer0": "-.", "majority": "-"}
 
 def plot_layers(out, table):
     """layers_MODEL.png: scores over layers at one pooling with 95 % bands, a panel a dataset."""
-    usual = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
     table = table[table.metric.isin(PRIMARY.values()) & (table.layer_method == "")]
-    table = table[table.n_train == usual[table.index]]
+    usual = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
+    table = table[table.n_train == usual]
+    table = table.assign(layer=pd.to_numeric(table.layer, errors="coerce"))
     for model, rows in table.groupby("model"):
         panels = list(rows.groupby("dataset", sort=False))
         n_columns = min(len(panels), 3)
         n_rows = -(-len(panels) // n_columns)
         size = (max(3.6 * n_columns, 7.2), 2.8 * n_rows + 0.9)
-        options = {"figsize": size, "squeeze": False, "layout": "constrained"}
-        figure, axes = plt.subplots(n_rows, n_columns, **options)
-        for ax in axes.flat[len(panels) :]:
-            ax.remove()
-        for ax, (dataset, part) in zip(axes.flat, panels):
-            draw_panel(ax, part.assign(layer=pd.to_numeric(part.layer, errors="coerce")))
-            ax.set_title(dataset, fontsize=9)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+        figure = plt.figure(figsize=size, layout="constrained")
+        for number, (dataset, part) in enumerate(panels, start=1):
+            ax = figure.add_subplot(n_rows, n_columns, number, title=dataset)
+            draw_panel(ax, part)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
+        )
         note = "; synthetic sentences" if rows.synthetic.any() else ""
-        figure.suptitle(f"{model}: what each layer knows (95 % bands){note}", fontsize=10)
+        figure.suptitle(f"{model}: what each layer knows (95 % bands){note}")
         with aside(out / f"layers_{slug(model)}.png") as file:
             figure.savefig(file, dpi=130, format="png")
         plt.close(figure)

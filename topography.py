@@ -14,7 +14,6 @@ Fedorenko et al. 2010 (localizer); Margalit et al. 2024 (TDANN); Rathi et al. 20
 Warstadt et al. 2020 (BLiMP); Salazar et al. 2020 (masked models).
 """
 
-import itertools
 import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -40,8 +39,8 @@ from torch.nn import functional as F
 import positions
 from configurator import InputError, Run, configure, key_seed
 from convert import HiddenStates
-from data import check_content
-from data.stimuli import read_csv, read_pairs
+from data.contrasts import find_contrasts, read_stimuli
+from data.stimuli import read_pairs
 from data.tokens import Tokens
 
 
@@ -87,101 +86,21 @@ class Config:
                 raise InputError(f"contrast '{contrast}' must read A>B or A+B>C+D")
 
 
-DEFAULT_CONTRASTS = [
-    "sentences>nonwords",
-    "sentences>words",
-    "jabberwocky>nonwords",
-    "concrete noun+abstract noun>concrete verb+abstract verb",
-    "concrete noun+concrete verb>abstract noun+abstract verb",
-    "S>N",
-]
-
-
 # ---- data
 
 
 def load_stimuli(run, config):
-    """(DataFrame of text and condition, what the data is called) of the option stimuli."""
+    """Of the option stimuli: texts and conditions, {name: Contrast}, what the data is called."""
     path = Path(config.stimuli)
     name = config.stimuli
     if not path.exists():
         path = run.dataset(config.stimuli) / "localizer.csv"
         name += ", synthetic"
-    return read_stimuli(path, config.text_column, config.condition_column), name
-
-
-def read_stimuli(path, text_column="text", condition_column="condition"):
-    """DataFrame with text and condition of a CSV, or of a folder whose CSVs are read together.
-
-    Two published layouts are known by their columns: Fedorenko's localizer (stim1 .. stimN: number,
-    words, S or N at the end) and Moseley's list (word, category, class). Raises InputError.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise InputError(f"no stimuli at {path}: give a CSV, a folder of CSVs, or 'localizer'")
-    parts = []
-    for file in files:
-        table = read_csv(check_content(file))
-        stims = table.filter(regex=r"^stim\d+$")
-        if stims.shape[1] > 3:
-            words = stims.iloc[:, 1:-1].agg(" ".join, axis=1)
-            text = words.str.lower().str.split().str.join(" ")
-            condition = stims.iloc[:, -1]
-        elif {"word", "category", "class"} <= set(table.columns):
-            text = table["word"]
-            condition = table["category"] + " " + table["class"]
-        else:
-            text = join_columns(table, text_column, file)
-            condition = join_columns(table, condition_column, file)
-        empty = text.str.strip() == ""
-        if empty.any():
-            raise InputError(f"{file}, line {empty.idxmax()}: the text is empty")
-        parts.append(pd.DataFrame({"text": text, "condition": condition}))
-    return pd.concat(parts, ignore_index=True).drop_duplicates(ignore_index=True)
-
-
-def join_columns(table, names, file):
-    """Columns 'a,b' of a table as one column of text."""
-    names = names.split(",")
-    for name in names:
-        if name not in table:
-            columns = ", ".join(table.columns)
-            raise InputError(f"{file} has no column '{name}', only {columns}: see text_column=")
-    return table[names].agg(" ".join, axis=1)
-
-
-@dataclass
-class Contrast:
-    """Stimuli of some conditions against those of others."""
-
-    name: str  # A>B or A+B>C+D
-    a: np.ndarray  # rows of the stimuli before the >
-    b: np.ndarray  # and after it
-    data: str = ""  # what the stimuli are called
-
-
-def find_contrasts(config, conditions, data=""):
-    """{name: Contrast} of the stimuli's conditions (N,)."""
-    conditions = np.asarray(conditions)
-    names = sorted(set(conditions))
-    known = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
-    every = map(">".join, itertools.combinations(names, 2))
-    wanted = [*(config.contrasts or known or every)]
+    stimuli = read_stimuli(path, config.text_column, config.condition_column)
+    contrasts = find_contrasts(stimuli.condition, config.contrasts, name)
     if config.localizer:
-        wanted.append(config.localizer)
-    contrasts = {}
-    for contrast in wanted:
-        for condition in re.split("[>+]", contrast):
-            n = (conditions == condition).sum()
-            if n < 4:
-                need = f"condition '{condition}' has {n} stimuli, 4 are needed"
-                raise InputError(f"contrast '{contrast}': {need}; there are {', '.join(names)}")
-        left, right = contrast.split(">")
-        a = np.flatnonzero(np.isin(conditions, left.split("+")))
-        b = np.flatnonzero(np.isin(conditions, right.split("+")))
-        contrasts[contrast] = Contrast(contrast, a, b, data)
-    return contrasts
+        contrasts |= find_contrasts(stimuli.condition, [config.localizer], name)
+    return stimuli, contrasts, name
 
 
 # ---- minimal pairs, of any language model
@@ -196,50 +115,26 @@ def load_model(spec, run):
 
 
 def length_batches(lengths, tokens):
-    """Batches of indices, of nearly equal lengths, of at most `tokens` tokens with their pads."""
-    batch = []
-    for i in np.argsort(lengths, kind="stable"):
-        if batch and lengths[i] * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(int(i))
-    if batch:
-        yield batch
+    """Batches of indices, the longest first, of at most `tokens` tokens with their pads."""
+    order = np.argsort(lengths, kind="stable")[::-1]
+    while len(order):
+        size = max(1, tokens // lengths[order[0]])
+        yield order[:size]
+        order = order[size:]
 
 
+@torch.no_grad()
 def sentence_scores(run, lm, rows, batch_tokens=2048):
     """Log-probability (nats) of each sentence, given as its token ids: (N,) float64.
 
     Of a causal model that of its own tokens behind the first one; of a masked model the
     pseudo-log-likelihood, every token masked in turn (Salazar et al. 2020).
     """
-    if lm.causal:
-        ends = {getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")} - {None}
-        targets = [np.where(np.isin(row, list(ends)), -100, row) for row in rows]
-        return score_targets(run, lm, rows, targets, batch_tokens)
-    mask = getattr(lm.tokenizer, "mask_token_id", None)
-    if mask is None:
-        raise InputError(f"{lm.name} is no causal model and has no mask token: it scores no text")
-    masked_rows = []
-    targets = []
-    sentence = []
-    for number, row in enumerate(rows):
-        for i, token in enumerate(row):
-            if token not in lm.tokenizer.all_special_ids:
-                masked_rows.append([*row[:i], mask, *row[i + 1 :]])
-                targets.append([-100] * i + [token] + [-100] * (len(row) - i - 1))
-                sentence.append(number)
-    scores = score_targets(run, lm, masked_rows, targets, batch_tokens)
-    return np.bincount(sentence, scores, minlength=len(rows))
-
-
-@torch.no_grad()
-def score_targets(run, lm, rows, targets, batch_tokens):
-    """Sum of the log-probabilities of each row's targets, -100 where there is none: (N,)."""
+    inputs, targets, sentences = masked_in_turn(lm, rows)
     scores = np.zeros(len(rows))
-    bar = run.progress(len(rows), desc="sentences")
-    for batch in length_batches([len(row) for row in rows], batch_tokens):
-        ids, real = lm.pad([rows[i] for i in batch])
+    bar = run.progress(len(inputs), desc="sentences")
+    for batch in length_batches([len(row) for row in inputs], batch_tokens):
+        ids, real = lm.pad([inputs[i] for i in batch])
         wanted = torch.full_like(ids, -100)
         wanted[real] = torch.tensor(np.concatenate([targets[i] for i in batch])).to(ids.device)
         logits = lm.logits(ids, real).float()
@@ -247,48 +142,64 @@ def score_targets(run, lm, rows, targets, batch_tokens):
             logits = logits[:, :-1]
             wanted = wanted[:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        scores[batch] = -losses.view(len(batch), -1).double().sum(1).cpu().numpy()
+        losses = losses.view(len(batch), -1).double().sum(1).cpu().numpy()
+        np.subtract.at(scores, sentences[batch], losses)
         bar.update(len(batch))
     bar.close()
     return scores
 
 
+def masked_in_turn(lm, rows):
+    """Inputs, targets (-100 where there is none), and the sentence that each input is of.
+
+    Of a causal model the sentences themselves; of a masked one a copy for each token, masked in it.
+    """
+    if lm.causal:
+        ends = {getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")} - {None}
+        targets = [np.where(np.isin(row, list(ends)), -100, row) for row in rows]
+        return rows, targets, np.arange(len(rows))
+    mask = getattr(lm.tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise InputError(f"{lm.name} is no causal model and has no mask token: it scores no text")
+    inputs = []
+    targets = []
+    sentences = []
+    for number, row in enumerate(rows):
+        for i, token in enumerate(row):
+            if token not in lm.tokenizer.all_special_ids:
+                inputs.append([*row[:i], mask, *row[i + 1 :]])
+                targets.append([-100] * i + [token] + [-100] * (len(row) - i - 1))
+                sentences.append(number)
+    return inputs, targets, np.array(sentences)
+
+
 def score_pairs(run, lm, pairs, max_pairs, batch_tokens):
     """Score minimal pairs {UID: [pair, ...]}, the first `max_pairs` of each (0: all).
 
-    Returns {UID: (accuracy, low, high, n)}, and how many pairs are longer than the model reads:
-    those are left out, never cut.
+    Returns a DataFrame of uid, score (share of pairs whose good sentence is the likelier one; a tie
+    counts half), low and high (Wilson's 95 % interval) and n, and how many pairs are longer than
+    the model reads: those are left out, never cut.
     """
     rows = []
     uids = []
     n_long = 0
     for uid, members in pairs.items():
         for pair in members[: max_pairs or None]:
-            good, cut_good = lm.encode([pair["sentence_good"]])
-            bad, cut_bad = lm.encode([pair["sentence_bad"]])
-            if cut_good or cut_bad:
+            both, n_cut = lm.encode([pair["sentence_good"], pair["sentence_bad"]])
+            if n_cut:
                 n_long += 1
-                continue
-            rows += good + bad
-            uids.append(uid)
-    results = {}
-    if rows:
-        scores = sentence_scores(run, lm, rows, batch_tokens)
-        table = pd.DataFrame({"uid": uids, "good": scores[0::2], "bad": scores[1::2]})
-        for uid, part in table.groupby("uid", sort=False):
-            results[uid] = paradigm_accuracy(part.good, part.bad)
-    return results, n_long
-
-
-def paradigm_accuracy(good, bad):
-    """Share of pairs whose good sentence is the likelier one, Wilson's 95 % interval, and n.
-
-    A tie counts half.
-    """
-    n = len(good)
-    n_right = (good > bad).sum() + 0.5 * (good == bad).sum()
-    low, high = scipy.stats.binomtest(int(n_right), n).proportion_ci(method="wilson")
-    return n_right / n, low, high, n
+            else:
+                rows += both
+                uids.append(uid)
+    scores = sentence_scores(run, lm, rows, batch_tokens)
+    table = pd.DataFrame({"uid": uids, "gain": scores[0::2] - scores[1::2]})
+    results = []
+    for uid, gain in table.groupby("uid", sort=False).gain:
+        n_right = (gain > 0).sum() + 0.5 * (gain == 0).sum()
+        test = scipy.stats.binomtest(int(n_right), len(gain))
+        low, high = test.proportion_ci(method="wilson")
+        results.append([uid, n_right / len(gain), low, high, len(gain)])
+    return pd.DataFrame(results, columns=["uid", "score", "low", "high", "n"]), n_long
 
 
 def report_pairs(run, config, label, lm, pairs, data):
@@ -297,18 +208,17 @@ def report_pairs(run, config, label, lm, pairs, data):
     size = f"the {lm.max_length} tokens of {lm.name}"
     if n_long:
         run.print(f"{n_long:,} pairs are longer than {size}: left out")
-    if not scores:
+    if scores.empty:
         raise InputError(f"no pair of pairs={config.pairs} fits {size}")
     keys = {"measure": "minimal pairs", "model": label, "blur": 0.0, "sheet": "", "data": data}
     words = []
-    for uid, (score, low, high, n) in scores.items():
-        run.result(score, 0.5, low, high, n, contrast=uid, **keys)
-        words.append(f"{uid} {score:.2f}")
-    mean, _, _, n = np.mean(list(scores.values()), axis=0)
+    for row in scores.itertuples():
+        run.result(row.score, 0.5, row.low, row.high, row.n, contrast=row.uid, **keys)
+        words.append(f"{row.uid} {row.score:.2f}")
     kind = "" if lm.causal else " (masked model, pseudo-log-likelihood)"
     run.print(
-        f"{label}{kind}: minimal pairs {mean:.3f} beside 0.5 of chance, mean of {len(scores)} "
-        f"paradigms, n = {n * len(scores):,.0f}: {', '.join(words)}"
+        f"{label}{kind}: minimal pairs {scores.score.mean():.3f} beside 0.5 of chance, mean of "
+        f"{len(scores)} paradigms, n = {scores.n.sum():,}: {', '.join(words)}"
     )
 
 
@@ -335,17 +245,16 @@ def unit_responses(run, lm, texts, batch_tokens):
 
     The end-of-text token before them does not count.
     """
-    model = lm.model
-    names = positions.layer_names(model.config.n_layer)
+    names = positions.layer_names(lm.model.config.n_layer)
     rows, _ = lm.encode(texts)
-    out = np.zeros((len(rows), len(names), model.config.n_embd), np.float32)
+    out = np.zeros((len(rows), len(names), lm.model.config.n_embd), np.float32)
     for batch in length_batches([len(row) for row in rows], batch_tokens):
         ids, real = lm.pad([rows[i] for i in batch])
         if lm.first is not None:
             real[:, 0] = False
         weight = real.float()[:, :, None]  # (B, T, 1)
         with run.autocast():
-            hidden = model(ids, hidden=names).hidden
+            hidden = lm.model(ids, hidden=names).hidden
         for layer, name in enumerate(names):
             mean = (hidden[name].float() * weight).sum(1) / weight.sum(1).clamp_min(1)
             out[batch, layer] = mean.cpu().numpy()
@@ -398,21 +307,19 @@ def contrast_map(x, a, b, unit_at_cell, fwhm=0.0):
     maps = on_sheet(x, unit_at_cell)
     if fwhm:
         sigma = fwhm / np.sqrt(8 * np.log(2))
-        no_blur = (0,) * (maps.ndim - 2)
-        maps = scipy.ndimage.gaussian_filter(maps, (*no_blur, sigma, sigma), mode="nearest")
+        maps = scipy.ndimage.gaussian_filter(maps, sigma, axes=(-2, -1), mode="nearest")
     return welch(maps[a], maps[b])[0]
 
 
-def without(rows, part, parts):
-    """Rows less every parts-th one from `part` on; all of them where part is None."""
-    return rows if part is None else np.delete(rows, np.arange(part, len(rows), parts))
-
-
-def jackknife(measure, parts):
-    """measure(None), and half of its 95 % interval from measure(part) with a part left out."""
-    left = np.stack(list(map(measure, range(parts))))
-    variance = (parts - 1) / parts * np.square(left - left.mean(0)).sum(0)
-    return measure(None), 1.96 * np.sqrt(variance)
+def jackknife(measure, *rows, parts):
+    """measure(*rows), and half of its 95 % interval by leaving out every parts-th row in turn."""
+    parts = min(parts, *map(len, rows))
+    left = []
+    for part in range(parts):
+        kept = [np.delete(r, np.arange(part, len(r), parts)) for r in rows]
+        left.append(measure(*kept))
+    variance = (parts - 1) / parts * np.square(left - np.mean(left, 0)).sum(0)
+    return measure(*rows), 1.96 * np.sqrt(variance)
 
 
 def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
@@ -421,21 +328,18 @@ def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
     The null (shuffles, L) is of shuffled positions: units keep their responses and lose their
     places, before any blur.
     """
-    parts = min(20, len(a), len(b))
 
-    def measure(part):
-        kept = (without(a, part, parts), without(b, part, parts))
-        return positions.moran(contrast_map(sheets.x, *kept, sheets.layout, fwhm))
+    def measure(a, b):
+        return positions.moran(contrast_map(sheets.x, a, b, sheets.layout, fwhm))
 
-    value, half = jackknife(measure, parts)
+    value, half = jackknife(measure, a, b, parts=20)
     t, _ = welch(sheets.x[a], sheets.x[b])
     null = []
     for _ in range(shuffles):
         shuffled = rng.permuted(sheets.layout, axis=1)
+        maps = on_sheet(t, shuffled)  # t belongs to the unit
         if fwhm:
             maps = contrast_map(sheets.x, a, b, shuffled, fwhm)
-        else:
-            maps = on_sheet(t, shuffled)  # t belongs to the unit
         null.append(positions.moran(maps))
     return value, half, np.stack(null)
 
@@ -524,27 +428,24 @@ def show_contrast(run, config, models, contrast):
     Returns the means over sheets, a dict a model, for the summary.
     """
     rows = []
-    shown = []
+    maps = []
     for sheets in models:
-        row, scores = report_moran(run, config, sheets, contrast)
-        rows.append(row)
-        shown.append(
-            (sheets, contrast_map(sheets.x, contrast.a, contrast.b, sheets.layout), scores)
-        )
+        rows.append(report_moran(run, config, sheets, contrast))
+        maps.append(contrast_map(sheets.x, contrast.a, contrast.b, sheets.layout))
         if config.fwhm:
             report_moran(run, config, sheets, contrast, config.fwhm)
-    name = re.sub(r"[^a-z0-9A-Z]+", "_", contrast.name)
     title = (
         f"{contrast.name}: Welch t of every unit on its sheet, unsmoothed; {contrast.data} "
         f"({len(contrast.a)} against {len(contrast.b)})\nMoran's I beside shuffled positions "
         f"{rows[0]['chance']:.2f} and shuffled labels {rows[0]['labels']:.2f} (model)"
     )
-    plot_contrast(run.out / f"map_{name}.png", title, shown)
+    name = re.sub(r"[^a-z0-9A-Z]+", "_", contrast.name)
+    plot_contrast(run.out / f"map_{name}.png", title, models, maps)
     return rows
 
 
 def report_moran(run, config, sheets, contrast, fwhm=0.0):
-    """Rows of results.csv on one contrast of one model; (means over sheets, scores (L,))."""
+    """Rows of results.csv on one contrast of one model; the means over sheets."""
     a = contrast.a
     b = contrast.b
     rng = np.random.default_rng(key_seed(config.seed, contrast.name, fwhm))
@@ -552,40 +453,34 @@ def report_moran(run, config, sheets, contrast, fwhm=0.0):
     scores, half, null = moran_of_contrast(sheets, a, b, rng, shuffles, fwhm)
     keys = {"measure": "moran", "model": sheets.label, "contrast": contrast.name, "blur": fwhm}
     keys["data"] = contrast.data
-    n = len(a) + len(b)
     for name, score, chance, h in zip(sheets.names, scores, null.mean(0), half):
-        run.result(score, chance, score - h, score + h, n, sheet=name, **keys)
+        run.result(score, chance, score - h, score + h, len(a) + len(b), sheet=name, **keys)
     mean = scores.mean()
-    over_sheets = 1.96 * scores.std(ddof=1) / np.sqrt(len(scores))
-    row = {"score": mean, "chance": null.mean(), "n": len(scores)}
-    row |= {"low": mean - over_sheets, "high": mean + over_sheets}
-    run.result(**row, sheet="mean", **keys)
-    _, p = welch(sheets.x[a], sheets.x[b])
-    significant = mne.stats.fdr_correction(p, config.fdr)[0].mean()
-    blurred = f" blurred by {fwhm} cells" if fwhm else ""
-    run.print(
-        f"{sheets.label}: {contrast.name}{blurred}: Moran's I {mean:.3f} [{row['low']:.3f}, "
-        f"{row['high']:.3f}] beside {row['chance']:.3f} of shuffled positions, mean over "
-        f"{len(scores)} sheets; {significant:.0%} of units significant (FDR {config.fdr})"
-    )
+    h = 1.96 * scores.std(ddof=1) / np.sqrt(len(scores))
+    row = {"score": mean, "chance": null.mean(), "low": mean - h, "high": mean + h}
+    run.result(**row, n=len(scores), sheet="mean", **keys)
+    nulls = f"{null.mean():.3f} of shuffled positions"
     if not fwhm:
         labels = shuffled_labels(sheets, a, b, rng, min(60, config.shuffles))
         low, high = np.quantile(labels, [0.025, 0.975])  # of the null, not of the score
         keys["measure"] = "moran beside shuffled labels"
         run.result(mean, labels.mean(), low, high, len(labels), sheet="mean", **keys)
-        verdict = "is mapped beyond" if mean > high else "is no smoother than"
-        run.print(
-            f"    shuffled labels give {labels.mean():.3f} [{low:.3f}, {high:.3f}]: the contrast "
-            f"{verdict} what correlated neighbours do to any map"
-        )
+        nulls += f" and {labels.mean():.3f} [{low:.3f}, {high:.3f}] of shuffled labels"
         row["labels"] = labels.mean()
-    return {"model": sheets.label, "contrast": contrast.name, **row}, scores
+    _, p = welch(sheets.x[a], sheets.x[b])
+    significant = mne.stats.fdr_correction(p, config.fdr)[0].mean()
+    run.print(
+        f"{sheets.label}: {contrast.name}, blur {fwhm}: Moran's I {mean:.3f} [{row['low']:.3f}, "
+        f"{row['high']:.3f}], mean over {len(scores)} sheets, beside {nulls}; {significant:.0%} of "
+        f"units significant (FDR {config.fdr})"
+    )
+    return {"model": sheets.label, "contrast": contrast.name, **row}
 
 
 def language_mask(run, config, sheets, conditions, localizer):
     """Units that prefer a to b, selected on every other stimulus and measured on the rest.
 
-    Returns t (L, C), mask (L, C) bool, and its response_profile in SD units.
+    Returns t (L, C), mask (L, C) bool, and its mean response to each condition, in SD units.
     """
     z = (sheets.x - sheets.x.mean(0)) / (sheets.x.std(0) + 1e-9)
     t, p = welch(z[localizer.a[::2]], z[localizer.b[::2]])
@@ -595,7 +490,7 @@ def language_mask(run, config, sheets, conditions, localizer):
         mask.ravel()[np.argsort(-t, axis=None, kind="stable")[: config.top_k]] = True
     if not mask.any():
         run.print(f"no unit prefers {localizer.name} at FDR {config.fdr}: no mask, no ablation")
-        return t, mask, []
+        return t, mask, None
     held_a = z[localizer.a[1::2]]
     held_b = z[localizer.b[1::2]]
     difference = held_a.mean(0) - held_b.mean(0)  # (L, C), SD units
@@ -616,27 +511,11 @@ def language_mask(run, config, sheets, conditions, localizer):
         f"{score:.2f} SD [{low:.2f}, {high:.2f}] beside {np.mean(random):.2f} of random units; "
         f"clusters (units): {'; '.join(sizes)}"
     )
-    return t, mask, response_profile(z[:, mask], conditions)
-
-
-def response_profile(z, conditions):
-    """[(condition, mean, half its 95 % interval)] of responses z (N, units), held-out stimuli."""
-    profile = []
-    for condition in dict.fromkeys(conditions):
-        of_text = z[np.flatnonzero(conditions == condition)[1::2]].mean(1)
-        half = scipy.stats.sem(of_text) * scipy.stats.t.ppf(0.975, len(of_text) - 1)
-        profile.append((condition, of_text.mean(), half))
-    return profile
-
-
-@torch.no_grad()
-def validation_loss(run, model, batches):
-    """Next-token loss (nats) on batches (B, T + 1)."""
-    losses = []
-    for batch in batches:
-        with run.autocast():
-            losses.append(model(batch[:, :-1], batch[:, 1:]).task.item())
-    return float(np.mean(losses))
+    table = pd.DataFrame({"condition": conditions, "response": z[:, mask].mean(1)})
+    held = table[table.groupby("condition").cumcount() % 2 == 1].groupby("condition", sort=False)
+    profile = held.response.agg(["mean", "sem", "count"])
+    profile["half"] = profile["sem"] * scipy.stats.t.ppf(0.975, profile["count"] - 1)
+    return t, mask, profile
 
 
 def ablate(run, config, lm, t, pairs, batches, names):
@@ -645,13 +524,17 @@ def ablate(run, config, lm, t, pairs, batches, names):
     names: of the contrast and of the pairs. Returns [(k, which, pair accuracy, loss)].
     """
 
+    @torch.no_grad()
     def measure(units):
         chosen = np.zeros(t.size, bool)
         chosen[units] = True
+        losses = []
         with silenced(lm.model, chosen.reshape(t.shape)):
             scores, _ = score_pairs(run, lm, pairs, config.ablate_pairs, config.batch_tokens)
-            accuracy = np.mean(list(scores.values()), axis=0)[0]
-            return accuracy, validation_loss(run, lm.model, batches)
+            for batch in batches:
+                with run.autocast():
+                    losses.append(lm.model(batch[:, :-1], batch[:, 1:]).task.item())
+        return scores.score.mean(), np.mean(losses)
 
     order = np.argsort(-t, axis=None, kind="stable")
     rng = np.random.default_rng(key_seed(config.seed, "ablate"))
@@ -662,16 +545,13 @@ def ablate(run, config, lm, t, pairs, batches, names):
             continue
         selective = measure(order[:k])
         random = [measure(rng.permutation(t.size)[:k]) for _ in range(config.random_sets)]
-        mean = np.mean(random, 0)
-        low = np.min(random, 0)
-        high = np.max(random, 0)
+        mean, low, high = np.mean(random, 0), np.min(random, 0), np.max(random, 0)
+        rows += [(k, "selective", *selective), (k, "random", *mean)]
         keys = {"model": "model", "contrast": names["contrast"], "sheet": f"{k} units", "blur": 0.0}
         data = {"ablation accuracy": names["pairs"], "ablation val_loss": config.dataset}
         for i, what in enumerate(data):
-            # chance, low, high: mean and range of the random sets
             row = (selective[i], mean[i], low[i], high[i], config.random_sets)
             run.result(*row, measure=what, data=data[what], **keys)
-        rows += [(k, "selective", *selective), (k, "random", *mean)]
         run.print(
             f"{k} units silenced: accuracy {selective[0]:.3f} beside {mean[0]:.3f} of random "
             f"units (whole {whole[0]:.3f}), validation loss {selective[1]:.3f} beside "
@@ -689,29 +569,25 @@ def geometry_of_text(run, config, sheets, batch):
     with torch.no_grad(), run.autocast():
         hidden = sheets.lm.model(batch, hidden=sheets.names).hidden
     rng = np.random.default_rng(key_seed(config.seed, "geometry"))
-    parts = min(10, len(batch))
-    keys = {"model": sheets.label, "contrast": "", "blur": 0.0, "data": config.dataset}
     curves = []
 
-    def measure(states, units, part):
-        kept = states[without(np.arange(len(states)), part, parts)]
-        r = positions.correlations(kept.flatten(0, 1).float())
+    def measure(states, units, windows):
+        r = positions.correlations(states[windows].flatten(0, 1).float())
         np.fill_diagonal(r, 1)
         return np.array([over_distance(r[np.ix_(units, units)])[0], effective_dimensionality(r)])
 
     for name, units in zip(sheets.names, sheets.layout):
-        states = hidden[name]
-        r = positions.correlations(states.flatten(0, 1).float())
+        r = positions.correlations(hidden[name].flatten(0, 1).float())
         curves.append(over_distance(r[np.ix_(units, units)]))
         shuffled = rng.permutation(units)
-        chance = [over_distance(r[np.ix_(shuffled, shuffled)])[0], len(r)]
-        value, half = jackknife(partial(measure, states, units), parts)
+        chance = (over_distance(r[np.ix_(shuffled, shuffled)])[0], len(r))
+        windows = np.arange(len(batch))
+        value, half = jackknife(partial(measure, hidden[name], units), windows, parts=10)
         n = (positions.neighbours(positions.sheet_side(len(r))).sum() // 2, batch.numel())
-        whats = ("correlation at distance 1", "effective dimensionality")
-        for k, what in enumerate(whats):
-            low = value[k] - half[k]
-            high = value[k] + half[k]
-            run.result(value[k], chance[k], low, high, n[k], measure=what, sheet=name, **keys)
+        keys = {"model": sheets.label, "contrast": "", "blur": 0.0, "data": config.dataset}
+        for k, what in enumerate(("correlation at distance 1", "effective dimensionality")):
+            ends = (value[k] - half[k], value[k] + half[k])
+            run.result(value[k], chance[k], *ends, n[k], measure=what, sheet=name, **keys)
     return np.mean(curves, 0)
 
 
@@ -720,30 +596,25 @@ def geometry_of_maps(run, config, sheets, contrast):
 
     95 % by jackknife over stimuli.
     """
-    a = contrast.a
-    b = contrast.b
-    rng = np.random.default_rng(key_seed(config.seed, "geometry of maps"))
-    t, _ = welch(sheets.x[a], sheets.x[b])
-    parts = min(10, len(a), len(b))
+    names = sheets.names
+    labels = [("smoothness", name) for name in names]
+    labels += [("wiring length", f"{one} to {two}") for one, two in zip(names, names[1:])]
 
     def measure_maps(maps):
         smooth = [smoothness(sheet) for sheet in maps]
         wires = [wiring_length(sheet, after) for sheet, after in zip(maps, maps[1:])]
         return np.array(smooth + wires)
 
-    def measure(part):
-        kept = (without(a, part, parts), without(b, part, parts))
-        return measure_maps(contrast_map(sheets.x, *kept, sheets.layout))
+    def measure(a, b):
+        return measure_maps(contrast_map(sheets.x, a, b, sheets.layout))
 
-    value, half = jackknife(measure, parts)
+    value, half = jackknife(measure, contrast.a, contrast.b, parts=10)
+    t, _ = welch(sheets.x[contrast.a], sheets.x[contrast.b])
+    rng = np.random.default_rng(key_seed(config.seed, "geometry of maps"))
     nulls = []
     for _ in range(5):
         nulls.append(measure_maps(on_sheet(t, rng.permuted(sheets.layout, axis=1))))
-    names = sheets.names
-    labels = [("smoothness", name) for name in names]
-    labels += [("wiring length", f"{one} to {two}") for one, two in zip(names, names[1:])]
-    keys = {"model": sheets.label, "contrast": contrast.name, "blur": 0.0}
-    keys["data"] = contrast.data
+    keys = {"model": sheets.label, "contrast": contrast.name, "blur": 0.0, "data": contrast.data}
     for (what, sheet), v, chance, h in zip(labels, value, np.mean(nulls, 0), half):
         run.result(v, chance, v - h, v + h, t.shape[1], measure=what, sheet=sheet, **keys)
 
@@ -751,16 +622,18 @@ def geometry_of_maps(run, config, sheets, contrast):
 # ---- plots
 
 
-def plot_contrast(path, title, shown):
-    """Every sheet of every model, t on one colour scale. shown: [(Sheets, t-maps, Moran's I)]."""
-    limit = max(np.abs(maps).max() for _, maps, _ in shown)
-    columns = len(shown[0][0].names)
-    size = (1.45 * columns + 1, 1.75 * len(shown) + 1)
-    fig, axes = plt.subplots(len(shown), columns, figsize=size, squeeze=False, layout="constrained")
-    for row, (sheets, maps, scores) in zip(axes, shown):
-        for axis, sheet, score, name in zip(row, maps, scores, sheets.names):
+def plot_contrast(path, title, models, maps):
+    """Every sheet of every model, t on one colour scale. maps: the t-maps of each of the models."""
+    limit = np.abs(maps).max()
+    columns = len(models[0].names)
+    size = (1.45 * columns + 1, 1.75 * len(models) + 1)
+    fig = plt.figure(figsize=size, layout="constrained")
+    axes = fig.subplots(len(models), columns, squeeze=False)
+    for row, sheets, of_model in zip(axes, models, maps):
+        for axis, sheet, name in zip(row, of_model, sheets.names):
             image = axis.imshow(sheet, cmap="RdBu_r", vmin=-limit, vmax=limit)
             axis.set(xticks=[], yticks=[])
+            score = positions.moran(sheet)
             axis.set_title(f"{name.removeprefix('layer.')}  I={score:.2f}", fontsize=7)
         row[0].set_ylabel(sheets.label, fontsize=8)
     fig.colorbar(image, ax=axes, shrink=0.8, label="t", pad=0.01)
@@ -773,13 +646,21 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     """summary.png: Moran's I by contrast with its nulls, correlation over distance, the mask's
     responses, and what ablation costs."""
     fig, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
-    plot_moran(axes[0], pd.DataFrame(rows))
+    for k, (label, part) in enumerate(pd.DataFrame(rows).groupby("model", sort=False)):
+        x = np.arange(len(part)) + 0.2 * k
+        half = part.high - part.score
+        axes[0].errorbar(x, part.score, yerr=half, fmt="o", capsize=2, label=label)
+        axes[0].plot(x, part.chance, "_", c="gray", ms=12, label=f"{label}, shuffled positions")
+        axes[0].plot(x, part["labels"], "_", c="C3", ms=12, label=f"{label}, shuffled labels")
+    names = [name.replace(">", "\n> ").replace("+", "\n+ ") for name in part.contrast]
+    axes[0].set_xticks(range(len(names)), names, fontsize=6)
+    axes[0].legend(fontsize=7)
     for label, curve in curves.items():
         axes[1].plot(range(1, len(curve) + 1), curve, label=label)
     axes[1].axhline(0, c="0.8", lw=0.8)
     axes[1].legend(fontsize=7)
-    for condition, mean, half in profile:
-        axes[2].bar(condition, mean, yerr=half, capsize=3, color="C0")
+    if profile is not None:
+        axes[2].bar(profile.index, profile["mean"], yerr=profile.half, capsize=3)
     axes[2].tick_params(axis="x", rotation=30, labelsize=7)
     table = pd.DataFrame(ablation, columns=["k", "units", "accuracy", "loss"])
     for kind, part in table.groupby("units"):
@@ -800,35 +681,19 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     plt.close(fig)
 
 
-def plot_moran(axis, table):
-    """Moran's I of each contrast and model, with both nulls."""
-    for k, (label, part) in enumerate(table.groupby("model", sort=False)):
-        x = np.arange(len(part)) + 0.2 * k
-        error = [part.score - part.low, part.high - part.score]
-        axis.errorbar(x, part.score, yerr=error, fmt="o", label=label, capsize=2)
-        first = k == 0
-        places = "shuffled positions" if first else None
-        axis.plot(x, part.chance, "_", c="gray", ms=12, label=places)
-        axis.plot(x, part["labels"], "_", c="C3", ms=12, label="shuffled labels" if first else None)
-    names = [c.replace(">", "\n> ").replace("+", "\n+ ") for c in part.contrast]
-    axis.set_xticks(range(len(part)), names, fontsize=6)
-    axis.legend(fontsize=7)
-
-
-def plot_sweep(path, points, data):
+def plot_sweep(path, table):
     """Moran's I against validation loss, a line a kind of spatial loss, alpha beside each point."""
     fig, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
-    for kind, part in pd.DataFrame(points).groupby("kind", sort=False):
-        part = part.sort_values("alpha")
+    for kind, part in table.sort_values("alpha").groupby("spatial", sort=False):
         label = "alpha = 0" if kind == "none" else kind
-        axis.errorbar(part.loss, part.score, yerr=part.half, marker="o", capsize=3, label=label)
+        half = part.high - part.score
+        axis.errorbar(part.val_loss, part.score, yerr=half, marker="o", capsize=3, label=label)
         for point in part.itertuples():
-            place = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
-            axis.annotate(f"{point.alpha:g}", (point.loss, point.score), **place)
+            axis.annotate(f" {point.alpha:g}", (point.val_loss, point.score), fontsize=8)
     axis.set(xlabel="validation loss (nats per token)", ylabel="Moran's I, unsmoothed (95 %)")
     axis.axhline(0, c="0.8", lw=0.8, zorder=0)
     axis.legend(title="spatial loss on")
-    axis.set_title(f"topography against loss, by strength alpha; {data}", fontsize=10)
+    axis.set_title(f"topography against loss, by strength alpha; {table.data.iloc[0]}", fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
@@ -838,9 +703,7 @@ def plot_sweep(path, points, data):
 
 def compare_runs(run, config):
     """Moran's I of every run in `sweep`, mean over contrasts and sheets, against its loss."""
-    stimuli, data = load_stimuli(run, config)
-    contrasts = find_contrasts(config, stimuli.condition).values()
-    points = []
+    stimuli, contrasts, data = load_stimuli(run, config)
     for folder in config.sweep:
         results = Path(folder) / "results.csv"
         if not results.exists():
@@ -853,24 +716,23 @@ def compare_runs(run, config):
         rng = np.random.default_rng(key_seed(config.seed, "sweep"))
         scores = []
         null = []
-        for c in contrasts:
+        for c in contrasts.values():
             scores.append(positions.moran(contrast_map(x, c.a, c.b, layout)))
             null.append(positions.moran(contrast_map(x, c.a, c.b, rng.permuted(layout, axis=1))))
         score = np.mean(scores)
-        half = 1.96 * np.std(scores, ddof=1) / np.sqrt(np.size(scores))
+        n = np.size(scores)
+        half = 1.96 * np.std(scores, ddof=1) / np.sqrt(n)
         alpha = options["alpha"]
         kind = options["spatial"] if alpha else "none"
-        points.append({"kind": kind, "alpha": alpha, "loss": loss, "score": score, "half": half})
         keys = {"measure": "moran", "model": folder, "contrast": "mean", "sheet": "mean"}
         keys |= {"blur": 0.0, "data": data, "spatial": kind, "alpha": alpha, "val_loss": loss}
-        n = np.size(scores)
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
         run.print(
-            f"{folder}: spatial={kind} alpha={alpha}: validation loss {loss:.3f}, Moran's I "
-            f"{score:.3f} [{score - half:.3f}, {score + half:.3f}] beside {np.mean(null):.3f} of "
-            f"shuffled positions, n = {n} maps"
+            f"{folder}: {kind}, alpha {alpha}: validation loss {loss:.3f}, Moran's I {score:.3f} "
+            f"+- {half:.3f} beside {np.mean(null):.3f} of shuffled positions, n = {n} maps"
         )
-    plot_sweep(run.out / "sweep.png", points, data)
+    plot_sweep(run.out / "sweep.png", run.merge())
+    run.close()
 
 
 def load_pairs(run, config):
@@ -889,12 +751,26 @@ def text_batches(run, config, size):
     return torch.from_numpy(tokens.windows(starts, size + 1)).to(run.device).split(16)
 
 
-def measure_sheets(run, config, lms, pairs, pairs_data):
-    """Maps, mask, ablation and geometry of models with sheets {label: HiddenStates}."""
-    stimuli, data = load_stimuli(run, config)
-    contrasts = find_contrasts(config, stimuli.condition, data)
+def main(config):
+    run = Run(config)
+    if config.sweep:
+        return compare_runs(run, config)
+    lms = {"model": load_model(config.lm, run)}
+    if config.twin:
+        lms["twin"] = load_model(config.twin, run)
+    pairs, pairs_data = load_pairs(run, config)
+    for label, lm in lms.items():
+        if pairs:
+            report_pairs(run, config, label, lm, pairs, pairs_data)
+    if not all(hasattr(lm.model, "unit_at_cell") for lm in lms.values()):
+        if not pairs:
+            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
+        run.print(f"{config.lm} {config.twin}: not all have sheets, so minimal pairs only")
+        run.merge()
+        return run.close()
+
+    stimuli, contrasts, data = load_stimuli(run, config)
     localizer = contrasts[config.localizer or next(iter(contrasts))]
-    run.print(f"{len(stimuli)} stimuli: {stimuli.condition.value_counts().to_dict()}")
     models = []
     for label, lm in lms.items():
         x = unit_responses(run, lm, stimuli.text, config.batch_tokens)
@@ -902,8 +778,7 @@ def measure_sheets(run, config, lms, pairs, pairs_data):
     rows = []
     for contrast in contrasts.values():
         rows += show_contrast(run, config, models, contrast)
-    conditions = stimuli.condition.to_numpy()
-    t, mask, profile = language_mask(run, config, models[0], conditions, localizer)
+    t, mask, profile = language_mask(run, config, models[0], stimuli.condition, localizer)
     batches = text_batches(run, config, lms["model"].model.config.block_size)
     ablation = []
     if pairs and mask.any():
@@ -915,27 +790,6 @@ def measure_sheets(run, config, lms, pairs, pairs_data):
         geometry_of_maps(run, config, sheets, localizer)
     title = f"{config.lm} and its twin {config.twin}" if config.twin else config.lm
     plot_summary(run.out / "summary.png", f"{title}; {data}", rows, curves, profile, ablation)
-
-
-def main(config):
-    run = Run(config)
-    if config.sweep:
-        compare_runs(run, config)
-    else:
-        lms = {"model": load_model(config.lm, run)}
-        if config.twin:
-            lms["twin"] = load_model(config.twin, run)
-        pairs, data = load_pairs(run, config)
-        sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
-        if not pairs and not sheets:
-            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
-        if pairs:
-            for label, lm in lms.items():
-                report_pairs(run, config, label, lm, pairs, data)
-        if sheets:
-            measure_sheets(run, config, lms, pairs, data)
-        else:
-            run.print(f"{config.lm} {config.twin}: not all have sheets, so minimal pairs only")
     run.merge()
     run.print(f"figures and results.csv in {run.out}")
     run.close()

@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse
 
 from data import InputError
-from data.stimuli import Encoding, read_meta, read_task
+from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
 
 
 class LabelledTexts:
@@ -32,6 +32,15 @@ class LabelledTexts:
         frame, names, meta = read_data_json(source, force_classification)
         name = source.get("name", "dict") if isinstance(source, dict) else Path(source).stem
         self._set(str(name), frame, frame.y.to_numpy(), names, meta)
+
+    @classmethod
+    def from_folder(cls, folder, task=""):
+        """What a prepare.py has made: [the task, or all of the folder's tasks, or its brains]."""
+        meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
+        if ENCODING_FORMAT in meta:
+            return [cls.from_encoding(folder)]
+        tasks = [task] if task else read_meta(folder)["tasks"]
+        return [cls.from_task(folder, task) for task in tasks]
 
     @classmethod
     def from_task(cls, folder, task):
@@ -89,6 +98,19 @@ class LabelledTexts:
         rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
         part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
         return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
+
+    def shuffled_labels(self, rng):
+        """Labels that nothing tells: dealt among groups of equal size, within parts of a split."""
+        y = self.y.copy()
+        rows = pd.DataFrame({"row": range(len(y)), "group": self.groups, "part": 0})
+        if self.split is not None:
+            rows["part"] = self.split == "test"
+        rows["size"] = rows.groupby(["part", "group"]).row.transform("size")
+        for (_, size), alike in rows.groupby(["part", "size"]):
+            targets = alike.sort_values("group").row.to_numpy().reshape(-1, size)  # (groups, size)
+            sources = rng.permuted(targets[rng.permutation(len(targets))], axis=1)
+            y[targets] = self.y[sources]
+        return y
 
 
 def join_equal_texts(groups, texts):

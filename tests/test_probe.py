@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from helpers import ROOT, byte_tokenizer, refused
@@ -23,9 +24,10 @@ from streamlit.testing.v1 import AppTest
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
+import configurator
 import probe
 from configurator import InputError, configure
-from data.stimuli import write_encoding
+from data.stimuli import write_encoding, write_tasks
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
 from probe import LMModel, MultiStepOpt, NLPDataset, PoolToken, best_thresholds, evaluator, run_exp
@@ -39,12 +41,12 @@ def gpt(**options):
     return GPT(GPTConfig(**{**shape, **options}))
 
 
-def listened_to(model, **options):
+def listened_to(model):
     """An LMModel whose weights are large enough for neighbours to matter."""
     for weights in model.parameters():
         if weights.dim() > 1:
             weights.data.mul_(4)
-    return LMModel({"model": model, "tokenizer": TOKENIZER, "name": "tiny"}, **options)
+    return LMModel({"model": model, "tokenizer": TOKENIZER, "name": "tiny"})
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +71,15 @@ def pooled_by_hand(outputs, layer, pooling):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("kind", ["ours", "masked", "bos"])
+@pytest.mark.parametrize("kind", ["ours", "masked"])
 def test_one_pass_is_pooling_afterwards(kind, tmp_path):
     shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     shape |= {"vocab_size": 257, "intermediate_size": 32, "max_position_embeddings": 64}
     bert = BertConfig(**shape)
-    lm = listened_to(BertForMaskedLM(bert) if kind == "masked" else gpt(), bos=kind == "bos")
+    lm = listened_to(BertForMaskedLM(bert) if kind == "masked" else gpt())
     outputs = lm(TEXTS)
     mask = outputs["attention_mask"].bool()
-    assert mask.sum(1).tolist() == [len(text) for text in TEXTS]  # bos is context, never pooled
-    assert (outputs["input_ids"][:, 0] == TOKENIZER.eot).all() == (kind == "bos")
+    assert mask.sum(1).tolist() == [len(text) for text in TEXTS]
     alone = lm([TEXTS[1]])
     alone = alone["hidden_states"][3][0][alone["attention_mask"].bool()[0]]
     assert torch.allclose(outputs["hidden_states"][3][1][mask[1]], alone, atol=1e-4)
@@ -295,11 +296,11 @@ def test_groups_never_split_and_labels_spread_evenly():
     for seed, folds in enumerate(map(pd.Series, task.folds)):
         assert (folds.groupby(data.groups).nunique() == 1).all() and folds.nunique() == 5
         assert (pd.Series(data.y).groupby(folds).mean().sub(0.5).abs() < 0.1).all()
-        y = probe.shuffled(data, np.random.default_rng(seed))
+        y = data.shuffled_labels(np.random.default_rng(seed))
         assert sorted(y) == sorted(data.y) and not np.array_equal(y, data.y)
     data.split = np.repeat(["train", "test"], 60)
     data.y = np.repeat([0, 1], 60)  # shuffled labels stay in their part of a split
-    assert np.array_equal(probe.shuffled(data, np.random.default_rng(0)), data.y)
+    assert np.array_equal(data.shuffled_labels(np.random.default_rng(0)), data.y)
 
 
 def test_the_first_texts_are_the_first_of_each_part():
@@ -308,6 +309,29 @@ def test_the_first_texts_are_the_first_of_each_part():
     part = NLPDataset(raw).first(30)
     assert len(part) == 30 and part.texts[10] == "text 40"
     assert pd.Series(part.split).value_counts().to_dict() == {"train": 10, "val": 10, "test": 10}
+
+
+def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch):
+    frame = pd.DataFrame(
+        {"text": [f"text {i}" for i in range(60)], "split": ["train", "test"] * 30}
+    )
+    frame["label"] = ["a", "a", "b", "b"] * 15
+    task = {"frame": frame.assign(group=range(60)), "kind": "classification", "labels": ["a", "b"]}
+    tasks = {name: {**task, "description": name} for name in ("one", "two")}
+    write_tasks(tmp_path / "data/labelled/mine", tasks)
+    monkeypatch.setattr(probe, "HERE", tmp_path)
+    monkeypatch.setattr(configurator, "HERE", tmp_path)
+    config = probe.Config(out_dir=str(tmp_path / "out"), device="cpu")
+    run = configurator.Run(config)
+    names = ["labelled/mine", "labelled/mine/two", str(tmp_path / "data/labelled/mine/one")]
+    datasets = probe.load_datasets(run, config, names)
+    assert [dataset.name for dataset in datasets] == [
+        "mine/one",
+        "mine/two",
+        "mine/two",
+        "mine/one",
+    ]
+    run.close()
 
 
 # ---- probes against scikit-learn
@@ -322,19 +346,19 @@ def sites(G=3, n=90, H=12, K=2, seed=0):
 
 
 @pytest.mark.parametrize("K", [2, 4])
-def test_lda_and_ridge_are_those_of_scikit_learn_at_every_site(K):
+def test_lda_and_ridge_are_those_of_scikit_learn(K):
     X, y = sites(K=K)
-    moments = probe.Moments(X, nn.functional.one_hot(torch.as_tensor(y), K).float())
-    probabilities = probe.apply(probe.lda(moments, (0.05, 0.5)), X).double().softmax(3).numpy()
-    outputs = probe.apply(probe.ridge(moments, (0.1, 30.0)), X).numpy()
-    for g in range(len(X)):
-        for number, shrinkage in enumerate((0.05, 0.5)):
-            lda = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
-            wanted = make_pipeline(StandardScaler(), lda).fit(X[g], y).predict_proba(X[g])
-            assert np.abs(probabilities[g, :, number] - wanted).max() < 1e-3
-        for number, alpha in enumerate((0.1, 30.0)):
-            model = make_pipeline(StandardScaler(), Ridge(alpha)).fit(X[g], np.eye(K)[y])
-            assert np.abs(outputs[g, :, number] - model.predict(X[g])).max() < 1e-3
+    Y = np.eye(K)[y]
+    for x in X.double().numpy():
+        lda = probe.LDA(12).fit(x, Y)
+        ridge = probe.Ridge(12).fit(x, Y)
+        for penalty in (0.05, 0.5):
+            wanted = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=penalty)
+            wanted = make_pipeline(StandardScaler(), wanted).fit(x, y).predict_proba(x)
+            assert np.abs(scipy.special.softmax(lda.predict(x, penalty), 1) - wanted).max() < 1e-4
+        for penalty in (0.1, 30.0):
+            wanted = make_pipeline(StandardScaler(), Ridge(penalty)).fit(x, Y).predict(x)
+            assert np.abs(ridge.predict(x, penalty) - wanted).max() < 1e-4
 
 
 @pytest.mark.parametrize("make", [probe.SingleLayer, probe.DoubleLayer, probe.GatedLayer])
@@ -347,7 +371,7 @@ def test_torch_probes_of_all_sites_are_each_alone(make):
         torch.manual_seed(5)
         model = make(12)
         model.max_epoch, model.min_steps, model.batch_size = 4, 0, 16
-        return probe.fit_torch(model, X, task, *rows)
+        return model.fit_sites(X, task, *rows)
 
     together = fitted(X)
     for g in range(3):
@@ -481,12 +505,13 @@ def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
 def p_values(seed, cache):
     """Of the AUC of LDA at each layer of a stub, for shuffled labels."""
     data = stub_data(120)
-    data.y = probe.shuffled(data, np.random.default_rng(seed))
+    data.y = data.shuffled_labels(np.random.default_rng(seed))
     config = probe.Config(cache=str(cache))
     lm = LMModel(stub_model(Stub(layer=2, seed=seed)))
     layers = probe.Sites(lm, data, [PoolToken(i) for i in range(5)], config)
     folds, _ = probe.measure(layers, "LDA", probe.make_task(data, config))
-    return [probe.statistics(part, "auc")["p"] for _, part in folds.groupby("site")]
+    auc = folds[folds.metric == "auc"]
+    return [probe.statistics(part)["p"] for _, part in auc.groupby("site")]
 
 
 def test_nothing_is_found_in_shuffled_labels(tmp_path):
@@ -553,7 +578,7 @@ def test_every_probe_finds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(MultiStepOpt, "min_steps", 100)
     forest = probe.sklearn_probe(probe.RandomForestClassifier(20, random_state=0))
     monkeypatch.setitem(probe.PROBES, "RandomForest", forest)
-    names = [*probe.CLOSED, *probe.PROBES]
+    names = list(probe.PROBES)
     options = {"classifiers": names, "n_folds": 4}
     table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), **options)
     rows = table[(table.metric == "accuracy") & (table.baseline == "")]
@@ -580,6 +605,7 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     assert {"majority", "layer0", "random_init", "control"} <= set(table.baseline)
     assert {"compression", "selectivity"} <= set(table.metric)
     assert table[["score", "chance", "low", "high", "n"]].notna().all().all()
+    assert table.score.between(table.low, table.high).all()  # selectivity may be negative
     assert table[table.baseline != ""].p.isna().all()
     assert sorted(rows.n_train) == [60, 160]
     out = tmp_path / "out"
@@ -589,6 +615,22 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     plane = np.load(out / "projections/stub__numbers__2__1.0.npz")
     assert plane["xy"].shape == (200, 2) and plane["explained"].sum() < 1
     assert (out / "texts/numbers.csv").exists() and list(out.glob("layers_*.png"))
+
+
+def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monkeypatch):
+    row = {"model": "m", "dataset": "d", "baseline": "", "layer": "1", "layer_method": ""}
+    rows = []
+    for name, metric, n in (
+        ("LDA", "accuracy", 160),
+        ("LDA", "accuracy", 60),
+        ("Logistic", "accuracy", 160),
+        ("Logistic", "compression", 214),  # it learns from every text
+    ):
+        rows.append({**row, "synthetic": True, "probe": name, "metric": metric, "n_train": n})
+    drawn = []
+    monkeypatch.setattr(probe, "draw_panel", lambda ax, part: drawn.append(part))
+    probe.plot_layers(tmp_path, pd.DataFrame(rows))
+    assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
 
 
 def test_responses_of_brains_are_columns(tmp_path, capsys):
@@ -666,7 +708,7 @@ def test_a_sweep_started_again_skips_what_it_has(lm_folder, tmp_path, monkeypatc
     options |= {"device": "cpu", "train_sizes": [], "quantiles": ["1.0"]}
     first = probe.main(probe.Config(**options))
     monkeypatch.setattr(probe, "measure", None)  # would fail, were it called
-    monkeypatch.setattr(probe, "fill", None)
+    monkeypatch.setattr("data.states.fill", None)
     again = probe.main(probe.Config(**options))
     assert first.equals(again) and len(first) > 50
 

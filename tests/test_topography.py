@@ -1,6 +1,8 @@
 """topography.py against planted truth and naive oracles: a planted block is found, its ablation
 hurts, sentence scores are those of transformers."""
 
+import shutil
+
 import mne
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ import positions
 import topography
 from convert import HiddenStates, export_gpt
 from data import InputError
+from data.contrasts import find_contrasts, read_stimuli
 from data.stimuli import read_pairs
 from data.tokens import state_of
 from model import lm_state, save_checkpoint
@@ -129,25 +132,37 @@ def test_a_masked_model_scores_each_token_masked_in_turn():
         assert np.isclose(score, naive, atol=1e-4)
 
 
+def of_uid(pairs, n=0, block_size=64):
+    """Scores of minimal pairs {UID: [pair, ...]} by UID, and how many were too long."""
+    lm = letters_lm(small(block_size=block_size))
+    scores, n_long = topography.score_pairs(Plain(), lm, pairs, n, 2048)
+    return scores.set_index("uid"), n_long
+
+
 def test_pairs_beyond_the_context_are_left_out_and_counted():
-    lm = letters_lm(small(block_size=8))
     pairs = {
         "short": [{"sentence_good": "abc", "sentence_bad": "abd"}] * 3,
         "long": [{"sentence_good": "abcdefghij", "sentence_bad": "abcdefghik"}],
     }
-    scores, n_long = topography.score_pairs(Plain(), lm, pairs, 0, 2048)
-    assert list(scores) == ["short"]
-    assert scores["short"][3] == 3
+    scores, n_long = of_uid(pairs, block_size=8)
+    assert scores.n.to_dict() == {"short": 3}
     assert n_long == 1
-    assert topography.score_pairs(Plain(), lm, pairs, 2, 2048)[0]["short"][3] == 2
+    assert of_uid(pairs, n=2, block_size=8)[0].n.short == 2
+    del pairs["short"]
+    scores, n_long = of_uid(pairs, block_size=8)
+    assert scores.empty and n_long == 1
 
 
-def test_accuracy_of_a_paradigm():
-    good = np.array([1.0, 2, 3, 0])
-    bad = np.array([0.0, 1, 3, 1])
-    score, low, high, n = topography.paradigm_accuracy(good, bad)
-    assert (score, n) == (0.625, 4)
-    assert 0 < low < score < high < 1
+def test_accuracy_of_a_paradigm_counts_ties_half():
+    pair = {"sentence_good": "abc", "sentence_bad": "xyz"}
+    reverse = {"sentence_good": "xyz", "sentence_bad": "abc"}
+    tie = {"sentence_good": "abc", "sentence_bad": "abc"}
+    scores, _ = of_uid({"one": [pair], "both": [pair, reverse, tie, tie]})
+    assert scores.score.one in (0, 1)
+    both = scores.loc["both"]
+    assert (both.score, both.n) == (0.5, 4)
+    low, high = scipy.stats.binomtest(2, 4).proportion_ci(method="wilson")
+    assert (both.low, both.high) == (low, high)
 
 
 def test_batches_hold_every_text_once_within_the_budget():
@@ -239,11 +254,7 @@ def test_geometry():
 
 def test_the_jackknife_is_the_standard_error_of_a_mean():
     x = np.random.default_rng(0).normal(size=200)
-
-    def measure(part):
-        return topography.without(x, part, 200).mean()
-
-    value, half = topography.jackknife(measure, 200)
+    value, half = topography.jackknife(np.mean, x, parts=200)
     assert value == x.mean()
     assert half == pytest.approx(1.96 * scipy.stats.sem(x))
 
@@ -271,7 +282,7 @@ def test_the_jackknife_is_the_standard_error_of_a_mean():
 def test_stimuli_in_the_known_layouts(tmp_path, text, options, rows):
     (tmp_path / "run1.csv").write_text(text)
     for path in (tmp_path, tmp_path / "run1.csv"):
-        assert topography.read_stimuli(path, **options).to_numpy().tolist() == rows
+        assert read_stimuli(path, **options).to_numpy().tolist() == rows
 
 
 @pytest.mark.parametrize(
@@ -284,17 +295,17 @@ def test_stimuli_in_the_known_layouts(tmp_path, text, options, rows):
 def test_bad_stimuli(tmp_path, text, words):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(InputError, match=words):
-        topography.read_stimuli(tmp_path / "bad.csv")
+        read_stimuli(tmp_path / "bad.csv")
     with pytest.raises(InputError, match="no stimuli"):
-        topography.read_stimuli(tmp_path / "none.csv")
+        read_stimuli(tmp_path / "none.csv")
 
 
 def test_bad_contrasts():
     with pytest.raises(InputError, match="condition 'q'.*there are x"):
-        topography.find_contrasts(Config(contrasts=["q>x"]), ["x"] * 5)
+        find_contrasts(["x"] * 5, ["q>x"])
     with pytest.raises(InputError, match="A>B"):
         Config(contrasts=["nouns"]).check()
-    contrasts = topography.find_contrasts(Config(), ["x"] * 5 + ["y"] * 4 + ["z"] * 4)
+    contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
 
 
@@ -354,10 +365,24 @@ def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tm
         run(given, tmp_path / "b", lm=str(given / "flat"), pairs="")
 
 
+def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
+    folders = []
+    for alpha in (0.0, 0.5):
+        folder = shutil.copytree(given / "sheets", tmp_path / f"alpha{alpha}")
+        (folder / "config.yaml").write_text(f"alpha: {alpha}\nspatial: activations\n")
+        (folder / "results.csv").write_text(f"metric,score\nval_loss,{4 + alpha}\n")
+        folders.append(str(folder))
+    table = run(given, tmp_path / "out", sweep=folders).set_index("model").loc[folders]
+    assert table.val_loss.tolist() == [4.0, 4.5]
+    assert table.spatial.tolist() == ["none", "activations"]
+    assert table.score.nunique() == 1  # the same weights
+    assert (tmp_path / "out/sweep.png").exists()
+
+
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="BLiMP's files are not beside the checkout")
 def test_real_blimp_is_scored(given):
     lm = topography.load_model(str(given / "flat"), Plain())
     pairs = read_pairs(BLIMP)
     assert len(pairs) == 8
     scores, n_long = topography.score_pairs(Plain(), lm, pairs, 5, 2048)
-    assert sum(n for _, _, _, n in scores.values()) + n_long == 40
+    assert scores.n.sum() + n_long == 40
