@@ -281,8 +281,13 @@ class HiddenStates:
             torch.manual_seed(seed)
             if self.is_gpt:
                 model = GPT(self.model.config, seed=seed)
-            else:
+            elif hasattr(self.model, "config"):
                 model = type(self.model)(self.model.config)
+            else:  # a module of the user's own
+                model = copy.deepcopy(self.model)
+                for module in model.modules():
+                    if hasattr(module, "reset_parameters"):
+                        module.reset_parameters()
         twin._attach(model, self.padding_side)
         return twin
 

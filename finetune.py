@@ -399,7 +399,7 @@ def interval(metric, y, predictions, groups, config, other=None):
 def predict(model, run, rows, batch_size):
     """Outputs (N, n_out) in float64 of token lists (a Series), in batches dealt over the ranks."""
     model.eval()
-    order = np.argsort(rows.map(len), kind="stable").to_numpy()  # by length
+    order = np.argsort(rows.map(len).to_numpy(), kind="stable")  # by length
     out = torch.zeros(len(rows), model.head.out_features, dtype=torch.float64)
     for start in range(run.rank * batch_size, len(rows), run.world * batch_size):
         members = order[start : start + batch_size]

@@ -444,7 +444,7 @@ class GPT(nn.Module):
         x = F.dropout(x, c.dropout, self.training)
         context = Context(position, mask)
         losses = []
-        states: dict = {0: x} if 0 in hidden else {}
+        states: dict = {0: x}
         for i, block in enumerate(self.transformer.h):
             if crosses and i in crosses:
                 cross, keys = crosses[i]
@@ -542,7 +542,7 @@ class GPT(nn.Module):
             logits = (head @ x.T).T.float()  # for a few rows quicker on CPUs than x @ head.T
             tokens = pick_tokens(logits, generator, **sampling).tolist()
             for i, token in enumerate(tokens):
-                ended[i] = ended[i] or token in stop
+                ended[i] |= token in stop
                 rows[i].append(token)
             if all(ended):
                 return

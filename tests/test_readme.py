@@ -101,8 +101,10 @@ def check_script(path, options):
     except (ValueError, OSError) as error:
         missing = "no config file|is no folder|is not there|does not exist|missing|No such file"
         assert re.search(missing, str(error)), error
-        brought = [word for word in options if re.search(r"\.ya?ml$|=.*/", word)]
-        assert brought and not any(word.startswith("config/") for word in brought), error
+        ours = [word for word in options if word.startswith("config/")]
+        assert all((ROOT / word).is_file() for word in ours), error
+        brought = [word for word in options if re.search(r"\.ya?ml$|=.*/|\.py:", word)]
+        assert len(brought) > len(ours), error
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
