@@ -92,7 +92,8 @@ class Config:
     dataset: list[str] = default("synthetic_brain")  # stimuli with responses
     subject: str = ""  # only this person's units; each: every person's by themselves; "": all
     roi: str = ""  # only units of this region
-    reliable: float = 0.05  # only units with a ceiling above it (R2; unknown ones stay)
+    # only units with a ceiling above it (R2; unknown ones stay), published or, without n_folds,
+    reliable: float = 0.05  # of the repeats of stimuli that are not tested
     n_folds: int = 0  # each group is tested once; 0: one split, the dataset's own or test_share
     val_share: float = 0.2  # of the groups: they choose penalties, learning rates and steps
     test_share: float = 0.25  # of the groups
@@ -111,7 +112,8 @@ class Config:
     objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
-    head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
+    # linear, linear_first: principal components of each model's own features that a head reads,
+    head_dims: int = 8  # for equal heads; 0: all features
     # ridge penalties; validation chooses one for each unit
     alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
@@ -360,7 +362,7 @@ class FastfoodWrapper(nn.Module):
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
             device = bundle[first].device
             if projection == "fastfood":
-                P = Fastfood(size, power_of_two(d - self.m), norm, generator, device)
+                P = Fastfood(size, power_of_two(d), norm, generator, device)
             elif projection == "fastfood_tensor":
                 P = Fastfood(size, power_of_two(size), 1.0, generator, device)
             elif projection == "dense":
@@ -462,8 +464,12 @@ class Study:
 
     @property
     def content(self):
-        """A hash of the responses, without which a fit or a score is not the same."""
-        return hashlib.sha256(self.y.tobytes()).hexdigest()[:8]
+        """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
+        digest = hashlib.sha256(self.y.tobytes())
+        digest.update(str([list(self.stimuli), self.pieces]).encode())
+        for fold, part in itertools.product(self.folds, PARTS):
+            digest.update(str(fold[part].tolist()).encode())
+        return digest.hexdigest()[:8]
 
     def shuffled(self, number):
         """The study with its responses dealt to other stimuli, the same for all; 0: as it is."""
@@ -476,6 +482,10 @@ class Study:
 def read_studies(run, config, name):
     """The Studies of a dataset, one, or one for each person: split and checked."""
     data = Encoding(plant(run, config) if name == "synthetic_brain" else run.dataset(name))
+    if config.n_folds and config.reliable:
+        run.print(
+            f"{name}: n_folds tests every stimulus, so reliable= asks published ceilings alone"
+        )
     people = [config.subject]
     if config.subject == "each":
         people = data.units["subject"].unique()
@@ -810,10 +820,14 @@ class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
     To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli. One that scores
+    all units as a whole says of_units = False, and where a stimulus counted twice raises that score
+    repeats_bias = True.
     """
 
-    pairs = False  # predict and truth are (n, n), stimulus by stimulus, instead of (n, V)
+    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
+    of_units = True  # a score is the median of the option metric over units: a ceiling bounds it
+    repeats_bias = False  # draws of test stimuli are without replacement: a jackknife
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -832,17 +846,17 @@ class Objective:
         return F.mse_loss(self.predict(f), self.y[rows])
 
     def predict(self, f):
-        """What is scored: predictions (n, V), or the model's pairs of stimuli (n, n)."""
+        """What score compares with the truth: a row for each stimulus, and (n, n) with pairs."""
         return f
 
     @classmethod
     def truth(cls, config, study, rows):
-        """What it is scored against: responses (n, V), or the brain's pairs (n, n)."""
+        """What it is scored against: responses (n, V), or with pairs the brain's (n, n)."""
         return study.y[rows]
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under B weightings of the stimuli, (B, n); of pairs, 0 and 1 only."""
+        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with repeats_bias."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
@@ -976,6 +990,8 @@ class RSA(Objective):
     """One minus the correlation of the model's distances with the brain's; no readout."""
 
     pairs = True
+    of_units = False
+    repeats_bias = True
 
     def loss(self, f, rows):
         return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
@@ -1115,14 +1131,19 @@ def file_name(config, candidate, fit):
     key = asdict(config)
     for option in ANALYSIS.split():
         key.pop(option, None)
-    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": []}
-    for spec in (config.lm, candidate.model):
-        for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
-            if path.is_file():
-                key["stamps"].append((path.name, path.stat().st_mtime_ns))
-    if 0 < fit["d"] < ALL:  # P has as many columns as a power of two of the largest d
+    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": stamps(config, candidate)}
+    if candidate.model != "lm":
+        key.pop("lm", None)
+    if 0 < fit["d"] < ALL:  # P is drawn with as many columns as a power of two of the largest d
         key["P"] = power_of_two(max(config.dims))
     return f"{quote(candidate.name, safe='')}-{fit['d']:g}-{hash_options(key)}.npz"
+
+
+def stamps(config, candidate):
+    """[(name, time)] of the checkpoints of a candidate, which may be trained again."""
+    spec = Path(config.lm if candidate.model == "lm" else candidate.model)
+    files = [path for path in [spec, *sorted(spec.glob("*.pt"))] if path.is_file()]
+    return [(path.name, path.stat().st_mtime_ns) for path in files]
 
 
 def run_fit(run, config, study, fit, loaded):
@@ -1331,14 +1352,14 @@ def read_cell(config, study, objective, fits):
 def resample(config, study, objective, predicted, truth):
     """(draws,) scores of resampled test stimuli, a group at a time.
 
-    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
-    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean as
-    far as those of all groups are, then moved to the score of all.
+    With replacement; but with repeats_bias, as of pairs, where a stimulus drawn twice would be
+    paired with itself, a delete-half jackknife (Shao & Wu 1989): scores of half of the groups,
+    spread about their mean as far as those of all groups are, then moved to the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
     n = len(names)
-    if not objective.pairs:
+    if not objective.repeats_bias:
         weights = rng.multinomial(n, np.full(n, 1 / n), config.draws)[:, number]
         return objective.score(config, predicted, truth, weights.astype(float))
     n_kept = max(n // 2, min(n - 1, 6))
@@ -1374,8 +1395,8 @@ def score_fits(run, config, study, fits):
             null.append(objective.score_all(config, dealt, truth))
         null = np.array(null)
         D = int(fit.get("D", 0))
-        ceiling = np.nan  # it bounds r and R2, not how alike pairs are
-        if not objective.pairs:
+        ceiling = np.nan
+        if objective.of_units:
             ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
         columns = {key: fit[key] for key in COLUMNS} | study.meta
         columns |= {"architecture": str(fit["architecture"]), "p": p_value(score, null), "D": D}
@@ -1583,7 +1604,8 @@ def plot_training(path, scores, about):
 def plot(run, config, study, curves, scores):
     """The figures of a study, in a folder of its own where it is one of several."""
     about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
-    about += f"; {config.objective} ({config.metric}), {config.projection}"
+    about += f"; {config.objective}{f' ({config.metric})' * study.objective.of_units}"
+    about += f", {config.projection}"
     folder = run.out
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
@@ -1599,8 +1621,9 @@ def main(config):
     run = Run(config)
     candidates = make_candidates(config)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
-    responses = [study.content for study in itertools.chain(*datasets.values())]
-    run.content = hash_options({"responses": responses})[:6]
+    content = [study.content for study in itertools.chain(*datasets.values())]
+    content += [stamps(config, candidate) for candidate in candidates.values()]
+    run.content = hash_options({"content": content})[:6]
     for dataset, studies in datasets.items():  # one study, or one for each person
         fits = [list_fits(run, config, study, candidates) for study in studies]
         fits = pd.concat(fits, keys=range(len(studies)), names=["person", "number"])
