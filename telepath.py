@@ -72,6 +72,7 @@ TEMPERATURE = 0.1  # of the alignment loss, over the training words
 NEGATIVES_BELOW = 0.5  # dpo: negatives are less similar to the word than this share of the others
 NEGATIVES_TAU = 0.2  # dpo: they are drawn with probability exp(-similarity / tau)
 MATCH = 0.5  # share of a pretrained encoder's weights that must fit
+UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 PROBES = 6  # validation trials whose neural tokens are kept at every validation
 
 
@@ -852,10 +853,11 @@ class Training:
         self.step = 0
         self.best = math.inf  # ranking loss
         self.tokens = {}  # {step: neural tokens of some validation trials (N, P, C)}
+        self.validation = 0.0  # s that one takes
         if config.init_from == "resume":
             self.resume(experiment.state)
         self.began = time.time()
-        self.validation = 0.0  # s that one takes
+        self.first_step = self.step  # of this process
         self.waited = 0.0  # s, for batches
         if config.compile:
             experiment.model.lm.compile_blocks()
@@ -866,8 +868,14 @@ class Training:
     def resume(self, state):
         self.step = state["step"]
         self.best = state["best"]
-        if self.config.minutes == state["config"]["minutes"]:
-            self.config.max_iters = state["config"]["max_iters"]
+        self.validation = state.get("validation", 0.0)
+        config, saved = self.config, state["config"]
+        other_steps = config.max_iters not in (type(config).max_iters, saved["max_iters"])
+        if config.minutes in (0, saved["minutes"]) and not other_steps:
+            config.minutes, config.max_iters = saved["minutes"], saved["max_iters"]
+        elif config.minutes:
+            config.max_iters = UNSETTLED
+        self.run.save_config()
         groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
@@ -1184,8 +1192,6 @@ def plot_results(path, table, title):
 
 # ---- the run
 
-UNSETTLED = 10**9  # max_iters until `minutes` has settled it
-
 
 def describe(run, experiment):
     """Write splits.json, and say what there is."""
@@ -1209,8 +1215,11 @@ def log_step(run, config, training, losses, norm):
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured, but for the first three."""
-    n_measured = training.step - 3
+    """With `minutes`, settle max_iters once enough steps are measured, not counting three at first.
+
+    Steps of this process, which may go on with a run.
+    """
+    n_measured = training.step - training.first_step - 3
     if config.max_iters != UNSETTLED:
         return
     if n_measured == 0:
@@ -1262,6 +1271,7 @@ def save(run, config, experiment, training, name):
     state |= {"split": experiment.manifest["hash"], "eeg_seen": experiment.eeg_seen}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state |= {"reference": training.reference, "best": training.best, "tokens": training.tokens}
+    state["validation"] = training.validation
     run.save(name, state)
 
 
