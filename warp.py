@@ -46,21 +46,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import (
-    InputError,
-    Run,
-    aside,
-    check_keys,
-    configure,
-    hash_options,
-    key_seed,
-    load_function,
-)
+from configurator import Run, check_keys, configure, hash_options, key_seed, load_function
 from convert import HiddenStates, from_hub, load_weights
-from data import read_table, write_aside
+from data import InputError, aside, read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
 
-# options that no single fit depends on: fits are kept when one of them changes
+# options that enter a fit only through its row of list_fits: other fits are kept when one changes
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
 ANALYSIS += " shuffled shuffles baselines"
 ALL = np.inf  # as a number of dimensions: all parameters, trained directly
@@ -69,6 +60,7 @@ PLANTED_COMPONENTS = 8  # the first principal components of the teacher's featur
 HEAD_RATE = 3e-3  # learning rate of a readout that is trained
 HEAD_STEPS = 500  # before any warp
 CHUNK = 2**18  # parameters that a Fastfood chunk makes: what fits a cache
+FACTOR_BITS = 6  # of a dense factor of the Walsh-Hadamard transform, 64 x 64
 PARTS = ["train", "val", "test"]
 
 # candidates of the embedded run, on the line through the planted teacher and lm; random weights
@@ -133,7 +125,7 @@ class Config:
     common_share: float = 0.95  # times this, is the score to reach, the same for all
     reach: float = 0.9  # relative: s0 + this times (full - s0), each model's own
     draws: int = 1000  # bootstrap over seeds and test stimuli (groups)
-    shuffles: int = 1000  # responses dealt to other stimuli, refitted in closed form at d = 0
+    shuffles: int = 1000  # at d = 0: of responses, refitted (ridge); else of predictions
     shuffled: bool = True  # the first candidate against shuffled responses at every d, too
     baselines: bool = True  # OLS, PLS and ridge on all features at d = 0
     # ---- run
@@ -204,7 +196,7 @@ def hadamard(n, device, dtype):
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def walsh_hadamard(x, most_bits=6):
+def walsh_hadamard(x):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
     H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
@@ -213,7 +205,7 @@ def walsh_hadamard(x, most_bits=6):
     n, C = x.shape
     bits = n.bit_length() - 1
     before = 1
-    for part in np.array_split(np.arange(bits), max(1, -(-bits // most_bits))):
+    for part in np.array_split(np.arange(bits), max(1, -(-bits // FACTOR_BITS))):
         factor = 2 ** len(part)
         x = hadamard(factor, x.device, x.dtype) @ x.reshape(before, factor, -1)
         before *= factor
@@ -228,7 +220,7 @@ def power_of_two(n):
 class Fastfood:
     """Rows of P (rows, n) from blocks H G Π H B (Le et al. 2013), columns of norm `norm`.
 
-    B = ±1, G is normal, Π a permutation. Within a tensor blocks share H B, and those of a chunk
+    B = ±1, G is normal, Π a permutation. Within a bundle blocks share H B, and those of a chunk
     Π: with a G of their own they are independent all the same, and one of the two transforms is
     done once. Four bytes a row are kept.
     """
@@ -449,7 +441,7 @@ class Study:
     name: str
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
-    pieces: list | None = None  # texts: the end that is the stimulus, behind what is read with it
+    pieces: list | None = None  # texts: the end that is the stimulus, after its context
     y: np.ndarray | None = None  # (n, V) mean responses
     group: np.ndarray | None = None  # (n,) whose members are never split
     folds: list | None = None  # {train, val, test: row numbers} of each
@@ -483,9 +475,7 @@ def read_studies(run, config, name):
     """The Studies of a dataset, one, or one for each person: split and checked."""
     data = Encoding(plant(run, config) if name == "synthetic_brain" else run.dataset(name))
     if config.n_folds and config.reliable:
-        run.print(
-            f"{name}: n_folds tests every stimulus, so reliable= asks published ceilings alone"
-        )
+        run.print(f"{name}: n_folds tests all stimuli: reliable= asks published ceilings alone")
     people = [config.subject]
     if config.subject == "each":
         people = data.units["subject"].unique()
@@ -509,9 +499,9 @@ def read_brain(config, name, data, person):
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
     pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
-    kind = objective_class(config)
-    name = f"{name} {person}".strip()
-    return Study(name, data.kind, data.inputs(), pieces, y, group, folds, kind, meta, ceiling)
+    about = {"objective": objective_class(config), "meta": meta, "ceiling": ceiling}
+    brain = {"y": y, "group": group, "folds": folds}
+    return Study(f"{name} {person}".strip(), data.kind, data.inputs(), pieces, **brain, **about)
 
 
 def choose_units(config, data, person, folds):
@@ -540,7 +530,7 @@ def choose_units(config, data, person, folds):
 def make_folds(config, group, split):
     """[{train, val, test: rows}] of one split, or of n_folds in which every group is tested once.
 
-    A dataset's own split is kept; else groups are dealt by a key of their name.
+    Without n_folds a dataset's own split is kept; else groups are dealt by a key of their name.
     """
     names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
     n_val = round(config.val_share * len(names))
@@ -840,7 +830,7 @@ class Objective:
             self.y = self.y.float()
 
     def fit(self, f_train, f_val):
-        """Whatever is chosen on validation stimuli, at every validation."""
+        """Choose what validation decides; called at every validation."""
 
     def loss(self, f, rows):
         return F.mse_loss(self.predict(f), self.y[rows])
@@ -875,7 +865,7 @@ class Objective:
 
     @torch.no_grad()
     def test(self, f_train, f_val, f_test):
-        """What is scored of the test stimuli."""
+        """The predictions of the test stimuli, as a fit's file keeps them."""
         return self.predict(f_test).cpu().numpy().astype(np.float32)
 
 
@@ -954,7 +944,7 @@ class OLSReadout(RidgeReadout):
     """Ordinary least squares, of the least norm where there are more features than stimuli."""
 
     def solve(self, x, y):
-        self.alpha = torch.zeros(())
+        self.alpha = torch.zeros(())  # no penalty in the loss
         return torch.linalg.pinv(x) @ y
 
 
@@ -962,7 +952,7 @@ class PLSReadout(RidgeReadout):
     """Partial least squares, 25 components, as Brain-Score's vision benchmarks have it."""
 
     def solve(self, x, y):
-        self.alpha = torch.zeros(())
+        self.alpha = torch.zeros(())  # no penalty in the loss
         pls = PLSRegression(min(25, *x.shape), scale=False).fit(x.cpu().numpy(), y.cpu().numpy())
         return torch.as_tensor(pls.coef_.T).to(x)
 
@@ -987,7 +977,7 @@ class SGDReadout(RidgeReadout):
 
 
 class RSA(Objective):
-    """One minus the correlation of the model's distances with the brain's; no readout."""
+    """The correlation of the model's distances with the brain's; no readout."""
 
     pairs = True
     of_units = False
@@ -1031,7 +1021,7 @@ class RSA(Objective):
 
 
 class CKA(RSA):
-    """One minus the debiased linear CKA of model and brain; no readout.
+    """The debiased linear CKA of model and brain; no readout.
 
     Nguyen et al. 2021; Song et al. 2012.
     """
@@ -1082,13 +1072,22 @@ def unit_scores(metric, predicted, y, weights):
 
 # ---- fits
 
+# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
+# goes into the results, with two that fits add
+CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
+COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
+COLUMNS += ["learning_rate", "validation", "step"]
+
 
 def list_fits(run, config, study, candidates):
     """DataFrame, a row for each fit of a study, with the file that keeps its arrays.
 
-    measure: score, or baseline (a head on all features, without a warp); d: dimensions, 0 without
-    a warp, ALL for all parameters; seed: draw of P; weights: draw of random weights; shuffle: of
-    the responses, 0 for the true ones; shuffles: of its null.
+    model: a candidate's name; layer: what is read, a+b; measure: score, or baseline (a head on all
+    features, without a warp); objective: the option, or the baseline's head; projection: the
+    option, or none; d: dimensions, 0 without a warp, ALL for all parameters; learning_rate: 0
+    without a warp; fold: number of the split; seed: draw of P; weights: draw of random weights;
+    control: none, or shuffled responses; shuffle: which, 0 for the true ones; shuffles: of its
+    null; file: what keeps its arrays.
     """
     dims = [*config.dims, ALL] if config.full else config.dims
     folds = range(len(study.folds))
@@ -1121,7 +1120,10 @@ def list_fits(run, config, study, candidates):
     fits["shuffles"] = np.where(at_zero, config.shuffles, 20)
     (run.out / "fits").mkdir(exist_ok=True)
     files = []
-    for fit in fits.assign(responses=study.content).to_dict("records"):
+    keys = fits.assign(content=study.content)
+    if study.objective is not RidgeReadout:  # its null deals predictions, which are kept
+        keys = keys.drop(columns="shuffles")
+    for fit in keys.to_dict("records"):
         files.append(run.out / "fits" / file_name(config, candidates[fit["model"]], fit))
     return fits.assign(file=files)
 
@@ -1152,21 +1154,21 @@ def run_fit(run, config, study, fit, loaded):
     fold = study.folds[fit.fold]
     reader = loaded.reader
     f = loaded.features
-    kind = study.objective
+    chosen = study.objective
     if fit.measure == "baseline":
         config = replace(config, head_dims=0)
-        kind = HEADS[fit.objective]
+        chosen = HEADS[fit.objective]
     elif config.objective == "linear_first":
         head = fit_head(config, study, fold, f)
         reader = nn.Sequential(OrderedDict(reader=reader, head=head)).eval()
         f = head(f).detach()
-    objective = kind(config, study, fold, f[fold["train"]])
+    objective = chosen(config, study, fold, f[fold["train"]])
     if fit.d == 0:
         f_train, f_val, f_test = take_parts(f, fold)
         best = objective.validate(f_train, f_val)
         arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
         arrays["evidence"] = objective.test(f_train, f_val, f_test)
-        if kind is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
+        if chosen is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
             arrays["null"] = null_scores(config, study, loaded.features, fit.shuffles)
         return arrays
     if fit.d == ALL:
@@ -1249,8 +1251,8 @@ def draw_batches(config, rows, draw):
     rows = torch.as_tensor(rows)
     size = min(config.batch_size, len(rows))
     generator = torch.Generator().manual_seed(key_seed(config.seed, "batches", draw))
-    while config.exact or size == len(rows):
-        yield rows
+    if config.exact or size == len(rows):
+        yield from itertools.repeat(rows)
     while True:
         order = torch.randperm(len(rows), generator=generator)
         for batch in order[: len(rows) // size * size].split(size):
@@ -1323,13 +1325,6 @@ def join_folds(parts):
 # ---- evaluate
 
 
-# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
-# goes into the results
-CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
-COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
-COLUMNS += ["learning_rate", "validation", "step"]
-
-
 def read_cell(config, study, objective, fits):
     """(the first fold's fit, predictions, truth) of the test stimuli of all folds.
 
@@ -1375,7 +1370,7 @@ def interval(draws):
 
 
 def p_value(score, null):
-    """Share of the scores without knowledge that are as high, the score itself counted."""
+    """Share of null scores at least as high, the score itself counted."""
     return (1 + (null >= score).sum()) / (1 + len(null))
 
 
@@ -1387,7 +1382,7 @@ def score_fits(run, config, study, fits):
         fit, predicted, truth = read_cell(config, study, objective, cell)
         score = objective.score_all(config, predicted, truth)
         draws = resample(config, study, objective, predicted, truth)
-        null = fit.get("null", [])
+        null = list(fit.get("null", []))
         rng = np.random.default_rng(key_seed(config.seed, "chance"))
         while len(null) < fit["shuffles"]:  # predictions dealt to other stimuli
             order = rng.permutation(len(truth))
@@ -1631,6 +1626,7 @@ def main(config):
         todo = mine[~mine["file"].map(Path.exists)]
         bar = run.progress(len(todo), desc=f"{dataset}: fits")
         for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
+            # people saw the same stimuli: the features of one study serve all
             loaded = load_candidate(run, config, candidates[name], studies[0], int(draw))
             for fit in group.reset_index().itertuples():
                 arrays = run_fit(run, config, studies[fit.person], fit, loaded)

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import warp
-from configurator import Run, aside, configure, key_seed
+from configurator import Run, configure, key_seed
+from data import aside
 from warp import Candidate, FastfoodWrapper, Loaded, Objective, Study
 
 FUNCTIONS = {

@@ -57,11 +57,12 @@ def matrix(w):
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 128, 1024])
-def test_the_transform_is_the_dense_one(n):
+def test_the_transform_is_the_dense_one(n, monkeypatch):
     x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
     dense = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float32)
-    for most_bits in (1, 4, 6):
-        assert torch.allclose(W.walsh_hadamard(x, most_bits), dense @ x, atol=1e-3)
+    for bits in (1, 4, 6):
+        monkeypatch.setattr(W, "FACTOR_BITS", bits)
+        assert torch.allclose(W.walsh_hadamard(x), dense @ x, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -450,6 +451,9 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     changes["folds"] = [{**study.folds[0], "val": study.folds[0]["val"][1:]}]
     for name, value in changes.items():
         assert not files(replace(study, **{name: value})) & before, name
+    assert files(study, shuffles=7) != before
+    rsa = replace(study, objective=W.RSA)  # whose null is made of what the fits keep
+    assert files(rsa, shuffles=7) == files(rsa)
     os.utime(lm, (1, 1))  # trained again
     after = files(study)
     assert {path.name.split("-")[0] for path in after - before} == {"lm"}
