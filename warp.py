@@ -84,8 +84,7 @@ class Config:
     dataset: list[str] = default("synthetic_brain")  # stimuli with responses
     subject: str = ""  # only this person's units; each: every person's by themselves; "": all
     roi: str = ""  # only units of this region
-    # only units with a ceiling above it (R2; unknown ones stay), published or, without n_folds,
-    reliable: float = 0.05  # of the repeats of stimuli that are not tested
+    reliable: float = 0.05  # only units of unknown or higher ceiling (R2); n_folds: published ones
     n_folds: int = 0  # each group is tested once; 0: one split, the dataset's own or test_share
     val_share: float = 0.2  # of the groups: they choose penalties, learning rates and steps
     test_share: float = 0.25  # of the groups
@@ -104,8 +103,7 @@ class Config:
     objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
-    # linear, linear_first: principal components of each model's own features that a head reads,
-    head_dims: int = 8  # for equal heads; 0: all features
+    head_dims: int = 8  # linear ones: principal components of each model's own features; 0: all
     # ridge penalties; validation chooses one for each unit
     alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
@@ -457,11 +455,9 @@ class Study:
     @property
     def content(self):
         """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
-        digest = hashlib.sha256(self.y.tobytes())
-        digest.update(str([list(self.stimuli), self.pieces]).encode())
-        for fold, part in itertools.product(self.folds, PARTS):
-            digest.update(str(fold[part].tolist()).encode())
-        return digest.hexdigest()[:8]
+        folds = pd.DataFrame(self.folds).map(list).to_dict("records")
+        others = str([list(self.stimuli), self.pieces, folds])
+        return hashlib.sha256(self.y.tobytes() + others.encode()).hexdigest()[:8]
 
     def shuffled(self, number):
         """The study with its responses dealt to other stimuli, the same for all; 0: as it is."""
@@ -810,9 +806,8 @@ class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
     To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli. One that scores
-    all units as a whole says of_units = False, and where a stimulus counted twice raises that score
-    repeats_bias = True.
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli. The three
+    attributes below are apart: a score of all units as a whole needs no pairs.
     """
 
     pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
@@ -1144,7 +1139,7 @@ def file_name(config, candidate, fit):
 def stamps(config, candidate):
     """[(name, time)] of the checkpoints of a candidate, which may be trained again."""
     spec = Path(config.lm if candidate.model == "lm" else candidate.model)
-    files = [path for path in [spec, *sorted(spec.glob("*.pt"))] if path.is_file()]
+    files = filter(Path.is_file, [spec, *sorted(spec.glob("*.pt"))])
     return [(path.name, path.stat().st_mtime_ns) for path in files]
 
 
@@ -1617,7 +1612,7 @@ def main(config):
     candidates = make_candidates(config)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
     content = [study.content for study in itertools.chain(*datasets.values())]
-    content += [stamps(config, candidate) for candidate in candidates.values()]
+    content += map(partial(stamps, config), candidates.values())
     run.content = hash_options({"content": content})[:6]
     for dataset, studies in datasets.items():  # one study, or one for each person
         fits = [list_fits(run, config, study, candidates) for study in studies]
