@@ -1077,12 +1077,11 @@ COLUMNS += ["learning_rate", "validation", "step"]
 def list_fits(run, config, study, candidates):
     """DataFrame, a row for each fit of a study, with the file that keeps its arrays.
 
-    model: a candidate's name; layer: what is read, a+b; measure: score, or baseline (a head on all
-    features, without a warp); objective: the option, or the baseline's head; projection: the
-    option, or none; d: dimensions, 0 without a warp, ALL for all parameters; learning_rate: 0
-    without a warp; fold: number of the split; seed: draw of P; weights: draw of random weights;
-    control: none, or shuffled responses; shuffle: which, 0 for the true ones; shuffles: of its
-    null; file: what keeps its arrays.
+    measure: score, or baseline (a head on all features, without a warp); model, layer (a+b),
+    projection and objective (or the baseline's head): which; d: dimensions, 0 without a warp, ALL
+    for all parameters; learning_rate: 0 where d is; fold: number of the split; seed: draw of P;
+    weights: draw of random weights; control: none or shuffled; shuffle: of the responses, 0 for the
+    true ones; shuffles: of its null; file: of its arrays.
     """
     dims = [*config.dims, ALL] if config.full else config.dims
     folds = range(len(study.folds))
@@ -1159,7 +1158,7 @@ def run_fit(run, config, study, fit, loaded):
         f = head(f).detach()
     objective = chosen(config, study, fold, f[fold["train"]])
     if fit.d == 0:
-        f_train, f_val, f_test = take_parts(f, fold)
+        f_train, f_val, f_test = [f[fold[part]] for part in PARTS]
         best = objective.validate(f_train, f_val)
         arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
         arrays["evidence"] = objective.test(f_train, f_val, f_test)
@@ -1293,17 +1292,12 @@ def null_scores(config, study, f, number):
         truth = []
         for fold in study.folds:
             readout = RidgeReadout(config, replace(study, y=y), fold, f[fold["train"]])
-            predicted.append(readout.test(*take_parts(f, fold)))
+            predicted.append(readout.test(*[f[fold[part]] for part in PARTS]))
             truth.append(y[fold["test"]])
         equal = np.ones((1, len(study.tested)))
         units = unit_scores(config.metric, join_folds(predicted), join_folds(truth), equal)
         scores.append(np.median(units.reshape(len(numbers), -1), axis=1))
     return np.concatenate(scores)
-
-
-def take_parts(f, fold):
-    """Features of the training, validation and test stimuli."""
-    return [f[fold[part]] for part in PARTS]
 
 
 def join_folds(parts):
@@ -1459,8 +1453,8 @@ def measure_d_warp(config, curves):
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
             levels["relative"] = start + config.reach * (curve.scores[ALL] - start)
         for name, level in levels.items():
-            crossings = [crossing(config.dims, *row) for row in zip(scores, level)]
-            curve.d_warp[name] = np.array(crossings)
+            crossings = map(partial(crossing, config.dims), scores, level)
+            curve.d_warp[name] = np.array(list(crossings))
         curve.level = common[0]
 
 
@@ -1614,14 +1608,13 @@ def main(config):
     content = [study.content for study in itertools.chain(*datasets.values())]
     content += map(partial(stamps, config), candidates.values())
     run.content = hash_options({"content": content})[:6]
-    for dataset, studies in datasets.items():  # one study, or one for each person
+    for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
         fits = [list_fits(run, config, study, candidates) for study in studies]
         fits = pd.concat(fits, keys=range(len(studies)), names=["person", "number"])
         mine = fits.iloc[run.share(range(len(fits)))]
         todo = mine[~mine["file"].map(Path.exists)]
         bar = run.progress(len(todo), desc=f"{dataset}: fits")
         for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
-            # people saw the same stimuli: the features of one study serve all
             loaded = load_candidate(run, config, candidates[name], studies[0], int(draw))
             for fit in group.reset_index().itertuples():
                 arrays = run_fit(run, config, studies[fit.person], fit, loaded)
