@@ -721,6 +721,8 @@ class Montage(nn.Module):
         return v, of_subject(self.subject_token, subject)
 
 
+# A kind of encoder makes tokens (B, P, n_embd) of signals, and the states that its linear layer
+# `output` reads. A parameter called subject_* belongs to people, and is left behind on transfer.
 class LinearEncoder(nn.Module):
     """Nothing but a linear map of each patch of the virtual channels."""
 
@@ -880,7 +882,6 @@ def encoder_blocks(c):
     return blocks
 
 
-# Each makes tokens (B, P, n_embd) of signals, and the states that its linear layer `output` reads.
 ENCODERS: dict[str, Any] = {
     "linear": LinearEncoder,
     "transformer": TransformerEncoder,

@@ -66,12 +66,13 @@ from model import (
 plt.switch_backend("Agg")
 
 SETS = ("trial", "object", "subject", "subject_object")
-CLAMP = 8.0  # SD beyond which whitened samples are cut
+CLAMP = 8.0  # SD beyond which whitened samples are clipped
 SILENT = 0.1  # share of training trials whose EEG is silence: "no EEG" must be a known prefix
 TEMPERATURE = 0.1  # of the alignment loss, over the training words
 NEGATIVES_BELOW = 0.5  # dpo: negatives are less similar to the word than this share of the others
 NEGATIVES_TAU = 0.2  # dpo: they are drawn with probability exp(-similarity / tau)
 MATCH = 0.5  # share of a pretrained encoder's weights that must fit
+UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 PROBES = 6  # validation trials whose neural tokens are kept at every validation
 
 
@@ -84,8 +85,8 @@ class Config:
     t_end: float = 0.6  # s
     baseline: float = 0.1  # s before onset whose mean is taken off; 0: none
     # ---- splits
-    held_out_subjects: float = 0.25  # share of people never trained on; one at least
-    held_out_objects: float = 0.17  # share of words never trained on; one at least
+    held_out_subjects: float = 0.25  # share of people never trained on, at least one; 0: none
+    held_out_objects: float = 0.17  # share of words never trained on, at least one; 0: none
     held_out_trials: float = 0.17  # share of pictures for evaluation, and as many for validation
     split_seed: int = 0  # draws them
     # ---- augmentation of training trials
@@ -108,7 +109,7 @@ class Config:
     prompt: str = "<|endoftext|>The"  # text before the word; in front, <|endoftext|> is the token
     # ---- objective and optimiser
     stage: Literal["sft", "dpo"] = "sft"  # supervised, or preferences (init_from= a run)
-    align: float = 0.5  # weight of the loss of the first neural token's way to its word; 0: none
+    align: float = 0.5  # weight of the loss aligning the first neural token with its word; 0: none
     beta: float = 0.1  # dpo: weight of the reference
     batch_size: int = 16  # trials per micro-batch
     trials_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
@@ -207,7 +208,7 @@ class Trials:
     def __init__(self, folder, config, pretrained=None):
         meta = read_set(folder)
         self.source = Path(folder).name
-        self.data = self.source + ", synthetic" * meta["synthetic"]
+        self.caption = self.source + ", synthetic" * meta["synthetic"]
         self.recordings = [Recording(Path(folder) / name) for name in meta["recordings"]]
         self.sfreq = self.recordings[0].sfreq
         first, last = round(config.t_start * self.sfreq), round(config.t_end * self.sfreq)
@@ -346,8 +347,8 @@ def noise_covariance(x):
     """Shrunk covariance (c, c) in µV² of windows (n, c, T) in V less their mean, the response."""
     x = (x - x.mean(0)).transpose(0, 2, 1).reshape(-1, x.shape[1]).astype(float) * 1e6
     limit = 10 * 1.4826 * np.median(np.abs(x)) + 1e-9
-    x = x / np.maximum(1, np.abs(x).max(1, keepdims=True) / limit)  # a blink must not own it
-    return sklearn.covariance.ledoit_wolf(x[::2])[0]
+    x = x / np.maximum(1, np.abs(x).max(1, keepdims=True) / limit)  # a blink must not dominate
+    return sklearn.covariance.ledoit_wolf(x[::2])[0]  # neighbours in time say much the same
 
 
 # ---- data: splits
@@ -557,13 +558,13 @@ def augmented(x, xyz, scale, rng, sfreq, config):
 class Batch:
     """A micro-batch of training trials."""
 
-    inputs: list  # signal (B, C, T), xyz, subject, idx (B, T), position, mask: of NeuralGPT
+    inputs: list  # signal (B, C, T), xyz, subject, idx (B, L), position, mask: of NeuralGPT
     target: torch.Tensor  # (B, K, W) token ids, see Text.pack
     word: torch.Tensor  # (B,) number among the training words, -1 where the EEG is silence
 
 
 def draw_trials(training, number):
-    """Trials (B,) of micro-batch `number`: people in turn, each one's in an order of each epoch."""
+    """Trials (B,) of micro-batch `number`: people in turn, their trials reshuffled every epoch."""
     config = training.config
     ids = []
     for k in range(number * config.batch_size, (number + 1) * config.batch_size):
@@ -690,13 +691,14 @@ class WordSpace:
 
 # ---- model
 
-# options that a run cannot be resumed without
-FIXED = "stage fusion text_positions prefix_attention encoder patch width encoder_layers train"
-
 
 def checkpoint_path(path):
     """The checkpoint that init_from= or encoder= names: a file, or the best of a run's folder."""
     return Path(path) if path.endswith(".pt") else Path(path) / "best.pt"
+
+
+# options that must stay the same on resume
+FIXED = "stage fusion text_positions prefix_attention encoder patch width encoder_layers train"
 
 
 def build(run, config, trials, manifest, pretrained):
@@ -852,10 +854,11 @@ class Training:
         self.step = 0
         self.best = math.inf  # ranking loss
         self.tokens = {}  # {step: neural tokens of some validation trials (N, P, C)}
+        self.validation = 0.0  # s that one takes
         if config.init_from == "resume":
             self.resume(experiment.state)
         self.began = time.time()
-        self.validation = 0.0  # s that one takes
+        self.first_step = self.step  # of this process
         self.waited = 0.0  # s, for batches
         if config.compile:
             experiment.model.lm.compile_blocks()
@@ -866,8 +869,16 @@ class Training:
     def resume(self, state):
         self.step = state["step"]
         self.best = state["best"]
-        if self.config.minutes == state["config"]["minutes"]:
-            self.config.max_iters = state["config"]["max_iters"]
+        self.validation = state.get("validation", 0.0)
+        config = self.config
+        saved = state["config"]
+        other_steps = config.max_iters not in (type(config).max_iters, saved["max_iters"])
+        if config.minutes in (0, saved["minutes"]) and not other_steps:
+            config.minutes = saved["minutes"]
+            config.max_iters = saved["max_iters"]
+        elif config.minutes:
+            config.max_iters = UNSETTLED
+        self.run.save_config()
         groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
@@ -933,7 +944,7 @@ def subset(ids, config):
 
 @torch.no_grad()
 def neural_tokens(run, experiment, ids, silenced=(), without_eeg=False):
-    """Neural tokens (b, P, C) of some trials (b,) after the other.
+    """Yield (trials (b,), neural tokens (b, P, C)), 64 trials at a time.
 
     silenced: numbers of the window's samples that are set to 0. without_eeg: silence, of nobody.
     """
@@ -949,7 +960,7 @@ def neural_tokens(run, experiment, ids, silenced=(), without_eeg=False):
 
 
 @torch.no_grad()
-def rank(run, experiment, ids, names, silenced=()):
+def score_names(run, experiment, ids, names, silenced=()):
     """Log-probability (N, K) of each of K names after each trial's EEG, and after silence (K,).
 
     As many names at a time as fit into the GPT's block. In float32 from the last layer on: half
@@ -1013,7 +1024,7 @@ def measured(values, chance, objects, config):
 
 
 def strata(table, least=10):
-    """(N,) within what trials change places under the null: blocks, as slow drift is no knowledge.
+    """(N,) groups within which trials are shuffled: blocks, as slow drift is no knowledge.
 
     Where one has fewer than `least` trials, the rest of its recording, and then of all.
     """
@@ -1024,26 +1035,26 @@ def strata(table, least=10):
     return codes.to_numpy()
 
 
-def shuffles(places, draws, seed):
-    """Orders (draws, N) of trials, which change places within places (N,) alone."""
+def shuffles(within, draws, seed):
+    """Orders (draws, N) of trials, shuffled within the groups `within` (N,) alone."""
     rng = np.random.default_rng(key_seed(seed, "shuffle"))
-    orders = np.tile(np.arange(len(places)), (draws, 1))
-    groups = [np.flatnonzero(places == place) for place in np.unique(places)]
+    orders = np.tile(np.arange(len(within)), (draws, 1))
+    groups = [np.flatnonzero(within == name) for name in np.unique(within)]
     for order in orders:
         for group in groups:
             order[group] = rng.permutation(group)
     return orders
 
 
-def permuted(right, places, draws, seed):
+def permuted(right, within, draws, seed):
     """Expected score (N,) of each trial with shuffled EEG, and p of the mean score.
 
     right (N, N): what trial j's EEG gives for trial i's name.
     """
     each = np.arange(len(right))
     score = right[each, each].mean()
-    reached = (right[each, shuffles(places, draws, seed)].mean(1) >= score - 1e-12).sum()
-    same = places[:, None] == places
+    reached = (right[each, shuffles(within, draws, seed)].mean(1) >= score - 1e-12).sum()
+    same = within[:, None] == within
     expected = (right * same).sum(1) / same.sum(1)
     return expected, (1 + reached) / (1 + draws) if math.isfinite(score) else math.nan
 
@@ -1085,7 +1096,7 @@ def score_rows(config, table, metric, good, names, chance=None, sign=1, **consta
 def evaluate(run, config, experiment, name, prior):
     """Rows of a set, every score beside its controls, and what was said of each trial: a table.
 
-    prior (K,): log-probability of each of all names, averaged over validation trials.
+    prior (K,): log of each name's mean probability over validation trials.
     """
     words, text = experiment.trials.words, experiment.text
     ids = subset(experiment.sets[name], config)
@@ -1093,7 +1104,7 @@ def evaluate(run, config, experiment, name, prior):
     names = sorted(set(table.word))
     columns = np.searchsorted(words, names)
     score = functools.partial(score_rows, config, table)
-    scores, empty = rank(run, experiment, ids, words)
+    scores, empty = score_names(run, experiment, ids, words)
     searched = scores - prior  # among all names, held out or not
     information = (scores - empty)[:, columns]  # pointwise mutual information of name and EEG
     rows = score("said by search", top_k(searched, 1), words, 1 / len(words))
@@ -1118,7 +1129,12 @@ def evaluate(run, config, experiment, name, prior):
     samples = table[["subject", "object", "word", "image"]].assign(set=name, said=said)
     samples["ranked"] = [" ".join(row) for row in best]
     samples["search"] = np.array(words)[searched.argmax(1)]
-    return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.data)
+    return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.caption)
+
+
+METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
+METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
+METRICS |= {"similarity": "similarity of what is said"}
 
 
 def report(run, config, experiment):
@@ -1131,7 +1147,7 @@ def report(run, config, experiment):
     if unsayable:
         limit = f"max_new_tokens={config.max_new_tokens} and cannot be said"
         run.print(f"{len(unsayable)} of {len(words)} names are longer than {limit}: {unsayable}")
-    scores, _ = rank(run, experiment, subset(experiment.sets["val"], config), words)
+    scores, _ = score_names(run, experiment, subset(experiment.sets["val"], config), words)
     prior = np.logaddexp.reduce(scores, axis=0) - math.log(len(scores))
     tables = []
     for name in SETS:
@@ -1140,7 +1156,7 @@ def report(run, config, experiment):
     table, samples = map(pd.concat, zip(*tables))
     decisive = (table.metric == "top1") & (table.control == "eeg")
     table["p_corrected"] = (decisive.sum() * table.p.where(decisive)).clip(upper=1)
-    table = table.assign(data=experiment.trials.data, unsayable=len(unsayable))
+    table = table.assign(data=experiment.trials.caption, unsayable=len(unsayable))
     for row in table.to_dict("records"):
         run.result(**row)
     write_aside(run.out / "samples.csv", samples.to_csv(index=False))
@@ -1148,15 +1164,12 @@ def report(run, config, experiment):
     shown = table[(table.control == "eeg") & table.metric.isin(METRICS)]
     columns = ["set", "metric", "score", "low", "high", "chance", "p", "n"]
     run.print(shown[columns].to_string(index=False, float_format="{:.3f}".format))
-    title = f"{experiment.trials.data}; lm={config.lm}, {config.encoder} encoder"
+    title = f"{experiment.trials.caption}; lm={config.lm}, {config.encoder} encoder"
     plot_results(run.out / "results.png", table, f"{title}: 95 % intervals over objects")
 
 
 # ---- plots
 
-METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
-METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
-METRICS |= {"similarity": "similarity of what is said"}
 COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majority": "#d9a441"}
 
 
@@ -1184,16 +1197,14 @@ def plot_results(path, table, title):
 
 # ---- the run
 
-UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 
-
-def describe(run, experiment):
+def write_splits(run, experiment):
     """Write splits.json, and say what there is."""
     trials, manifest = experiment.trials, experiment.manifest
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
-    counts = f"{trials.data}: {counts} trials, {manifest['purged']} purged for overlap"
+    counts = f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap"
     run.print("\n".join([*trials.notes, counts]))
 
 
@@ -1209,8 +1220,8 @@ def log_step(run, config, training, losses, norm):
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured, but for the first three."""
-    n_measured = training.step - 3
+    """Settle max_iters by `minutes` when enough steps are measured, not counting the first 3."""
+    n_measured = training.step - training.first_step - 3
     if config.max_iters != UNSETTLED:
         return
     if n_measured == 0:
@@ -1234,11 +1245,11 @@ def probes(experiment):
 
 
 def validate(run, config, experiment, training):
-    """Rank validation trials among the training words, keep neural tokens, and the best model."""
+    """Rank the training words for each validation trial, keep neural tokens, and the best model."""
     start = time.time()
     ids = subset(experiment.sets["val"], config)
     words = experiment.train_words
-    scores, empty = rank(run, experiment, ids, words)
+    scores, empty = score_names(run, experiment, ids, words)
     information = scores - empty
     own = np.searchsorted(words, experiment.trials.table.word.iloc[ids])
     loss = F.cross_entropy(torch.from_numpy(information), torch.from_numpy(own)).item()
@@ -1262,6 +1273,7 @@ def save(run, config, experiment, training, name):
     state |= {"split": experiment.manifest["hash"], "eeg_seen": experiment.eeg_seen}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state |= {"reference": training.reference, "best": training.best, "tokens": training.tokens}
+    state["validation"] = training.validation
     run.save(name, state)
 
 
@@ -1303,7 +1315,7 @@ def main(config):
     run = Run(config)
     experiment = Experiment(run, config, run.dataset(config.dataset))
     training = Training(run, config, experiment, experiment.sets["train"])
-    describe(run, experiment)
+    write_splits(run, experiment)
     run.rewind(training.step)
     if not training.step:
         validate(run, config, experiment, training)

@@ -30,7 +30,7 @@ import telepath
 from configurator import Run, configure, key_seed
 from data import InputError, write_aside
 from model import ENCODERS, load_checkpoint
-from telepath import measured, place, rank, save_figure, score_rows, subset, top_k
+from telepath import measured, place, save_figure, score_names, score_rows, subset, top_k
 
 NULLS = 500  # shuffles of the words, for query-key and logit lens
 SLICE = 0.1  # s of EEG, in analysis=window
@@ -83,10 +83,10 @@ def top1(run, config, experiment, name, words=None, silenced=()):
     ids = experiment.sets[name]
     words = sorted(words or set(table.word.iloc[ids]))
     ids = subset(ids[table.word.iloc[ids].isin(words).to_numpy()], config)
-    scores, empty = rank(run, experiment, ids, words, silenced)
+    scores, empty = score_names(run, experiment, ids, words, silenced)
     good = top_k(scores - empty, 1)
     row, shuffled = score_rows(config, table.iloc[ids], "top1", good, words, 1 / len(words))
-    row |= {"set": name, "shuffled": shuffled["score"], "data": experiment.trials.data}
+    row |= {"set": name, "shuffled": shuffled["score"], "data": experiment.trials.caption}
     run.print(f"    {name}: top-1 {row['score']:.3f}, shuffled EEG {row['shuffled']:.3f}")
     return row
 
@@ -176,7 +176,7 @@ def frozen_rows(run, config, job):
             drift = drift_on(neutral, original, experiment.model.lm, one)
             run.print(f"    step {step}: drift {drift['score']:.4f} nats")
             for row in [*held_out_names(run, one, experiment), drift]:
-                rows.append({**row, "step": step, "data": experiment.trials.data})
+                rows.append({**row, "step": step, "data": experiment.trials.caption})
     return [*rows, top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
 
 
@@ -194,7 +194,7 @@ def held_out_names(run, config, experiment):
     ids = subset(experiment.sets["object"], config)
     table = trials.table.iloc[ids]
     held_out = experiment.manifest["held_out_words"]
-    scores, _ = rank(run, experiment, ids, trials.words)
+    scores, _ = score_names(run, experiment, ids, trials.words)
     n_tokens = 1 + np.mean([len(text.ids[word]) for word in table.word])
     uniform = -math.log(experiment.model.lm.config.vocab_size) * n_tokens
     own = np.arange(len(ids)), trials.word[ids]
@@ -249,7 +249,7 @@ def generalise_jobs(run, config):
     """Numbers of words to train on."""
     seen, _, least = seen_and_unseen(config, fresh(run, config)[1])
     sizes = np.unique(np.geomspace(least, len(seen), 4).round().astype(int)).tolist()
-    return [{"trained": n_words} for n_words in sizes]
+    return pd.DataFrame({"trained": sizes}).to_dict("records")
 
 
 def generalise_rows(run, config, job):
@@ -346,7 +346,7 @@ def analyse_tokens(run, config):
         tables["logit_lens"] = logit_lens(run, config, experiment, ids)
         plot_lens(tables["logit_lens"], run.out / "logit_lens.png")
     for name, table in tables.items():
-        table = table.assign(data=experiment.trials.data)
+        table = table.assign(data=experiment.trials.caption)
         write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
         run.print(f"{name}.csv in {run.out}")
 
@@ -390,7 +390,7 @@ def neural_states(run, experiment, ids):
         with run.autocast():
             experiment.model.trunk(n, idx.expand(len(n), -1), states=states)
         layers.append([neural[:, 1:].float() for neural, _ in states])
-    return [torch.cat(parts) for parts in zip(*layers)]
+    return list(map(torch.cat, zip(*layers)))
 
 
 def shuffled_words(config, experiment, ids):

@@ -46,21 +46,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import (
-    InputError,
-    Run,
-    aside,
-    check_keys,
-    configure,
-    hash_options,
-    key_seed,
-    load_function,
-)
+from configurator import Run, check_keys, configure, hash_options, key_seed, load_function
 from convert import HiddenStates, from_hub, load_weights
-from data import read_table, write_aside
+from data import InputError, aside, read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
 
-# options that no single fit depends on: fits are kept when one of them changes
+# options that enter a fit only through its row of list_fits: other fits are kept when one changes
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
 ANALYSIS += " shuffled shuffles baselines"
 ALL = np.inf  # as a number of dimensions: all parameters, trained directly
@@ -69,6 +60,7 @@ PLANTED_COMPONENTS = 8  # the first principal components of the teacher's featur
 HEAD_RATE = 3e-3  # learning rate of a readout that is trained
 HEAD_STEPS = 500  # before any warp
 CHUNK = 2**18  # parameters that a Fastfood chunk makes: what fits a cache
+FACTOR_BITS = 6  # of a dense factor of the Walsh-Hadamard transform, 64 x 64
 PARTS = ["train", "val", "test"]
 
 # candidates of the embedded run, on the line through the planted teacher and lm; random weights
@@ -92,7 +84,7 @@ class Config:
     dataset: list[str] = default("synthetic_brain")  # stimuli with responses
     subject: str = ""  # only this person's units; each: every person's by themselves; "": all
     roi: str = ""  # only units of this region
-    reliable: float = 0.05  # only units with a ceiling above it (R2; unknown ones stay)
+    reliable: float = 0.05  # only units of unknown or higher ceiling (R2); n_folds: published ones
     n_folds: int = 0  # each group is tested once; 0: one split, the dataset's own or test_share
     val_share: float = 0.2  # of the groups: they choose penalties, learning rates and steps
     test_share: float = 0.25  # of the groups
@@ -111,7 +103,7 @@ class Config:
     objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
     head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
-    head_dims: int = 8  # equal heads: principal components of each model's own features; 0: all
+    head_dims: int = 8  # linear ones: principal components of each model's own features; 0: all
     # ridge penalties; validation chooses one for each unit
     alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
@@ -131,7 +123,7 @@ class Config:
     common_share: float = 0.95  # times this, is the score to reach, the same for all
     reach: float = 0.9  # relative: s0 + this times (full - s0), each model's own
     draws: int = 1000  # bootstrap over seeds and test stimuli (groups)
-    shuffles: int = 1000  # responses dealt to other stimuli, refitted in closed form at d = 0
+    shuffles: int = 1000  # at d = 0: of responses, refitted (ridge); else of predictions
     shuffled: bool = True  # the first candidate against shuffled responses at every d, too
     baselines: bool = True  # OLS, PLS and ridge on all features at d = 0
     # ---- run
@@ -202,7 +194,7 @@ def hadamard(n, device, dtype):
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
-def walsh_hadamard(x, most_bits=6):
+def walsh_hadamard(x):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
     H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
@@ -211,7 +203,7 @@ def walsh_hadamard(x, most_bits=6):
     n, C = x.shape
     bits = n.bit_length() - 1
     before = 1
-    for part in np.array_split(np.arange(bits), max(1, -(-bits // most_bits))):
+    for part in np.array_split(np.arange(bits), max(1, -(-bits // FACTOR_BITS))):
         factor = 2 ** len(part)
         x = hadamard(factor, x.device, x.dtype) @ x.reshape(before, factor, -1)
         before *= factor
@@ -226,7 +218,7 @@ def power_of_two(n):
 class Fastfood:
     """Rows of P (rows, n) from blocks H G Π H B (Le et al. 2013), columns of norm `norm`.
 
-    B = ±1, G is normal, Π a permutation. Within a tensor blocks share H B, and those of a chunk
+    B = ±1, G is normal, Π a permutation. Within a bundle blocks share H B, and those of a chunk
     Π: with a G of their own they are independent all the same, and one of the two transforms is
     done once. Four bytes a row are kept.
     """
@@ -360,7 +352,7 @@ class FastfoodWrapper(nn.Module):
             norm = (size / self.D) ** 0.5  # its share of a column's norm, 1
             device = bundle[first].device
             if projection == "fastfood":
-                P = Fastfood(size, power_of_two(d - self.m), norm, generator, device)
+                P = Fastfood(size, power_of_two(d), norm, generator, device)
             elif projection == "fastfood_tensor":
                 P = Fastfood(size, power_of_two(size), 1.0, generator, device)
             elif projection == "dense":
@@ -447,7 +439,7 @@ class Study:
     name: str
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
-    pieces: list | None = None  # texts: the end that is the stimulus, behind what is read with it
+    pieces: list | None = None  # texts: the end that is the stimulus, after its context
     y: np.ndarray | None = None  # (n, V) mean responses
     group: np.ndarray | None = None  # (n,) whose members are never split
     folds: list | None = None  # {train, val, test: row numbers} of each
@@ -462,8 +454,10 @@ class Study:
 
     @property
     def content(self):
-        """A hash of the responses, without which a fit or a score is not the same."""
-        return hashlib.sha256(self.y.tobytes()).hexdigest()[:8]
+        """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
+        folds = pd.DataFrame(self.folds).map(list).to_dict("records")
+        others = str([list(self.stimuli), self.pieces, folds])
+        return hashlib.sha256(self.y.tobytes() + others.encode()).hexdigest()[:8]
 
     def shuffled(self, number):
         """The study with its responses dealt to other stimuli, the same for all; 0: as it is."""
@@ -476,6 +470,8 @@ class Study:
 def read_studies(run, config, name):
     """The Studies of a dataset, one, or one for each person: split and checked."""
     data = Encoding(plant(run, config) if name == "synthetic_brain" else run.dataset(name))
+    if config.n_folds and config.reliable:
+        run.print(f"{name}: n_folds tests all stimuli: reliable= asks published ceilings alone")
     people = [config.subject]
     if config.subject == "each":
         people = data.units["subject"].unique()
@@ -499,9 +495,9 @@ def read_brain(config, name, data, person):
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
     pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
-    kind = objective_class(config)
-    name = f"{name} {person}".strip()
-    return Study(name, data.kind, data.inputs(), pieces, y, group, folds, kind, meta, ceiling)
+    about = {"objective": objective_class(config), "meta": meta, "ceiling": ceiling}
+    brain = {"y": y, "group": group, "folds": folds}
+    return Study(f"{name} {person}".strip(), data.kind, data.inputs(), pieces, **brain, **about)
 
 
 def choose_units(config, data, person, folds):
@@ -530,7 +526,7 @@ def choose_units(config, data, person, folds):
 def make_folds(config, group, split):
     """[{train, val, test: rows}] of one split, or of n_folds in which every group is tested once.
 
-    A dataset's own split is kept; else groups are dealt by a key of their name.
+    Without n_folds a dataset's own split is kept; else groups are dealt by a key of their name.
     """
     names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
     n_val = round(config.val_share * len(names))
@@ -810,10 +806,13 @@ class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
     To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli. The three
+    attributes below are apart: a score of all units as a whole needs no pairs.
     """
 
-    pairs = False  # predict and truth are (n, n), stimulus by stimulus, instead of (n, V)
+    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
+    of_units = True  # a score is the median of the option metric over units: a ceiling bounds it
+    repeats_bias = False  # draws of test stimuli are without replacement: a jackknife
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -826,23 +825,23 @@ class Objective:
             self.y = self.y.float()
 
     def fit(self, f_train, f_val):
-        """Whatever is chosen on validation stimuli, at every validation."""
+        """Choose what validation decides; called at every validation."""
 
     def loss(self, f, rows):
         return F.mse_loss(self.predict(f), self.y[rows])
 
     def predict(self, f):
-        """What is scored: predictions (n, V), or the model's pairs of stimuli (n, n)."""
+        """What score compares with the truth: a row for each stimulus, and (n, n) with pairs."""
         return f
 
     @classmethod
     def truth(cls, config, study, rows):
-        """What it is scored against: responses (n, V), or the brain's pairs (n, n)."""
+        """What it is scored against: responses (n, V), or with pairs the brain's (n, n)."""
         return study.y[rows]
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under B weightings of the stimuli, (B, n); of pairs, 0 and 1 only."""
+        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with repeats_bias."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
@@ -861,7 +860,7 @@ class Objective:
 
     @torch.no_grad()
     def test(self, f_train, f_val, f_test):
-        """What is scored of the test stimuli."""
+        """The predictions of the test stimuli, as a fit's file keeps them."""
         return self.predict(f_test).cpu().numpy().astype(np.float32)
 
 
@@ -940,7 +939,7 @@ class OLSReadout(RidgeReadout):
     """Ordinary least squares, of the least norm where there are more features than stimuli."""
 
     def solve(self, x, y):
-        self.alpha = torch.zeros(())
+        self.alpha = torch.zeros(())  # no penalty in the loss
         return torch.linalg.pinv(x) @ y
 
 
@@ -948,7 +947,7 @@ class PLSReadout(RidgeReadout):
     """Partial least squares, 25 components, as Brain-Score's vision benchmarks have it."""
 
     def solve(self, x, y):
-        self.alpha = torch.zeros(())
+        self.alpha = torch.zeros(())  # no penalty in the loss
         pls = PLSRegression(min(25, *x.shape), scale=False).fit(x.cpu().numpy(), y.cpu().numpy())
         return torch.as_tensor(pls.coef_.T).to(x)
 
@@ -973,9 +972,11 @@ class SGDReadout(RidgeReadout):
 
 
 class RSA(Objective):
-    """One minus the correlation of the model's distances with the brain's; no readout."""
+    """The correlation of the model's distances with the brain's; no readout."""
 
     pairs = True
+    of_units = False
+    repeats_bias = True
 
     def loss(self, f, rows):
         return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
@@ -1015,7 +1016,7 @@ class RSA(Objective):
 
 
 class CKA(RSA):
-    """One minus the debiased linear CKA of model and brain; no readout.
+    """The debiased linear CKA of model and brain; no readout.
 
     Nguyen et al. 2021; Song et al. 2012.
     """
@@ -1066,13 +1067,21 @@ def unit_scores(metric, predicted, y, weights):
 
 # ---- fits
 
+# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
+# goes into the results, with two that fits add
+CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
+COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
+COLUMNS += ["learning_rate", "validation", "step"]
+
 
 def list_fits(run, config, study, candidates):
     """DataFrame, a row for each fit of a study, with the file that keeps its arrays.
 
-    measure: score, or baseline (a head on all features, without a warp); d: dimensions, 0 without
-    a warp, ALL for all parameters; seed: draw of P; weights: draw of random weights; shuffle: of
-    the responses, 0 for the true ones; shuffles: of its null.
+    measure: score, or baseline (a head on all features, without a warp); model, layer (a+b),
+    projection and objective (or the baseline's head): which; d: dimensions, 0 without a warp, ALL
+    for all parameters; learning_rate: 0 where d is; fold: number of the split; seed: draw of P;
+    weights: draw of random weights; control: none or shuffled; shuffle: of the responses, 0 for the
+    true ones; shuffles: of its null; file: of its arrays.
     """
     dims = [*config.dims, ALL] if config.full else config.dims
     folds = range(len(study.folds))
@@ -1105,7 +1114,10 @@ def list_fits(run, config, study, candidates):
     fits["shuffles"] = np.where(at_zero, config.shuffles, 20)
     (run.out / "fits").mkdir(exist_ok=True)
     files = []
-    for fit in fits.assign(responses=study.content).to_dict("records"):
+    keys = fits.assign(content=study.content)
+    if study.objective is not RidgeReadout:  # its null deals predictions, which are kept
+        keys = keys.drop(columns="shuffles")
+    for fit in keys.to_dict("records"):
         files.append(run.out / "fits" / file_name(config, candidates[fit["model"]], fit))
     return fits.assign(file=files)
 
@@ -1115,14 +1127,19 @@ def file_name(config, candidate, fit):
     key = asdict(config)
     for option in ANALYSIS.split():
         key.pop(option, None)
-    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": []}
-    for spec in (config.lm, candidate.model):
-        for path in [Path(spec), *sorted(Path(spec).glob("*.pt"))]:
-            if path.is_file():
-                key["stamps"].append((path.name, path.stat().st_mtime_ns))
-    if 0 < fit["d"] < ALL:  # P has as many columns as a power of two of the largest d
+    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": stamps(config, candidate)}
+    if candidate.model != "lm":
+        key.pop("lm", None)
+    if 0 < fit["d"] < ALL:  # P is drawn with as many columns as a power of two of the largest d
         key["P"] = power_of_two(max(config.dims))
     return f"{quote(candidate.name, safe='')}-{fit['d']:g}-{hash_options(key)}.npz"
+
+
+def stamps(config, candidate):
+    """[(name, time)] of the checkpoints of a candidate, which may be trained again."""
+    spec = Path(config.lm if candidate.model == "lm" else candidate.model)
+    files = filter(Path.is_file, [spec, *sorted(spec.glob("*.pt"))])
+    return [(path.name, path.stat().st_mtime_ns) for path in files]
 
 
 def run_fit(run, config, study, fit, loaded):
@@ -1131,21 +1148,21 @@ def run_fit(run, config, study, fit, loaded):
     fold = study.folds[fit.fold]
     reader = loaded.reader
     f = loaded.features
-    kind = study.objective
+    chosen = study.objective
     if fit.measure == "baseline":
         config = replace(config, head_dims=0)
-        kind = HEADS[fit.objective]
+        chosen = HEADS[fit.objective]
     elif config.objective == "linear_first":
         head = fit_head(config, study, fold, f)
         reader = nn.Sequential(OrderedDict(reader=reader, head=head)).eval()
         f = head(f).detach()
-    objective = kind(config, study, fold, f[fold["train"]])
+    objective = chosen(config, study, fold, f[fold["train"]])
     if fit.d == 0:
-        f_train, f_val, f_test = take_parts(f, fold)
+        f_train, f_val, f_test = [f[fold[part]] for part in PARTS]
         best = objective.validate(f_train, f_val)
         arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
         arrays["evidence"] = objective.test(f_train, f_val, f_test)
-        if kind is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
+        if chosen is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
             arrays["null"] = null_scores(config, study, loaded.features, fit.shuffles)
         return arrays
     if fit.d == ALL:
@@ -1228,8 +1245,8 @@ def draw_batches(config, rows, draw):
     rows = torch.as_tensor(rows)
     size = min(config.batch_size, len(rows))
     generator = torch.Generator().manual_seed(key_seed(config.seed, "batches", draw))
-    while config.exact or size == len(rows):
-        yield rows
+    if config.exact or size == len(rows):
+        yield from itertools.repeat(rows)
     while True:
         order = torch.randperm(len(rows), generator=generator)
         for batch in order[: len(rows) // size * size].split(size):
@@ -1275,17 +1292,12 @@ def null_scores(config, study, f, number):
         truth = []
         for fold in study.folds:
             readout = RidgeReadout(config, replace(study, y=y), fold, f[fold["train"]])
-            predicted.append(readout.test(*take_parts(f, fold)))
+            predicted.append(readout.test(*[f[fold[part]] for part in PARTS]))
             truth.append(y[fold["test"]])
         equal = np.ones((1, len(study.tested)))
         units = unit_scores(config.metric, join_folds(predicted), join_folds(truth), equal)
         scores.append(np.median(units.reshape(len(numbers), -1), axis=1))
     return np.concatenate(scores)
-
-
-def take_parts(f, fold):
-    """Features of the training, validation and test stimuli."""
-    return [f[fold[part]] for part in PARTS]
 
 
 def join_folds(parts):
@@ -1300,13 +1312,6 @@ def join_folds(parts):
 
 
 # ---- evaluate
-
-
-# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
-# goes into the results
-CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
-COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
-COLUMNS += ["learning_rate", "validation", "step"]
 
 
 def read_cell(config, study, objective, fits):
@@ -1331,14 +1336,14 @@ def read_cell(config, study, objective, fits):
 def resample(config, study, objective, predicted, truth):
     """(draws,) scores of resampled test stimuli, a group at a time.
 
-    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
-    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean as
-    far as those of all groups are, then moved to the score of all.
+    With replacement; but with repeats_bias, as of pairs, where a stimulus drawn twice would be
+    paired with itself, a delete-half jackknife (Shao & Wu 1989): scores of half of the groups,
+    spread about their mean as far as those of all groups are, then moved to the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
     n = len(names)
-    if not objective.pairs:
+    if not objective.repeats_bias:
         weights = rng.multinomial(n, np.full(n, 1 / n), config.draws)[:, number]
         return objective.score(config, predicted, truth, weights.astype(float))
     n_kept = max(n // 2, min(n - 1, 6))
@@ -1354,7 +1359,7 @@ def interval(draws):
 
 
 def p_value(score, null):
-    """Share of the scores without knowledge that are as high, the score itself counted."""
+    """Share of null scores at least as high, the score itself counted."""
     return (1 + (null >= score).sum()) / (1 + len(null))
 
 
@@ -1366,7 +1371,7 @@ def score_fits(run, config, study, fits):
         fit, predicted, truth = read_cell(config, study, objective, cell)
         score = objective.score_all(config, predicted, truth)
         draws = resample(config, study, objective, predicted, truth)
-        null = fit.get("null", [])
+        null = list(fit.get("null", []))
         rng = np.random.default_rng(key_seed(config.seed, "chance"))
         while len(null) < fit["shuffles"]:  # predictions dealt to other stimuli
             order = rng.permutation(len(truth))
@@ -1374,8 +1379,8 @@ def score_fits(run, config, study, fits):
             null.append(objective.score_all(config, dealt, truth))
         null = np.array(null)
         D = int(fit.get("D", 0))
-        ceiling = np.nan  # it bounds r and R2, not how alike pairs are
-        if not objective.pairs:
+        ceiling = np.nan
+        if objective.of_units:
             ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
         columns = {key: fit[key] for key in COLUMNS} | study.meta
         columns |= {"architecture": str(fit["architecture"]), "p": p_value(score, null), "D": D}
@@ -1448,8 +1453,8 @@ def measure_d_warp(config, curves):
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
             levels["relative"] = start + config.reach * (curve.scores[ALL] - start)
         for name, level in levels.items():
-            crossings = [crossing(config.dims, *row) for row in zip(scores, level)]
-            curve.d_warp[name] = np.array(crossings)
+            crossings = map(partial(crossing, config.dims), scores, level)
+            curve.d_warp[name] = np.array(list(crossings))
         curve.level = common[0]
 
 
@@ -1583,7 +1588,8 @@ def plot_training(path, scores, about):
 def plot(run, config, study, curves, scores):
     """The figures of a study, in a folder of its own where it is one of several."""
     about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
-    about += f"; {config.objective} ({config.metric}), {config.projection}"
+    about += f"; {config.objective}{f' ({config.metric})' * study.objective.of_units}"
+    about += f", {config.projection}"
     folder = run.out
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
@@ -1599,9 +1605,10 @@ def main(config):
     run = Run(config)
     candidates = make_candidates(config)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
-    responses = [study.content for study in itertools.chain(*datasets.values())]
-    run.content = hash_options({"responses": responses})[:6]
-    for dataset, studies in datasets.items():  # one study, or one for each person
+    content = [study.content for study in itertools.chain(*datasets.values())]
+    content += map(partial(stamps, config), candidates.values())
+    run.content = hash_options({"content": content})[:6]
+    for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
         fits = [list_fits(run, config, study, candidates) for study in studies]
         fits = pd.concat(fits, keys=range(len(studies)), names=["person", "number"])
         mine = fits.iloc[run.share(range(len(fits)))]

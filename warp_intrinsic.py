@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import warp
-from configurator import Run, aside, configure, key_seed
+from configurator import Run, configure, key_seed
+from data import aside
 from warp import Candidate, FastfoodWrapper, Loaded, Objective, Study
 
 FUNCTIONS = {
@@ -66,7 +67,9 @@ class Config:
 
 
 class Classes(Objective):
-    """The network's outputs are logits."""
+    """The network's outputs are logits, and its score their accuracy."""
+
+    of_units = False
 
     def loss(self, f, rows):
         return F.cross_entropy(f, self.y[rows])

@@ -449,8 +449,8 @@ def test_packed_names_are_separate_passes(given):
         wanted = torch.tensor([*text.ids[name], text.stop]).expand(2, -1)[..., None]
         assert torch.allclose(packed[:, k], logits.gather(2, wanted).sum((1, 2)), atol=1e-4)
     words = experiment.trials.words[:7]
-    scores, empty = T.rank(run, experiment, ids, words)
-    one, same_empty = T.rank(run, experiment, ids[3:4], words[2:3])
+    scores, empty = T.score_names(run, experiment, ids, words)
+    one, same_empty = T.score_names(run, experiment, ids[3:4], words[2:3])
     assert scores.shape == (5, 7) and np.allclose(scores[3, 2], one, atol=1e-4)
     assert np.allclose(empty[2], same_empty, atol=1e-4)
 
@@ -459,7 +459,7 @@ def test_packed_names_are_separate_passes(given):
 def test_more_names_than_the_block_holds(given, fusion):
     _, run, experiment = prepared(given, fusion=fusion)
     words = experiment.trials.words * 4
-    scores, _ = T.rank(run, experiment, experiment.sets["val"][:2], words)
+    scores, _ = T.score_names(run, experiment, experiment.sets["val"][:2], words)
     assert scores.shape == (2, 48) and np.allclose(scores[:, :12], scores[:, 36:], atol=1e-4)
 
 
@@ -712,6 +712,41 @@ def test_minutes_settle_the_number_of_steps(given, tmp_path, monkeypatch):
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, (6.0, 700)),
+        ({"minutes": 6.0}, (6.0, 700)),
+        ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
+        ({"max_iters": 800}, (0.0, 800)),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_keeps_its_minutes_unless_told_otherwise(given, options, expected):
+    config, run, experiment = prepared(given)
+    run.save_config = lambda: None
+    training = T.Training(run, config, experiment, experiment.sets["train"])
+    training.reference = {}
+    state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}}
+    state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
+    training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
+    training.resume(state)
+    assert (training.config.minutes, training.config.max_iters) == expected
+
+
+def test_minutes_count_the_steps_of_this_process(given, monkeypatch):
+    """A run that was stopped at step 100 before its minutes were settled goes on."""
+    config, run, experiment = prepared(given, minutes=10.0, max_iters=T.UNSETTLED)
+    run.start, run.save_config = 0.0, lambda: None
+    training = T.Training(run, config, experiment, experiment.sets["train"])
+    training.first_step = 100
+    for step in range(101, 130):
+        training.step = step
+        monkeypatch.setattr(T.time, "time", lambda: 2.0 * training.step - 200)  # s, 2 a step
+        T.settle(run, config, training)
+    assert config.max_iters == 100 + 300
+
+
 @pytest.mark.slow
 def test_nothing_is_found_where_nothing_is_planted(given, tmp_path):
     p = []
@@ -791,7 +826,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
         ({"augment": ["hum"]}, "must be pink or line"),
         ({"jitter": -0.1}, "jitter"),
         ({"held_out_objects": 2.0}, "held_out_objects"),
-        ({"encoder": "some"}, "must be linear or transformer"),
+        ({"encoder": "some"}, "encoder must be .*transformer"),
         ({"encoder": "pretrained"}, "needs a run"),
         ({"stage": "dpo"}, "goes on from a supervised run"),
         ({"fusion": "cross", "train": "encoder"}, "never reads EEG"),

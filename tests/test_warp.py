@@ -1,6 +1,8 @@
 """warp.py against dense algebra, scikit-learn and naive loops; planted warps are found."""
 
+import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,11 +57,12 @@ def matrix(w):
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 128, 1024])
-def test_the_transform_is_the_dense_one(n):
+def test_the_transform_is_the_dense_one(n, monkeypatch):
     x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
     dense = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float32)
-    for most_bits in (1, 4, 6):
-        assert torch.allclose(W.walsh_hadamard(x, most_bits), dense @ x, atol=1e-3)
+    for bits in (1, 4, 6):
+        monkeypatch.setattr(W, "FACTOR_BITS", bits)
+        assert torch.allclose(W.walsh_hadamard(x), dense @ x, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,6 +102,9 @@ def test_columns_have_norm_one_and_are_nested(kind):
     assert torch.allclose(matrix(w.start(10)), P[:, :10], atol=1e-6)  # capacity grows with d
     assert torch.equal(P, matrix(FastfoodWrapper(net(), 40, None, kind, seed=3)))
     assert not torch.allclose(P, matrix(FastfoodWrapper(net(), 40, None, kind, seed=4)))
+    groups = [["0"], ["2"]]  # fits of largest d between the same powers of two share P
+    fewer, more = (matrix(FastfoodWrapper(net(), d, groups, kind)) for d in (33, 40))
+    assert torch.allclose(fewer, more[:, :31], atol=1e-6)
 
 
 def test_fastfood_is_as_good_as_normal():
@@ -360,6 +366,23 @@ def test_draws_of_pairs_vary_as_scores_of_new_stimuli_do(kind, n_groups):
     assert 0.75 < np.mean(spreads) / np.std(scores) < 1.33
 
 
+def test_a_score_of_all_units_at_once_needs_no_pairs():
+    """Such as Procrustes: no median over units to bound, but a stimulus drawn twice raises it."""
+
+    class Whole(W.Objective):
+        of_units, repeats_bias = False, True
+
+        @classmethod
+        def score(cls, config, predicted, truth, weights):
+            assert set(np.unique(weights)) <= {0, 1}
+            return np.array([(w @ predicted * truth[:, 0]).mean() for w in weights > 0])
+
+    _, study = make_study(units=1, objective=Whole)
+    predicted = study.y[study.tested] + 1
+    draws = W.resample(Config(draws=50), study, Whole, predicted, study.y[study.tested])
+    assert np.isclose(draws.mean(), Whole.score_all(Config(), predicted, study.y[study.tested]))
+
+
 # ---- data
 
 
@@ -409,6 +432,32 @@ def test_units_of_low_ceiling_are_left_out(tmp_path):
         assert study.y.shape == (90, 2)
         expected = y[:, kept] / y[:, kept].std()
         assert np.allclose(study.y / study.y.std(), expected, atol=0.6)
+
+
+def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
+    _, study = make_study()
+    lm = tmp_path / "lm.pt"
+    lm.touch()
+    config = Config(lm=str(lm), models=["lm", "gpt2"])
+    candidates = W.make_candidates(config)
+
+    def files(study, **options):
+        given = replace(config, **options)
+        return set(W.list_fits(SimpleNamespace(out=tmp_path), given, study, candidates)["file"])
+
+    before = files(study)
+    assert files(study, draws=7, reach=0.5) == before
+    changes = {"stimuli": study.stimuli + 1, "pieces": ["a"], "y": study.y + 1}
+    changes["folds"] = [{**study.folds[0], "val": study.folds[0]["val"][1:]}]
+    for name, value in changes.items():
+        assert not files(replace(study, **{name: value})) & before, name
+    assert files(study, shuffles=7) != before
+    rsa = replace(study, objective=W.RSA)  # whose null is made of what the fits keep
+    assert files(rsa, shuffles=7) == files(rsa)
+    os.utime(lm, (1, 1))  # trained again
+    after = files(study)
+    assert {path.name.split("-")[0] for path in after - before} == {"lm"}
+    assert {path.name.split("-")[0] for path in after & before} == {"gpt2"}
 
 
 # ---- d_warp
@@ -737,13 +786,14 @@ def test_a_rate_that_diverges_costs_that_rate(made, tmp_path, warp, capsys):
     assert table(tmp_path, "d == 16 and measure == 'score'").learning_rate.item() == 0.02
 
 
-def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp):
+def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp, capsys):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 3)) + str(i) for i in range(60)]
     units = pd.DataFrame({"subject": np.repeat(["A", "B", "C"], 4)})
     folder = brain(tmp_path / "words", rng.standard_normal((60, 12)), words, units=units)
     more = {"subject": "each", "dims": 0, "n_folds": 5, "full": False, "seeds": 1, "shuffles": 99}
     warp(*options(made, tmp_path / "out", dataset=folder, models="lm,random", **more))
+    assert "reliable= asks published ceilings alone" in capsys.readouterr().out
     rows = table(tmp_path / "out")
     assert len(rows) == 2 * 4 and set(rows.subject) == {"A", "B", "C", "mean"}
     assert (rows.n[rows.subject != "mean"] == 60).all() and rows.p.between(0.01, 1).all()
