@@ -35,6 +35,7 @@ from torch.nn import functional as F
 import positions
 from configurator import HERE, Run, check_keys, configure
 from data import InputError, write_aside
+from data.states import pool_tokens
 from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT, lm_state, save_checkpoint
 
 # A script, or a rival, is imported by the claims that measure it: it takes time and memory.
@@ -397,7 +398,7 @@ def probing(run, n_texts):
         for pooling in poolings:
             parts = []
             for states, real in kept:
-                of_layers = [probe.pool_tokens(states[n].float(), real, pooling) for n in layers]
+                of_layers = [pool_tokens(states[n].float(), real, pooling) for n in layers]
                 parts.append(torch.stack(of_layers, 1).cpu())
             pooled[pooling] = torch.cat(parts)
         with tempfile.TemporaryDirectory() as folder:

@@ -76,17 +76,19 @@ class Config:
     # ---- target
     task: str = "embedding"  # or content, pos, sentence_onset, surprisal, volume, my_file.py:f
     task_params: dict = field(default_factory=dict)  # for my_file.py:f(words, task_params)
-    embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # see word_vectors
+    # a set's features (gpt2-xl), lm, static, arbitrary, or a file of vectors (GloVe)
+    embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])
     layer: int = 24  # of features that have layers, and of lm=
     lm: str = "out/train"  # embedding=lm: its contextual embeddings; static: those of its tokens
     pca: int = 16  # dimensions, fitted on training words; 0: all
     word: str = "norm_word"  # column of words.csv that says which words are the same
     # ---- decoders
-    model: str = "ensemble_pitom_model"  # one of DECODERS, or my_file.py:constructor(model_params)
-    model_params: dict = field(default_factory=dict)  # for it; none: its own defaults
+    # or pitom_model, foundation_mlp, foundation_finetune, ridge, linear, logistic, my_file.py:f
+    model: str = "ensemble_pitom_model"
+    model_params: dict = field(default_factory=dict)  # for model=; those of beside= keep theirs
     beside: list[str] = field(default_factory=lambda: ["ridge"])  # others, on the same windows
     controls: list[str] = field(default_factory=lambda: ["mean", "unigram", "preceding", "oracle"])
-    config_setter: str = ""  # one of SETTERS, or my_file.py:function, see data/podcast/registry.py
+    config_setter: str = ""  # neural_conv, foundation_model or my_file.py:f (podcast/registry.py)
     # ---- training
     batch_size: int = 32  # words
     epochs: int = 60  # at most
@@ -97,7 +99,7 @@ class Config:
     # ---- folds and scores
     n_folds: int = 5  # each word is tested once
     fold_type: Literal["sequential", "zero_shot"] = "sequential"  # in time, or by word
-    min_count: int = 5  # training occurrences of a word whose AUC counts
+    min_count: int = 5  # of a word whose AUC counts: in training, in zero_shot folds in the test
     n_shifts: int = 1000  # circular shifts of the words: the null
     save_models: bool = True  # models/, for apply=
     # ---- saved decoders on a new recording
@@ -121,6 +123,9 @@ class Config:
         check_keys(self.controls, CONTROLS, "controls")
         for name in [self.model, *self.beside]:
             registry.resolve(name, DECODERS, "model")
+        registry.resolve(self.task, {"embedding": None, **TASKS}, "task")
+        registry.resolve(self.preprocess or "preprocess_neural_data", PREPROCESSORS, "preprocess")
+        registry.resolve(self.config_setter or "neural_conv", SETTERS, "config_setter")
         if self.untrained and self.preprocess != "foundation_model_preprocessing_fn":
             raise InputError("untrained= needs preprocess=foundation_model_preprocessing_fn")
         if bool(self.apply) != bool(self.recording):
@@ -131,7 +136,7 @@ FDR = 0.05  # false discovery rate, over lags or over electrodes
 VAL_SHARE = 0.25  # of the words that are not tested
 ALPHAS = 10.0 ** np.arange(-1, 9, dtype=np.float32)  # of ridge, chosen on validation words
 FOUNDATION = Path(__file__).with_name("decode_foundation.py")  # pretrained encoders
-APPLY = Path(__file__).with_name("decode_apply.py")
+APPLY = Path(__file__).with_name("decode_apply.py")  # by its path, since it imports this script
 
 
 def check_folds_and_lags(config):
@@ -283,13 +288,13 @@ class Fold:
     projection: tuple = (0.0, 1.0, 1.0)
 
 
-def make_folds(config, start, labels, width):
-    """Folds of events in the order of time: start (N,) s, labels (N,), width of a window in s."""
+def make_folds(config, start, labels, seconds):
+    """Folds of events in the order of time: start (N,) s, labels (N,), length of a window."""
     everyone = np.arange(len(start))
     tests = np.array_split(everyone, config.n_folds)
     if config.fold_type == "zero_shot":
         tests = deal_words(labels, config.n_folds, key_seed(config.seed, "folds"))
-    gap = math.ceil(width / max(np.median(np.diff(start)), 1e-3)) + 1
+    gap = math.ceil(seconds / max(np.median(np.diff(start)), 1e-3)) + 1
     folds = []
     for k, test in enumerate(tests):
         rest = np.setdiff1d(everyone, test)
@@ -297,9 +302,9 @@ def make_folds(config, start, labels, width):
         if config.fold_type == "zero_shot":
             parts = deal_words(labels[rest], round(1 / VAL_SHARE), key_seed(config.seed, "val", k))
             val = rest[parts[0]]
-        train = embargo(np.setdiff1d(rest, val), test, start, width)
-        val = embargo(val, test, start, width)
-        train = embargo(train, val, start, width)
+        train = embargo(np.setdiff1d(rest, val), test, start, seconds)
+        val = embargo(val, test, start, seconds)
+        train = embargo(train, val, start, seconds)
         if min(len(train), len(val), len(test)) < 4:
             raise InputError(
                 f"fold {k} of {len(start)} events has {len(train)} to train, {len(val)} to "
@@ -316,14 +321,14 @@ def deal_words(labels, n_parts, seed):
     return [np.flatnonzero(np.isin(labels, part)) for part in np.array_split(words, n_parts)]
 
 
-def embargo(rows, others, start, width):
+def embargo(rows, others, start, seconds):
     """Those of `rows` whose windows share no sample with a window of `others`."""
     distance, _ = spatial.KDTree(start[others, None]).query(start[rows, None])
-    return rows[distance >= width - 1e-9]
+    return rows[distance >= seconds - 1e-9]
 
 
-def set_target(fold, target, config):
-    """Set fold.Y: the target as this fold's decoders see it, by the training words alone."""
+def fit_target(fold, target, config):
+    """Set fold.Y: the target as this fold's decoders see it. The PCA is of its training words."""
     if target.kind != "classes":
         n_dims = config.pca if target.kind == "vectors" else 0
         fold.Y, fold.projection = vectors.project(target.values, fold.train, n_dims)
@@ -339,6 +344,12 @@ def set_target(fold, target, config):
 
 
 # ---- decoders
+
+# A decoder is a torch module: (words, *input_shape) -> (words, output_dim), or (words, members,
+# output_dim), an ensemble, of which the mean is trained and cosines are averaged. Its __init__ gets
+# what it names of model_params, input_shape, input_channels (the first of it) and output_dim; a
+# constructor in a user's file gets all in one dictionary. The module may have penalty(), added to
+# the loss, and norm_output, which is set to whether the target is an embedding.
 
 
 class EnsemblePitomModel(nn.Module):
@@ -416,12 +427,6 @@ def linear_decoder(input_shape=(), output_dim=50):
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), output_dim))
 
 
-# A decoder is a torch module: (words, *input_shape) -> (words, output_dim), or (words, members,
-# output_dim), an ensemble, of which the mean is trained and cosines are averaged. Its __init__ gets
-# those of model_params that it names, and of input_shape, input_channels (the first of it) and
-# output_dim where it names them. A constructor in a user's file gets all in one dictionary.
-# Two things are looked for on the module: penalty() is added to the loss; norm_output is set to
-# whether the target is an embedding.
 DECODERS = {
     "ensemble_pitom_model": EnsemblePitomModel,
     "pitom_model": PitomModel,
@@ -873,7 +878,7 @@ def mean_vector(target, fold, config):
 
 
 def most_frequent_words(target, fold, config):
-    """Whoever says the most frequent training words, whatever is heard."""
+    """Always guesses the most frequent training words, whatever is heard."""
     scorer = WordScorer(fold, fold.test, target.labels, config)
     words = np.tile(np.log(scorer.n_trained + 0.5), (len(scorer.y), 1))
     pairs = np.tile(np.log(scorer.n_trained_of_rows + 0.5), (len(fold.test), 1))
@@ -892,7 +897,7 @@ def preceding_words(target, fold, config):
 
 
 def oracle(target, fold, config):
-    """The true embedding: what the scorer can give at most."""
+    """The true embedding: the scorer's ceiling."""
     return evaluate(fold.Y[fold.test][:, None], target, fold, config)
 
 
@@ -962,7 +967,7 @@ def job_file(run, lag, fold):
     """Where the scores of a lag and fold are kept: a stopped run goes on, ranks share the work."""
     folder = run.out / "jobs" / run.options_hash()
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"lag_{lag}_fold_{fold.number}.csv"
+    return folder / f"lag_{str(lag).removesuffix('.0')}_fold_{fold.number}.csv"
 
 
 # ---- report, of scores with columns lag, fold, model, metric, FACTS and those of the shifts
@@ -1107,35 +1112,35 @@ def main(config):
     target = make_target(run, config, podcast)
     if config.config_setter:
         setter = registry.resolve(config.config_setter, SETTERS, "config_setter")
-        registry.call_setter(setter, config, montage, target)
-    inputs = make_inputs(run, config, montage)
-    decoders = {name: (name, "") for name in [config.model, *config.beside]}
+        registry.call_setter(setter, config, montage, target)  # changes config
+    inputs = make_inputs(run, config, montage)  # "": everyone's; may add to model_params
+    decoders = {name: (name, "") for name in [config.model, *config.beside]}  # (spec, input)
     if config.untrained:
         decoders |= {f"ridge{name}": ("ridge", name) for name in inputs}
     target, rows = keep_words(target, inputs[""], config)
     folds = make_folds(config, target.start, target.labels, inputs[""].width / montage.sfreq)
     for fold in folds:
-        set_target(fold, target, config)
+        fit_target(fold, target, config)
     run.print(describe(podcast, montage, target))
     run.content = content_of(config, inputs[""], target, rows)
 
     jobs = run.share(itertools.product(all_lags(config), folds))
     todo = [job for job in jobs if not job_file(run, *job).exists()]
     bar = run.progress(len(todo), desc="lags and folds")
-    for lag, jobs in itertools.groupby(todo, key=itemgetter(0)):
+    for lag, of_lag in itertools.groupby(todo, key=itemgetter(0)):
         X = {name: torch.as_tensor(windows.at(rows, lag)) for name, windows in inputs.items()}
-        for _, fold in jobs:
-            scores = {}
+        for _, fold in of_lag:
+            tables = {}
             for name, (spec, source) in decoders.items():
                 x = X[source].to(run.device)
                 decoder, val = fit_decoder(spec, x, target, fold, config)
                 table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
                 table.loc["val", "score"] = primary_score(val, target, fold, config)
-                scores[lag, fold.number, name] = table
+                tables[lag, fold.number, name] = table
                 if config.save_models and name == config.model:
                     facts = {"lag": float(lag), "val": float(table.score["val"])}
                     save_decoder(run, config, decoder, fold, target, montage, facts)
-            scores = pd.concat(scores, names=["lag", "fold", "model"])
+            scores = pd.concat(tables, names=["lag", "fold", "model"])
             write_aside(job_file(run, lag, fold), scores.to_csv(float_format="%.9g"))
             bar.update()
     bar.close()

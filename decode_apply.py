@@ -145,7 +145,7 @@ def score_words(run, config, scores, events, trained):
         return {"auc": np.nanmean(decode.word_auc(log_p[kept], y[kept], orders), axis=1)}
 
     shifts = np.random.default_rng(key_seed(config.seed, "shift")).random(config.n_shifts)
-    fold = decode.Fold(0, y, y, np.arange(len(y)), shifts)
+    fold = decode.Fold(0, np.arange(0), np.arange(0), np.arange(len(y)), shifts)
     table = decode.with_intervals(measure, fold)
     p = decode.p_value(table.score, table.drop(columns=decode.FACTS).T.to_numpy())
     keys = {"data": config.recording, "model": config.apply, "metric": "auc"}

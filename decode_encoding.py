@@ -46,7 +46,7 @@ class Config:
     lags: list[float] = field(default_factory=list)  # ms, instead of the three above
     window: float = 0.2  # s, whose mean is predicted
     # ---- features
-    embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # see decode.word_vectors
+    embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # as in decode.py
     layer: int = 24  # of features that have layers, and of lm=
     lm: str = "out/train"  # embedding=lm: its contextual embeddings; static: those of its tokens
     pca: int = 16  # dimensions of each space, fitted on training words; 0: all
@@ -58,9 +58,9 @@ class Config:
     # ---- run
     out_dir: str = "out/encoding"  # encoding.csv, electrodes.csv, figures; a stopped run goes on
     seed: int = 1337
-    device: str = "auto"  # nothing here needs a GPU
+    device: str = "auto"  # of the model of embedding=lm; ridge runs on the CPU
 
-    POSITIVE = "n_shifts embedding"
+    POSITIVE = "lag_step n_shifts embedding"
     SIGNED = "max_lag"
 
     def check(self):

@@ -56,7 +56,7 @@ def pretrained(params):
 
 
 def frozen_latents(montage, params, device):
-    """The reader of preprocess=foundation_model_preprocessing_fn, see decode.Windows."""
+    """The reader of preprocess=foundation_model_preprocessing_fn, see data/montage.py."""
     if (model_folder(params) / "experiment_config.ini").is_file():
         return ForeignLatents(montage, params, device)
     return FrozenLatents(montage, params, device)

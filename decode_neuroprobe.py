@@ -37,8 +37,8 @@ class Config:
     dataset: str = "braintreebank"  # name under data/, or a folder of data/braintreebank/prepare.py
     subjects: list[str] = field(default_factory=list)  # people or recordings to test; none: all
     task: str = "all"  # or one of the set's
-    split: Literal["within", "session", "subject"] = "within"  # train on the film itself, on
-    # another of the same person, or on another person
+    # what is trained on: the film itself, another of the same person, or another person
+    split: Literal["within", "session", "subject"] = "within"
     # ---- windows, as in decode.py
     window: float = 1.0  # s from the onset on, the benchmark's
     represent: Literal["bins", "spectrum"] = "spectrum"  # bin means, or log power over time
@@ -46,7 +46,7 @@ class Config:
     spectrum_segment: float = 0.25  # s of a Hann window, half overlapping
     spectrum_max: float = 150.0  # Hz
     reference: Literal["none", "laplacian"] = "laplacian"  # minus the shaft's neighbours
-    preprocess: str = ""  # instead: see decode.Windows
+    preprocess: str = ""  # instead: as in decode.py
     preprocessor_params: dict = field(default_factory=dict)
     # ---- decoder and training, as in decode.py
     model: str = "logistic"  # one of decode.DECODERS, or my_file.py:constructor(model_params)
@@ -166,7 +166,7 @@ class Benchmark:
             arrays = means_of_regions(*parts)
         same = arrays[0].shape[1:] == arrays[-1].shape[1:]
         if self.config.split == "session" and not self.config.preprocess:
-            same = parts[0][1].index.equals(parts[1][1].index)  # as many others are not the same
+            same = parts[0][1].index.equals(parts[1][1].index)  # equal counts are not enough
         if not same or arrays[0].size == 0:
             raise InputError(
                 f"split={self.config.split}: {self.sources[name]} and {name} have other contacts, "

@@ -1,9 +1,9 @@
 """What is a language model worth for a task? Classification and regression of sentences.
 
     python finetune.py                                                 # embedded: docstrings
+    python finetune.py twin=True                                       # or random weights first,
+    python finetune.py against=finetuned/docstrings-area-twin          # then the model, in pairs
     python finetune.py dataset=grammar task=grammaticality by=template # is the sentence English?
-    python finetune.py twin=True                                       # random weights
-    python finetune.py against=finetuned/docstrings-area-twin          # ... compared in pairs
     torchrun --standalone --nproc_per_node=4 finetune.py config/finetune_glue.yaml task=cola
     python finetune.py init_from=resume                                # go on after a stop
 
@@ -31,8 +31,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 
 import positions
-from configurator import InputError, Run, configure, key_seed, write_aside
+from configurator import InputError, Run, configure, key_seed
 from convert import load_lm
+from data import write_aside
 from data.stimuli import read_meta, read_task
 from data.tokens import Tokenizer
 from model import GPT, lm_from, lm_state
@@ -437,7 +438,7 @@ def report(run, task, rivals, step):
             report_score(run, task, part, task.metric, value, step)
     sentence = f"step {step} was chosen on validation"
     if task.last == "val":
-        sentence += ": no test split, so the score above is of the very data that chose"
+        sentence += ": no test split, so the score above is of the very data it was chosen on"
     run.print(sentence)
     y, guess, groups = (table[name].to_numpy() for name in ("y", "guess", "group"))
     for folder, other in rivals.items():
@@ -453,7 +454,7 @@ def report(run, task, rivals, step):
 
 
 def report_score(run, task, table, metric, part, step):
-    """A row of results.csv, and of the metric that counts a line: a score beside the constant's."""
+    """A row of results.csv, and, for the metric that chose the step, a line."""
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
     split = table.split.iloc[0]

@@ -37,7 +37,7 @@ import torch
 from sklearn import metrics
 from sklearn.base import clone
 from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis  # noqa: F401
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis  # noqa: F401 (users' probes after `from probe import *`)
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import ParameterGrid, StratifiedGroupKFold
@@ -49,10 +49,11 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from configurator import InputError, Run, aside, check, check_keys, configure, key_seed, write_aside
+from configurator import InputError, Run, check, check_keys, configure, key_seed
 from convert import HiddenStates
+from data import aside, file_hash, write_aside
 from data.labelled_texts import LabelledTexts
-from data.states import REDUCE, PoolToken, pool_tokens, pooled_states  # noqa: F401
+from data.states import PoolToken, pooled_states
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -77,12 +78,12 @@ class Config:
     # NAME/TASK under data/, NAME for all of its tasks or its brains, or a data-json file
     dataset: list[str] = default(*[f"grammar/{task}" for task in GRAMMAR])
     layers: list[int] = default()  # 0 the embeddings, -1 the last; none: all
-    quantiles: list[str] = default("0.5", "1.0", "mean")  # 0 the first token; names in REDUCE
+    quantiles: list[str] = default("0.5", "1.0", "mean")  # 0 the first token; or max, min
     poolers: list[dict] = default()  # more poolings: {layer: [2, 3], layer_method: extend}
     max_texts: int = 0  # of a dataset, the first ones; 0: all
     force_classification: bool = False  # round the labels of a regression to 0 and 1
     # ---- probes
-    probe: list[str] = default("LDA", "Logistic")  # see PROBES
+    probe: list[str] = default("LDA", "Logistic")  # or Ridge, SingleLayer, QDA, ...: see PROBES
     split: Literal["given", "cv"] = "given"  # train and test as given, or all texts in folds
     n_folds: int = 5  # outer folds
     n_seeds: int = 1  # repetitions with other folds
@@ -287,7 +288,7 @@ class LDA(ClosedForm):
         return coefficients, np.log(prior) - (means * coefficients).sum(0) / 2
 
 
-# its vectors are short: threads that wait for one another make a fit take several times as long
+# scikit-learn's fits are on short vectors: threads, which wait for one another, slow them down
 one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
@@ -360,7 +361,7 @@ class MultiStepOpt(nn.Module):
     """
 
     name = ""
-    discrete_targets = False  # classes or values
+    discrete_targets = False  # fits classes and values alike
     batch_size = 128
     max_epoch = 30
     min_steps = 300  # a few hundred texts need more epochs
@@ -509,7 +510,7 @@ def as_scores(outputs, kind):
 
 @dataclass
 class Task:
-    """A row is a text, or one of several of a text where it has them."""
+    """A row is a text, or one of a text's tokens."""
 
     kind: str
     y: np.ndarray  # (N,) classes or values, or (N, V) values
@@ -731,12 +732,12 @@ class Sites:
 
 
 def read_sites(model, dataset, poolers, config):
-    """{baseline: Sites} of the model ('') and of what is measured as it is."""
+    """{baseline: Sites} of the model ('') and of the baselines read in the same way."""
     sites = {"": Sites(model, dataset, poolers, config)}
     if "random_init" in config.baselines:
         twin = model.random_twin(key_seed(config.seed, "random twin"))
         sites["random_init"] = Sites(twin, dataset, poolers, config)
-    if "layer0" in config.baselines and poolers is not None:
+    if "layer0" in config.baselines and poolers is not None:  # a bag: the mean, whatever is asked
         sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
     return sites
 
@@ -748,7 +749,7 @@ def measure(sites, probe, task):
     """Two DataFrames: a row for each site, repetition, fold and measure; and one for each score.
 
     Scores of texts in the test (of several classes the likeliest one) are those of the first
-    repetition; None of several columns.
+    repetition; there are none for targets of several columns.
     """
     tables = []
     scores = []
@@ -757,9 +758,9 @@ def measure(sites, probe, task):
         part = task.take(index)
         n = len(np.unique(index[part.judge]))
         texts_per_row = len(np.unique(index)) / len(index)
-        for repetition, folds in enumerate(part.folds):
-            for fold in range(folds.max() + 1):
-                table, test, tested = measure_fold(probe, X, part, folds, fold)
+        for repetition, fold_of in enumerate(part.folds):
+            for fold in range(fold_of.max() + 1):
+                table, test, tested = measure_fold(probe, X, part, fold_of, fold)
                 tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
                 tables[-1]["n_train"] *= texts_per_row
                 if repetition == 0 and tested.ndim == 2:
@@ -771,17 +772,17 @@ def measure(sites, probe, task):
     return folds, pd.concat(scores) if scores else None
 
 
-def measure_fold(probe, X, task, folds, outer):
+def measure_fold(probe, X, task, fold_of, outer):
     """Measures of each of G sites in one outer fold, the rows of its test, and their scores.
 
     The next fold is to choose on, the others are learnt from. `validation` is the primary measure
     of the rows to choose on, which give the thresholds. Scores are (G, n), or (G, n, C).
     """
-    n_folds = folds.max() + 1
+    n_folds = fold_of.max() + 1
     inner = (outer + 1) % n_folds
-    fit = np.flatnonzero(task.learn & (folds != outer) & (folds != inner))
-    choose = np.flatnonzero(task.learn & (folds == inner))
-    test = np.flatnonzero(task.judge & (folds == outer))
+    fit = np.flatnonzero(task.learn & (fold_of != outer) & (fold_of != inner))
+    choose = np.flatnonzero(task.learn & (fold_of == inner))
+    test = np.flatnonzero(task.judge & (fold_of == outer))
     torch.manual_seed(key_seed(task.seed, outer))
     model = build(probe, X.size(-1), task)
     scores = model.fit_sites(X, task, fit, choose, test)
@@ -850,10 +851,11 @@ def write_rows(run, folds, keys):
 def print_best(run, folds, keys):
     """A line: the score at the layer that validation folds choose, beside chance."""
     best = chosen_by_validation(folds[folds.metric.isin(PRIMARY.values())])
-    about = {**keys, **statistics(best), "layer": best.layer.mode()[0]}
+    names = [keys[key] for key in ("model", "dataset", "probe", "baseline") if keys[key]]
+    about = {**statistics(best), "layer": best.layer.mode()[0], "names": " ".join(names)}
     run.print(
-        "{model} {dataset} {probe} {baseline}: {metric} {score:.3f} [{low:.3f}, {high:.3f}], "
-        "chance {chance:.3f}, n = {n}, layer by validation: {layer}".format(**about)
+        "{names}: {metric} {score:.3f} [{low:.3f}, {high:.3f}], chance {chance:.3f}, n = {n}, "
+        "layer by validation: {layer}".format(**about)
     )
 
 
@@ -889,7 +891,7 @@ def measure_compression(run, sites, keys):
 
 
 def measure_sizes(run, sites, probe, keys):
-    """The sample-size curve: whole groups at random, n texts of which are outside a fold."""
+    """The sample-size curve: whole groups at random, to leave about n texts to learn from."""
     config = run.config
     task = sites.dataset.task
     rng = np.random.default_rng(key_seed(config.seed, "size"))
@@ -995,7 +997,7 @@ def main(config, lms=None, datasets=None, probes=None):
                 if "compression" in config.baselines:
                     measure_compression(run, pooled, keys)
                 measure_sizes(run, sites[""], probe, keys)
-            write_rows(run, majority, {**keys, "baseline": "majority"})
+            write_rows(run, majority, {**keys, "baseline": "majority"})  # last: the probe is done
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
@@ -1005,14 +1007,14 @@ def main(config, lms=None, datasets=None, probes=None):
 
 
 def hash_content(run, lms, datasets):
-    """Texts, labels and weights, which the options only name; refuses a layer that is not there."""
-    content = hashlib.sha256()
+    """Texts, labels, weights and poolings (data/states.py), which the options only name."""
+    content = hashlib.sha256(file_hash(inspect.getsourcefile(PoolToken)).encode())
     for dataset in datasets:
         facts = [dataset.texts, dataset.y, dataset.groups, dataset.split]
         content.update(json.dumps(facts, default=np.ndarray.tolist).encode())
     for lm in lms:
         model = LMModel(lm, run.device, run.dtype)
-        all_poolers(run.config, model)
+        all_poolers(run.config, model)  # refuses a layer that is not there, before anything is run
         content.update(model.fingerprint().encode())
     return content.hexdigest()[:8]
 

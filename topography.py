@@ -54,12 +54,12 @@ class Config:
     stimuli: str = "localizer"  # dataset under data/, a CSV, or a folder of CSVs
     text_column: str = "text"  # of such a CSV; several, as of word pairs: word1,word2
     condition_column: str = "condition"  # of such a CSV; several: category,class
-    contrasts: list[str] = field(default_factory=list)  # A>B or A+B>C+D; none: the set's own
+    contrasts: list[str] = field(default_factory=list)  # A>B or A+B>C+D; none: known ones, or all
     localizer: str = ""  # the contrast that selects units; "": the first
     # ---- statistics
     fdr: float = 0.05  # false discovery rate over all units of all sheets
     fwhm: float = 0.0  # also blur maps by this width (cells), beside a null of its own; 0: no
-    shuffles: int = 200  # shuffled positions
+    shuffles: int = 200  # of positions; at most 60 of labels, 20 under a blur
     top_k: int = 0  # units of the language mask; 0: all that survive the false discovery rate
     min_cluster: int = 10  # units of the smallest cluster
     # ---- minimal pairs and ablation
@@ -94,13 +94,20 @@ def load_stimuli(run, config):
     path = Path(config.stimuli)
     name = config.stimuli
     if not path.exists():
-        path = run.dataset(config.stimuli) / "localizer.csv"
-        name += ", synthetic"
+        path = run.dataset(name) / "localizer.csv"
+        name = called(name, path.parent)
     stimuli = read_stimuli(path, config.text_column, config.condition_column)
     contrasts = find_contrasts(stimuli.condition, config.contrasts, name)
     if config.localizer:
         contrasts |= find_contrasts(stimuli.condition, [config.localizer], name)
     return stimuli, contrasts, name
+
+
+def called(name, folder):
+    """The name of a prepared dataset, which says where it is synthetic."""
+    meta = folder / "meta.yaml"
+    synthetic = meta.exists() and yaml.safe_load(meta.read_text()).get("synthetic")
+    return f"{name}, synthetic" if synthetic else name
 
 
 # ---- minimal pairs, of any language model
@@ -361,7 +368,7 @@ def shuffled_labels(sheets, a, b, rng, shuffles):
 def clusters(t, smallest, stop=0.0):
     """Regions of one map t (side, side): labels, 0 for none, 1 the region with the highest peak.
 
-    A region is grown from its peak over edges of cells as long as t is above `stop`; those of
+    Regions are connected components, over edges of cells, of where t is above `stop`; those of
     fewer than `smallest` cells are dropped.
     """
     above = t.ravel() > stop
@@ -478,12 +485,13 @@ def report_moran(run, config, sheets, contrast, fwhm=0.0):
 
 
 def language_mask(run, config, sheets, conditions, localizer):
-    """Units that prefer a to b, selected on every other stimulus and measured on the rest.
-
-    Returns t (L, C), mask (L, C) bool, and its mean response to each condition, in SD units.
-    """
+    """Units that prefer the localizer's first side to its second: selected on every other stimulus
+    of each condition, measured on the rest. Returns t (L, C), mask (L, C) bool, and its mean
+    response to each condition, in SD units."""
     z = (sheets.x - sheets.x.mean(0)) / (sheets.x.std(0) + 1e-9)
-    t, p = welch(z[localizer.a[::2]], z[localizer.b[::2]])
+    held = (conditions.groupby(conditions).cumcount() % 2 == 1).to_numpy()
+    a, b = localizer.a, localizer.b
+    t, p = welch(z[a[~held[a]]], z[b[~held[b]]])
     mask = mne.stats.fdr_correction(p, config.fdr)[0] & (t > 0)
     if config.top_k:
         mask = np.zeros(t.shape, bool)
@@ -491,8 +499,8 @@ def language_mask(run, config, sheets, conditions, localizer):
     if not mask.any():
         run.print(f"no unit prefers {localizer.name} at FDR {config.fdr}: no mask, no ablation")
         return t, mask, None
-    held_a = z[localizer.a[1::2]]
-    held_b = z[localizer.b[1::2]]
+    held_a = z[a[held[a]]]
+    held_b = z[b[held[b]]]
     difference = held_a.mean(0) - held_b.mean(0)  # (L, C), SD units
     test = scipy.stats.ttest_ind(held_a[:, mask].mean(1), held_b[:, mask].mean(1), equal_var=False)
     low, high = test.confidence_interval()
@@ -511,18 +519,18 @@ def language_mask(run, config, sheets, conditions, localizer):
         f"{score:.2f} SD [{low:.2f}, {high:.2f}] beside {np.mean(random):.2f} of random units; "
         f"clusters (units): {'; '.join(sizes)}"
     )
-    table = pd.DataFrame({"condition": conditions, "response": z[:, mask].mean(1)})
-    held = table[table.groupby("condition").cumcount() % 2 == 1].groupby("condition", sort=False)
-    profile = held.response.agg(["mean", "sem", "count"])
+    responses = pd.Series(z[:, mask].mean(1))[held]
+    profile = responses.groupby(conditions[held], sort=False).agg(["mean", "sem", "count"])
     profile["half"] = profile["sem"] * scipy.stats.t.ppf(0.975, profile["count"] - 1)
     return t, mask, profile
 
 
-def ablate(run, config, lm, t, pairs, batches, names):
+def ablate(run, config, lm, t, pairs, windows, names):
     """What silencing the k most selective units costs, beside as many random ones.
 
     names: of the contrast and of the pairs. Returns [(k, which, pair accuracy, loss)].
     """
+    data = {"ablation accuracy": names["pairs"], "ablation val_loss": config.dataset}
 
     @torch.no_grad()
     def measure(units):
@@ -531,31 +539,33 @@ def ablate(run, config, lm, t, pairs, batches, names):
         losses = []
         with silenced(lm.model, chosen.reshape(t.shape)):
             scores, _ = score_pairs(run, lm, pairs, config.ablate_pairs, config.batch_tokens)
-            for batch in batches:
+            for part in windows.split(4):
                 with run.autocast():
-                    losses.append(lm.model(batch[:, :-1], batch[:, 1:]).task.item())
-        return scores.score.mean(), np.mean(losses)
+                    losses.append(lm.model(part[:, :-1], part[:, 1:]).task.item())
+        half = np.linalg.norm(scores.high - scores.low) / 2 / len(scores)  # by Wilson's
+        of_pairs = (scores.score.mean(), half, scores.n.sum())
+        of_text = (np.mean(losses), 1.96 * scipy.stats.sem(losses), len(windows))
+        return pd.DataFrame([of_pairs, of_text], data, ["score", "half", "n"])
 
     order = np.argsort(-t, axis=None, kind="stable")
     rng = np.random.default_rng(key_seed(config.seed, "ablate"))
-    whole = measure(order[:0])
+    whole = measure(order[:0]).score
     rows = [(0, "selective", *whole), (0, "random", *whole)]
-    for k in config.ablate:
-        if not 0 < k <= t.size:
-            continue
+    for k in [k for k in config.ablate if 0 < k <= t.size]:
         selective = measure(order[:k])
-        random = [measure(rng.permutation(t.size)[:k]) for _ in range(config.random_sets)]
-        mean, low, high = np.mean(random, 0), np.min(random, 0), np.max(random, 0)
-        rows += [(k, "selective", *selective), (k, "random", *mean)]
+        random = [measure(rng.permutation(t.size)[:k]).score for _ in range(config.random_sets)]
+        mean = np.mean(random, 0)
+        rows += [(k, "selective", *selective.score), (k, "random", *mean)]
         keys = {"model": "model", "contrast": names["contrast"], "sheet": f"{k} units", "blur": 0.0}
-        data = {"ablation accuracy": names["pairs"], "ablation val_loss": config.dataset}
-        for i, what in enumerate(data):
-            row = (selective[i], mean[i], low[i], high[i], config.random_sets)
-            run.result(*row, measure=what, data=data[what], **keys)
+        for chance, row in zip(mean, selective.itertuples()):
+            ends = (row.score - row.half, row.score + row.half)
+            keys |= {"measure": row.Index, "data": data[row.Index]}
+            run.result(row.score, chance, *ends, int(row.n), **keys)
+        accuracy, loss = selective.score
         run.print(
-            f"{k} units silenced: accuracy {selective[0]:.3f} beside {mean[0]:.3f} of random "
-            f"units (whole {whole[0]:.3f}), validation loss {selective[1]:.3f} beside "
-            f"{mean[1]:.3f} (whole {whole[1]:.3f})"
+            f"{k} units silenced: accuracy {accuracy:.3f} beside {mean[0]:.3f} of random units "
+            f"(whole {whole.iloc[0]:.3f}), validation loss {loss:.3f} beside {mean[1]:.3f} "
+            f"(whole {whole.iloc[1]:.3f})"
         )
     return rows
 
@@ -729,7 +739,7 @@ def compare_runs(run, config):
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
         run.print(
             f"{folder}: {kind}, alpha {alpha}: validation loss {loss:.3f}, Moran's I {score:.3f} "
-            f"+- {half:.3f} beside {np.mean(null):.3f} of shuffled positions, n = {n} maps"
+            f"± {half:.3f} beside {np.mean(null):.3f} of shuffled positions, n = {n} maps"
         )
     plot_sweep(run.out / "sweep.png", run.merge())
     run.close()
@@ -741,7 +751,8 @@ def load_pairs(run, config):
         return {}, ""
     if Path(config.pairs).exists():
         return read_pairs(config.pairs), config.pairs
-    return read_pairs(run.dataset(config.pairs)), f"{config.pairs}, synthetic"
+    folder = run.dataset(config.pairs)
+    return read_pairs(folder), called(config.pairs, folder)
 
 
 def text_batches(run, config, size):
@@ -765,7 +776,7 @@ def main(config):
     if not all(hasattr(lm.model, "unit_at_cell") for lm in lms.values()):
         if not pairs:
             raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
-        run.print(f"{config.lm} {config.twin}: not all have sheets, so minimal pairs only")
+        run.print(f"{config.lm} {config.twin}".strip() + ": some lack sheets: minimal pairs only")
         run.merge()
         return run.close()
 
@@ -783,7 +794,7 @@ def main(config):
     ablation = []
     if pairs and mask.any():
         names = {"contrast": localizer.name, "pairs": pairs_data}
-        ablation = ablate(run, config, lms["model"], t, pairs, batches, names)
+        ablation = ablate(run, config, lms["model"], t, pairs, torch.cat(batches), names)
     curves = {}
     for sheets in models:
         curves[sheets.label] = geometry_of_text(run, config, sheets, batches[0][:, :-1])

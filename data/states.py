@@ -8,8 +8,9 @@ one folder for each model, list of texts and poolings.
                    last) or a name in REDUCE: np.load(file, mmap_mode="r")
     done           how many texts are finished, from the shortest: a killed pass goes on from there
 
-The folder's name is a hash of weights, token ids and what is pooled. Each text goes through the
-model once; its states are pooled while the model runs, and only the pooled vectors are kept.
+The folder's name is a hash of weights, token ids, what is pooled, and this file: whoever edits a
+pooling gets a new folder. Each text goes through the model once; its states are pooled while the
+model runs, and only the pooled vectors are kept.
 """
 
 import fcntl
@@ -24,9 +25,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from data import InputError, write_aside
+from data import InputError, file_hash, write_aside
 
-# What makes one vector of several: x (..., T, H) and real (..., T, 1), bool, -> (..., H). One line
+# What makes one vector of several: x (..., T, H) and real (..., T, 1), bool, -> (..., H). An entry
 # more is one name more for quantiles=, quantile_method= and layer_method= of probe.py.
 REDUCE = {
     "mean": lambda x, real: (x * real).sum(-2) / real.sum(-2),
@@ -186,7 +187,7 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
     rows, truncated = model.encode(texts)
     layers = list(layers)
     poolings = sorted(poolings)
-    key = json.dumps([model.fingerprint(), layers, poolings, dtype, rows])
+    key = json.dumps([model.fingerprint(), layers, poolings, dtype, rows, file_hash(__file__)])
     folder = Path(cache) / hashlib.sha256(key.encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array(list(map(len, rows)))

@@ -73,7 +73,7 @@ def prepared(podcast, out, **options):
     finally:
         run.close()
     for fold in folds:
-        decode.set_target(fold, target, config)
+        decode.fit_target(fold, target, config)
     return config, SimpleNamespace(
         words=podcast.words, montage=montage, target=target, inputs=inputs, rows=rows, folds=folds
     )
@@ -533,7 +533,7 @@ def test_p_values_are_uniform_where_nothing_is_planted():
         target = Target("vectors", values, start, labels)
         scores = []
         for fold in decode.make_folds(config, start, labels, 0.2):
-            decode.set_target(fold, target, config)
+            decode.fit_target(fold, target, config)
             X = torch.as_tensor(noise)
             decoder, _ = decode.fit_decoder("ridge", X, target, fold, config)
             fold.shifts = np.random.default_rng(key_seed(seed, fold.number)).random(199)
@@ -661,7 +661,7 @@ def test_a_fold_of_one_class_is_told(podcast, tmp_path):
     target = as_target(words, np.where(words.word_idx > 180, "late", "early"), "norm_word")
     fold = decode.make_folds(config, target.start, target.labels, 0.2)[0]
     with pytest.raises(InputError, match="fold 0 are all 'late'"):
-        decode.set_target(fold, target, config)
+        decode.fit_target(fold, target, config)
 
 
 OPTIONS = {
@@ -868,6 +868,15 @@ REFUSED = [
     ({"apply": "out/decode"}, ["recording="]),
     ({"untrained": 2}, ["foundation_model_preprocessing_fn"]),
 ]
+
+MISSPELT = [("task", "contnt", "content"), ("preprocess", "bins", "neural_data")]
+MISSPELT += [("config_setter", "neural", "neural_conv")]
+
+
+@pytest.mark.parametrize("option, value, known", MISSPELT)
+def test_a_misspelt_name_is_told_before_recordings_are_read(option, value, known):
+    with pytest.raises(InputError, match=f"{option}={value} is none of .*{known}"):
+        Config(**{option: value}).check()
 
 
 @pytest.mark.parametrize("options, words", REFUSED)

@@ -81,6 +81,7 @@ def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path):
     refused = [
         ({"embedding": ["nosuch"]}, "neither lm, static"),
         ({"window": 0.0}, "window=0.0 s"),
+        ({"lag_step": 0.0, "lags": []}, "lag_step"),
     ]
     for options, words in refused:
         with pytest.raises(InputError, match=words):

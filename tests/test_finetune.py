@@ -299,7 +299,7 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
     printed = capsys.readouterr().out
     texts = read_task(given / "tasks", "untested").text
     assert f"{(texts.str.len() > 7).sum()} of 80 texts are longer than the 8 tokens" in printed
-    assert "the very data that chose" in printed
+    assert "the very data it was chosen on" in printed
 
 
 def test_a_task_in_tokens(given, tmp_path):

@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForMaskedLM
 import configurator
 import probe
 from configurator import InputError, configure
+from data.states import REDUCE
 from data.stimuli import write_encoding, write_tasks
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
@@ -125,6 +126,10 @@ def test_nothing_is_computed_twice_and_a_killed_pass_goes_on(lm, tmp_path, monke
     seen = count_texts(other, monkeypatch)
     probe.pooled_states(other, TEXTS, [0, 3], ["1.0"], tmp_path)  # other weights, other cache
     assert sum(seen) == len(TEXTS)
+    seen.clear()
+    monkeypatch.setattr("data.states.file_hash", lambda path: "edited")  # an entry of REDUCE, say
+    probe.pooled_states(other, TEXTS, [0, 3], ["1.0"], tmp_path)
+    assert sum(seen) == len(TEXTS)
 
 
 def test_long_texts_are_cut_counted_and_said(tmp_path, capsys):
@@ -193,7 +198,7 @@ def test_a_reduction_is_one_entry_of_one_table(lm, tmp_path, monkeypatch):
 
     with pytest.raises(InputError, match="'spread' is none of"):
         probe.Config(quantiles=["spread"]).check()
-    monkeypatch.setitem(probe.REDUCE, "spread", spread)
+    monkeypatch.setitem(REDUCE, "spread", spread)
     probe.Config(quantiles=["spread"], poolers=[{"layer": "all", "layer_method": "spread"}]).check()
     with pytest.raises(InputError, match="mean, max, min, spread, extend, concat"):
         PoolToken([1, 2], layer_method="sum")
@@ -649,8 +654,11 @@ def test_responses_of_brains_are_columns(tmp_path, capsys):
     assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
 
 
-def test_other_texts_or_weights_are_no_results_to_go_on_with(tmp_path, capsys):
+def test_other_texts_weights_or_poolings_are_no_results_to_go_on_with(
+    tmp_path, capsys, monkeypatch
+):
     stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60))
+    assert "stub numbers LDA: accuracy" in capsys.readouterr().out
     for stub, data, reused in (
         (Stub(1, n_layer=1), stub_data(60), True),
         (Stub(1, n_layer=1), stub_data(80), False),
@@ -659,6 +667,9 @@ def test_other_texts_or_weights_are_no_results_to_go_on_with(tmp_path, capsys):
         capsys.readouterr()
         stub_run(tmp_path, stub, data)
         assert ("layer by validation" not in capsys.readouterr().out) == reused
+    monkeypatch.setattr(probe, "file_hash", lambda path: "edited")  # data/states.py
+    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60))
+    assert "layer by validation" in capsys.readouterr().out
 
 
 # ---- the command

@@ -211,6 +211,31 @@ def test_a_planted_block_is_found():
     assert null.mean() > 0.4  # smoothing alone raises Moran's I: its null must be its own
 
 
+def test_the_mask_is_held_out_of_each_condition():
+    """Rows a1 a2 a1 a2 ...: every other row of A would be all of a1, and all of a2 held out."""
+    rng = np.random.default_rng(0)
+    conditions = np.tile(["a1", "a2", "b1", "b2"], 20)
+    x = rng.standard_normal((80, 1, 64))
+    units = np.arange(6)
+    localizer = find_contrasts(conditions, ["a1+a2>b1+b2"])["a1+a2>b1+b2"]
+    fit = np.arange(80) // 4 % 2 == 0  # the first of each condition, the third, ...
+    x[np.ix_(localizer.a[fit[localizer.a]], [0], units)] += 3.0  # nothing in the held-out rows
+    results = []
+    plain = Plain()
+    plain.result = lambda *row, **keys: results.append((row, keys))
+    sheets = Sheets("model", letters_lm(small(sheet=True, radius=2)), np.arange(64)[None], x)
+    given = pd.Series(conditions)
+    t, mask, profile = topography.language_mask(plain, Config(), sheets, given, localizer)
+    wanted, _ = topography.welch(x[localizer.a[fit[localizer.a]]], x[localizer.b[fit[localizer.b]]])
+    assert np.allclose(t, wanted, atol=1e-6) and mask[0, units].all()
+    (score, _, low, high, n), _ = results[0]
+    assert low < score < high and n == 40
+    assert profile["count"].tolist() == [10] * 4
+    held = (x - x.mean(0)) / x.std(0)
+    wanted = held[~fit & (conditions == "a1")][:, mask].mean()
+    assert profile["mean"]["a1"] == pytest.approx(wanted)
+
+
 def test_welch_of_constant_units_is_nothing():
     t, p = topography.welch(np.ones((5, 3)), np.ones((6, 3)))
     assert (t == 0).all()
@@ -309,6 +334,12 @@ def test_bad_contrasts():
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
 
 
+def test_only_data_that_says_so_is_called_synthetic(tmp_path):
+    for text, name in (("synthetic: true", "mine, synthetic"), ("format: x", "mine")):
+        (tmp_path / "meta.yaml").write_text(text)
+        assert topography.called("mine", tmp_path) == name
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     """A model with sheets and one without, stimuli of two conditions, pairs, text."""
@@ -353,6 +384,9 @@ def test_a_whole_run(given, tmp_path):
     mean = mean.set_index(["model", "blur"])
     assert mean.loc[("model", 0.0), "score"] == mean.loc[("twin", 0.0), "score"]
     assert abs(mean.loc[("model", 0.0), "chance"]) < 0.1
+    ablated = table[table.measure.str.startswith("ablation")].set_index("measure")
+    assert ablated.n.tolist() == [4, 16]  # pairs, windows of text
+    assert (ablated.low < ablated.score).all() and (ablated.score < ablated.high).all()
     assert mean.loc[("model", 2.0), "chance"] > 0.3
     assert {"map_one_two.png", "summary.png"} <= {path.name for path in tmp_path.iterdir()}
 
