@@ -232,7 +232,9 @@ def fill(model, rows, layers, poolings, folder, batch_tokens):
                 cure = f"not finite as {array.dtype}: give cache_dtype=float32, dtype=float32"
                 raise InputError(f"{model.name}: hidden states are {cure}")
         bar.update(len(batch))
-        write_aside(folder / "done", str(stop))
+        counter = folder / "done.tmp"  # renamed, not flushed: a killed process loses nothing by it
+        counter.write_text(str(stop))
+        counter.replace(folder / "done")
         start = stop
     bar.close()
 
