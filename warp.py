@@ -1511,13 +1511,16 @@ def make_table(config, rows):
     is_d_warp = rows["measure"].str.startswith("d_warp")
     rows = rows[is_full | is_d_warp | (is_score & rows["d"].isin([0, last]))]
     index = ["dataset", "subject", "model", "control", "what"]
-    means = rows.groupby(index, sort=False)[["score", "low", "high", "chance", "p"]].mean()
+    groups = rows.groupby(index, sort=False)
+    means = groups[["score", "low", "high"]].mean()
     words = means.map("{:.4g}".format)
     is_d_warp = words.index.get_level_values("what").str.startswith("d_warp")
     words[is_d_warp] = words[is_d_warp].mask(means >= last, f"> {last:,}")
     table = (words["score"] + " [" + words["low"] + ", " + words["high"] + "]").unstack()
     if config.dims[0] == 0:
-        zero = words.xs("score at 0", level="what")
+        # of the first draw, which has all the shuffles
+        zero = groups[["chance", "p"]].first().xs("score at 0", level="what")
+        zero = zero.map("{:.4g}".format)
         table = table.assign(null=zero["chance"], p=zero["p"])
     return table.fillna("").reset_index()
 
