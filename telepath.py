@@ -1273,7 +1273,8 @@ def save(run, config, experiment, training, name):
     state |= {"split": experiment.manifest["hash"], "eeg_seen": experiment.eeg_seen}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state |= {"reference": training.reference, "best": training.best, "tokens": training.tokens}
-    state["validation"] = training.validation
+    if config.max_iters == UNSETTLED:  # for settle; time differs from run to run
+        state["validation"] = training.validation
     run.save(name, state)
 
 

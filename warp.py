@@ -1080,8 +1080,7 @@ def list_fits(run, config, study, candidates):
     measure: score, or baseline (a head on all features, without a warp); model, layer (a+b),
     projection and objective (or the baseline's head): which; d: dimensions, 0 without a warp, ALL
     for all parameters; learning_rate: 0 where d is; fold: number of the split; seed: draw of P;
-    weights: draw of random weights; control: none or shuffled; shuffle: of the responses, 0 for the
-    true ones; shuffles: of its null; file: of its arrays.
+    weights: draw of random weights; control; shuffle: of the responses; shuffles: of its null.
     """
     dims = [*config.dims, ALL] if config.full else config.dims
     folds = range(len(study.folds))
