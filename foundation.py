@@ -54,6 +54,7 @@ MASKS = ("random", "tube", "span")
 
 
 def default(*values):
+    """The default of an option that is a list."""
     return field(default_factory=lambda: list(values))
 
 
@@ -677,6 +678,7 @@ def report_mask(run, config, kind, table, data):
 
 
 def save_figure(figure, path):
+    """Write a figure aside, then in place, and close it."""
     with aside(path) as file:
         figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
@@ -869,6 +871,7 @@ def describe(run, corpus, training):
 
 
 def log_step(run, config, training, losses, norm):
+    """Log both losses, the mean over ranks, every log_interval steps."""
     if training.step % config.log_interval == 0 or training.step == 1:
         hidden, latents = (run.reduce(losses) / run.world).tolist()
         numbers = {"train_hidden": hidden, "train_from_latents": latents}

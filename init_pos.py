@@ -127,6 +127,8 @@ def text_windows(folder, split, samples, length, tokenizer=None):
 
 @dataclass
 class Layer:
+    """What a layer's swaps start from."""
+
     name: str
     r: np.ndarray  # (C, C), correlations of its units over unseen text
     random: np.ndarray  # (C,), a random unit_at_cell to compare with

@@ -68,6 +68,7 @@ warnings.filterwarnings("ignore", LACKS)  # a fold may lack a class, an answer m
 
 
 def default(*values):
+    """The default of an option that is a list."""
     return field(default_factory=lambda: list(values))
 
 
@@ -471,6 +472,7 @@ PROBES = {
 
 
 def name_of(probe):
+    """Name of a probe that is given by its name or by its constructor."""
     return probe if isinstance(probe, str) else probe(4).name or probe.__name__
 
 

@@ -38,6 +38,7 @@ cached = st.cache_data(show_spinner=False, max_entries=64)
 
 
 def mtime(path):
+    """When a file was written (ns); 0 without one."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
@@ -79,6 +80,7 @@ def read_results(path, stamp):
 
 
 def pooling_name(quantile, layer_method, quantile_method):
+    """A pooling in words, for menus and legends."""
     words = {"": "none", "all": "all tokens", "0.0": "first token", "1.0": "last token"}
     words |= {"best": "best", "attention": "attention"}
     parts = [words.get(quantile, f"quantile {quantile}"), quantile_method]
