@@ -156,6 +156,8 @@ class Attention(nn.Module):
         mask (.., T, K): True where a query looks, or numbers that are added to the scores.
         """
         dropout = self.dropout if self.training else 0.0
+        if mask is not None and mask.size(-1) != k.size(2):
+            mask = mask.expand(*mask.shape[:-1], k.size(2)).contiguous()  # CUDA's kernel wants it
         half = q.dtype in (torch.bfloat16, torch.float16)
         if q.device.type == "cpu" and half and causal and not dropout and q.size(2) <= 512:
             y = written_out_attention(q, k, v)
@@ -321,12 +323,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return dx * grad.to(dx.dtype), dw.mul_(grad), None, None, None, None
 
 
-def cross_entropy(x, weight, targets, chunk=1024, losses_of=token_losses):
+def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
     """Mean cross-entropy (nats) of the head x @ weight.T; targets of -1 do not count.
 
-    x (..., C), weight (V, C), targets (...). losses_of: token_losses, or that compiled.
+    x (..., C), weight (V, C), targets (...). chunk: tokens at a time. losses_of: token_losses, or
+    that compiled.
     """
     device = x.device.type
+    chunk = chunk or (1024 if device == "cpu" else 4096)  # a GPU wants larger products
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.flatten(0, -2)
     targets = targets.flatten()

@@ -46,7 +46,7 @@ def pool_tokens(x, real, pooling):
     if pooling in REDUCE:
         return REDUCE[pooling](x, real[:, :, None])
     first = real.int().argmax(1)
-    return x[torch.arange(len(x)), first + token_at(real.sum(1), float(pooling))]
+    return x[torch.arange(len(x), device=x.device), first + token_at(real.sum(1), float(pooling))]
 
 
 @dataclass
@@ -242,11 +242,12 @@ def fill(model, rows, layers, poolings, folder, batch_tokens):
 def pool_batch(model, rows, layers, poolings):
     """(poolings, B, layers, H) of a batch of token lists."""
     ids, real = model.pad(rows)
-    pooled = torch.empty(len(poolings), len(rows), len(layers), model.width)
+    shape = (len(poolings), len(rows), len(layers), model.width)
+    pooled = torch.empty(shape, device=ids.device)
 
     def take(layer, state):
         for number, pooling in enumerate(poolings):
             pooled[number, :, layers.index(layer)] = pool_tokens(state.float(), real, pooling)
 
     model.run(ids, real, layers, take)
-    return pooled.numpy()
+    return pooled.cpu().numpy()

@@ -239,7 +239,7 @@ def given(tmp_path_factory):
 
 def state(folder):
     """Everything a checkpoint holds, without the options, and the log without its clocks."""
-    saved = torch.load(folder / "ckpt.pt", weights_only=True)
+    saved = torch.load(folder / "ckpt.pt", map_location="cpu", weights_only=True)
     saved.pop("config")
     log = []
     for line in (folder / "log.jsonl").read_text().splitlines():
@@ -481,6 +481,47 @@ def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(
     run(script.name, *arguments, patch=patch, status=-signal.SIGKILL)
     run(script.name, *arguments, ranks=2)
     pd.testing.assert_frame_equal(table(tmp_path / "run"), wanted, rtol=1e-4, atol=1e-5)
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@each(TRAINING)
+def test_training_on_a_gpu_is_training_on_the_cpu(script, given, tmp_path):
+    """Without dropout, whose random numbers differ; products are TF32."""
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        call(script, *options(script, given, folder), "dropout=0", f"device={device}")
+    call(
+        script,
+        *options(script, given, tmp_path / "own"),
+        *["dropout=0", "device=cuda", "dtype=auto"],
+    )
+    wanted = state(tmp_path / "cpu")[1]
+    for folder, rel in (("cuda", 0.05), ("own", 0.2)):
+        for numbers, on_cpu in zip(state(tmp_path / folder)[1], wanted, strict=True):
+            for key in numbers:
+                if "loss" in key or "task" in key or "grad" in key:
+                    assert numbers[key] == pytest.approx(on_cpu[key], rel=rel), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@each(SWEEPS)
+def test_a_sweep_on_a_gpu_is_one_on_the_cpu(script, given, tmp_path):
+    arguments = options(script, given, tmp_path / "cpu")
+    if hasattr(importlib.import_module(script.name).Config, "dtype"):
+        arguments.append("dtype=float32")
+    call(script, *arguments)
+    wanted = table(tmp_path / "cpu").drop(columns="options")
+    call(script, *arguments, f"out_dir={tmp_path / 'gpu'}", "device=cuda")
+    rows = table(tmp_path / "gpu").drop(columns="options")
+    # one item of few may lie on the other side by rounding
+    pd.testing.assert_frame_equal(rows, wanted, rtol=0.1, atol=0.1)
+    call(script, *options(script, given, tmp_path / "own"), "device=cuda")
+    assert len(table(tmp_path / "own")) == len(wanted)
 
 
 # ---- bad input
