@@ -184,6 +184,7 @@ SCRIPTS = [
     ),
 ]
 TRAINING = [script for script in SCRIPTS if script.trains]
+ONE_AND_SLOW = [TRAINING[0], *[pytest.param(s, marks=pytest.mark.slow) for s in TRAINING[1:]]]
 SWEEPS = [script for script in SCRIPTS if not script.trains and script.name != "sample"]
 
 
@@ -320,7 +321,7 @@ torch.optim.AdamW.step = lambda *args, **kwargs: (time.sleep(0.2), real(*args, *
 """
 
 
-@each(TRAINING)
+@pytest.mark.parametrize("script", ONE_AND_SLOW, ids=lambda script: script.name)
 def test_stopped_by_a_signal_and_resumed(script, given, whole, tmp_path):
     """On as many ranks, bit for bit, and on two."""
     folder = tmp_path / "run"
