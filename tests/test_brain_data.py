@@ -20,7 +20,7 @@ from data.podcast_encoding import prepare as podcast_encoding
 from data.recording import write_recording, write_set
 from data.stimuli import Encoding, complete_encoding
 from data.synthetic_brain import prepare as synthetic_brain
-from tests.helpers import prepare, refused
+from tests.helpers import prepare
 from tests.test_fetch import serve
 
 
@@ -132,8 +132,7 @@ def test_packed_numbers_are_unpacked(tmp_path):
     with h5py.File(path, "a") as file:
         file["data"].attrs["scale_factor"] = np.array([0.01])
         file["data"].attrs["add_offset"] = 1.0
-    values = read_assembly(path).values
-    np.testing.assert_allclose(values, [[2.0, np.nan], [0.5, 1.07]])
+    np.testing.assert_allclose(read_assembly(path).values, [[2.0, np.nan], [0.5, 1.07]])
 
 
 def test_files_that_are_no_assemblies(tmp_path):
@@ -278,14 +277,14 @@ def test_responses_that_are_no_numbers(tmp_path):
         prepare(brainscore, root=tmp_path, out_dir=tmp_path, overwrite=True)
 
 
-def test_bad_options_end_in_one_sentence(tmp_path):
-    refused("data/brainscore/prepare", "set=Tuckute2023", says=["Tuckute2024", "Blank2014"])
-    with pytest.raises(InputError, match="there is no assy_Tuckute2024_language.nc"):
-        prepare(brainscore, root=tmp_path)
-    with pytest.raises(InputError, match="context=-2"):
-        prepare(brainscore, context=-2)
-    with pytest.raises(InputError, match="local copy only"):
-        prepare(nsd)
+def test_bad_options(tmp_path):
+    for module, options, sentence in (
+        (brainscore, {"root": tmp_path}, "there is no assy_Tuckute2024_language.nc"),
+        (brainscore, {"context": -2}, "context=-2"),
+        (nsd, {}, "local copy only"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            prepare(module, **options)
 
 
 # ---- fetching
