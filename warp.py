@@ -166,8 +166,8 @@ class Candidate:
 
 
 def make_candidates(config):
-    """{name: Candidate} of what the option `models` lists. Raises InputError."""
-    candidates = {}
+    """The Candidates that the option `models` lists. Raises InputError."""
+    candidates = []
     for given in config.models:
         if isinstance(given, str):
             given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
@@ -178,9 +178,9 @@ def make_candidates(config):
         if candidate.toward not in ("", "teacher", "random"):
             wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
             raise InputError(f"models: {wrong}")
-        if candidate.name in candidates:
+        if candidate.name in [other.name for other in candidates]:
             raise InputError(f"models: two are called '{candidate.name}': give each a name")
-        candidates[candidate.name] = candidate
+        candidates.append(candidate)
     return candidates
 
 
@@ -436,10 +436,10 @@ class Study:
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
     pieces: list | None = None  # texts: the end that is the stimulus, after its context
+    objective: type | None = None  # of Objective
     y: np.ndarray | None = None  # (n, V) mean responses
     group: np.ndarray | None = None  # (n,) whose members are never split
     folds: list | None = None  # {train, val, test: row numbers} of each
-    objective: type | None = None  # of Objective
     meta: dict = field(default_factory=dict)  # columns of results.csv
     ceiling: float = 1.0  # median R2
 
@@ -491,9 +491,9 @@ def read_brain(config, name, data, person):
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
     pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
-    about = {"objective": objective_class(config), "meta": meta, "ceiling": ceiling}
-    brain = {"y": y, "group": group, "folds": folds}
-    return Study(f"{name} {person}".strip(), data.kind, data.inputs(), pieces, **brain, **about)
+    name = f"{name} {person}".strip()
+    brain = {"y": y, "group": group, "folds": folds, "meta": meta, "ceiling": ceiling}
+    return Study(name, data.kind, data.inputs(), pieces, objective_class(config), **brain)
 
 
 def choose_units(config, data, person, folds):
@@ -797,13 +797,11 @@ class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
     To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli. The three
-    attributes below are apart: a score of all units as a whole needs no pairs.
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
     pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
     of_units = True  # a score is the median of the option metric over units: a ceiling bounds it
-    repeats_bias = False  # draws of test stimuli are without replacement: a jackknife
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -832,7 +830,7 @@ class Objective:
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with repeats_bias."""
+        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with pairs."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
@@ -967,7 +965,6 @@ class RSA(Objective):
 
     pairs = True
     of_units = False
-    repeats_bias = True
 
     def loss(self, f, rows):
         return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
@@ -1075,7 +1072,7 @@ def list_cells(config, candidates):
     """The Cells of every study: all candidates, and the first one on shuffled responses."""
     dims = [*config.dims, ALL] if config.full else config.dims
     cells = []
-    for candidate, seed, d in itertools.product(candidates.values(), range(config.seeds), dims):
+    for candidate, seed, d in itertools.product(candidates, range(config.seeds), dims):
         weights = seed if candidate.toward == "random" else 0
         shuffles = config.shuffles if d == seed == 0 else 20
         if 0 < d < ALL or seed == weights:  # there is no P to draw
@@ -1320,14 +1317,14 @@ def join_folds(parts):
 def resample(config, study, predicted, truth):
     """(draws,) scores of resampled test stimuli, a group at a time.
 
-    With replacement; but with repeats_bias, as of pairs, where a stimulus drawn twice would be
-    paired with itself, a delete-half jackknife (Shao & Wu 1989): scores of half of the groups,
-    spread about their mean as far as those of all groups are, then moved to the score of all.
+    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
+    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean
+    as far as those of all groups are, then moved to the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
     n = len(names)
-    if not study.objective.repeats_bias:
+    if not study.objective.pairs:
         weights = rng.multinomial(n, np.full(n, 1 / n), config.draws)[:, number]
         return study.objective.score(config, predicted, truth, weights.astype(float))
     n_kept = max(n // 2, min(n - 1, 6))
@@ -1606,7 +1603,7 @@ def main(config):
     cells = list_cells(config, candidates)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
     content = [study.content for study in itertools.chain(*datasets.values())]
-    content += map(partial(stamps, config), candidates.values())
+    content += map(partial(stamps, config), candidates)
     run.content = hash_options({"content": content})[:6]
     for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
         load = lru_cache(1)(partial(load_candidate, run, config, studies[0]))

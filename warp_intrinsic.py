@@ -8,7 +8,7 @@ width (Li et al. 2018). Functions: networks that are x², x³ and sin(πx/2) are
 what is closest needs the fewest dimensions.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
 
@@ -33,15 +33,15 @@ FUNCTIONS = {
 @dataclass
 class Config:
     task: Literal["digits", "functions"] = "digits"  # scikit-learn's digits, or the simulation
-    widths: list[int] = field(default_factory=lambda: [50, 200])  # of the classifiers
+    widths: list[int] = warp.default(50, 200)  # of the classifiers
     # ---- warping, as in warp.py
-    dims: list[int] = field(default_factory=lambda: [20, 40, 80, 120, 160, 240])
+    dims: list[int] = warp.default(20, 40, 80, 120, 160, 240)
     full: bool = True
     projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
     layer_groups: str = ""
     seeds: int = 3  # draws of P and of the first weights
     steps: int = 400
-    learning_rates: list[float] = field(default_factory=lambda: [0.03, 0.1])
+    learning_rates: list[float] = warp.default(0.03, 0.1)
     eval_interval: int = 40
     batch_size: int = 2000
     exact: bool = True
@@ -93,8 +93,7 @@ def read_digits(config):
         objective=Classes,
         meta={"dataset": "digits", "subject": "", "synthetic": False},
     )
-    names = {f"width {n}": str(n) for n in config.widths}
-    return {name: Candidate(name, n, toward="random") for name, n in names.items()}, study
+    return [Candidate(f"width {n}", str(n), toward="random") for n in config.widths], study
 
 
 def read_functions(config):
@@ -113,7 +112,7 @@ def read_functions(config):
         objective=Objective,
         meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
     )
-    return {name: Candidate(name, name, toward="random") for name in FUNCTIONS}, study
+    return [Candidate(name, name, toward="random") for name in FUNCTIONS], study
 
 
 def load_network(run, config, study, candidate, weights):
