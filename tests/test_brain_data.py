@@ -197,8 +197,8 @@ def test_pereira_is_one_dataset_an_experiment_with_its_ceilings(tmp_path):
 
 
 def test_pereira_without_context_gaps_and_ceilings(tmp_path):
-    pereira(tmp_path)
-    options = {"missing": "presentations", "context": 0, "ceilings": False}
+    pereira(tmp_path, ceilings=False)
+    options = {"missing": "presentations", "context": 0}
     prepare(brainscore, set="Pereira2018", root=tmp_path, out_dir=tmp_path, **options)
     data = Encoding(tmp_path / "Pereira2018-243sentences")
     assert len(data.stimuli) == 11 and "S4." not in data.inputs() and "S5." in data.inputs()

@@ -766,7 +766,7 @@ def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
 
 
 def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
-    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=200", "learning_rates=0.1"]
+    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
     given += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
     warp(*given, f"out_dir={tmp_path}", script=warp_intrinsic)
     fits = table(tmp_path).sort_values("d")
@@ -776,7 +776,7 @@ def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
 
 
 def test_the_simulation_bends_functions(tmp_path, warp):
-    given = ["dims=0,4,60", "seeds=1", "steps=120", "learning_rates=0.1", "draws=50", "device=cpu"]
+    given = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
     given = ["config/warp_simulation.yaml", *given, f"out_dir={tmp_path}"]
     warp(*given, script=warp_intrinsic)
     r2 = table(tmp_path).pivot(index="model", columns="d", values="score")
