@@ -441,7 +441,7 @@ class Study:
     group: np.ndarray | None = None  # (n,) whose members are never split
     folds: list | None = None  # {train, val, test: row numbers} of each
     meta: dict = field(default_factory=dict)  # columns of results.csv
-    ceiling: float = 1.0  # median R2
+    ceiling: float = np.nan  # of the score
 
     @property
     def tested(self):
@@ -491,9 +491,14 @@ def read_brain(config, name, data, person):
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
     pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
-    name = f"{name} {person}".strip()
+    objective = objective_class(config)
+    if objective.pairs:
+        ceiling = np.nan
+    elif config.metric == "r":
+        ceiling **= 0.5
     brain = {"y": y, "group": group, "folds": folds, "meta": meta, "ceiling": ceiling}
-    return Study(name, data.kind, data.inputs(), pieces, objective_class(config), **brain)
+    name = f"{name} {person}".strip()
+    return Study(name, data.kind, data.inputs(), pieces, objective, **brain)
 
 
 def choose_units(config, data, person, folds):
@@ -800,8 +805,7 @@ class Objective:
     stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
-    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
-    of_units = True  # a score is the median of the option metric over units: a ceiling bounds it
+    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds, no ceiling
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -964,7 +968,6 @@ class RSA(Objective):
     """The correlation of the model's distances with the brain's; no readout."""
 
     pairs = True
-    of_units = False
 
     def loss(self, f, rows):
         return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
@@ -1366,9 +1369,6 @@ def score_cells(run, config, study, cells, load):
         if null is None:
             null = deal_predictions(config, study, predicted, truth, cell.shuffles)
         D = int(fit.get("D", 0))
-        ceiling = np.nan
-        if study.objective.of_units:
-            ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
         row = {"model": cell.candidate.name, "layer": "+".join(cell.candidate.layers)}
         row |= {"measure": "score", "objective": config.objective, "seed": cell.seed, "D": D}
         row["control"] = "shuffled" if cell.shuffle else "none"
@@ -1376,8 +1376,8 @@ def score_cells(run, config, study, cells, load):
         row["d"] = D if cell.d == ALL else int(cell.d)
         for key in ("learning_rate", "validation", "step"):
             row[key] = fit[key]
-        row |= {"p": p_value(score, null), "ceiling": ceiling, "normalised": score / ceiling}
-        row |= study.meta
+        row |= {"ceiling": study.ceiling, "normalised": score / study.ceiling}
+        row |= {"p": p_value(score, null), **study.meta}
         run.result(score, null.mean(), *interval(draws), len(truth), **row)
         arrays = {"draws": draws, "null": null, "curve": fit["curve"]}
         rows.append({**row, "d": cell.d, "score": score, **arrays})
@@ -1583,8 +1583,9 @@ def plot_training(path, scores, about):
 
 def plot(run, config, study, curves, scores):
     """The figures of a study, in a folder of its own where it is one of several."""
-    about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
-    about += f"; {config.objective}{f' ({config.metric})' * study.objective.of_units}"
+    about = f"{study.name}{', synthetic' * study.meta['synthetic']}; {config.objective}"
+    if np.isfinite(study.ceiling):
+        about += f" ({config.metric})"
     about += f", {config.projection}"
     folder = run.out
     if len(config.dataset) > 1 or config.subject == "each":

@@ -68,8 +68,6 @@ class Config:
 class Classes(Objective):
     """The network's outputs are logits, and its score their accuracy."""
 
-    of_units = False
-
     def loss(self, f, rows):
         return F.cross_entropy(f, self.y[rows])
 
@@ -111,6 +109,7 @@ def read_functions(config):
         folds=[dict(zip(warp.PARTS, parts))],
         objective=Objective,
         meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
+        ceiling=1.0,
     )
     return [Candidate(name, name, toward="random") for name in FUNCTIONS], study
 
