@@ -1379,41 +1379,28 @@ def score_cells(run, config, study, cells, load):
         row |= {"ceiling": study.ceiling, "normalised": score / study.ceiling}
         row |= {"p": p_value(score, null), **study.meta}
         run.result(score, null.mean(), *interval(draws), len(truth), **row)
+        name = cell.candidate.name + " (shuffled responses)" * (cell.shuffle > 0)
         arrays = {"draws": draws, "null": null, "curve": fit["curve"]}
-        rows.append({**row, "d": cell.d, "score": score, **arrays})
+        rows.append({**row, "name": name, "d": cell.d, "score": score, **arrays})
     return pd.DataFrame(rows)
 
 
-@dataclass
-class Curve:
-    """Scores of one candidate over d, and what they say."""
-
-    model: str
-    control: str  # none or shuffled
-    points: pd.DataFrame  # scores (draws of P, d)
-    scores: pd.DataFrame  # (1 + B, d): their mean, then resampled over draws and test stimuli
-    d_warp: dict = field(default_factory=dict)  # {absolute, relative: (1 + B,)}, likewise
-    level: float = np.nan  # of the absolute one
-
-    @property
-    def name(self):
-        return self.model if self.control == "none" else f"{self.model} ({self.control} responses)"
-
-
 def make_curves(config, scores):
-    """The Curves of all candidates, and of the first one on shuffled responses."""
-    curves = []
-    for key, rows in scores.groupby(["model", "control"], sort=False):
-        points = rows.pivot(index="seed", columns="d", values="score").ffill()  # one if without P
-        draws = rows.pivot(index="seed", columns="d", values="draws").ffill()
+    """{name: DataFrame (1 + B, d)} of each candidate, and of the first on shuffled responses.
+
+    Its scores: their mean over draws of P, then resampled B times over draws and test stimuli.
+    """
+    curves = {}
+    for name, rows in scores.groupby("name", sort=False):
+        draws = rows.pivot(index="seed", columns="d", values="draws").ffill()  # one if without P
+        means = rows.groupby("d")["score"].mean()
         rng = np.random.default_rng(key_seed(config.seed, "seeds"))
-        chosen = rng.integers(0, len(points), (config.draws, len(points)))
+        chosen = rng.integers(0, len(draws), (config.draws, len(draws)))
         resampled = {}
-        for d in points:
+        for d in draws:
             values = np.take_along_axis(np.stack(draws[d], axis=1), chosen, axis=1).mean(1)
-            resampled[d] = np.append(points[d].mean(), values)
-        curves.append(Curve(*key, points, pd.DataFrame(resampled)))
-    measure_d_warp(config, curves)
+            resampled[d] = np.append(means[d], values)
+        curves[name] = pd.DataFrame(resampled)
     return curves
 
 
@@ -1430,51 +1417,52 @@ def crossing(dims, scores, level):
 
 
 def measure_d_warp(config, curves):
-    """Fill in d_warp: absolute, to a score common to all; relative, to a share of one's own.
+    """(level, {(name, kind): d_warp (1 + B,)}), kind being absolute or relative.
 
-    In every bootstrap draw the level is measured again.
+    Absolute: to a score common to all, the level; relative: to a share of one's own full score. In
+    every bootstrap draw the levels are measured again.
     """
-    common = np.full(len(curves[0].scores), to_number(config.common))
+    common = np.full(len(next(iter(curves.values()))), to_number(config.common))
     if config.common in ("lowest", "highest"):
-        full = pd.DataFrame({c.name: c.scores[ALL] for c in curves if ALL in c.scores})
+        full = pd.DataFrame({name: curve[ALL] for name, curve in curves.items() if ALL in curve})
         model = full.loc[0].idxmin() if config.common == "lowest" else full.loc[0].idxmax()
         common = config.common_share * full[model].to_numpy()
-    for curve in curves:
-        scores = curve.scores[config.dims].to_numpy()
+    d_warp = {}
+    for name, curve in curves.items():
+        scores = curve[config.dims].to_numpy()
         levels = {"absolute": common}
-        if ALL in curve.scores:
+        if ALL in curve:
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
-            levels["relative"] = start + config.reach * (curve.scores[ALL] - start)
-        for name, level in levels.items():
+            levels["relative"] = start + config.reach * (curve[ALL] - start)
+        for kind, level in levels.items():
             crossings = map(partial(crossing, config.dims), scores, level)
-            curve.d_warp[name] = np.array(list(crossings))
-        curve.level = common[0]
+            d_warp[name, kind] = np.array(list(crossings))
+    return common[0], d_warp
 
 
 def report_d_warp(run, config, study, scores):
     """Rows of results: d_warp of every candidate, and how pairs of them compare; the figures."""
     curves = make_curves(config, scores)
-    plot(run, config, study, curves, scores)
+    level, d_warp = measure_d_warp(config, curves)
+    plot(run, config, study, scores, curves, d_warp, level)
     last = max(config.dims)
     shared = {**study.meta, "objective": config.objective, "projection": config.projection}
     shared |= {"d": 0, "seed": -1}
-    for curve in curves:
-        columns = {**shared, "model": curve.model, "control": curve.control}
-        for name, values in curve.d_warp.items():
-            columns["measure"] = f"d_warp {name}"
-            columns["state"] = "censored" if np.isinf(values[0]) else "reached"
-            value, *draws = values.clip(max=last)
-            run.result(value, last, *interval(draws), config.draws, **columns)
-    candidates = [curve for curve in curves if curve.control == "none"]
-    for a, b in itertools.combinations(candidates, 2):
-        near = a.d_warp["absolute"].clip(max=last)
-        far = b.d_warp["absolute"].clip(max=last)
+    of_name = scores.drop_duplicates("name").set_index("name")[["model", "control"]]
+    for (name, kind), values in d_warp.items():
+        columns = {**shared, **of_name.loc[name], "measure": f"d_warp {kind}"}
+        columns["state"] = "censored" if np.isinf(values[0]) else "reached"
+        value, *draws = values.clip(max=last)
+        run.result(value, last, *interval(draws), config.draws, **columns)
+    for a, b in itertools.combinations(of_name.query("control == 'none'").index, 2):
+        near = d_warp[a, "absolute"].clip(max=last)
+        far = d_warp[b, "absolute"].clip(max=last)
         ratio = np.log10(1 + far) - np.log10(1 + near)
         low, high = interval(ratio[1:])
-        columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
+        columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b} - {a}"}
         run.result(ratio[0], 0.0, low, high, config.draws, **columns, **shared)
         times = f"{10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}]"
-        run.print(f"1 + d_warp, cut at {last:,}: {b.name} needs {times} times that of {a.name}")
+        run.print(f"1 + d_warp, cut at {last:,}: {b} needs {times} times that of {a}")
 
 
 def report_people(run, dataset, people):
@@ -1529,28 +1517,28 @@ def save(figure, path):
     plt.close(figure)
 
 
-def plot_curves(path, config, curves, about):
+def plot_curves(config, scores, curves, d_warp, level):
     """Score over d with its isotonic fit and all parameters; d_warp against the first score."""
     x = np.log10(1 + np.array(config.dims))
     end = 1.08 * max(x[-1], 0.5)  # the place of the full model
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
-    for i, curve in enumerate(curves):
-        color = f"C{i}" if curve.control == "none" else "0.6"
-        scores = curve.scores[config.dims].to_numpy()
-        rising = isotonic_regression(scores[0])
-        band = np.quantile(scores[1:], [0.025, 0.975], axis=0)
+    for i, (name, curve) in enumerate(curves.items()):
+        points = scores[(scores["name"] == name) & (scores["d"] < ALL)]
+        color = f"C{i}" if points["control"].iloc[0] == "none" else "0.6"
+        rising = isotonic_regression(curve.loc[0, config.dims])
+        band = np.quantile(curve.loc[1:, config.dims], [0.025, 0.975], axis=0)
         left.fill_between(x, *band, color=color, alpha=0.15, lw=0)
-        left.plot(x, rising, color=color, label=curve.name)
-        left.plot(x, curve.points[config.dims].T, ".", color=color, ms=4)
-        if ALL in curve.scores:
-            full = curve.scores[ALL][0]
-            left.plot([x[-1], end], [rising[-1], full], ":D", color=color, markevery=[1])
-        value, *draws = curve.d_warp["absolute"]
+        left.plot(x, rising, color=color, label=name)
+        left.plot(np.log10(1 + points["d"]), points["score"], ".", color=color, ms=4)
+        if ALL in curve:
+            left.plot([x[-1], end], [rising[-1], curve[ALL][0]], ":D", color=color, markevery=[1])
+        value, *draws = d_warp[name, "absolute"]
         ends = np.log10(1 + np.array([*interval(draws), value])).clip(max=x[-1])
-        right.plot([scores[0, 0]] * 2, ends[:2], color=color, lw=3, alpha=0.5)
+        first = curve[config.dims[0]][0]
+        right.plot([first] * 2, ends[:2], color=color, lw=3, alpha=0.5)
         marker = "^" if np.isinf(value) else "o"
-        right.plot(scores[0, 0], ends[2], marker, color=color, ms=9, label=curve.name)
-    left.axhline(curve.level, ls="--", c="0.5", lw=1, label=f"level {curve.level:.2f}")
+        right.plot(first, ends[2], marker, color=color, ms=9, label=name)
+    left.axhline(level, ls="--", c="0.5", lw=1, label=f"level {level:.2f}")
     left.set_xticks([*x, end], [*config.dims, "all"])
     left.set(xlabel="dimensions of the warp, d", ylabel="test score")
     left.set_title("isotonic fit, draws of P, 95 % band", fontsize=10)
@@ -1558,30 +1546,28 @@ def plot_curves(path, config, curves, about):
     right.set(xlabel=f"score at d = {config.dims[0]}", ylabel="d_warp, absolute (▲: not reached)")
     for axis in (left, right):
         axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(about, fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def plot_training(path, scores, about):
+def plot_training(scores):
     """Best validation score over steps, a line for each d, a panel for each candidate."""
-    panels = scores.query("seed == 0").groupby(["model", "control"])
+    panels = scores.query("seed == 0").groupby("name")
     n = len(panels)
     figure, axes = plt.subplots(
         1, n, figsize=(3.4 * n, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, ((name, control), rows) in zip(axes[0], panels):
+    for axis, (name, rows) in zip(axes[0], panels):
         for fit in rows.itertuples():
             steps, _, best = fit.curve.T
             axis.plot(steps, best, ".-", label=f"d = {fit.d:g}")
-        axis.set_title(name if control == "none" else f"{name}, {control}", fontsize=9)
+        axis.set_title(name, fontsize=9)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("best validation score")
     axes[0, -1].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
-    save(figure, path)
+    return figure
 
 
-def plot(run, config, study, curves, scores):
+def plot(run, config, study, scores, curves, d_warp, level):
     """The figures of a study, in a folder of its own where it is one of several."""
     about = f"{study.name}{', synthetic' * study.meta['synthetic']}; {config.objective}"
     if np.isfinite(study.ceiling):
@@ -1591,8 +1577,12 @@ def plot(run, config, study, curves, scores):
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
     folder.mkdir(exist_ok=True)
-    plot_curves(folder / "curves.png", config, curves, about)
-    plot_training(folder / "training.png", scores, about)
+    figure = plot_curves(config, scores, curves, d_warp, level)
+    figure.suptitle(about, fontsize=10)
+    save(figure, folder / "curves.png")
+    figure = plot_training(scores)
+    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
+    save(figure, folder / "training.png")
 
 
 # ---- the experiment

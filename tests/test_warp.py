@@ -428,15 +428,14 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
 DIMS = [0, 9, 99, 999]
 
 
-def curve(name, points, full=None):
-    """A Curve of three draws with little noise."""
-    rng = np.random.default_rng(len(name))
-    points = np.tile(points, (3, 1))
-    boot = points[0] + 0.01 * rng.standard_normal((200, points.shape[1]))
-    scores = pd.DataFrame(np.vstack([points[:1], boot]), columns=DIMS)
+def curve(points, full=None):
+    """Scores with little noise."""
+    rng = np.random.default_rng(len(points))
+    scores = np.vstack([[points], points + 0.01 * rng.standard_normal((200, len(points)))])
+    curve = pd.DataFrame(scores, columns=DIMS)
     if full:
-        scores[W.ALL] = full
-    return W.Curve(name, "none", pd.DataFrame(points, columns=DIMS), scores)
+        curve[W.ALL] = full
+    return curve
 
 
 def test_d_warp_of_known_curves():
@@ -444,17 +443,17 @@ def test_d_warp_of_known_curves():
         assert np.isclose(W.crossing(DIMS, [0.2, 0.4, 0.6, 0.8], level), d)
     assert np.isclose(W.crossing(DIMS, [0.2, 0.5, 0.3, 0.8], 0.4), 9)  # what falls is pooled
 
-    near = curve("near", [0.5, 0.7, 0.8, 0.8], full=0.8)
-    far = curve("far", [0.3, 0.4, 0.6, 0.8], full=0.8)
-    never = curve("never", [0.1, 0.1, 0.1, 0.1])
-    W.measure_d_warp(Config(dims=DIMS, common="highest", common_share=0.9), [near, far, never])
-    d, *draws = near.d_warp["absolute"]
-    d_far, *draws_far = far.d_warp["absolute"]
+    curves = {"near": curve([0.5, 0.7, 0.8, 0.8], full=0.8)}
+    curves |= {"far": curve([0.3, 0.4, 0.6, 0.8], full=0.8), "never": curve([0.1] * 4)}
+    config = Config(dims=DIMS, common="highest", common_share=0.9)
+    level, d_warp = W.measure_d_warp(config, curves)
+    d, *draws = d_warp["near", "absolute"]
+    d_far, *draws_far = d_warp["far", "absolute"]
     assert d < d_far < np.inf and W.interval(draws)[1] < W.interval(draws_far)[0]
-    assert (never.d_warp["absolute"] == np.inf).all()
+    assert np.isclose(level, 0.72) and (d_warp["never", "absolute"] == np.inf).all()
     expected = W.crossing(DIMS, [0.5, 0.7, 0.8, 0.8], 0.5 + 0.9 * 0.3)
-    assert np.isclose(near.d_warp["relative"][0], expected)
-    assert "relative" not in never.d_warp
+    assert np.isclose(d_warp["near", "relative"][0], expected)
+    assert ("never", "relative") not in d_warp
 
 
 def test_the_null_is_ridge_on_shuffled_responses():
