@@ -4,10 +4,10 @@
     python warp.py config/warp_planted.yaml planted_warp=0.5  # brains planted nearer or further
     python warp.py config/warp_words_brains.yaml  # linear scores of words in brains, with p
     python warp.py config/warp_tuckute.yaml models=gpt2,gpt2-medium layers=6
+    python warp.py head=ols head_dims=0 dims=0 full=False  # a linear encoder alone: ols, pls, ridge
     torchrun --standalone --nproc_per_node=4 warp.py ...  # ranks share the fits
 
-A stopped run goes on where it was. warp_intrinsic.py measures d for small networks: a classifier of
-digits, whose published numbers it repeats, and functions bent into one another.
+A stopped run goes on where it was. warp_intrinsic.py measures d for small networks.
 
 All parameters of a network move along theta = theta0 + lambda_g P z with P a fixed random D x d
 matrix that is never formed; only z (and a scale for each group of layers) is trained. A ridge
@@ -25,7 +25,7 @@ import re
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -51,9 +51,9 @@ from convert import HiddenStates, from_hub, load_weights
 from data import InputError, aside, read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
 
-# options that enter a fit only through its row of list_fits: other fits are kept when one changes
+# options that enter a fit only through its Cell: other fits are kept when one changes
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
-ANALYSIS += " shuffled shuffles baselines"
+ANALYSIS += " shuffled shuffles"
 ALL = np.inf  # as a number of dimensions: all parameters, trained directly
 PLANTED_UNITS = 64  # of the planted brain: mixtures of
 PLANTED_COMPONENTS = 8  # the first principal components of the teacher's features
@@ -125,7 +125,6 @@ class Config:
     draws: int = 1000  # bootstrap over seeds and test stimuli (groups)
     shuffles: int = 1000  # at d = 0: of responses, refitted (ridge); else of predictions
     shuffled: bool = True  # the first candidate against shuffled responses at every d, too
-    baselines: bool = True  # OLS, PLS and ridge on all features at d = 0
     # ---- run
     out_dir: str = "out/warp"  # results.csv, table.csv and figures
     seed: int = 1337  # splits, planted brain, draws
@@ -151,8 +150,8 @@ def check_dims(config):
         raise InputError("dims must be 0 or more, and learning_rates above 0")
     from_full = config.common in ("lowest", "highest") and (config.full or config.dims == [0])
     if not from_full and np.isnan(to_number(config.common)):
-        wanted = "a score (with full=False), lowest or highest"
-        raise InputError(f"common={config.common} must be {wanted}")
+        allowed = "a score (with full=False), lowest or highest"
+        raise InputError(f"common={config.common} must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ class Candidate:
 
 
 def make_candidates(config):
-    """{name: Candidate} of what the option `models` lists. Raises InputError."""
-    candidates = {}
+    """The Candidates that the option `models` lists. Raises InputError."""
+    candidates = []
     for given in config.models:
         if isinstance(given, str):
             given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
@@ -179,9 +178,9 @@ def make_candidates(config):
         if candidate.toward not in ("", "teacher", "random"):
             wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
             raise InputError(f"models: {wrong}")
-        if candidate.name in candidates:
+        if candidate.name in [other.name for other in candidates]:
             raise InputError(f"models: two are called '{candidate.name}': give each a name")
-        candidates[candidate.name] = candidate
+        candidates.append(candidate)
     return candidates
 
 
@@ -218,9 +217,8 @@ def power_of_two(n):
 class Fastfood:
     """Rows of P (rows, n) from blocks H G Π H B (Le et al. 2013), columns of norm `norm`.
 
-    B = ±1, G is normal, Π a permutation. Within a bundle blocks share H B, and those of a chunk
-    Π: with a G of their own they are independent all the same, and one of the two transforms is
-    done once. Four bytes a row are kept.
+    B = ±1, G is normal, Π a permutation. Blocks share H B, and those of a chunk Π: with a G of
+    their own they are independent all the same. Four bytes a row are kept.
     """
 
     def __init__(self, rows, n, norm, generator, device):
@@ -291,8 +289,7 @@ class Warp(torch.autograd.Function):
     """theta0 + P z, bundle by bundle: nothing of size D is kept beside theta itself.
 
     z (m + 1, d - m), a row for each group of layers and one for the rest -> the warped tensors.
-    Plain operations would do, but have to join their parts: at GPT-2 124M their peak was 3.9 times
-    the weights above plain inference, and bench.py's warp_memory asks for 3.5.
+    Plain operations take 3.9 times the weights above inference (GPT-2 124M), and this 2.4.
     """
 
     @staticmethod
@@ -324,15 +321,14 @@ class FastfoodWrapper(nn.Module):
         wrapper(x).sum().backward()
         model.load_state_dict(wrapper.merge())
 
-    Its own parameters are z (d - m,), from 0, and the m scales, from 1. The model's code is not
-    touched: those of its parameters that require a gradient (tied ones once) are fed by
-    functional_call; buffers and train/eval mode stay. It must be on its device already.
+    Its own parameters are z (d - m,), from 0, and the m scales, from 1. Those of the model that
+    require a gradient (tied ones once) are fed by functional_call; buffers and train/eval mode
+    stay. The model must be on its device already.
 
     layer_groups: lists of names of modules or parameters, each with one learned scale, taken out
     of d (Aghajanyan et al. 2020); what is in no list moves with scale 1. projection: fastfood,
     blocks as large as d with columns of norm 1 over all parameters; fastfood_tensor, the published
     one: a transform as large as each tensor, which crops z for small ones; dense; identity.
-    Raises InputError for a d that does not fit and for names that are none.
     """
 
     def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
@@ -440,19 +436,19 @@ class Study:
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
     pieces: list | None = None  # texts: the end that is the stimulus, after its context
+    objective: type | None = None  # of Objective
     y: np.ndarray | None = None  # (n, V) mean responses
     group: np.ndarray | None = None  # (n,) whose members are never split
     folds: list | None = None  # {train, val, test: row numbers} of each
-    objective: type | None = None  # of Objective
     meta: dict = field(default_factory=dict)  # columns of results.csv
-    ceiling: float = 1.0  # median R2
+    ceiling: float = np.nan  # of the score
 
     @property
     def tested(self):
         """Rows of the test stimuli, fold after fold."""
         return np.concatenate([fold["test"] for fold in self.folds])
 
-    @property
+    @cached_property
     def content(self):
         """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
         folds = pd.DataFrame(self.folds).map(list).to_dict("records")
@@ -495,9 +491,14 @@ def read_brain(config, name, data, person):
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
     pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
-    about = {"objective": objective_class(config), "meta": meta, "ceiling": ceiling}
-    brain = {"y": y, "group": group, "folds": folds}
-    return Study(f"{name} {person}".strip(), data.kind, data.inputs(), pieces, **brain, **about)
+    objective = objective_class(config)
+    if objective.pairs:
+        ceiling = np.nan
+    elif config.metric == "r":
+        ceiling **= 0.5
+    brain = {"y": y, "group": group, "folds": folds, "meta": meta, "ceiling": ceiling}
+    name = f"{name} {person}".strip()
+    return Study(name, data.kind, data.inputs(), pieces, objective, **brain)
 
 
 def choose_units(config, data, person, folds):
@@ -531,22 +532,21 @@ def make_folds(config, group, split):
     names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
     n_val = round(config.val_share * len(names))
     splits = []
-    if not (split == "").any() and not config.n_folds:
+    if config.n_folds or (split == "").any():
+        tested = [names[: round(config.test_share * len(names))]]
+        if config.n_folds:
+            tested = np.array_split(names, config.n_folds)
+        for test in tested:
+            names = np.roll(names, -len(test))  # those after the tested ones validate
+            splits.append(np.full(len(group), "train"))
+            splits[-1][np.isin(group, names[:n_val])] = "val"
+            splits[-1][np.isin(group, test)] = "test"
+    else:
         splits.append(split.copy())
         if not (split == "val").any():
             learned = names[np.isin(names, group[split == "train"])]
             val = learned[: round(config.val_share * len(learned))]
             splits[0][np.isin(group, val) & (split == "train")] = "val"
-    else:
-        tested = [names[: round(config.test_share * len(names))]]
-        if config.n_folds:
-            tested = np.array_split(names, config.n_folds)
-        end = 0
-        for test in tested:
-            end += len(test)
-            splits.append(np.full(len(group), "train"))
-            splits[-1][np.isin(group, np.roll(names, -end)[:n_val])] = "val"
-            splits[-1][np.isin(group, test)] = "test"
     folds = []
     for split in splits:
         folds.append({part: np.flatnonzero(split == part) for part in PARTS})
@@ -575,7 +575,7 @@ def plant(run, config):
         texts = read_table(source, ["text", "group"], dtype=str)
         teacher = Candidate("teacher", toward="teacher", layers=tuple(config.layers))
         study = Study("", "text", texts["text"].tolist())
-        f = load_candidate(run, config, teacher, study, 0).features.double().cpu().numpy()
+        f = load_candidate(run, config, study, teacher, 0).features.double().cpu().numpy()
         u, s, _ = np.linalg.svd(f - f.mean(0), full_matrices=False)
         components = u[:, :PLANTED_COMPONENTS] * s[:PLANTED_COMPONENTS]
         rng = np.random.default_rng(key_seed(config.seed, "brain"))
@@ -600,8 +600,7 @@ class Loaded:
 
     reader: nn.Module  # inputs -> features (B, p), or logits
     inputs: torch.Tensor  # a row for each stimulus
-    architecture: str
-    features: torch.Tensor | None = None  # (n, p) of all stimuli, before any warp
+    features: torch.Tensor  # (n, p) of all stimuli, before any warp
 
 
 def pool_states(x, inside, how):
@@ -692,43 +691,40 @@ class ModuleReader(nn.Module):
         return torch.cat(pooled, -1)
 
 
-def load_candidate(run, config, candidate, study, draw):
-    """The Loaded candidate for a study's stimuli; draw: of random weights."""
+def load_candidate(run, config, study, candidate, weights):
+    """The Loaded candidate for a study's stimuli; weights: number of the draw of random ones."""
+    load = load_module
     if study.kind == "text" and ".py:" not in candidate.model:
-        loaded = load_language_model(run, config, candidate, study, draw)
-    else:
-        loaded = load_module(run, config, candidate, study, draw)
-    reader = loaded.reader.eval()
+        load = load_language_model
+    seed = key_seed(config.seed, "model", candidate.model, weights)
+    reader, inputs = load(run, config, study, candidate, seed)
     # parameters that no feature depends on, above the layers read, are no part of theta
-    reader.requires_grad_(True)
-    reader(loaded.inputs[:2]).square().sum().backward()
+    reader.eval().requires_grad_(True)
+    reader(inputs[:2]).square().sum().backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
     if candidate.toward == "teacher":
         move_toward_teacher(config, reader, candidate.share)
-    bar = run.progress(len(loaded.inputs), desc=f"{candidate.name} reads")
-    rows = np.arange(len(loaded.inputs))
-    loaded.features = read_features(reader, loaded.inputs, rows, config.batch_size, bar)
-    return loaded
+    bar = run.progress(len(inputs), desc=f"{candidate.name} reads")
+    features = read_features(reader, inputs, np.arange(len(inputs)), config.batch_size, bar)
+    return Loaded(reader, inputs, features)
 
 
-def load_language_model(run, config, candidate, study, draw):
-    """A Loaded language model: ours, or any causal or masked one of transformers."""
+def load_language_model(run, config, study, candidate, seed):
+    """(reader, inputs) of a language model: ours, or any causal or masked one of transformers."""
     spec = config.lm if candidate.model == "lm" else candidate.model
     lm = HiddenStates(spec, device=run.device)
     with suppress(InputError):  # a tokenizer without a first token
         lm.write_first_token()  # each text stands behind it
     if candidate.toward == "random":
-        twin = lm.random_twin(key_seed(config.seed, "model", candidate.model, draw))
-        blend(lm.model, twin.model, candidate.share)
+        blend(lm.model, lm.random_twin(seed).model, candidate.share)
     reader = TextReader(lm, candidate.layers, config.pool)
-    inputs = reader.encode(study.stimuli, study.pieces)
-    return Loaded(reader, inputs, f"{type(lm.model).__name__} {lm.n_layer}x{lm.width}")
+    return reader, reader.encode(study.stimuli, study.pieces)
 
 
-def load_module(run, config, candidate, study, draw):
-    """A Loaded vision model of transformers, or module of one's own (my_file.py:constructor)."""
+def load_module(run, config, study, candidate, seed):
+    """(reader, inputs) of a vision model of transformers, or of my_file.py:constructor."""
     if ".py:" in candidate.model:
         pair = load_function(candidate.model, "models")()
         if not isinstance(pair, tuple):
@@ -749,12 +745,12 @@ def load_module(run, config, candidate, study, draw):
             return processor(images, return_tensors="pt")["pixel_values"]
 
     if candidate.toward == "random":
-        torch.manual_seed(key_seed(config.seed, "model", candidate.model, draw))
+        torch.manual_seed(seed)
         if not hasattr(model, "config"):
             raise InputError(f"models: random weights of {candidate.model} are for its constructor")
         blend(model, type(model)(model.config), candidate.share)
     reader = ModuleReader(model, candidate.layers, config.pool).to(run.device)
-    return Loaded(reader, encode(study.stimuli).to(run.device), type(model).__name__)
+    return reader, encode(study.stimuli).to(run.device)
 
 
 @torch.no_grad()
@@ -806,13 +802,10 @@ class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
     To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli. The three
-    attributes below are apart: a score of all units as a whole needs no pairs.
+    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
     """
 
-    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds
-    of_units = True  # a score is the median of the option metric over units: a ceiling bounds it
-    repeats_bias = False  # draws of test stimuli are without replacement: a jackknife
+    pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds, no ceiling
     parameters = ()  # what is trained beside the warp
 
     def __init__(self, config, study, fold, f0):
@@ -841,7 +834,7 @@ class Objective:
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with repeats_bias."""
+        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with pairs."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
@@ -975,8 +968,6 @@ class RSA(Objective):
     """The correlation of the model's distances with the brain's; no readout."""
 
     pairs = True
-    of_units = False
-    repeats_bias = True
 
     def loss(self, f, rows):
         return 1 - self.similarity(self.predict(f), self.compare(self.config, self.y[rows]))
@@ -1067,71 +1058,89 @@ def unit_scores(metric, predicted, y, weights):
 
 # ---- fits
 
-# columns of list_fits: what tells scores apart (learning rates and folds make one score), and what
-# goes into the results, with two that fits add
-CELL = ["model", "measure", "objective", "d", "seed", "shuffle"]
-COLUMNS = ["measure", "model", "layer", "objective", "projection", "control", "seed"]
-COLUMNS += ["learning_rate", "validation", "step"]
+
+@dataclass(frozen=True)
+class Cell:
+    """What one score is of: a candidate at one d, in one draw; fitted in all folds."""
+
+    candidate: Candidate
+    d: float  # dimensions: 0 without a warp, ALL for all parameters
+    seed: int  # draw of P
+    weights: int  # draw of random weights
+    shuffles: int  # of the null: many at d = 0; beside a warp they give a chance level only
+    shuffle: int = 0  # of the responses themselves
 
 
-def list_fits(run, config, study, candidates):
-    """DataFrame, a row for each fit of a study, with the file that keeps its arrays.
-
-    measure: score, or baseline (a head on all features, without a warp); model, layer (a+b),
-    projection and objective (or the baseline's head): which; d: dimensions, 0 without a warp, ALL
-    for all parameters; learning_rate: 0 where d is; fold: number of the split; seed: draw of P;
-    weights: draw of random weights; control; shuffle: of the responses; shuffles: of its null.
-    """
+def list_cells(config, candidates):
+    """The Cells of every study: all candidates, and the first one on shuffled responses."""
     dims = [*config.dims, ALL] if config.full else config.dims
-    folds = range(len(study.folds))
-    axes = [candidates, range(config.seeds), folds, dims, config.learning_rates]
-    columns = ["model", "seed", "fold", "d", "learning_rate"]
-    fits = pd.DataFrame(itertools.product(*axes), columns=columns).astype({"d": float})
-    fits = fits.assign(measure="score", objective=config.objective, projection=config.projection)
-    fits = fits.assign(control="none", shuffle=0)
-    fields = pd.DataFrame(list(candidates.values()), index=list(candidates))
-    fits["weights"] = fits["seed"].where(fits["model"].map(fields["toward"]) == "random", 0)
-    fits["layer"] = fits["model"].map(fields["layers"].str.join("+"))
-    fits.loc[fits["d"] == 0, "learning_rate"] = 0.0
-    fits.loc[fits["d"] == ALL, "projection"] = "none"
-    fits.loc[fits["d"].isin([0, ALL]), "seed"] = fits["weights"]  # there is no P
-    fits = fits.drop_duplicates()
-    parts = [fits]
-    if config.baselines:
-        bare = fits.drop_duplicates(["model", "fold"]).assign(measure="baseline", projection="none")
-        for head in ("ols", "pls", "ridge"):
-            parts.append(bare.assign(objective=head, d=0.0, learning_rate=0.0))
+    cells = []
+    for candidate, seed, d in itertools.product(candidates, range(config.seeds), dims):
+        weights = seed if candidate.toward == "random" else 0
+        shuffles = config.shuffles if d == seed == 0 else 20
+        if 0 < d < ALL or seed == weights:  # there is no P to draw
+            cells.append(Cell(candidate, float(d), seed, weights, shuffles))
     if config.shuffled and max(config.dims):
-        first, *_ = candidates
-        control = fits[(fits["model"] == first) & (fits["seed"] == 0) & (fits["d"] < ALL)]
-        control = control.assign(control="shuffled")
-        n = max(1, (fits["learning_rate"] > 0).sum() // (10 * len(control)))  # a tenth of the run
-        for number in range(1, n + 1):
-            parts.append(control.assign(shuffle=number, seed=number - 1))
-    fits = pd.concat(parts, ignore_index=True)
-    at_zero = (fits["measure"] == "score") & (fits[["d", "seed", "shuffle"]] == 0).all(axis=1)
-    fits["shuffles"] = np.where(at_zero, config.shuffles, 20)
+        control = cells[: len(config.dims)]  # the first candidate in its first draw
+        n_warps = sum(cell.d > 0 for cell in cells)
+        n = n_warps // (10 * np.count_nonzero(config.dims))  # a tenth of the run
+        for shuffle in range(1, 1 + max(1, n)):
+            for cell in control:
+                cells.append(replace(cell, seed=shuffle - 1, shuffles=20, shuffle=shuffle))
+    return cells
+
+
+def fit_all(run, config, studies, cells, load):
+    """Make every fit that is not there yet; ranks share them. See `fit_cell`."""
     (run.out / "fits").mkdir(exist_ok=True)
-    files = []
-    keys = fits.assign(content=study.content)
-    if study.objective is not RidgeReadout:  # its null deals predictions, which are kept
-        keys = keys.drop(columns="shuffles")
-    for fit in keys.to_dict("records"):
-        files.append(run.out / "fits" / file_name(config, candidates[fit["model"]], fit))
-    return fits.assign(file=files)
+    jobs = run.share(itertools.product(cells, studies))
+    bar = run.progress(len(jobs), desc="fits")
+    for cell, study in jobs:
+        fit_cell(run, config, study, cell, load)
+        bar.update()
+    bar.close()
+    run.barrier()
 
 
-def file_name(config, candidate, fit):
+def fit_cell(run, config, study, cell, load):
+    """(the first fold's fit, predictions, truth) of the test stimuli of all folds.
+
+    A fit is a file in out_dir, made where it is not there; validation chooses the learning rate in
+    each fold. load(candidate, weights): the Loaded candidate.
+    """
+    dealt = study.shuffled(cell.shuffle)
+    chosen = []
+    predicted = []
+    truth = []
+    for number, fold in enumerate(study.folds):
+        fits = []
+        for rate in config.learning_rates if cell.d else [0.0]:
+            path = run.out / "fits" / file_name(config, study, cell, number, rate)
+            if not path.exists():
+                loaded = load(cell.candidate, cell.weights)
+                arrays = run_fit(run, config, dealt, cell, number, rate, loaded)
+                with aside(path) as file:
+                    np.savez(file, **arrays)
+            fits.append({**np.load(path), "learning_rate": rate})
+        validation = [fit["validation"] for fit in fits]
+        chosen.append(fits[np.argmax(np.nan_to_num(validation, nan=-np.inf))])
+        predicted.append(chosen[-1]["evidence"])
+        truth.append(study.objective.truth(config, dealt, fold["test"]))
+    return chosen[0], join_folds(predicted), join_folds(truth)
+
+
+def file_name(config, study, cell, fold, rate):
     """Name of a fit's file, with a hash of whatever can change its arrays."""
     key = asdict(config)
     for option in ANALYSIS.split():
         key.pop(option, None)
-    key |= {"candidate": asdict(candidate), "fit": fit, "stamps": stamps(config, candidate)}
-    if candidate.model != "lm":
+    key |= {"cell": asdict(cell), "fold": fold, "rate": rate, "content": study.content}
+    key["stamps"] = stamps(config, cell.candidate)
+    if cell.candidate.model != "lm":
         key.pop("lm", None)
-    if 0 < fit["d"] < ALL:  # P is drawn with as many columns as a power of two of the largest d
+    if 0 < cell.d < ALL:  # P is drawn with as many columns as a power of two of the largest d
         key["P"] = power_of_two(max(config.dims))
-    return f"{quote(candidate.name, safe='')}-{fit['d']:g}-{hash_options(key)}.npz"
+    return f"{quote(cell.candidate.name, safe='')}-{cell.d:g}-{hash_options(key)}.npz"
 
 
 def stamps(config, candidate):
@@ -1141,40 +1150,35 @@ def stamps(config, candidate):
     return [(path.name, path.stat().st_mtime_ns) for path in files]
 
 
-def run_fit(run, config, study, fit, loaded):
-    """The arrays of one fit, a row of list_fits: what train returns, and the null of d = 0."""
-    study = study.shuffled(fit.shuffle)
-    fold = study.folds[fit.fold]
+def run_fit(run, config, study, cell, number, rate, loaded):
+    """The arrays of the fit of a Cell in one fold: what train returns, and the null of d = 0."""
+    fold = study.folds[number]
     reader = loaded.reader
     f = loaded.features
-    chosen = study.objective
-    if fit.measure == "baseline":
-        config = replace(config, head_dims=0)
-        chosen = HEADS[fit.objective]
-    elif config.objective == "linear_first":
+    if config.objective == "linear_first":
         head = fit_head(config, study, fold, f)
         reader = nn.Sequential(OrderedDict(reader=reader, head=head)).eval()
         f = head(f).detach()
-    objective = chosen(config, study, fold, f[fold["train"]])
-    if fit.d == 0:
+    objective = study.objective(config, study, fold, f[fold["train"]])
+    if cell.d == 0:
         f_train, f_val, f_test = [f[fold[part]] for part in PARTS]
         best = objective.validate(f_train, f_val)
         arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
         arrays["evidence"] = objective.test(f_train, f_val, f_test)
-        if chosen is RidgeReadout and fit.measure == "score" and fit.fold + fit.shuffle == 0:
-            arrays["null"] = null_scores(config, study, loaded.features, fit.shuffles)
+        if study.objective is RidgeReadout and number == cell.shuffle == 0:
+            arrays["null"] = null_scores(config, study, f, cell.shuffles)
         return arrays
-    if fit.d == ALL:
+    if cell.d == ALL:
         wrapper = FastfoodWrapper(reader, projection="identity")
     else:
         groups = split_groups(config, reader)
-        P_seed = (config.seed, fit.seed)
+        P_seed = (config.seed, cell.seed)
         wrapper = FastfoodWrapper(reader, max(config.dims), groups, config.projection, P_seed)
-        wrapper.start(int(fit.d))
-    arrays = train(config, wrapper, objective, loaded.inputs, fit.learning_rate, fit.seed)
+        wrapper.start(int(cell.d))
+    arrays = train(config, wrapper, objective, loaded.inputs, rate, cell.seed)
     if arrays["diverged"]:
         run.print(
-            f"{fit.model}, d = {fit.d:g}: learning rate {fit.learning_rate} diverged, step "
+            f"{cell.candidate.name}, d = {cell.d:g}: learning rate {rate} diverged, step "
             f"{arrays['diverged']}; its best step before counts"
         )
     return {**arrays, "D": wrapper.D}
@@ -1313,43 +1317,35 @@ def join_folds(parts):
 # ---- evaluate
 
 
-def read_cell(config, study, objective, fits):
-    """(the first fold's fit, predictions, truth) of the test stimuli of all folds.
-
-    fits: of one cell; validation chooses the learning rate in each fold.
-    """
-    study = study.shuffled(fits["shuffle"].iloc[0])
-    chosen = []
-    predicted = []
-    truth = []
-    for number, tried in fits.groupby("fold"):
-        kept = tried["file"].map(np.load).tolist()
-        validation = [arrays["validation"] for arrays in kept]
-        best = np.argmax(np.nan_to_num(validation, nan=-np.inf))
-        chosen.append({**tried.iloc[best], **kept[best]})
-        predicted.append(chosen[-1].pop("evidence"))
-        truth.append(objective.truth(config, study, study.folds[number]["test"]))
-    return chosen[0], join_folds(predicted), join_folds(truth)
-
-
-def resample(config, study, objective, predicted, truth):
+def resample(config, study, predicted, truth):
     """(draws,) scores of resampled test stimuli, a group at a time.
 
-    With replacement; but with repeats_bias, as of pairs, where a stimulus drawn twice would be
-    paired with itself, a delete-half jackknife (Shao & Wu 1989): scores of half of the groups,
-    spread about their mean as far as those of all groups are, then moved to the score of all.
+    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
+    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean
+    as far as those of all groups are, then moved to the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
     n = len(names)
-    if not objective.repeats_bias:
+    if not study.objective.pairs:
         weights = rng.multinomial(n, np.full(n, 1 / n), config.draws)[:, number]
-        return objective.score(config, predicted, truth, weights.astype(float))
+        return study.objective.score(config, predicted, truth, weights.astype(float))
     n_kept = max(n // 2, min(n - 1, 6))
     kept = rng.permuted(np.tile(np.arange(n) < n_kept, (config.draws, 1)), axis=1)[:, number]
-    scores = objective.score(config, predicted, truth, kept.astype(float))
+    scores = study.objective.score(config, predicted, truth, kept.astype(float))
     spread = (scores - scores.mean()) * (n_kept / (n - n_kept)) ** 0.5
-    return objective.score_all(config, predicted, truth) + spread
+    return study.objective.score_all(config, predicted, truth) + spread
+
+
+def deal_predictions(config, study, predicted, truth, number):
+    """(number,) scores of predictions that are dealt to other stimuli."""
+    rng = np.random.default_rng(key_seed(config.seed, "chance"))
+    scores = []
+    for _ in range(number):
+        order = rng.permutation(len(truth))
+        dealt = predicted[order][:, order] if study.objective.pairs else predicted[order]
+        scores.append(study.objective.score_all(config, dealt, truth))
+    return np.array(scores)
 
 
 def interval(draws):
@@ -1362,64 +1358,49 @@ def p_value(score, null):
     return (1 + (null >= score).sum()) / (1 + len(null))
 
 
-def score_fits(run, config, study, fits):
-    """DataFrame, a row for each model at one d and in one draw; and these rows of results."""
+def score_cells(run, config, study, cells, load):
+    """Rows of results; the same as a DataFrame, with resampled scores (draws) and the null."""
     rows = []
-    for (_, measure, *_), cell in fits.groupby(CELL, sort=False):
-        objective = Objective if measure == "baseline" else study.objective
-        fit, predicted, truth = read_cell(config, study, objective, cell)
-        score = objective.score_all(config, predicted, truth)
-        draws = resample(config, study, objective, predicted, truth)
-        null = list(fit.get("null", []))
-        rng = np.random.default_rng(key_seed(config.seed, "chance"))
-        while len(null) < fit["shuffles"]:  # predictions dealt to other stimuli
-            order = rng.permutation(len(truth))
-            dealt = predicted[order][:, order] if objective.pairs else predicted[order]
-            null.append(objective.score_all(config, dealt, truth))
-        null = np.array(null)
+    for cell in cells:
+        fit, predicted, truth = fit_cell(run, config, study, cell, load)
+        score = study.objective.score_all(config, predicted, truth)
+        draws = resample(config, study, predicted, truth)
+        null = fit.get("null")
+        if null is None:
+            null = deal_predictions(config, study, predicted, truth, cell.shuffles)
         D = int(fit.get("D", 0))
-        ceiling = np.nan
-        if objective.of_units:
-            ceiling = study.ceiling ** (0.5 if config.metric == "r" else 1)
-        columns = {key: fit[key] for key in COLUMNS} | study.meta
-        columns |= {"architecture": str(fit["architecture"]), "p": p_value(score, null), "D": D}
-        columns |= {"d": D if fit["d"] == ALL else int(fit["d"])}
-        columns |= {"ceiling": ceiling, "normalised": score / ceiling}
-        run.result(score, null.mean(), *interval(draws), len(truth), **columns)
-        rows.append({**fit, "score": score, "draws": draws, "null": null})
+        row = {"model": cell.candidate.name, "layer": "+".join(cell.candidate.layers)}
+        row |= {"measure": "score", "objective": config.objective, "seed": cell.seed, "D": D}
+        row["control"] = "shuffled" if cell.shuffle else "none"
+        row["projection"] = "none" if cell.d == ALL else config.projection
+        row["d"] = D if cell.d == ALL else int(cell.d)
+        for key in ("learning_rate", "validation", "step"):
+            row[key] = fit[key]
+        row |= {"ceiling": study.ceiling, "normalised": score / study.ceiling}
+        row |= {"p": p_value(score, null), **study.meta}
+        run.result(score, null.mean(), *interval(draws), len(truth), **row)
+        name = cell.candidate.name + " (shuffled responses)" * (cell.shuffle > 0)
+        arrays = {"draws": draws, "null": null, "curve": fit["curve"]}
+        rows.append({**row, "name": name, "d": cell.d, "score": score, **arrays})
     return pd.DataFrame(rows)
 
 
-@dataclass
-class Curve:
-    """Scores of one candidate over d, and what they say."""
-
-    model: str
-    control: str  # none or shuffled
-    points: pd.DataFrame  # scores (draws of P, d)
-    scores: pd.DataFrame  # (1 + B, d): their mean, then resampled over draws and test stimuli
-    d_warp: dict = field(default_factory=dict)  # {absolute, relative: (1 + B,)}, likewise
-    level: float = np.nan  # of the absolute one
-
-    @property
-    def name(self):
-        return self.model if self.control == "none" else f"{self.model} ({self.control} responses)"
-
-
 def make_curves(config, scores):
-    """The Curves of all candidates, and of the first one on shuffled responses."""
-    curves = []
-    scores = scores[scores["measure"] == "score"]
-    for key, rows in scores.groupby(["model", "control"], sort=False):
-        points = rows.pivot(index="seed", columns="d", values="score").ffill()  # one if without P
-        draws = rows.pivot(index="seed", columns="d", values="draws").ffill()
+    """{name: DataFrame (1 + B, d)} of each candidate, and of the first on shuffled responses.
+
+    Its scores: their mean over draws of P, then resampled B times over draws and test stimuli.
+    """
+    curves = {}
+    for name, rows in scores.groupby("name", sort=False):
+        draws = rows.pivot(index="seed", columns="d", values="draws").ffill()  # one if without P
+        means = rows.groupby("d")["score"].mean()
         rng = np.random.default_rng(key_seed(config.seed, "seeds"))
-        chosen = rng.integers(0, len(points), (config.draws, len(points)))
+        chosen = rng.integers(0, len(draws), (config.draws, len(draws)))
         resampled = {}
-        for d in points:
+        for d in draws:
             values = np.take_along_axis(np.stack(draws[d], axis=1), chosen, axis=1).mean(1)
-            resampled[d] = np.append(points[d].mean(), values)
-        curves.append(Curve(*key, points, pd.DataFrame(resampled)))
+            resampled[d] = np.append(means[d], values)
+        curves[name] = pd.DataFrame(resampled)
     return curves
 
 
@@ -1436,59 +1417,61 @@ def crossing(dims, scores, level):
 
 
 def measure_d_warp(config, curves):
-    """Fill in d_warp: absolute, to a score common to all; relative, to a share of one's own.
+    """(level, {(name, kind): d_warp (1 + B,)}), kind being absolute or relative.
 
-    In every bootstrap draw the level is measured again.
+    Absolute: to a score common to all, the level; relative: to a share of one's own full score. In
+    every bootstrap draw the levels are measured again.
     """
-    common = np.full(len(curves[0].scores), to_number(config.common))
+    common = np.full(len(next(iter(curves.values()))), to_number(config.common))
     if config.common in ("lowest", "highest"):
-        full = pd.DataFrame({c.name: c.scores[ALL] for c in curves if ALL in c.scores})
+        full = pd.DataFrame({name: curve[ALL] for name, curve in curves.items() if ALL in curve})
         model = full.loc[0].idxmin() if config.common == "lowest" else full.loc[0].idxmax()
         common = config.common_share * full[model].to_numpy()
-    for curve in curves:
-        scores = curve.scores[config.dims].to_numpy()
+    d_warp = {}
+    for name, curve in curves.items():
+        scores = curve[config.dims].to_numpy()
         levels = {"absolute": common}
-        if ALL in curve.scores:
+        if ALL in curve:
             start = scores[:, 0] if config.dims[0] == 0 else 0.0
-            levels["relative"] = start + config.reach * (curve.scores[ALL] - start)
-        for name, level in levels.items():
+            levels["relative"] = start + config.reach * (curve[ALL] - start)
+        for kind, level in levels.items():
             crossings = map(partial(crossing, config.dims), scores, level)
-            curve.d_warp[name] = np.array(list(crossings))
-        curve.level = common[0]
+            d_warp[name, kind] = np.array(list(crossings))
+    return common[0], d_warp
 
 
-def report_d_warp(run, config, study, curves):
-    """Rows of results: d_warp of every candidate, and how pairs of them compare."""
+def report_d_warp(run, config, study, scores):
+    """Rows of results: d_warp of every candidate, and how pairs of them compare; the figures."""
+    curves = make_curves(config, scores)
+    level, d_warp = measure_d_warp(config, curves)
+    plot(run, config, study, scores, curves, d_warp, level)
     last = max(config.dims)
     shared = {**study.meta, "objective": config.objective, "projection": config.projection}
     shared |= {"d": 0, "seed": -1}
-    for curve in curves:
-        columns = {**shared, "model": curve.model, "control": curve.control}
-        for name, values in curve.d_warp.items():
-            columns["measure"] = f"d_warp {name}"
-            columns["state"] = "censored" if np.isinf(values[0]) else "reached"
-            value, *draws = values.clip(max=last)
-            run.result(value, last, *interval(draws), config.draws, **columns)
-    for a, b in itertools.combinations(curves, 2):
-        if "shuffled" in (a.control, b.control):
-            continue
-        near = a.d_warp["absolute"].clip(max=last)
-        far = b.d_warp["absolute"].clip(max=last)
+    of_name = scores.drop_duplicates("name").set_index("name")[["model", "control"]]
+    for (name, kind), values in d_warp.items():
+        columns = {**shared, **of_name.loc[name], "measure": f"d_warp {kind}"}
+        columns["state"] = "censored" if np.isinf(values[0]) else "reached"
+        value, *draws = values.clip(max=last)
+        run.result(value, last, *interval(draws), config.draws, **columns)
+    for a, b in itertools.combinations(of_name.query("control == 'none'").index, 2):
+        near = d_warp[a, "absolute"].clip(max=last)
+        far = d_warp[b, "absolute"].clip(max=last)
         ratio = np.log10(1 + far) - np.log10(1 + near)
         low, high = interval(ratio[1:])
-        columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b.name} - {a.name}"}
+        columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b} - {a}"}
         run.result(ratio[0], 0.0, low, high, config.draws, **columns, **shared)
         times = f"{10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}]"
-        run.print(f"1 + d_warp, cut at {last:,}: {b.name} needs {times} times that of {a.name}")
+        run.print(f"1 + d_warp, cut at {last:,}: {b} needs {times} times that of {a}")
 
 
 def report_people(run, dataset, people):
     """Rows of results: the mean over people of the scores at d = 0.
 
-    people: what score_fits returns of each. p: of the mean, under the same shuffles of stimuli for
+    people: what score_cells returns of each. p: of the mean, under the same shuffles of stimuli for
     all; p over people: of a t-test of what each person's score has above its own null.
     """
-    zeros = pd.concat(people).query("measure == 'score' and d == 0 and seed == 0 and shuffle == 0")
+    zeros = pd.concat(people).query("d == 0 and seed == 0 and control == 'none'")
     for name, zero in zeros.groupby("model", sort=False):
         scores = zero["score"].to_numpy()
         nulls = np.stack(zero["null"])  # (people, shuffles)
@@ -1503,14 +1486,14 @@ def report_people(run, dataset, people):
 def make_table(config, rows):
     """The results of each model side by side, in words: scores, means over draws, and d_warp."""
     last = max(config.dims)
-    is_score = rows["measure"] == "score"
-    is_full = is_score & (rows["projection"] == "none")
-    what = rows["measure"].mask(is_score, rows["d"].map("score at {:.0f}".format))
-    rows = rows.assign(what=what.mask(is_full, "score at all"))
-    is_d_warp = rows["measure"].str.startswith("d_warp")
-    rows = rows[is_full | is_d_warp | (is_score & rows["d"].isin([0, last]))]
-    index = ["dataset", "subject", "model", "control", "what"]
-    groups = rows.groupby(index, sort=False)
+    what = (
+        rows["d"].map("score at {:.0f}".format).mask(rows["projection"] == "none", "score at all")
+    )
+    rows = rows.assign(what=what.where(rows["measure"] == "score", rows["measure"]))
+    shown = ["score at 0", f"score at {last}", "score at all", "d_warp absolute", "d_warp relative"]
+    groups = rows[rows["what"].isin(shown)].groupby(
+        ["dataset", "subject", "model", "control", "what"], sort=False
+    )
     means = groups[["score", "low", "high"]].mean()
     words = means.map("{:.4g}".format)
     is_d_warp = words.index.get_level_values("what").str.startswith("d_warp")
@@ -1534,28 +1517,28 @@ def save(figure, path):
     plt.close(figure)
 
 
-def plot_curves(path, config, curves, about):
+def plot_curves(config, scores, curves, d_warp, level):
     """Score over d with its isotonic fit and all parameters; d_warp against the first score."""
     x = np.log10(1 + np.array(config.dims))
     end = 1.08 * max(x[-1], 0.5)  # the place of the full model
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
-    for i, curve in enumerate(curves):
-        color = f"C{i}" if curve.control == "none" else "0.6"
-        scores = curve.scores[config.dims].to_numpy()
-        rising = isotonic_regression(scores[0])
-        band = np.quantile(scores[1:], [0.025, 0.975], axis=0)
+    for i, (name, curve) in enumerate(curves.items()):
+        points = scores[(scores["name"] == name) & (scores["d"] < ALL)]
+        color = f"C{i}" if points["control"].iloc[0] == "none" else "0.6"
+        rising = isotonic_regression(curve.loc[0, config.dims])
+        band = np.quantile(curve.loc[1:, config.dims], [0.025, 0.975], axis=0)
         left.fill_between(x, *band, color=color, alpha=0.15, lw=0)
-        left.plot(x, rising, color=color, label=curve.name)
-        left.plot(x, curve.points[config.dims].T, ".", color=color, ms=4)
-        if ALL in curve.scores:
-            full = curve.scores[ALL][0]
-            left.plot([x[-1], end], [rising[-1], full], ":D", color=color, markevery=[1])
-        value, *draws = curve.d_warp["absolute"]
+        left.plot(x, rising, color=color, label=name)
+        left.plot(np.log10(1 + points["d"]), points["score"], ".", color=color, ms=4)
+        if ALL in curve:
+            left.plot([x[-1], end], [rising[-1], curve[ALL][0]], ":D", color=color, markevery=[1])
+        value, *draws = d_warp[name, "absolute"]
         ends = np.log10(1 + np.array([*interval(draws), value])).clip(max=x[-1])
-        right.plot([scores[0, 0]] * 2, ends[:2], color=color, lw=3, alpha=0.5)
+        first = curve[config.dims[0]][0]
+        right.plot([first] * 2, ends[:2], color=color, lw=3, alpha=0.5)
         marker = "^" if np.isinf(value) else "o"
-        right.plot(scores[0, 0], ends[2], marker, color=color, ms=9, label=curve.name)
-    left.axhline(curve.level, ls="--", c="0.5", lw=1, label=f"level {curve.level:.2f}")
+        right.plot(first, ends[2], marker, color=color, ms=9, label=name)
+    left.axhline(level, ls="--", c="0.5", lw=1, label=f"level {level:.2f}")
     left.set_xticks([*x, end], [*config.dims, "all"])
     left.set(xlabel="dimensions of the warp, d", ylabel="test score")
     left.set_title("isotonic fit, draws of P, 95 % band", fontsize=10)
@@ -1563,41 +1546,43 @@ def plot_curves(path, config, curves, about):
     right.set(xlabel=f"score at d = {config.dims[0]}", ylabel="d_warp, absolute (▲: not reached)")
     for axis in (left, right):
         axis.legend(fontsize=8, frameon=False)
-    figure.suptitle(about, fontsize=10)
-    save(figure, path)
+    return figure
 
 
-def plot_training(path, scores, about):
+def plot_training(scores):
     """Best validation score over steps, a line for each d, a panel for each candidate."""
-    panels = scores[scores["measure"] == "score"].query("seed == 0").groupby(["model", "control"])
+    panels = scores.query("seed == 0").groupby("name")
     n = len(panels)
-    size = 3.4 * n, 3.4
     figure, axes = plt.subplots(
-        1, n, figsize=size, sharey=True, squeeze=False, layout="constrained"
+        1, n, figsize=(3.4 * n, 3.4), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, ((name, control), rows) in zip(axes[0], panels):
+    for axis, (name, rows) in zip(axes[0], panels):
         for fit in rows.itertuples():
             steps, _, best = fit.curve.T
             axis.plot(steps, best, ".-", label=f"d = {fit.d:g}")
-        axis.set_title(name if control == "none" else f"{name}, {control}", fontsize=9)
+        axis.set_title(name, fontsize=9)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("best validation score")
     axes[0, -1].legend(fontsize=7, frameon=False)
-    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
-    save(figure, path)
+    return figure
 
 
-def plot(run, config, study, curves, scores):
+def plot(run, config, study, scores, curves, d_warp, level):
     """The figures of a study, in a folder of its own where it is one of several."""
-    about = f"{study.name}{', synthetic' * study.meta['synthetic']}"
-    about += f"; {config.objective}{f' ({config.metric})' * study.objective.of_units}"
+    about = f"{study.name}{', synthetic' * study.meta['synthetic']}; {config.objective}"
+    if np.isfinite(study.ceiling):
+        about += f" ({config.metric})"
     about += f", {config.projection}"
     folder = run.out
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
     folder.mkdir(exist_ok=True)
-    plot_curves(folder / "curves.png", config, curves, about)
-    plot_training(folder / "training.png", scores, about)
+    figure = plot_curves(config, scores, curves, d_warp, level)
+    figure.suptitle(about, fontsize=10)
+    save(figure, folder / "curves.png")
+    figure = plot_training(scores)
+    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
+    save(figure, folder / "training.png")
 
 
 # ---- the experiment
@@ -1606,34 +1591,20 @@ def plot(run, config, study, curves, scores):
 def main(config):
     run = Run(config)
     candidates = make_candidates(config)
+    cells = list_cells(config, candidates)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
     content = [study.content for study in itertools.chain(*datasets.values())]
-    content += map(partial(stamps, config), candidates.values())
+    content += map(partial(stamps, config), candidates)
     run.content = hash_options({"content": content})[:6]
     for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
-        fits = [list_fits(run, config, study, candidates) for study in studies]
-        fits = pd.concat(fits, keys=range(len(studies)), names=["person", "number"])
-        mine = fits.iloc[run.share(range(len(fits)))]
-        todo = mine[~mine["file"].map(Path.exists)]
-        bar = run.progress(len(todo), desc=f"{dataset}: fits")
-        for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
-            loaded = load_candidate(run, config, candidates[name], studies[0], int(draw))
-            for fit in group.reset_index().itertuples():
-                arrays = run_fit(run, config, studies[fit.person], fit, loaded)
-                with aside(fit.file) as file:
-                    np.savez(file, architecture=loaded.architecture, **arrays)
-                bar.update()
-        bar.close()
-        run.barrier()
+        load = lru_cache(1)(partial(load_candidate, run, config, studies[0]))
+        fit_all(run, config, studies, cells, load)
         if run.master:
             people = []
-            for person, study in enumerate(studies):
-                people.append(score_fits(run, config, study, fits.loc[person]))
+            for study in studies:
+                people.append(score_cells(run, config, study, cells, load))
                 if max(config.dims):
-                    curves = make_curves(config, people[-1])
-                    measure_d_warp(config, curves)
-                    report_d_warp(run, config, study, curves)
-                    plot(run, config, study, curves, people[-1])
+                    report_d_warp(run, config, study, people[-1])
             if len(people) > 1 and config.dims[0] == 0:
                 report_people(run, dataset, people)
     close(run, config)

@@ -8,8 +8,8 @@ width (Li et al. 2018). Functions: networks that are x², x³ and sin(πx/2) are
 what is closest needs the fewest dimensions.
 """
 
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 import warp
 from configurator import Run, configure, key_seed
-from data import aside
 from warp import Candidate, FastfoodWrapper, Loaded, Objective, Study
 
 FUNCTIONS = {
@@ -34,15 +33,15 @@ FUNCTIONS = {
 @dataclass
 class Config:
     task: Literal["digits", "functions"] = "digits"  # scikit-learn's digits, or the simulation
-    widths: list[int] = field(default_factory=lambda: [50, 200])  # of the classifiers
+    widths: list[int] = warp.default(50, 200)  # of the classifiers
     # ---- warping, as in warp.py
-    dims: list[int] = field(default_factory=lambda: [20, 40, 80, 120, 160, 240])
+    dims: list[int] = warp.default(20, 40, 80, 120, 160, 240)
     full: bool = True
     projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
     layer_groups: str = ""
     seeds: int = 3  # draws of P and of the first weights
     steps: int = 400
-    learning_rates: list[float] = field(default_factory=lambda: [0.03, 0.1])
+    learning_rates: list[float] = warp.default(0.03, 0.1)
     eval_interval: int = 40
     batch_size: int = 2000
     exact: bool = True
@@ -62,14 +61,12 @@ class Config:
     # what warp.py's options are here
     objective, metric = "output", "r2"
     lm, subject, dataset = "", "", ["one"]
-    shuffles, shuffled, baselines = 1000, False, False
+    shuffles, shuffled = 1000, False
     check = warp.check_dims
 
 
 class Classes(Objective):
     """The network's outputs are logits, and its score their accuracy."""
-
-    of_units = False
 
     def loss(self, f, rows):
         return F.cross_entropy(f, self.y[rows])
@@ -94,8 +91,7 @@ def read_digits(config):
         objective=Classes,
         meta={"dataset": "digits", "subject": "", "synthetic": False},
     )
-    names = {f"width {n}": str(n) for n in config.widths}
-    return {name: Candidate(name, n, toward="random") for name, n in names.items()}, study
+    return [Candidate(f"width {n}", str(n), toward="random") for n in config.widths], study
 
 
 def read_functions(config):
@@ -113,13 +109,14 @@ def read_functions(config):
         folds=[dict(zip(warp.PARTS, parts))],
         objective=Objective,
         meta={"dataset": "sin(3πx/4)", "subject": "", "synthetic": True},
+        ceiling=1.0,
     )
-    return {name: Candidate(name, name, toward="random") for name in FUNCTIONS}, study
+    return [Candidate(name, name, toward="random") for name in FUNCTIONS], study
 
 
-def load_network(run, config, candidate, study, draw):
+def load_network(run, config, study, candidate, weights):
     """A Loaded ReLU network: a classifier with new weights, or one that is a function already."""
-    torch.manual_seed(key_seed(config.seed, "model", candidate.model, draw))
+    torch.manual_seed(key_seed(config.seed, "model", candidate.model, weights))
     x = torch.from_numpy(study.stimuli).to(run.device)
     if config.task == "digits":
         width = int(candidate.model)
@@ -137,33 +134,35 @@ def load_network(run, config, candidate, study, draw):
         source = replace(study, y=FUNCTIONS[candidate.model](study.stimuli))
         wrapper = FastfoodWrapper(network, 16_896, projection="identity")
         objective = Objective(config, source, study.folds[0], x)
-        warp.train(config, wrapper, objective, x, 0.05, draw)
+        warp.train(config, wrapper, objective, x, 0.05, weights)
         network.load_state_dict(wrapper.merge())
     features = warp.read_features(network, x, np.arange(len(x)), config.batch_size)
-    return Loaded(network, x, "-".join(map(str, sizes)), features)
+    return Loaded(network, x, features)
 
 
-def plot_functions(path, config, study, fits):
+def plot_functions(run, config, study, cells, load):
     """The target, each candidate (a row) and what a warp of d dimensions makes of it (a column)."""
-    fits = fits[fits["seed"] == 0]
-    names = fits["model"].unique()
+    fitted = {}
+    for cell in cells:
+        if cell.seed == 0:
+            _, predicted, truth = warp.fit_cell(run, config, study, cell, load)
+            fitted[cell.candidate.name, cell.d] = predicted
     dims = [d for d in config.dims if d]
-    shape = len(names), len(dims)
+    shape = len(FUNCTIONS), len(dims)
     size = 2.1 * shape[1], 2.2 * shape[0]
     figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
     x = study.stimuli[study.tested, 0]
-    for (i, j), axis in np.ndenumerate(axes):
-        for d, style in ((0, "-"), (dims[j], "--")):
-            cell = fits[(fits["model"] == names[i]) & (fits["d"] == d)]
-            _, predicted, truth = warp.read_cell(config, study, Objective, cell)
-            axis.plot(x, predicted, style, label=f"d = {d}")
-        axis.plot(x, truth, lw=1, label="target")
-        axis.set(xlim=(-1, 1), ylim=(-1.6, 1.6))
-        r2 = Objective.score_all(config, predicted, truth)
-        axis.set_title(f"{names[i]}, d = {dims[j]}: R² {r2:.2f}", fontsize=8)
+    for name, row in zip(FUNCTIONS, axes):
+        for d, axis in zip(dims, row):
+            axis.plot(x, fitted[name, 0], label="d = 0")
+            axis.plot(x, fitted[name, d], "--", label=f"d = {d}")
+            axis.plot(x, truth, lw=1, label="target")
+            axis.set(xlim=(-1, 1), ylim=(-1.6, 1.6))
+            r2 = Objective.score_all(config, fitted[name, d], truth)
+            axis.set_title(f"{name}, d = {d}: R² {r2:.2f}", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)
     figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
-    warp.save(figure, path)
+    warp.save(figure, run.out / "simulation.png")
 
 
 def main(config):
@@ -171,27 +170,14 @@ def main(config):
     read = read_digits if config.task == "digits" else read_functions
     candidates, study = read(config)
     run.content = study.content
-    fits = warp.list_fits(run, config, study, candidates)
-    mine = fits.iloc[run.share(range(len(fits)))]
-    todo = mine[~mine["file"].map(Path.exists)]
-    bar = run.progress(len(todo), desc=f"{config.task}: fits")
-    for (name, draw), group in todo.groupby(["model", "weights"], sort=False):
-        loaded = load_network(run, config, candidates[name], study, int(draw))
-        for fit in group.itertuples():
-            arrays = warp.run_fit(run, config, study, fit, loaded)
-            with aside(fit.file) as file:
-                np.savez(file, architecture=loaded.architecture, **arrays)
-            bar.update()
-    bar.close()
-    run.barrier()
+    cells = warp.list_cells(config, candidates)
+    load = lru_cache(1)(partial(load_network, run, config, study))
+    warp.fit_all(run, config, [study], cells, load)
     if run.master:
-        scores = warp.score_fits(run, config, study, fits)
-        curves = warp.make_curves(config, scores)
-        warp.measure_d_warp(config, curves)
-        warp.report_d_warp(run, config, study, curves)
-        warp.plot(run, config, study, curves, scores)
+        scores = warp.score_cells(run, config, study, cells, load)
+        warp.report_d_warp(run, config, study, scores)
         if config.task == "functions":
-            plot_functions(run.out / "simulation.png", config, study, fits)
+            plot_functions(run, config, study, cells, load)
     warp.close(run, config)
 
 

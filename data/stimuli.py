@@ -61,7 +61,7 @@ ENCODING_FORMAT = "encoding-1"
 COLUMNS = ["split", "label", "text", "group"]
 SPLITS = ["train", "val", "test"]
 ABOUT = ["modality", "species", "source", "synthetic"]  # what every dataset of responses says
-BLOCK = 4096  # presentations that are written or checked at a time
+BLOCK = 4096  # presentations that are checked at a time
 
 
 # ---- labelled sentences and minimal pairs
@@ -217,11 +217,8 @@ def write_encoding(folder, stimuli, responses, presentations=None, units=None, *
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
-    header = {"descr": "<f4", "fortran_order": False, "shape": responses.shape}
     with aside(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(responses), BLOCK):
-            file.write(np.asarray(responses[start : start + BLOCK], "<f4").tobytes())
+        np.save(file, np.ascontiguousarray(responses, "<f4"))
     tables = {"stimuli": stimuli, "presentations": presentations, "units": units}
     for name, table in tables.items():
         write_aside(folder / f"{name}.csv", table.to_csv(index=False, lineterminator="\n"))

@@ -3,7 +3,6 @@
 import os
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,6 @@ import pytest
 import scipy.linalg
 import scipy.spatial
 import torch
-import yaml
 from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -24,7 +22,7 @@ from data.brainscore import prepare as brainscore
 from data.stimuli import write_encoding
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
-from tests.helpers import byte_tokenizer, prepare, refused, run
+from tests.helpers import byte_tokenizer, prepare
 from tests.test_brain_data import tuckute
 from warp import Config, FastfoodWrapper, Study
 
@@ -56,12 +54,10 @@ def matrix(w):
 # ---- projections
 
 
-@pytest.mark.parametrize("n", [1, 2, 8, 128, 1024])
-def test_the_transform_is_the_dense_one(n, monkeypatch):
-    x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
-    dense = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float32)
-    for bits in (1, 4, 6):
-        monkeypatch.setattr(W, "FACTOR_BITS", bits)
+def test_the_transform_is_the_dense_one():
+    for n in (1, 2, 64, 1024):
+        x = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+        dense = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.float32)
         assert torch.allclose(W.walsh_hadamard(x), dense @ x, atol=1e-3)
 
 
@@ -193,7 +189,7 @@ def make_study(n=90, p=12, units=5, seed=0, objective=W.RidgeReadout, n_folds=0)
     names = np.array([str(i) for i in range(n)])
     folds = W.make_folds(config, names, np.full(n, ""))
     meta = {"dataset": "made up", "synthetic": True}
-    return torch.from_numpy(x), Study("", "", x, None, y, names, folds, objective, meta)
+    return torch.from_numpy(x), Study("", "", x, None, objective, y, names, folds, meta)
 
 
 @pytest.mark.parametrize("p", [10, 60])
@@ -241,52 +237,35 @@ def test_the_gradient_is_that_of_the_refitted_loss():
         assert np.isclose((losses[0] - losses[1]) / 2e-2, w.z.grad[j], rtol=0.05, atol=3e-4)
 
 
-@pytest.mark.parametrize("kind", [*W.HEADS.values(), W.RSA, W.CKA])
-def test_two_passes_are_one(kind):
-    x, study = make_study(objective=kind)
-    fold = study.folds[0]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 9), nn.Tanh(), nn.Linear(9, 6))
-    gradients = []
-    for size in (1000, 7):
-        config = Config(head_dims=0, batch_size=size)
-        objective = kind(config, study, fold, model(x[fold["train"]]).detach())
-        w = FastfoodWrapper(model, 20, [["0"]])
-        objective.validate(*W.warped_features(config, w, x, fold, ("train", "val")))
-        with torch.no_grad():
-            w.z.copy_(torch.linspace(-1, 1, 19))
-        loss = W.gradients(config, w, objective, x, torch.as_tensor(fold["train"]))
-        params = [w.z, w.scales, *objective.parameters]
-        gradients.append((loss, torch.cat([p.grad.flatten() for p in params])))
-    assert np.isclose(gradients[0][0], gradients[1][0], rtol=1e-4)
-    assert torch.allclose(gradients[0][1], gradients[1][1], rtol=5e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["text", "module"])
-def test_readers_give_the_same_gradients_in_batches(kind):
+@pytest.mark.parametrize(
+    ("reader", "kind"),
+    [("text", W.RSA), ("module", W.CKA), ("module", W.RidgeReadout), ("module", W.SGDReadout)],
+)
+def test_gradients_in_batches_are_those_of_all_stimuli(reader, kind):
     """The model is run again on the way back, with its hooks and early ends."""
     torch.manual_seed(0)
-    if kind == "text":
-        lm = HiddenStates(
-            {"model": small_gpt(), "tokenizer": Tokenizer(state_of(byte_tokenizer()))}
-        )
+    if reader == "text":
+        tokenizer = Tokenizer(state_of(byte_tokenizer()))
+        lm = HiddenStates({"model": small_gpt(), "tokenizer": tokenizer})
         reader = W.TextReader(lm, ["0", "1"], "mean").requires_grad_(True)
         ids = torch.randint(0, 257, (90, 7))
         inputs = torch.stack([ids, torch.ones_like(ids), (ids % 5).clamp(max=1)], 1)
     else:
         reader = W.ModuleReader(net(), ["0", "1"], "mean")
         inputs = torch.randn(90, 20)
-    _, study = make_study(objective=W.RSA)
-    rows = torch.as_tensor(study.folds[0]["train"])
+    _, study = make_study(objective=kind)
+    fold = study.folds[0]
     gradients = []
     for size in (1000, 16):
-        config = Config(batch_size=size)
-        objective = W.RSA(config, study, study.folds[0], inputs)
-        wrapper = FastfoodWrapper(reader, 20)
+        config = Config(head_dims=0, batch_size=size)
+        objective = kind(config, study, fold, reader(inputs[fold["train"]]).detach())
+        w = FastfoodWrapper(reader, 20, [["core.0"]] if inputs.dim() == 2 else None)
+        objective.validate(*W.warped_features(config, w, inputs, fold, ("train", "val")))
         with torch.no_grad():
-            wrapper.z.copy_(torch.linspace(-1, 1, 20))
-        loss = W.gradients(config, wrapper, objective, inputs, rows)
-        gradients.append((loss, wrapper.z.grad))
+            w.z.copy_(torch.linspace(-1, 1, len(w.z)))
+        loss = W.gradients(config, w, objective, inputs, torch.as_tensor(fold["train"]))
+        params = [p for p in [w.z, w.scales, *objective.parameters] if len(p)]
+        gradients.append((loss, torch.cat([p.grad.flatten() for p in params])))
     assert np.isclose(gradients[0][0], gradients[1][0], rtol=1e-4) and gradients[0][1].any()
     assert torch.allclose(gradients[0][1], gradients[1][1], rtol=5e-3, atol=1e-5)
 
@@ -343,8 +322,8 @@ def test_weighted_scores_are_those_of_the_resampled_set():
     assert (W.unit_scores("r", np.ones((30, 3)), y, ones) == 0).all()  # constant: no NaN
 
 
-@pytest.mark.parametrize("n_groups", [40, 8])  # half of them, and six, are kept in a draw
-@pytest.mark.parametrize("kind", [W.RSA, W.CKA])
+# half of 40 groups are kept in a draw, and six of 8
+@pytest.mark.parametrize(("kind", "n_groups"), [(W.RSA, 8), (W.CKA, 40)])
 def test_draws_of_pairs_vary_as_scores_of_new_stimuli_do(kind, n_groups):
     rng = np.random.default_rng(0)
     to_f, to_y = rng.standard_normal((2, 6, 15))
@@ -356,31 +335,14 @@ def test_draws_of_pairs_vary_as_scores_of_new_stimuli_do(kind, n_groups):
         z = rng.standard_normal((n_groups, 6))[group] + rng.standard_normal((80, 6))
         f = torch.from_numpy(z @ to_f + 2 * rng.standard_normal((80, 15)))
         y = z @ to_y + 2 * rng.standard_normal((80, 15))
-        study = Study("", "", [], None, y, group, [{"test": np.arange(80)}], kind)
+        study = Study("", "", [], None, kind, y, group, [{"test": np.arange(80)}])
         predicted = kind.compare(config, f).numpy()
         truth = kind.truth(config, study, np.arange(80))
-        draws = W.resample(config, study, kind, predicted, truth)
+        draws = W.resample(config, study, predicted, truth)
         scores.append(kind.score_all(config, predicted, truth))
         spreads.append(draws.std())
         assert np.isclose(draws.mean(), scores[-1])
     assert 0.75 < np.mean(spreads) / np.std(scores) < 1.33
-
-
-def test_a_score_of_all_units_at_once_needs_no_pairs():
-    """Such as Procrustes: no median over units to bound, but a stimulus drawn twice raises it."""
-
-    class Whole(W.Objective):
-        of_units, repeats_bias = False, True
-
-        @classmethod
-        def score(cls, config, predicted, truth, weights):
-            assert set(np.unique(weights)) <= {0, 1}
-            return np.array([(w @ predicted * truth[:, 0]).mean() for w in weights > 0])
-
-    _, study = make_study(units=1, objective=Whole)
-    predicted = study.y[study.tested] + 1
-    draws = W.resample(Config(draws=50), study, Whole, predicted, study.y[study.tested])
-    assert np.isclose(draws.mean(), Whole.score_all(Config(), predicted, study.y[study.tested]))
 
 
 # ---- data
@@ -439,11 +401,13 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     lm = tmp_path / "lm.pt"
     lm.touch()
     config = Config(lm=str(lm), models=["lm", "gpt2"])
-    candidates = W.make_candidates(config)
 
     def files(study, **options):
         given = replace(config, **options)
-        return set(W.list_fits(SimpleNamespace(out=tmp_path), given, study, candidates)["file"])
+        names = set()
+        for cell in W.list_cells(given, W.make_candidates(given)):
+            names.add(W.file_name(given, study, cell, 0, 0.1))
+        return names
 
     before = files(study)
     assert files(study, draws=7, reach=0.5) == before
@@ -451,13 +415,11 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     changes["folds"] = [{**study.folds[0], "val": study.folds[0]["val"][1:]}]
     for name, value in changes.items():
         assert not files(replace(study, **{name: value})) & before, name
-    assert files(study, shuffles=7) != before
-    rsa = replace(study, objective=W.RSA)  # whose null is made of what the fits keep
-    assert files(rsa, shuffles=7) == files(rsa)
+    assert {name.split("-")[1] for name in files(study, shuffles=7) - before} == {"0"}
     os.utime(lm, (1, 1))  # trained again
     after = files(study)
-    assert {path.name.split("-")[0] for path in after - before} == {"lm"}
-    assert {path.name.split("-")[0] for path in after & before} == {"gpt2"}
+    assert {name.split("-")[0] for name in after - before} == {"lm"}
+    assert {name.split("-")[0] for name in after & before} == {"gpt2"}
 
 
 # ---- d_warp
@@ -466,15 +428,14 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
 DIMS = [0, 9, 99, 999]
 
 
-def curve(name, points, full=None):
-    """A Curve of three draws with little noise."""
-    rng = np.random.default_rng(len(name))
-    points = np.tile(points, (3, 1))
-    boot = points[0] + 0.01 * rng.standard_normal((200, points.shape[1]))
-    scores = pd.DataFrame(np.vstack([points[:1], boot]), columns=DIMS)
+def curve(points, full=None):
+    """Scores with little noise."""
+    rng = np.random.default_rng(len(points))
+    scores = np.vstack([[points], points + 0.01 * rng.standard_normal((200, len(points)))])
+    curve = pd.DataFrame(scores, columns=DIMS)
     if full:
-        scores[W.ALL] = full
-    return W.Curve(name, "none", pd.DataFrame(points, columns=DIMS), scores)
+        curve[W.ALL] = full
+    return curve
 
 
 def test_d_warp_of_known_curves():
@@ -482,17 +443,17 @@ def test_d_warp_of_known_curves():
         assert np.isclose(W.crossing(DIMS, [0.2, 0.4, 0.6, 0.8], level), d)
     assert np.isclose(W.crossing(DIMS, [0.2, 0.5, 0.3, 0.8], 0.4), 9)  # what falls is pooled
 
-    near = curve("near", [0.5, 0.7, 0.8, 0.8], full=0.8)
-    far = curve("far", [0.3, 0.4, 0.6, 0.8], full=0.8)
-    never = curve("never", [0.1, 0.1, 0.1, 0.1])
-    W.measure_d_warp(Config(dims=DIMS, common="highest", common_share=0.9), [near, far, never])
-    d, *draws = near.d_warp["absolute"]
-    d_far, *draws_far = far.d_warp["absolute"]
+    curves = {"near": curve([0.5, 0.7, 0.8, 0.8], full=0.8)}
+    curves |= {"far": curve([0.3, 0.4, 0.6, 0.8], full=0.8), "never": curve([0.1] * 4)}
+    config = Config(dims=DIMS, common="highest", common_share=0.9)
+    level, d_warp = W.measure_d_warp(config, curves)
+    d, *draws = d_warp["near", "absolute"]
+    d_far, *draws_far = d_warp["far", "absolute"]
     assert d < d_far < np.inf and W.interval(draws)[1] < W.interval(draws_far)[0]
-    assert (never.d_warp["absolute"] == np.inf).all()
+    assert np.isclose(level, 0.72) and (d_warp["never", "absolute"] == np.inf).all()
     expected = W.crossing(DIMS, [0.5, 0.7, 0.8, 0.8], 0.5 + 0.9 * 0.3)
-    assert np.isclose(near.d_warp["relative"][0], expected)
-    assert "relative" not in never.d_warp
+    assert np.isclose(d_warp["near", "relative"][0], expected)
+    assert ("never", "relative") not in d_warp
 
 
 def test_the_null_is_ridge_on_shuffled_responses():
@@ -572,7 +533,7 @@ def test_vision_and_own_models_are_read(tmp_path):
     for model, layer, pool, width in cases:
         config = Config(pool=pool)
         loaded = W.load_candidate(
-            HereRun, config, candidate_of(model, layer), stimuli("image", files), 0
+            HereRun, config, stimuli("image", files), candidate_of(model, layer), 0
         )
         f = W.read_features(loaded.reader, loaded.inputs, range(4), 3)
         assert f.shape == (4, width) and torch.allclose(loaded.features, f, atol=1e-5)
@@ -586,7 +547,7 @@ def test_vision_and_own_models_are_read(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             candidate = candidate_of(model, layer)
-            W.load_candidate(HereRun, Config(), candidate, stimuli("image", files), 0)
+            W.load_candidate(HereRun, Config(), stimuli("image", files), candidate, 0)
 
 
 def test_texts_are_pooled_over_their_own_tokens(tmp_path):
@@ -601,7 +562,7 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
     texts = ["a b", "c", "a b c b"]
     for pool in ("mean", "last"):
         candidate = candidate_of(tmp_path, "1")
-        loaded = W.load_candidate(HereRun, Config(pool=pool), candidate, stimuli("text", texts), 0)
+        loaded = W.load_candidate(HereRun, Config(pool=pool), stimuli("text", texts), candidate, 0)
         f = W.read_features(loaded.reader, loaded.inputs, range(3), 2)
         for i, text in enumerate(texts):
             own = [5 + "abc".index(word) for word in text.split()]
@@ -641,7 +602,7 @@ def made(tmp_path_factory):
 
 
 SWEEP = {"steps": 3, "learning_rates": 0.02, "dims": "0,4,16", "seeds": 1, "eval_interval": 2}
-SWEEP |= {"shuffles": 19, "draws": 50, "baselines": False, "shuffled": False, "device": "cpu"}
+SWEEP |= {"shuffles": 19, "draws": 50, "shuffled": False, "device": "cpu"}
 
 
 def options(made, out, **more):
@@ -684,24 +645,23 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
     y = (f - f.mean(0)) @ rng.standard_normal((f.shape[1], 16))
     y = y / y.std(0) + 0.3 * rng.standard_normal(y.shape)
     folds = W.make_folds(config, np.arange(160).astype(str), np.full(160, ""))
-    study = Study("", "text", [], None, y, np.arange(160), folds, W.RidgeReadout)
+    study = Study("", "text", [], None, W.RidgeReadout, y, np.arange(160), folds)
     features = W.read_features(reader, inputs, range(160), 1000)
-    loaded = W.Loaded(reader, inputs, "", features)
-    fit = {"model": "c", "measure": "score", "seed": 0, "fold": 0, "shuffles": 1}
+    loaded = W.Loaded(reader, inputs, features)
+    candidate = candidate_of("lm")
     for shuffle in (0, 1):
         dealt = study.shuffled(shuffle)
         truth = dealt.y[folds[0]["test"]]
         scores = []
-        for d in config.dims:
-            rates = (0.02, 0.05) if d else (0.0,)
+        for d in [16] if shuffle else config.dims:
+            cell = W.Cell(candidate, d, seed=0, weights=0, shuffles=1, shuffle=shuffle)
             arrays = []
-            for rate in rates:
-                fit |= {"d": d, "learning_rate": rate, "shuffle": shuffle}
-                arrays.append(W.run_fit(HereRun, config, study, SimpleNamespace(**fit), loaded))
+            for rate in (0.02, 0.05) if d else (0.0,):
+                arrays.append(W.run_fit(HereRun, config, dealt, cell, 0, rate, loaded))
             best = max(arrays, key=lambda fit: fit["validation"])
             scores.append(W.Objective.score_all(config, best["evidence"], truth))
         if shuffle:
-            assert max(scores) < 0.5
+            assert scores[0] < 0.5
         else:
             assert scores[0] < 0.85 and scores[2] > 0.93
             assert 1 < W.crossing(config.dims, scores, 0.93) <= 4
@@ -712,7 +672,7 @@ def test_candidates_lie_on_the_line_that_they_name(made):
     study = stimuli("text", ["ab", "abc"])
 
     def theta(draw=0, **fields):
-        loaded = W.load_candidate(HereRun, config, candidate_of("lm", "2", **fields), study, draw)
+        loaded = W.load_candidate(HereRun, config, study, candidate_of("lm", "2", **fields), draw)
         return flat(p for p in loaded.reader.parameters() if p.requires_grad)
 
     lm, teacher, random = theta(), theta(toward="teacher"), theta(toward="random")
@@ -722,52 +682,46 @@ def test_candidates_lie_on_the_line_that_they_name(made):
     assert not torch.equal(theta(draw=1, toward="random"), random)
 
 
-def test_a_stopped_sweep_goes_on_and_two_ranks_are_one(made, tmp_path, warp, monkeypatch):
-    more = {"seeds": 2, "shuffled": True, "baselines": True, "models": "lm,random"}
-    warp(*options(made, tmp_path / "whole", **more))
-    real, n_fits = W.run_fit, []
+def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
+    """tests/test_scripts.py stops sweeps at their results, and shares them among ranks."""
+    more = {"seeds": 2, "shuffled": True, "models": "lm,random"}
+    real, calls, fits = W.run_fit, [], []
 
     def counted(*given):
-        n_fits.append(given[3])
-        if len(n_fits) == 8:
+        calls.append(1)
+        if len(calls) == 8:
             raise KeyboardInterrupt
+        fits.append((given[3], given[5]))  # cell and learning rate
         return real(*given)
 
     monkeypatch.setattr(W, "run_fit", counted)
     with pytest.raises(KeyboardInterrupt):
-        warp(*options(made, tmp_path / "stopped", **more))
-    assert not (tmp_path / "stopped/results.csv").exists()
-    warp(*options(made, tmp_path / "stopped", **more))
-    n_done = len(n_fits)
-    run("warp", *options(made, tmp_path / "two", **more), ranks=2)
-    keys = ["measure", "model", "d", "seed", "control", "objective"]
-    whole = table(tmp_path / "whole", "n > 0")
-    for name in ("stopped", "two"):
-        both = whole.merge(table(tmp_path / name, "n > 0"), on=keys)
-        assert len(both) == len(whole) and np.allclose(both.score_x, both.score_y, atol=1e-4)
-    numbers = whole[["score", "chance", "low", "high", "n"]]
-    assert numbers.notna().all().all() and set(whole.control.dropna()) == {"none", "shuffled"}
-    assert {"ols", "pls", "ridge"} <= set(whole.objective) and whole.synthetic.all()
-    assert (whole.query("d == 0 and measure == 'score'").p >= 1 / 21).all()
+        warp(*options(made, tmp_path, **more))
+    assert not (tmp_path / "results.csv").exists()
+    warp(*options(made, tmp_path, **more))
+    assert len(fits) == len(set(fits))  # none is made again
+    rows = table(tmp_path, "n > 0")
+    assert rows[["score", "chance", "low", "high", "n"]].notna().all().all()
+    assert set(rows.control.dropna()) == {"none", "shuffled"} and rows.synthetic.all()
+    assert (rows.query("d == 0 and measure == 'score'").p >= 1 / 21).all()
     for name in ("curves.png", "training.png", "table.csv"):
-        assert (tmp_path / "whole" / name).exists()
-    # other options of the analysis, and more draws, fit nothing again
-    other = {**more, "common_share": 0.5, "draws": 20, "learning_rates": "0.02,0.05"}
-    warp(*options(made, tmp_path / "stopped", **other))
-    assert {fit.learning_rate for fit in n_fits[n_done:]} == {0.05}
-    assert (table(tmp_path / "stopped", "measure == 'd_warp absolute'").n == 20).all()
+        assert (tmp_path / name).exists()
     # all parameters are fitted once, not for each draw of P
-    full = [(fit.model, fit.seed) for fit in n_fits[:n_done] if fit.d == W.ALL]
-    assert set(full) == {("lm", 0), ("random", 0), ("random", 1)}
+    full = [(cell.candidate.name, cell.seed) for cell, _ in fits if cell.d == W.ALL]
+    assert full == [("lm", 0), ("random", 0), ("random", 1)]
+    # other options of the analysis, and more draws, fit nothing again
+    n_done = len(fits)
+    other = {**more, "common_share": 0.5, "draws": 20, "learning_rates": "0.02,0.05"}
+    warp(*options(made, tmp_path, **other))
+    assert {rate for _, rate in fits[n_done:]} == {0.05}
+    assert (table(tmp_path, "measure == 'd_warp absolute'").n == 20).all()
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        {"objective": "rsa"},
         {"objective": "rsa", "rdm": "euclidean", "exact": False, "batch_size": 32},
         {"objective": "cka"},
-        {"head": "sgd", "metric": "r2"},
         {"objective": "linear_first", "head": "pls", "layers": "1,2", "layer_groups": "blocks"},
         {"objective": "linear_first", "head": "sgd", "n_folds": 3, "projection": "dense"},
     ],
@@ -811,7 +765,7 @@ def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
 
 
 def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
-    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=200", "learning_rates=0.1"]
+    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
     given += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
     warp(*given, f"out_dir={tmp_path}", script=warp_intrinsic)
     fits = table(tmp_path).sort_values("d")
@@ -821,7 +775,7 @@ def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
 
 
 def test_the_simulation_bends_functions(tmp_path, warp):
-    given = ["dims=0,4,60", "seeds=1", "steps=120", "learning_rates=0.1", "draws=50", "device=cpu"]
+    given = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
     given = ["config/warp_simulation.yaml", *given, f"out_dir={tmp_path}"]
     warp(*given, script=warp_intrinsic)
     r2 = table(tmp_path).pivot(index="model", columns="d", values="score")
@@ -833,14 +787,10 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
     y = np.random.default_rng(0).standard_normal((120, 3))
     good = brain(tmp_path / "good", y)
     cases = [
-        ({"dims": 10**9}, "d=1000000000 .* parameters"),
-        ({"layers": 7}, "no layer 7: there are 0 .* to 2"),
         ({"layers": "attn"}, "layers=attn"),
         ({"dataset": brain(tmp_path / "few", y[:20])}, "too few stimuli"),
         ({"dataset": good, "roi": "V1"}, "roi=V1"),
         ({"dataset": good, "subject": "M15"}, "subject=M15"),
-        ({"dataset": tmp_path / "nosuch"}, "nosuch"),
-        ({"models": "out/nosuch"}, "nosuch.*python train.py"),
         ({"models": "nosuch.py:make"}, "nosuch.py"),
         ({"models": "[{model: lm, toward: far}]"}, "toward teacher or random, not 'far'"),
         ({"models": "[{model: lm, modle: 1}]"}, "'modle'; did you mean 'model'"),
@@ -849,13 +799,9 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
         ({"layer_groups": "blockz"}, "blockz.*core.transformer"),
         ({"layer_groups": "blocks", "dims": "0,2"}, "d=2.*2 scales"),
         ({"full": False}, "common=highest.*full=False"),
-        ({"objective": "some"}, "'objective' must be linear or linear_first or rsa or cka"),
         ({"objective": "rsa", "n_folds": 4}, "n_folds"),
         ({"learning_rates": "[]"}, "learning_rates"),
     ]
     for i, (more, sentence) in enumerate(cases):
         with pytest.raises(InputError, match=sentence):
             warp(*options(made, tmp_path / f"out{i}", **more))
-    meta = yaml.safe_load((good / "meta.yaml").read_text())
-    (good / "meta.yaml").write_text(yaml.safe_dump(meta | {"format": "encoding-9"}))
-    refused("warp", *options(made, tmp_path / "out", dataset=good), says=["encoding-9"])

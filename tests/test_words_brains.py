@@ -59,18 +59,9 @@ def test_names_are_not_used_where_the_header_does_not_fit(tmp_path, capsys, head
     )
 
 
-def test_a_row_of_counts_is_no_header(tmp_path):
+def test_counts_are_no_header_and_tabs_leave_spaces(tmp_path):
     assert read(tmp_path, "bread 5 3 9\nring 1 2 2\n").index.tolist() == ["bread", "ring"]
-
-
-def test_words_may_have_spaces_between_tabs(tmp_path):
     assert read(tmp_path, "word\tv0\nice cream\t1.5\nTV\t2\n").index[0] == "ice cream"
-
-
-def test_tables_that_are_not_utf_8_are_read(tmp_path, capsys):
-    table = read(tmp_path, "word v0\ncafé 0.5\nnaïve 1\n".encode("latin-1"))
-    assert table.index.tolist() == ["café", "naïve"]
-    assert "not UTF-8" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -140,7 +131,7 @@ def test_one_person_of_a_folder(tmp_path, capsys):
 
 def test_different_words_are_refused_or_counted(tmp_path, capsys):
     tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table([*WORDS[1:], "salt"], 1)}
-    with pytest.raises(InputError, match="'Apple' .* table of 1 and not.*lower=True.*for the 5"):
+    with pytest.raises(InputError, match="'Apple' .* table of 1 and not.*words=shared for the 5"):
         make(tmp_path, tables)
     data = make(tmp_path, tables, words="shared")
     assert data.stimuli.text.tolist() == WORDS[1:]
@@ -149,22 +140,15 @@ def test_different_words_are_refused_or_counted(tmp_path, capsys):
         make(tmp_path / "x", {"a_2.txt": table("xyz", 1), "a_1.txt": table(WORDS, 0)})
 
 
-def test_capitals_are_one_word_with_lower(tmp_path):
-    tables = {"a_1.txt": table(["Bread", "Ring"], 0), "a_2.txt": table(["bread", "RING"], 1)}
-    assert make(tmp_path, tables, lower=True).stimuli.text.tolist() == ["bread", "ring"]
-
-
 def test_a_repeated_word_is_presented_again(tmp_path):
     words = ["bread", "ring", "bread"]
     data = make(tmp_path, {"a_1.txt": table(words, 0), "a_2.txt": table(words, 1)})
     assert data.presentations.to_numpy().tolist() == [[0, 0], [1, 0], [0, 1]]
     assert data.stimuli.text.tolist() == ["bread", "ring"]
-    mean = make(tmp_path, {}, repeats="mean", overwrite=True)
-    assert np.allclose(mean.responses, data.mean_responses(), atol=1e-6)
     uneven = {"a_2.txt": table(["bread", "ring"], 1)}
-    with pytest.raises(InputError, match="'bread' has more rows in the table of 1.*repeats=mean"):
+    with pytest.raises(InputError, match="'bread' has more rows in the table of 1.*words=shared"):
         make(tmp_path, uneven, overwrite=True)
-    assert len(make(tmp_path, uneven, repeats="mean", overwrite=True).responses) == 2
+    assert len(make(tmp_path, uneven, words="shared", overwrite=True).responses) == 2
 
 
 def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):

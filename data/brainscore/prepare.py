@@ -105,7 +105,6 @@ class Config:
     set: Literal["Tuckute2024", "Pereira2018", "Fedorenko2016", "Blank2014"] = "Tuckute2024"
     context: int = -1  # pieces of the group read before a stimulus; -1: the set's own, 0: none
     missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
-    ceilings: bool = True  # take the published ones where there are any (Pereira2018)
     # where from and where to
     root: str = ""  # local copy, file or folder; "": fetched into files/ in out_dir
     url: str = "https://brainscore-storage.s3.amazonaws.com/brainscore-language"  # to fetch from
@@ -136,17 +135,6 @@ def find(config, folder, name, sha1):
     return path
 
 
-def find_assembly(config, folder, published):
-    """Path of the published array: root itself, in root, or fetched."""
-    if config.root and Path(config.root).is_file():
-        return Path(config.root)
-    path = find(config, folder, published.file, published.sha1)
-    if path is None:
-        cure = "give root= the file or its folder, or leave root= out to fetch it"
-        raise InputError(f"there is no {published.file}: {cure}")
-    return path
-
-
 def read_ceilings(path, unit_ids):
     """(V,) the R² that the best model could reach, NaN where none was published."""
     assembly = read_assembly(path)
@@ -156,7 +144,7 @@ def read_ceilings(path, unit_ids):
         r = pd.Series(assembly.values, index=names)
     r = r[~r.index.duplicated()].reindex(unit_ids).to_numpy(float)
     if np.isnan(r).all():
-        raise InputError(f"{path} has no ceilings of these units: give ceilings=False")
+        raise InputError(f"{path} has no ceilings of these units: leave it out of root=")
     return np.clip(r, 0, 1) ** 2
 
 
@@ -214,7 +202,7 @@ def make(config, folder, experiment, assembly, about):
     )
     rows, columns, left_out = without_gaps(y, config.missing, f"{assembly.path}, {folder.name}")
     path = None
-    if experiment and config.ceilings:
+    if experiment:
         path = find(config, folder.parent, *published.ceilings[experiment])
         if path is None:
             print("without ceilings: none are published, or in root=", flush=True)
@@ -247,7 +235,6 @@ def main(config):
     options = {
         "context": published.context if config.context < 0 else config.context,
         "missing": config.missing,
-        "ceilings": config.ceilings,
     }
     todo = {}
     for experiment in published.ceilings or [""]:
@@ -256,7 +243,12 @@ def main(config):
             todo[experiment] = folder / name
     if not todo:
         return
-    path = find_assembly(config, folder, published)
+    path = Path(config.root)
+    if not path.is_file():
+        path = find(config, folder, published.file, published.sha1)
+    if path is None:
+        cure = "give root= the file or its folder, or leave root= out to fetch it"
+        raise InputError(f"there is no {published.file}: {cure}")
     sha1 = file_hash(path, "sha1")
     if sha1 != published.sha1:
         print(f"{path} is not the published version of {published.file} (by its sha1)", flush=True)

@@ -145,8 +145,6 @@ def main(config):
         options=options,
     )
     print_sizes(folder, meta)
-    for roi, count in units[columns]["roi"].value_counts().items():
-        print(f"{roi}: {count} sites")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ class Config:
     root: str = ""  # one table, or a folder of tables, one a person
     people: list[str] = field(default_factory=list)  # which, by what tells the file names apart
     words: Literal["same", "shared"] = "same"  # people must have the same words, or take the shared
-    lower: bool = False  # write words in lower case: Apple and apple become one stimulus
-    repeats: Literal["keep", "mean"] = "keep"  # rows of one word: its presentations, or their mean
     missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
     modality: str = "unknown"  # fMRI, EEG, MEG ...: a label of results
     synthetic: bool = False  # made-up responses are labelled so in every table and figure
@@ -146,20 +144,14 @@ def column_names(header, n_columns, path):
 
 def combine(tables, config):
     """All tables side by side: rows (word, repeat), as in the first, columns (person, column)."""
-    frames = []
-    for table in tables.values():
-        words = table.index.str.lower() if config.lower else table.index
-        if config.repeats == "mean":
-            table = table.groupby(words, sort=False).mean()
-            words = table.index
-        repeat = words.to_series().groupby(words).cumcount()
-        frames.append(table.set_axis(pd.MultiIndex.from_arrays([words, repeat])))
-    shared = frames[0].index
-    for frame in frames[1:]:
-        shared = shared[shared.isin(frame.index)]
-    for person, frame in zip(tables, frames):
-        check_words(person, frame, shared, list(tables), config.words)
-    return pd.concat([frame.loc[shared] for frame in frames], axis=1, keys=tables)
+    frames = {}
+    for person, table in tables.items():
+        repeat = table.index.to_series().groupby(table.index).cumcount()
+        frames[person] = table.set_axis(pd.MultiIndex.from_arrays([table.index, repeat]))
+    joined = pd.concat(frames, axis=1, join="inner")
+    for person, frame in frames.items():
+        check_words(person, frame, joined.index, list(tables), config.words)
+    return joined
 
 
 def check_words(person, frame, shared, people, words):
@@ -173,12 +165,9 @@ def check_words(person, frame, shared, people, words):
     elif len(others):
         word, repeat = others[0]
         problem = f"'{word}' is in the table of {person} and not in all others"
-        remedy = f"words=shared for the {len(shared)} rows that all have"
         if repeat:
             problem = f"'{word}' has more rows in the table of {person} than in others"
-            remedy = "repeats=mean to average the rows of a word"
-        elif word.lower() in shared.get_level_values(0).str.lower():
-            remedy = f"lower=True if they differ in capitals, or {remedy}"
+        remedy = f"words=shared for the {len(shared)} rows that all have"
         raise InputError(f"{problem}: give {remedy}, or people= for some of {names}")
 
 
