@@ -7,10 +7,9 @@
     python foundation.py init_from=resume                       # go on after a stop, bit for bit
 
 A token is a patch of time of one electrode, which is its place, never its index. Most tokens are
-hidden. NeuralEncoder thinks on the visible ones alone; a small decoder fills in the hidden ones.
-Scored on held-out stretches of every recording, as R² of hidden patches, beside interpolation in
-time, the nearest electrodes, and ridge from the visible patches, all on the same masks. Guessing
-each channel's mean is 0.
+hidden. NeuralEncoder thinks on the visible ones; a small decoder fills in the others. R² of hidden
+patches on held-out stretches of every recording stands beside interpolation in time, the nearest
+electrodes, and ridge from the visible patches, under the same masks; each channel's mean is 0.
 
 decode.py and telepath.py take the latents, encoder(x, xyz, subject) -> (B, patches, n_embd), and so
 can you:
@@ -46,6 +45,7 @@ from scipy.spatial.distance import cdist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import InputError, Run, aside, configure, key_seed
+from data.montage import is_subject
 from data.raw import READABLE, convert_files, converted_files, inside_spans
 from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
 from model import EncoderConfig, NeuralEncoder, cut_patches
@@ -121,9 +121,9 @@ class Config:
 
     POSITIVE = (
         "dataset masks sfreq window patch clamp mask_ratio val_share test_share n_embd width "
+        "n_layer n_head decoder_width decoder_layers batch_size grad_clip max_iters alphas "
+        "eval_interval save_interval log_interval block bootstraps"
     )
-    POSITIVE += "n_layer n_head decoder_width decoder_layers batch_size grad_clip max_iters alphas "
-    POSITIVE += "eval_interval save_interval log_interval block bootstraps"
     SHARES = "mask_ratio val_share test_share"
 
     def check(self):
@@ -144,8 +144,6 @@ class Config:
                 raise InputError(f"bands={self.bands}: give pairs of Hz: [[4,8],[70,150]]")
         if not re.fullmatch(r"(\d+x\d+)?", self.grid):
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
-        if self.val_share + self.test_share >= 0.9:
-            raise InputError("val_share and test_share leave less than a tenth for training")
         if self.width % self.n_head:
             raise InputError(f"n_head={self.n_head} must divide width={self.width}")
 
@@ -190,19 +188,6 @@ def usable_channels(recording, config):
     return channels, xyz[channels]
 
 
-def clean_rows(recording, n_rows, sfreq):
-    """(n_rows,) bool: the rows of the signal at `sfreq` Hz that no BAD segment touches."""
-    begin = recording.first_sample / recording.sfreq + np.arange(n_rows) / sfreq
-    return ~inside_spans(begin, begin + 1 / sfreq, recording.meta.get("bad_spans", []))
-
-
-def window_starts(clean, begin, end, width):
-    """First rows of all windows between two rows that lie in clean rows alone."""
-    n_bad = np.concatenate([[0], np.cumsum(~clean)])
-    starts = np.arange(begin, end - width + 1)
-    return starts[n_bad[starts + width] == n_bad[starts]]
-
-
 class Source:
     """One recording, resampled, scaled and split in time. Raises InputError if nothing is left.
 
@@ -214,13 +199,15 @@ class Source:
     def __init__(self, path, dataset, config):
         recording = Recording(path)
         self.dataset = dataset
-        self.name = Path(path).name
+        self.name = recording.path.name
         self.person = recording.subject
         self.synthetic = recording.synthetic
         self.config = config
         channels, xyz = usable_channels(recording, config)
         signal = resampled(recording.signal, recording.sfreq, asdict(config), channels)
-        clean = clean_rows(recording, len(signal), config.sfreq)
+        seconds = recording.first_sample / recording.sfreq + np.arange(len(signal)) / config.sfreq
+        bad = recording.meta.get("bad_spans", [])
+        clean = ~inside_spans(seconds, seconds + 1 / config.sfreq, bad)
         self.split(clean, path)
         end = self.spans["train"][1]
         train = signal[:end][clean[:end]]
@@ -244,6 +231,7 @@ class Source:
         self.mean = scaled.mean(0)
 
     def split(self, clean, path):
+        """Set spans and starts; clean (T,): the rows that no BAD segment touches."""
         config = self.config
         width = round(config.window * config.sfreq)
         end = len(clean)
@@ -251,10 +239,10 @@ class Source:
         test = round(end * (1 - config.test_share))
         self.spans = {"train": (0, val), "val": (val + width, test), "test": (test + width, end)}
         self.starts = {}
-        for split, span in self.spans.items():
-            starts = window_starts(clean, *span, width)
-            if split != "train":
-                starts = starts[(starts - span[0]) % width == 0]
+        n_bad = np.concatenate([[0], np.cumsum(~clean)])
+        for split, (first, last) in self.spans.items():
+            starts = np.arange(first, last - width + 1, 1 if split == "train" else width)
+            starts = starts[n_bad[starts + width] == n_bad[starts]]
             if not len(starts):
                 raise InputError(
                     f"window={config.window:g} s: {path} has {end / config.sfreq:.1f} s, of which "
@@ -274,7 +262,7 @@ class Source:
         return x.reshape(len(x), len(mean), -1, mean.shape[1]) - mean[:, None]
 
     def facts(self):
-        """What the checkpoint says of it: plain types and tensors."""
+        """What the checkpoint says of it."""
         return {
             "dataset": self.dataset,
             "name": self.name,
@@ -331,9 +319,9 @@ class Corpus:
         reason = InputError(f"subjects={config.subjects}: nobody in dataset= is called so")
         for dataset in config.dataset:
             for path in find_recordings(self.run, dataset):
-                subject = Recording(path).subject
-                number = path.name.removeprefix("sub-").lstrip("0")
-                if config.subjects and not {subject, path.name, number} & set(config.subjects):
+                recording = Recording(path)
+                asked = [is_subject(subject, recording) for subject in config.subjects]
+                if asked and not any(asked):
                     continue
                 try:
                     sources.append(Source(path, dataset, config))
@@ -394,12 +382,6 @@ def draw_mask(kind, shape, ratio, rng):
 # ---- model
 
 
-def gather_rows(x, index):
-    """Rows of x (B or 1, N, d) at index (B, K): (B, K, d)."""
-    x = x.expand(len(index), -1, -1)
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.size(2)))
-
-
 class MaskedAutoencoder(nn.Module):
     """NeuralEncoder on the visible patches, and two ways back to the signal.
 
@@ -432,8 +414,9 @@ class MaskedAutoencoder(nn.Module):
         """States (B, K, width) of the visible tokens, and which they are of all C P: (B, K)."""
         net = self.encoder.net
         index = visible.flatten(1).nonzero()[:, 1].view(len(x), -1)
-        tokens = gather_rows(net.tokenize(x, xyz, subject)[0], index)
-        spots = gather_rows(net.spots(xyz, visible.size(2)), index)
+        rows = index[:, :, None]
+        tokens = net.tokenize(x, xyz, subject)[0].take_along_dim(rows, 1)
+        spots = net.spots(xyz, visible.size(2)).take_along_dim(rows, 1)
         return net.think(tokens, torch.ones_like(index, dtype=torch.bool), spots), index
 
     def latents(self, h, index, visible):
@@ -548,31 +531,29 @@ def squared_errors(guess, x, visible):
     return (np.square(guess - x) * ~visible[..., None]).sum((1, 2, 3), dtype=float)
 
 
-def choose(corpus, source, kind, candidates):
-    """The key of {key: method} with the least error on validation windows."""
-    errors = dict.fromkeys(candidates, 0.0)
+def best_on_validation(corpus, source, kind, candidates):
+    """The method(x, visible) with the least error on validation windows."""
+    errors = np.zeros(len(candidates))
     for _, batch in corpus.held_out("val", source, kind):
         x = source.centred(batch.x.cpu().numpy())
         visible = batch.visible.cpu().numpy()
-        for key, method in candidates.items():
-            errors[key] += squared_errors(method(x, visible), x, visible).sum()
-    return min(errors, key=errors.get)
+        for i, method in enumerate(candidates):
+            errors[i] += squared_errors(method(x, visible), x, visible).sum()
+    return candidates[errors.argmin()]
 
 
-def choose_baselines(corpus, source, kind, gram):
-    """({name: method(x, visible)} for a recording under a kind of mask, what was chosen)."""
+def baselines(corpus, source, kind, gram):
+    """{name: method(x, visible)} for a recording under a kind of mask."""
     config = corpus.config
-    methods = {"interpolation": partial(interpolate, n_features=max(1, len(config.bands)))}
-    by_k = {k: partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)}
-    k = choose(corpus, source, kind, by_k)
-    methods["neighbours"] = by_k[k]
-    chosen = f"{source.name}: {k} neighbours"
+    by_k = [partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)]
+    methods = {
+        "interpolation": partial(interpolate, n_features=max(1, len(config.bands))),
+        "neighbours": best_on_validation(corpus, source, kind, by_k),
+    }
     if gram is not None:
-        by_alpha = {alpha: partial(ridge, gram=gram, alpha=alpha) for alpha in config.alphas}
-        alpha = choose(corpus, source, kind, by_alpha)
-        methods["ridge"] = by_alpha[alpha]
-        chosen += f", alpha {alpha:g}"
-    return methods, chosen
+        by_alpha = [partial(ridge, gram=gram, alpha=alpha) for alpha in config.alphas]
+        methods["ridge"] = best_on_validation(corpus, source, kind, by_alpha)
+    return methods
 
 
 # ---- evaluate
@@ -610,42 +591,35 @@ def validate(run, corpus, training):
     numbers = {}
     score = 0.0
     for kind in corpus.config.masks:
-        parts = []
-        for source in corpus.sources:
-            parts.append(score_windows(run, training.model, corpus, source, kind, "val"))
-        table = pd.concat(parts)
+        options = run, training.model, corpus
+        table = pd.concat([score_windows(*options, s, kind, "val") for s in corpus.sources])
         r2 = float(1 - table["encoder"].sum() / table["mean"].sum())
         latent = float(table["latent"].mean())
         numbers |= {f"val_r2_{kind}": r2, f"val_latent_loss_{kind}": latent}
         score += r2 - corpus.config.latent_weight * latent
     run.log(training.step, **numbers)
     if score > training.best:
-        training.best, training.best_step = score, training.step
+        training.best = score
         training.save("best.pt")
     training.validation = time.time() - start
 
 
 def report(run, model, corpus, config):
     """R² on test windows, the model's and the baselines', and the differences: results.csv."""
-    grams = []
-    for source in corpus.sources:
-        n_values = len(source.names) * corpus.n_patches * corpus.patch_values
-        grams.append(gram_matrix(source) if n_values <= config.ridge_limit else None)
-        if n_values > config.ridge_limit:
-            run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
+    most = max(len(s.names) for s in corpus.sources) * corpus.n_patches * corpus.patch_values
+    grams = [None] * len(corpus.sources)
+    if most <= config.ridge_limit:
+        grams = [gram_matrix(source) for source in corpus.sources]
+    else:
+        run.print(f"no ridge: a window has {most:,} values, ridge_limit={config.ridge_limit}")
     for kind in config.masks:
         parts = []
-        notes = []
         for number, (source, gram) in enumerate(zip(corpus.sources, grams)):
-            methods, chosen = choose_baselines(corpus, source, kind, gram)
+            methods = baselines(corpus, source, kind, gram)
             part = score_windows(run, model, corpus, source, kind, "test", methods)
             block = (part["start"] / config.sfreq // config.block).astype(int)
             parts.append(part.assign(block=block, recording=number))
-            notes.append(chosen)
-        # a method that some recording is too large for counts for none
-        table = pd.concat(parts, ignore_index=True).dropna(axis=1)
-        report_mask(run, config, kind, table, corpus.title)
-        run.print(f"    chosen on validation windows: {'; '.join(notes)}")
+        report_mask(run, config, kind, pd.concat(parts), corpus.title)
 
 
 def report_mask(run, config, kind, table, data):
@@ -756,7 +730,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=run.device.type != "mps"
         )
-        self.step = self.best_step = 0
+        self.step = 0
         self.best = -math.inf
         self.resumed = None
         self.durations: list[float] = []  # s of steps, and of the last validation
@@ -783,7 +757,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.scaler.load_state_dict(state["scaler"])
         self.step = self.resumed = state["step"]
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best = state["best"]
         if self.config.minutes:
             self.config.max_iters = state["config"]["max_iters"]
         self.run.rewind(self.step)
@@ -800,7 +774,6 @@ class Training:
             "recording": self.corpus.recipe,
             "step": self.step,
             "best": self.best,
-            "best_step": self.best_step,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.run.scaler.state_dict(),
             "config": asdict(self.config),
@@ -861,9 +834,9 @@ def describe(run, corpus, training):
     """Say what is trained on what."""
     parts = []
     for source in corpus.sources:
-        begin, end = source.facts()["seen"]
+        seconds = source.spans["train"][1] / corpus.config.sfreq
         absent = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
-        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {end - begin:.0f} s")
+        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {seconds:.0f} s")
     run.print(f"{corpus.title}, training time: {'; '.join(parts)}")
     encoder = sum(p.numel() for p in training.model.encoder.parameters())
     whole = sum(p.numel() for p in training.model.parameters())
@@ -878,11 +851,11 @@ def log_step(run, config, training, losses, norm):
         run.log(training.step, **numbers, grad_norm=norm.item())
 
 
-def finish(run, config, corpus, training):
+def finish(run, config, corpus, model):
     """The test windows, once, under the model that validation chose."""
-    model = training.model
-    model.load_state_dict(run.load("best.pt")["model"])
-    run.print(f"step {training.best_step} was chosen on validation: {run.out / 'best.pt'}")
+    state = run.load("best.pt")
+    model.load_state_dict(state["model"])
+    run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
     report(run, model, corpus, config)
     plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
     plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
@@ -919,7 +892,7 @@ def main(config):
     if not run.stopped:
         run.barrier()
         if run.master:
-            finish(run, config, corpus, training)
+            finish(run, config, corpus, model)
         run.merge()
     run.close()
 
