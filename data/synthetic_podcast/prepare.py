@@ -13,7 +13,6 @@ from the others miss (readme.md says what). Files are written as OpenNeuro ds005
 read by data/podcast/prepare.py, awkward cases included.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -518,11 +517,8 @@ def make(folder, config):
 def main(config):
     here = Path(os.path.relpath(Path(__file__).resolve().parent))
     folder = Path(config.out_dir) if config.out_dir else here
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "making.tmp", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one waits, then finds it made
-        if config.overwrite or not is_made(folder, made_with(config)):
-            make(folder, config)
+    if config.overwrite or not is_made(folder, made_with(config)):
+        make(folder, config)
 
 
 if __name__ == "__main__":
