@@ -124,13 +124,13 @@ class Member(nn.Module):
         return torch.tanh(self.norm(self.head(x)[..., 0]))
 
 
-@pytest.mark.parametrize("bins", [6, 9, 10])
+@pytest.mark.parametrize("bins", [6, 9])
 def test_an_ensemble_is_its_members(bins):
     torch.manual_seed(0)
     ensemble = decode.EnsemblePitomModel(3, 7, 5, conv_filters=6, dropout=0.0)
     members = [Member(ensemble, m, 6, 5) for m in range(3)]
     x, y = torch.randn(4, 7, bins), torch.randn(4, 5)
-    F.mse_loss(ensemble(x).mean(1), y).backward()
+    decode.loss_of(ensemble(x), y, "vectors", Config()).backward()  # of their mean
     F.mse_loss(torch.stack([member(x) for member in members]).mean(0), y).backward()
     for m, member in enumerate(members):
         rows = slice(6 * m, 6 * m + 6)
@@ -148,14 +148,6 @@ def test_a_member_has_the_published_number_of_parameters():
     expected = 0.35 * sum(c.weight.square().sum() for c in convolutions)
     expected = expected + 0.1 * ensemble.head.weight.square().sum()
     assert torch.isclose(ensemble.penalty(), expected)
-
-
-def test_the_mean_of_the_members_is_trained():
-    out, y = torch.randn(4, 3, 5), torch.randn(4, 5)
-    loss = decode.loss_of(out, y, "vectors", Config())
-    assert torch.isclose(loss, F.mse_loss(out.mean(1), y))
-    loss = decode.loss_of(out, y, "vectors", Config(loss="cosine"))
-    assert torch.isclose(loss, 1 - F.cosine_similarity(out.mean(1), y).mean())
 
 
 def test_decoders_get_what_they_name_and_refuse_what_they_do_not():
@@ -697,8 +689,6 @@ def test_saved_decoders_read_a_new_recording(podcast, tmp_path, capsys):
     decode.main(configure(Config, [f"{k}={v}" for k, v in apply.items()] + [f"recording={other}"]))
     said = capsys.readouterr().out
     assert "3 decoders, of 300, 300, 300 ms" in said
-    auc = pd.read_csv(tmp_path / "run/applied/results.csv").iloc[0]
-    assert auc.low < auc.score < auc.high and auc.score > 0.75 and auc.p < 0.05
     table = pd.read_csv(tmp_path / "run/applied/scores.csv")
     assert {"onset", "norm_word", "best", "score worda"} <= set(table)
     assert (table.best == table.norm_word).mean() > 0.3  # of 12
@@ -837,15 +827,15 @@ def test_a_nested_yaml_of_podcast_benchmark_runs(podcast, tmp_path):
 # ---- bad input
 
 REFUSED = [
-    ({"subjects": ["5"]}, ["has no 5", "sub-01, sub-02", "subjects=5"]),
-    ({"lags": [-54000.0, 55000.0]}, ["too few", "-54000 to 55000"]),
+    ({"task": "contnt"}, ["task=contnt is none of", "content"]),
+    ({"preprocess": "bins"}, ["preprocess=bins is none of", "neural_data"]),
+    ({"config_setter": "neural"}, ["config_setter=neural is none of", "neural_conv"]),
     ({"layer": 3}, ["no layer-3", "layer-24"]),
     ({"embedding": ["nosuch.txt"]}, ["neither lm, static", "gpt2-xl"]),
     ({"electrodes": "no.csv"}, ["no.csv"]),
     ({"window": 0.01}, ["too few for 10 bins"]),
     ({"bins": 4}, ["[14, 4] inputs", "bins="]),
     ({"word": "lemma"}, ["no column", "norm_word"]),
-    ({"model": "nosuch.py:f"}, ["nosuch.py"]),
     ({"min_count": 500}, ["fold 0", "min_count=500"]),
     ({"model": "ridge", "task": "surprisal", "beside": ["logistic"]}, ["is for classes"]),
     ({"n_folds": 1}, ["n_folds=1"]),
@@ -855,15 +845,6 @@ REFUSED = [
     ({"untrained": 2}, ["foundation_model_preprocessing_fn"]),
 ]
 
-MISSPELT = [("task", "contnt", "content"), ("preprocess", "bins", "neural_data")]
-MISSPELT += [("config_setter", "neural", "neural_conv")]
-
-
-@pytest.mark.parametrize("option, value, known", MISSPELT)
-def test_a_misspelt_name_is_told_before_recordings_are_read(option, value, known):
-    with pytest.raises(InputError, match=f"{option}={value} is none of .*{known}"):
-        Config(**{option: value}).check()
-
 
 @pytest.mark.parametrize("options, words", REFUSED)
 def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path, options, words):
@@ -871,15 +852,6 @@ def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path, options, words):
         finished(podcast, tmp_path, **{"beside": [], "controls": [], **options})
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
-
-
-def test_a_set_without_words_is_refused(podcast, tmp_path):
-    shutil.copytree(podcast, tmp_path / "set")
-    meta = yaml.safe_load((tmp_path / "set/meta.yaml").read_text())
-    del meta["words"]
-    (tmp_path / "set/meta.yaml").write_text(yaml.safe_dump(meta))
-    with pytest.raises(InputError, match="names no words"):
-        finished(tmp_path / "set", tmp_path / "run")
 
 
 def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):
