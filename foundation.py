@@ -44,7 +44,7 @@ import torch.nn as nn
 from scipy.spatial.distance import cdist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import InputError, Run, aside, configure, key_seed
+from configurator import InputError, Run, configure, key_seed
 from data.montage import is_subject
 from data.raw import READABLE, convert_files, converted_files, inside_spans
 from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
@@ -196,8 +196,7 @@ class Source:
     starts {split: first rows of windows}: in training all of them, else side by side.
     """
 
-    def __init__(self, path, dataset, config):
-        recording = Recording(path)
+    def __init__(self, recording, dataset, config):
         self.dataset = dataset
         self.name = recording.path.name
         self.person = recording.subject
@@ -208,7 +207,7 @@ class Source:
         seconds = recording.first_sample / recording.sfreq + np.arange(len(signal)) / config.sfreq
         bad = recording.meta.get("bad_spans", [])
         clean = ~inside_spans(seconds, seconds + 1 / config.sfreq, bad)
-        self.split(clean, path)
+        self.split(clean, recording.path)
         end = self.spans["train"][1]
         train = signal[:end][clean[:end]]
         # a channel may be flat or hold NaN although nobody marked it bad
@@ -216,8 +215,8 @@ class Source:
         varies &= np.isfinite(signal).all((0, 2))
         if varies.sum() < 2:
             raise InputError(
-                f"{path}: {varies.sum()} of its {len(channels)} channels vary and are free of NaN; "
-                "it takes two to predict one from another"
+                f"{recording.path}: {varies.sum()} of its {len(channels)} channels vary and are "
+                "free of NaN; it takes two to predict one from another"
             )
         self.signal = np.ascontiguousarray(signal[:, varies])
         self.names = [recording.names[i] for i in channels[varies]]
@@ -324,7 +323,7 @@ class Corpus:
                 if asked and not any(asked):
                     continue
                 try:
-                    sources.append(Source(path, dataset, config))
+                    sources.append(Source(recording, dataset, config))
                 except InputError as error:
                     reason = error
                     self.run.print(f"left out: {error}")
@@ -651,13 +650,6 @@ def report_mask(run, config, kind, table, data):
 # ---- plots
 
 
-def save_figure(figure, path):
-    """Write a figure aside, then in place, and close it."""
-    with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
 def plot_curves(path, log, title):
     """Both training losses, and R² of hidden validation patches."""
     table = pd.read_json(log, lines=True).set_index("step")
@@ -670,7 +662,8 @@ def plot_curves(path, log, title):
     axes[0].set(ylabel="mean squared error", title="training", yscale="log")
     axes[1].set(ylabel="R² of hidden patches", title="validation")
     figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def plot_reconstruction(path, run, model, corpus):
@@ -693,7 +686,8 @@ def plot_reconstruction(path, run, model, corpus):
             axis.set(title=f"{kind}: {name}", xlabel="s", ylabel="electrode")
     figure.suptitle(f"{corpus.title}: a test window of {source.name}", fontsize=10)
     figure.tight_layout()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 # ---- the run
@@ -745,10 +739,9 @@ class Training:
             self.net = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     def resume(self, state):
-        same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
-        if not same_shape or recording_keys(state["recording"]) != recording_keys(
-            self.corpus.recipe
-        ):
+        other_shape = state.get("encoder_args") != asdict(self.model.encoder.config)
+        keys = recording_keys(self.corpus.recipe)
+        if other_shape or recording_keys(state["recording"]) != keys:
             raise InputError(
                 f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "
                 "the options say: resume with its own config.yaml"
