@@ -219,8 +219,9 @@ class Source:
                 "free of NaN; it takes two to predict one from another"
             )
         self.signal = np.ascontiguousarray(signal[:, varies])
-        self.names = [recording.names[i] for i in channels[varies]]
-        self.left_out = [recording.names[i] for i in channels[~varies]]
+        names = np.array(recording.names)
+        self.names = names[channels[varies]].tolist()
+        self.left_out = names[channels[~varies]].tolist()
         self.xyz = torch.from_numpy(xyz[varies]).float()
         train = train[:, varies]
         centre, scale = robust_scale(train)
@@ -590,8 +591,10 @@ def validate(run, corpus, training):
     numbers = {}
     score = 0.0
     for kind in corpus.config.masks:
-        options = run, training.model, corpus
-        table = pd.concat([score_windows(*options, s, kind, "val") for s in corpus.sources])
+        parts = []
+        for source in corpus.sources:
+            parts.append(score_windows(run, training.model, corpus, source, kind, "val"))
+        table = pd.concat(parts)
         r2 = float(1 - table["encoder"].sum() / table["mean"].sum())
         latent = float(table["latent"].mean())
         numbers |= {f"val_r2_{kind}": r2, f"val_latent_loss_{kind}": latent}
@@ -605,20 +608,22 @@ def validate(run, corpus, training):
 
 def report(run, model, corpus, config):
     """R² on test windows, the model's and the baselines', and the differences: results.csv."""
-    most = max(len(s.names) for s in corpus.sources) * corpus.n_patches * corpus.patch_values
-    grams = [None] * len(corpus.sources)
-    if most <= config.ridge_limit:
-        grams = [gram_matrix(source) for source in corpus.sources]
-    else:
-        run.print(f"no ridge: a window has {most:,} values, ridge_limit={config.ridge_limit}")
+    grams = {}
+    for source in corpus.sources:
+        n_values = len(source.names) * corpus.n_patches * corpus.patch_values
+        if n_values <= config.ridge_limit:
+            grams[source] = gram_matrix(source)
+        else:
+            run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
     for kind in config.masks:
         parts = []
-        for number, (source, gram) in enumerate(zip(corpus.sources, grams)):
-            methods = baselines(corpus, source, kind, gram)
+        for number, source in enumerate(corpus.sources):
+            methods = baselines(corpus, source, kind, grams.get(source))
             part = score_windows(run, model, corpus, source, kind, "test", methods)
             block = (part["start"] / config.sfreq // config.block).astype(int)
             parts.append(part.assign(block=block, recording=number))
-        report_mask(run, config, kind, pd.concat(parts), corpus.title)
+        # a method that some recording is too large for counts for none
+        report_mask(run, config, kind, pd.concat(parts).dropna(axis=1), corpus.title)
 
 
 def report_mask(run, config, kind, table, data):
