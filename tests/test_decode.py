@@ -401,8 +401,8 @@ def test_word_scores_are_the_naive_ones():
     Y, out = rng.normal(size=(90, 4)), rng.normal(size=(30, 2, 4))
     out += Y[60:, None]
     fold = plain_fold(range(40), range(40, 60), range(60, 90), Y)
-    scorer = decode.WordScorer(fold, fold.test, labels, Config(min_count=4))
-    measure = scorer.measure(*scorer.similarities(out))
+    target = Target("vectors", Y, np.arange(90.0), labels)
+    measure = decode.measure_of(out, fold.test, target, fold, Config(min_count=4))
     metrics = measure(np.ones(30, bool), decode.NO_SHIFTS)
     cosine = sklearn.metrics.pairwise.cosine_similarity
     cosines = (cosine(out[:, 0], Y) + cosine(out[:, 1], Y)) / 2
@@ -742,15 +742,6 @@ def wrong_target(words, params):
 def events(words, params):
     import pandas as pd
     return pd.DataFrame(dict(start=np.arange(5, 95, 0.5), target=np.tile([0.5, 1.5, 2.0], 60)))
-
-class Gru(torch.nn.Module):
-    def __init__(self, params):
-        super().__init__()
-        self.gru = torch.nn.GRU(params["input_channels"], params["width"], batch_first=True)
-        self.linear = torch.nn.Linear(params["width"], params["output_dim"])
-
-    def forward(self, x):
-        return self.linear(self.gru(x.transpose(1, 2))[0][:, -1])
 """
 
 
@@ -782,12 +773,8 @@ def test_a_users_model_preprocessor_and_setter_in_podcast_benchmarks_manner(
     assert len(log.read_text()) == n_calls == 1  # the windows came from the cache
 
 
-def test_a_users_recurrent_decoder_and_task(podcast, tmp_path, user_file):
-    options = {"model": f"{user_file}:Gru", "model_params": {"width": 16}, "lags": [300.0]}
-    options |= {"epochs": 12, "learning_rate": 2e-2, "n_folds": 2, "beside": []}
-    table = finished(podcast, tmp_path / "gru", **options)
-    assert table.loc[(f"{user_file}:Gru", "auc")].score.item() > 0.7
-    options = {"task": f"{user_file}:events", "lags": [300.0], "model": "pitom_model"}
+def test_a_users_task(podcast, tmp_path, user_file):
+    options = {"task": f"{user_file}:events", "lags": [300.0], "model": "ridge", "beside": []}
     table = finished(podcast, tmp_path / "task", **options)
     assert table.loc[("ridge", "mse")].n.item() > 150
 
