@@ -607,7 +607,10 @@ def validate(run, corpus, training):
 
 
 def report(run, model, corpus, config):
-    """R² on test windows, the model's and the baselines', and the differences: results.csv."""
+    """results.csv, of the test windows and the model that validation chose; and the figures."""
+    state = run.load("best.pt")
+    model.load_state_dict(state["model"])
+    run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
     grams = {}
     for source in corpus.sources:
         n_values = len(source.names) * corpus.n_patches * corpus.patch_values
@@ -624,6 +627,8 @@ def report(run, model, corpus, config):
             parts.append(part.assign(block=block, recording=number))
         # a method that some recording is too large for counts for none
         report_mask(run, config, kind, pd.concat(parts).dropna(axis=1), corpus.title)
+    plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
+    plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
 def report_mask(run, config, kind, table, data):
@@ -841,24 +846,6 @@ def describe(run, corpus, training):
     run.print(f"encoder {encoder:,} of {whole:,} parameters | {run.device} {str(run.dtype)[6:]}")
 
 
-def log_step(run, config, training, losses, norm):
-    """Log both losses, the mean over ranks, every log_interval steps."""
-    if training.step % config.log_interval == 0 or training.step == 1:
-        hidden, latents = (run.reduce(losses) / run.world).tolist()
-        numbers = {"train_hidden": hidden, "train_from_latents": latents}
-        run.log(training.step, **numbers, grad_norm=norm.item())
-
-
-def finish(run, config, corpus, model):
-    """The test windows, once, under the model that validation chose."""
-    state = run.load("best.pt")
-    model.load_state_dict(state["model"])
-    run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
-    report(run, model, corpus, config)
-    plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
-    plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
-
-
 def main(config):
     run = Run(config)
     corpus = Corpus(run, config)
@@ -882,7 +869,10 @@ def main(config):
         losses, norm = train_step(run, config, training)
         bar.update()
         run.stopping()
-        log_step(run, config, training, losses, norm)
+        if training.step % config.log_interval == 0 or training.step == 1:
+            hidden, latents = (run.reduce(losses) / run.world).tolist()
+            numbers = {"train_hidden": hidden, "train_from_latents": latents}
+            run.log(training.step, **numbers, grad_norm=norm.item())
         training.durations.append(time.time() - start)
         settle(run, config, training)
         bar.total = config.max_iters
@@ -890,7 +880,7 @@ def main(config):
     if not run.stopped:
         run.barrier()
         if run.master:
-            finish(run, config, corpus, model)
+            report(run, model, corpus, config)
         run.merge()
     run.close()
 
