@@ -92,7 +92,6 @@ class Config:
     volume_lag_ms: float = 100.0  # how late it follows the audio
     jitter: float = 0.5  # of a word's vector about its type's, in SD of the types
     nonlinear: float = 0.0  # strength of what a linear estimate misses; 1: as PARTS has it
-    broadband: bool = False  # also write a broadband recording whose 70-200 Hz band is this one
     seed: int = 0  # another seed, another experiment
     out_dir: str = ""  # "": this folder; the raw files go into raw/ in it
     overwrite: bool = False  # make it again although it is there
@@ -341,18 +340,14 @@ def write_subject(root, number, table, z, envelope, config):
     else:
         signal = signal[: -round(3.1 * SFREQ)]
     volts = (VOLTS * (1 + SWING * signal)).T
-    files = {"desc-highgamma_ieeg": volts}
-    if config.broadband:
-        files["ieeg"] = broadband(rng, volts)
     info = mne.create_info(names, SFREQ, channels["type"].tolist())
     if number > 1:  # the first one's is only in channels.tsv
         info["bads"] = [bad]
     folder = root / "derivatives" / "ecogprep" / subject / "ieeg"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        raw = mne.io.RawArray(data, info, first_samp=start, verbose="error")
-        path = folder / f"{subject}_task-podcast_{name}.fif"
-        raw.save(path, overwrite=True, verbose="error")
+    raw = mne.io.RawArray(volts, info, first_samp=start, verbose="error")
+    path = folder / f"{subject}_task-podcast_desc-highgamma_ieeg.fif"
+    raw.save(path, overwrite=True, verbose="error")
     write_sidecars(root / subject / "ieeg" / subject, channels, bad)
     return {
         "electrodes": carriers["word"],
@@ -382,16 +377,6 @@ def write_sidecars(stem, channels, bad):
     write_tsv(f"{space}_electrodes.tsv", electrodes)
     system = {"iEEGCoordinateSystem": "MNI152NLin2009aSym", "iEEGCoordinateUnits": "mm"}
     Path(f"{space}_coordsystem.json").write_text(json.dumps(system))
-
-
-def broadband(rng, envelope):
-    """(C, T) in V: slow 1/f noise, and 70-200 Hz noise whose amplitude is the envelope."""
-    from scipy.signal import butter, sosfiltfilt
-
-    band = butter(4, (70, 200), "bandpass", fs=SFREQ, output="sos")
-    carrier = sosfiltfilt(band, rng.standard_normal(envelope.shape))
-    slow = background(rng, envelope.shape[1], len(envelope)).T
-    return 5 * VOLTS * slow + np.maximum(envelope, 0) * carrier / carrier.std()
 
 
 def make_tokens(rng, table):
