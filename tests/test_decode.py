@@ -841,6 +841,14 @@ def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path, options, words):
     assert "\n" not in str(error.value)
 
 
+def test_a_set_without_words_is_refused(podcast, tmp_path):
+    shutil.copytree(podcast, tmp_path / "set")
+    path = tmp_path / "set/meta.yaml"
+    path.write_text(path.read_text().replace("words: words.csv\n", ""))
+    with pytest.raises(InputError, match="names no words"):
+        finished(tmp_path / "set", tmp_path / "run")
+
+
 def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):
     table = "subject,elec\n661,LGA2\nsub-02,LGB1\n2,LGA1\n1,nosuch\n"
     (tmp_path / "sig.csv").write_text(table)
