@@ -705,13 +705,9 @@ class WordScorer:
                 "smaller min_count=, or fewer n_folds"
             )
 
-    def similarities(self, out):
-        """Cosines of outputs (N, members, D), members averaged: to words (n, V), to rows (N, N)."""
-        mean = unit(out).mean(axis=1)
-        return mean[self.known] @ self.vectors.T, mean @ self.occurrences.T
-
     def measure(self, words, pairs):
-        """f(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words and to rows."""
+        """f(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words (n, V), rows known
+        alone, and to the rows (N, N)."""
         log_p = special.log_softmax(words, axis=1)
         weights = {"auc": 1, "auc_test": self.n_spoken}
         if self.n_trained.any():  # not in zero-shot folds
@@ -799,7 +795,9 @@ def measure_of(out, rows, target, fold, config):
     """
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
-        return scorer.measure(*scorer.similarities(out))
+        mean = unit(out).mean(axis=1)  # its products are cosines, averaged over members
+        words = mean[scorer.known] @ scorer.vectors.T
+        return scorer.measure(words, mean @ scorer.occurrences.T)
 
     def measure(kept, shifts):
         orders = circular(shifts, kept.sum(), fold.gap)

@@ -7,7 +7,6 @@ set with the same people. Of each fold, the decoder of the lag that its validati
 taken; scores are means over folds. decode.py calls this file; copy both to change it.
 """
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from scipy import special
 
 import decode
-from configurator import InputError, Run, key_seed
+from configurator import InputError, Run
 from data import write_aside
 from data.montage import Montage
 from data.recording import Recording, read_set
@@ -93,7 +92,7 @@ def scores_of(state, X, model_params):
 
 
 def apply_decoders(config):
-    """Write scores.csv, and score them where the words of a new recording are known."""
+    """Write scores.csv: an event a row, a word a column."""
     states = load_decoders(config.apply)
     trained = Config(**states[0]["config"])
     trained.device = config.device
@@ -126,28 +125,4 @@ def apply_decoders(config):
     )
     if set(montage.checksums()) & set(states[0]["recordings"]):
         run.print("the decoders were trained on this very recording: its scores are no test")
-    elif trained.word in events and states[0]["target"] == "vectors":
-        score_words(run, config, scores, events, trained)
     run.close()
-
-
-def score_words(run, config, scores, events, trained):
-    """Word ROC-AUC on a new recording whose words are known, as a row of results.csv."""
-    events = events[events[trained.word].astype(str).isin(scores.columns)].sort_values("onset")
-    if len(events) < 10:
-        return run.print(f"{len(events)} of its words are known to the decoders: too few to score")
-    log_p = special.log_softmax(scores.loc[events.index].to_numpy(), axis=1)
-    y = scores.columns.get_indexer(events[trained.word].astype(str))
-    gap = math.ceil(trained.window / max(np.median(np.diff(events.onset)), 1e-3)) + 1
-
-    def measure(kept, shifts):
-        orders = decode.circular(shifts, kept.sum(), gap)
-        return {"auc": np.nanmean(decode.word_auc(log_p[kept], y[kept], orders), axis=1)}
-
-    shifts = np.random.default_rng(key_seed(config.seed, "shift")).random(config.n_shifts)
-    fold = decode.Fold(0, np.arange(0), np.arange(0), np.arange(len(y)), shifts)
-    table = decode.with_intervals(measure, fold)
-    p = decode.p_value(table.score, table.drop(columns=decode.FACTS).T.to_numpy())
-    keys = {"data": config.recording, "model": config.apply, "metric": "auc"}
-    decode.write_results(run, table[decode.FACTS].assign(p=p), **keys)
-    run.print(run.merge().to_string(index=False))

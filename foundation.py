@@ -7,10 +7,9 @@
     python foundation.py init_from=resume                       # go on after a stop, bit for bit
 
 A token is a patch of time of one electrode, which is its place, never its index. Most tokens are
-hidden. NeuralEncoder thinks on the visible ones alone; a small decoder fills in the hidden ones.
-Scored on held-out stretches of every recording, as R² of hidden patches, beside interpolation in
-time, the nearest electrodes, and ridge from the visible patches, all on the same masks. Guessing
-each channel's mean is 0.
+hidden. NeuralEncoder thinks on the visible ones; a small decoder fills in the others. R² of hidden
+patches on held-out stretches of every recording stands beside interpolation in time, the nearest
+electrodes, and ridge from the visible patches, under the same masks; each channel's mean is 0.
 
 decode.py and telepath.py take the latents, encoder(x, xyz, subject) -> (B, patches, n_embd), and so
 can you:
@@ -45,7 +44,8 @@ import torch.nn as nn
 from scipy.spatial.distance import cdist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import InputError, Run, aside, configure, key_seed
+from configurator import InputError, Run, configure, key_seed
+from data.montage import is_subject
 from data.raw import READABLE, convert_files, converted_files, inside_spans
 from data.recording import Recording, encoder_input, places, read_set, resampled, robust_scale
 from model import EncoderConfig, NeuralEncoder, cut_patches
@@ -121,9 +121,9 @@ class Config:
 
     POSITIVE = (
         "dataset masks sfreq window patch clamp mask_ratio val_share test_share n_embd width "
+        "n_layer n_head decoder_width decoder_layers batch_size grad_clip max_iters alphas "
+        "eval_interval save_interval log_interval block bootstraps"
     )
-    POSITIVE += "n_layer n_head decoder_width decoder_layers batch_size grad_clip max_iters alphas "
-    POSITIVE += "eval_interval save_interval log_interval block bootstraps"
     SHARES = "mask_ratio val_share test_share"
 
     def check(self):
@@ -144,8 +144,6 @@ class Config:
                 raise InputError(f"bands={self.bands}: give pairs of Hz: [[4,8],[70,150]]")
         if not re.fullmatch(r"(\d+x\d+)?", self.grid):
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
-        if self.val_share + self.test_share >= 0.9:
-            raise InputError("val_share and test_share leave less than a tenth for training")
         if self.width % self.n_head:
             raise InputError(f"n_head={self.n_head} must divide width={self.width}")
 
@@ -190,19 +188,6 @@ def usable_channels(recording, config):
     return channels, xyz[channels]
 
 
-def clean_rows(recording, n_rows, sfreq):
-    """(n_rows,) bool: the rows of the signal at `sfreq` Hz that no BAD segment touches."""
-    begin = recording.first_sample / recording.sfreq + np.arange(n_rows) / sfreq
-    return ~inside_spans(begin, begin + 1 / sfreq, recording.meta.get("bad_spans", []))
-
-
-def window_starts(clean, begin, end, width):
-    """First rows of all windows between two rows that lie in clean rows alone."""
-    n_bad = np.concatenate([[0], np.cumsum(~clean)])
-    starts = np.arange(begin, end - width + 1)
-    return starts[n_bad[starts + width] == n_bad[starts]]
-
-
 class Source:
     """One recording, resampled, scaled and split in time. Raises InputError if nothing is left.
 
@@ -211,17 +196,18 @@ class Source:
     starts {split: first rows of windows}: in training all of them, else side by side.
     """
 
-    def __init__(self, path, dataset, config):
-        recording = Recording(path)
+    def __init__(self, recording, dataset, config):
         self.dataset = dataset
-        self.name = Path(path).name
+        self.name = recording.path.name
         self.person = recording.subject
         self.synthetic = recording.synthetic
         self.config = config
         channels, xyz = usable_channels(recording, config)
         signal = resampled(recording.signal, recording.sfreq, asdict(config), channels)
-        clean = clean_rows(recording, len(signal), config.sfreq)
-        self.split(clean, path)
+        seconds = recording.first_sample / recording.sfreq + np.arange(len(signal)) / config.sfreq
+        bad = recording.meta.get("bad_spans", [])
+        clean = ~inside_spans(seconds, seconds + 1 / config.sfreq, bad)
+        self.split(clean, recording.path)
         end = self.spans["train"][1]
         train = signal[:end][clean[:end]]
         # a channel may be flat or hold NaN although nobody marked it bad
@@ -229,12 +215,13 @@ class Source:
         varies &= np.isfinite(signal).all((0, 2))
         if varies.sum() < 2:
             raise InputError(
-                f"{path}: {varies.sum()} of its {len(channels)} channels vary and are free of NaN; "
-                "it takes two to predict one from another"
+                f"{recording.path}: {varies.sum()} of its {len(channels)} channels vary and are "
+                "free of NaN; it takes two to predict one from another"
             )
         self.signal = np.ascontiguousarray(signal[:, varies])
-        self.names = [recording.names[i] for i in channels[varies]]
-        self.left_out = [recording.names[i] for i in channels[~varies]]
+        names = np.array(recording.names)
+        self.names = names[channels[varies]].tolist()
+        self.left_out = names[channels[~varies]].tolist()
         self.xyz = torch.from_numpy(xyz[varies]).float()
         train = train[:, varies]
         centre, scale = robust_scale(train)
@@ -244,6 +231,7 @@ class Source:
         self.mean = scaled.mean(0)
 
     def split(self, clean, path):
+        """Set spans and starts; clean (T,): the rows that no BAD segment touches."""
         config = self.config
         width = round(config.window * config.sfreq)
         end = len(clean)
@@ -251,10 +239,10 @@ class Source:
         test = round(end * (1 - config.test_share))
         self.spans = {"train": (0, val), "val": (val + width, test), "test": (test + width, end)}
         self.starts = {}
-        for split, span in self.spans.items():
-            starts = window_starts(clean, *span, width)
-            if split != "train":
-                starts = starts[(starts - span[0]) % width == 0]
+        n_bad = np.concatenate([[0], np.cumsum(~clean)])
+        for split, (first, last) in self.spans.items():
+            starts = np.arange(first, last - width + 1, 1 if split == "train" else width)
+            starts = starts[n_bad[starts + width] == n_bad[starts]]
             if not len(starts):
                 raise InputError(
                     f"window={config.window:g} s: {path} has {end / config.sfreq:.1f} s, of which "
@@ -274,7 +262,7 @@ class Source:
         return x.reshape(len(x), len(mean), -1, mean.shape[1]) - mean[:, None]
 
     def facts(self):
-        """What the checkpoint says of it: plain types and tensors."""
+        """What the checkpoint says of it."""
         return {
             "dataset": self.dataset,
             "name": self.name,
@@ -331,12 +319,12 @@ class Corpus:
         reason = InputError(f"subjects={config.subjects}: nobody in dataset= is called so")
         for dataset in config.dataset:
             for path in find_recordings(self.run, dataset):
-                subject = Recording(path).subject
-                number = path.name.removeprefix("sub-").lstrip("0")
-                if config.subjects and not {subject, path.name, number} & set(config.subjects):
+                recording = Recording(path)
+                asked = [is_subject(subject, recording) for subject in config.subjects]
+                if asked and not any(asked):
                     continue
                 try:
-                    sources.append(Source(path, dataset, config))
+                    sources.append(Source(recording, dataset, config))
                 except InputError as error:
                     reason = error
                     self.run.print(f"left out: {error}")
@@ -394,12 +382,6 @@ def draw_mask(kind, shape, ratio, rng):
 # ---- model
 
 
-def gather_rows(x, index):
-    """Rows of x (B or 1, N, d) at index (B, K): (B, K, d)."""
-    x = x.expand(len(index), -1, -1)
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.size(2)))
-
-
 class MaskedAutoencoder(nn.Module):
     """NeuralEncoder on the visible patches, and two ways back to the signal.
 
@@ -432,8 +414,9 @@ class MaskedAutoencoder(nn.Module):
         """States (B, K, width) of the visible tokens, and which they are of all C P: (B, K)."""
         net = self.encoder.net
         index = visible.flatten(1).nonzero()[:, 1].view(len(x), -1)
-        tokens = gather_rows(net.tokenize(x, xyz, subject)[0], index)
-        spots = gather_rows(net.spots(xyz, visible.size(2)), index)
+        rows = index[:, :, None]
+        tokens = net.tokenize(x, xyz, subject)[0].take_along_dim(rows, 1)
+        spots = net.spots(xyz, visible.size(2)).take_along_dim(rows, 1)
         return net.think(tokens, torch.ones_like(index, dtype=torch.bool), spots), index
 
     def latents(self, h, index, visible):
@@ -548,31 +531,29 @@ def squared_errors(guess, x, visible):
     return (np.square(guess - x) * ~visible[..., None]).sum((1, 2, 3), dtype=float)
 
 
-def choose(corpus, source, kind, candidates):
-    """The key of {key: method} with the least error on validation windows."""
-    errors = dict.fromkeys(candidates, 0.0)
+def best_on_validation(corpus, source, kind, candidates):
+    """The method(x, visible) with the least error on validation windows."""
+    errors = np.zeros(len(candidates))
     for _, batch in corpus.held_out("val", source, kind):
         x = source.centred(batch.x.cpu().numpy())
         visible = batch.visible.cpu().numpy()
-        for key, method in candidates.items():
-            errors[key] += squared_errors(method(x, visible), x, visible).sum()
-    return min(errors, key=errors.get)
+        for i, method in enumerate(candidates):
+            errors[i] += squared_errors(method(x, visible), x, visible).sum()
+    return candidates[errors.argmin()]
 
 
-def choose_baselines(corpus, source, kind, gram):
-    """({name: method(x, visible)} for a recording under a kind of mask, what was chosen)."""
+def baselines(corpus, source, kind, gram):
+    """{name: method(x, visible)} for a recording under a kind of mask."""
     config = corpus.config
-    methods = {"interpolation": partial(interpolate, n_features=max(1, len(config.bands)))}
-    by_k = {k: partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)}
-    k = choose(corpus, source, kind, by_k)
-    methods["neighbours"] = by_k[k]
-    chosen = f"{source.name}: {k} neighbours"
+    by_k = [partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)]
+    methods = {
+        "interpolation": partial(interpolate, n_features=max(1, len(config.bands))),
+        "neighbours": best_on_validation(corpus, source, kind, by_k),
+    }
     if gram is not None:
-        by_alpha = {alpha: partial(ridge, gram=gram, alpha=alpha) for alpha in config.alphas}
-        alpha = choose(corpus, source, kind, by_alpha)
-        methods["ridge"] = by_alpha[alpha]
-        chosen += f", alpha {alpha:g}"
-    return methods, chosen
+        by_alpha = [partial(ridge, gram=gram, alpha=alpha) for alpha in config.alphas]
+        methods["ridge"] = best_on_validation(corpus, source, kind, by_alpha)
+    return methods
 
 
 # ---- evaluate
@@ -620,32 +601,34 @@ def validate(run, corpus, training):
         score += r2 - corpus.config.latent_weight * latent
     run.log(training.step, **numbers)
     if score > training.best:
-        training.best, training.best_step = score, training.step
+        training.best = score
         training.save("best.pt")
     training.validation = time.time() - start
 
 
 def report(run, model, corpus, config):
-    """R² on test windows, the model's and the baselines', and the differences: results.csv."""
-    grams = []
+    """results.csv, of the test windows and the model that validation chose; and the figures."""
+    state = run.load("best.pt")
+    model.load_state_dict(state["model"])
+    run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
+    grams = {}
     for source in corpus.sources:
         n_values = len(source.names) * corpus.n_patches * corpus.patch_values
-        grams.append(gram_matrix(source) if n_values <= config.ridge_limit else None)
-        if n_values > config.ridge_limit:
+        if n_values <= config.ridge_limit:
+            grams[source] = gram_matrix(source)
+        else:
             run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
     for kind in config.masks:
         parts = []
-        notes = []
-        for number, (source, gram) in enumerate(zip(corpus.sources, grams)):
-            methods, chosen = choose_baselines(corpus, source, kind, gram)
+        for number, source in enumerate(corpus.sources):
+            methods = baselines(corpus, source, kind, grams.get(source))
             part = score_windows(run, model, corpus, source, kind, "test", methods)
             block = (part["start"] / config.sfreq // config.block).astype(int)
             parts.append(part.assign(block=block, recording=number))
-            notes.append(chosen)
         # a method that some recording is too large for counts for none
-        table = pd.concat(parts, ignore_index=True).dropna(axis=1)
-        report_mask(run, config, kind, table, corpus.title)
-        run.print(f"    chosen on validation windows: {'; '.join(notes)}")
+        report_mask(run, config, kind, pd.concat(parts).dropna(axis=1), corpus.title)
+    plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
+    plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
 def report_mask(run, config, kind, table, data):
@@ -677,13 +660,6 @@ def report_mask(run, config, kind, table, data):
 # ---- plots
 
 
-def save_figure(figure, path):
-    """Write a figure aside, then in place, and close it."""
-    with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
 def plot_curves(path, log, title):
     """Both training losses, and R² of hidden validation patches."""
     table = pd.read_json(log, lines=True).set_index("step")
@@ -696,7 +672,8 @@ def plot_curves(path, log, title):
     axes[0].set(ylabel="mean squared error", title="training", yscale="log")
     axes[1].set(ylabel="R² of hidden patches", title="validation")
     figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def plot_reconstruction(path, run, model, corpus):
@@ -719,7 +696,8 @@ def plot_reconstruction(path, run, model, corpus):
             axis.set(title=f"{kind}: {name}", xlabel="s", ylabel="electrode")
     figure.suptitle(f"{corpus.title}: a test window of {source.name}", fontsize=10)
     figure.tight_layout()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 # ---- the run
@@ -756,7 +734,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=run.device.type != "mps"
         )
-        self.step = self.best_step = 0
+        self.step = 0
         self.best = -math.inf
         self.resumed = None
         self.durations: list[float] = []  # s of steps, and of the last validation
@@ -771,10 +749,9 @@ class Training:
             self.net = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     def resume(self, state):
-        same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
-        if not same_shape or recording_keys(state["recording"]) != recording_keys(
-            self.corpus.recipe
-        ):
+        other_shape = state.get("encoder_args") != asdict(self.model.encoder.config)
+        keys = recording_keys(self.corpus.recipe)
+        if other_shape or recording_keys(state["recording"]) != keys:
             raise InputError(
                 f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "
                 "the options say: resume with its own config.yaml"
@@ -783,7 +760,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.run.scaler.load_state_dict(state["scaler"])
         self.step = self.resumed = state["step"]
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best = state["best"]
         if self.config.minutes:
             self.config.max_iters = state["config"]["max_iters"]
         self.run.rewind(self.step)
@@ -800,7 +777,6 @@ class Training:
             "recording": self.corpus.recipe,
             "step": self.step,
             "best": self.best,
-            "best_step": self.best_step,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.run.scaler.state_dict(),
             "config": asdict(self.config),
@@ -861,31 +837,13 @@ def describe(run, corpus, training):
     """Say what is trained on what."""
     parts = []
     for source in corpus.sources:
-        begin, end = source.facts()["seen"]
+        seconds = source.spans["train"][1] / corpus.config.sfreq
         absent = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
-        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {end - begin:.0f} s")
+        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {seconds:.0f} s")
     run.print(f"{corpus.title}, training time: {'; '.join(parts)}")
     encoder = sum(p.numel() for p in training.model.encoder.parameters())
     whole = sum(p.numel() for p in training.model.parameters())
     run.print(f"encoder {encoder:,} of {whole:,} parameters | {run.device} {str(run.dtype)[6:]}")
-
-
-def log_step(run, config, training, losses, norm):
-    """Log both losses, the mean over ranks, every log_interval steps."""
-    if training.step % config.log_interval == 0 or training.step == 1:
-        hidden, latents = (run.reduce(losses) / run.world).tolist()
-        numbers = {"train_hidden": hidden, "train_from_latents": latents}
-        run.log(training.step, **numbers, grad_norm=norm.item())
-
-
-def finish(run, config, corpus, training):
-    """The test windows, once, under the model that validation chose."""
-    model = training.model
-    model.load_state_dict(run.load("best.pt")["model"])
-    run.print(f"step {training.best_step} was chosen on validation: {run.out / 'best.pt'}")
-    report(run, model, corpus, config)
-    plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
-    plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
 def main(config):
@@ -911,7 +869,10 @@ def main(config):
         losses, norm = train_step(run, config, training)
         bar.update()
         run.stopping()
-        log_step(run, config, training, losses, norm)
+        if training.step % config.log_interval == 0 or training.step == 1:
+            hidden, latents = (run.reduce(losses) / run.world).tolist()
+            numbers = {"train_hidden": hidden, "train_from_latents": latents}
+            run.log(training.step, **numbers, grad_norm=norm.item())
         training.durations.append(time.time() - start)
         settle(run, config, training)
         bar.total = config.max_iters
@@ -919,7 +880,7 @@ def main(config):
     if not run.stopped:
         run.barrier()
         if run.master:
-            finish(run, config, corpus, training)
+            report(run, model, corpus, config)
         run.merge()
     run.close()
 

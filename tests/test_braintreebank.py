@@ -4,20 +4,17 @@ and splits are Neuroprobe's."""
 import importlib.util
 import json
 import shutil
-import zipfile
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import refused
 from sklearn.model_selection import KFold
 
 from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
-from tests.test_fetch import serve
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
@@ -272,48 +269,19 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
                 assert items_of(fold["train_dataset"], 10) == expected, (task, train)
 
 
-# ---- fetching and bad input
-
-
-def test_fetching_unpacks_what_is_missing(tree, tmp_path, capsys):
-    root, package = tree
-    page, out = tmp_path / "page", tmp_path / "out"
-    page.mkdir()
-    for name in ("localization", "electrode_labels", "transcripts"):
-        shutil.make_archive(str(page / name), "zip", root, name)
-    with zipfile.ZipFile(page / "sub_2_trial000.h5.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(root / "sub_2_trial000.h5", "sub_2_trial000.h5")
-    shutil.copy(root / "corrupted_elec.json", page)
-    links = [f"<p><a href='{path.name}'>{path.name}</a>" for path in page.iterdir()]
-    (page / "index.html").write_text("".join(links))
-    (out / "braintreebank").mkdir(parents=True)
-    # an earlier run was stopped while it unpacked
-    shutil.copy(page / "localization.zip", out / "braintreebank")
-    with serve(page) as server:
-        options = {"url": f"{server.url}/", "package": str(package), "out_dir": str(out)}
-        btb.main(btb.Config(**options, recordings=["btbank2_0"]))
-        assert read_set(out)["recordings"] == ["sub_2_trial000"]
-        assert "4 files" in capsys.readouterr().out and not list(out.rglob("*.zip"))
-        with pytest.raises(InputError, match="has no sub_3_trial001"):
-            btb.main(btb.Config(**options, recordings=["btbank3_1"]))
-        (out / "braintreebank/localization").rename(out / "elsewhere")
-        (page / "localization.zip").write_bytes((page / "localization.zip").read_bytes()[:300])
-        with pytest.raises(InputError, match="localization.zip came damaged"):
-            btb.fetch_missing(out / "braintreebank", f"{server.url}/", [])
-        assert not (out / "braintreebank/localization.zip").exists()
-    with pytest.raises(InputError, match="cannot be reached"):
-        btb.main(btb.Config(**options, recordings=["btbank2_4"]))
+# ---- bad input
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):
     root, package = tree
-    options = [f"root={root}", f"package={package}", "recordings=1_1"]
-    refused("data/braintreebank/prepare", *options, says=["sub_1_trial001"])
+    with pytest.raises(InputError, match="sub_1_trial001"):
+        btb.Config(recordings=["1_1"]).check()
     given = {"root": str(root), "package": str(package), "out_dir": str(tmp_path / "out")}
     for options, sentence in (
         ({"package": str(tmp_path)}, "braintreebank_features_time_alignment"),
         ({"recordings": ["btbank9_9"]}, "no btbank9_9.*btbank2_0"),
         ({"root": str(tmp_path)}, "features.csv is missing"),
+        ({"root": ""}, "give root="),
     ):
         with pytest.raises(InputError, match=sentence):
             btb.main(btb.Config(**{**given, **options}))

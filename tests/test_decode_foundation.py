@@ -131,7 +131,7 @@ def test_the_encoder_is_tuned_end_to_end(podcast, tmp_path):
     folder = make_encoder(tmp_path / "encoder", podcast)
     options = frozen(folder, model="foundation_finetune", beside=[], n_folds=2)
     options |= {"preprocess": "foundation_model_input", "subjects": ["1"]}
-    table = finished(podcast, tmp_path / "runs/run", epochs=30, learning_rate=1e-2, **options)
+    table = finished(podcast, tmp_path / "runs/run", epochs=24, learning_rate=2e-2, **options)
     assert table.loc[("foundation_finetune", "auc")].score.item() > 0.6
     with pytest.raises(InputError, match="needs preprocess=foundation_model_input"):
         finished(podcast, tmp_path / "runs/no", model="foundation_finetune", lags=[300.0])

@@ -12,7 +12,7 @@ from sklearn.linear_model import Ridge
 
 import foundation
 from configurator import InputError, Run, configure
-from data.recording import Recording, write_recording, write_set
+from data.recording import write_recording, write_set
 from foundation import Config, Corpus, build, draw_mask
 from model import load_checkpoint, load_encoder
 
@@ -109,7 +109,7 @@ def test_a_missing_electrode_is_a_masked_one(podcast, tmp_path):
 
 
 def test_ridge_is_ridge(podcast, tmp_path):
-    source = corpus_of(podcast, tmp_path)[0].sources[1]
+    (source,) = corpus_of(podcast, tmp_path, "subjects=2")[0].sources
     x = source.centred(source.cut(source.starts["train"])).astype(float)
     visible = draw_mask("random", (3, *x.shape[1:3]), 0.75, np.random.default_rng(0))
     guess = foundation.ridge(x[:3], visible, foundation.gram_matrix(source), 30.0)
@@ -202,9 +202,8 @@ def test_files_that_mne_reads(tmp_path, capsys):
 
 
 def test_a_run_and_its_checkpoint(podcast, tmp_path):
-    eeg = make_set(
-        tmp_path / "eeg", np.random.default_rng(0).normal(size=(3000, 40)), on_a_grid(40)
-    )
+    noise = np.random.default_rng(0).normal(size=(3000, 12))
+    eeg = make_set(tmp_path / "eeg", noise, on_a_grid(12))
     options = [*TINY, f"dataset={podcast},{eeg}", f"out_dir={tmp_path / 'run'}"]
     foundation.main(configure(Config, options))
     table = pd.read_csv(tmp_path / "run/results.csv")
@@ -218,7 +217,7 @@ def test_a_run_and_its_checkpoint(podcast, tmp_path):
     for name in ("loss.png", "reconstruction.png"):
         assert (tmp_path / "run" / name).exists()
     encoder, recipe = load_encoder(tmp_path / "run")
-    assert [len(known["channels"]) for known in recipe["recordings"]] == [9, 5, 40]
+    assert [len(known["channels"]) for known in recipe["recordings"]] == [9, 5, 12]
     assert sorted(recipe["subjects"]) == ["01", "sub-01", "sub-02"]
     x, xyz = torch.randn(2, 63, 16), torch.randn(63, 3) * 0.05  # another montage
     with torch.no_grad():
@@ -241,7 +240,7 @@ def test_it_sees_what_ridge_cannot(tmp_path):
     signal = np.concatenate([number, np.abs(number)], axis=1)
     signal += 0.1 * rng.normal(size=signal.shape)
     folder = make_set(tmp_path / "set", signal, on_a_grid(2))
-    options = ["masks=tube", "max_iters=150", "eval_interval=150", "eval_windows=0", "width=32"]
+    options = ["masks=tube", "max_iters=120", "eval_interval=120", "eval_windows=0", "width=32"]
     options += ["decoder_width=32", "batch_size=16", "warmup_iters=20", "learning_rate=0.01"]
     options = [*TINY, *options, f"dataset={folder}", f"out_dir={tmp_path / 'run'}"]
     foundation.main(configure(Config, options))
@@ -249,21 +248,13 @@ def test_it_sees_what_ridge_cannot(tmp_path):
     assert table[table.metric == "r2 - ridge"].low.item() > 0.1
 
 
-@pytest.mark.parametrize("size", [1e-3, 1e3])
-def test_what_is_not_like_the_training_time_cannot_make_it_diverge(tmp_path, size):
-    """Units, drift and heavy tails of real EEG: never worse than the mean where one is chosen."""
+def test_what_is_not_like_the_training_time_cannot_make_it_diverge(tmp_path):
+    """Units, drift and heavy tails of real EEG."""
     rng = np.random.default_rng(0)
     signal = rng.standard_t(1.5, size=(64 * 100, 6)).cumsum(0)
-    signal[64 * 70 :] *= size
+    signal[64 * 70 :] *= 1e3
     folder = make_set(tmp_path / "set", signal, on_a_grid(6))
-    options = [*TINY, f"dataset={folder}", f"out_dir={tmp_path / 'run'}", "max_iters=30"]
-    foundation.main(configure(Config, [*options, "learning_rate=0.1"]))
-    log = pd.read_json(tmp_path / "run/log.jsonl", lines=True)
-    assert np.isfinite(log.filter(like="val_").dropna()).all(axis=None)
+    options = [*TINY, f"dataset={folder}", f"out_dir={tmp_path / 'run'}", "max_iters=12"]
+    foundation.main(configure(Config, [*options, "learning_rate=0.1", "eval_interval=12"]))
     table = pd.read_csv(tmp_path / "run/results.csv")
     assert np.isfinite(table[table.metric == "r2"].score).all()
-
-
-def test_a_person_is_found_by_number(podcast, tmp_path):
-    (source,) = corpus_of(podcast, tmp_path, "subjects=2")[0].sources
-    assert source.person == Recording(podcast / "sub-02").subject

@@ -1,7 +1,6 @@
 """data/podcast and data/synthetic_podcast: what is in the files comes out, the planted truth is
 where it is said to be, and bad input is a sentence."""
 
-import json
 from pathlib import Path
 
 import h5py
@@ -9,21 +8,19 @@ import mne
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import refused, start
 from scipy.io import wavfile
 
 from data import InputError
 from data.podcast import prepare as podcast
 from data.recording import Recording, complete, read_set
 from data.synthetic_podcast import prepare as synthetic
-from tests.test_eeg_data import write_edf
 from tests.test_fetch import serve
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 FIF = "derivatives/ecogprep/sub-0{n}/ieeg/sub-0{n}_task-podcast_desc-highgamma_ieeg.fif"
 CHANNELS = "sub-0{n}/ieeg/sub-0{n}_task-podcast_channels.tsv"
 ELECTRODES = "sub-0{n}/ieeg/sub-0{n}_space-MNI152NLin2009aSym_electrodes.tsv"
-SMALL = {"minutes": 3.0, "vocabulary": 20, "electrodes": 22, "broadband": True}
+SMALL = {"minutes": 3.0, "vocabulary": 20, "electrodes": 22}
 BARE = {"features": [], "audio_sfreq": 0}  # neither features nor audio
 
 
@@ -101,7 +98,6 @@ def test_words_keep_what_is_odd_and_events_have_every_onset(made):
     np.testing.assert_array_equal(words["start"], given["start"])
     facts = meta["transcript"]
     assert facts["without_onset"] == 3 == words["start"].isna().sum()
-    assert facts["same_onset_as_another"] == facts["before_the_word_before"] == 4
     assert facts["sentences_by"] == "full stops"
     assert all(word == word.lower().strip(".,?!") for word in words["norm_word"])
     assert {"don't", "it's"} & set(words["norm_word"])
@@ -166,29 +162,6 @@ def test_other_features_and_positions_in_metres(tree, tmp_path):
     np.testing.assert_array_equal(written, vectors)
     assert 0.02 < np.nanmax(np.abs(Recording(tmp_path / "a/sub-02").xyz)) < 0.1
     assert set(read_words(tmp_path / "a")["pos"]) == {""}
-
-
-def test_the_raw_edf(tree, tmp_path):
-    data = np.random.default_rng(0).normal(size=(4, 512 * 20)) * 1e-4
-    path = tree / "sub-02/ieeg/sub-02_task-podcast_ieeg.edf"
-    names = ["LGB1", "LF3", "LF2", "EKG1"]
-    write_edf(path, 1e6 * data, 512, names, limit=3276)
-    prepare(tree, tmp_path / "a", signal="raw", **BARE)
-    recording = Recording(tmp_path / "a/sub-02")
-    bad = recording.meta["bad_electrodes"]
-    assert recording.names == [name for name in names[:3] if name not in bad]
-    assert len(recording.signal) == 512 * 20 and recording.meta["kind"] == "raw"
-    np.testing.assert_allclose(recording.signal[:, 0], data[0], atol=1e-7)
-    # the unit of channels.tsv, where the file has none; and a file shorter than its sidecar says
-    text = (tree / CHANNELS.format(n=2)).read_text().replace("\tV\t", "\tuV\t")
-    replace(tree, CHANNELS.format(n=2), text)
-    write_edf(path, 1e6 * data, 512, names, unit="", limit=3276)
-    prepare(tree, tmp_path / "b", signal="raw", **BARE)
-    signal = Recording(tmp_path / "b/sub-02").signal
-    np.testing.assert_allclose(signal, recording.signal, rtol=1e-5)
-    path.with_suffix(".json").write_text('{"RecordingDuration": 30.0}')
-    with pytest.raises(InputError, match="it is torn"):
-        prepare(tree, tmp_path / "c", signal="raw", **BARE)
 
 
 def test_words_in_bad_segments_are_dropped(tree, tmp_path):
@@ -310,9 +283,9 @@ def test_the_released_tables_are_read_as_they_are(released, tmp_path):
     assert len(words) == 5136 and tokens["word_idx"].nunique() == 5136
     assert (tokens["rank"] == 0).mean() == pytest.approx(0.30941540702968495)  # performance.json
     facts = meta["transcript"]
-    assert facts["without_onset"] == 0 and facts["before_the_word_before"] == 19
+    assert facts["without_onset"] == 0 and (words["start"].diff() < 0).sum() == 19
     # 366 sentences, each of which begins with a word; interjections are in none
-    assert facts["sentences"] == 366 and facts["in_no_sentence"] == 52
+    assert facts["sentences"] == 366 and (words["sentence"] == -1).sum() == 52
     sentences = pd.read_csv(tables / "all_sentences_podcast.csv")
     onsets = words[words["sentence"] >= 0].groupby("sentence")["start"].min()
     np.testing.assert_allclose(
@@ -323,10 +296,9 @@ def test_the_released_tables_are_read_as_they_are(released, tmp_path):
     counts = words["pos"].value_counts().to_dict()
     tagged = {"other": 2280, "noun": 1221, "verb": 953, "adjective": 290, "adverb": 286}
     assert counts == {**tagged, "": 5136 - 5030}
-    for name, located, in_file in (("sub-03", 235, 235), ("sub-08", 72, 72)):
+    for name, n_electrodes in (("sub-03", 235), ("sub-08", 72)):
         recording = Recording(tmp_path / name)
-        assert len(recording.names) == recording.meta["electrodes_in_file"] == in_file
-        assert recording.meta["located"] == located and recording.meta["events_outside"] > 5000
+        assert len(recording.names) == n_electrodes and recording.meta["events_outside"] > 5000
         assert 0.08 < np.abs(recording.xyz).max() < 0.13
 
 
@@ -362,15 +334,6 @@ def encoding(recording, vectors, words, lag):
     gram = x[:half].T @ x[:half] + 100 * np.eye(x.shape[1])
     predicted = x[half:] @ np.linalg.solve(gram, x[:half].T @ y[:half])
     return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(predicted.T, y[half:].T)])
-
-
-def test_a_response_is_a_boxcar_around_its_lag():
-    rng = np.random.default_rng(0)
-    onset, amplitude = rng.uniform(-0.5, 4.5, 30), rng.normal(size=(30, 3))
-    after = (np.arange(2048)[:, None] - np.round(onset * 512)) / 512
-    expected = ((after >= 0.25) & (after < 0.3496)) @ amplitude  # 300 ms ± 50 ms
-    response = synthetic.responses(onset, amplitude, 2048, 300.0)
-    np.testing.assert_allclose(response, expected, atol=1e-5)
 
 
 def test_words_are_in_the_named_electrodes_at_the_named_lag_and_nowhere_else(made):
@@ -452,55 +415,21 @@ def hidden_r2(signal, products):
 def test_products_see_what_a_linear_estimate_misses():
     gains = []
     for nonlinear in (0.0, 0.5, 1.0):
-        config = synthetic.Config(minutes=4, electrodes=20, nonlinear=nonlinear)
+        config = synthetic.Config(minutes=3, electrodes=16, nonlinear=nonlinear)
         _, signal, _ = subject_of(config)
         gains.append(hidden_r2(signal, products=True) - hidden_r2(signal, products=False))
     assert gains[0] < 0.01 and gains[2] > 0.05 and gains[0] < gains[1] < gains[2], gains
 
 
-def test_the_parts_are_what_the_readme_says():
-    config = synthetic.Config(minutes=2)
-    channels, _ = synthetic.make_montage(np.random.default_rng(0), 1, config)
-    onset = synthetic.make_transcript(config)["onset"].to_numpy()
-    rng = np.random.default_rng(0)
-    parts = dict(synthetic.nonlinear_parts(rng, onset, channels, 120 * 512))
-    assert list(parts) == list(synthetic.PARTS)
-    parts = {name: synthetic.standardized(part) for name, part in parts.items()}
-    shared = np.concatenate([parts["drives"], parts["rhythm"]], axis=1)
-    basis = np.linalg.svd(shared, full_matrices=False)[0][:, :5]  # three drives, two of a rhythm
-    linear = {}
-    for name, part in parts.items():
-        linear[name] = np.square(basis.T @ part).sum() / np.square(part).sum()
-    assert linear["drives"] > 0.99 and linear["rhythm"] > 0.99
-    assert 0.4 < linear["gating"] < 0.6 and 0.1 < linear["moving"] < 0.4
-    assert linear["bursts"] < 0.03 and linear["harmonics"] < 0.25
-    assert not parts["moving"][:, -4:].any()  # the shaft is not on the grid
-    ends = np.searchsorted(np.arange(120 * 512) / 512, np.sort(onset) + synthetic.RESET_S)
-    ends = ends[ends < 120 * 512]
-    rhythm = parts["rhythm"][ends]
-    assert np.abs(rhythm - rhythm[0]).max() < 0.2  # the same phase after every word
-
-
-def test_neighbours_share_sources(made):
-    recording = Recording(made / "sub-01")
-    correlation = np.corrcoef(recording.signal.T)
-    assert min(correlation[i, i + 1] for i in range(3)) > 0.4
-    assert abs(correlation[1, recording.names.index("DA2")]) < 0.2
-
-
-def test_the_broadband_recording_carries_the_envelope(made, tmp_path):
-    meta = prepare(made / "raw", tmp_path / "b", subjects=[2], signal="broadband", **BARE)
+def test_the_broadband_recording(tree, tmp_path):
+    highgamma = tree / FIF.format(n=2)
+    highgamma.rename(str(highgamma).replace("_desc-highgamma", ""))
+    meta = prepare(tree, tmp_path / "b", subjects=[2], signal="broadband", **BARE)
     assert "audio" not in meta and not meta["features"]
-    broadband = Recording(tmp_path / "b/sub-02").signal[:, :2].T.astype("f8")
-    envelope = Recording(made / "sub-02").signal[:, :2].T
-    band = np.abs(mne.filter.filter_data(broadband, 512, 70, 200, verbose="error"))
-    n_bins = envelope.shape[1] // 102  # of 0.2 s
-    for a, b in zip(band, envelope):
-        bins = [x[: n_bins * 102].reshape(-1, 102).mean(1) for x in (a, b)]
-        assert np.corrcoef(*bins)[0, 1] > 0.25
+    assert Recording(tmp_path / "b/sub-02").meta["kind"] == "broadband"
 
 
-def test_the_synthetic_set_is_made_once(made, tmp_path, capsys):
+def test_the_synthetic_set_is_made_once(made, capsys):
     before = (made / "meta.yaml").stat().st_mtime_ns
     synthetic.main(synthetic.Config(out_dir=str(made), **SMALL))
     assert "already" in capsys.readouterr().out
@@ -509,11 +438,6 @@ def test_the_synthetic_set_is_made_once(made, tmp_path, capsys):
         synthetic.main(synthetic.Config(out_dir=str(made)))
     with pytest.raises(InputError, match="vocabulary=5: give 10 to"):
         synthetic.Config(vocabulary=5).check()
-    options = [f"out_dir={tmp_path}", "minutes=0.5", "electrodes=8", "subjects=1"]
-    both = [start("data/synthetic_podcast/prepare", *options) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum("already" in output for output in outputs) == 1 and complete(tmp_path)
 
 
 # ---- choosing
@@ -546,11 +470,8 @@ def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys,
 def test_a_subject_without_the_file(tree, tmp_path):
     out = tmp_path / "a"
     (tree / FIF.format(n=2)).unlink()
-    options = [f"root={tree}", f"out_dir={out}", "subjects=2"]
-    says = ["sub-02_task-podcast_desc-highgamma", "signal=highgamma is there for sub-01"]
-    refused("data/podcast/prepare", *options, says=says)
-    with pytest.raises(InputError, match="no .*sub-07.* is there for sub-01"):
-        prepare(tree, out, subjects=[7])
+    with pytest.raises(InputError, match="no .*sub-02.* signal=highgamma is there for sub-01"):
+        prepare(tree, out, subjects=[2])
     (tree / FIF.format(n=2)).symlink_to("../.git/annex/objects/nowhere")
     with pytest.raises(InputError, match="git-annex link whose content is missing"):
         prepare(tree, out, subjects=[2])
@@ -559,8 +480,9 @@ def test_a_subject_without_the_file(tree, tmp_path):
         prepare(tree, out, subjects=[2])
     (tree / FIF.format(n=2)).unlink()
     assert prepare(tree, out)["recordings"] == ["sub-01"]  # nobody named: those who have it
-    with pytest.raises(InputError, match="signal=raw is there for nobody"):
-        prepare(tree, tmp_path / "b", signal="raw")
+    (tree / FIF.format(n=1)).unlink()
+    with pytest.raises(InputError, match="signal=highgamma is there for nobody"):
+        prepare(tree, tmp_path / "b")
     with pytest.raises(InputError, match="holds no copy of ds005574"):
         prepare(tmp_path / "nothing", tmp_path / "b")
 
@@ -572,7 +494,7 @@ def test_no_good_electrode_left(tree, tmp_path):
         prepare(tree, tmp_path / "a", subjects=[1])
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.999])
+@pytest.mark.parametrize("share", [0, 0.999])
 def test_a_torn_fif(tree, tmp_path, share):
     whole = (tree / FIF.format(n=1)).read_bytes()
     replace(tree, FIF.format(n=1), whole[: int(share * len(whole))])
@@ -591,16 +513,12 @@ COORDSYSTEM = ELECTRODES.format(n=1).replace("electrodes.tsv", "coordsystem.json
         ("stimuli/podcast_transcript.csv", "word,start,end\na,soon,2\n", "'start' holds no numb"),
         ("stimuli/podcast_transcript.csv", "word,start,end\na,,\nb,n/a,nan\n", "no word has an"),
         ("stimuli/podcast_transcript.csv", "word,start,end\na,1,2\n", "different snapshots"),
-        ("stimuli/gpt2-xl/transcript.tsv", "\tindex\tword\n0\t0\ta\n", "no column 'word_idx'"),
         ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* for 1 tokens"),
         ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
         ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
         ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
-        (CHANNELS.format(n=1), "name\ttype\nLGA1\tECOG\n", "no column 'status'"),
-        (ELECTRODES.format(n=1), "name\tx\ty\nLGA1\t1\t2\n", "no column 'z'"),
         (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
         (COORDSYSTEM, "{", "no JSON"),
-        ("dataset_description.json", "{", "no JSON"),
     ],
 )
 def test_damaged_files(tree, tmp_path, name, content, sentence):
@@ -629,18 +547,12 @@ def test_missing_layers_and_features(tree, tmp_path):
         prepare(tree, tmp_path / "a", features=["glove"])
 
 
-def test_samples_that_are_no_numbers_or_microvolts(tree, tmp_path):
+def test_a_signal_in_microvolts(tree, tmp_path):
     path = tree / FIF.format(n=1)
     raw = mne.io.read_raw_fif(path, preload=True, verbose="error")
     path.unlink()
-    raw.copy().apply_function(lambda x: 1e6 * x).save(path, verbose="error")
+    raw.apply_function(lambda x: 1e6 * x).save(path, verbose="error")
     with pytest.raises(InputError, match="V is no brain's: save it in V"):
-        prepare(tree, tmp_path / "a", subjects=[1], **BARE)
-    raw._data[3, 1000] = np.nan
-    path.unlink()
-    raw.save(path, verbose="error")
-    name = raw.ch_names[3]
-    with pytest.raises(InputError, match=f"{name} has samples that are no numbers between 0 and"):
         prepare(tree, tmp_path / "a", subjects=[1], **BARE)
 
 
@@ -684,9 +596,3 @@ def test_nothing_is_fetched_unasked(tmp_path, monkeypatch):
     monkeypatch.delenv("PODCAST_ROOT", raising=False)
     with pytest.raises(InputError, match="subjects=3 say"):
         podcast.main(podcast.Config(out_dir=str(tmp_path)))
-
-
-def test_the_description_tells_that_it_is_made_up(made):
-    description = json.loads((made / "raw/dataset_description.json").read_text())
-    assert description["Synthetic"] and read_set(made)["synthetic"]
-    assert "synthetic" in read_set(made)["source"]

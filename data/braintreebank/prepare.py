@@ -3,7 +3,6 @@ with the tasks and splits of Neuroprobe (arXiv 2509.21671).
 
     pip install neuroprobe            # its word tables and constants are read, its code is not run
     python data/braintreebank/prepare.py root=path/to/braintreebank    # the benchmark's recordings
-    python data/braintreebank/prepare.py recordings=sub_1_trial001     # fetched: sizes first
     python data/braintreebank/prepare.py root=... recordings=btbank1_0,btbank5_0 out_dir=out/btb
 
 Writes one recording a film and person (data/recording.py), every word and every stretch without
@@ -12,13 +11,10 @@ binary tasks, and which split has each. A recording is never in memory as a whol
 """
 
 import ast
-import html
 import importlib.util
 import os
 import re
 import sys
-import urllib.parse
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,11 +26,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
 from data import InputError, check_content, column, folder_of, read_table, write_aside
-from data.fetch import NETWORK_ERRORS, download, look_up, request, unreachable
 from data.raw import read_json
 from data.recording import made_recordings, write_recording, write_set
 
-EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
+EMBEDDED = False  # must be downloaded
 SFREQ = 2048
 RECORDING = re.compile(r"(?:sub_|btbank)(\d+)_(?:trial)?(\d+)")
 # Neuroprobe's tasks. Those that tell the upper quarter of a column from its lower one:
@@ -61,8 +56,7 @@ class Config:
     electrodes: Literal["lite", "all"] = "lite"
     package: str = ""  # folder of neuroprobe, or of a clone; "": where it is installed
     # ---- where from and where to
-    root: str = ""  # local copy; "": $ROOT_DIR_BRAINTREEBANK, or else fetched into out_dir
-    url: str = "https://braintreebank.dev/"  # the page whose links are fetched
+    root: str = ""  # unpacked files of braintreebank.dev; "": $ROOT_DIR_BRAINTREEBANK
     out_dir: str = ""  # "": this folder
     overwrite: bool = False  # make it again although it is there
 
@@ -277,17 +271,9 @@ def make_recording(root, folder, recording, channels, events, **meta):
     try:
         with h5py.File(path, "r") as file:
             series = [file[f"data/electrode_{number}"] for number in channels["series"]]
-            if len(set(map(len, series))) != 1:
-                raise OSError("series of different lengths")
             blocks = read_blocks(series, recording)
-            about = {
-                "sfreq": SFREQ,
-                "unit": "a.u.",
-                "source": path.name,
-                "synthetic": False,
-                **meta,
-            }
-            return write_recording(folder / recording, blocks, channels, events, **about)
+            about = {"sfreq": SFREQ, "unit": "a.u.", "source": path.name, "synthetic": False}
+            return write_recording(folder / recording, blocks, channels, events, **about, **meta)
     except (OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path} is no whole recording ({reason}): fetch it again") from None
@@ -299,45 +285,7 @@ def read_blocks(series, name, step=30 * SFREQ):
         yield np.stack([one[start : start + step] for one in series], axis=1)
 
 
-# ---- fetching
-
-
-def fetch_missing(root, url, recordings):
-    """Fetch and unpack what these recordings need and is not there."""
-    try:
-        page = request(url).read().decode("utf-8", "replace")
-    except NETWORK_ERRORS as error:
-        raise unreachable(url, error) from None
-    for path in root.glob("*.zip"):
-        unpack(path)  # that an earlier run was stopped in
-    names = [f"{recording}.h5" for recording in recordings]
-    names += ["localization", "electrode_labels", "transcripts", "corrupted_elec.json"]
-    missing = [name.split(".")[0] for name in names if not (root / name).exists()]
-    files = []
-    for link in re.findall(r"""<a\s[^>]*?href\s*=\s*["']?([^"'\s>]+)""", page, re.IGNORECASE):
-        address = urllib.parse.urljoin(url, html.unescape(link))
-        path = root / Path(urllib.parse.urlparse(address).path).name
-        name = path.name.split(".")[0]
-        file = look_up(address, path) if name in missing else None
-        if file is not None:
-            missing.remove(name)
-            files.append(file)
-    if missing:
-        raise InputError(f"{url} has no {missing[0]}: fetch it by hand into {root}")
-    download(files, root, times=4, remedy="choose fewer recordings=", then=unpack)
-
-
-def unpack(path):
-    """Unpack a zip beside itself and remove it; its sums are checked while it is read."""
-    if path.suffix != ".zip":
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            archive.extractall(path.parent)
-    except zipfile.BadZipFile as error:
-        path.unlink()
-        raise InputError(f"{path} came damaged ({error}) and was removed: run it again") from None
-    path.unlink()
+# ---- the set
 
 
 def chosen_recordings(config, settings):
@@ -388,10 +336,9 @@ def main(config):
         print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
         return
     where = config.root or os.environ.get("ROOT_DIR_BRAINTREEBANK", "")
-    root = Path(where) if where else folder / "braintreebank"
     if not where:
-        root.mkdir(parents=True, exist_ok=True)
-        fetch_missing(root, config.url, todo)
+        raise InputError("give root=, the folder of what braintreebank.dev offers, unpacked")
+    root = Path(where)
     train = f"{settings['DS_DM_TRAIN_SUBJECT_ID']}_trial{settings['DS_DM_TRAIN_TRIAL_ID']:03}"
     for recording, pair in todo.items():  # a stopped run goes on with the next
         prepare(root, folder, recording, pair, package, settings, config)

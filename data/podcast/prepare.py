@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's
 from configurator import configure
 from data import InputError, check_content, column, folder_of, options_of, read_table, write_aside
 from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
-from data.raw import METRES, clock_spans, inside_spans, open_raw, read_json, sd_within_seconds
+from data.raw import METRES, clock_spans, inside_spans, read_json, sd_within_seconds
 from data.recording import made_recordings, write_recording, write_set
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
@@ -59,8 +59,8 @@ FUNCTION_WORDS = set(FUNCTION_WORDS.split())
 @dataclass
 class Config:
     subjects: list[int] = field(default_factory=list)  # 1 to 9; none: all of the local copy
-    # envelope of 70-200 Hz, the cleaned recording, or the EDF as recorded
-    signal: Literal["highgamma", "broadband", "raw"] = "highgamma"
+    # envelope of 70-200 Hz, or the cleaned recording before it
+    signal: Literal["highgamma", "broadband"] = "highgamma"
     space: str = "MNI152NLin2009aSym"  # of the electrode positions
     features: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # folders under stimuli/
     layers: list[int] = field(default_factory=lambda: [24])  # of features that have layers
@@ -82,8 +82,6 @@ class Config:
 
 def signal_names(subject, kind):
     """Paths that a subject's signal may have (older snapshots called the task differently)."""
-    if kind == "raw":
-        return [f"{subject}/ieeg/{subject}_task-podcast_ieeg.edf"]
     description = "_desc-highgamma" if kind == "highgamma" else ""
     stem = f"derivatives/ecogprep/{subject}/ieeg/{subject}_task"
     return [f"{stem}-{task}{description}_ieeg.fif" for task in ("podcast", "monkey")]
@@ -201,7 +199,7 @@ def fetch_layers(path, url, layers):
 
 def read_words(path, config):
     """(transcript, a row a word: word_idx, word, start, end (s), norm_word, sentence (-1: in none),
-    pos, content; a dictionary of what is odd)."""
+    pos, content; a dictionary of facts)."""
     table = read_columns(path, ["word", "start", "end"], numeric=("start", "end"))
     words = table[["word", "start", "end"]].copy()
     words.insert(0, "word_idx", np.arange(len(words)))
@@ -217,11 +215,8 @@ def read_words(path, config):
     facts = {
         "words": len(words),
         "without_onset": len(words) - len(onsets),
-        "same_onset_as_another": int(onsets.duplicated().sum()),
-        "before_the_word_before": int((onsets.diff() < 0).sum()),
         "sentences": len(set(words["sentence"]) - {-1}),
         "sentences_by": rule,
-        "in_no_sentence": int((words["sentence"] == -1).sum()),
     }
     return words, facts
 
@@ -417,12 +412,10 @@ def read_positions(root, subject, space):
 # ---- recordings
 
 
-def open_signal(path, root):
-    """MNE Raw of a derivative (FIF, in V) or of the recording itself (EDF, by its sidecars)."""
+def open_signal(path):
+    """MNE Raw of a derivative (FIF, in V)."""
     import mne
 
-    if path.suffix == ".edf":
-        return open_raw(path, root, "ieeg")[0]
     with open(path, "rb") as file:  # MNE reads a torn file in silence: the last tag is missing
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4))
         whole = file.read() == b"\xff" * 4
@@ -438,19 +431,11 @@ def open_signal(path, root):
     return raw
 
 
-def signal_blocks(raw, names, path, seconds=30):
+def signal_blocks(raw, names, label, seconds=30):
     """(T, channels) blocks of a Raw in V, its channels in the order of `names`."""
-    sfreq = raw.info["sfreq"]
-    step = round(seconds * sfreq)
-    for start in tqdm(range(0, raw.n_times, step), path.name, leave=False, disable=None):
-        block = raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
-        wrong = np.flatnonzero(~np.isfinite(block).all(0))
-        if len(wrong):
-            span = f"between {start / sfreq:.0f} and {start / sfreq + seconds:.0f} s"
-            cure = "mark it bad in channels.tsv"
-            name = names[wrong[0]]
-            raise InputError(f"{path}: {name} has samples that are no numbers {span}: {cure}")
-        yield block
+    step = round(seconds * raw.info["sfreq"])
+    for start in tqdm(range(0, raw.n_times, step), label, leave=False, disable=None):
+        yield raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
 
 
 def word_events(words, raw):
@@ -467,7 +452,7 @@ def word_events(words, raw):
 def make_recording(root, folder, subject, words, nyu_ids, config):
     """Write one subject as a recording."""
     path = need(root, signal_names(subject, config.signal))
-    raw = open_signal(path, root)
+    raw = open_signal(path)
     channels = read_channels(root, subject, raw, config.space)
     kept = channels[channels["status"] == "good"]
     if not len(kept):
@@ -478,7 +463,7 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
     located = int(kept["x"].notna().sum())
     made = write_recording(
         folder / subject,
-        signal_blocks(raw, kept["name"].tolist(), path),
+        signal_blocks(raw, kept["name"].tolist(), path.name),
         kept,
         events,
         sfreq=sfreq,
@@ -490,9 +475,6 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
         kind=config.signal,
         space=config.space if channels["x"].notna().any() else "unknown",
         nyu_id={name: number for number, name in nyu_ids.items()}.get(subject, ""),
-        electrodes=len(kept),
-        electrodes_in_file=len(channels),
-        located=located,
         bad_electrodes=channels["name"][channels["status"] == "bad"].tolist(),
         dropped={"bad": len(channels) - len(kept), **dropped_words},
         events_outside=int((~rows.between(0, raw.n_times - 1)).sum()),

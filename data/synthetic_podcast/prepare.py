@@ -13,15 +13,11 @@ from the others miss (readme.md says what). Files are written as OpenNeuro ds005
 read by data/podcast/prepare.py, awkward cases included.
 """
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import wave
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +25,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure, key_seed
-from data import InputError
+from data import InputError, check_options, folder_of, options_of
+from data.podcast import prepare as podcast
 from data.recording import complete, read_set
 
 EMBEDDED = True  # made up, offline: scripts may start this on first use
 
-PODCAST = Path(__file__).resolve().parents[1] / "podcast" / "prepare.py"  # the reader
 SFREQ, AUDIO_RATE = 512, 8000
 VOLTS = 1e-5  # mean of a high-gamma envelope
 SWING = 0.1  # SD of the background as a share of it
@@ -96,7 +92,6 @@ class Config:
     volume_lag_ms: float = 100.0  # how late it follows the audio
     jitter: float = 0.5  # of a word's vector about its type's, in SD of the types
     nonlinear: float = 0.0  # strength of what a linear estimate misses; 1: as PARTS has it
-    broadband: bool = False  # also write a broadband recording whose 70-200 Hz band is this one
     seed: int = 0  # another seed, another experiment
     out_dir: str = ""  # "": this folder; the raw files go into raw/ in it
     overwrite: bool = False  # make it again although it is there
@@ -345,18 +340,14 @@ def write_subject(root, number, table, z, envelope, config):
     else:
         signal = signal[: -round(3.1 * SFREQ)]
     volts = (VOLTS * (1 + SWING * signal)).T
-    files = {"desc-highgamma_ieeg": volts}
-    if config.broadband:
-        files["ieeg"] = broadband(rng, volts)
     info = mne.create_info(names, SFREQ, channels["type"].tolist())
     if number > 1:  # the first one's is only in channels.tsv
         info["bads"] = [bad]
     folder = root / "derivatives" / "ecogprep" / subject / "ieeg"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in files.items():
-        raw = mne.io.RawArray(data, info, first_samp=start, verbose="error")
-        path = folder / f"{subject}_task-podcast_{name}.fif"
-        raw.save(path, overwrite=True, verbose="error")
+    raw = mne.io.RawArray(volts, info, first_samp=start, verbose="error")
+    path = folder / f"{subject}_task-podcast_desc-highgamma_ieeg.fif"
+    raw.save(path, overwrite=True, verbose="error")
     write_sidecars(root / subject / "ieeg" / subject, channels, bad)
     return {
         "electrodes": carriers["word"],
@@ -386,16 +377,6 @@ def write_sidecars(stem, channels, bad):
     write_tsv(f"{space}_electrodes.tsv", electrodes)
     system = {"iEEGCoordinateSystem": "MNI152NLin2009aSym", "iEEGCoordinateUnits": "mm"}
     Path(f"{space}_coordsystem.json").write_text(json.dumps(system))
-
-
-def broadband(rng, envelope):
-    """(C, T) in V: slow 1/f noise, and 70-200 Hz noise whose amplitude is the envelope."""
-    from scipy.signal import butter, sosfiltfilt
-
-    band = butter(4, (70, 200), "bandpass", fs=SFREQ, output="sos")
-    carrier = sosfiltfilt(band, rng.standard_normal(envelope.shape))
-    slow = background(rng, envelope.shape[1], len(envelope)).T
-    return 5 * VOLTS * slow + np.maximum(envelope, 0) * carrier / carrier.std()
 
 
 def make_tokens(rng, table):
@@ -460,7 +441,7 @@ def make_tree(root, config):
     people = pd.DataFrame({"participant_id": list(subjects), "nyu_id": 900})
     people["nyu_id"] += people.index + 1
     write_tsv(root / "participants.tsv", people)
-    planted = {"kernel_ms": KERNEL_MS, "subjects": subjects, "made_with": made_with(config)}
+    planted = {"kernel_ms": KERNEL_MS, "subjects": subjects, "made_with": options_of(config)}
     for key in ("lag_ms", "gain", "volume_lag_ms", "volume_gain", "nonlinear"):
         planted[key] = getattr(config, key)
     planted["features"] = f"gpt2-xl layer-{LAYER} holds the vectors, layer-0 is noise"
@@ -478,51 +459,19 @@ def make_tree(root, config):
 # ---- main
 
 
-def made_with(config):
-    """Options and code: what decides whether a folder must be made again."""
-    options = asdict(config)
-    del options["out_dir"], options["overwrite"]
-    code = Path(__file__).read_bytes() + PODCAST.read_bytes()
-    return {**options, "code": hashlib.sha256(code).hexdigest()[:12]}
-
-
-def is_made(folder, wanted):
-    """Whether the folder holds this very set; InputError where it was made with other options."""
-    if not complete(folder):
-        return False
-    made = read_set(folder).get("planted", {}).get("made_with", {})
-    for key, value in wanted.items():
-        if key in made and key != "code" and made[key] != value:
-            raise InputError(
-                f"{folder} was made with {key}={made[key]}: give overwrite=True to make it again, "
-                "or another out_dir"
-            )
-    if made != wanted:
-        print(f"{folder} is of another version of this script: making it again", flush=True)
-        return False
-    print(f"{folder} is there already (overwrite=True makes it again)")
-    return True
-
-
-def make(folder, config):
-    """Write the raw files and let data/podcast/prepare.py read them."""
+def main(config):
+    folder = folder_of(config, __file__)
+    if complete(folder) and not config.overwrite:
+        made_with = read_set(folder).get("planted", {}).get("made_with")
+        check_options(folder, made_with, options_of(config))
+        print(f"{folder} is there already (overwrite=True makes it again)")
+        return
     raw = folder / "raw"
     (folder / "meta.yaml").unlink(missing_ok=True)
     shutil.rmtree(raw, ignore_errors=True)
     make_tree(raw, config)
-    options = [f"root={raw}", f"out_dir={folder}", f"pos={raw}/stimuli/pos.csv", "overwrite=True"]
-    if subprocess.run([sys.executable, str(PODCAST), *options]).returncode:
-        raise InputError(f"{PODCAST} could not read {raw}: its own message stands above")
-
-
-def main(config):
-    here = Path(os.path.relpath(Path(__file__).resolve().parent))
-    folder = Path(config.out_dir) if config.out_dir else here
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "making.tmp", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second one waits, then finds it made
-        if config.overwrite or not is_made(folder, made_with(config)):
-            make(folder, config)
+    options = {"root": str(raw), "out_dir": str(folder), "pos": f"{raw}/stimuli/pos.csv"}
+    podcast.main(podcast.Config(**options, overwrite=True))
 
 
 if __name__ == "__main__":
