@@ -70,11 +70,10 @@ def need(url, path, checksum=""):
     return file
 
 
-def download(files, folder, *, times=2.1, remedy="choose fewer subjects=", then=None):
+def download(files, folder, times=2.1):
     """Fetch RemoteFiles into a folder one by one; those that are there stay.
 
-    times: disk that is needed in the end, in sizes of the download; remedy: how to need less;
-    then(path): what to do with each file once it is whole.
+    times: disk that is needed in the end, in sizes of the download.
     """
     files = [file for file in files if size_of(file.path) != file.size]
     if not files:
@@ -86,14 +85,12 @@ def download(files, folder, *, times=2.1, remedy="choose fewer subjects=", then=
     if times * size > free:
         raise InputError(
             f"{folder} has {free / 1e9:.1f} GB free where about {times * size / 1e9:.1f} GB are "
-            f"needed: {remedy}, or use a larger disk"
+            f"needed: choose fewer subjects=, or use a larger disk"
         )
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
         for file in files:
             progress.set_description(file.path.name)
             fetch(file, progress)
-            if then is not None:
-                then(file.path)
 
 
 def fetch(file, progress=None, tries=5, pause=1.0):
