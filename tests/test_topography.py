@@ -165,13 +165,6 @@ def test_accuracy_of_a_paradigm_counts_ties_half():
     assert (both.low, both.high) == (low, high)
 
 
-def test_batches_hold_every_text_once_within_the_budget():
-    lengths = np.random.default_rng(0).integers(1, 30, 200)
-    batches = list(topography.length_batches(lengths, 64))
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
-
-
 def planted(rng, n=40, side=8):
     """Sheets of independent units, of which a 3 x 3 block of cells prefers the first n stimuli."""
     layout = rng.permutation(side * side)[None]
