@@ -54,9 +54,8 @@ class Config:
     stimuli: str = "localizer"  # dataset under data/, a CSV, or a folder of CSVs
     text_column: str = "text"  # of such a CSV; several, as of word pairs: word1,word2
     condition_column: str = "condition"  # of such a CSV; several: category,class
-    contrasts: list[str] = field(
-        default_factory=list
-    )  # A>B or A+B>C+D; the first one selects units
+    # A>B or A+B>C+D, the first one selects units; none: known ones, or all
+    contrasts: list[str] = field(default_factory=list)
     # ---- statistics
     fdr: float = 0.05  # false discovery rate over all units of all sheets
     fwhm: float = 0.0  # also blur maps by this width (cells), beside a null of its own; 0: no

@@ -337,12 +337,8 @@ def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch
     run = configurator.Run(config)
     names = ["labelled/mine", "labelled/mine/two", str(tmp_path / "data/labelled/mine/one")]
     datasets = probe.load_datasets(run, config, names)
-    assert [dataset.name for dataset in datasets] == [
-        "mine/one",
-        "mine/two",
-        "mine/two",
-        "mine/one",
-    ]
+    names = [dataset.name for dataset in datasets]
+    assert names == ["mine/one", "mine/two", "mine/two", "mine/one"]
     run.close()
 
 
@@ -686,11 +682,8 @@ def test_bad_input_is_refused(lm_folder, tmp_path):
     good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
-    empty = write_json(tmp_path / "empty.json", ["a", ""], [0, 1])
     refusals = {
-        f"dataset={empty}": "sentence 1 is empty",
         "poolers=[{layer: 9}]": "no layer 9",
-        "poolers=[{layer: [1, 2]}]": "layer_method of",
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
         "probe=SVM": "'SVM'; there are .*LDA",

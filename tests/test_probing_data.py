@@ -301,7 +301,7 @@ def server(monkeypatch):
     monkeypatch.setattr(Breaking, "ranges", True)
     monkeypatch.setattr(get_data, "unreachable", {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as serving:
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{serving.server_port}"
         serving.shutdown()
 
