@@ -42,7 +42,8 @@ class LabelledTexts:
     @classmethod
     def from_task(cls, folder, task):
         """One task of such a folder."""
-        frame, meta = read_task(folder, task), read_meta(folder)
+        meta = read_meta(folder)
+        frame = read_task(folder, task)
         entry = meta["tasks"][task]
         names = entry["labels"] if entry["kind"] == "classification" else None
         name = f"{Path(folder).name}/{task}"
@@ -52,7 +53,9 @@ class LabelledTexts:
         return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
 
     def _set(self, name, frame, y, label_names, meta):
-        self.name, self.frame, self.label_names = name, frame, label_names
+        self.name = name
+        self.frame = frame
+        self.label_names = label_names
         self.y = np.array(y)
         self.meta = {**meta, "size": len(frame)}
         self.texts = frame.text.tolist()
@@ -83,8 +86,8 @@ class LabelledTexts:
         parts = self.frame.split.fillna("")
         share = n * parts.map(parts.value_counts(normalize=True))
         rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
-        part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
-        return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
+        frame = self.frame[rows].reset_index(drop=True)
+        return copy.copy(self)._set(self.name, frame, self.y[rows], self.label_names, self.meta)
 
     def shuffled_labels(self, rng):
         """Labels that nothing tells: dealt among groups of equal size, within parts of a split."""
@@ -116,21 +119,30 @@ def read_data_json(source, force_classification=False):
     frame: text, y, group and split (None where it has none). y: the class's number, or the value of
     a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to 0 and 1.
     """
-    where = source.get("name", "the dict") if isinstance(source, dict) else source
-    raw = source if isinstance(source, dict) else _load(Path(source))
-    columns = _columns(raw, where)
-    meta = {key: value for key, value in raw.items() if key != "data"}
-    named = meta.get("labels") or {}
-    if isinstance(named, list):
-        named = dict(enumerate(named))
-    named = {str(key): str(name) for key, name in named.items()}
-    if meta.get("task") != "Regression":
-        y, names = _numbered(columns.pop("labels"), named, where)
+    where = source
+    raw = source
+    if isinstance(source, dict):
+        where = source.get("name", "the dict")
     else:
-        y, names = _scaled(columns.pop("labels"), where), None
-        if force_classification:
-            y, names = np.round(y).astype(int), [named.get("0", "0"), named.get("1", "1")]
-    return pd.DataFrame(columns).assign(y=y), names, meta
+        raw = _load(Path(source))
+    frame = _frame(raw, where)
+    meta = {**raw}
+    del meta["data"]
+    named = _by_key(meta.get("labels")).astype(str)
+    labels = frame.pop("labels").tolist()
+    if meta.get("task") != "Regression":
+        y, names = _numbered(labels, named, where)
+        return frame.assign(y=y), names, meta
+    y = _scaled(labels, where)
+    if force_classification:
+        return frame.assign(y=np.round(y).astype(int)), [named.get(key, key) for key in "01"], meta
+    return frame.assign(y=y), None, meta
+
+
+def _by_key(values):
+    """Series of a numbered dict or a list (or nothing), by keys as strings."""
+    values = pd.Series(values or {}, dtype=object)
+    return values.set_axis(values.index.map(str))
 
 
 def _load(path):
@@ -143,30 +155,25 @@ def _load(path):
         raise InputError(f"{path} is not JSON ({error}): download it again") from None
 
 
-def _columns(raw, where):
-    """{text, labels, group, split} as lists in the order of the sentences' keys."""
+def _frame(raw, where):
+    """text, labels, group and split (None where there are none), in the order of the sentences."""
     data = raw.get("data") if isinstance(raw, dict) else None
     if not isinstance(data, dict) or not {"sentences", "labels"} <= set(data):
         schema = "see the schema in data/probing/readme.md"
         raise InputError(f"{where} has no data: sentences and labels: {schema}")
-    columns, keys = {}, []
-    parts = {"sentences": "text", "labels": "labels", "groups": "group", "splits": "split"}
-    for part, column in parts.items():
-        values = data.get(part)
-        if not values and part in ("groups", "splits"):
-            columns[column] = None
-            continue
-        if isinstance(values, list):
-            values = dict(enumerate(values))
-        values = {str(key): value for key, value in values.items()}
-        keys = keys or list(values)
-        if set(values) != set(keys):
+    frame = _by_key(data["sentences"]).to_frame("text")
+    for part, column in {"labels": "labels", "groups": "group", "splits": "split"}.items():
+        values = _by_key(data.get(part))
+        if values.empty and part != "labels":
+            frame[column] = None
+        elif set(values.index) != set(frame.index):
             raise InputError(
-                f"{where} has {len(keys)} sentences and {len(values)} {part}, or their keys "
+                f"{where} has {len(frame)} sentences and {len(values)} {part}, or their keys "
                 "differ: give each sentence its own under the same key"
             )
-        columns[column] = [values[key] for key in keys]
-    return columns
+        else:
+            frame[column] = values
+    return frame.reset_index(drop=True)
 
 
 def _numbered(labels, named, where):
