@@ -66,7 +66,9 @@ class LabelledTexts:
             raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
         self.kind = "regression"
         if label_names:
-            self.kind = "binary" if len(label_names) == 2 else "multi"
+            self.kind = "multi"
+            if len(label_names) == 2:
+                self.kind = "binary"
         self.split = None
         if {"train", "test"} <= set(frame.split):
             self.split = frame.split.to_numpy()
@@ -106,8 +108,9 @@ class LabelledTexts:
 def join_equal_texts(groups, texts):
     """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
     n = len(texts)
-    groups = pd.Series(range(n)) if groups.isna().all() else groups.astype(str)
-    groups = pd.factorize(groups)[0]
+    if groups.isna().all():
+        groups = pd.Series(range(n))
+    groups = pd.factorize(groups.astype(str))[0]
     same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
     graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
     return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
@@ -157,7 +160,9 @@ def _load(path):
 
 def _frame(raw, where):
     """text, labels, group and split (None where there are none), in the order of the sentences."""
-    data = raw.get("data") if isinstance(raw, dict) else None
+    data = None
+    if isinstance(raw, dict):
+        data = raw.get("data")
     if not isinstance(data, dict) or not {"sentences", "labels"} <= set(data):
         schema = "see the schema in data/probing/readme.md"
         raise InputError(f"{where} has no data: sentences and labels: {schema}")
