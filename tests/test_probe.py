@@ -582,17 +582,22 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
     assert set(log["expdata"]) == {"model", "classifier", "attention", *where}
 
 
-def test_every_probe_finds_it(tmp_path, monkeypatch):
+def test_every_other_probe_finds_it(tmp_path, monkeypatch):
     monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.03)
     monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
     forest = probe.sklearn_probe(probe.RandomForestClassifier(10, random_state=0))
     monkeypatch.setitem(probe.PROBES, "RandomForest", forest)
-    names = list(probe.PROBES)
-    options = {"classifiers": names, "n_folds": 3}
+    names = set(probe.PROBES) - {
+        "LDA",
+        "Ridge",
+        "Logistic",
+        "SingleLayer",
+    }  # in test_several_classes
+    options = {"classifiers": sorted(names), "n_folds": 3}
     table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), **options)
     rows = table[(table.metric == "accuracy") & (table.baseline == "")]
     score = rows.pivot(index="probe", columns="layer", values="score")
-    assert set(score.index) == set(names)
+    assert set(score.index) == names
     assert (score["1"] > 0.7).all() and (score["0"] < 0.7).all(), score
 
 
