@@ -54,8 +54,8 @@ class Config:
     stimuli: str = "localizer"  # dataset under data/, a CSV, or a folder of CSVs
     text_column: str = "text"  # of such a CSV; several, as of word pairs: word1,word2
     condition_column: str = "condition"  # of such a CSV; several: category,class
-    contrasts: list[str] = field(default_factory=list)  # A>B or A+B>C+D; none: known ones, or all
-    localizer: str = ""  # the contrast that selects units; "": the first
+    # A>B or A+B>C+D, the first one selects units; none: known ones, or all
+    contrasts: list[str] = field(default_factory=list)
     # ---- statistics
     fdr: float = 0.05  # false discovery rate over all units of all sheets
     fwhm: float = 0.0  # also blur maps by this width (cells), beside a null of its own; 0: no
@@ -81,7 +81,7 @@ class Config:
     SHARES = "fdr"
 
     def check(self):
-        for contrast in [*self.contrasts, self.localizer or "A>B"]:
+        for contrast in self.contrasts:
             if contrast.count(">") != 1 or not all(contrast.split(">")):
                 raise InputError(f"contrast '{contrast}' must read A>B or A+B>C+D")
 
@@ -97,10 +97,7 @@ def load_stimuli(run, config):
         path = run.dataset(name) / "localizer.csv"
         name = called(name, path.parent)
     stimuli = read_stimuli(path, config.text_column, config.condition_column)
-    contrasts = find_contrasts(stimuli.condition, config.contrasts, name)
-    if config.localizer:
-        contrasts |= find_contrasts(stimuli.condition, [config.localizer], name)
-    return stimuli, contrasts, name
+    return stimuli, find_contrasts(stimuli.condition, config.contrasts, name), name
 
 
 def called(name, folder):
@@ -747,7 +744,7 @@ def compare_runs(run, config):
 
 def load_pairs(run, config):
     """(minimal pairs {UID: [pair, ...]}, what the data is called) of the option pairs."""
-    if config.pairs in ("", "none"):
+    if not config.pairs:
         return {}, ""
     if Path(config.pairs).exists():
         return read_pairs(config.pairs), config.pairs
@@ -781,7 +778,7 @@ def main(config):
         return run.close()
 
     stimuli, contrasts, data = load_stimuli(run, config)
-    localizer = contrasts[config.localizer or next(iter(contrasts))]
+    localizer = next(iter(contrasts.values()))
     models = []
     for label, lm in lms.items():
         x = unit_responses(run, lm, stimuli.text, config.batch_tokens)

@@ -1,4 +1,4 @@
-"""Labelled texts out of a JSON file, a task of data/stimuli.py, or brain responses to texts.
+"""Labelled texts out of a JSON file, or a task of data/stimuli.py.
 
 The JSON file has the schema of data/probing/readme.md, whose get_data.py writes such files:
 
@@ -17,15 +17,15 @@ import pandas as pd
 import scipy.sparse
 
 from data import InputError
-from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
+from data.stimuli import read_meta, read_task
 
 
 class LabelledTexts:
     """Labelled texts: len(), [i] -> (text, label).
 
-    source: a data-json file or dict. Attributes: name, texts, y (N,), or (N, V) of V brain
-    responses, kind (binary, multi, regression), label_names, meta, groups (N,) of what no split may
-    part (equal texts always), split (N,) of train, val, test, or None. Raises InputError.
+    source: a data-json file or dict. Attributes: name, texts, y (N,), kind (binary, multi,
+    regression), label_names, meta, groups (N,) of what no split may part (equal texts always),
+    split (N,) of train, val, test, or None. Raises InputError.
     """
 
     def __init__(self, source, force_classification=False):
@@ -35,17 +35,15 @@ class LabelledTexts:
 
     @classmethod
     def from_folder(cls, folder, task=""):
-        """What a prepare.py has made: [the task, or all of the folder's tasks, or its brains]."""
-        meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
-        if ENCODING_FORMAT in meta:
-            return [cls.from_encoding(folder)]
+        """A folder of labelled sentences (data/stimuli.py): [the task, or all of its tasks]."""
         tasks = [task] if task else read_meta(folder)["tasks"]
         return [cls.from_task(folder, task) for task in tasks]
 
     @classmethod
     def from_task(cls, folder, task):
-        """A task of a folder of labelled sentences (data/stimuli.py)."""
-        frame, meta = read_task(folder, task), read_meta(folder)
+        """One task of such a folder."""
+        meta = read_meta(folder)
+        frame = read_task(folder, task)
         entry = meta["tasks"][task]
         names = entry["labels"] if entry["kind"] == "classification" else None
         name = f"{Path(folder).name}/{task}"
@@ -54,29 +52,23 @@ class LabelledTexts:
         about["labels"] = dict(enumerate(names or []))
         return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
 
-    @classmethod
-    def from_encoding(cls, folder):
-        """Texts with the responses of brains to them (data/stimuli.py): a column for each unit."""
-        encoding = Encoding(folder)
-        if encoding.kind != "text":
-            raise InputError(f"{folder} holds responses to pictures: language models read texts")
-        meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
-        y = encoding.mean_responses().squeeze()
-        return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
-
     def _set(self, name, frame, y, label_names, meta):
-        self.name, self.frame, self.label_names = name, frame, label_names
+        self.name = name
+        self.frame = frame
+        self.label_names = label_names
         self.y = np.array(y)
         self.meta = {**meta, "size": len(frame)}
         self.texts = frame.text.tolist()
         for i, text in enumerate(self.texts):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{name}: sentence {i} is empty or no text: leave it out")
-        if len(np.unique(y, axis=0)) < 2:
+        if len(np.unique(y)) < 2:
             raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
         self.kind = "regression"
         if label_names:
-            self.kind = "binary" if len(label_names) == 2 else "multi"
+            self.kind = "multi"
+            if len(label_names) == 2:
+                self.kind = "binary"
         self.split = None
         if {"train", "test"} <= set(frame.split):
             self.split = frame.split.to_numpy()
@@ -96,8 +88,8 @@ class LabelledTexts:
         parts = self.frame.split.fillna("")
         share = n * parts.map(parts.value_counts(normalize=True))
         rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
-        part, frame = copy.copy(self), self.frame[rows].reset_index(drop=True)
-        return part._set(self.name, frame, self.y[rows], self.label_names, self.meta)
+        frame = self.frame[rows].reset_index(drop=True)
+        return copy.copy(self)._set(self.name, frame, self.y[rows], self.label_names, self.meta)
 
     def shuffled_labels(self, rng):
         """Labels that nothing tells: dealt among groups of equal size, within parts of a split."""
@@ -116,8 +108,9 @@ class LabelledTexts:
 def join_equal_texts(groups, texts):
     """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
     n = len(texts)
-    groups = pd.Series(range(n)) if groups.isna().all() else groups.astype(str)
-    groups = pd.factorize(groups)[0]
+    if groups.isna().all():
+        groups = pd.Series(range(n))
+    groups = pd.factorize(groups.astype(str))[0]
     same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
     graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
     return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
@@ -129,21 +122,30 @@ def read_data_json(source, force_classification=False):
     frame: text, y, group and split (None where it has none). y: the class's number, or the value of
     a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to 0 and 1.
     """
-    where = source.get("name", "the dict") if isinstance(source, dict) else source
-    raw = source if isinstance(source, dict) else _load(Path(source))
-    columns = _columns(raw, where)
-    meta = {key: value for key, value in raw.items() if key != "data"}
-    named = meta.get("labels") or {}
-    if isinstance(named, list):
-        named = dict(enumerate(named))
-    named = {str(key): str(name) for key, name in named.items()}
-    if meta.get("task") != "Regression":
-        y, names = _numbered(columns.pop("labels"), named, where)
+    where = source
+    raw = source
+    if isinstance(source, dict):
+        where = source.get("name", "the dict")
     else:
-        y, names = _scaled(columns.pop("labels"), where), None
-        if force_classification:
-            y, names = np.round(y).astype(int), [named.get("0", "0"), named.get("1", "1")]
-    return pd.DataFrame(columns).assign(y=y), names, meta
+        raw = _load(Path(source))
+    frame = _frame(raw, where)
+    meta = {**raw}
+    del meta["data"]
+    named = _by_key(meta.get("labels")).astype(str)
+    labels = frame.pop("labels").tolist()
+    if meta.get("task") != "Regression":
+        y, names = _numbered(labels, named, where)
+        return frame.assign(y=y), names, meta
+    y = _scaled(labels, where)
+    if force_classification:
+        return frame.assign(y=np.round(y).astype(int)), [named.get(key, key) for key in "01"], meta
+    return frame.assign(y=y), None, meta
+
+
+def _by_key(values):
+    """Series of a numbered dict or a list (or nothing), by keys as strings."""
+    values = pd.Series(values or {}, dtype=object)
+    return values.set_axis(values.index.map(str))
 
 
 def _load(path):
@@ -156,30 +158,27 @@ def _load(path):
         raise InputError(f"{path} is not JSON ({error}): download it again") from None
 
 
-def _columns(raw, where):
-    """{text, labels, group, split} as lists in the order of the sentences' keys."""
-    data = raw.get("data") if isinstance(raw, dict) else None
+def _frame(raw, where):
+    """text, labels, group and split (None where there are none), in the order of the sentences."""
+    data = None
+    if isinstance(raw, dict):
+        data = raw.get("data")
     if not isinstance(data, dict) or not {"sentences", "labels"} <= set(data):
         schema = "see the schema in data/probing/readme.md"
         raise InputError(f"{where} has no data: sentences and labels: {schema}")
-    columns, keys = {}, []
-    parts = {"sentences": "text", "labels": "labels", "groups": "group", "splits": "split"}
-    for part, column in parts.items():
-        values = data.get(part)
-        if not values and part in ("groups", "splits"):
-            columns[column] = None
-            continue
-        if isinstance(values, list):
-            values = dict(enumerate(values))
-        values = {str(key): value for key, value in values.items()}
-        keys = keys or list(values)
-        if set(values) != set(keys):
+    frame = _by_key(data["sentences"]).to_frame("text")
+    for part, column in {"labels": "labels", "groups": "group", "splits": "split"}.items():
+        values = _by_key(data.get(part))
+        if values.empty and part != "labels":
+            frame[column] = None
+        elif set(values.index) != set(frame.index):
             raise InputError(
-                f"{where} has {len(keys)} sentences and {len(values)} {part}, or their keys "
+                f"{where} has {len(frame)} sentences and {len(values)} {part}, or their keys "
                 "differ: give each sentence its own under the same key"
             )
-        columns[column] = [values[key] for key in keys]
-    return columns
+        else:
+            frame[column] = values
+    return frame.reset_index(drop=True)
 
 
 def _numbered(labels, named, where):

@@ -13,7 +13,7 @@ from data.stimuli import read_meta, read_pairs, read_task
 from data.tokens import Tokens, encoding, tokenizer_state
 from tests.helpers import ROOT, prepare, run
 
-SMALL = {"train": 400, "val": 100, "test": 200, "pairs": 60}
+SMALL = {"train": 200, "val": 60, "test": 120, "pairs": 40}
 
 
 @pytest.fixture(scope="module")

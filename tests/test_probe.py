@@ -14,7 +14,8 @@ import pytest
 import scipy.special
 import scipy.stats
 import torch
-from helpers import ROOT, byte_tokenizer, refused
+from helpers import ROOT, byte_tokenizer
+from matplotlib.figure import Figure
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
@@ -28,7 +29,7 @@ import configurator
 import probe
 from configurator import InputError, configure
 from data.states import REDUCE
-from data.stimuli import write_encoding, write_tasks
+from data.stimuli import write_tasks
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
 from probe import LMModel, MultiStepOpt, NLPDataset, PoolToken, best_thresholds, evaluator, run_exp
@@ -40,6 +41,12 @@ TEXTS = ["a", "bc d", "the cat sat on the mat", "to be, or not", "xyz" * 5, "ab"
 def gpt(**options):
     shape = {"block_size": 64, "vocab_size": 257, "n_layer": 3, "n_head": 2, "n_embd": 16}
     return GPT(GPTConfig(**{**shape, **options}))
+
+
+@pytest.fixture(autouse=True)
+def blank_figures(monkeypatch):
+    """Files without a drawing: tests/test_scripts.py draws them."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: None)
 
 
 def listened_to(model):
@@ -330,12 +337,8 @@ def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch
     run = configurator.Run(config)
     names = ["labelled/mine", "labelled/mine/two", str(tmp_path / "data/labelled/mine/one")]
     datasets = probe.load_datasets(run, config, names)
-    assert [dataset.name for dataset in datasets] == [
-        "mine/one",
-        "mine/two",
-        "mine/two",
-        "mine/one",
-    ]
+    names = [dataset.name for dataset in datasets]
+    assert names == ["mine/one", "mine/two", "mine/two", "mine/one"]
     run.close()
 
 
@@ -366,15 +369,14 @@ def test_lda_and_ridge_are_those_of_scikit_learn(K):
             assert np.abs(ridge.predict(x, penalty) - wanted).max() < 1e-4
 
 
-@pytest.mark.parametrize("make", [probe.SingleLayer, probe.DoubleLayer, probe.GatedLayer])
-def test_torch_probes_of_all_sites_are_each_alone(make):
+def test_torch_probes_of_all_sites_are_each_alone():
     X, y = sites(n=80)
     task = probe.Task("binary", y, None, None, [], 0)
     rows = [np.arange(0, 50), np.arange(50, 65), np.arange(65, 80)]
 
     def fitted(X):
         torch.manual_seed(5)
-        model = make(12)
+        model = probe.GatedLayer(12)
         model.max_epoch, model.min_steps, model.batch_size = 4, 0, 16
         return model.fit_sites(X, task, *rows)
 
@@ -425,11 +427,9 @@ def test_measures():
     assert measures["auc"] == roc_auc_score(y, score)
     assert measures["mcc"] == matthews_corrcoef(y, score >= 0.5)
     assert np.isclose(measures["mse"], np.square(score - y).mean())
-    values = rng.normal(size=(60, 2))
-    wanted = [scipy.stats.pearsonr(values[:, i], score)[0] for i in (0, 1)]
-    columns = evaluator(values, np.stack([score, score], 1), "regression")
-    assert np.isclose(columns["pearson"], np.mean(wanted))
-    assert np.isclose(evaluator(values[:, 0], score, "regression")["pearson"], wanted[0])
+    values = rng.normal(size=60)
+    pearson = evaluator(values, score, "regression")["pearson"]
+    assert np.isclose(pearson, scipy.stats.pearsonr(values, score)[0])
     one_class = np.ones(60, int)  # a fold that lacks a class is at chance
     measures = evaluator(one_class, score)
     assert measures["auc"] == 0.5
@@ -496,7 +496,8 @@ def stub_run(tmp_path, stub, data, **options):
 
 
 def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=2), stub_data(), classifiers=["LDA", "Logistic"])
+    stub = Stub(layer=2, n_layer=3)
+    table = stub_run(tmp_path, stub, stub_data(), classifiers=["LDA", "Logistic"])
     for name in ("LDA", "Logistic"):
         rows = table[(table.probe == name) & (table.metric == "auc") & (table.baseline == "")]
         auc = rows.set_index("layer")
@@ -508,27 +509,31 @@ def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
 
 
 def p_values(seed, cache):
-    """Of the AUC of LDA at each layer of a stub, for shuffled labels."""
+    """Of the AUC of LDA at layers 1 to 3 of a stub, for shuffled labels."""
     data = stub_data(120)
     data.y = data.shuffled_labels(np.random.default_rng(seed))
     config = probe.Config(cache=str(cache))
     lm = LMModel(stub_model(Stub(layer=2, seed=seed)))
-    layers = probe.Sites(lm, data, [PoolToken(i) for i in range(5)], config)
+    layers = probe.Sites(lm, data, [PoolToken(i) for i in (1, 2, 3)], config)
     folds, _ = probe.measure(layers, "LDA", probe.make_task(data, config))
-    auc = folds[folds.metric == "auc"]
-    return [probe.statistics(part)["p"] for _, part in auc.groupby("site")]
+    return [probe.statistics(part)["p"] for _, part in folds.groupby("site")]
 
 
-def test_nothing_is_found_in_shuffled_labels(tmp_path):
+def test_nothing_is_found_in_shuffled_labels(tmp_path, monkeypatch):
     """20 seeds: p of one site is uniform, and the family-wise p finds no more than it may."""
+
+    def auc_alone(y, score, *kind):
+        return {"auc": roc_auc_score(y, score)}
+
+    monkeypatch.setattr(probe, "evaluator", auc_alone)
     p = np.array([p_values(seed, tmp_path) for seed in range(20)])
-    assert scipy.stats.kstest(p[:, 2], "uniform").pvalue > 0.05, sorted(p[:, 2])
+    assert scipy.stats.kstest(p[:, 1], "uniform").pvalue > 0.05, sorted(p[:, 1])
     smallest = np.array([probe.holm(row).min() for row in p])
     assert np.mean(smallest < 0.05) <= 0.15 and np.median(smallest) > 0.05
 
 
 def test_shuffled_labels_as_an_option(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=2), stub_data(), shuffle_labels=True)
+    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), shuffle_labels=True)
     auc = table[(table.metric == "auc") & (table.layer == "2") & (table.baseline == "")]
     assert auc.score.iloc[0] < 0.7
 
@@ -556,7 +561,7 @@ class SingleLayer(MultiStepOpt):
 
 def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
     monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 200)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
     space = {}
     exec("from probe import *", space)
     exec(EXAMPLES, space)
@@ -577,27 +582,27 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
     assert set(log["expdata"]) == {"model", "classifier", "attention", *where}
 
 
-def test_every_probe_finds_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(probe.AttentionPool, "min_steps", 100)
-    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 100)
-    forest = probe.sklearn_probe(probe.RandomForestClassifier(20, random_state=0))
+def test_every_other_probe_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.03)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
+    forest = probe.sklearn_probe(probe.RandomForestClassifier(10, random_state=0))
     monkeypatch.setitem(probe.PROBES, "RandomForest", forest)
-    names = list(probe.PROBES)
-    options = {"classifiers": names, "n_folds": 4}
+    names = set(probe.PROBES) - {"LDA", "Logistic", "SingleLayer"}  # of the tests above
+    options = {"classifiers": sorted(names), "n_folds": 3}
     table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), **options)
     rows = table[(table.metric == "accuracy") & (table.baseline == "")]
     score = rows.pivot(index="probe", columns="layer", values="score")
-    assert set(score.index) == set(names)
+    assert set(score.index) == names
     assert (score["1"] > 0.7).all() and (score["0"] < 0.7).all(), score
 
 
 def test_several_classes(tmp_path, monkeypatch):
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 200)
+    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
     y = np.arange(150) % 3
     sentences = [f"{i} {label}" for i, label in enumerate(y)]
     data = NLPDataset({**data_json(sentences, y.tolist()), "name": "numbers"})
-    options = {"classifiers": ["LDA", "Ridge", "Logistic", "SingleLayer"]}
+    options = {"classifiers": ["LDA", "Ridge", "Logistic", "SingleLayer"], "n_folds": 3}
     table = stub_run(tmp_path, Stub(layer=1, n_layer=1), data, **options)
     rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == "1")]
     assert len(rows) == 4 and (rows.score > 0.6).all() and (rows.chance < 0.4).all()
@@ -638,26 +643,10 @@ def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monke
     assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
 
 
-def test_responses_of_brains_are_columns(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
-    known = np.arange(80) % 5
-    responses = np.stack([known + rng.normal(size=80), rng.normal(size=80)], 1)
-    about = {"modality": "fMRI", "species": "human", "source": "a test", "synthetic": True}
-    write_encoding(tmp_path / "brains", stimuli, responses, **about)
-    options = {"classifiers": ["LDA"], "baselines": ["layer0", "control"]}
-    stub = Stub(layer=1, n_layer=1)
-    table = stub_run(tmp_path, stub, str(tmp_path / "brains"), **options)
-    rows = table[(table.metric == "pearson") & (table.baseline == "") & (table.layer != "best")]
-    score = rows.set_index("layer").score
-    assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
-    assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
-
-
 def test_other_texts_weights_or_poolings_are_no_results_to_go_on_with(
     tmp_path, capsys, monkeypatch
 ):
-    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60))
+    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60), n_folds=3)
     assert "stub numbers LDA: accuracy" in capsys.readouterr().out
     for stub, data, reused in (
         (Stub(1, n_layer=1), stub_data(60), True),
@@ -665,10 +654,10 @@ def test_other_texts_weights_or_poolings_are_no_results_to_go_on_with(
         (Stub(1, n_layer=1, seed=2), stub_data(60), False),
     ):
         capsys.readouterr()
-        stub_run(tmp_path, stub, data)
+        stub_run(tmp_path, stub, data, n_folds=3)
         assert ("layer by validation" not in capsys.readouterr().out) == reused
     monkeypatch.setattr(probe, "file_hash", lambda path: "edited")  # data/states.py
-    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60))
+    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60), n_folds=3)
     assert "layer by validation" in capsys.readouterr().out
 
 
@@ -688,18 +677,13 @@ def write_json(path, texts, labels):
     return path
 
 
-def test_bad_input_ends_in_one_sentence(lm_folder, tmp_path):
+def test_bad_input_is_refused(lm_folder, tmp_path):
     texts = [f"{'xy'[i % 2]} text {i}" for i in range(30)]
     good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
-    refused("probe", *base, "layers=[9]", says=["no layer 9", "0 (embeddings) to 3"])
-    empty = write_json(tmp_path / "empty.json", ["a", ""], [0, 1])
     refusals = {
-        f"dataset={empty}": "sentence 1 is empty",
-        "dataset=nosuch.json": "no dataset .*nosuch.json",
         "poolers=[{layer: 9}]": "no layer 9",
-        "poolers=[{layer: [1, 2]}]": "layer_method of",
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
         "probe=SVM": "'SVM'; there are .*LDA",
@@ -709,19 +693,6 @@ def test_bad_input_ends_in_one_sentence(lm_folder, tmp_path):
     for option, message in refusals.items():
         with pytest.raises(InputError, match=message):
             probe.main(configure(probe.Config, [*base, option]))
-
-
-def test_a_sweep_started_again_skips_what_it_has(lm_folder, tmp_path, monkeypatch):
-    texts = [f"{'xy'[i % 2]} text {i} which is long" for i in range(40)]
-    data = write_json(tmp_path / "good.json", texts, [0, 1] * 20)
-    options = {"lm": [str(lm_folder)], "dataset": [str(data)], "probe": ["LDA"], "n_folds": 4}
-    options |= {"out_dir": str(tmp_path / "out"), "cache": str(tmp_path / "cache")}
-    options |= {"device": "cpu", "train_sizes": [], "quantiles": ["1.0"]}
-    first = probe.main(probe.Config(**options))
-    monkeypatch.setattr(probe, "measure", None)  # would fail, were it called
-    monkeypatch.setattr("data.states.fill", None)
-    again = probe.main(probe.Config(**options))
-    assert first.equals(again) and len(first) > 50
 
 
 @pytest.mark.slow

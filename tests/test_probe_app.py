@@ -20,7 +20,6 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, r
 from streamlit.testing.v1 import AppTest
 
 SCRIPT = ROOT / "probe_app.py"
-TABS = ["Layers", "Decision", "Examples", "Projection", "Sizes", "Table"]
 MODELS = {"tiny": (4, 1e6), "org/big": (6, 8e6)}  # layers, parameters
 CLASSES = {"grammar/polarity": 2, "tense": 3}
 DATASETS = {"grammar/polarity": ["accuracy", "auc"], "tense": ["accuracy"], "concreteness": ["r2"]}
@@ -298,13 +297,13 @@ def test_a_hundred_thousand_rows_and_ten_thousand_texts(start, results, tmp_path
     assert len(app.dataframe[0].value) > 100
 
 
-@pytest.mark.parametrize("view", TABS)
-def test_bundled_example_opens_everywhere(view, start, tmp_path):
+def test_bundled_example_opens(start, tmp_path):
     example = ROOT / "data/probing/example"
     assert sum(path.stat().st_size for path in example.rglob("*")) < 250_000
-    app = start(tmp_path, view=view)
-    assert "example" in app.info[0].value and any("synthetic" in c.value for c in app.caption)
-    assert app.get("plotly_chart") or app.dataframe
+    for view in ("Decision", "Projection"):  # of the files in predictions/, texts/, projections/
+        app = start(tmp_path, view=view)
+        assert "example" in app.info[0].value and any("synthetic" in c.value for c in app.caption)
+        assert app.get("plotly_chart")
 
 
 def test_neither_torch_nor_transformers(results):

@@ -4,8 +4,6 @@ breaks off."""
 import http.server
 import io
 import json
-import subprocess
-import sys
 import tarfile
 import threading
 import zipfile
@@ -15,10 +13,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from helpers import ROOT
+from helpers import run as run_script
 
 from data import InputError
+from data.labelled_texts import LabelledTexts
 from data.probing import get_data
 from data.probing.get_data import BRYSBAERT, HUB, SENTEVAL, SETS, Config
+from data.stimuli import write_tasks
 
 SEED_KEYS = [  # of the first schema, in their order
     *("data", "name", "link", "topic", "task", "size", "average length", "multiple", "type"),
@@ -29,14 +30,6 @@ REAL = ROOT.parent / "shared/real"
 
 def run(folder, root="", sets=(), **options):
     get_data.main(Config(str(folder), list(sets or SETS), str(root), **options))
-
-
-def script(*options, status=0):
-    command = [sys.executable, ROOT / "data/probing/get_data.py", *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
 
 
 def write_zip(path, files):
@@ -170,19 +163,22 @@ def test_minimal_pairs_stay_together(made):
 
 
 def test_probe_reads_what_is_written(made):
-    import probe
-
-    cola = probe.NLPDataset(str(made / "cola.json"))
+    cola = LabelledTexts(made / "cola.json")
     assert cola.kind == "binary" and sorted(cola.split) == ["test", "train", "train"]
     assert dict(cola[i] for i in range(3)) == {"He left.": 1, "Left he has.": 0, "She left.": 1}
-    assert probe.NLPDataset(str(made / "concreteness.json")).kind == "regression"
-    blimp = probe.NLPDataset(str(made / "blimp_agr.json"))
-    assert len(set(blimp.groups)) == 2
-    past = probe.NLPDataset(str(made / "senteval_past_present.json"))
-    assert past.label_names == ["2", "10"]
+    assert LabelledTexts(made / "concreteness.json").kind == "regression"
+    assert len(set(LabelledTexts(made / "blimp_agr.json").groups)) == 2
+    assert LabelledTexts(made / "senteval_past_present.json").label_names == ["2", "10"]
 
 
-def test_grammar_is_exported_offline(tmp_path, capsys):
+def test_grammar_is_exported_offline(tmp_path, capsys, monkeypatch):
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(400)], "split": "train"})
+    frame = frame.assign(label=["original", "shifted"] * 200, group=frame.index // 2)
+    frame.loc[350:, "split"] = "val"
+    task = {"frame": frame, "kind": "classification", "labels": ["original", "shifted"]}
+    tasks = {name: {**task, "description": name} for name in ("bigram_shift", "tense")}
+    write_tasks(tmp_path / "grammar", tasks, synthetic=True)  # a small one in its place
+    monkeypatch.setattr(get_data, "HERE", tmp_path / "probing")
     run(tmp_path, sets=["grammar"], max_texts=100)
     content, labels = read(tmp_path, "grammar_bigram_shift")
     assert content["synthetic"] and content["size"] == 100
@@ -202,18 +198,21 @@ def test_grammar_is_exported_offline(tmp_path, capsys):
 def test_a_missing_set_stops_no_other(copies, tmp_path):
     (tmp_path / "CoLA.zip").write_bytes((copies / "CoLA.zip").read_bytes())
     (tmp_path / "SST-2.zip").write_bytes((copies / "SST-2.zip").read_bytes()[:-30])
-    options = [f"root={tmp_path}", "sets=sst2,cola,ethics"]
-    said = script("-data_save_path", tmp_path / "out", *options, status=2)
-    error = next(line for line in said.splitlines() if line.startswith("error: "))
-    assert "sst2, ethics could not be had" in error and "root=" in error
+    options = ["-data_save_path", tmp_path / "out", f"root={tmp_path}", "sets=sst2,cola,ethics"]
+    said, error = run_script("data/probing/get_data", *options, status=2)
+    assert "error: sst2, ethics could not be had" in error and "root=" in error
     assert "SST-2.zip is broken" in said and "nor ethics.tar" in said
     assert "published file has 9,594" in said and read(tmp_path / "out", "cola")
 
 
-def test_bad_options():
-    assert "'nosuch', only grammar" in script("sets=nosuch", status=2)
-    assert "root=nosuch is no folder" in script("root=nosuch", status=2)
-    assert "wants a folder" in script("-data_save_path", status=2)
+def test_bad_options(capsys):
+    with pytest.raises(InputError, match="'nosuch', only grammar"):
+        Config(sets=["nosuch"]).check()
+    with pytest.raises(InputError, match="root=nosuch is no folder"):
+        Config(root="nosuch").check()
+    with pytest.raises(SystemExit, match="2"):
+        get_data.arguments(["-data_save_path"])
+    assert "wants a folder" in capsys.readouterr().err
 
 
 def test_the_folder_in_every_spelling():
@@ -302,7 +301,7 @@ def server(monkeypatch):
     monkeypatch.setattr(Breaking, "ranges", True)
     monkeypatch.setattr(get_data, "unreachable", {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as serving:
-        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{serving.server_port}"
         serving.shutdown()
 

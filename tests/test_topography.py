@@ -15,6 +15,7 @@ from test_model import small
 
 import positions
 import topography
+from configurator import Run
 from convert import HiddenStates, export_gpt
 from data import InputError
 from data.contrasts import find_contrasts, read_stimuli
@@ -27,27 +28,14 @@ BLIMP = ROOT.parent / "shared/real/blimp"
 TEXTS = ["the cat", "a", "dogs bark at night", "zebra", "the cats sleep"]
 
 
-class Plain:
-    """What the measuring functions need of a Run."""
-
-    device = torch.device("cpu")
-    dtype = torch.float32
-
-    def autocast(self):
-        return torch.autocast("cpu", enabled=False)
-
-    def progress(self, *args, **kwargs):
-        class Bar:
-            def update(self, n):
-                pass
-
-            def close(self):
-                pass
-
-        return Bar()
-
-    def print(self, *words):
-        print(*words)
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A Run, for what measures."""
+    plain = Run(
+        Config(out_dir=str(tmp_path_factory.mktemp("plain")), device="cpu", dtype="float32")
+    )
+    yield plain
+    plain.close()
 
 
 class Letters:
@@ -63,10 +51,10 @@ def letters_lm(model):
     return HiddenStates({"model": model, "tokenizer": Letters()}, bos=True, head=True)
 
 
-def test_batched_responses_are_those_of_single_texts():
+def test_batched_responses_are_those_of_single_texts(plain):
     model = small(sheet=True, radius=2)
     names = positions.layer_names(2)
-    responses = topography.unit_responses(Plain(), letters_lm(model), TEXTS, batch_tokens=24)
+    responses = topography.unit_responses(plain, letters_lm(model), TEXTS, batch_tokens=24)
     for text, response in zip(TEXTS, responses):
         with torch.no_grad():
             hidden = model(torch.tensor([[99, *Letters().encode(text)]]), hidden=names).hidden
@@ -74,20 +62,20 @@ def test_batched_responses_are_those_of_single_texts():
         assert np.allclose(response, np.stack(naive), atol=1e-5)
 
 
-def test_sentence_scores_equal_transformers(tmp_path):
+def test_sentence_scores_equal_transformers(plain, tmp_path):
     model = small(gelu="tanh")
     export_gpt(model, tmp_path)
     reference = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     for net in (model, reference):
         lm = letters_lm(net)
         rows = lm.encode(TEXTS)[0]
-        scores = topography.sentence_scores(Plain(), lm, rows, batch_tokens=24)
+        scores = topography.sentence_scores(plain, lm, rows, batch_tokens=24)
         for text, score in zip(TEXTS, scores):
             idx = torch.tensor([[99, *Letters().encode(text)]])
             with torch.no_grad():
                 loss = reference(idx, labels=idx).loss.item()
             assert np.isclose(score, -loss * (idx.size(1) - 1), atol=1e-4)
-            alone = topography.sentence_scores(Plain(), lm, lm.encode([text])[0])
+            alone = topography.sentence_scores(plain, lm, lm.encode([text])[0])
             assert np.isclose(score, alone[0], atol=1e-4)  # whatever stands beside it
 
 
@@ -102,7 +90,7 @@ class MaskedLetters:
         return [98, *(ord(c) % 90 for c in text), 97]
 
 
-def test_the_token_that_closes_a_text_is_not_scored():
+def test_the_token_that_closes_a_text_is_not_scored(plain):
     """A decoder of BERT's kind has a tokenizer that writes one."""
     model = small()
     tokenizer = MaskedLetters()
@@ -110,11 +98,11 @@ def test_the_token_that_closes_a_text_is_not_scored():
     lm = HiddenStates({"model": model, "tokenizer": tokenizer}, head=True)
     rows = lm.encode(TEXTS)[0]
     open_rows = [row[:-1] for row in rows]
-    scores = topography.sentence_scores(Plain(), lm, rows)
-    assert np.allclose(scores, topography.sentence_scores(Plain(), lm, open_rows), atol=1e-4)
+    scores = topography.sentence_scores(plain, lm, rows)
+    assert np.allclose(scores, topography.sentence_scores(plain, lm, open_rows), atol=1e-4)
 
 
-def test_a_masked_model_scores_each_token_masked_in_turn():
+def test_a_masked_model_scores_each_token_masked_in_turn(plain):
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.BertConfig(vocab_size=100, intermediate_size=16, **shape)
@@ -122,7 +110,7 @@ def test_a_masked_model_scores_each_token_masked_in_turn():
     lm = HiddenStates({"model": bert, "tokenizer": MaskedLetters()}, head=True)
     assert not lm.causal
     rows = lm.encode(["the cat", "ab"])[0]
-    scores = topography.sentence_scores(Plain(), lm, rows, batch_tokens=32)
+    scores = topography.sentence_scores(plain, lm, rows, batch_tokens=32)
     for row, score in zip(rows, scores):
         naive = 0.0
         for i in range(1, len(row) - 1):
@@ -132,44 +120,37 @@ def test_a_masked_model_scores_each_token_masked_in_turn():
         assert np.isclose(score, naive, atol=1e-4)
 
 
-def of_uid(pairs, n=0, block_size=64):
+def of_uid(plain, pairs, n=0, block_size=64):
     """Scores of minimal pairs {UID: [pair, ...]} by UID, and how many were too long."""
     lm = letters_lm(small(block_size=block_size))
-    scores, n_long = topography.score_pairs(Plain(), lm, pairs, n, 2048)
+    scores, n_long = topography.score_pairs(plain, lm, pairs, n, 2048)
     return scores.set_index("uid"), n_long
 
 
-def test_pairs_beyond_the_context_are_left_out_and_counted():
+def test_pairs_beyond_the_context_are_left_out_and_counted(plain):
     pairs = {
         "short": [{"sentence_good": "abc", "sentence_bad": "abd"}] * 3,
         "long": [{"sentence_good": "abcdefghij", "sentence_bad": "abcdefghik"}],
     }
-    scores, n_long = of_uid(pairs, block_size=8)
+    scores, n_long = of_uid(plain, pairs, block_size=8)
     assert scores.n.to_dict() == {"short": 3}
     assert n_long == 1
-    assert of_uid(pairs, n=2, block_size=8)[0].n.short == 2
+    assert of_uid(plain, pairs, n=2, block_size=8)[0].n.short == 2
     del pairs["short"]
-    scores, n_long = of_uid(pairs, block_size=8)
+    scores, n_long = of_uid(plain, pairs, block_size=8)
     assert scores.empty and n_long == 1
 
 
-def test_accuracy_of_a_paradigm_counts_ties_half():
+def test_accuracy_of_a_paradigm_counts_ties_half(plain):
     pair = {"sentence_good": "abc", "sentence_bad": "xyz"}
     reverse = {"sentence_good": "xyz", "sentence_bad": "abc"}
     tie = {"sentence_good": "abc", "sentence_bad": "abc"}
-    scores, _ = of_uid({"one": [pair], "both": [pair, reverse, tie, tie]})
+    scores, _ = of_uid(plain, {"one": [pair], "both": [pair, reverse, tie, tie]})
     assert scores.score.one in (0, 1)
     both = scores.loc["both"]
     assert (both.score, both.n) == (0.5, 4)
     low, high = scipy.stats.binomtest(2, 4).proportion_ci(method="wilson")
     assert (both.low, both.high) == (low, high)
-
-
-def test_batches_hold_every_text_once_within_the_budget():
-    lengths = np.random.default_rng(0).integers(1, 30, 200)
-    batches = list(topography.length_batches(lengths, 64))
-    assert sorted(i for batch in batches for i in batch) == list(range(200))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
 
 
 def planted(rng, n=40, side=8):
@@ -211,7 +192,7 @@ def test_a_planted_block_is_found():
     assert null.mean() > 0.4  # smoothing alone raises Moran's I: its null must be its own
 
 
-def test_the_mask_is_held_out_of_each_condition():
+def test_the_mask_is_held_out_of_each_condition(plain, monkeypatch):
     """Rows a1 a2 a1 a2 ...: every other row of A would be all of a1, and all of a2 held out."""
     rng = np.random.default_rng(0)
     conditions = np.tile(["a1", "a2", "b1", "b2"], 20)
@@ -221,14 +202,13 @@ def test_the_mask_is_held_out_of_each_condition():
     fit = np.arange(80) // 4 % 2 == 0  # the first of each condition, the third, ...
     x[np.ix_(localizer.a[fit[localizer.a]], [0], units)] += 3.0  # nothing in the held-out rows
     results = []
-    plain = Plain()
-    plain.result = lambda *row, **keys: results.append((row, keys))
+    monkeypatch.setattr(plain, "result", lambda *row, **keys: results.append(row))
     sheets = Sheets("model", letters_lm(small(sheet=True, radius=2)), np.arange(64)[None], x)
     given = pd.Series(conditions)
     t, mask, profile = topography.language_mask(plain, Config(), sheets, given, localizer)
     wanted, _ = topography.welch(x[localizer.a[fit[localizer.a]]], x[localizer.b[fit[localizer.b]]])
     assert np.allclose(t, wanted, atol=1e-6) and mask[0, units].all()
-    (score, _, low, high, n), _ = results[0]
+    score, _, low, high, n = results[0]
     assert low < score < high and n == 40
     assert profile["count"].tolist() == [10] * 4
     held = (x - x.mean(0)) / x.std(0)
@@ -414,9 +394,9 @@ def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="BLiMP's files are not beside the checkout")
-def test_real_blimp_is_scored(given):
-    lm = topography.load_model(str(given / "flat"), Plain())
+def test_real_blimp_is_scored(plain, given):
+    lm = topography.load_model(str(given / "flat"), plain)
     pairs = read_pairs(BLIMP)
     assert len(pairs) == 8
-    scores, n_long = topography.score_pairs(Plain(), lm, pairs, 5, 2048)
+    scores, n_long = topography.score_pairs(plain, lm, pairs, 5, 2048)
     assert scores.n.sum() + n_long == 40

@@ -114,8 +114,9 @@ def find_files(root, name):
             names[part] = (f"dev_{part}", f"validation_{part}")
     files = {}
     for part, (tsv, split) in names.items():
-        path = root / GLUE[name].folder / f"{tsv}.tsv"
-        files[part] = [path] if path.is_file() else sorted((root / name).glob(f"{split}-*.parquet"))
+        files[part] = [root / GLUE[name].folder / f"{tsv}.tsv"]
+        if not files[part][0].is_file():
+            files[part] = sorted((root / name).glob(f"{split}-*.parquet"))
         if not files[part]:
             missing = f"{GLUE[name].folder}/{tsv}.tsv nor {name}/{split}-*.parquet"
             cure = f"give the folder with GLUE's own folders, or leave '{name}' out of tasks="
@@ -135,14 +136,19 @@ def read_tsv(path, header=None):
 def read_part(name, files):
     """DataFrame first, text, label of one part of a task, and how many texts were left out."""
     task = GLUE[name]
-    columns, label, n_broken = task.columns, task.label, 0
+    columns = task.columns
+    label = task.label
+    n_broken = 0
     if files[0].suffix == ".parquet":
-        table = pd.concat([pd.read_parquet(file) for file in files], ignore_index=True)
-        columns, label = task.parquet or columns, "label"
+        table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
+        columns = task.parquet or columns
+        label = "label"
     else:
         table, n_broken = read_tsv(files[0], COLA_HEADER if name == "cola" else None)
-    texts = pd.DataFrame({key: column(table, files[0], key).fillna("") for key in columns})
-    texts = texts.astype(str).apply(lambda text: text.str.split().str.join(" "))
+    texts = pd.DataFrame()
+    for key in columns:
+        words = column(table, files[0], key).fillna("").astype(str).str.split()
+        texts[key] = words.str.join(" ")
     part = pd.DataFrame({"first": texts[columns[0]], "text": texts.agg("\t".join, axis=1)})
     part["label"] = read_labels(column(table, files[0], label).astype(str), task.labels)
     kept = (texts != "").all(axis=1) & part["label"].notna()
@@ -155,7 +161,8 @@ def read_labels(labels, names):
         numbers = labels.map(to_number)
         return numbers.where(numbers.abs() < float("inf"))
     numbered = {str(number): name for number, name in enumerate(names)}
-    return labels.map(numbered | {name: name for name in names})
+    labels = labels.replace(numbered)
+    return labels.where(labels.isin(names))
 
 
 def key(text):
@@ -181,7 +188,9 @@ def make_task(root, name, n_val):
     val = sizes.index[sizes <= max(1, min(n_val, len(train) // 10))]
     train.loc[train["group"].isin(val), "split"] = "val"
     frame = pd.concat([train, test], ignore_index=True)
-    frame = frame[["split", "label", "text", "group", *(["set"] if len(files) > 1 else [])]]
+    if len(files) == 1:
+        del frame["set"]
+    frame = frame.drop(columns="first")
     sizes = frame["split"].value_counts()
     counts = ", ".join(f"{split} {sizes.get(split, 0):,}" for split in ("train", "val", "test"))
     print(

@@ -38,7 +38,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, read_yaml, write_aside, write_yaml
+from data import InputError, file_hash, read_yaml, write_aside, write_yaml
 from data.stimuli import complete, read_meta, read_pairs, read_task
 
 HERE = Path(__file__).resolve().parent
@@ -202,7 +202,7 @@ def download(url, path, notes):
     Goes on with PATH.part, checks the length that the server gives, renames, notes the checksum.
     Raises InputError when it cannot be had.
     """
-    if path.exists() and notes.get(path.name, {}).get("sha256") == sha256(path):
+    if path.exists() and notes.get(path.name, {}).get("sha256") == file_hash(path):
         return
     host = url.split("/")[2]
     if host in unreachable:
@@ -228,7 +228,7 @@ def download(url, path, notes):
     else:
         raise InputError(f"{url} does not come whole ({reason}): start again, which goes on")
     os.replace(part, path)
-    notes[path.name] = {"url": url, "bytes": path.stat().st_size, "sha256": sha256(path)}
+    notes[path.name] = {"url": url, "bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def fetch_rest(url, part):
@@ -242,11 +242,6 @@ def fetch_rest(url, part):
             shutil.copyfileobj(answer, file)
         length = answer.headers["Content-Length"]
     return length is None or part.stat().st_size == start + int(length)
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- the sets: each function gives the Tables of a source that lies in `root`
@@ -547,7 +542,7 @@ def is_made(folder, noted, options):
     if noted.get("options") != options:
         return False
     for file, entry in noted["files"].items():
-        if not (folder / file).exists() or sha256(folder / file) != entry["sha256"]:
+        if not (folder / file).exists() or file_hash(folder / file) != entry["sha256"]:
             return False
     return True
 
