@@ -25,6 +25,7 @@ import scipy.stats
 import sklearn.metrics
 import torch
 import torch.nn as nn
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -490,6 +491,26 @@ def read_rivals(config, task):
     return rivals
 
 
+# ---- plots
+
+
+def plot_curves(run, task):
+    """curves.png, from log.jsonl: the losses, and the metric on validation beside its chance."""
+    log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, pattern in zip(axes, ("^(train|val)_loss$", f"^val_{task.metric}$")):
+        for key in log.filter(regex=pattern):
+            log[key].dropna().plot(ax=axis, style=".-", grid=True, label=key)
+    y = task.splits["val"].y.to_numpy()
+    chance = score(task.metric, y, np.full_like(y, task.constant))
+    axes[1].axhline(chance, ls=":", c="gray", label=task.baseline)
+    axes[0].legend()
+    axes[1].legend()
+    figure.suptitle(f"{run.out}: {task.name} ({task.source} text), mode={run.config.mode}")
+    figure.savefig(run.out / "curves.png", dpi=120)
+
+
 # ---- the run
 
 
@@ -563,7 +584,7 @@ def save(run, task, training, name):
 
 
 def finish(config, run, task, model, rivals):
-    """Take the best step, score validation and, once, test; write the tables."""
+    """Take the best step, score validation and, once, test; write tables and curves."""
     run.barrier()  # best.pt is written
     best = run.load("best.pt")
     model.lm.load_state_dict(best["model"])
@@ -578,6 +599,7 @@ def finish(config, run, task, model, rivals):
             table["p"] = out.softmax(1).amax(1).numpy()
     if run.master:
         report(run, task, rivals, best["step"])
+        plot_curves(run, task)
 
 
 def main(config):

@@ -76,7 +76,7 @@ def default(*values):
 class Config:
     # ---- what is read
     lm: list[str] = default("out/train")  # runs of ours, Hugging Face models by name or folder
-    # NAME/TASK under data/, NAME for all of its tasks, or a data-json file
+    # NAME/TASK under data/, NAME for all of its tasks or its brains, or a data-json file
     dataset: list[str] = default(*[f"grammar/{task}" for task in GRAMMAR])
     layers: list[int] = default()  # 0 the embeddings, -1 the last; none: all
     quantiles: list[str] = default("0.5", "1.0", "mean")  # 0 the first token; or max, min
@@ -515,7 +515,7 @@ class Task:
     """A row is a text, or one of a text's tokens."""
 
     kind: str
-    y: np.ndarray  # (N,) classes or values
+    y: np.ndarray  # (N,) classes or values, or (N, V) values
     learn: np.ndarray  # (N,) bool: rows that may be learnt from
     judge: np.ndarray  # (N,) bool: rows that are scored
     folds: list  # of each repetition: the fold (N,) of each row
@@ -548,7 +548,7 @@ def make_task(dataset, config):
     if dataset.kind != "regression":
         strata += 2 * dataset.y
         fewest = min(fewest, np.bincount(dataset.y).min())
-    else:
+    elif dataset.y.ndim == 1:
         parts = np.clip(len(dataset) // (2 * config.n_folds), 1, 10)
         strata += 2 * pd.qcut(dataset.y, parts, labels=False, duplicates="drop")
     if fewest < config.n_folds:
@@ -590,12 +590,13 @@ def best_thresholds(y, score):
 
 
 def primary_measure(y, score, kind, thresholds=None):
-    """Accuracy of classes; Pearson's r of values, 0 of a constant."""
+    """Accuracy of classes; Pearson's r of values, the mean over columns."""
     if kind == "multi":
         return np.mean(score.argmax(1) == y)
     if kind == "binary":
         return np.mean((score >= thresholds["accuracy"]) == y)
-    return np.nan_to_num(scipy.stats.pearsonr(score, y).statistic)
+    r = scipy.stats.pearsonr(score, y, axis=0).statistic
+    return np.mean(np.nan_to_num(r))  # 0 of a constant
 
 
 def evaluator(y, score, kind="binary", thresholds=None):
@@ -750,7 +751,7 @@ def measure(sites, probe, task):
     """Two DataFrames: a row for each site, repetition, fold and measure; and one for each score.
 
     Scores of texts in the test (of several classes the likeliest one) are those of the first
-    repetition.
+    repetition; there are none for targets of several columns.
     """
     tables = []
     scores = []
@@ -764,13 +765,13 @@ def measure(sites, probe, task):
                 table, test, tested = measure_fold(probe, X, part, fold_of, fold)
                 tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
                 tables[-1]["n_train"] *= texts_per_row
-                if repetition == 0:
+                if repetition == 0 and tested.ndim == 2:
                     about = {"index": index[test], "y": part.y[test], "fold": fold}
                     for g, score in enumerate(tested):
                         scores.append(pd.DataFrame({**about, "score": score, "site": first + g}))
         first += len(X)
     folds = pd.concat(tables, ignore_index=True).join(sites.labels, on="site")
-    return folds, pd.concat(scores)
+    return folds, pd.concat(scores) if scores else None
 
 
 def measure_fold(probe, X, task, fold_of, outer):
@@ -932,7 +933,7 @@ def keep_for_app(run, sites, name, folds, scores):
         data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
         meta = sites.dataset.meta
         logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data.to_dict()}
-        if run.config.keep_predictions:
+        if run.config.keep_predictions and scores is not None:
             kept = scores[scores.site == site].drop(columns="site")
             label = sites.labels.loc[site].to_dict()
             with aside(run.out / "predictions" / f"{slug(*names, label=label)}.npz") as file:
@@ -945,9 +946,10 @@ def keep_projections(run, sites):
     if not run.config.keep_predictions:
         return
     dataset = sites.dataset
-    names = np.array(dataset.label_names)[dataset.y] if dataset.label_names else dataset.y
-    table = pd.DataFrame({"text": dataset.texts, "label": names}).rename_axis("index")
-    write_aside(run.out / "texts" / f"{slug(dataset.name)}.csv", table.to_csv())
+    if dataset.y.ndim == 1:
+        names = np.array(dataset.label_names)[dataset.y] if dataset.label_names else dataset.y
+        table = pd.DataFrame({"text": dataset.texts, "label": names}).rename_axis("index")
+        write_aside(run.out / "texts" / f"{slug(dataset.name)}.csv", table.to_csv())
     for pooler, label in zip(sites.poolers, sites.labels.to_dict("records")):
         if pooler.cacheable and not label["layer_method"] and len(pooler.quantiles) < 2:
             X, index = sites.vectors(pooler)
@@ -1034,10 +1036,13 @@ def unfinished(rows, model, dataset, probes):
 
 
 def usable_probes(run, dataset, probes):
-    """Those that can answer: classifiers do no regression."""
+    """Those that can answer: classifiers do no regression, and only ridge does several columns."""
     if dataset.kind != "regression":
         return probes
-    usable = [probe for probe in probes if not PROBES.get(probe, probe)(4).discrete_targets]
+    usable = []
+    for probe in probes:
+        if dataset.y.ndim == 1 and not PROBES.get(probe, probe)(4).discrete_targets:
+            usable.append(probe)
     usable = usable or ["Ridge"]
     if usable != probes:
         names = ", ".join(map(name_of, usable))

@@ -1,4 +1,4 @@
-"""Labelled texts out of a JSON file, or a task of data/stimuli.py.
+"""Labelled texts out of a JSON file, a task of data/stimuli.py, or brain responses to texts.
 
 The JSON file has the schema of data/probing/readme.md, whose get_data.py writes such files:
 
@@ -17,15 +17,15 @@ import pandas as pd
 import scipy.sparse
 
 from data import InputError
-from data.stimuli import read_meta, read_task
+from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
 
 
 class LabelledTexts:
     """Labelled texts: len(), [i] -> (text, label).
 
-    source: a data-json file or dict. Attributes: name, texts, y (N,), kind (binary, multi,
-    regression), label_names, meta, groups (N,) of what no split may part (equal texts always),
-    split (N,) of train, val, test, or None. Raises InputError.
+    source: a data-json file or dict. Attributes: name, texts, y (N,), or (N, V) of V brain
+    responses, kind (binary, multi, regression), label_names, meta, groups (N,) of what no split may
+    part (equal texts always), split (N,) of train, val, test, or None. Raises InputError.
     """
 
     def __init__(self, source, force_classification=False):
@@ -35,7 +35,10 @@ class LabelledTexts:
 
     @classmethod
     def from_folder(cls, folder, task=""):
-        """A folder of labelled sentences (data/stimuli.py): [the task, or all of its tasks]."""
+        """What a prepare.py has made: [the task, or all of the folder's tasks, or its brains]."""
+        meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
+        if ENCODING_FORMAT in meta:
+            return [cls.from_encoding(folder)]
         tasks = [task] if task else read_meta(folder)["tasks"]
         return [cls.from_task(folder, task) for task in tasks]
 
@@ -52,6 +55,16 @@ class LabelledTexts:
         about["labels"] = dict(enumerate(names or []))
         return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
 
+    @classmethod
+    def from_encoding(cls, folder):
+        """Texts with the responses of brains to them (data/stimuli.py): a column for each unit."""
+        encoding = Encoding(folder)
+        if encoding.kind != "text":
+            raise InputError(f"{folder} holds responses to pictures: language models read texts")
+        meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
+        y = encoding.mean_responses().squeeze()
+        return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
+
     def _set(self, name, frame, y, label_names, meta):
         self.name = name
         self.frame = frame
@@ -62,7 +75,7 @@ class LabelledTexts:
         for i, text in enumerate(self.texts):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{name}: sentence {i} is empty or no text: leave it out")
-        if len(np.unique(y)) < 2:
+        if len(np.unique(y, axis=0)) < 2:
             raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
         self.kind = "regression"
         if label_names:

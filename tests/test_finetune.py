@@ -186,7 +186,7 @@ def test_an_easy_task_is_learned_and_the_files_say_how_well(given, tmp_path, cap
     assert np.isclose(whole.score.f1, sklearn.metrics.f1_score(y, guess, pos_label="y"))
     assert set(table.part) == {"all", "k0", "k1"}
     assert set(predictions.split) == {"val", "test"} and len(predictions) == 200
-    for name in ("best.pt", "ckpt.pt", "config.yaml"):
+    for name in ("best.pt", "ckpt.pt", "config.yaml", "curves.png"):
         assert (tmp_path / "run" / name).exists()
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     best = max(log, key=lambda line: line.get("val_accuracy", -1))

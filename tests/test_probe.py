@@ -29,7 +29,7 @@ import configurator
 import probe
 from configurator import InputError, configure
 from data.states import REDUCE
-from data.stimuli import write_tasks
+from data.stimuli import write_encoding, write_tasks
 from data.tokens import Tokenizer, state_of
 from model import GPT, GPTConfig, lm_state, save_checkpoint
 from probe import LMModel, MultiStepOpt, NLPDataset, PoolToken, best_thresholds, evaluator, run_exp
@@ -641,6 +641,22 @@ def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monke
     monkeypatch.setattr(probe, "draw_panel", lambda ax, part: drawn.append(part))
     probe.plot_layers(tmp_path, pd.DataFrame(rows))
     assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
+
+
+def test_responses_of_brains_are_columns(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
+    known = np.arange(80) % 5
+    responses = np.stack([known + rng.normal(size=80), rng.normal(size=80)], 1)
+    about = {"modality": "fMRI", "species": "human", "source": "a test", "synthetic": True}
+    write_encoding(tmp_path / "brains", stimuli, responses, **about)
+    options = {"classifiers": ["LDA"], "baselines": ["layer0", "control"]}
+    stub = Stub(layer=1, n_layer=1)
+    table = stub_run(tmp_path, stub, str(tmp_path / "brains"), **options)
+    rows = table[(table.metric == "pearson") & (table.baseline == "") & (table.layer != "best")]
+    score = rows.set_index("layer").score
+    assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
+    assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
 
 
 def test_other_texts_weights_or_poolings_are_no_results_to_go_on_with(
