@@ -269,10 +269,10 @@ def test_a_shut_gate_is_the_plain_gpt():
     assert not torch.equal(model(*brain(), idx)[0], model.lm(idx).logits)
 
 
-@pytest.mark.parametrize("fusion", ["prefix", "expert", "cross"])
+@pytest.mark.parametrize("fusion", ["expert", "cross"])
 def test_one_graph(fusion):
     torch._dynamo.reset()
-    model = a_model(fusion)
+    model = NeuralGPT(a_gpt(n_layer=2), an_encoder(), fusion).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # raises at a graph break
     logits = model(*brain(), ids(3, 6))[0]
     assert torch.allclose(compiled(*brain(), ids(3, 6))[0], logits, atol=1e-5)
