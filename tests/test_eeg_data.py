@@ -837,7 +837,8 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
     one = recording.Recording(tmp_path / "out/sub-01_train")
     assert meta["epoch_samples"] == one.meta["epoch_samples"] == length
     assert meta["epoch_tmin"] == one.meta["epoch_tmin"] == pytest.approx(times[cut])
-    assert one.sfreq == 100 and one.unit == "a.u."
+    assert one.sfreq == 100 and one.unit == "a.u." and one.names == NAMES
+    np.testing.assert_allclose(one.xyz[0], [-0.031, 0.115, 0.028], atol=1e-3)  # of the head
     begin = one.rows(one.events["onset"]) + round(meta["epoch_tmin"] * one.sfreq)
     assert begin.tolist() == [length * i for i in range(12)] and len(one.signal) == 12 * length
     for i, row in enumerate(begin):
