@@ -49,7 +49,7 @@ from torch.nn.utils.rnn import pad_sequence
 from configurator import Run, configure, key_seed
 from convert import load_lm
 from data import InputError, aside, write_aside
-from data.recording import Recording, named_places, read_set
+from data.recording import Recording, named_places, places, read_set
 from data.tokens import Tokenizer
 from model import (
     ENCODERS,
@@ -245,7 +245,8 @@ class Trials:
         if recipe:
             if recipe["bands"]:
                 raise InputError("encoder=: pretrained on bands side by side; give one of bands=[]")
-            rec.xyz, counts = named_places(rec.names, rec.xyz, recipe)
+            xyz = places(rec.names, rec.xyz, np.ones(len(rec.names), bool), recipe["grid"])
+            rec.xyz, counts = named_places(rec.names, xyz, recipe)
             rates = f"{recipe['sfreq']:g} Hz of pretraining; these are {self.sfreq:g} Hz"
             self.notes.append(f"{rec.path.name}: channels known by: {counts}, {rates}")
         names = np.array(rec.names)

@@ -432,8 +432,10 @@ def test_synonyms_are_other_texts_of_the_same_trials(given):
 # ---- text and losses
 
 
-def test_packed_names_are_separate_passes(given):
-    _, run, experiment = prepared(given)
+@pytest.mark.parametrize("fusion", ["expert", "cross"])
+def test_packed_names_are_separate_passes(given, fusion):
+    """Of the prompt, one name and <|endoftext|>, whose log-probability alone counts."""
+    _, run, experiment = prepared(given, fusion=fusion)
     text, model, ids = experiment.text, experiment.model.eval(), experiment.sets["val"][:5]
     names = ("wa", "wbcde", "w")
     text.ids |= {name: text.tokenizer.encode(" " + name) for name in names}
@@ -447,27 +449,11 @@ def test_packed_names_are_separate_passes(given):
         logits = F.linear(model.trunk(n, row), head).log_softmax(-1)[:, text.start :]
         wanted = torch.tensor([*text.ids[name], text.stop]).expand(2, -1)[..., None]
         assert torch.allclose(packed[:, k], logits.gather(2, wanted).sum((1, 2)), atol=1e-4)
-    words = experiment.trials.words[:7]
+    words = experiment.trials.words * 4  # more than the block holds
     scores, empty = T.score_names(run, experiment, ids, words)
     one, same_empty = T.score_names(run, experiment, ids[3:4], words[2:3])
-    assert scores.shape == (5, 7) and np.allclose(scores[3, 2], one, atol=1e-4)
-    assert np.allclose(empty[2], same_empty, atol=1e-4)
-
-
-def test_more_names_than_the_block_holds(given):
-    _, run, experiment = prepared(given, fusion="cross")
-    words = experiment.trials.words * 4
-    scores, _ = T.score_names(run, experiment, experiment.sets["val"][:2], words)
-    assert scores.shape == (2, 48) and np.allclose(scores[:, :12], scores[:, 36:], atol=1e-4)
-
-
-def test_loss_counts_word_and_stop_alone(given):
-    text = prepared(given)[2].text
-    text.ids |= {"wa": [32, 119, 97], "wabc": [32, 119, 97, 98, 99]}
-    target = text.pack([["wa"], ["wabc"]])[3]
-    assert target.tolist() == [[[32, 119, 97, 256, -1, -1]], [[32, 119, 97, 98, 99, 256]]]
-    lp = T.log_probs(torch.zeros(2, 6, 257), target).sum(-1)[:, 0]
-    assert torch.allclose(lp, -torch.tensor([4, 6]) * math.log(257))
+    assert np.allclose(scores[3, 2::12], one, atol=1e-4)
+    assert scores.shape == (5, 48) and np.allclose(empty[2], same_empty, atol=1e-4)
 
 
 def test_preferences_begin_at_ln_2_and_grow_with_the_margin(given):

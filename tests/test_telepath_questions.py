@@ -70,16 +70,16 @@ def test_a_job_that_was_cut_short_is_done_again(given, tmp_path, monkeypatch):  
 
 def test_where_the_tokens_of_a_run_go(given, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(telepath, "report", lambda *args: None)
-    options = {"max_iters": 180, "eval_interval": 90, "learning_rate": 3e-3, "expert_lr": 1e-2}
+    options = {"max_iters": 90, "eval_interval": 45, "learning_rate": 3e-3, "expert_lr": 1e-2}
     telepath.main(telepath_config(given, out_dir=str(given / "run"), **options))
     options = {"analysis": "tokens", "init_from": str(given / "run"), "eval_trials": 40}
     Q.main(a_config(given, out_dir=str(tmp_path), **options))
     way, keys, lens = (
         pd.read_csv(tmp_path / f"{name}.csv") for name in ("trajectory", "query_key", "logit_lens")
     )
-    assert set(way.step) == {0, 90, 180}
+    assert set(way.step) == {0, 45, 90}
     first = way[way.token == 0].groupby("step").distance.mean()
-    assert first[180] < first[0]  # towards the word
+    assert first[90] < first[0]  # towards the word
     assert (keys.p_corrected >= keys.p).all() and (keys.n == 40).all()
     whole_window = lens[(lens.layer == 0) & (lens.token == 0)].iloc[0]
     assert whole_window.score < whole_window.null_low

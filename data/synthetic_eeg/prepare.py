@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 import scipy.cluster.hierarchy
 import scipy.fft
-import scipy.linalg
 import scipy.signal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
@@ -474,22 +473,19 @@ def read_trials(recording, held_words):
 
 
 def fit_ridge(people, truth):
-    """(mean of x, mean of y, weights) of a ridge from clear trials to the meanings of words."""
+    """Ridge from the clear trials of some people to the meanings of their words."""
+    from sklearn.linear_model import Ridge
+
     x = np.concatenate([trials.x[trials.clear] for trials in people])
     y = np.concatenate([truth.loc[trials.word[trials.clear]] for trials in people])
-    centred = x - x.mean(0)
-    gram = centred.T @ centred
-    gram[np.diag_indices_from(gram)] += np.trace(gram) / len(gram)
-    weights = scipy.linalg.solve(gram, centred.T @ (y - y.mean(0)), assume_a="pos")
-    return x.mean(0), y.mean(0), weights
+    return Ridge(alpha=x.var(0).mean() * len(x)).fit(x, y)
 
 
 def rank_words(model, trials, which, truth, among):
     """DataFrame of word and rank of the right one `among` words, for some trials; 0 is best."""
-    x_mean, y_mean, weights = model
     candidates = truth.loc[among].to_numpy()
     centred = candidates - candidates.mean(0)
-    predicted = (trials.x[which] - x_mean) @ weights + y_mean - candidates.mean(0)
+    predicted = model.predict(trials.x[which]) - candidates.mean(0)
     cosine = predicted @ centred.T / np.linalg.norm(centred, axis=1)
     word = trials.word[which]
     right = cosine[np.arange(len(word)), pd.Index(among).get_indexer(word)]
@@ -538,14 +534,10 @@ def score_ranks(ranks):
     return {key: round(float(score), 4) for key, score in scores.items()} | {"n": len(ranks)}
 
 
-def is_complete(folder):
-    return complete(folder) and (folder / "objects.csv").exists()
-
-
 def main(config):
     folder = folder_of(config, __file__)
     options = options_of(config, "pydocs")
-    if already_made(folder, options, is_complete, config.overwrite):
+    if already_made(folder, options, complete, config.overwrite):
         return
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     rng = np.random.default_rng([config.seed, 0])
