@@ -866,17 +866,10 @@ def test_pickles_of_plain_data_are_read(tmp_path, protocol, order):
 
 
 class Hostile:
-    def __init__(self, call, *args):
-        self.reduced = call, args
-
     def __reduce__(self):
-        return self.reduced
+        return os.mkdir, ("owned",)
 
 
-HOSTILE = [
-    (Hostile(os.mkdir, "owned"), "it wants posix.mkdir"),
-    (Hostile(np.load, "owned"), "it wants numpy"),
-]
 CODES = [
     b"cnumpy\nndarray\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",  # sets an attribute of a class
     b"cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aK\x01sb0}.",  # or of a function
@@ -885,20 +878,15 @@ CODES = [
 ]
 
 
-@pytest.mark.parametrize("content, words", [*HOSTILE, *((code, "a.npy") for code in CODES)])
-def test_pickles_of_anything_else_are_refused_and_nothing_happens(
-    tmp_path, monkeypatch, content, words
-):
-    monkeypatch.chdir(tmp_path)
+def test_pickles_of_anything_else_are_refused_and_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # more in tests/test_tokens.py
     path = tmp_path / "a.npy"
-    files = [content]
-    if isinstance(content, Hostile):
-        files = [pickle.dumps({"k": content}, protocol) for protocol in (0, 4)]
-        np.save(path, np.array({"raw_eeg_data": content}, dtype=object))
-        files.append(path.read_bytes())
-    for file in files:
-        path.write_bytes(file)
-        with pytest.raises(InputError, match=words):
+    np.save(path, np.array({"raw_eeg_data": Hostile()}, dtype=object))
+    with pytest.raises(InputError, match="it wants posix.mkdir"):
+        things2.read_dict(path)
+    for code in CODES:
+        path.write_bytes(code)
+        with pytest.raises(InputError, match="a.npy"):
             things2.read_dict(path)
     assert not (tmp_path / "owned").exists()
     assert not hasattr(np._core.multiarray._reconstruct, "a")
