@@ -913,6 +913,7 @@ TORN = "sub-01/ses-01/raw_eeg_training.npy"
         (lambda r: change(r, raw_eeg_data=raw_eeg2([1, 7])[0]["raw_eeg_data"]), "code 7 is none"),
         (lambda r: change(r, raw_eeg_data=raw_eeg2([])[0]["raw_eeg_data"]), "no event in its stim"),
         (lambda r: change(r, raw_eeg_data=FLAT), "4 flat"),
+        (lambda r: change(r, ch_names=["a"]), "does not fit 1 channel names"),
         (lambda r: change(r, ch_types=["eeg"] * 5), "0 stim channels"),
         (lambda r: change(r, ch_names=["E1", "E2", "E3", "E4", "s"]), r"no channel has a position"),
         (lambda r: os.truncate(r / TORN, 9000), "cannot be read .*torn"),

@@ -114,6 +114,9 @@ def convert_continuous(folder, path, images, config, **meta):
     types = np.array(session["ch_types"], dtype=str)
     eeg = np.flatnonzero(types == "eeg")
     stim = np.flatnonzero(types == "stim")
+    if np.ndim(data) != 2 or not len(data) == len(names) == len(types):
+        sizes = f"{len(names)} channel names and {len(types)} types"
+        raise InputError(f"{path}: raw_eeg_data of shape {np.shape(data)} does not fit {sizes}")
     if len(stim) != 1 or not len(eeg):
         raise InputError(f"{path} has {len(stim)} stim channels and {len(eeg)} EEG channels")
     codes = np.asarray(data[stim[0]]).round().astype(np.int64)
