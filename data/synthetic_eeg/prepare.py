@@ -41,6 +41,8 @@ PO8 O1 O2
 CHANNELS = CHANNELS.split()
 RATE = 200.0  # Hz of the raw files
 SOA = 0.2  # s from picture to picture
+CATCH = 0.03  # share of catch trials
+BACKGROUND = 10.0  # µV, rms of the 1/f background
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
 # P1, N1 and P2 to any picture: peak and width (s), size (V)
 EVOKED = ((0.1, 0.02, 4e-6), (0.17, 0.025, -6e-6), (0.25, 0.05, 4e-6))
@@ -75,13 +77,11 @@ class Config:
     homographs: int = 2  # of them have a second object of the same name (tree1, tree2)
     images: int = 6  # pictures of each object; a block shows one picture of every object
     repeats: int = 10  # times that a picture is shown, twice in a block
-    catch: float = 0.03  # share of catch trials
     # ---- who looks at it
     subjects: int = 4
     gain: float = 4.0  # µV at the best electrode for one SD of a dimension of meaning; 0: the null
     dimensions: int = 8  # of meaning
     own: float = 0.3  # how far a person's generators are from the average: angle (rad), place, size
-    background: float = 10.0  # µV, rms of the 1/f background
     overwrite: bool = False  # make it again although it is there
 
     def check(self):
@@ -246,7 +246,7 @@ def schedule(config, n_objects, n_images, rng):
         while first[-1] == second[0]:
             second = rng.permutation(n_objects)
         shown = [(int(thing), int(image), 0) for thing in [*first, *second]]
-        for _ in range(round(config.catch * len(shown))):
+        for _ in range(round(CATCH * len(shown))):
             shown.insert(int(rng.integers(len(shown) + 1)), (-1, -1, 1))
         for i, what in enumerate(shown):
             events.append((start + SOA * i, block, *what))
@@ -293,7 +293,7 @@ def simulate(config, pictures, average, subject):
         size = 1 + 2 * events["target"].to_numpy()
         evoked = respond(size, peak, width, events, samples)
         signal += np.outer(scalp * volt / np.abs(scalp).max(), evoked)
-    add_background(signal, lead, posterior, config, rng)
+    add_background(signal, lead, posterior, rng)
     add_artefacts(signal, places, seconds, rng)
     bad = rng.integers(2, len(CHANNELS))
     signal[bad] += 80e-6 * noise_1f(rng, 1, samples)[0]
@@ -307,14 +307,14 @@ def simulate(config, pictures, average, subject):
     return signal, places, status, events, truth
 
 
-def add_background(signal, lead, posterior, config, rng):
+def add_background(signal, lead, posterior, rng):
     """Add 1/f activity of 150 dipoles and two alpha rhythms to a signal (C, T)."""
     samples, n_sources = signal.shape[1], lead.shape[1]
     chosen = lead[:, rng.choice(n_sources, 150)]
     maps = np.einsum("csi,si->cs", chosen, rng.standard_normal((150, 3))).astype(np.float32)
     maps /= np.linalg.norm(maps, axis=0).mean()
     background = maps @ noise_1f(rng, 150, samples)
-    signal += background * np.float32(config.background * 1e-6 / background.std())
+    signal += background * np.float32(BACKGROUND * 1e-6 / background.std())
     waxing = np.maximum(0, noise_1f(rng, 2, samples, 0.5))
     alpha = 2 * np.pi * rng.uniform(9, 11)
     bursts = waxing * np.sin(alpha * np.arange(samples) / RATE + [[0], [1.5]])
