@@ -1,5 +1,6 @@
 """telepath_questions.py: tables with chance, interval and n, jobs done once, the right samples."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +12,17 @@ import telepath
 import telepath_questions as Q
 from configurator import check
 from data import InputError
+
+
+@pytest.fixture(autouse=True)
+def not_rendered(monkeypatch):
+    """Figures are drawn; to render them takes longer than to analyse."""
+
+    def close(figure, path):
+        plt.close(figure)
+        path.touch()
+
+    monkeypatch.setattr(Q, "save_figure", close)
 
 
 def a_config(given, **options):  # noqa: F811
