@@ -254,9 +254,8 @@ class Trials:
         useless = rec.good & ~((span > 0) & np.isfinite(span))
         rec.good = rec.good & ~useless
         if useless.any():
-            self.notes.append(
-                f"{rec.path.name}: {', '.join(names[useless])} flat or with nan, left out"
-            )
+            listed = ", ".join(names[useless])
+            self.notes.append(f"{rec.path.name}: {listed} flat or with nan, left out")
         lost = names[rec.good & ~np.isfinite(rec.xyz).all(1)]
         if len(lost):
             cure = "prepare it with montage=standard_1005, or mark it bad"
@@ -869,7 +868,6 @@ class Training:
     def resume(self, state):
         self.step = state["step"]
         self.best = state["best"]
-        self.validation = state.get("validation", 0.0)
         config = self.config
         saved = state["config"]
         other_steps = config.max_iters not in (type(config).max_iters, saved["max_iters"])
@@ -883,7 +881,7 @@ class Training:
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
             self.run.scaler.load_state_dict(state["scaler"])
-        self.tokens = state.get("tokens", {})
+        self.tokens = state["tokens"]
         for name, value in state["reference"].items():
             self.reference[name] = value.to(self.run.device)
 
@@ -1176,7 +1174,7 @@ COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majorit
 def save_figure(figure, path):
     """Write a PNG aside."""
     with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png", bbox_inches="tight")
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
 
 
@@ -1221,9 +1219,9 @@ def log_step(run, config, training, losses, norm):
 
 def settle(run, config, training):
     """Settle max_iters by `minutes` when enough steps are measured, not counting the first 3."""
-    n_measured = training.step - training.first_step - 3
     if config.max_iters != UNSETTLED:
         return
+    n_measured = training.step - training.first_step - 3
     if n_measured == 0:
         training.began = time.time()
     seconds = run.reduce(time.time() - training.began, "max")
@@ -1273,8 +1271,6 @@ def save(run, config, experiment, training, name):
     state |= {"split": experiment.manifest["hash"], "eeg_seen": experiment.eeg_seen}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
     state |= {"reference": training.reference, "best": training.best, "tokens": training.tokens}
-    if config.max_iters == UNSETTLED:  # for settle; time differs from run to run
-        state["validation"] = training.validation
     run.save(name, state)
 
 

@@ -16,7 +16,6 @@ nostalgebraist 2020 (logit lens).
 
 import copy
 import math
-import time
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import telepath
 from configurator import Run, configure, key_seed
@@ -294,19 +294,16 @@ def architecture_jobs(run, config):
 
 
 def architecture_rows(run, config, job):
-    """Scores of one encoder or fusion, how many weights learned, and how long a step took."""
+    """Scores of one encoder or fusion, and how many weights learned."""
     one, experiment = fresh(run, config, **job)
-    start = time.perf_counter()
     fit(run, one, experiment, experiment.sets["train"])
-    ms = 1000 * (time.perf_counter() - start) / one.max_iters
     learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
-    run.print(f"    {learned / 1e6:.2f} M parameters learn, {ms:.0f} ms a step")
     rows = [top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
     return [{**row, "learned": learned} for row in rows]
 
 
 def draw_architecture(table):
-    """Scores of encoders and fusions beside their cost."""
+    """Scores of encoders and fusions, and how many weights they have."""
     labels = []
     base = table.iloc[0]  # the options as they are
     for row in table.to_dict("records"):
@@ -438,7 +435,7 @@ def query_key(run, config, experiment, ids):
 def name_states(run, lm, text, words):
     """The last token of each name (K, C), read after the prompt, at every layer."""
     rows = [torch.tensor(text.prompt + text.ids[word]) for word in words]
-    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(run.device)
+    idx = pad_sequence(rows, batch_first=True).to(run.device)
     hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
     last = [len(row) - 1 for row in rows]
     return [hidden[i][range(len(rows)), last] for i in range(lm.config.n_layer)]

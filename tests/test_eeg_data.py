@@ -2,7 +2,6 @@
 them in; the traps of both THINGS sets; hostile pickles; a synthetic set that holds what it says.
 """
 
-import io
 import json
 import os
 import pickle
@@ -21,7 +20,7 @@ from data.synthetic_eeg import prepare as synthetic
 from data.things_eeg1 import prepare as things1
 from data.things_eeg2 import prepare as things2
 from data.tokens import character_state, encoding, write_dataset
-from tests.helpers import prepare, real, refused, run
+from tests.helpers import prepare, real, refused
 from tests.test_fetch import serve
 
 NAMES = ["Fp1", "Cz", "Pz", "Oz"]
@@ -223,8 +222,9 @@ def test_a_short_recording_is_said_to_be_distorted(tmp_path, capsys):
     assert "too short for l_freq=0.1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("unit", ["", ".V", "n/a", "mV"])
-@pytest.mark.parametrize("stated", ["µV", "uV", "microvolt"])
+@pytest.mark.parametrize(
+    "unit, stated", [("", "µV"), (".V", "uV"), ("n/a", "microvolt"), ("mV", "µV")]
+)
 def test_sidecars_decide_where_a_file_has_no_unit(tmp_path, unit, stated):
     """Numbers in µV; a header that says mV is wrong: no brain is a thousand times as large."""
     root = make_bids(tmp_path / "b", "edf", unit=unit, channels={"units": stated})
@@ -283,13 +283,6 @@ def test_onsets_in_other_units_are_refused_though_a_few_lie_inside(tmp_path, rat
     root = make_bids(tmp_path / "b", events=events_tsv(onset=onset.round().astype(int)))
     with pytest.raises(InputError, match=f"{n} of 5 onsets lie outside the 20 s .*ms, or in sam"):
         convert(root, tmp_path / "out")
-
-
-def test_missing_onsets_are_dropped_and_decimal_commas_read(tmp_path):
-    events = events_tsv(onset=["nan", "NaN", "n/a", "", "1,5", "2.5"], word=list("abcdef"))
-    _, (one,) = convert(make_bids(tmp_path / "b", events=events), tmp_path / "out")
-    assert one.events["onset"].tolist() == [1.5, 2.5] and one.events["word"].tolist() == ["e", "f"]
-    assert one.meta["dropped"] == {"events without onset or word": 4}
 
 
 def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path, capsys):
@@ -352,15 +345,20 @@ def test_events_say_object_word_synonyms_and_picture(tmp_path):
 
 
 def test_words_and_tables_are_read_as_they_are(tmp_path):
-    """Words that look like numbers or nothing, a quotation mark, one byte of Latin-1."""
-    words = ["null", "NA", "007", "1e5", '"', "é"]
-    root = make_bids(tmp_path / "b", events=events_tsv(word=words), channels={"units": "µV"})
+    """Words that look like numbers or nothing, a quotation mark, one byte of Latin-1; onsets that
+    nobody knows, and with a decimal comma."""
+    words = ["null", "NA", "007", "1e5", '"', "é", "a", "b", "c", "d"]
+    onset = ["1,5", "2.5", 3, 4, 5, 6, "nan", "NaN", "n/a", ""]
+    events = pd.DataFrame({"onset": onset, "word": words})
+    root = make_bids(tmp_path / "b", events=events, channels={"units": "µV"})
     for path in (root / "sub-01/eeg").glob("*task-see_*.tsv"):
         path.write_bytes(path.read_text(encoding="utf-8").encode("latin-1"))
     table = root / "sub-01/eeg/sub-01_task-see_events.tsv"
     table.write_text(table.read_text("latin-1").replace('""""', '"'), "latin-1")
     _, (one,) = convert(root, tmp_path / "out")
-    assert one.events["word"].tolist() == words
+    assert one.events["word"].tolist() == words[:6]
+    assert one.events["onset"].tolist() == [1.5, 2.5, 3, 4, 5, 6]
+    assert one.meta["dropped"] == {"events without onset or word": 4}
 
 
 def test_rows_that_end_in_a_tab_keep_their_columns(tmp_path):
@@ -394,7 +392,7 @@ def test_names_in_other_spellings_find_their_places(tmp_path, capsys):
 
 
 def test_positions_in_any_frame(tmp_path):
-    root = make_bids(tmp_path / "b")
+    root = make_bids(tmp_path / "b", names=["FP1", "CZ", "PZ", "OZ"])  # Fp1 in electrodes.tsv
     folder = root / "sub-01/eeg"
 
     def first_place(system, **landmarks):
@@ -414,13 +412,6 @@ def test_positions_in_any_frame(tmp_path):
         convert(root, tmp_path / "out")
 
 
-def test_measured_places_are_found_whatever_the_case_of_names(tmp_path):
-    names = [name.upper() for name in NAMES]
-    _, (one,) = convert(make_bids(tmp_path / "b", names=names), tmp_path / "out")
-    assert one.names == ["FP1", "CZ", "PZ", "OZ"]
-    np.testing.assert_allclose(one.xyz[0], [-0.03, 0.08, 0], atol=1e-7)  # not the template's
-
-
 def test_a_recording_without_places_does_not_stop_the_others(tmp_path, capsys):
     strangers = ["E1", "E2", "E3", "E4"]
     root = make_bids(tmp_path / "b", electrodes=False)
@@ -432,7 +423,7 @@ def test_a_recording_without_places_does_not_stop_the_others(tmp_path, capsys):
         convert(root, tmp_path / "out", subjects=["02"])
 
 
-@pytest.mark.parametrize("how", ["interpolate", "mark", "drop"])
+@pytest.mark.parametrize("how", ["interpolate", "mark"])
 def test_bad_flat_and_nan_channels(how):
     names = ["Fp1", "Cz", "Pz", "Oz", "P3", "P4", "Fz", "C3"]
     data = np.concatenate([samples(), samples(seed=1)])
@@ -445,9 +436,7 @@ def test_bad_flat_and_nan_channels(how):
     bids.preprocess(raw, bids.Config(**AS_IS | {"bads": how, "reference": "average"}), "r", notes)
     assert notes["flat"] == ["Cz"] and notes["nan"] == ["Pz"]
     assert notes["bads"] == ["Cz", "Pz", "Oz"] and np.isfinite(raw.get_data()).all()
-    if how == "drop":
-        assert raw.ch_names == ["Fp1", "P3", "P4", "Fz", "C3"]
-    elif how == "mark":
+    if how == "mark":
         assert raw.info["bads"] == ["Cz", "Pz", "Oz"]
     else:  # splines put the neighbours' mean there
         assert not raw.info["bads"] and np.ptp(raw.get_data("Cz")) > 1e-6
@@ -524,7 +513,7 @@ def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, ca
         convert(tmp_path / "b", tmp_path / "out3", sensors="ieeg")
 
 
-def make_ieeg(root, names, types=None):
+def make_ieeg(root, names, types):
     folder = root / "sub-01/ieeg"
     folder.mkdir(parents=True)
     stem = folder / "sub-01_task-see"
@@ -536,12 +525,12 @@ def make_ieeg(root, names, types=None):
     return folder
 
 
-@pytest.mark.parametrize("types", [None, ["SEEG", "SEEG", "EEG", "EEG"]])
-def test_contacts_do_not_take_the_places_of_the_scalp(tmp_path, types):
+def test_contacts_do_not_take_the_places_of_the_scalp(tmp_path):
     """Shafts C and F have contacts C3 and F3; electrodes on the scalp are not the first choice."""
-    make_ieeg(tmp_path, ["C3", "F3", "Cz", "Pz"], types)
-    with pytest.raises(InputError, match=r"no channel has a position \(C3, F3"):
-        convert(tmp_path, tmp_path / "out")
+    for i, types in enumerate([None, ["SEEG", "SEEG", "EEG", "EEG"]]):
+        make_ieeg(tmp_path / str(i), ["C3", "F3", "Cz", "Pz"], types)
+        with pytest.raises(InputError, match=r"no channel has a position \(C3, F3"):
+            convert(tmp_path / str(i), tmp_path / "out")
 
 
 def test_ieeg_folders_are_read(tmp_path):
@@ -588,7 +577,7 @@ def spoil(folder, what):
         os.truncate(f"{stem}_eeg.eeg", 4 * 4 * 1000)
     elif what == "header":
         Path(f"{stem}_eeg.vhdr").write_text("Brain Vision Data Exchange Header File Version 1.0\n")
-    elif what in ("{", "[]"):
+    elif what == "[]":
         Path(f"{stem}_eeg.json").write_text(what)
 
 
@@ -605,7 +594,6 @@ def spoil(folder, what):
         ({}, {}, "eeg", ["sub-01", "no recording of eeg, meg or ieeg", "subjects="]),
         ({}, {}, "torn", ["is 5 s long", "says 20", "torn"]),
         ({}, {}, "header", ["sub-01_task-see_eeg.vhdr cannot be read"]),
-        ({}, {}, "{", ["sub-01_task-see_eeg.json is no JSON"]),
         ({}, {}, "[]", ["sub-01_task-see_eeg.json is no JSON object"]),
         ({}, {"channels": {"name": list("abcd")}}, "", ["does not name the channel 'Fp1'"]),
         ({}, {"channels": {"type": "MISC"}}, "", ["no channel of type", "only misc"]),
@@ -632,7 +620,6 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path, options, given, what, words
         (bids, {"montage": "mine"}, "montage='mine' is none of MNE's: .*colin27_1005"),
         (synthetic, {"repeats": 3}, "repeats=3"),
         (synthetic, {"objects": 2}, "objects=2: at least 10"),
-        (synthetic, {"raw_sfreq": 90.0}, "raw_sfreq=90"),
     ],
 )
 def test_bad_options_are_refused(module, options, words):
@@ -766,26 +753,17 @@ def test_eeg1_real_events_and_concepts():
     assert events["onset"].iloc[:2].round(3).tolist() == [10.724, 10.824]
     assert events["word"].iloc[4] == "stove" and (events["duration"] == 0.05).all()
     assert (events["synonyms"] != "").mean() > 0.5 and events["block"].nunique() > 50
-    with pytest.raises(InputError, match="sub-01 has no recording of eeg.*subjects="):
-        prepare(things1, root=root)
     with pytest.raises(InputError, match="concepts=nosuch is not there"):
         prepare(things1, root=root, concepts="nosuch")
 
 
-def test_eeg1_is_fetched_and_goes_on_after_a_stop(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+def test_eeg1_is_fetched(tmp_path):  # tests/test_fetch.py stops and goes on
     with serve(make_eeg1(tmp_path / "remote", eeg1_rows())) as server:
         options = {"subjects": ["01"], "out_dir": tmp_path / "out", "url": server.url, **AS_IS}
-        server.cut = 5000
-        with pytest.raises(InputError, match=r"_eeg.eeg: 25,000 of 64,000 bytes .* run the same"):
-            prepare(things1, **options)
-        server.cut = None
         prepare(things1, **options)
-        assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 64_000
         assert recording.complete(tmp_path / "out")
-        (tmp_path / "out/raw/sub-01/eeg/sub-01_task-rsvp_eeg.eeg").write_bytes(b"torn")
         prepare(things1, **options)
-        assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 128_000  # by its size
+        assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 64_000  # once
         with pytest.raises(InputError, match="sub-51_task-rsvp_eeg.vhdr is not there"):
             prepare(things1, **options | {"subjects": ["51"]})
 
@@ -859,7 +837,8 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
     one = recording.Recording(tmp_path / "out/sub-01_train")
     assert meta["epoch_samples"] == one.meta["epoch_samples"] == length
     assert meta["epoch_tmin"] == one.meta["epoch_tmin"] == pytest.approx(times[cut])
-    assert one.sfreq == 100 and one.unit == "a.u."
+    assert one.sfreq == 100 and one.unit == "a.u." and one.names == NAMES
+    np.testing.assert_allclose(one.xyz[0], [-0.031, 0.115, 0.028], atol=1e-3)  # of the head
     begin = one.rows(one.events["onset"]) + round(meta["epoch_tmin"] * one.sfreq)
     assert begin.tolist() == [length * i for i in range(12)] and len(one.signal) == 12 * length
     for i, row in enumerate(begin):
@@ -868,8 +847,7 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
     assert one.events["image"].nunique() == 6 and one.events["word"].tolist()[-1] == "stove"
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol, order", [(2, "C"), (5, "F")])
 def test_pickles_of_plain_data_are_read(tmp_path, protocol, order):
     large = np.random.default_rng(0).normal(size=(7, 7000))
     objects = np.array(["u", {"v": 1}], dtype=object)
@@ -888,43 +866,27 @@ def test_pickles_of_plain_data_are_read(tmp_path, protocol, order):
 
 
 class Hostile:
-    def __init__(self, call, *args):
-        self.reduced = call, args
-
     def __reduce__(self):
-        return self.reduced
+        return os.mkdir, ("owned",)
 
 
-HOSTILE = [
-    (Hostile(os.mkdir, "owned"), "it wants posix.mkdir"),
-    (Hostile(eval, "open('owned', 'w')"), "it wants .*eval"),
-    (Hostile(np.load, "owned"), "it wants numpy"),
-    (Hostile(io.open, "owned", "w"), "it wants .*open"),
-]
 CODES = [
     b"cnumpy\nndarray\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",  # sets an attribute of a class
     b"cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aK\x01sb0}.",  # or of a function
-    b"\x82\x01.",
     b"K\x01.",
-    b"garbage",
     b"\x8e" + (1 << 40).to_bytes(8, "little") + b"abc",
 ]
 
 
-@pytest.mark.parametrize("content, words", [*HOSTILE, *((code, "a.npy") for code in CODES)])
-def test_pickles_of_anything_else_are_refused_and_nothing_happens(
-    tmp_path, monkeypatch, content, words
-):
-    monkeypatch.chdir(tmp_path)
+def test_pickles_of_anything_else_are_refused_and_nothing_happens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # more in tests/test_tokens.py
     path = tmp_path / "a.npy"
-    files = [content]
-    if isinstance(content, Hostile):
-        files = [pickle.dumps({"k": content}, protocol) for protocol in (0, 2, 4)]
-        np.save(path, np.array({"raw_eeg_data": content}, dtype=object))
-        files.append(path.read_bytes())
-    for file in files:
-        path.write_bytes(file)
-        with pytest.raises(InputError, match=words):
+    np.save(path, np.array({"raw_eeg_data": Hostile()}, dtype=object))
+    with pytest.raises(InputError, match="it wants posix.mkdir"):
+        things2.read_dict(path)
+    for code in CODES:
+        path.write_bytes(code)
+        with pytest.raises(InputError, match="a.npy"):
             things2.read_dict(path)
     assert not (tmp_path / "owned").exists()
     assert not hasattr(np._core.multiarray._reconstruct, "a")
@@ -977,7 +939,7 @@ def pydocs(tmp_path_factory):
     """A small text in which the first six nouns keep one company and the others another."""
     rng, nouns, lines = np.random.default_rng(0), NOUNS.split(), []
     company = [["green", "old", "wet", "tall"], ["hot", "small", "clean", "round"]]
-    for _ in range(6000):
+    for _ in range(3000):
         i = int(rng.integers(len(nouns)))
         noun, near = nouns[i], " ".join(rng.choice(company[i // 6], 3))
         uses = [f"the {noun} is {near}.", f"we {near} saw a {noun}, and {near} {noun}s."]
@@ -1071,12 +1033,11 @@ def test_the_oracle_finds_what_was_planted_and_nothing_in_the_null(made):
 
 
 def test_synthetic_is_the_same_again_and_stays(made, pydocs, tmp_path):
-    options = {"pydocs": pydocs, "gain": 6.0, "out_dir": tmp_path, **SMALL}
-    given = [f"{key}={value}" for key, value in options.items()]
-    run("data/synthetic_eeg/prepare", *given)  # in a process of its own
-    for name in ("sub-01", "sub-02"):
-        meta = recording.read_meta(tmp_path / name)
-        assert meta["sha256"] == recording.Recording(made[6] / name).meta["sha256"]
+    options = {"pydocs": pydocs, "gain": 6.0, "out_dir": tmp_path, **SMALL, "subjects": 1}
+    np.random.seed(1)
+    prepare(synthetic, **options)
+    hashes = [recording.read_meta(root / "sub-01")["sha256"] for root in (tmp_path, made[6])]
+    assert hashes[0] == hashes[1]
     before = (tmp_path / "meta.yaml").stat().st_mtime_ns
     prepare(synthetic, **options)
     assert (tmp_path / "meta.yaml").stat().st_mtime_ns == before

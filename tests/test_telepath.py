@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import telepath as T
 from configurator import check
 from data import InputError
-from data.tokens import Tokenizer, character_state, state_of
+from data.tokens import state_of
 from model import (
     GPT,
     EncoderConfig,
@@ -59,6 +59,12 @@ def a_config(given, **options):
     return T.Config(**{**FAST, **files, **options})
 
 
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """One run draws its figure, `whole`, which is there before this."""
+    monkeypatch.setattr(T, "plot_results", lambda *args: None)
+
+
 class Here:
     """A Run without a folder."""
 
@@ -69,7 +75,7 @@ class Here:
         self.config, self.seed = config, config.seed
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.autocast = nullcontext
-        self.print = self.save = lambda *args: None
+        self.print = self.save = self.save_config = lambda *args: None
 
     def log(self, step, **numbers):
         self.logged = numbers
@@ -162,11 +168,10 @@ def test_words_stay_as_they_are_typed_and_a_minute_is_a_block(tmp_path):
     codes = [f"{i:03d}" for i in range(9)] + ["NA", "null", "1e5"]
 
     def change(name, given):
-        kinds = sorted(set(given["events"]["word"]))
-        given["events"]["word"] = given["events"]["word"].map(dict(zip(kinds, codes)))
-        given["events"]["block"] = ""
+        numbers = given["events"]["word"].str[0].map(ord) - ord("a")
+        given["events"] = given["events"].assign(word=np.array(codes)[numbers], block="")
 
-    trials = trials_of(tmp_path, change)
+    trials = trials_of(tmp_path, change, subjects=1)
     assert trials.words == sorted(codes)
     assert (trials.table.groupby("recording").block.nunique() > 1).all()
 
@@ -272,7 +277,6 @@ def epochs(name, given):
         (no_place, {}, "channel E2 has no position"),
         (no_word, {}, "subject 02 has no events with a word"),
         (one_picture, {}, "every word has one picture"),
-        (None, {"t_start": 1000.0, "t_end": 1001.0}, "lies inside the recording"),
         (None, {"t_end": 0.004}, "no sample of 50 Hz"),
         (epochs, {"t_end": 0.52, "jitter": 0.0}, "lies inside the recording or epoch"),
     ],
@@ -280,13 +284,14 @@ def epochs(name, given):
 def test_eeg_that_cannot_be_used(tmp_path, change, options, words):
     config = T.Config(**{"t_end": 0.4, **options})
     with pytest.raises(InputError, match=words):
-        T.split(trials_of(tmp_path, change, config), config)
+        T.split(trials_of(tmp_path, change, config, words=4, images=4), config)
 
 
 def test_trials_at_the_edge_are_left_out_and_said(tmp_path):
-    assert "trials outside" in trials_of(tmp_path, None, T.Config(t_end=4.0)).notes[0]
+    few = {"subjects": 1, "words": 4, "images": 2}
+    assert "trials outside" in trials_of(tmp_path, None, T.Config(t_end=4.0), **few).notes[0]
     fits = T.Config(t_end=0.5, jitter=0.0)
-    assert not trials_of(tmp_path / "epochs", epochs, fits).notes
+    assert not trials_of(tmp_path / "epochs", epochs, fits, **few).notes
 
 
 # ---- augmentation
@@ -297,16 +302,16 @@ XYZ = 0.1 * XYZ / np.linalg.norm(XYZ, axis=1, keepdims=True)
 XYZ[:, 2] = np.abs(XYZ[:, 2])
 
 
-def noise(function, sfreq=SFREQ, n=60, seconds=4.0):
-    """What an augmentation adds to n silent windows (n, 32, T)."""
+def noise(function, sfreq=SFREQ):
+    """What an augmentation adds to silent windows of 4 s: (40, 32, T)."""
     rng = np.random.default_rng(1)
-    x = np.zeros((n, 32, int(seconds * sfreq)))
+    x = np.zeros((40, 32, int(4 * sfreq)))
     return np.stack([function(window, rng, np.full(32, 1e-5), XYZ, sfreq) for window in x])
 
 
-def power(x, sfreq=SFREQ):
+def power(x):
     spectrum = np.fft.rfft(x * np.hanning(x.shape[2]))
-    return np.fft.rfftfreq(x.shape[2], 1 / sfreq), np.square(np.abs(spectrum)).mean((0, 1))
+    return np.fft.rfftfreq(x.shape[2], 1 / SFREQ), np.square(np.abs(spectrum)).mean((0, 1))
 
 
 def test_pink_noise_falls_as_one_over_f():
@@ -321,20 +326,15 @@ def test_pink_noise_falls_as_one_over_f():
     assert r[near].mean() > 0.5 > 0.3 > abs(r[distance > 0.15].mean())  # shared by neighbours
 
 
-@pytest.mark.parametrize(
-    "function, low, high, share",
-    [(T.line, 45, 65, 0.8), (T.blink, 0, 6, 0.95), (T.muscle, 19, 101, 0.9), (T.drift, 0, 2, 0.9)],
-)
-def test_noise_is_in_its_band(function, low, high, share):
-    f, p = power(noise(function))
-    assert p[(f >= low) & (f < high)].sum() > share * p.sum()
-
-
-def test_line_noise_has_its_peaks():
+def test_noise_is_in_its_band():
+    bands = {T.blink: (0, 6, 0.95), T.muscle: (19, 101, 0.9), T.drift: (0, 2, 0.9)}
+    for function, (low, high, share) in bands.items():
+        f, p = power(noise(function))
+        assert p[(f >= low) & (f < high)].sum() > share * p.sum(), function
     f, p = power(noise(T.line))
     for peak in (50, 60):
         assert p[np.abs(f - peak) < 1].max() > 100 * np.median(p)
-    assert (noise(T.line, sfreq=80.0, seconds=1.0) == 0).all()  # above the Nyquist frequency
+    assert (noise(T.line, sfreq=80.0) == 0).all()  # above the Nyquist frequency
 
 
 def test_blinks_are_in_front_and_muscles_at_the_edge():
@@ -384,7 +384,7 @@ def same(a, b):
     return all(np.array_equal(x, y, equal_nan=x.is_floating_point()) for x, y in zip(ours, theirs))
 
 
-def batches(config, experiment, n_steps=4, first=0, rank=0, world=1):
+def batches(config, experiment, n_steps=2, first=0, rank=0, world=1):
     """The micro-batches of a few steps."""
     run = Here(config)
     run.rank, run.world = rank, world
@@ -397,15 +397,14 @@ def test_any_workers_and_ranks_make_the_same_batches(given):
     options = {"augment": list(T.AUGMENT), "augment_share": 0.5, "synonyms": True}
     config, _, experiment = prepared(given, jitter=0.04, trials_per_step=16, **options)
     plain = batches(config, experiment)
-    assert len(plain) == 8
-    for workers in (1, 4):
-        for batch, other in zip(plain, batches(replace(config, num_workers=workers), experiment)):
-            assert same(batch, other)
+    assert len(plain) == 4
+    for batch, other in zip(plain, batches(replace(config, num_workers=4), experiment)):
+        assert same(batch, other)
     for rank in (0, 1):
         for batch, other in zip(plain[rank::2], batches(config, experiment, rank=rank, world=2)):
             assert same(batch, other)
-    assert same(plain[4], batches(config, experiment, first=2)[0])  # a resumed run's first
-    other = batches(replace(config, seed=1), experiment)
+    assert same(plain[2], batches(config, experiment, 1, first=1)[0])  # a resumed run's first
+    other = batches(replace(config, seed=1), experiment, 1)
     assert not torch.equal(plain[0].inputs[0], other[0].inputs[0])
 
 
@@ -422,7 +421,7 @@ def test_people_take_turns_and_see_every_trial_once_an_epoch(given):
 def test_synonyms_are_other_texts_of_the_same_trials(given):
     config, _, experiment = prepared(given, synonyms=True)
     text, trials = experiment.text, experiment.trials
-    last = [batch.target[:, 0, 3] for batch in batches(config, experiment, n_steps=40)]
+    last = [batch.target[:, 0, 3] for batch in batches(config, experiment, n_steps=20)]
     assert 0.4 < (torch.cat(last) == ord("x")).float().mean() < 0.6
     assert T.Text(text.tokenizer, trials, {"awx"}, config).trained["aw"] == ["aw"]
     trials.table["synonyms"] = "ax|bw|Bw|the bw|c w"
@@ -433,8 +432,10 @@ def test_synonyms_are_other_texts_of_the_same_trials(given):
 # ---- text and losses
 
 
-def test_packed_names_are_separate_passes(given):
-    _, run, experiment = prepared(given)
+@pytest.mark.parametrize("fusion", ["expert", "cross"])
+def test_packed_names_are_separate_passes(given, fusion):
+    """Of the prompt, one name and <|endoftext|>, whose log-probability alone counts."""
+    _, run, experiment = prepared(given, fusion=fusion)
     text, model, ids = experiment.text, experiment.model.eval(), experiment.sets["val"][:5]
     names = ("wa", "wbcde", "w")
     text.ids |= {name: text.tokenizer.encode(" " + name) for name in names}
@@ -448,28 +449,11 @@ def test_packed_names_are_separate_passes(given):
         logits = F.linear(model.trunk(n, row), head).log_softmax(-1)[:, text.start :]
         wanted = torch.tensor([*text.ids[name], text.stop]).expand(2, -1)[..., None]
         assert torch.allclose(packed[:, k], logits.gather(2, wanted).sum((1, 2)), atol=1e-4)
-    words = experiment.trials.words[:7]
+    words = experiment.trials.words * 4  # more than the block holds
     scores, empty = T.score_names(run, experiment, ids, words)
     one, same_empty = T.score_names(run, experiment, ids[3:4], words[2:3])
-    assert scores.shape == (5, 7) and np.allclose(scores[3, 2], one, atol=1e-4)
-    assert np.allclose(empty[2], same_empty, atol=1e-4)
-
-
-@pytest.mark.parametrize("fusion", ["expert", "cross"])
-def test_more_names_than_the_block_holds(given, fusion):
-    _, run, experiment = prepared(given, fusion=fusion)
-    words = experiment.trials.words * 4
-    scores, _ = T.score_names(run, experiment, experiment.sets["val"][:2], words)
-    assert scores.shape == (2, 48) and np.allclose(scores[:, :12], scores[:, 36:], atol=1e-4)
-
-
-def test_loss_counts_word_and_stop_alone(given):
-    text = prepared(given)[2].text
-    text.ids |= {"wa": [32, 119, 97], "wabc": [32, 119, 97, 98, 99]}
-    target = text.pack([["wa"], ["wabc"]])[3]
-    assert target.tolist() == [[[32, 119, 97, 256, -1, -1]], [[32, 119, 97, 98, 99, 256]]]
-    lp = T.log_probs(torch.zeros(2, 6, 257), target).sum(-1)[:, 0]
-    assert torch.allclose(lp, -torch.tensor([4, 6]) * math.log(257))
+    assert np.allclose(scores[3, 2::12], one, atol=1e-4)
+    assert scores.shape == (5, 48) and np.allclose(empty[2], same_empty, atol=1e-4)
 
 
 def test_preferences_begin_at_ln_2_and_grow_with_the_margin(given):
@@ -512,9 +496,8 @@ def test_negatives_are_unlike_the_word(given):
 @pytest.mark.parametrize("encoder", T.ENCODERS)
 def test_silent_trials_leave_gradients_finite(given, encoder, monkeypatch):
     monkeypatch.setattr(T, "SILENT", 0.9)  # whose token may equal the embedding's mean
-    for seed in (1, 2):
-        config, run, experiment = prepared(given, encoder=encoder, seed=seed, patch=10)
-        assert max(trained(run, config, experiment, 2)[0]) < 1e3
+    config, run, experiment = prepared(given, encoder=encoder, seed=1, patch=10)
+    assert max(trained(run, config, experiment, 2)[0]) < 1e3
 
 
 @pytest.mark.parametrize("train", ["encoder", "encoder+expert", "all"])
@@ -535,16 +518,16 @@ def test_only_what_is_named_learns(given, train):
 
 
 def validation_curve(given, dtype):
-    rates = {"learning_rate": 3e-3, "expert_lr": 1e-2, "max_iters": 60}
+    rates = {"learning_rate": 1e-2, "expert_lr": 1e-2, "max_iters": 24}
     config, run, experiment = prepared(given, dropout=0.0, **rates)
     if dtype is not torch.float32:
         run.autocast = lambda: torch.autocast("cpu", dtype)
     if dtype is torch.float16:
-        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     training = trained(run, config, experiment, 0)[1]
     T.validate(run, config, experiment, training)
     first = run.logged["val_rank_loss"]
-    trained(run, config, experiment, 60)
+    trained(run, config, experiment, 24)
     assert all(p.isfinite().all() for p in experiment.model.parameters())
     T.validate(run, config, experiment, training)
     return first, run.logged["val_rank_loss"], run.scaler.get_scale()
@@ -552,12 +535,11 @@ def validation_curve(given, dtype):
 
 def test_half_precision_follows_float32(given):
     first, last, _ = validation_curve(given, torch.float32)
-    assert last < first - 0.15
+    assert last < first - 0.02
     first_half, last_half, _ = validation_curve(given, torch.bfloat16)
-    assert np.isclose(first, first_half, rtol=0.01)
-    assert np.isclose(last, last_half, rtol=0.06)  # training magnifies bfloat16's rounding
+    assert np.allclose([first, last], [first_half, last_half], rtol=0.01)
     _, last_16, scale = validation_curve(given, torch.float16)  # steps that overflow are skipped
-    assert scale < 2.0**40 and last_16 < first - 0.05
+    assert scale < 2.0**20 and last_16 < first - 0.02
 
 
 # ---- what counts as right
@@ -663,15 +645,15 @@ def test_it_reads_what_is_there(whole):
 
 
 def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
-    config = a_config(given, out_dir=str(tmp_path), init_from=str(whole), max_new_tokens=2)
-    T.main(replace(config, max_iters=0))
+    few = {"max_new_tokens": 2, "max_iters": 0, "eval_trials": 4}
+    T.main(a_config(given, out_dir=str(tmp_path), init_from=str(whole), **few))
     assert "12 of 12 names are longer than max_new_tokens=2" in capsys.readouterr().out
     assert (pd.read_csv(tmp_path / "results.csv").unsayable == 12).all()
 
 
 def test_preferences_after_supervision(given, whole):
-    options = {"stage": "dpo", "init_from": str(whole), "batch_size": 16, "log_interval": 1}
-    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=20, **options))
+    options = {"stage": "dpo", "init_from": str(whole), "log_interval": 1, "eval_trials": 6}
+    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options))
     lines = (given / "dpo" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0]
@@ -679,65 +661,49 @@ def test_preferences_after_supervision(given, whole):
         T.main(a_config(given, out_dir=str(given / "leak"), split_seed=1, **options))
 
 
-def test_resume_is_exact(given, monkeypatch):
+def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, monkeypatch):
+    """tests/test_scripts.py compares its weights with a run that never stopped."""
     monkeypatch.setattr(T, "report", lambda *args: None)
-    options = {"train": "all", "fusion": "prefix", "expert_lr": 1e-2, "eval_trials": 6}
-    options |= {"max_iters": 4, "save_interval": 2, "eval_interval": 4}
-    T.main(a_config(given, out_dir=str(given / "all"), **options))
-    loss, left = T.supervised_loss, [1, 1, 0]
-
-    def two_steps(*args):
-        return loss(*args) if left.pop(0) else 1 / 0
-
-    monkeypatch.setattr(T, "supervised_loss", two_steps)
-    with pytest.raises(ZeroDivisionError):
-        T.main(a_config(given, out_dir=str(given / "half"), **options))
-    monkeypatch.setattr(T, "supervised_loss", loss)
-    (given / "half" / ".lock").unlink()
-    torch.randn(5)
-    T.main(a_config(given, out_dir=str(given / "half"), init_from="resume", **options))
-    whole, half = (load_checkpoint(given / name / "ckpt.pt") for name in ("all", "half"))
-    assert all(torch.equal(value, half["model"][key]) for key, value in whole["model"].items())
-    assert torch.equal(whole["wte"], half["wte"]) and set(half["tokens"]) == {0, 4}
-    other = {**options, "train": "encoder", "init_from": "resume", "out_dir": str(given / "all")}
+    options = {"train": "all", "expert_lr": 1e-2, "eval_trials": 6, "out_dir": str(tmp_path)}
+    T.main(a_config(given, max_iters=2, **options))
+    before = load_checkpoint(tmp_path / "ckpt.pt")
+    options["init_from"] = "resume"
+    T.main(a_config(given, max_iters=3, **options))
+    after = load_checkpoint(tmp_path / "ckpt.pt")
+    assert not torch.equal(before["wte"], before["model"]["lm.transformer.wte.weight"])
+    assert torch.equal(before["wte"], after["wte"]) and set(after["tokens"]) == {0, 2, 3}
     with pytest.raises(InputError, match="train of the resumed run must be all, not 'encoder'"):
-        T.main(a_config(given, **other))
+        T.main(a_config(given, **options | {"train": "encoder"}))
 
 
 def test_minutes_settle_the_number_of_steps(given, tmp_path, monkeypatch):
     monkeypatch.setattr(T, "report", lambda *args: None)
-    T.main(a_config(given, out_dir=str(tmp_path), minutes=0.02, max_iters=10**6, eval_trials=6))
+    T.main(a_config(given, out_dir=str(tmp_path), minutes=0.005, max_iters=10**6, eval_trials=6))
     n_steps = load_checkpoint(tmp_path / "ckpt.pt")["config"]["max_iters"]
     assert 1 < n_steps < 10**5
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
+def test_a_resumed_run_keeps_its_minutes_unless_told_otherwise(given):
+    config, run, experiment = prepared(given)
+    training = T.Training(run, config, experiment, experiment.sets["train"])
+    state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}, "tokens": {}}
+    state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
+    for options, expected in (
         ({}, (6.0, 700)),
         ({"minutes": 6.0}, (6.0, 700)),
         ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
         ({"max_iters": 800}, (0.0, 800)),
-    ],
-    ids=str,
-)
-def test_a_resumed_run_keeps_its_minutes_unless_told_otherwise(given, options, expected):
-    config, run, experiment = prepared(given)
-    run.save_config = lambda: None
-    training = T.Training(run, config, experiment, experiment.sets["train"])
-    training.reference = {}
-    state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}}
-    state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
-    training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
-    training.resume(state)
-    assert (training.config.minutes, training.config.max_iters) == expected
+    ):
+        training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
+        training.resume(state)
+        assert (training.config.minutes, training.config.max_iters) == expected, options
 
 
 def test_minutes_count_the_steps_of_this_process(given, monkeypatch):
     """A run that was stopped at step 100 before its minutes were settled goes on."""
     config, run, experiment = prepared(given, minutes=10.0, max_iters=T.UNSETTLED)
-    run.start, run.save_config = 0.0, lambda: None
+    run.start = 0.0
     training = T.Training(run, config, experiment, experiment.sets["train"])
     training.first_step = 100
     for step in range(101, 130):
@@ -820,33 +786,13 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
 # ---- bad input
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"augment": ["hum"]}, "must be pink or line"),
-        ({"jitter": -0.1}, "jitter"),
-        ({"held_out_objects": 2.0}, "held_out_objects"),
-        ({"encoder": "some"}, "encoder must be .*transformer"),
-        ({"encoder": "pretrained"}, "needs a run"),
-        ({"stage": "dpo"}, "goes on from a supervised run"),
-        ({"fusion": "cross", "train": "encoder"}, "never reads EEG"),
-        ({"t_start": 0.5, "t_end": 0.2}, "is empty"),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_go_together(options, words):
-    with pytest.raises(InputError, match=words):
-        check(T.Config(**options))
-
-
-def test_names_and_tokenizers(given, whole):
-    config, _, experiment = prepared(given)
-    trials, tokenizer = experiment.trials, experiment.text.tokenizer
-    characters = Tokenizer(character_state("abc T h e<|endoftext|>"))
-    with pytest.raises(InputError, match="has no character"):
-        T.Text(characters, trials, set(), replace(config, prompt="The"))
+def test_bad_input_is_a_sentence(given):  # more in tests/test_scripts.py
+    with pytest.raises(InputError, match="encoder must be .*transformer"):
+        check(T.Config(encoder="some"))
+    with pytest.raises(InputError, match="never reads EEG"):
+        check(T.Config(fusion="cross", train="encoder"))
     with pytest.raises(InputError, match="prompt= has no token"):
-        T.Text(tokenizer, trials, set(), replace(config, prompt=""))
+        prepared(given, prompt="")
     with pytest.raises(InputError, match="no run of telepath.py"):
         prepared(given, init_from=str(given / "lm.pt"))
 

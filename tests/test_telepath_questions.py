@@ -1,19 +1,33 @@
 """telepath_questions.py: tables with chance, interval and n, jobs done once, the right samples."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_telepath import FAST, Here, given, whole  # noqa: F401 (fixtures)
+from test_telepath import FAST, Here, given  # noqa: F401 (a fixture)
+from test_telepath import a_config as telepath_config
 
+import telepath
 import telepath_questions as Q
 from configurator import check
 from data import InputError
 
 
+@pytest.fixture(autouse=True)
+def not_rendered(monkeypatch):
+    """Figures are drawn; to render them takes longer than to analyse."""
+
+    def close(figure, path):
+        plt.close(figure)
+        path.touch()
+
+    monkeypatch.setattr(Q, "save_figure", close)
+
+
 def a_config(given, **options):  # noqa: F811
     files = {"dataset": str(given / "eeg"), "lm": str(given / "lm.pt")}
-    few = {"max_iters": 2, "eval_trials": 12, "shuffles": 10}
+    few = {"max_iters": 1, "eval_trials": 12, "shuffles": 10}
     return Q.Config(**{**FAST, **files, **few, **options})
 
 
@@ -66,15 +80,18 @@ def test_a_job_that_was_cut_short_is_done_again(given, tmp_path, monkeypatch):  
     assert (table.groupby("trained").size() == 2).all() and len(done) == len(table) + 2
 
 
-def test_where_the_tokens_of_a_run_go(given, whole, tmp_path):  # noqa: F811
-    options = {"analysis": "tokens", "init_from": str(whole), "eval_trials": 40}
+def test_where_the_tokens_of_a_run_go(given, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(telepath, "report", lambda *args: None)
+    options = {"max_iters": 90, "eval_interval": 45, "learning_rate": 3e-3, "expert_lr": 1e-2}
+    telepath.main(telepath_config(given, out_dir=str(given / "run"), **options))
+    options = {"analysis": "tokens", "init_from": str(given / "run"), "eval_trials": 40}
     Q.main(a_config(given, out_dir=str(tmp_path), **options))
     way, keys, lens = (
         pd.read_csv(tmp_path / f"{name}.csv") for name in ("trajectory", "query_key", "logit_lens")
     )
-    assert set(way.step) == {0, 90, 180}
+    assert set(way.step) == {0, 45, 90}
     first = way[way.token == 0].groupby("step").distance.mean()
-    assert first[180] < first[0]  # towards the word
+    assert first[90] < first[0]  # towards the word
     assert (keys.p_corrected >= keys.p).all() and (keys.n == 40).all()
     whole_window = lens[(lens.layer == 0) & (lens.token == 0)].iloc[0]
     assert whole_window.score < whole_window.null_low

@@ -46,7 +46,6 @@ class Config:
     category_column: str = ""  # kind of object
     block_column: str = ""  # stretch of the session, run or sequence
     target_column: str = ""  # 1 (or true) for catch trials
-    phase_column: str = ""  # train or test, where the set says so itself
     # ---- signal
     l_freq: float = 0.1  # Hz, high-pass; 0: none
     h_freq: float = 40.0  # Hz, low-pass; 0: none
@@ -54,8 +53,8 @@ class Config:
     reference: str = "average"  # average, channel names (M1,M2), or none; MEG has none
     sfreq: float = 100.0  # Hz after resampling; 0: as recorded
     montage: str = "colin27_1005"  # MNE montage for a recording without positions; none
-    # Bad channels: spherical splines (EEG only, others are marked), left as they are, left out.
-    bads: Literal["interpolate", "mark", "drop"] = "interpolate"
+    # Bad channels: spherical splines (EEG only), or marked, so that no script reads them.
+    bads: Literal["interpolate", "mark"] = "interpolate"
     overwrite: bool = False  # convert again what is there
 
     def check(self):
@@ -97,12 +96,11 @@ def synonyms_of(text, word=""):
 def events_of(table, path, config, sfreq):
     """events.tsv, a table of text, as our table of events; a row an event.
 
-    Columns: onset, duration (s), object, word, synonyms, image, block, target, and phase and
-    category where the set has them. sfreq: Hz of the recording, for sets whose events count
-    samples.
+    Columns: onset, duration (s), object, word, synonyms, image, block, target, and category where
+    the set has it. sfreq: Hz of the recording, for sets whose events count samples.
     """
     columns = {}
-    for name in ("word", "object", "image", "synonyms", "category", "block", "target", "phase"):
+    for name in ("word", "object", "image", "synonyms", "category", "block", "target"):
         asked = getattr(config, f"{name}_column")
         if asked:
             columns[name] = column(table, f"{path} ({name}_column=)", asked).fillna("")
@@ -121,9 +119,8 @@ def events_of(table, path, config, sfreq):
     events["image"] = images.where(images != "", objects)
     events["block"] = columns.get("block", nothing)
     events["target"] = targets.isin(["1", "1.0", "true", "yes"]).astype(int)
-    for name in ("phase", "category"):
-        if name in columns:
-            events[name] = columns[name]
+    if "category" in columns:
+        events["category"] = columns["category"]
     return events
 
 
@@ -240,17 +237,14 @@ def find_bads(raw, name, notes):
 
 
 def mend(raw, config, notes):
-    """Interpolate or leave out the bad channels of a Raw, as config.bads says."""
-    interpolate = config.bads == "interpolate" and notes["sensors"] == "eeg"
-    left_out = []
-    if config.bads == "drop":
-        left_out = list(raw.info["bads"])
-    elif interpolate:  # without a place nothing can be interpolated
-        left_out = [name for name in raw.info["bads"] if name in notes["without_position"]]
-    if left_out:
+    """Interpolate the bad channels of a Raw where config.bads says so."""
+    if config.bads == "mark" or notes["sensors"] != "eeg":
+        return
+    left_out = [name for name in raw.info["bads"] if name in notes["without_position"]]
+    if left_out:  # without a place nothing can be interpolated
         raw.drop_channels(left_out)
         notes["left_out"] = left_out
-    if interpolate and raw.info["bads"]:
+    if raw.info["bads"]:
         raw.interpolate_bads(reset_bads=True, verbose="error")
 
 

@@ -16,16 +16,14 @@ of them can be read. The null is the same brains with nothing about the object i
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import mne
 import numpy as np
 import pandas as pd
 import scipy.cluster.hierarchy
 import scipy.fft
-import scipy.linalg
 import scipy.signal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
@@ -41,7 +39,10 @@ Fp1 Fp2 F7 F3 Fz F4 F8 FC5 FC1 FC2 FC6 T7 C3 Cz C4 T8 CP5 CP1 CP2 CP6 P7 P3 Pz P
 PO8 O1 O2
 """
 CHANNELS = CHANNELS.split()
+RATE = 200.0  # Hz of the raw files
 SOA = 0.2  # s from picture to picture
+CATCH = 0.03  # share of catch trials
+BACKGROUND = 10.0  # µV, rms of the 1/f background
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
 # P1, N1 and P2 to any picture: peak and width (s), size (V)
 EVOKED = ((0.1, 0.02, 4e-6), (0.17, 0.025, -6e-6), (0.25, 0.05, 4e-6))
@@ -76,32 +77,18 @@ class Config:
     homographs: int = 2  # of them have a second object of the same name (tree1, tree2)
     images: int = 6  # pictures of each object; a block shows one picture of every object
     repeats: int = 10  # times that a picture is shown, twice in a block
-    catch: float = 0.03  # share of catch trials
     # ---- who looks at it
     subjects: int = 4
     gain: float = 4.0  # µV at the best electrode for one SD of a dimension of meaning; 0: the null
     dimensions: int = 8  # of meaning
     own: float = 0.3  # how far a person's generators are from the average: angle (rad), place, size
-    background: float = 10.0  # µV, rms of the 1/f background
-    raw_sfreq: float = 200.0  # Hz of the raw files
-    # ---- signal: as data/bids_eeg
-    l_freq: float = 0.1  # Hz, high-pass
-    h_freq: float = 40.0  # Hz, low-pass
-    notch: list[float] = field(default_factory=list)  # Hz
-    reference: str = "average"  # average, channel names, or none
-    sfreq: float = 100.0  # Hz after resampling
-    montage: str = "none"  # positions are in electrodes.tsv
-    bads: Literal["interpolate", "mark", "drop"] = "interpolate"  # the bad channel
     overwrite: bool = False  # make it again although it is there
 
     def check(self):
-        bids.check_signal(self)
         least = {"objects": 10, "images": 2, "repeats": 2, "subjects": 1, "dimensions": 2}
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise InputError(f"{name}={getattr(self, name)}: at least {lowest}")
-        if self.raw_sfreq < 120:
-            raise InputError(f"raw_sfreq={self.raw_sfreq:g}: mains are at 50 Hz, so at least 120")
         if self.repeats % 2:
             raise InputError(f"repeats={self.repeats}: an even number, two in each block")
 
@@ -259,20 +246,20 @@ def schedule(config, n_objects, n_images, rng):
         while first[-1] == second[0]:
             second = rng.permutation(n_objects)
         shown = [(int(thing), int(image), 0) for thing in [*first, *second]]
-        for _ in range(round(config.catch * len(shown))):
+        for _ in range(round(CATCH * len(shown))):
             shown.insert(int(rng.integers(len(shown) + 1)), (-1, -1, 1))
         for i, what in enumerate(shown):
             events.append((start + SOA * i, block, *what))
         start += SOA * len(shown) + 2.0
     events = pd.DataFrame(events, columns=["onset", "block", "object", "image", "target"])
-    events["onset"] = np.round(events["onset"] * config.raw_sfreq).astype(int) / config.raw_sfreq
+    events["onset"] = np.round(events["onset"] * RATE).astype(int) / RATE
     return events, start
 
 
-def respond(weight, peak, width, events, samples, rate):
+def respond(weight, peak, width, events, samples):
     """(samples,) sum of a Gaussian response (s) to each event, times its weight."""
-    time = np.arange(0, 0.8, 1 / rate)
-    rows = np.round(events["onset"].to_numpy() * rate).astype(int)
+    time = np.arange(0, 0.8, 1 / RATE)
+    rows = np.round(events["onset"].to_numpy() * RATE).astype(int)
     impulses = np.zeros(samples)
     np.add.at(impulses, rows, weight)
     kernel = np.exp(-0.5 * ((time - peak) / width) ** 2)
@@ -282,10 +269,9 @@ def respond(weight, peak, width, events, samples, rate):
 def simulate(config, pictures, average, subject):
     """One person's session: (signal (C, T) in V, places (C, 3) in m, status, events, truth)."""
     rng = np.random.default_rng([config.seed, 1, subject])
-    rate = config.raw_sfreq
     places, lead, sources = head(rng.uniform(0.95, 1.05))
     events, seconds = schedule(config, *pictures.shape[:2], rng)
-    samples, n = round(seconds * rate), config.dimensions
+    samples, n = round(seconds * RATE), config.dimensions
     axis = average["axis"] + config.own * rng.standard_normal((n, 3))
     place = average["place"] + 0.01 * config.own * rng.standard_normal((n, 3))
     latency = average["latency"] + 0.05 * config.own * rng.standard_normal(n)
@@ -299,16 +285,16 @@ def simulate(config, pictures, average, subject):
     source = np.empty((n, samples))
     for d in range(n):
         width = average["width"][d]
-        source[d] = respond(weight[:, d], latency[d], width, events, samples, rate)
+        source[d] = respond(weight[:, d], latency[d], width, events, samples)
     signal = (maps.T @ source).astype(np.float32)
     posterior = np.flatnonzero((sources[:, 1] < -0.03) & (sources[:, 2] > 0))
     for peak, width, volt in EVOKED:
         scalp = lead[:, rng.choice(posterior)] @ rng.standard_normal(3)
         size = 1 + 2 * events["target"].to_numpy()
-        evoked = respond(size, peak, width, events, samples, rate)
+        evoked = respond(size, peak, width, events, samples)
         signal += np.outer(scalp * volt / np.abs(scalp).max(), evoked)
-    add_background(signal, lead, posterior, config, rng)
-    add_artefacts(signal, places, seconds, rate, rng)
+    add_background(signal, lead, posterior, rng)
+    add_artefacts(signal, places, seconds, rng)
     bad = rng.integers(2, len(CHANNELS))
     signal[bad] += 80e-6 * noise_1f(rng, 1, samples)[0]
     status = np.full(len(CHANNELS), "good")
@@ -321,33 +307,33 @@ def simulate(config, pictures, average, subject):
     return signal, places, status, events, truth
 
 
-def add_background(signal, lead, posterior, config, rng):
+def add_background(signal, lead, posterior, rng):
     """Add 1/f activity of 150 dipoles and two alpha rhythms to a signal (C, T)."""
     samples, n_sources = signal.shape[1], lead.shape[1]
     chosen = lead[:, rng.choice(n_sources, 150)]
     maps = np.einsum("csi,si->cs", chosen, rng.standard_normal((150, 3))).astype(np.float32)
     maps /= np.linalg.norm(maps, axis=0).mean()
     background = maps @ noise_1f(rng, 150, samples)
-    signal += background * np.float32(config.background * 1e-6 / background.std())
+    signal += background * np.float32(BACKGROUND * 1e-6 / background.std())
     waxing = np.maximum(0, noise_1f(rng, 2, samples, 0.5))
     alpha = 2 * np.pi * rng.uniform(9, 11)
-    bursts = waxing * np.sin(alpha * np.arange(samples) / config.raw_sfreq + [[0], [1.5]])
+    bursts = waxing * np.sin(alpha * np.arange(samples) / RATE + [[0], [1.5]])
     chosen = lead[:, rng.choice(posterior, 2)]
     maps = np.einsum("cni,ni->cn", chosen, rng.standard_normal((2, 3)))
     signal += (maps / np.abs(maps).max(0) * 6e-6 @ bursts).astype(np.float32)
 
 
-def add_artefacts(signal, places, seconds, rate, rng):
+def add_artefacts(signal, places, seconds, rng):
     """Add blinks, mains at 50 Hz and sensor noise to a signal (C, T)."""
     samples = signal.shape[1]
     lids = np.exp(-np.linalg.norm(places - [0, 0.1, 0.0], axis=1) / 0.03)  # falls off from the eyes
-    pauses = rng.exponential(4.0, round(seconds / 4)) * rate + rate
+    pauses = rng.exponential(4.0, round(seconds / 4)) * RATE + RATE
     blinks = np.zeros(samples)
     blinks[np.minimum(samples - 1, np.cumsum(pauses).astype(int))] = 1
-    shape = scipy.signal.windows.hann(round(0.35 * rate))
+    shape = scipy.signal.windows.hann(round(0.35 * RATE))
     signal += np.outer(lids / lids.max() * 120e-6, scipy.signal.oaconvolve(blinks, shape)[:samples])
     size = rng.uniform(0, 3e-6, len(CHANNELS))
-    phase = 2 * np.pi * 50 * np.arange(samples) / rate + rng.uniform(0, 6)
+    phase = 2 * np.pi * 50 * np.arange(samples) / RATE + rng.uniform(0, 6)
     signal += np.outer(size, np.sin(phase))
     signal += 1e-6 * rng.standard_normal(signal.shape, dtype=np.float32)
 
@@ -387,15 +373,15 @@ def write_json(path, **facts):
     Path(path).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
-def write_bids(root, subject, person, table, sfreq):
+def write_bids(root, subject, person, table):
     """One person's files of a BIDS dataset. person: as of `simulate`; table: objects.csv."""
     signal, places, status, events, _ = person
     folder, stem = root / f"sub-{subject:02d}/eeg", f"sub-{subject:02d}_task-rsvp"
-    rows = shown_events(events, table, sfreq)
-    write_brainvision(folder / f"{stem}_eeg", signal, CHANNELS, sfreq, rows["sample"])
+    rows = shown_events(events, table)
+    write_brainvision(folder / f"{stem}_eeg", signal, CHANNELS, RATE, rows["sample"])
     write_table(folder / f"{stem}_events.tsv", rows.replace("", "n/a"))
     channels = pd.DataFrame({"name": CHANNELS, "type": "EEG", "units": "µV"})
-    channels = channels.assign(sampling_frequency=sfreq, status=status)
+    channels = channels.assign(sampling_frequency=RATE, status=status)
     write_table(folder / f"{stem}_channels.tsv", channels)
     electrodes = pd.DataFrame({"name": CHANNELS})
     electrodes[["x", "y", "z"]] = places.round(6)
@@ -405,18 +391,18 @@ def write_bids(root, subject, person, table, sfreq):
     write_json(
         folder / f"{stem}_eeg.json",
         TaskName="rsvp",
-        SamplingFrequency=sfreq,
+        SamplingFrequency=RATE,
         PowerLineFrequency=50,
         EEGReference="average",
         SoftwareFilters="n/a",
         EEGChannelCount=len(CHANNELS),
-        RecordingDuration=signal.shape[1] / sfreq,
+        RecordingDuration=signal.shape[1] / RATE,
         RecordingType="continuous",
         Manufacturer="synthetic",
     )
 
 
-def shown_events(events, table, sfreq):
+def shown_events(events, table):
     """events.tsv of a schedule's events, whose objects are rows of objects.csv."""
     seen = (events["target"] == 0).to_numpy()
     shown = table.iloc[events["object"]].reset_index(drop=True)  # -1, the last, for catch trials
@@ -432,7 +418,7 @@ def shown_events(events, table, sfreq):
         category=shown["category"],
         block=events["block"] + 1,
         target=events["target"],
-        sample=np.round(events["onset"] * sfreq).astype(int),
+        sample=np.round(events["onset"] * RATE).astype(int),
     )
 
 
@@ -487,22 +473,19 @@ def read_trials(recording, held_words):
 
 
 def fit_ridge(people, truth):
-    """(mean of x, mean of y, weights) of a ridge from clear trials to the meanings of words."""
+    """Ridge from the clear trials of some people to the meanings of their words."""
+    from sklearn.linear_model import Ridge
+
     x = np.concatenate([trials.x[trials.clear] for trials in people])
     y = np.concatenate([truth.loc[trials.word[trials.clear]] for trials in people])
-    centred = x - x.mean(0)
-    gram = centred.T @ centred
-    gram[np.diag_indices_from(gram)] += np.trace(gram) / len(gram)
-    weights = scipy.linalg.solve(gram, centred.T @ (y - y.mean(0)), assume_a="pos")
-    return x.mean(0), y.mean(0), weights
+    return Ridge(alpha=x.var(0).mean() * len(x)).fit(x, y)
 
 
 def rank_words(model, trials, which, truth, among):
     """DataFrame of word and rank of the right one `among` words, for some trials; 0 is best."""
-    x_mean, y_mean, weights = model
     candidates = truth.loc[among].to_numpy()
     centred = candidates - candidates.mean(0)
-    predicted = (trials.x[which] - x_mean) @ weights + y_mean - candidates.mean(0)
+    predicted = model.predict(trials.x[which]) - candidates.mean(0)
     cosine = predicted @ centred.T / np.linalg.norm(centred, axis=1)
     word = trials.word[which]
     right = cosine[np.arange(len(word)), pd.Index(among).get_indexer(word)]
@@ -551,14 +534,10 @@ def score_ranks(ranks):
     return {key: round(float(score), 4) for key, score in scores.items()} | {"n": len(ranks)}
 
 
-def is_complete(folder):
-    return complete(folder) and (folder / "objects.csv").exists()
-
-
 def main(config):
     folder = folder_of(config, __file__)
     options = options_of(config, "pydocs")
-    if already_made(folder, options, is_complete, config.overwrite):
+    if already_made(folder, options, complete, config.overwrite):
         return
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     rng = np.random.default_rng([config.seed, 0])
@@ -584,8 +563,7 @@ def read_people(folder, config, table):
     """Convert the BIDS dataset like anybody's; returns the meta of the set."""
     columns = ("object", "image", "synonyms", "category", "block", "target")
     options = {f"{name}_column": name for name in columns}
-    options |= {key: getattr(config, key) for key in bids.SIGNAL_OPTIONS}
-    reading = bids.Config(**options, overwrite=True)
+    reading = bids.Config(**options, montage="none", overwrite=True)
     meta = {"source": "data/synthetic_eeg/prepare.py", "synthetic": True}
     return bids.convert(folder, folder / "raw", reading, table=lambda events: table, **meta)
 
@@ -603,7 +581,7 @@ def write_people(root, config, table, pictures, average):
     truths = {}
     for subject in range(1, config.subjects + 1):
         person = simulate(config, pictures, average, subject)
-        write_bids(root, subject, person, table, config.raw_sfreq)
+        write_bids(root, subject, person, table)
         truths[f"sub-{subject:02d}"] = person[-1]
     write_table(root / "participants.tsv", pd.DataFrame({"participant_id": list(truths)}))
     return truths

@@ -48,7 +48,7 @@ class Config:
     reference: str = "average"  # average, channel names, or none (Cz, which was not recorded)
     sfreq: float = 100.0  # Hz after resampling; 0: as recorded (1000)
     montage: str = "colin27_1005"  # the set has no electrodes.tsv
-    bads: Literal["interpolate", "mark", "drop"] = "interpolate"  # bad channels
+    bads: Literal["interpolate", "mark"] = "interpolate"  # bad channels
     overwrite: bool = False  # convert again what is there
 
     def check(self):

@@ -26,7 +26,7 @@ from configurator import configure
 from data import InputError, folder_of, options_of, read_pickle
 from data import raw as reader
 from data.bids_eeg import prepare as bids
-from data.recording import write_recording
+from data.recording import channel_positions, write_recording
 from data.things_eeg1.prepare import read_concepts, stretches, with_concepts
 
 TARGET = 99999  # the code of a catch trial
@@ -47,7 +47,7 @@ class Config:
     reference: str = "average"  # average, channel names, or none
     sfreq: float = 100.0  # Hz after resampling; 0: as recorded (1000)
     montage: str = "colin27_1005"  # MNE montage with the channels' names
-    bads: Literal["interpolate", "mark", "drop"] = "interpolate"  # flat channels, those with NaN
+    bads: Literal["interpolate", "mark"] = "interpolate"  # flat channels, those with NaN
     overwrite: bool = False  # convert again what is there
 
     def check(self):
@@ -153,27 +153,19 @@ def convert_epochs(folder, path, images, config, **meta):
     events = shown(np.repeat(np.arange(n), repeats) + 1, images, path)
     onset = np.arange(n * repeats) * length / sfreq - tmin
     events = events.assign(onset=onset, duration=0.1, block="")
-    channels = pd.DataFrame({"name": names})
-    channels[["x", "y", "z"]] = montage_places(names, config.montage, path)
+    info = mne.create_info(names.tolist(), sfreq, "eeg")
+    raw = mne.io.RawArray(np.zeros((len(names), 1)), info, verbose="error")  # to place electrodes
+    if config.montage not in ("", "none"):
+        reader.set_places(raw, config.montage, {"sensors": "eeg"})
+    reader.require_places(raw, folder.name)
+    channels = pd.DataFrame({"name": raw.ch_names})
+    channels[["x", "y", "z"]] = channel_positions(raw)
     meta |= {"epoch_tmin": tmin, "epoch_samples": length, "epochs": n * repeats}
     blocks = (np.asarray(picture).transpose(0, 2, 1).reshape(-1, len(names)) for picture in data)
     write_recording(folder, blocks, channels, events, sfreq=sfreq, unit="a.u.", **meta)
     span = f"{tmin:g} to {tmin + length / sfreq:g} s"
     print(f"{folder.name}: {len(events):,} epochs of {span}, {len(names)} channels", flush=True)
     return events
-
-
-def montage_places(names, montage, path):
-    """(C, 3) places (m) that a montage of MNE has for names, NaN where it knows none."""
-    known = {}
-    if montage not in ("", "none"):
-        known = mne.channels.make_standard_montage(montage).get_positions()["ch_pos"]
-    matched = reader.match_names(names, known)
-    if not matched:
-        there = ", ".join(names[:5])
-        raise InputError(f"{path}: no channel has a position ({there}, ...): give their montage=")
-    unknown = np.full(3, np.nan)
-    return np.array([known.get(matched.get(name), unknown) for name in names])
 
 
 # ---- a whole dataset
