@@ -17,13 +17,13 @@ import errno
 import fcntl
 import functools
 import hashlib
-import importlib.machinery
 import inspect
 import json
 import math
 import os
 import platform
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -59,7 +59,7 @@ def configure(Config, argv=None):
     and exits. A Config may set RENAMED = {"old": "new"}, POSITIVE, SHARES, SIGNED (see `check`).
     """
     sys.excepthook = _print_one_sentence
-    _user_code.clear()  # another script in this process may have loaded some
+    _user_files.clear()  # another script in this process may have loaded some
     if argv is None:
         argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
@@ -150,9 +150,12 @@ def _parse(value, kind):
         value = read_yaml(value)
     if origin is bool:
         return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-    if origin in (int, float):
-        return _parse_number(value, origin)
-    if not isinstance(value, origin):
+    if origin in (int, float) and not isinstance(value, bool):
+        number = float(value)
+        if math.isnan(number) or (origin is int and number % 1):
+            raise ValueError(value)
+        return origin(value)
+    if not isinstance(value, origin) or isinstance(value, bool):
         raise TypeError(value)
     return value
 
@@ -164,13 +167,6 @@ def _parse_union(value, kinds):
         return _parse(value, kinds[0])
     except (ValueError, TypeError):
         return _parse(value, kinds[1])
-
-
-def _parse_number(value, kind):
-    number = float(value)
-    if isinstance(value, bool) or math.isnan(number) or (kind is int and number != int(number)):
-        raise ValueError(value)
-    return value if isinstance(value, kind) else kind(number)
 
 
 def _parse_list(value, kind):
@@ -190,34 +186,35 @@ def check(config):
     empty), SHARES (0 to 1) or SIGNED (any number; so is one whose default is negative).
     """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        wanted = ""
-        if value == [] and field.name in getattr(config, "POSITIVE", "").split():
-            wanted = "a list of at least one"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            wanted = _wanted_range(config, field, value)
+        wanted = _wanted_range(config, field)
         if wanted:
+            value = getattr(config, field.name)
             raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
     if hasattr(config, "check"):
         config.check()
 
 
-def _wanted_range(config, field, value):
-    """The range a number should have been in, '' where it is."""
-    kinds = []
-    for kind in ("POSITIVE", "SHARES", "SIGNED"):
-        if field.name in getattr(config, kind, "").split():
-            kinds.append(kind)
+def _wanted_range(config, field):
+    """The range the number of a field should have been in, '' where it is."""
+    value = getattr(config, field.name)
+    rules = []
+    for rule in ("POSITIVE", "SHARES", "SIGNED"):
+        if field.name in getattr(config, rule, "").split():
+            rules.append(rule)
+    if value == [] and "POSITIVE" in rules:
+        return "a list of at least one"
+    if not isinstance(value, (int, float)):
+        return ""
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
     if LARGEST < value < math.inf and field.name != "seed":
         return f"below {LARGEST:.0e}"
-    if "POSITIVE" in kinds and value <= 0:
+    if "POSITIVE" in rules and value <= 0:
         return "above 0"
-    if "SHARES" in kinds and not 0 <= value <= 1:
+    if "SHARES" in rules and not 0 <= value <= 1:
         return "between 0 and 1"
-    if value < 0 <= default and "SIGNED" not in kinds:
+    if value < 0 <= default and "SIGNED" not in rules:
         return "at least 0"
     return ""
 
@@ -229,32 +226,26 @@ def check_keys(given, allowed, option):
             raise InputError(f"option '{option}' has no key '{key}'{_nearest(key, allowed)}")
 
 
+# files of the users' own that were loaded: they help to identify rows of results
+_user_files: set[Path] = set()
+
+
 def load_function(spec, option):
     """The function that spec, `my_file.py:name`, names. The file may import its neighbours."""
     file, _, name = spec.partition(":")
-    folder = str(Path(file).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    folder = Path(file).resolve().parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     before = set(sys.modules)
     try:
-        _user_code.append(_hash(Path(file).read_text(encoding="utf-8")))
-        loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
-        module = types.ModuleType(loader.name)
-        module.__file__ = file
-        loader.exec_module(module)
-        function = getattr(module, name)
+        function = runpy.run_path(file, run_name=Path(file).stem)[name]
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
-    for imported in sys.modules.keys() - before:
-        path = getattr(sys.modules[imported], "__file__", None)
-        if path and Path(path).parent == Path(folder):
-            _user_code.append(_hash(Path(path).read_text(encoding="utf-8")))
+    imported = [getattr(sys.modules[key], "__file__", None) for key in sys.modules.keys() - before]
+    neighbours = [Path(path) for path in imported if path and Path(path).parent == folder]
+    _user_files.update([Path(file), *neighbours])
     return function
-
-
-# hashes of the users' files that were loaded: they help to identify rows of results
-_user_code: list[str] = []
 
 
 def _manual(Config):
@@ -306,14 +297,14 @@ def hash_options(options):
 
 
 def hash_code(Config):
-    """Short hash of the script of `Config`, of X_part.py's parent X.py and of model.py.
+    """Short hash of the code that makes the rows of `Config`; comments do not count.
 
-    Comments do not count.
+    Of its script, of X_part.py's parent X.py, of model.py, and of files of the user's own.
     """
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
-    hashes = list(_user_code)
-    for path in {script, parent, HERE / "model.py"}:
+    hashes = []
+    for path in {script, parent, HERE / "model.py", *_user_files}:
         if path.is_file():
             hashes.append(_hash_script(path, path.stat().st_mtime_ns))
     return _hash("".join(sorted(hashes)))[:6]
@@ -355,7 +346,7 @@ class Run:
         self.content = ""
         self.start = time.time()
         self.stopped = 0
-        self._stops_at_steps = False
+        self._stops_at_steps = False  # whether the script calls stopping()
         self._reuse_said = False
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
@@ -698,11 +689,8 @@ class Run:
         if self.wandb:
             import wandb
 
-            figures = {}
             for path in sorted(self.out.glob("*.png")):
-                figures[path.stem] = wandb.Image(str(path))
-            if figures:
-                self.wandb.log(figures)
+                self.wandb.log({path.stem: wandb.Image(str(path))})
             self.wandb.finish()
         if self.world > 1:
             dist.destroy_process_group()

@@ -186,19 +186,6 @@ def normalise(x):
     return x * (torch.where(alive, energy, 1.0).rsqrt() * alive)
 
 
-def window_correlations(x, units):
-    """Pearson correlations (K, n, n), float32, over the T rows of x (T, C).
-
-    units (K, n): the units in each window.
-    """
-    K, n = units.shape
-    if K * n * n > x.size(1) ** 2:  # many windows: blocks of one Gram matrix
-        z = normalise(x.T)
-        return (z @ z.T)[units[:, :, None], units[:, None, :]]
-    z = normalise(x.T.index_select(0, units.flatten())).view(K, n, -1)
-    return z @ z.mT
-
-
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
     """How far a sheet is from "nearby units respond alike", over K of its windows.
 
@@ -209,8 +196,9 @@ def spatial_loss(x, units, near, kind="relative", accum="mean"):
     Correlations are float32 under any autocast; constant units count as uncorrelated.
     """
     with torch.autocast(x.device.type, enabled=False):
-        r = window_correlations(x.flatten(0, -2), units)  # (K, n, n)
-        n = r.size(1)
+        n = units.size(1)
+        z = normalise(x.flatten(0, -2).T.index_select(0, units.flatten())).unflatten(0, (-1, n))
+        r = z @ z.mT  # (K, n, n)
         n_pairs = n * (n - 1)
         off_diagonal = 1 - torch.eye(n, device=r.device)
         if kind == "absolute":
