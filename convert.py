@@ -94,7 +94,7 @@ def in_order(path):
 
 
 class _Deepest(Exception):
-    """The deepest layer asked for has been read: the rest of the model need not run."""
+    """Ends a pass: the deepest layer asked for has been read."""
 
 
 class HiddenStates:
@@ -131,7 +131,6 @@ class HiddenStates:
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
         self._attach(model, padding_side)
         self.max_length = self.room = longest_text(self.base, self.tokenizer)
-        self.bos = bos
         self.first = None
         if bos:
             self.write_first_token()
@@ -242,8 +241,7 @@ class HiddenStates:
         for layer, block in enumerate(self.blocks[:-1], start=1):
             handles.append(block.register_forward_hook(partial(after, layer)))
         try:
-            body = self.model.trunk if self.is_gpt else self.base  # without the head
-            output = self._call(body, ids, real)
+            output = self._call(self.model.trunk if self.is_gpt else self.base, ids, real)
             last = output[0] if self.is_gpt else getattr(output, "last_hidden_state", None)
             report(self.n_layer, last)
         except _Deepest:
@@ -306,9 +304,8 @@ class HiddenStates:
     def _output_states(self, ids, real):
         """All hidden states as the model itself returns them: n_layer + 1 of them."""
         if self.is_gpt:
-            layers = list(range(self.model.config.n_layer + 1))
-            states = self._call(self.model, ids, real, hidden=layers).hidden
-            return [*states.values()]
+            layers = range(self.model.config.n_layer + 1)
+            return [*self._call(self.model, ids, real, hidden=layers).hidden.values()]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
@@ -467,10 +464,10 @@ def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
     transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
-    if missing:
-        kind = type(model).__name__
-        raise InputError(f"{name} lacks weights of {kind} ({missing[0]}): torn, or without head")
+    for key in sorted(report["missing_keys"]):
+        if "pooler" not in key:  # which no state comes from
+            kind = type(model).__name__
+            raise InputError(f"{name} lacks weights of {kind} ({key}): torn, or without head")
     return model
 
 
@@ -553,20 +550,15 @@ def export_lm(spec, folder):
     AutoModelForCausalLM and AutoTokenizer open it.
     """
     model, tokenizer = load_lm(spec)
-    facts = ""
-    for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
-        path = Path(spec) / name
-        if path.is_file():
-            facts += f"## {name} of its run\n\n```\n{path.read_text()}```\n\n"
-    export_gpt(model, folder, tokenizer, facts)
+    export_gpt(model, folder, tokenizer)
 
 
-def export_gpt(model, folder, tokenizer=None, facts=""):
+def export_gpt(model, folder, tokenizer=None):
     """Write our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
 
     nanocortex.json beside the weights holds what that format has no place for: our options, the
-    units' positions, the tokenizer's state. facts: paragraphs of the model card. Raises
-    InputError for a model that is more than a GPT-2.
+    units' positions, the tokenizer's state. Raises InputError for a model that is more than a
+    GPT-2.
     """
     c = model.config
     eot = getattr(tokenizer, "eot", None)
@@ -596,12 +588,15 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
         extra["unit_at_cell"] = model.unit_at_cell.tolist()
     if tokenizer:
         extra["tokenizer"] = tokenizer.state
-        export_tokenizer(tokenizer, folder)
+        end = {} if eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
+        options = {"tokenizer_object": fast_tokenizer(tokenizer.state), **end}
+        options["clean_up_tokenization_spaces"] = False
+        transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
     write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
-    write_aside(Path(folder, "README.md"), model_card(model, facts))
+    write_aside(Path(folder, "README.md"), model_card(model))
 
 
-def model_card(model, facts):
+def model_card(model):
     """README.md of an exported model."""
     c = model.config
     topography = ", topography" if c.sheet else ""
@@ -614,9 +609,8 @@ A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_
 parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,},
 written by nanoCortex. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every sublayer;
 `nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what its
-training text makes likely, true or not, and has been tested for nothing but what is written here.
-
-{facts}"""
+training text makes likely, true or not, and has been tested for nothing.
+"""
 
 
 # ---- tokenizers
@@ -670,19 +664,11 @@ def tokenizer_form(fast):
     return {"rules": [model["type"], *rules, words], "vocabulary": vocabulary}, special
 
 
-def export_tokenizer(tokenizer, folder):
-    """Write our Tokenizer for AutoTokenizer: the same ids for the same text.
+def fast_tokenizer(state):
+    """The tokenizers.Tokenizer with the ids of a tokenizer state.
 
     But '<|endoftext|>' in a text is plain text for ours, and the token there.
     """
-    special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
-    fast = fast_tokenizer(tokenizer.state)
-    options = {"tokenizer_object": fast, "clean_up_tokenization_spaces": False, **special}
-    transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
-
-
-def fast_tokenizer(state):
-    """The tokenizers.Tokenizer with the ids of a tokenizer state."""
     ranks = ranks_of(state)
     cutters = tokenizers.pre_tokenizers
     split = cutters.Split(tokenizers.Regex(state["pattern"]), "isolated")

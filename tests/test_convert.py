@@ -369,7 +369,6 @@ def test_our_models_open_elsewhere_and_come_home(tmp_path, kind):
     mine = gpt(tokenizer.n_vocab + 3, sheet=True, radius=3, alpha=0.5, norm=2.0, bias=False)
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run/best.pt", {**lm_state(mine), "tokenizer": state})
-    (tmp_path / "run/results.csv").write_text("score,chance\n3.7,3.8\n")
     folder = tmp_path / "hf"
     export_lm(str(tmp_path / "run"), str(folder))
     files = {path.name for path in folder.iterdir()}
@@ -391,7 +390,7 @@ def test_our_models_open_elsewhere_and_come_home(tmp_path, kind):
     card = (folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "topography" in front["tags"]
-    assert "3.7,3.8" in card and "0.5" in card
+    assert "0.5" in card
 
     back, reader = load_lm(str(folder))  # with its sheets
     assert back.config == mine.config and reader.state == state
