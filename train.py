@@ -193,6 +193,7 @@ def ngram_losses(train, val, starts, length, vocab_size):
     is validated on.
     """
     train = np.asarray(train, np.int64)
+    val = np.asarray(val, np.int64)
     places = (starts[:, None] + np.arange(1, length + 1)).ravel()
     places = places[places >= 2]
     p = np.full(len(places), 1 / vocab_size)
@@ -203,10 +204,10 @@ def ngram_losses(train, val, starts, length, vocab_size):
         asked = np.zeros(len(places), np.int64)
         for back in range(order, 0, -1):
             contexts = contexts * vocab_size + train[order - back : len(train) - back]
-            asked = asked * vocab_size + np.asarray(val[places - back], np.int64)
+            asked = asked * vocab_size + val[places - back]
         grams = pd.Series(contexts * vocab_size + train[order:]).value_counts()
         kinds = pd.Series(grams.index // vocab_size).value_counts()
-        wanted = asked * vocab_size + np.asarray(val[places], np.int64)
+        wanted = asked * vocab_size + val[places]
         c = grams.reindex(wanted, fill_value=0).to_numpy()
         n = pd.Series(contexts).value_counts().reindex(asked, fill_value=0).to_numpy()
         t = kinds.reindex(asked, fill_value=0).to_numpy()  # kinds of word that follow the context

@@ -403,7 +403,7 @@ class Tokens:
 
 
 class Stream:
-    """Several arrays read as one: len, slices (of step 1), and arrays of indices."""
+    """Several arrays read as one: len, slices (of step 1), and as one array."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -418,20 +418,12 @@ class Stream:
         return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype, copy=False)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            pieces = [self.parts[0][:0]]
-            for part, begin, end in zip(self.parts, self.begins, self.ends):
-                if begin < stop and start < end:
-                    pieces.append(part[max(start - begin, 0) : stop - begin])
-            return np.concatenate(pieces)
-        index = np.asarray(index)
-        which = np.searchsorted(self.ends, index, "right")
-        picked = np.empty(index.shape, self.parts[0].dtype)
-        for k in np.unique(which):
-            inside = which == k
-            picked[inside] = self.parts[k][index[inside] - self.begins[k]]
-        return picked
+        start, stop, _ = index.indices(len(self))
+        pieces = [self.parts[0][:0]]
+        for part, begin, end in zip(self.parts, self.begins, self.ends):
+            if begin < stop and start < end:
+                pieces.append(part[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces)
 
 
 def complete(folder):

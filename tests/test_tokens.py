@@ -126,10 +126,6 @@ def test_a_stream_is_its_parts_in_one_array():
     for start, stop in ((0, 20), (3, 9), (5, 6), (7, 7), (12, 3), (-4, None), (6, 100)):
         piece = slice(start, stop)
         assert np.array_equal(stream[piece], whole[piece]), piece
-    index = np.array([[0, 5, 19], [6, 18, 4]])
-    assert np.array_equal(stream[index], whole[index]) and stream[5] == 5
-    with pytest.raises(IndexError):
-        stream[20]
 
 
 # ---- tokenizers
