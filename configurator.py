@@ -30,6 +30,7 @@ import sys
 import time
 import types
 import typing
+from operator import methodcaller
 from pathlib import Path
 
 import yaml
@@ -351,6 +352,9 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
+        self.launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if self.launch == "none":
+            self.launch = f"launcher {os.getppid()}"
         self.device = choose_device(getattr(config, "device", "auto"))
         self.dtype = choose_dtype(getattr(config, "dtype", "auto"), self.device)
         if self.device.type == "cpu":
@@ -389,30 +393,30 @@ class Run:
         restarted = False
         if self.master:
             self._lock_folder()
-            launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-            if launch == "none":
-                launch = f"launcher {os.getppid()}"
-            # torchrun starts ranks again when one dies; SLURM puts a stopped job back in the queue
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-            restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            self._lock.seek(0)
-            same_launch = self._lock.read() == launch
-            restarted = restarts > 0 and same_launch and (self.out / "ckpt.pt").exists()
+            restarted = self._is_restart()
             if init_from and init_from != "resume" and not restarted:
                 self._clear_folder()
-            self._lock.truncate(0)
-            self._lock.write(launch)
-            self._lock.flush()
         if self.reduce(int(restarted), "max") and init_from:
             self.config.init_from = "resume"
         self.save_config()
         self.barrier()
 
+    def _is_restart(self):
+        """Did the launch that made this folder's checkpoint start the script again?
+
+        torchrun does so when a rank dies; SLURM puts a stopped job back in the queue.
+        """
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        if not restarts or not (self.out / "ckpt.pt").exists():
+            return False
+        return f"# launch: {self.launch}\n" in (self.out / "config.yaml").read_text()
+
     def _lock_folder(self):
         """Make the folder and hold its lock until the process ends."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
+            self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (open as long as the run)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.out} is in use by another job") from None
@@ -448,6 +452,7 @@ class Run:
 # code: {code or "not a git checkout"}
 # python: {platform.python_version()}
 # torch: {torch.__version__}
+# launch: {self.launch}
 # ranks: {self.world}
 # dtype: {self.dtype}
 # device: {device}
@@ -565,9 +570,8 @@ class Run:
         from tqdm import tqdm
 
         seconds = 0.5 if sys.stderr.isatty() else 15  # between its lines
-        options = {"dynamic_ncols": True, "mininterval": seconds, "smoothing": 0.05}
-        options |= {"desc": desc, "disable": not self.master}
-        return tqdm(total=total, initial=initial, **options)
+        options = {"dynamic_ncols": True, "smoothing": 0.05, "disable": not self.master}
+        return tqdm(desc=desc, total=total, initial=initial, mininterval=seconds, **options)
 
     def log(self, step, **numbers):
         """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
@@ -615,15 +619,10 @@ class Run:
         """This rank's part of a sweep's jobs."""
         return list(jobs)[self.rank :: self.world]
 
-    def options_hash(self, without=()):
-        """What identifies a row: hashes of the options less `without`, the code, the content."""
-        options = dataclasses.asdict(self.config)
-        for key in without:
-            options.pop(key, None)
-        parts = [hash_options(options), hash_code(type(self.config))]
-        if self.content:
-            parts.append(self.content)
-        return "-".join(parts)
+    def options_hash(self):
+        """What identifies a row: hashes of the options, the code and, where set, the content."""
+        options = hash_options(dataclasses.asdict(self.config))
+        return "-".join(filter(None, [options, hash_code(type(self.config)), self.content]))
 
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this rank's part of the results.
@@ -637,15 +636,10 @@ class Run:
             raise ValueError(f"{score} of {keys} stands without chance {chance}, interval or n {n}")
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n}
         row["options"] = self.options_hash()
-        for key, value in row.items():
-            if hasattr(value, "item"):  # NumPy's and torch's numbers
-                row[key] = value.item()
-        line = json.dumps(row) + "\n"
-        with open(self.out / f"results.part-{self.rank}.jsonl", "ab+") as file:
-            file.seek(max(0, file.tell() - 1))
-            if file.read(1) not in (b"", b"\n"):  # a kill in the middle of a row
-                line = "\n" + line
-            file.write(line.encode())
+        line = json.dumps(row, default=methodcaller("item"))  # of NumPy's and torch's numbers
+        with open(self.out / f"results.part-{self.rank}.jsonl", "a") as file:
+            newline = "\n" if file.tell() else ""  # first: a kill may have left half a row
+            file.write(newline + line)
         self._reuse_said = True  # from now on rows are this run's own
 
     def rows(self):
@@ -659,12 +653,12 @@ class Run:
         rows = {}
         others = 0
         for part in sorted(self.out.glob("results.part-*.jsonl")):
-            for line in part.read_text(errors="replace").splitlines():
+            for line in part.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:  # torn by a kill
                     continue
-                if not isinstance(row, dict) or row.get("options") != known:
+                if row.get("options") != known:
                     others += 1
                     continue
                 keys = [(key, row[key]) for key in sorted(row.keys() - set(MEASURED.split()))]

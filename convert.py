@@ -106,9 +106,9 @@ class HiddenStates:
     padding_side: "left" becomes "right" where left pads would change the states.
     bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
-    Layers are numbered as in transformers: 0 is what enters the first block (the embeddings),
-    n_layer what leaves the last one, after the final norm. Attributes: name, model, tokenizer,
-    causal, n_layer, width, max_length (of a text, special tokens counted), params, padding_side.
+    Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
+    after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
+    (of a text, special tokens counted), params, padding_side.
     """
 
     def __init__(
@@ -138,10 +138,7 @@ class HiddenStates:
     # -- texts
 
     def write_first_token(self):
-        """From now on begin each text with the tokenizer's first token, where it does not itself.
-
-        Raises InputError where it has none.
-        """
+        """From now on begin texts with the tokenizer's first token, where it does not itself."""
         if self.foreign_tokenizer:
             row = self.tokenizer("a")["input_ids"]
             plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -214,9 +211,9 @@ class HiddenStates:
     # -- the pass
 
     def run(self, ids, real, layers, take):
-        """One pass over ids (B, T) that calls take(layer, state (B, T, width)) for each of layers.
+        """Call take(layer, state (B, T, width)) for each of layers as ids (B, T) pass through.
 
-        It is called while the model runs, so nothing is held; the pass ends at the deepest one.
+        No state is held, and the pass ends at the deepest layer.
         """
         wanted = set(layers)
         if self.blocks is None:
@@ -257,10 +254,7 @@ class HiddenStates:
         return states
 
     def logits(self, ids, real):
-        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place.
-
-        A model of transformers has them with head=True.
-        """
+        """Logits (B, T, vocab) of ids (B, T); a model of transformers has them with head=True."""
         return self._call(self.model, ids, real).logits
 
     def layers(self, asked):
@@ -433,8 +427,7 @@ def hub_answers():
 def from_hub(Auto, name, **options):
     """Auto.from_pretrained(name, ...) of transformers for a name, a folder or a GGUF file.
 
-    Raises InputError where there is no such model, and for torn and foreign files, over which
-    transformers stumbles in nearly any way.
+    Over torn and foreign files transformers stumbles in nearly any way: all are one InputError.
     """
     folder = Path(name)
     ggufs = sorted(folder.glob("*.gguf"))
@@ -475,10 +468,7 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 
 
 def gpt_from_hub(name, **options):
-    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
-
-    A folder that export_lm wrote gives the sheets and their positions back, too.
-    """
+    """Hugging Face GPT-2 weights as our GPT with equal logits, an export's sheets included."""
     shape = gpt_shape(from_hub(transformers.AutoConfig, name), name)
     hub_model = load_weights(transformers.GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = hub_model.state_dict()
@@ -617,10 +607,7 @@ training text makes likely, true or not, and has been tested for nothing.
 
 
 def tokenizer_state_from_hub(name):
-    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives.
-
-    Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
-    """
+    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives."""
     tokenizer = from_hub(transformers.AutoTokenizer, name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
@@ -767,10 +754,7 @@ def adopt_sheets(args, weights, foreign_args, path):
 
 
 def foreign_tokenizer(path, vocab_size, dataset=""):
-    """State of the tokenizer of a nanoGPT checkpoint: its characters, or GPT-2's BPE.
-
-    Characters are in meta.pkl, beside it or in nanoGPT's data/DATASET.
-    """
+    """Tokenizer state of a nanoGPT checkpoint: of meta.pkl, beside it or in data/, or GPT-2's."""
     folder = path.parent
     for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
         if meta.is_file():
@@ -803,9 +787,8 @@ def load_positions(path, n_layer, n_units):
 def read_layer_pickles(folder):
     """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
 
-    facts: radius and windows that they were made for. A file gives each unit's coordinates (C, 2),
-    row and column. The published swap-optimised ones put several units on one cell and leave
-    others empty: that is said, and place_units deals them out.
+    facts: radius and windows that they were made for. The published swap-optimised files put
+    several units on one cell and leave others empty: that is said, and place_units deals them out.
     """
     files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
     if not files:
@@ -833,8 +816,7 @@ def read_layer_pickles(folder):
 def place_units(coordinates):
     """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
 
-    coordinates (C, 2) are rows and columns, whatever the shape of our grid (positions.places_of):
-    cells are numbered row by row. Units that have a cell each stay.
+    coordinates (C, 2): row and column of each unit, whatever the shape of our grid.
     """
     side = positions.sheet_side(len(coordinates))
     cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)

@@ -234,9 +234,8 @@ def read_pickle(path, allowed=()):
             return RestrictedUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a torn pickle raises nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise InputError(
-            f"{path} cannot be read ({reason}): it is torn, or not what its name says"
-        ) from None
+        problem = "it is torn, or not what its name says"
+        raise InputError(f"{path} cannot be read ({reason}): {problem}") from None
 
 
 def _load_storage(content):
@@ -274,10 +273,8 @@ def check_options(folder, made_with, options):
     changed = [key for key in options if made_with.get(key) != options[key]]
     if changed:
         before = ", ".join(f"{key}={made_with.get(key)}" for key in changed)
-        raise InputError(
-            f"{folder} was made with {before}: give overwrite=True to make it again, "
-            "or another out_dir"
-        )
+        cure = "give overwrite=True to make it again, or another out_dir"
+        raise InputError(f"{folder} was made with {before}: {cure}")
 
 
 def already_made(folder, options, is_complete, overwrite=False, **version):

@@ -229,7 +229,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
     run = open_run(tmp_path)
     run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
     with open(tmp_path / "results.part-0.jsonl", "a") as file:
-        file.write('{"lag": 100, "sco')  # torn by a kill
+        file.write('\n{"lag": 100, "sco')  # torn by a kill
     run.result(0.6, 0.5, np.float64(0.5), float("inf"), np.int64(100), note="new key", lag=200)
     assert list(run.merge().lag) == [0, 200]
     run.close()
