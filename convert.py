@@ -764,8 +764,6 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
             return tokenizer
     if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
         raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
-    if (folder / "tokenizer.json").is_file():
-        return tokenizer_state_from_hub(str(folder))
     files = [*folder.glob("vocab.bpe"), *folder.glob("merges.txt")]
     try:
         return state_of(gpt2_encoding(*files[:1]))

@@ -93,13 +93,7 @@ def file_hash(path, kind="sha256"):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only. Aliases are refused: a few lines of them can outgrow any memory."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            line = self.peek_event().start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: an alias (*) repeats a value: write it out")
-        return super().compose_node(parent, index)
+    """Plain values only."""
 
 
 # YAML 1.1 reads 1e-3 as text; the JSON spelling of numbers is what people type.
@@ -111,7 +105,7 @@ _PlainLoader.add_implicit_resolver(
 
 
 def read_yaml(text):
-    """Plain values from YAML text: no objects, no aliases. Raises yaml.YAMLError."""
+    """Plain values from YAML text, no objects. Raises yaml.YAMLError."""
     return yaml.load(text, _PlainLoader)
 
 
