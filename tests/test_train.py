@@ -512,6 +512,7 @@ def test_the_published_runs_are_as_published():
 
 
 def laid_out(text_folder, tmp_path, **options):
+    """Lay out a small model by the responses to a text."""
     tiny = {"n_layer": 1, "n_head": 2, "n_embd": 64, "radius": 3, "block_size": 32, "samples": 512}
     folders = {"positions_dir": str(tmp_path), "out_dir": str(tmp_path / "out")}
     text = {"init_data": str(text_folder), "device": "cpu", "dtype": "float32"}
