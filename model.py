@@ -800,7 +800,7 @@ class ElectrodeEncoder(nn.Module):
         """
         masks = [present[:, None, None]] * len(self.blocks)
         if self.reach is not None:
-            masks = [near.to(tokens.dtype) for near in self.reach(spots, spots, present)]
+            masks = [near.to(tokens.dtype) for near in self.reach(spots, present)]
         for block, mask in zip(self.blocks, masks):
             tokens = block(tokens, Context(mask=mask))[0]
         return tokens
@@ -933,13 +933,10 @@ class Reach(nn.Module):
         self.place = nn.Parameter(place.repeat(n_layer, 1))
         self.time = nn.Parameter(time.repeat(n_layer, 1))
 
-    def forward(self, asks, spots, present):
-        """asks (B, N, 4), spots (B, K, 4) in cm and patches, present (B, K).
-
-        Yields (B, H, N, K) for each layer.
-        """
-        difference = asks[:, :, None] - spots[:, None]  # (B, N, K, 4)
-        distance = difference[..., :3].square().sum(-1)[:, None]  # squared, (B, 1, N, K)
+    def forward(self, spots, present):
+        """spots (B, N, 4) in cm and patches, present (B, N): yields (B, H, N, N) for each layer."""
+        difference = spots[:, :, None] - spots[:, None]  # (B, N, N, 4)
+        distance = difference[..., :3].square().sum(-1)[:, None]  # squared, (B, 1, N, N)
         delay = difference[..., 3].abs()[:, None]
         for place, time in zip(self.place, self.time):
             near = -distance * (-2 * place).exp()[:, None, None] / 2
