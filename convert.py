@@ -7,6 +7,9 @@
 - load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
 
     python -c "import convert; convert.export_lm('out/train', 'out/hf')"
+
+transformers and scipy are imported where they are used: they take a second, and a model of ours
+does without them.
 """
 
 import copy
@@ -21,8 +24,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import transformers
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -395,6 +396,8 @@ def longest_text(model, tokenizer):
 
 def load_from_transformers(name, dtype, head):
     """(model, tokenizer) of a causal or masked language model of transformers."""
+    import transformers
+
     Auto = transformers.AutoModel
     if head:
         config = from_hub(transformers.AutoConfig, name)
@@ -455,6 +458,8 @@ def from_hub(Auto, name, **options):
 
 def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
+    import transformers
+
     transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
     for key in sorted(report["missing_keys"]):
@@ -469,6 +474,8 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 
 def gpt_from_hub(name, **options):
     """Hugging Face GPT-2 weights as our GPT with equal logits, an export's sheets included."""
+    import transformers
+
     shape = gpt_shape(from_hub(transformers.AutoConfig, name), name)
     hub_model = load_weights(transformers.GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = hub_model.state_dict()
@@ -550,6 +557,8 @@ def export_gpt(model, folder, tokenizer=None):
     units' positions, the tokenizer's state. Raises InputError for a model that is more than a
     GPT-2.
     """
+    import transformers
+
     c = model.config
     eot = getattr(tokenizer, "eot", None)
     config = transformers.GPT2Config(n_positions=c.block_size, bos_token_id=eot, eos_token_id=eot)
@@ -608,6 +617,8 @@ training text makes likely, true or not, and has been tested for nothing.
 
 def tokenizer_state_from_hub(name):
     """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives."""
+    import transformers
+
     tokenizer = from_hub(transformers.AutoTokenizer, name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
@@ -816,6 +827,8 @@ def place_units(coordinates):
 
     coordinates (C, 2): row and column of each unit, whatever the shape of our grid.
     """
+    from scipy.optimize import linear_sum_assignment
+
     side = positions.sheet_side(len(coordinates))
     cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
     distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial import KDTree
 from torch.nn import functional as F
 
 from data import InputError, aside, check_content
@@ -73,11 +72,11 @@ def window_cells(side, radius, norm=float("inf")):
     most = (side + 1) // 2
     if not 2 <= radius <= most:
         raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
-    places = places_of(np.arange(side * side), side)
-    near = radius - 1e-9  # rounding makes no cell nearer
-    windows = KDTree(places).query_ball_point(places, near, p=norm, return_sorted=True)
-    n_cells = max(map(len, windows))  # windows at the edge have fewer
-    return np.array([cells for cells in windows if len(cells) == n_cells])
+    distance = np.linalg.norm(offsets(np.arange(side * side), side), norm, axis=-1)
+    inside = distance < radius - 1e-9  # rounding makes no cell nearer
+    n_cells = inside.sum(1)
+    whole = inside[n_cells == n_cells.max()]  # windows at the edge have fewer
+    return whole.nonzero()[1].reshape(len(whole), -1)
 
 
 @cache
