@@ -570,19 +570,13 @@ def test_layouts_that_cannot_be_made(dataset, tmp_path, options, words):
 
 
 def test_sample_writes_the_same_text_twice(whole, tmp_path, capsys):
+    options = {"lm": str(whole), "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path)}
+    (tmp_path / "prompt.txt").write_text("ab")
     texts = []
-    for name in ("a", "b"):
-        options = {"num_samples": 2, "max_new_tokens": 8, "device": "cpu", "dtype": "float32"}
-        sample.main(sample.Config(lm=str(whole), prompt="ab", out_dir=str(tmp_path), **options))
+    for prompt in ({"prompt": "ab"}, {"file": str(tmp_path / "prompt.txt")}):
+        sample.main(sample.Config(**options, **prompt, num_samples=2, max_new_tokens=8))
         texts.append((tmp_path / "samples.txt").read_text())
-        assert capsys.readouterr().out.count("ab") == 2, name
+        assert capsys.readouterr().out.count("ab") == 2
     assert texts[0] == texts[1] and texts[0].count("ab") == 2
-
-
-def test_prompts_from_files(whole, tmp_path):
-    options = {"lm": str(whole), "max_new_tokens": 2, "device": "cpu", "out_dir": str(tmp_path)}
-    (tmp_path / "prompt.txt").write_text("cd")
-    sample.main(sample.Config(file=str(tmp_path / "prompt.txt"), **options))
-    assert (tmp_path / "samples.txt").read_text().startswith("cd")
     with pytest.raises(InputError, match="nosuch.txt"):
-        sample.main(sample.Config(file="nosuch.txt", **options))
+        sample.main(sample.Config(**options, file="nosuch.txt"))
