@@ -151,14 +151,18 @@ def _parse(value, kind):
         value = read_yaml(value)
     if origin is bool:
         return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-    if origin in (int, float) and not isinstance(value, bool):
-        number = float(value)
-        if math.isnan(number) or (origin is int and number % 1):
-            raise ValueError(value)
-        return origin(value)
-    if not isinstance(value, origin) or isinstance(value, bool):
+    if origin in (int, float):
+        return _parse_number(value, origin)
+    if not isinstance(value, origin):
         raise TypeError(value)
     return value
+
+
+def _parse_number(value, kind):
+    number = float(value)
+    if isinstance(value, bool) or math.isnan(number) or (kind is int and number % 1):
+        raise ValueError(value)
+    return kind(value)
 
 
 def _parse_union(value, kinds):
@@ -187,25 +191,24 @@ def check(config):
     empty), SHARES (0 to 1) or SIGNED (any number; so is one whose default is negative).
     """
     for field in dataclasses.fields(config):
-        wanted = _wanted_range(config, field)
+        value = getattr(config, field.name)
+        rules = []
+        for rule in ("POSITIVE", "SHARES", "SIGNED"):
+            if field.name in getattr(config, rule, "").split():
+                rules.append(rule)
+        wanted = ""
+        if value == [] and "POSITIVE" in rules:
+            wanted = "a list of at least one"
+        elif isinstance(value, (int, float)):
+            wanted = _wanted_range(value, rules, field)
         if wanted:
-            value = getattr(config, field.name)
             raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
     if hasattr(config, "check"):
         config.check()
 
 
-def _wanted_range(config, field):
-    """The range the number of a field should have been in, '' where it is."""
-    value = getattr(config, field.name)
-    rules = []
-    for rule in ("POSITIVE", "SHARES", "SIGNED"):
-        if field.name in getattr(config, rule, "").split():
-            rules.append(rule)
-    if value == [] and "POSITIVE" in rules:
-        return "a list of at least one"
-    if not isinstance(value, (int, float)):
-        return ""
+def _wanted_range(value, rules, field):
+    """The range a number should have been in, '' where it is."""
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
@@ -243,9 +246,11 @@ def load_function(spec, option):
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
-    imported = [getattr(sys.modules[key], "__file__", None) for key in sys.modules.keys() - before]
-    neighbours = [Path(path) for path in imported if path and Path(path).parent == folder]
-    _user_files.update([Path(file), *neighbours])
+    _user_files.add(Path(file))
+    for imported in sys.modules.keys() - before:
+        path = getattr(sys.modules[imported], "__file__", None)
+        if path and Path(path).parent == folder:
+            _user_files.add(Path(path))
     return function
 
 
@@ -638,8 +643,9 @@ class Run:
         row["options"] = self.options_hash()
         line = json.dumps(row, default=methodcaller("item"))  # of NumPy's and torch's numbers
         with open(self.out / f"results.part-{self.rank}.jsonl", "a") as file:
-            newline = "\n" if file.tell() else ""  # first: a kill may have left half a row
-            file.write(newline + line)
+            if file.tell():
+                file.write("\n")  # before the row: a kill may have left half of another
+            file.write(line)
         self._reuse_said = True  # from now on rows are this run's own
 
     def rows(self):

@@ -839,10 +839,12 @@ def _tokenise(folder, name, piece, plan, tokenizer):
                     if part:
                         shards[split].write(tokenizer.encode_array(part))
                         shards[split].write(end)
-    for shard in shards.values():
-        if not shard.tokens:
+    splits = {}
+    for split, shard in shards.items():
+        if shard.tokens:
+            splits[split] = shard.entry()
+        else:
             (folder / shard.name).unlink()
-    splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
     record = {"counts": counts, "splits": splits}
     write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
 
