@@ -17,19 +17,20 @@ import errno
 import fcntl
 import functools
 import hashlib
-import importlib.machinery
 import inspect
 import json
 import math
 import os
 import platform
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import types
 import typing
+from operator import methodcaller
 from pathlib import Path
 
 import yaml
@@ -59,7 +60,7 @@ def configure(Config, argv=None):
     and exits. A Config may set RENAMED = {"old": "new"}, POSITIVE, SHARES, SIGNED (see `check`).
     """
     sys.excepthook = _print_one_sentence
-    _user_code.clear()  # another script in this process may have loaded some
+    _user_files.clear()  # another script in this process may have loaded some
     if argv is None:
         argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
@@ -157,6 +158,13 @@ def _parse(value, kind):
     return value
 
 
+def _parse_number(value, kind):
+    number = float(value)
+    if isinstance(value, bool) or math.isnan(number) or (kind is int and number % 1):
+        raise ValueError(value)
+    return kind(value)
+
+
 def _parse_union(value, kinds):
     if types.NoneType in kinds and str(value).lower() in ("none", "null", ""):
         return None
@@ -164,13 +172,6 @@ def _parse_union(value, kinds):
         return _parse(value, kinds[0])
     except (ValueError, TypeError):
         return _parse(value, kinds[1])
-
-
-def _parse_number(value, kind):
-    number = float(value)
-    if isinstance(value, bool) or math.isnan(number) or (kind is int and number != int(number)):
-        raise ValueError(value)
-    return value if isinstance(value, kind) else kind(number)
 
 
 def _parse_list(value, kind):
@@ -191,33 +192,33 @@ def check(config):
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        rules = []
+        for rule in ("POSITIVE", "SHARES", "SIGNED"):
+            if field.name in getattr(config, rule, "").split():
+                rules.append(rule)
         wanted = ""
-        if value == [] and field.name in getattr(config, "POSITIVE", "").split():
+        if value == [] and "POSITIVE" in rules:
             wanted = "a list of at least one"
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            wanted = _wanted_range(config, field, value)
+        elif isinstance(value, (int, float)):
+            wanted = _wanted_range(value, rules, field)
         if wanted:
             raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
     if hasattr(config, "check"):
         config.check()
 
 
-def _wanted_range(config, field, value):
+def _wanted_range(value, rules, field):
     """The range a number should have been in, '' where it is."""
-    kinds = []
-    for kind in ("POSITIVE", "SHARES", "SIGNED"):
-        if field.name in getattr(config, kind, "").split():
-            kinds.append(kind)
     default = field.default if isinstance(field.default, (int, float)) else 0
     if value == math.inf != default:
         return "finite"
     if LARGEST < value < math.inf and field.name != "seed":
         return f"below {LARGEST:.0e}"
-    if "POSITIVE" in kinds and value <= 0:
+    if "POSITIVE" in rules and value <= 0:
         return "above 0"
-    if "SHARES" in kinds and not 0 <= value <= 1:
+    if "SHARES" in rules and not 0 <= value <= 1:
         return "between 0 and 1"
-    if value < 0 <= default and "SIGNED" not in kinds:
+    if value < 0 <= default and "SIGNED" not in rules:
         return "at least 0"
     return ""
 
@@ -229,32 +230,28 @@ def check_keys(given, allowed, option):
             raise InputError(f"option '{option}' has no key '{key}'{_nearest(key, allowed)}")
 
 
+# files of the users' own that were loaded: they help to identify rows of results
+_user_files: set[Path] = set()
+
+
 def load_function(spec, option):
     """The function that spec, `my_file.py:name`, names. The file may import its neighbours."""
     file, _, name = spec.partition(":")
-    folder = str(Path(file).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    folder = Path(file).resolve().parent
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     before = set(sys.modules)
     try:
-        _user_code.append(_hash(Path(file).read_text(encoding="utf-8")))
-        loader = importlib.machinery.SourceFileLoader(Path(file).stem, file)
-        module = types.ModuleType(loader.name)
-        module.__file__ = file
-        loader.exec_module(module)
-        function = getattr(module, name)
+        function = runpy.run_path(file, run_name=Path(file).stem)[name]
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
+    _user_files.add(Path(file))
     for imported in sys.modules.keys() - before:
         path = getattr(sys.modules[imported], "__file__", None)
-        if path and Path(path).parent == Path(folder):
-            _user_code.append(_hash(Path(path).read_text(encoding="utf-8")))
+        if path and Path(path).parent == folder:
+            _user_files.add(Path(path))
     return function
-
-
-# hashes of the users' files that were loaded: they help to identify rows of results
-_user_code: list[str] = []
 
 
 def _manual(Config):
@@ -306,14 +303,14 @@ def hash_options(options):
 
 
 def hash_code(Config):
-    """Short hash of the script of `Config`, of X_part.py's parent X.py and of model.py.
+    """Short hash of the code that makes the rows of `Config`; comments do not count.
 
-    Comments do not count.
+    Of its script, of X_part.py's parent X.py, of model.py, and of files of the user's own.
     """
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
-    hashes = list(_user_code)
-    for path in {script, parent, HERE / "model.py"}:
+    hashes = []
+    for path in {script, parent, HERE / "model.py", *_user_files}:
         if path.is_file():
             hashes.append(_hash_script(path, path.stat().st_mtime_ns))
     return _hash("".join(sorted(hashes)))[:6]
@@ -355,11 +352,14 @@ class Run:
         self.content = ""
         self.start = time.time()
         self.stopped = 0
-        self._stops_at_steps = False
+        self._stops_at_steps = False  # whether the script calls stopping()
         self._reuse_said = False
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
+        self.launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if self.launch == "none":
+            self.launch = f"launcher {os.getppid()}"
         self.device = choose_device(getattr(config, "device", "auto"))
         self.dtype = choose_dtype(getattr(config, "dtype", "auto"), self.device)
         if self.device.type == "cpu":
@@ -398,30 +398,30 @@ class Run:
         restarted = False
         if self.master:
             self._lock_folder()
-            launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-            if launch == "none":
-                launch = f"launcher {os.getppid()}"
-            # torchrun starts ranks again when one dies; SLURM puts a stopped job back in the queue
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-            restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
-            self._lock.seek(0)
-            same_launch = self._lock.read() == launch
-            restarted = restarts > 0 and same_launch and (self.out / "ckpt.pt").exists()
+            restarted = self._is_restart()
             if init_from and init_from != "resume" and not restarted:
                 self._clear_folder()
-            self._lock.truncate(0)
-            self._lock.write(launch)
-            self._lock.flush()
         if self.reduce(int(restarted), "max") and init_from:
             self.config.init_from = "resume"
         self.save_config()
         self.barrier()
 
+    def _is_restart(self):
+        """Did the launch that made this folder's checkpoint start the script again?
+
+        torchrun does so when a rank dies; SLURM puts a stopped job back in the queue.
+        """
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        if not restarts or not (self.out / "ckpt.pt").exists():
+            return False
+        return f"# launch: {self.launch}\n" in (self.out / "config.yaml").read_text()
+
     def _lock_folder(self):
         """Make the folder and hold its lock until the process ends."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.out / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
+            self._lock = open(self.out / ".lock", "w")  # noqa: SIM115 (open as long as the run)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{self.out} is in use by another job") from None
@@ -457,6 +457,7 @@ class Run:
 # code: {code or "not a git checkout"}
 # python: {platform.python_version()}
 # torch: {torch.__version__}
+# launch: {self.launch}
 # ranks: {self.world}
 # dtype: {self.dtype}
 # device: {device}
@@ -574,9 +575,8 @@ class Run:
         from tqdm import tqdm
 
         seconds = 0.5 if sys.stderr.isatty() else 15  # between its lines
-        options = {"dynamic_ncols": True, "mininterval": seconds, "smoothing": 0.05}
-        options |= {"desc": desc, "disable": not self.master}
-        return tqdm(total=total, initial=initial, **options)
+        options = {"dynamic_ncols": True, "smoothing": 0.05, "disable": not self.master}
+        return tqdm(desc=desc, total=total, initial=initial, mininterval=seconds, **options)
 
     def log(self, step, **numbers):
         """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
@@ -624,15 +624,10 @@ class Run:
         """This rank's part of a sweep's jobs."""
         return list(jobs)[self.rank :: self.world]
 
-    def options_hash(self, without=()):
-        """What identifies a row: hashes of the options less `without`, the code, the content."""
-        options = dataclasses.asdict(self.config)
-        for key in without:
-            options.pop(key, None)
-        parts = [hash_options(options), hash_code(type(self.config))]
-        if self.content:
-            parts.append(self.content)
-        return "-".join(parts)
+    def options_hash(self):
+        """What identifies a row: hashes of the options, the code and, where set, the content."""
+        options = hash_options(dataclasses.asdict(self.config))
+        return "-".join(filter(None, [options, hash_code(type(self.config)), self.content]))
 
     def result(self, score, chance, low, high, n, **keys):
         """Append a row to this rank's part of the results.
@@ -646,15 +641,11 @@ class Run:
             raise ValueError(f"{score} of {keys} stands without chance {chance}, interval or n {n}")
         row = {**keys, "score": score, "chance": chance, "low": low, "high": high, "n": n}
         row["options"] = self.options_hash()
-        for key, value in row.items():
-            if hasattr(value, "item"):  # NumPy's and torch's numbers
-                row[key] = value.item()
-        line = json.dumps(row) + "\n"
-        with open(self.out / f"results.part-{self.rank}.jsonl", "ab+") as file:
-            file.seek(max(0, file.tell() - 1))
-            if file.read(1) not in (b"", b"\n"):  # a kill in the middle of a row
-                line = "\n" + line
-            file.write(line.encode())
+        line = json.dumps(row, default=methodcaller("item"))  # of NumPy's and torch's numbers
+        with open(self.out / f"results.part-{self.rank}.jsonl", "a") as file:
+            if file.tell():
+                file.write("\n")  # before the row: a kill may have left half of another
+            file.write(line)
         self._reuse_said = True  # from now on rows are this run's own
 
     def rows(self):
@@ -668,12 +659,12 @@ class Run:
         rows = {}
         others = 0
         for part in sorted(self.out.glob("results.part-*.jsonl")):
-            for line in part.read_text(errors="replace").splitlines():
+            for line in part.read_text().splitlines():
                 try:
                     row = json.loads(line)
                 except ValueError:  # torn by a kill
                     continue
-                if not isinstance(row, dict) or row.get("options") != known:
+                if row.get("options") != known:
                     others += 1
                     continue
                 keys = [(key, row[key]) for key in sorted(row.keys() - set(MEASURED.split()))]
@@ -698,11 +689,8 @@ class Run:
         if self.wandb:
             import wandb
 
-            figures = {}
             for path in sorted(self.out.glob("*.png")):
-                figures[path.stem] = wandb.Image(str(path))
-            if figures:
-                self.wandb.log(figures)
+                self.wandb.log({path.stem: wandb.Image(str(path))})
             self.wandb.finish()
         if self.world > 1:
             dist.destroy_process_group()

@@ -7,6 +7,9 @@
 - load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
 
     python -c "import convert; convert.export_lm('out/train', 'out/hf')"
+
+transformers and scipy are imported where they are used: they take a second, and a model of ours
+does without them.
 """
 
 import copy
@@ -21,8 +24,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import transformers
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -94,7 +95,7 @@ def in_order(path):
 
 
 class _Deepest(Exception):
-    """The deepest layer asked for has been read: the rest of the model need not run."""
+    """Ends a pass: the deepest layer asked for has been read."""
 
 
 class HiddenStates:
@@ -106,9 +107,9 @@ class HiddenStates:
     padding_side: "left" becomes "right" where left pads would change the states.
     bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
-    Layers are numbered as in transformers: 0 is what enters the first block (the embeddings),
-    n_layer what leaves the last one, after the final norm. Attributes: name, model, tokenizer,
-    causal, n_layer, width, max_length (of a text, special tokens counted), params, padding_side.
+    Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
+    after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
+    (of a text, special tokens counted), params, padding_side.
     """
 
     def __init__(
@@ -131,7 +132,6 @@ class HiddenStates:
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
         self._attach(model, padding_side)
         self.max_length = self.room = longest_text(self.base, self.tokenizer)
-        self.bos = bos
         self.first = None
         if bos:
             self.write_first_token()
@@ -139,10 +139,7 @@ class HiddenStates:
     # -- texts
 
     def write_first_token(self):
-        """From now on begin each text with the tokenizer's first token, where it does not itself.
-
-        Raises InputError where it has none.
-        """
+        """From now on begin texts with the tokenizer's first token, where it does not itself."""
         if self.foreign_tokenizer:
             row = self.tokenizer("a")["input_ids"]
             plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -215,9 +212,9 @@ class HiddenStates:
     # -- the pass
 
     def run(self, ids, real, layers, take):
-        """One pass over ids (B, T) that calls take(layer, state (B, T, width)) for each of layers.
+        """Call take(layer, state (B, T, width)) for each of layers as ids (B, T) pass through.
 
-        It is called while the model runs, so nothing is held; the pass ends at the deepest one.
+        No state is held, and the pass ends at the deepest layer.
         """
         wanted = set(layers)
         if self.blocks is None:
@@ -242,8 +239,7 @@ class HiddenStates:
         for layer, block in enumerate(self.blocks[:-1], start=1):
             handles.append(block.register_forward_hook(partial(after, layer)))
         try:
-            body = self.model.trunk if self.is_gpt else self.base  # without the head
-            output = self._call(body, ids, real)
+            output = self._call(self.model.trunk if self.is_gpt else self.base, ids, real)
             last = output[0] if self.is_gpt else getattr(output, "last_hidden_state", None)
             report(self.n_layer, last)
         except _Deepest:
@@ -259,10 +255,7 @@ class HiddenStates:
         return states
 
     def logits(self, ids, real):
-        """Logits (B, T, vocab) of ids (B, T); of a masked model, what it would put in each place.
-
-        A model of transformers has them with head=True.
-        """
+        """Logits (B, T, vocab) of ids (B, T); a model of transformers has them with head=True."""
         return self._call(self.model, ids, real).logits
 
     def layers(self, asked):
@@ -306,9 +299,8 @@ class HiddenStates:
     def _output_states(self, ids, real):
         """All hidden states as the model itself returns them: n_layer + 1 of them."""
         if self.is_gpt:
-            layers = list(range(self.model.config.n_layer + 1))
-            states = self._call(self.model, ids, real, hidden=layers).hidden
-            return [*states.values()]
+            layers = range(self.model.config.n_layer + 1)
+            return [*self._call(self.model, ids, real, hidden=layers).hidden.values()]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
     # -- what kind of model it is, by what it does
@@ -404,6 +396,8 @@ def longest_text(model, tokenizer):
 
 def load_from_transformers(name, dtype, head):
     """(model, tokenizer) of a causal or masked language model of transformers."""
+    import transformers
+
     Auto = transformers.AutoModel
     if head:
         config = from_hub(transformers.AutoConfig, name)
@@ -436,8 +430,7 @@ def hub_answers():
 def from_hub(Auto, name, **options):
     """Auto.from_pretrained(name, ...) of transformers for a name, a folder or a GGUF file.
 
-    Raises InputError where there is no such model, and for torn and foreign files, over which
-    transformers stumbles in nearly any way.
+    Over torn and foreign files transformers stumbles in nearly any way: all are one InputError.
     """
     folder = Path(name)
     ggufs = sorted(folder.glob("*.gguf"))
@@ -465,12 +458,14 @@ def from_hub(Auto, name, **options):
 
 def load_weights(Auto, name, **options):
     """The model, all of whose weights the files must hold: transformers draws missing ones."""
+    import transformers
+
     transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)  # of no state
-    if missing:
-        kind = type(model).__name__
-        raise InputError(f"{name} lacks weights of {kind} ({missing[0]}): torn, or without head")
+    for key in sorted(report["missing_keys"]):
+        if "pooler" not in key:  # which no state comes from
+            kind = type(model).__name__
+            raise InputError(f"{name} lacks weights of {kind} ({key}): torn, or without head")
     return model
 
 
@@ -478,10 +473,9 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 
 
 def gpt_from_hub(name, **options):
-    """Hugging Face GPT-2 weights as our GPT with equal logits; raises NotOurGPT for other models.
+    """Hugging Face GPT-2 weights as our GPT with equal logits, an export's sheets included."""
+    import transformers
 
-    A folder that export_lm wrote gives the sheets and their positions back, too.
-    """
     shape = gpt_shape(from_hub(transformers.AutoConfig, name), name)
     hub_model = load_weights(transformers.GPT2LMHeadModel, name, dtype=torch.float32).eval()
     weights = hub_model.state_dict()
@@ -553,21 +547,18 @@ def export_lm(spec, folder):
     AutoModelForCausalLM and AutoTokenizer open it.
     """
     model, tokenizer = load_lm(spec)
-    facts = ""
-    for name in ("config.yaml", "results.csv"):  # what a run of ours says of itself
-        path = Path(spec) / name
-        if path.is_file():
-            facts += f"## {name} of its run\n\n```\n{path.read_text()}```\n\n"
-    export_gpt(model, folder, tokenizer, facts)
+    export_gpt(model, folder, tokenizer)
 
 
-def export_gpt(model, folder, tokenizer=None, facts=""):
+def export_gpt(model, folder, tokenizer=None):
     """Write our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
 
     nanocortex.json beside the weights holds what that format has no place for: our options, the
-    units' positions, the tokenizer's state. facts: paragraphs of the model card. Raises
-    InputError for a model that is more than a GPT-2.
+    units' positions, the tokenizer's state. Raises InputError for a model that is more than a
+    GPT-2.
     """
+    import transformers
+
     c = model.config
     eot = getattr(tokenizer, "eot", None)
     config = transformers.GPT2Config(n_positions=c.block_size, bos_token_id=eot, eos_token_id=eot)
@@ -596,12 +587,15 @@ def export_gpt(model, folder, tokenizer=None, facts=""):
         extra["unit_at_cell"] = model.unit_at_cell.tolist()
     if tokenizer:
         extra["tokenizer"] = tokenizer.state
-        export_tokenizer(tokenizer, folder)
+        end = {} if eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
+        options = {"tokenizer_object": fast_tokenizer(tokenizer.state), **end}
+        options["clean_up_tokenization_spaces"] = False
+        transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
     write_aside(Path(folder, "nanocortex.json"), json.dumps(extra))
-    write_aside(Path(folder, "README.md"), model_card(model, facts))
+    write_aside(Path(folder, "README.md"), model_card(model))
 
 
-def model_card(model, facts):
+def model_card(model):
     """README.md of an exported model."""
     c = model.config
     topography = ", topography" if c.sheet else ""
@@ -614,19 +608,17 @@ A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_
 parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,},
 written by nanoCortex. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every sublayer;
 `nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what its
-training text makes likely, true or not, and has been tested for nothing but what is written here.
-
-{facts}"""
+training text makes likely, true or not, and has been tested for nothing.
+"""
 
 
 # ---- tokenizers
 
 
 def tokenizer_state_from_hub(name):
-    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives.
+    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives."""
+    import transformers
 
-    Raises NotOurGPT for a tokenizer that is not GPT-2's byte-level BPE to the letter.
-    """
     tokenizer = from_hub(transformers.AutoTokenizer, name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
@@ -670,19 +662,11 @@ def tokenizer_form(fast):
     return {"rules": [model["type"], *rules, words], "vocabulary": vocabulary}, special
 
 
-def export_tokenizer(tokenizer, folder):
-    """Write our Tokenizer for AutoTokenizer: the same ids for the same text.
+def fast_tokenizer(state):
+    """The tokenizers.Tokenizer with the ids of a tokenizer state.
 
     But '<|endoftext|>' in a text is plain text for ours, and the token there.
     """
-    special = {} if tokenizer.eot is None else {"bos_token": ENDOFTEXT, "eos_token": ENDOFTEXT}
-    fast = fast_tokenizer(tokenizer.state)
-    options = {"tokenizer_object": fast, "clean_up_tokenization_spaces": False, **special}
-    transformers.PreTrainedTokenizerFast(**options).save_pretrained(folder)
-
-
-def fast_tokenizer(state):
-    """The tokenizers.Tokenizer with the ids of a tokenizer state."""
     ranks = ranks_of(state)
     cutters = tokenizers.pre_tokenizers
     split = cutters.Split(tokenizers.Regex(state["pattern"]), "isolated")
@@ -781,10 +765,7 @@ def adopt_sheets(args, weights, foreign_args, path):
 
 
 def foreign_tokenizer(path, vocab_size, dataset=""):
-    """State of the tokenizer of a nanoGPT checkpoint: its characters, or GPT-2's BPE.
-
-    Characters are in meta.pkl, beside it or in nanoGPT's data/DATASET.
-    """
+    """Tokenizer state of a nanoGPT checkpoint: of meta.pkl, beside it or in data/, or GPT-2's."""
     folder = path.parent
     for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
         if meta.is_file():
@@ -794,8 +775,6 @@ def foreign_tokenizer(path, vocab_size, dataset=""):
             return tokenizer
     if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
         raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
-    if (folder / "tokenizer.json").is_file():
-        return tokenizer_state_from_hub(str(folder))
     files = [*folder.glob("vocab.bpe"), *folder.glob("merges.txt")]
     try:
         return state_of(gpt2_encoding(*files[:1]))
@@ -817,9 +796,8 @@ def load_positions(path, n_layer, n_units):
 def read_layer_pickles(folder):
     """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
 
-    facts: radius and windows that they were made for. A file gives each unit's coordinates (C, 2),
-    row and column. The published swap-optimised ones put several units on one cell and leave
-    others empty: that is said, and place_units deals them out.
+    facts: radius and windows that they were made for. The published swap-optimised files put
+    several units on one cell and leave others empty: that is said, and place_units deals them out.
     """
     files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
     if not files:
@@ -847,9 +825,10 @@ def read_layer_pickles(folder):
 def place_units(coordinates):
     """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
 
-    coordinates (C, 2) are rows and columns, whatever the shape of our grid (positions.places_of):
-    cells are numbered row by row. Units that have a cell each stay.
+    coordinates (C, 2): row and column of each unit, whatever the shape of our grid.
     """
+    from scipy.optimize import linear_sum_assignment
+
     side = positions.sheet_side(len(coordinates))
     cells = np.stack(np.divmod(np.arange(side * side), side), axis=1)
     distance = np.linalg.norm(coordinates[:, None] - cells, axis=-1)  # (units, cells)

@@ -36,7 +36,6 @@ class Config:
     method: Literal["sheet", "window"] = "sheet"  # swap: best pairs, or random trials (published)
     swap_windows: int = 50  # window: how many windows, each once while there are enough
     swap_trials: int = 50  # window: trial swaps in each
-    swap_rounds: int = 200  # sheet: rounds of swaps at most; it ends when none helps
     radius: int = 4  # a window is the cells closer than this to its centre
     norm: float = float("inf")  # in this p-norm: 1, 2, inf
     # ---- model whose responses are compared
@@ -61,9 +60,7 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
 
-    POSITIVE = (
-        "swap_windows swap_trials swap_rounds norm n_layer n_head n_embd block_size batch_size"
-    )
+    POSITIVE = "swap_windows swap_trials norm n_layer n_head n_embd block_size batch_size"
 
     def check(self):
         if self.samples < 2:
@@ -127,11 +124,11 @@ def text_windows(folder, split, samples, length, tokenizer=None):
 
 @dataclass
 class Layer:
-    """What a layer's swaps start from."""
+    """A sheet as it was laid out, and what it is compared with."""
 
     name: str
     r: np.ndarray  # (C, C), correlations of its units over unseen text
-    random: np.ndarray  # (C,), a random unit_at_cell to compare with
+    random: np.ndarray  # (C,), a random unit_at_cell
     unit_at_cell: np.ndarray  # (C,), where they are put
 
 
@@ -168,7 +165,7 @@ def lay_out(r, sheet, layer, start, config):
     spectral = positions.spectral_layout(r, seed=seed)
     if losses_of(sheet, r, spectral).mean() <= losses_of(sheet, r, start).mean():
         start = spectral  # a model trained on a sheet may have a better layout of its own
-    return positions.swap_sheet(r, sheet, start, rounds=config.swap_rounds)[0]
+    return positions.swap_sheet(r, sheet, start)[0]
 
 
 def losses_of(sheet, r, unit_at_cell):

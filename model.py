@@ -94,9 +94,8 @@ class Output(NamedTuple):
 class PositionEmbedding(nn.Embedding):
     """GPT-2's learned positions: the only place that knows how tokens get their order.
 
-    For another code change these methods; generation with its cache, NeuralGPT and the check of
-    exports follow. Rotary positions: this class as an nn.Module without weights, whose `add`
-    returns x and whose `turn` turns. An option for it is one more field of GPTConfig.
+    Generation with its cache, NeuralGPT and the check of exports follow. For rotary positions make
+    it an nn.Module without weights, whose `add` returns x and whose `turn` turns.
     """
 
     def __init__(self, config):
@@ -108,10 +107,7 @@ class PositionEmbedding(nn.Embedding):
 
     @staticmethod
     def turn(x, position, config):
-        """Queries or keys x (B, H, T, hd) of any layer at positions (.., 1, T): left as they are.
-
-        Their axes line up with x's, for any batch. What is returned has x's dtype.
-        """
+        """Queries or keys x (B, H, T, hd) at positions (.., 1, T): left as they are."""
         return x
 
 
@@ -273,7 +269,7 @@ class Block(nn.Module):
 def token_losses(logits, targets, make_probabilities=False):
     """Cross-entropies (n,) of logits (n, V) against targets (n,); 0 for -1, which does not count.
 
-    make_probabilities: they replace the logits, with zeros in rows that do not count.
+    make_probabilities: they replace the logits.
     """
     targets = targets[:, None]
     counted = targets >= 0
@@ -326,8 +322,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
     """Mean cross-entropy (nats) of the head x @ weight.T; targets of -1 do not count.
 
-    x (..., C), weight (V, C), targets (...). chunk: tokens at a time. losses_of: token_losses, or
-    that compiled.
+    x (..., C), weight (V, C), targets (...). chunk: tokens at a time.
     """
     device = x.device.type
     chunk = chunk or (1024 if device == "cpu" else 4096)  # a GPU wants larger products
@@ -349,11 +344,7 @@ def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
 
 
 class GPT(nn.Module):
-    """GPT-2 with sheets.
-
-    unit_at_cell (2 n_layer, n_embd): a permutation for each sheet (positions.py); None draws the
-    seeded random ones.
-    """
+    """GPT-2 with sheets; without unit_at_cell (2 n_layer, n_embd) their layouts are random."""
 
     def __init__(self, config, unit_at_cell=None, seed=0):
         super().__init__()
@@ -431,8 +422,8 @@ class GPT(nn.Module):
     ):
         """Everything before the head: x (B, T, C) after the final LayerNorm, losses, states.
 
-        windows, hidden: see forward. losses (2,): spatial and energy. position (.., T) of the
-        tokens and mask (.., T, K), True where they look: by default 0, 1, ... and causal.
+        losses (2,): spatial and energy. position (.., T) and mask (.., T, K), True where tokens
+        look: by default 0, 1, ... and causal.
         """
         c = self.config
         T = idx.size(1)
@@ -520,9 +511,9 @@ class GPT(nn.Module):
     def stream(self, prompts, max_new_tokens, stop=(), start=None, seed=0, **sampling):
         """Sample with a cache, yielding after each step B new tokens, None for rows that ended.
 
-        prompts: B lists of token ids of any lengths, or a tensor (B, T). stop: token ids that end a
-        row and are not given out. sampling: see pick_tokens. start(rows, length) reads the rows in
-        place of _start. A row whose context is full goes on from its last block_size // 2 tokens.
+        prompts: B lists of token ids, or a tensor (B, T). stop: token ids that end a row and are
+        not given out. sampling: see pick_tokens. start: reads the rows in place of _start. A row
+        whose context is full goes on from its last block_size // 2 tokens.
         """
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
@@ -563,8 +554,8 @@ class GPT(nn.Module):
 def pick_tokens(logits, generator, temperature=1.0, top_k=None, top_p=None):
     """Draw the next token ids (B,) from logits (B, V).
 
-    temperature: 0 is the most likely token, always. top_k: only the k most likely. top_p: only the
-    smallest set of at least this probability (nucleus).
+    temperature: 0 is greedy. top_k: only the k most likely. top_p: only the smallest set of at
+    least this probability (nucleus).
     """
     cuts = (top_k is None or top_k > 0, top_p is None or 0 < top_p <= 1)
     if temperature < 0 or not all(cuts):
@@ -607,7 +598,7 @@ class Cache:
 
     kv (n_layer, 2, B, H, room + length, hd), of which `used` columns are filled: first `room` of a
     neural prefix, then the text's. real (B, room + T): False where text does not look. position
-    (B,): of the next token. crosses: as GPT.trunk takes it.
+    (B,): of the next token.
     """
 
     def __init__(self, lm, real, length, room=0, crosses=None):
@@ -659,7 +650,7 @@ class EncoderConfig:
 class PlaceCode(nn.Module):
     """Fourier series of places xyz (..., C, 3) in m, of period 0.25 m: codes (..., C, M).
 
-    Also which places are known (..., C): a channel whose place is nan is absent.
+    And which places are known (..., C): not nan.
     """
 
     def __init__(self, degree):
@@ -669,7 +660,7 @@ class PlaceCode(nn.Module):
         self.register_buffer("waves", 2 * math.pi / 0.25 * waves, persistent=False)  # (M / 2, 3)
 
     def weights(self, width):
-        """A parameter (M, width): codes @ it has about the variance of the code's entries."""
+        """A parameter (M, width) that keeps the code's variance."""
         M = 2 * len(self.waves)
         return nn.Parameter(torch.randn(M, width) * M**-0.5)
 
@@ -702,10 +693,10 @@ def time_code(P, width, device):
 
 
 class Montage(nn.Module):
-    """Any number and order of electrodes into `virtual` channels, for each person in their own way.
+    """Any electrodes into `virtual` channels, for each person in their own way.
 
-    Electrodes are mixed by weights that are functions of their places. (B, C, T) -> (B, K, T), of
-    unit variance where the electrodes have it and are independent, and a person's token (B, width).
+    They are mixed by weights that are functions of their places. (B, C, T) -> (B, K, T), of unit
+    variance where the electrodes have it and are independent, and a person's token (B, width).
     """
 
     def __init__(self, c, width):
@@ -809,7 +800,7 @@ class ElectrodeEncoder(nn.Module):
         """
         masks = [present[:, None, None]] * len(self.blocks)
         if self.reach is not None:
-            masks = [near.to(tokens.dtype) for near in self.reach(spots, spots, present)]
+            masks = [near.to(tokens.dtype) for near in self.reach(spots, present)]
         for block, mask in zip(self.blocks, masks):
             tokens = block(tokens, Context(mask=mask))[0]
         return tokens
@@ -942,13 +933,10 @@ class Reach(nn.Module):
         self.place = nn.Parameter(place.repeat(n_layer, 1))
         self.time = nn.Parameter(time.repeat(n_layer, 1))
 
-    def forward(self, asks, spots, present):
-        """asks (B, N, 4), spots (B, K, 4) in cm and patches, present (B, K).
-
-        Yields (B, H, N, K) for each layer.
-        """
-        difference = asks[:, :, None] - spots[:, None]  # (B, N, K, 4)
-        distance = difference[..., :3].square().sum(-1)[:, None]  # squared, (B, 1, N, K)
+    def forward(self, spots, present):
+        """spots (B, N, 4) in cm and patches, present (B, N): yields (B, H, N, N) for each layer."""
+        difference = spots[:, :, None] - spots[:, None]  # (B, N, N, 4)
+        distance = difference[..., :3].square().sum(-1)[:, None]  # squared, (B, 1, N, N)
         delay = difference[..., 3].abs()[:, None]
         for place, time in zip(self.place, self.time):
             near = -distance * (-2 * place).exp()[:, None, None] / 2
@@ -957,10 +945,7 @@ class Reach(nn.Module):
 
 
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
-    """Load the tensors of a state dict that fit the module by name and shape.
-
-    Returns their share of the module's numbers, which must reach the threshold, and what is left.
-    """
+    """Load what fits of a state dict; its share of the module's numbers, and what is left."""
     weights = module.state_dict()
     fitting = {}
     for name, value in state.items():
@@ -977,10 +962,9 @@ def load_matching(module, state, threshold=0.5, path="checkpoint"):
 def load_encoder(spec):
     """(NeuralEncoder in evaluation mode, recipe) of a run folder or checkpoint of foundation.py.
 
-    The recipe says how to feed it: data/recording.py's resampled, robust_scale, places and
-    encoder_input take it; window (s), subjects (names: a person's number is the place in the list,
-    -1 for anybody else), recordings (what it was trained on: dataset, name, subject, channels,
-    xyz, centre, scale, and `seen`, the span of time in s).
+    The recipe says how to feed it (data/recording.py takes it): window (s), subjects (a person's
+    number is the place in the list, -1 for anybody else), recordings (what it was trained on:
+    dataset, name, subject, channels, xyz, centre, scale, and `seen`, the span of time in s).
     """
     path = Path(spec)
     if path.suffix != ".pt":
@@ -1046,9 +1030,7 @@ class Cross(nn.Module):
 class NeuralGPT(nn.Module):
     """A GPT that reads neural signals: [BON, n_1 .. n_P, EON | text].
 
-    BON and the encoder's tokens n take the experts, EON and text the language model's weights,
-    which stay what they are.
-
+    BON and the encoder's tokens n take the experts, EON and text the language model's weights.
     fusion: 'prefix' (the language model's weights for all), 'expert' (experts in the last `layers`
     layers, 0: in each) or 'cross' (no prefix: text looks at n by gated cross-attention).
     text_positions: 'zero' (text begins at position 0, the prefix has the encoder's code of time) or
@@ -1110,8 +1092,8 @@ class NeuralGPT(nn.Module):
     def trunk(self, n, idx, position=None, mask=None, cache=None, states=None):
         """Text states (B, T, C) after the final LayerNorm, of neural tokens (B, P, C) and ids.
 
-        position (.., T) and mask (.., T, T) of the text: by default 0, 1, ... and causal. states:
-        a list to which every layer's input (neural rows, EON and text) is appended.
+        position and mask as in GPT.trunk. states: a list to which every layer's input (neural
+        rows, EON and text) is appended.
         """
         lm = self.lm
         if position is None:
@@ -1180,9 +1162,7 @@ class NeuralGPT(nn.Module):
         prompt: token ids, or B lists of them. options as in GPT.stream.
         """
         prompts = prompt if isinstance(prompt[0], (list, tuple)) else [prompt] * len(n)
-        longest = max(len(row) for row in prompts)
-        self.check_length(n.size(1), longest + max_new_tokens)
-
+        self.check_length(n.size(1), max(map(len, prompts)) + max_new_tokens)
         start = partial(self._start, n)
         return self.lm.generate(prompts, max_new_tokens, start=start, **options)
 
@@ -1272,7 +1252,7 @@ def _rename_encoder(weights, config):
 
 
 def lm_state(model):
-    """What builds a language model again: kind, model_args and weights, with its sheets."""
+    """What builds a language model again."""
     return {"kind": "lm", "model_args": asdict(model.config), "model": model.state_dict()}
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.spatial import KDTree
 from torch.nn import functional as F
 
 from data import InputError, aside, check_content
@@ -45,12 +44,10 @@ def sheet_side(n_units):
 def places_of(cells, side):
     """Where cells (n,) lie on the sheet: row and column (n, 2).
 
-    Windows, closeness, neighbours, swaps and Moran's I follow from it. For hexagons, say, move
-    every other row by half a column and bring rows together to 3 ** 0.5 / 2.
-
-    What takes the side x side cells for the pixels of an image stays square, and is to be changed
-    by itself: weight_loss and head_mosaic here, the blur of topography.contrast_map, and pictures
-    (imshow). Position files name cells by number, so they fit any grid.
+    Windows, closeness, neighbours, swaps and Moran's I follow from it: for hexagons, say, move
+    every other row by half a column and bring rows together to 3 ** 0.5 / 2. What takes the cells
+    for the pixels of an image stays square: weight_loss and head_mosaic, the blur of
+    topography.contrast_map, and pictures.
     """
     return np.stack(np.divmod(np.asarray(cells), side), axis=1).astype(np.float64)
 
@@ -75,11 +72,11 @@ def window_cells(side, radius, norm=float("inf")):
     most = (side + 1) // 2
     if not 2 <= radius <= most:
         raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
-    places = places_of(np.arange(side * side), side)
-    near = radius - 1e-9  # rounding makes no cell nearer
-    windows = KDTree(places).query_ball_point(places, near, p=norm, return_sorted=True)
-    n_cells = max(map(len, windows))  # windows at the edge have fewer
-    return np.array([cells for cells in windows if len(cells) == n_cells])
+    distance = np.linalg.norm(offsets(np.arange(side * side), side), norm, axis=-1)
+    inside = distance < radius - 1e-9  # rounding makes no cell nearer
+    n_cells = inside.sum(1)
+    whole = inside[n_cells == n_cells.max()]  # windows at the edge have fewer
+    return whole.nonzero()[1].reshape(len(whole), -1)
 
 
 @cache
@@ -92,10 +89,7 @@ def neighbours(side, kind="queen"):
 
 
 def draw_windows(n_sheets, n_windows, count, generator):
-    """Numbers (n_sheets, count) of windows, drawn for each sheet without replacement.
-
-    All of them, in order, where there are not more than `count`.
-    """
+    """Numbers (n_sheets, count) of windows, drawn for each sheet without replacement."""
     if count >= n_windows:
         return torch.arange(n_windows).repeat(n_sheets, 1)
     return torch.rand(n_sheets, n_windows, generator=generator).argsort(1)[:, :count]
@@ -114,10 +108,7 @@ def random_positions(n_layer, n_units, seed=0):
 
 
 def head_mosaic(n_head, n_units):
-    """unit_at_cell (n_units,) with each attention head a square patch of a square mosaic.
-
-    16 heads of 49 units: 4 x 4 patches of 7 x 7 cells.
-    """
+    """unit_at_cell (n_units,) with heads as a mosaic: 16 heads of 49 units in 4 x 4 patches."""
     patches = round(n_head**0.5)
     patch = round((n_units // n_head) ** 0.5)
     if patches**2 != n_head or patch**2 * n_head != n_units:
@@ -127,10 +118,7 @@ def head_mosaic(n_head, n_units):
 
 
 def save_positions(path, unit_at_cell, **facts):
-    """Write one small .npz: an int32 permutation (C,) for each sheet under its name.
-
-    `facts` of how it was made go in as JSON.
-    """
+    """Write an .npz: an int32 permutation (C,) for each sheet, and as JSON how they were made."""
     names = layer_names(len(unit_at_cell) // 2)
     arrays = {name: row.astype(np.int32) for name, row in zip(names, unit_at_cell)}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -141,8 +129,7 @@ def save_positions(path, unit_at_cell, **facts):
 def load_positions(path, n_layer, n_units):
     """unit_at_cell (2 n_layer, n_units) int64 from a file of save_positions.
 
-    Raises InputError where it is missing, torn, or made for another shape. convert.load_positions
-    reads TopoLM's folders, too.
+    convert.load_positions reads TopoLM's folders, too.
     """
     if not os.path.lexists(path):
         raise InputError(f"positions file {path} is missing: make one with python init_pos.py")
@@ -173,10 +160,9 @@ def stack_layers(layers, n_layer, n_units, path):
 
 
 def normalise(x):
-    """Rows of x (C, T), units over tokens, centred and of unit length in float32.
+    """z of rows x (C, T), centred and of unit length in float32: z @ z.T are correlations.
 
-    z @ z.T are correlations. A row that is constant but for rounding, or all but silent, becomes
-    zeros.
+    A row that is constant but for rounding, or all but silent, becomes zeros.
     """
     x = x.float()
     mean = x.mean(1, keepdim=True)
@@ -186,31 +172,18 @@ def normalise(x):
     return x * (torch.where(alive, energy, 1.0).rsqrt() * alive)
 
 
-def window_correlations(x, units):
-    """Pearson correlations (K, n, n), float32, over the T rows of x (T, C).
-
-    units (K, n): the units in each window.
-    """
-    K, n = units.shape
-    if K * n * n > x.size(1) ** 2:  # many windows: blocks of one Gram matrix
-        z = normalise(x.T)
-        return (z @ z.T)[units[:, :, None], units[:, None, :]]
-    z = normalise(x.T.index_select(0, units.flatten())).view(K, n, -1)
-    return z @ z.mT
-
-
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
     """How far a sheet is from "nearby units respond alike", over K of its windows.
 
-    x (..., C): activations; every leading index is a token.
-    units (K, n): the units in each window's cells. near (n, n): closeness() of those cells.
-    kind: 'relative', 1/2 (1 - corr(r, D)) in [0, 1] (Margalit et al. 2024), or 'absolute',
-    mean |r - D| over pairs (Lee et al. 2020). accum: 'mean' or 'maximum' over the windows.
-    Correlations are float32 under any autocast; constant units count as uncorrelated.
+    x (..., C): activations; every leading index is a token. units (K, n): the units in each
+    window's cells. near (n, n): closeness() of those cells. kind: 'relative', 1/2 (1 - corr(r, D))
+    in [0, 1] (Margalit et al. 2024), or 'absolute', mean |r - D| over pairs (Lee et al. 2020).
+    accum: 'mean' or 'maximum' over the windows. Float32 under any autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
-        r = window_correlations(x.flatten(0, -2), units)  # (K, n, n)
-        n = r.size(1)
+        n = units.size(1)
+        z = normalise(x.flatten(0, -2).T.index_select(0, units.flatten())).unflatten(0, (-1, n))
+        r = z @ z.mT  # (K, n, n)
         n_pairs = n * (n - 1)
         off_diagonal = 1 - torch.eye(n, device=r.device)
         if kind == "absolute":
@@ -229,9 +202,9 @@ def spatial_loss(x, units, near, kind="relative", accum="mean"):
 def weight_loss(weight, unit_at_cell, factor=3.0):
     """TopoLoss, the rival (Deb et al. 2025): how far a sheet of weights is from its blurred self.
 
-    weight (C, in): of the linear layer whose output units lie on the sheet; unit_at_cell (C,).
-    The sheet is shrunk bilinearly by `factor` per axis and enlarged again; the loss is 1 - mean
-    over cells of the cosine between a cell's weights and its blurred ones, in float32.
+    weight (C, in): of the linear layer whose output units lie on the sheet. The sheet is shrunk
+    bilinearly by `factor` per axis and enlarged again; the loss is 1 - mean over cells of the
+    cosine between a cell's weights and its blurred ones, in float32.
     """
     side = sheet_side(len(weight))
     with torch.autocast(weight.device.type, enabled=False):
@@ -246,11 +219,10 @@ def weight_loss(weight, unit_at_cell, factor=3.0):
 
 
 def moran(values, kind="queen"):
-    """Moran's I of maps (..., side, side).
+    """Moran's I of maps (..., side, side): near 1 for smooth fields, -1/(N - 1) for noise.
 
-    Near -1/(N - 1) for noise, near 1 for smooth fields, -1 for a checkerboard under 'rook'.
     I = (N/W) Σ_ij w_ij z_i z_j / Σ_i z_i², z centred and w row-standardised (each cell's
-    neighbours of that kind share the weight 1, as in PySAL). A constant map has no I: nan.
+    neighbours share the weight 1, as in PySAL). A constant map has no I: nan.
     """
     values = np.asarray(values, np.float64)
     near = neighbours(values.shape[-1], kind).astype(np.float64)
@@ -267,9 +239,8 @@ def moran(values, kind="queen"):
 class Sheet:
     """The windows of a square sheet in the form that swaps use, one for all layers.
 
-    cells (M, n): the cells of every window. inside (M, C): 1 where a window has a cell.
-    near (C, C): the closeness of any two cells minus its mean over the pairs of a window, with a
-    zero diagonal.
+    cells (M, n): of every window. inside (M, C): 1 where a window has a cell. near (C, C): the
+    closeness of any two cells minus its mean over the pairs of a window, with a zero diagonal.
     """
 
     def __init__(self, n_units, radius, norm=float("inf"), dtype=np.float32):
@@ -292,12 +263,13 @@ class Sheet:
 
         r (C, C): correlations between cells, of zero diagonal.
         """
-        totals = []
-        for products in (r, r * r, r * self.near):
-            totals.append(((self.inside @ products) * self.inside).sum(1, dtype=np.float64))
-        total, squares, cross = totals
-        variance = np.maximum(squares - total * total / self.n_pairs, 1e-9)
-        return total, cross, variance
+
+        def over_windows(products):
+            return ((self.inside @ products) * self.inside).sum(1, dtype=np.float64)
+
+        total = over_windows(r)
+        variance = np.maximum(over_windows(r * r) - total * total / self.n_pairs, 1e-9)
+        return total, over_windows(r * self.near), variance
 
     def losses(self, r):
         """Relative spatial loss (M,) of every window; equals spatial_loss."""
@@ -363,8 +335,7 @@ def swap_window(r, sheet, unit_at_cell, windows=50, trials=50, seed=0):
     """Pre-optimisation as published: random pairs of cells trade units in random windows.
 
     A swap is undone where it raises the window's loss. Windows are drawn without replacement
-    while there are enough. r (C, C): correlations of the units. sheet: a Sheet.
-    unit_at_cell (C,): where it starts.
+    while there are enough. r (C, C): correlations of the units. unit_at_cell (C,): where it starts.
     Returns the new unit_at_cell and [mean loss over all windows before, after].
     """
     rng = np.random.default_rng(seed)
@@ -390,10 +361,9 @@ def swap_window(r, sheet, unit_at_cell, windows=50, trials=50, seed=0):
 
 
 def spectral_layout(r, seed=0):
-    """unit_at_cell (C,) with like units together, a place to start swaps from (Hall 1970).
+    """unit_at_cell (C,) with like units together, to start swaps from (Hall 1970).
 
-    The first principal component of the correlations r (C, C) orders the units into columns of
-    the sheet, the second orders each column.
+    The first principal component of r (C, C) orders the units into columns, the second each column.
     """
     side = sheet_side(len(r))
     v = np.random.default_rng(seed).standard_normal((len(r), 8)).astype(r.dtype)
@@ -410,13 +380,11 @@ def swap_sheet(r, sheet, unit_at_cell=None, rounds=200, stop_loss=0.0, seed=0):
     In each round every cell names its best partner, and as many of these pairs as are disjoint
     trade units. A round counts only when the exact loss falls; else half of its pairs are tried,
     and the search ends when not even one pair helps. The gain of a pair is the fall of the mean
-    loss over all windows, overlaps and edges included: exact in the windows' sums of r, r² and
-    r near, first order in how the loss follows from these.
+    loss over all windows, to first order in the windows' sums of r, r² and r near.
 
-    r (C, C): correlations of the units. sheet: a Sheet. unit_at_cell (C,): where it starts, None
-    for spectral_layout(r, seed). Stops at stop_loss, or after `rounds`.
-    Returns the new unit_at_cell and the mean losses over all windows: at the start, and after
-    each round.
+    r (C, C): correlations of the units. unit_at_cell (C,): where it starts, None for
+    spectral_layout(r, seed). Returns the new unit_at_cell and the mean losses over all windows:
+    at the start, and after each round.
     """
     layout = spectral_layout(r, seed) if unit_at_cell is None else np.array(unit_at_cell)
     r = r[layout][:, layout]  # between cells from here on
@@ -436,7 +404,7 @@ def swap_sheet(r, sheet, unit_at_cell=None, rounds=200, stop_loss=0.0, seed=0):
 
 
 def _helpful_swaps(r, sheet, pairs, loss):
-    """The first of `pairs`, r and mean loss after swapping them: halved until the loss falls."""
+    """The first of `pairs`, halved until the loss falls; r and loss after swapping them."""
     while len(pairs):
         moved = np.arange(len(r))
         moved[pairs] = moved[pairs[:, ::-1]]
@@ -449,10 +417,7 @@ def _helpful_swaps(r, sheet, pairs, loss):
 
 
 def disjoint_pairs(gains):
-    """Pairs (P, 2) of cells, best first, none twice.
-
-    Each cell with the partner it gains most with, while both are free and the gain is positive.
-    """
+    """Pairs (P, 2) of cells, best first: each cell with its best partner while both are free."""
     partner = gains.argmax(1)
     gain = gains[np.arange(len(gains)), partner]
     free = [True] * len(gains)

@@ -138,9 +138,7 @@ def validation_starts(tokens, config):
     n_windows = (len(tokens) - 1) // config.block_size
     n_batches = n_windows // config.batch_size
     if n_batches < 1:
-        raise InputError(
-            f"{tokens.path}: {len(tokens):,} tokens are less than one batch of block_size"
-        )
+        raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than a batch of block_size")
     if config.eval_batches:
         n_batches = min(n_batches, config.eval_batches)
     count = n_batches * config.batch_size
@@ -150,9 +148,9 @@ def validation_starts(tokens, config):
 class Loader:
     """Micro-batches of random windows without replacement.
 
-    Window k of the run, counted over all ranks, is the same for any number of ranks and any alpha:
-    epoch k // n_windows reads the stream's windows in an order, and from an offset, keyed by
-    (seed, epoch). `cursor` counts the windows of the steps that are done.
+    Window k of the run is the same for any number of ranks and any alpha: epoch k // n_windows
+    reads the stream's windows in an order, and from an offset, keyed by (seed, epoch). `cursor`
+    counts the windows of the steps that are done.
     """
 
     def __init__(self, run, tokens, config, n_micro, cursor=0):
@@ -187,12 +185,12 @@ class Loader:
 
 
 def ngram_losses(train, val, starts, length, vocab_size):
-    """Cross-entropy (nats per token) of unigram, bigram and trigram models of the training tokens.
+    """Cross-entropy (nats per token) of n-gram models on the tokens that the GPT is validated on.
 
-    Interpolated by Witten and Bell's rule (Chen & Goodman 1998), on the very tokens that the model
-    is validated on.
+    Interpolated by Witten and Bell's rule (Chen & Goodman 1998).
     """
     train = np.asarray(train, np.int64)
+    val = np.asarray(val, np.int64)
     places = (starts[:, None] + np.arange(1, length + 1)).ravel()
     places = places[places >= 2]
     p = np.full(len(places), 1 / vocab_size)
@@ -203,10 +201,10 @@ def ngram_losses(train, val, starts, length, vocab_size):
         asked = np.zeros(len(places), np.int64)
         for back in range(order, 0, -1):
             contexts = contexts * vocab_size + train[order - back : len(train) - back]
-            asked = asked * vocab_size + np.asarray(val[places - back], np.int64)
+            asked = asked * vocab_size + val[places - back]
         grams = pd.Series(contexts * vocab_size + train[order:]).value_counts()
         kinds = pd.Series(grams.index // vocab_size).value_counts()
-        wanted = asked * vocab_size + np.asarray(val[places], np.int64)
+        wanted = asked * vocab_size + val[places]
         c = grams.reindex(wanted, fill_value=0).to_numpy()
         n = pd.Series(contexts).value_counts().reindex(asked, fill_value=0).to_numpy()
         t = kinds.reindex(asked, fill_value=0).to_numpy()  # kinds of word that follow the context
@@ -308,10 +306,9 @@ def recompute_blocks(model):
 
 
 def orthogonalise(matrix):
-    """The matrix U V^T nearest to `matrix` = U S V^T, roughly.
+    """U V^T of `matrix` = U S V^T, roughly, in the matrix's own precision.
 
-    Five Newton-Schulz steps leave singular values between about 0.7 and 1.2. Coefficients of
-    Jordan et al. 2024 (Muon). Computed in the matrix's own precision.
+    Five Newton-Schulz steps leave singular values between about 0.7 and 1.2 (Jordan et al. 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.size(0) > matrix.size(1)
@@ -326,9 +323,8 @@ def orthogonalise(matrix):
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of each matrix is orthogonalised (Jordan et al. 2024).
 
-    The updates are those of torch.optim.Muon, which orthogonalises in bfloat16 whatever the
-    weights: a CPU without bfloat16 emulates that, a hundred times as slow. This one computes in
-    the run's `dtype`.
+    The updates of torch.optim.Muon, but in the run's `dtype`: that one computes in bfloat16, which
+    a CPU without it emulates, a hundred times as slow.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
@@ -353,10 +349,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, device, dtype=torch.float32):
-    """A list: AdamW alone, or AdamW and, for the blocks' matrices, Muon.
-
-    Each group remembers its peak learning rate as 'peak'.
-    """
+    """[AdamW], or with Muon for the blocks' matrices; groups keep their 'peak' learning rate."""
     muon, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:
@@ -397,10 +390,10 @@ def lr_share(step, config):
 
 @torch.no_grad()
 def evaluate(run, config, data, model, n_batches=0):
-    """Losses on the fixed validation windows, dealt over the ranks in whole micro-batches.
+    """Losses on the fixed validation windows, or on n_batches of them, dealt over the ranks.
 
     Returns a dict: task, spatial (mean over sheets), total, low and high (the 95 % interval of the
-    task loss over micro-batches), n (tokens). n_batches: so many of them only, evenly spread.
+    task loss over micro-batches), n (tokens).
     """
     batches = data.val_starts.reshape(-1, config.batch_size)
     if n_batches:
@@ -474,10 +467,7 @@ def plot_losses(run, baselines):
 
 @torch.no_grad()
 def component_maps(run, model, idx):
-    """{layer: map (side, side)}: each unit's loading on the first component of its layer.
-
-    That is the first principal component of the units' responses to the tokens idx (B, T).
-    """
+    """{layer: map (side, side)}: loadings on the first component of responses to idx (B, T)."""
     names = positions.layer_names(model.config.n_layer)
     side = positions.sheet_side(model.config.n_embd)
     model.eval()
@@ -492,10 +482,7 @@ def component_maps(run, model, idx):
 
 
 def plot_sheets(run, config, data, model):
-    """sheets.png: component_maps before and after training, on validation text, with Moran's I.
-
-    Unsmoothed: Moran's I is near 0 where place means nothing. Says its mean over the sheets.
-    """
+    """sheets.png: component_maps before and after training, unsmoothed, with Moran's I."""
     idx = torch.from_numpy(data.val.windows(data.val_starts[:8], config.block_size)).to(run.device)
     before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
     n_sheets = 2 * model.config.n_layer
@@ -515,10 +502,8 @@ def plot_sheets(run, config, data, model):
     title = "loadings on the first principal component of each sheet's responses"
     figure.suptitle(f"{run.out}: {title}, text of {config.dataset}, alpha={config.alpha}")
     figure.savefig(run.out / "sheets.png", dpi=120)
-    run.print(
-        f"Moran's I of the first component on the sheet, mean over {n_sheets} sheets: "
-        f"{means[0]:.3f} before, {means[1]:.3f} after training"
-    )
+    what = f"Moran's I of the first component on the sheet, mean over {n_sheets} sheets"
+    run.print(f"{what}: {means[0]:.3f} before, {means[1]:.3f} after training")
 
 
 def report(run, config, data, training, scores, baselines):
@@ -540,9 +525,8 @@ def report(run, config, data, training, scores, baselines):
 
 # ---- time
 #
-# The first steps tell what a step takes on this machine. That settles max_iters where `minutes` is
-# given. It is also kept in the cache folder: after one run with compile=True and one without, a CPU
-# knows when compiling pays.
+# What the first steps take settles max_iters where `minutes` is given. It is kept in the cache
+# folder: after one run with compile=True and one without, a CPU knows when compiling pays.
 
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 WARM_UP = 2  # steps that are not measured: they compile, and fetch memory
@@ -551,10 +535,7 @@ CLOSING = 8.0  # seconds of the last checkpoint and the figures
 
 
 def settle_options(run, config, model, state):
-    """Decide `compile` and, with `minutes`, max_iters as far as it is known.
-
-    A resumed run keeps what it began with, unless it is told otherwise.
-    """
+    """Decide `compile`, and max_iters as far as it is known; a resumed run keeps its own."""
     saved = state["config"] if state else {}
     if config.compile == "auto" and state:
         config.compile = saved["compile"]
@@ -603,9 +584,9 @@ def plan(run, config, data, training):
 
 
 def read_timings(run, config, model):
-    """The file of step times of this machine, precision and shape, and what it holds.
+    """The file of this machine, precision and shape, and the seconds that it holds.
 
-    {"eager", "compiled": seconds of a step, "compiling": seconds}, as far as they are known.
+    {"eager", "compiled": of a step, "compiling"}, as far as they are known.
     """
     machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     step = [config.batch_size, config.block_size, config.tokens_per_step, config.optimizer]
@@ -645,10 +626,7 @@ def compiling_pays(run, config, model):
 
 
 def dry_run(run, config, data):
-    """Say what the run needs: parameters, memory, disk and, from one layer of the model, time.
-
-    Memory and disk are of weights, gradients and optimiser state in float32, without activations.
-    """
+    """Say what the run needs: parameters, memory, disk and, from one layer of the model, time."""
     options = model_options(config, data)
     whole = GPTConfig(**options)
     if config.init_from not in ("scratch", "resume"):
@@ -761,11 +739,8 @@ def describe(run, config, data, training):
 
 
 def validate(run, config, data, training, finished):
-    """Validate, log, and save best.pt where it is the best so far. Returns evaluate's scores.
-
-    A few batches are enough at step 0, when nothing is learned yet.
-    """
-    n_batches = 4 if training.step == 0 and not finished else 0
+    """Validate, log, and save best.pt where it is the best so far. Returns evaluate's scores."""
+    n_batches = 4 if training.step == 0 and not finished else 0  # nothing is learned yet
     scores = evaluate(run, config, data, training.model, n_batches)
     run.log(training.step, **{f"val_{key}": scores[key] for key in ("task", "spatial", "total")})
     moved = training.step not in (0, training.resumed)

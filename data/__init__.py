@@ -93,13 +93,7 @@ def file_hash(path, kind="sha256"):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only. Aliases are refused: a few lines of them can outgrow any memory."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            line = self.peek_event().start_mark.line + 1
-            raise yaml.YAMLError(f"line {line}: an alias (*) repeats a value: write it out")
-        return super().compose_node(parent, index)
+    """Plain values only."""
 
 
 # YAML 1.1 reads 1e-3 as text; the JSON spelling of numbers is what people type.
@@ -111,7 +105,7 @@ _PlainLoader.add_implicit_resolver(
 
 
 def read_yaml(text):
-    """Plain values from YAML text: no objects, no aliases. Raises yaml.YAMLError."""
+    """Plain values from YAML text, no objects. Raises yaml.YAMLError."""
     return yaml.load(text, _PlainLoader)
 
 
@@ -234,9 +228,8 @@ def read_pickle(path, allowed=()):
             return RestrictedUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a torn pickle raises nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise InputError(
-            f"{path} cannot be read ({reason}): it is torn, or not what its name says"
-        ) from None
+        problem = "it is torn, or not what its name says"
+        raise InputError(f"{path} cannot be read ({reason}): {problem}") from None
 
 
 def _load_storage(content):
@@ -274,10 +267,8 @@ def check_options(folder, made_with, options):
     changed = [key for key in options if made_with.get(key) != options[key]]
     if changed:
         before = ", ".join(f"{key}={made_with.get(key)}" for key in changed)
-        raise InputError(
-            f"{folder} was made with {before}: give overwrite=True to make it again, "
-            "or another out_dir"
-        )
+        cure = "give overwrite=True to make it again, or another out_dir"
+        raise InputError(f"{folder} was made with {before}: {cure}")
 
 
 def already_made(folder, options, is_complete, overwrite=False, **version):

@@ -73,7 +73,7 @@ BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 class Tokenizer:
     """Text to token ids and back.
 
-    state: what it was made from; core: the tiktoken.Encoding; n_vocab: ids, special ones included;
+    state: what it was made from; core: the tiktoken.Encoding; n_vocab: special ids included;
     special: {text: id}; eot: the id of <|endoftext|>, or None; known: the characters of a tokenizer
     without all 256 bytes, else None.
     """
@@ -191,18 +191,20 @@ def nanogpt_characters(path):
 
 
 def gpt2_encoding(bpe=""):
-    """GPT-2's byte-level BPE as a tiktoken.Encoding: from the file `bpe` (vocab.bpe, merges.txt or
-    r50k_base.tiktoken, its checksum verified), else tiktoken's cache, else the network."""
+    """GPT-2's byte-level BPE as a tiktoken.Encoding.
+
+    From the file `bpe` (vocab.bpe, merges.txt or r50k_base.tiktoken, its checksum verified), else
+    tiktoken's cache, else the network.
+    """
     if bpe:
         return encoding(_gpt2_state(Path(bpe)))
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network; a download with a wrong checksum
-        raise InputError(
-            f"GPT-2's BPE is not in tiktoken's cache, nor reachable ({type(error).__name__}): run "
-            "once with network, point TIKTOKEN_CACHE_DIR to a cache copied from another machine, "
-            "or give its vocab.bpe with bpe=FILE"
-        ) from None
+        cure = "run once with network, point TIKTOKEN_CACHE_DIR to a cache copied from another "
+        cure += "machine, or give its vocab.bpe with bpe=FILE"
+        where = f"not in tiktoken's cache, nor reachable ({type(error).__name__})"
+        raise InputError(f"GPT-2's BPE is {where}: {cure}") from None
 
 
 def _gpt2_state(path):
@@ -214,10 +216,8 @@ def _gpt2_state(path):
     elif GPT2_MERGES in digests:
         ranks = ranks_of_merges(text.decode())
     else:
-        raise InputError(
-            f"{path} is not GPT-2's BPE: its SHA-256 is neither that of vocab.bpe (merges.txt) nor "
-            "that of r50k_base.tiktoken; fetch it again"
-        )
+        wrong = "its SHA-256 is neither that of vocab.bpe (merges.txt) nor of r50k_base.tiktoken"
+        raise InputError(f"{path} is not GPT-2's BPE: {wrong}; fetch it again")
     return make_state("gpt2", GPT2_PATTERN, ranks, {ENDOFTEXT: ranks.count("\n")})
 
 
@@ -243,10 +243,8 @@ def learn_bpe(texts, vocab_size, name):
     bpe.train_from_iterator(texts, vocab_size - 1, show_progress=False, length=len(texts))
     vocabulary = bpe.get_vocab()
     if len(vocabulary) < vocab_size - 1:
-        raise InputError(
-            f"the text yields {len(vocabulary) + 1} tokens and not vocab_size={vocab_size}: "
-            "give a smaller vocab_size or more text"
-        )
+        yields = f"{len(vocabulary) + 1} tokens and not vocab_size={vocab_size}"
+        raise InputError(f"the text yields {yields}: give a smaller vocab_size or more text")
     ranks = rank_file({bytes_of(spelled): rank for spelled, rank in vocabulary.items()})
     return make_state(name, GPT2_PATTERN, ranks, {ENDOFTEXT: len(vocabulary)})
 
@@ -280,10 +278,10 @@ def dtype_of(vocab_size):
 
 
 def write_dataset(folder, splits, tokenizer, **meta):
-    """Write a dataset, streaming, and return its meta. Raises InputError.
+    """Write a dataset, streaming, and return its meta. An older meta.yaml goes first.
 
-    splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}, written in this order;
-    tokenizer: a state; meta: more keys for meta.yaml, plain types. An older meta.yaml goes first.
+    splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}; tokenizer: a state;
+    meta: more keys for meta.yaml, plain types.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -352,8 +350,8 @@ def tokenizer_state(folder):
 class Tokens:
     """One split of a dataset. Raises InputError where a file is missing or of another length.
 
-    path: of the .bin file (of the folder, where the split is in shards); meta: of the dataset;
-    vocab_size; tokens: (N,) np.memmap, read-only, or a Stream of several.
+    path: of the .bin file (of the folder, where the split is in shards); tokens: (N,) np.memmap,
+    read-only, or a Stream of several.
     """
 
     def __init__(self, folder, split):
@@ -396,14 +394,13 @@ class Tokens:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
             wrong = f"token id {ids[row, column]} at offset {starts[row] + column}"
             cure = remedy(self.folder, " overwrite=True")
-            raise InputError(
-                f"{self.path}: {wrong} is outside the vocabulary of {self.vocab_size} tokens{cure}"
-            )
+            vocabulary = f"the vocabulary of {self.vocab_size} tokens"
+            raise InputError(f"{self.path}: {wrong} is outside {vocabulary}{cure}")
         return ids
 
 
 class Stream:
-    """Several arrays read as one: len, slices (of step 1), and arrays of indices."""
+    """Several arrays read as one: len, slices (of step 1), and as one array."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -418,20 +415,12 @@ class Stream:
         return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype, copy=False)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            start, stop, _ = index.indices(len(self))
-            pieces = [self.parts[0][:0]]
-            for part, begin, end in zip(self.parts, self.begins, self.ends):
-                if begin < stop and start < end:
-                    pieces.append(part[max(start - begin, 0) : stop - begin])
-            return np.concatenate(pieces)
-        index = np.asarray(index)
-        which = np.searchsorted(self.ends, index, "right")
-        picked = np.empty(index.shape, self.parts[0].dtype)
-        for k in np.unique(which):
-            inside = which == k
-            picked[inside] = self.parts[k][index[inside] - self.begins[k]]
-        return picked
+        start, stop, _ = index.indices(len(self))
+        pieces = [self.parts[0][:0]]
+        for part, begin, end in zip(self.parts, self.begins, self.ends):
+            if begin < stop and start < end:
+                pieces.append(part[max(start - begin, 0) : stop - begin])
+        return np.concatenate(pieces)
 
 
 def complete(folder):
@@ -504,10 +493,9 @@ def _foreign_tokenizer(folder):
     try:
         return state_of(gpt2_encoding())
     except InputError:
-        raise InputError(
-            f"{folder} holds GPT-2's tokens, whose BPE is neither in tiktoken's cache nor "
-            "reachable: put its vocab.bpe into the folder, or run once with network"
-        ) from None
+        where = "neither in tiktoken's cache nor reachable"
+        cure = "put its vocab.bpe into the folder, or run once with network"
+        raise InputError(f"{folder} holds GPT-2's tokens, whose BPE is {where}: {cure}") from None
 
 
 # ---- documents
@@ -674,11 +662,10 @@ def group_files(files, plan):
 
 
 def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrite=False, **meta):
-    """Make a dataset of documents, end-of-text after each, and return its meta. Raises InputError.
+    """Make a dataset of documents, end-of-text after each, and return its meta.
 
     A train and a val shard of every piece of text, parallel over pieces. A kill costs the pieces at
-    work, and the same call goes on; the result depends on neither kills nor workers. hub: a Hub
-    that fetches the sources' files; workers: processes, 0: one per core.
+    work, and the same call goes on; the result depends on neither kills nor workers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -792,9 +779,8 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
             _finish(*at_work.popleft(), bar)
     except BrokenProcessPool:
         cure = "run it again, which goes on, with a smaller workers="
-        raise InputError(
-            f"{folder}: a worker was killed, for want of memory perhaps: {cure}"
-        ) from None
+        killed = "a worker was killed, for want of memory perhaps"
+        raise InputError(f"{folder}: {killed}: {cure}") from None
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
@@ -853,10 +839,12 @@ def _tokenise(folder, name, piece, plan, tokenizer):
                     if part:
                         shards[split].write(tokenizer.encode_array(part))
                         shards[split].write(end)
-    for shard in shards.values():
-        if not shard.tokens:
+    splits = {}
+    for split, shard in shards.items():
+        if shard.tokens:
+            splits[split] = shard.entry()
+        else:
             (folder / shard.name).unlink()
-    splits = {split: shard.entry() for split, shard in shards.items() if shard.tokens}
     record = {"counts": counts, "splits": splits}
     write_aside(folder / "unfinished" / f"{name}.json", json.dumps(record))
 
@@ -886,10 +874,9 @@ def _collect(work):
 
 
 class Hub:
-    """Files of a dataset on the Hugging Face hub, listed once, at one revision. Raises InputError.
+    """Files of a dataset on the Hugging Face hub, listed once, at one revision (their commit).
 
-    files: {name: bytes} of those that match one of `patterns`; revision: their commit; keep:
-    whether they stay once they are tokenised.
+    files: {name: bytes} of those that match one of `patterns`; keep: they stay once tokenised.
     """
 
     def __init__(self, repo, patterns, folder, keep=False):

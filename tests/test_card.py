@@ -4,6 +4,8 @@ import pandas as pd
 import torch
 from helpers import byte_tokenizer, make_dataset, make_eeg, run
 
+import telepath
+from configurator import configure
 from data.tokens import state_of
 from model import GPT, GPTConfig, lm_state, load_checkpoint, save_checkpoint
 
@@ -27,11 +29,8 @@ def test_telepath_with_batches_of_16(tmp_path):
     lm = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=1, n_head=2, n_embd=16, bias=False))
     save_checkpoint(tmp_path / "lm.pt", {**lm_state(lm), "tokenizer": state_of(byte_tokenizer())})
     small = ["t_end=0.4", "patch=10", "width=16", "encoder_layers=1", "max_iters=2"]
-    paths = [
-        f"lm={tmp_path / 'lm.pt'}",
-        f"dataset={tmp_path / 'eeg'}",
-        f"out_dir={tmp_path / 'out'}",
-    ]
-    run("telepath", "batch_size=16", *small, *paths, "max_new_tokens=3", "shuffles=40")
+    paths = [f"lm={tmp_path}/lm.pt", f"dataset={tmp_path}/eeg", f"out_dir={tmp_path}/out"]
+    words = ["batch_size=16", *small, *paths, "max_new_tokens=3", "shuffles=40", "device=cpu"]
+    telepath.main(configure(telepath.Config, words))
     results = pd.read_csv(tmp_path / "out/results.csv")
     assert {"chance", "low", "high", "n"} <= set(results) and results.n.gt(0).all()

@@ -2,7 +2,6 @@
 folder, keyed randomness, rows known by options, code and content."""
 
 import importlib
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +12,6 @@ import yaml
 
 import configurator
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
-from tests.helpers import ROOT
 
 
 @dataclass
@@ -66,39 +64,32 @@ def test_strings_stay_as_they_are_typed(tmp_path):
     assert configure(Config, [str(path)]).text == ""
 
 
-@pytest.mark.parametrize(
-    "argument, words",
-    [
-        ("sede=1", ["unknown option 'sede'", "'seed'"]),
-        ("nearby=1", ["'nearby' is now called 'kind'"]),
-        ("seed=1.5", ["'seed'", "int", "1.5"]),
-        ("seed=x", ["'seed'", "int"]),
-        ("seed=true", ["'seed'"]),
-        ("seed=inf", ["'seed'"]),
-        ("top_k=1e99", ["'top_k'", "below"]),
-        ("seed=nan", ["'seed'"]),
-        ("seed=[1]", ["'seed'"]),
-        ("top_k=x", ["'top_k'", "int | None"]),
-        ("on=maybe", ["'on'", "bool"]),
-        ("on=2", ["'on'", "bool"]),
-        ("kind=c", ["'kind'", "a or b"]),
-        ("kind=[]", ["'kind'", "a or b"]),
-        ("learning_rate=fast", ["float"]),
-        ("learning_rate=true", ["float"]),
-        ("lags=a", ["list[int]"]),
-        ("lags=[[1]]", ["list[int]"]),
-        ("lags={a: 1}", ["list[int]"]),
-        ("seed.x=1", ["'seed'", "not a group"]),
-        ("more=[1]", ["'more'", "dict"]),
-        ("nowhere.yaml", ["nowhere.yaml"]),
-    ],
-)
+BAD = [
+    ("sede=1", "unknown option 'sede'; did you mean 'seed'"),
+    ("nearby=1", "'nearby' is now called 'kind'"),
+    ("seed=1.5", "'seed' must be int, not '1.5'"),
+    ("seed=true", "'seed' must be int"),
+    ("seed=inf", "'seed' must be int"),
+    ("seed=nan", "'seed' must be int"),
+    ("top_k=1e99", "'top_k' must be below"),
+    ("top_k=x", r"'top_k' must be int \| None"),
+    ("on=2", "'on' must be bool"),
+    ("kind=[]", "'kind' must be a or b"),
+    ("learning_rate=fast", "'learning_rate' must be float"),
+    ("learning_rate=true", "'learning_rate' must be float"),
+    ("lags=[[1]]", r"'lags' must be list\[int\]"),
+    ("lags={a: 1}", r"'lags' must be list\[int\]"),
+    ("seed.x=1", "'seed' is not a group"),
+    ("more=[1]", "'more' must be dict"),
+    ("nowhere.yaml", "no config file 'nowhere.yaml'"),
+]
+
+
+@pytest.mark.parametrize("argument, words", BAD)
 def test_bad_options_are_one_sentence(argument, words):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=words) as error:
         configure(Config, [argument])
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 def test_numbers_have_a_range():
@@ -156,40 +147,33 @@ def test_functions_of_a_users_file(tmp_path):
             load_function(spec, "model")
 
 
-def test_rows_are_known_by_what_a_users_file_imports(tmp_path):
+def test_rows_are_known_by_what_a_users_file_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "mine.py").write_text(
         "import my_shapes\n\n\ndef build():\n    return my_shapes.n\n"
     )
-    script = "import configurator, sys; from data.text import prepare; "
-    script += "build = configurator.load_function(sys.argv[1], 'model'); "
-    script += "print(build(), configurator.hash_code(prepare.Config))"
     hashes = []
     for n in (7, 7, 8):
         (tmp_path / "my_shapes.py").write_text(f"n = {n}\n")
-        command = [sys.executable, "-B", "-c", script, f"{tmp_path}/mine.py:build"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True)
-        value, code = done.stdout.split()
-        assert int(value) == n
-        hashes.append(code)
+        sys.modules.pop("my_shapes", None)
+        assert load_function(f"{tmp_path}/mine.py:build", "model")() == n
+        hashes.append(configurator.hash_code(Config))
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
+def test_bad_yaml(tmp_path):
+    path = tmp_path / "x.yaml"
+    for text, words in (
         ("seed: [1", "not a YAML file"),
         ("- 1\n", "key: value"),
         ("seed: high\n", "must be int"),
         ("text: {a: 1}\n", "must be str"),
         ("!!python/object/apply:os.getcwd []", "YAML"),
-        ("more: &a {x: 1}\ntext: *a\n", "alias"),
-    ],
-)
-def test_bad_yaml(tmp_path, text, words):
-    path = tmp_path / "x.yaml"
-    path.write_text(text)
-    with pytest.raises(InputError, match=words):
-        configure(Config, [str(path)])
+    ):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            configure(Config, [str(path)])
 
 
 def test_help_is_the_manual(capsys):
@@ -226,19 +210,16 @@ def test_every_config_file_is_valid():
         configure(module.Config, [str(configurator.HERE / file) for file in files])
 
 
-@pytest.mark.parametrize(
-    "score, chance, low, high, n",
-    [
-        (0.7, np.nan, 0.6, 0.8, 100),
-        (0.7, 0.5, np.nan, np.nan, 100),
-        (0.7, 0.5, 0.8, 0.6, 100),
-        (0.7, 0.5, 0.6, 0.8, 0),
-    ],
-)
-def test_a_score_needs_chance_interval_and_n(tmp_path, score, chance, low, high, n):
+def test_a_score_needs_chance_interval_and_n(tmp_path):
     run = open_run(tmp_path)
-    with pytest.raises(ValueError, match="stands without"):
-        run.result(score, chance, low, high, n, lag=0)
+    for chance, low, high, n in (
+        (np.nan, 0.6, 0.8, 100),
+        (0.5, np.nan, np.nan, 100),
+        (0.5, 0.8, 0.6, 100),
+        (0.5, 0.6, 0.8, 0),
+    ):
+        with pytest.raises(ValueError, match="stands without"):
+            run.result(0.7, chance, low, high, n, lag=0)
     run.result(np.nan, np.nan, np.nan, np.nan, 0, lag=0)  # a score that does not exist
     run.close()
 
@@ -247,7 +228,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
     run = open_run(tmp_path)
     run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
     with open(tmp_path / "results.part-0.jsonl", "a") as file:
-        file.write('{"lag": 100, "sco')  # torn by a kill
+        file.write('\n{"lag": 100, "sco')  # torn by a kill
     run.result(0.6, 0.5, np.float64(0.5), float("inf"), np.int64(100), note="new key", lag=200)
     assert list(run.merge().lag) == [0, 200]
     run.close()
@@ -309,10 +290,10 @@ def test_one_job_a_folder(tmp_path):
         open_run(tmp_path / "file" / "out")
 
 
-@pytest.mark.parametrize("option, value", [("device", "tpu"), ("device", "cuda:99x")])
-def test_a_device_that_is_not_there(tmp_path, option, value):
-    with pytest.raises(InputError, match=option):
-        open_run(tmp_path, **{option: value})
+def test_a_device_that_is_not_there(tmp_path):
+    for device in ("tpu", "cuda:99x"):
+        with pytest.raises(InputError, match="device"):
+            open_run(tmp_path, device=device)
 
 
 def test_log_rewinds_to_the_checkpoint(tmp_path):

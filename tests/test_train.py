@@ -53,10 +53,21 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("tiny"))
 
 
+FIGURES = {name: getattr(train, name) for name in ("plot_losses", "plot_sheets")}
+
+
 @pytest.fixture(autouse=True)
-def own_cache_and_one_thread(tmp_path, monkeypatch):
+def own_cache_one_thread_no_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.set_num_threads(1)  # as in a process of the tests
+    for name in FIGURES:  # they take longer than a tiny run
+        monkeypatch.setattr(train, name, lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run that is over."""
+    return trained(dataset, tmp_path_factory.mktemp("whole") / "run")
 
 
 def trained(dataset, out, **options):
@@ -224,17 +235,12 @@ def test_a_run_learns_and_its_twin_sees_the_same_data(dataset, tmp_path, monkeyp
         return idx, targets
 
     monkeypatch.setattr(Loader, "batch", spying_batch)
-    options = {
-        "max_iters": 60,
-        "eval_interval": 20,
-        "save_interval": 60,
-        "keep_interval": 40,
-        "tokens_per_step": 128,
-        "learning_rate": 0.01,
-        "baseline_tokens": 10_000,
-    }
-    topo = trained(dataset, tmp_path / "topo", alpha=1.0, **options)
+    options = {"max_iters": 60, "eval_interval": 20, "save_interval": 60, "keep_interval": 40}
+    options |= {"tokens_per_step": 128, "learning_rate": 0.01, "baseline_tokens": 10_000}
     twin = trained(dataset, tmp_path / "twin", alpha=0.0, **options)
+    for name, plot in FIGURES.items():
+        monkeypatch.setattr(train, name, plot)
+    topo = trained(dataset, tmp_path / "topo", alpha=1.0, **options)
     assert torch.equal(torch.cat(windows_read["topo"]), torch.cat(windows_read["twin"]))
     losses, spatial = logged(topo, "val_task"), logged(topo, "val_spatial")
     assert losses[0] > math.log(257) - 0.5 and losses[-1] < losses[0] - 1
@@ -253,25 +259,14 @@ def test_a_run_learns_and_its_twin_sees_the_same_data(dataset, tmp_path, monkeyp
 
 def test_the_rival_and_the_other_sheets_train(dataset, tmp_path):
     """spatial=weights, the residual tap, maximum and absolute, a mosaic of heads, one window."""
-    rival = trained(dataset, tmp_path / "a", spatial="weights", alpha=1.0, tap="residual")
-    other = trained(
-        dataset,
-        tmp_path / "b",
-        accum="maximum",
-        spatial_kind="absolute",
-        activation_decay=0.01,
-        n_head=4,
-        head_loss=True,
-        attn_proj=True,
-        recompute=True,
-    )
-    sheet = trained(dataset, tmp_path / "c", windows="sheet")
-    for folder in (rival, other, sheet):
-        assert np.isfinite(logged(folder, "train_total")).all() and (folder / "sheets.png").exists()
-    assert checkpoint(other)["model_args"]["activation_decay"] == 0.01
-    assert torch.equal(
-        checkpoint(other)["model"]["unit_at_cell"][0], torch.tensor(positions.head_mosaic(4, 16))
-    )
+    rival = {"spatial": "weights", "tap": "residual"}
+    other = {"accum": "maximum", "spatial_kind": "absolute", "activation_decay": 0.01}
+    other |= {"n_head": 4, "head_loss": True, "attn_proj": True, "recompute": True}
+    for name, sheet in (("a", rival), ("b", other), ("c", {"windows": "sheet"})):
+        folder = trained(dataset, tmp_path / name, alpha=1.0, **sheet)
+        assert np.isfinite(logged(folder, "train_total")).all()
+        saved = checkpoint(folder)["model_args"]
+        assert all(saved[key] == value for key, value in sheet.items() if key != "recompute")
 
 
 def test_recomputed_blocks_have_the_same_gradients_and_keep_less():
@@ -300,23 +295,22 @@ def test_recomputed_blocks_have_the_same_gradients_and_keep_less():
     assert all(torch.equal(a, b) for a, b in zip(*grads)) and kept[1] < 0.7 * kept[0]
 
 
-def test_positions_and_weights_from_files(dataset, tmp_path):
+def test_positions_from_a_file(dataset, tmp_path):
     layout = np.tile(np.arange(16), (4, 1))
     positions.save_positions(str(tmp_path / "id.npz"), layout)
     a = trained(dataset, tmp_path / "a", positions=str(tmp_path / "id.npz"), max_iters=1)
     assert torch.equal(checkpoint(a)["model"]["unit_at_cell"], torch.tensor(layout))
-    # another run begins with the weights of this one, whatever its shape options
+
+
+def test_weights_of_another_run(dataset, whole, tmp_path):
+    """Whatever the shape options say; and validation alone."""
     frozen = {"learning_rate": 0.0, "muon_lr": 0.0, "max_iters": 1, "n_layer": 1}
-    b = trained(dataset, tmp_path / "b", init_from=str(a), **frozen)
-    old, new = flat(checkpoint(a, "best.pt")["model"]), flat(checkpoint(b)["model"])
+    b = trained(dataset, tmp_path / "b", init_from=str(whole), **frozen)
+    old, new = flat(checkpoint(whole, "best.pt")["model"]), flat(checkpoint(b)["model"])
     assert all(torch.equal(old[key], new[key]) for key in old)
-
-
-def test_validation_alone(dataset, tmp_path):
-    a = trained(dataset, tmp_path / "a")
-    b = trained(dataset, tmp_path / "b", init_from=str(a), eval_only=True)
-    assert logged(b, "val_task")[-1] == logged(a, "val_task")[-1]
-    assert not (b / "ckpt.pt").exists() and (b / "results.csv").exists()
+    c = trained(dataset, tmp_path / "c", init_from=str(whole), eval_only=True)
+    assert logged(c, "val_task")[-1] == logged(whole, "val_task")[-1]
+    assert not (c / "ckpt.pt").exists() and (c / "results.csv").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch):
@@ -337,23 +331,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(dataset, tmp_path, monkeypatch)
 # ---- stopping and going on
 
 
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    """A run that is over."""
-    return trained(dataset, tmp_path_factory.mktemp("whole") / "run")
-
-
-def test_checkpoints_that_do_not_fit(dataset, tmp_path):
-    trained(dataset, tmp_path / "run", max_iters=1)
+def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
     with pytest.raises(InputError, match="n_layer=2.*say 3"):
-        trained(dataset, tmp_path / "run", max_iters=1, n_layer=3, init_from="resume")
+        trained(dataset, run, n_layer=3, init_from="resume")
     other = shutil.copytree(dataset, tmp_path / "other")
     file = other / yaml.safe_load((dataset / "meta.yaml").read_text())["tokenizer"]["file"]
     first, second, *ranks = file.read_text().splitlines()
     swapped = [f"{second.split()[0]} 0", f"{first.split()[0]} 1", *ranks]
     file.write_text("\n".join(swapped) + "\n")
     with pytest.raises(InputError, match="tokenizer"):
-        trained(other, tmp_path / "b", init_from=str(tmp_path / "run"))
+        trained(other, tmp_path / "b", init_from=str(whole))
 
 
 @pytest.mark.gpu
@@ -399,24 +387,15 @@ def test_minutes_settle_the_steps_and_a_resumed_run_is_exact(
     dataset, tmp_path, monkeypatch, capsys
 ):
     clock = Clock(monkeypatch, 4.8)
-    options = {
-        "minutes": 8.0,
-        "max_iters": Config.max_iters,
-        "n_layer": 1,
-        "optimizer": "adamw",
-        "warmup_iters": 20,
-        "eval_interval": 250,
-        "eval_batches": 48,
-        "log_interval": 1000,
-        "keep_interval": 40,
-    }
+    options = {"minutes": 8.0, "max_iters": Config.max_iters, "n_layer": 1, "optimizer": "adamw"}
+    options |= {"warmup_iters": 20, "eval_interval": 250, "eval_batches": 48}
+    options |= {"log_interval": 1000, "keep_interval": 40}
     whole = trained(dataset, tmp_path / "whole", **options)
     n_steps = checkpoint(whole)["step"]
     assert 7 * 60 < clock.now - 1000 < 9 * 60
     text = capsys.readouterr().out
-    assert (
-        f"minutes=8: that is max_iters={n_steps} here" in text and "a step takes 4.8 s here" in text
-    )
+    assert f"minutes=8: that is max_iters={n_steps} here" in text
+    assert "a step takes 4.8 s here" in text
     assert yaml.safe_load((whole / "config.yaml").read_text())["max_iters"] == n_steps
     assert checkpoint(whole)["config"]["max_iters"] == n_steps
     last_lr = checkpoint(whole)["optimizers"][0]["param_groups"][0]["lr"]
@@ -533,6 +512,7 @@ def test_the_published_runs_are_as_published():
 
 
 def laid_out(text_folder, tmp_path, **options):
+    """Lay out a small model by the responses to a text."""
     tiny = {"n_layer": 1, "n_head": 2, "n_embd": 64, "radius": 3, "block_size": 32, "samples": 512}
     folders = {"positions_dir": str(tmp_path), "out_dir": str(tmp_path / "out")}
     text = {"init_data": str(text_folder), "device": "cpu", "dtype": "float32"}
@@ -590,19 +570,13 @@ def test_layouts_that_cannot_be_made(dataset, tmp_path, options, words):
 
 
 def test_sample_writes_the_same_text_twice(whole, tmp_path, capsys):
+    options = {"lm": str(whole), "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path)}
+    (tmp_path / "prompt.txt").write_text("ab")
     texts = []
-    for name in ("a", "b"):
-        options = {"num_samples": 2, "max_new_tokens": 8, "device": "cpu", "dtype": "float32"}
-        sample.main(sample.Config(lm=str(whole), prompt="ab", out_dir=str(tmp_path), **options))
+    for prompt in ({"prompt": "ab"}, {"file": str(tmp_path / "prompt.txt")}):
+        sample.main(sample.Config(**options, **prompt, num_samples=2, max_new_tokens=8))
         texts.append((tmp_path / "samples.txt").read_text())
-        assert capsys.readouterr().out.count("ab") == 2, name
+        assert capsys.readouterr().out.count("ab") == 2
     assert texts[0] == texts[1] and texts[0].count("ab") == 2
-
-
-def test_prompts_from_files(whole, tmp_path):
-    options = {"lm": str(whole), "max_new_tokens": 2, "device": "cpu", "out_dir": str(tmp_path)}
-    (tmp_path / "prompt.txt").write_text("cd")
-    sample.main(sample.Config(file=str(tmp_path / "prompt.txt"), **options))
-    assert (tmp_path / "samples.txt").read_text().startswith("cd")
     with pytest.raises(InputError, match="nosuch.txt"):
-        sample.main(sample.Config(file="nosuch.txt", **options))
+        sample.main(sample.Config(**options, file="nosuch.txt"))

@@ -13,7 +13,6 @@ hash of its text, so none is on both.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
@@ -23,12 +22,10 @@ from data import tokens as T
 EMBEDDED = False  # downloaded, so only on the user's own command
 REPO = "HuggingFaceFW/fineweb-edu"  # ODC-By 1.0
 PREBUILT = "kjj0/finewebedu10B-gpt2"  # the same sample as modded-nanogpt reads it
-TOKENS = {"sample-10BT": 10e9, "sample-100BT": 100e9, "sample-350BT": 350e9}
 
 
 @dataclass
 class Config:
-    subset: Literal["sample-10BT", "sample-100BT", "sample-350BT"] = "sample-10BT"
     files: int = 0  # only so many of its parquet files; 0: all
     prebuilt: int = 0  # take so many ready-made shards of 100 million tokens instead; 0: none
     root: str = ""  # a local copy, parquet or JSONL with a column text; "": the Hugging Face hub
@@ -65,8 +62,7 @@ def main(config):
     if config.prebuilt:
         fetch_prebuilt(folder, config.prebuilt, T.state_of(T.gpt2_encoding(config.bpe)), **meta)
         return
-    pattern = f"sample/{config.subset.removeprefix('sample-')}/*.parquet"
-    T.write_corpus(folder, config, REPO, pattern, TOKENS[config.subset], **meta)
+    T.write_corpus(folder, config, REPO, "sample/10BT/*.parquet", 10e9, **meta)
 
 
 if __name__ == "__main__":
