@@ -2,7 +2,7 @@
 
     python foundation.py                                        # embedded: minutes on two cores
     python foundation.py minutes=4                              # as many steps as fit
-    python foundation.py dataset=FOLDER montage=standard_1005   # whatever MNE reads
+    python foundation.py dataset=FOLDER montage=colin27_1005   # whatever MNE reads
     torchrun --standalone --nproc_per_node=4 foundation.py config/foundation_podcast.yaml
     python foundation.py init_from=resume                       # go on after a stop, bit for bit
 
@@ -64,7 +64,7 @@ class Config:
     dataset: list[str] = default("synthetic_podcast")  # under data/, prepared, or files of MNE
     subjects: list[str] = default()  # only these people; none: all
     channels: str = ""  # regular expression, from a name's beginning: LG[AB]*; "": all
-    montage: str = ""  # MNE's montage for files without places: standard_1005
+    montage: str = ""  # MNE's montage for files without places: colin27_1005
     grid: str = ""  # 8x8: channels G1 .. G64 sit on a grid whatever xyz says, and are all there is
     sfreq: float = 32.0  # Hz, by block means
     bands: list[list[float]] = default()  # envelopes (Hz) instead of the signal: [[4,8],[70,150]]

@@ -258,7 +258,7 @@ class Trials:
             self.notes.append(f"{rec.path.name}: {listed} flat or with nan, left out")
         lost = names[rec.good & ~np.isfinite(rec.xyz).all(1)]
         if len(lost):
-            cure = "prepare it with montage=standard_1005, or mark it bad"
+            cure = "prepare it with montage=colin27_1005, or mark it bad"
             raise InputError(f"{rec.path}: channel {lost[0]} has no position x, y, z (m): {cure}")
         if rec.sfreq != self.sfreq or not rec.good.any():
             raise InputError(f"{rec.path} has another rate, or no good channel: prepare it anew")

@@ -130,7 +130,7 @@ SCRIPTS = [
     Script(
         "probe",
         "lm={lm} dataset={sentences}/letter n_folds=4 train_sizes=[40] "
-        "probe=[LDA,Logistic,SingleLayer] cache={data}/states device=cpu",
+        "probe=[LDA,Logistic,SingleLayer] cache={sentences}/states device=cpu",
         wrong={  # more in tests/test_probe.py
             "lm=out/nosuch": ["nosuch", "python train.py"],
             "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
