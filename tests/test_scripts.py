@@ -130,7 +130,7 @@ SCRIPTS = [
     Script(
         "probe",
         "lm={lm} dataset={sentences}/letter n_folds=4 train_sizes=[40] "
-        "probe=[LDA,Logistic,SingleLayer] cache={sentences}/states device=cpu",
+        "probe=[LDA,Logistic] cache={sentences}/states device=cpu",
         wrong={  # more in tests/test_probe.py
             "lm=out/nosuch": ["nosuch", "python train.py"],
             "dataset=nosuch.json": ["nosuch.json", "get_data.py"],
@@ -287,6 +287,20 @@ def whole(given, tmp_path_factory):
     return make
 
 
+def call(script, *arguments):
+    """Run a script to its end in this process, with one thread as in a process of its own."""
+    torch.set_num_threads(1)
+    module = importlib.import_module(script.name)
+    module.main(configure(module.Config, list(arguments)))
+
+
+def let_go():
+    """Give up the Run of a call that raised: error frames and signal handlers hold its lock."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.collect()
+
+
 # the third checkpoint is half written when the process is killed
 KILLED_WHILE_SAVING = """
 import os, signal, torch
@@ -303,13 +317,15 @@ torch.save = save
 
 
 @each(TRAINING)
-def test_killed_while_saving_and_resumed(script, given, whole, tmp_path):
+def test_killed_while_saving_and_resumed(script, given, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = options(script, given, folder)
     run(script.name, *arguments, patch=KILLED_WHILE_SAVING, status=-signal.SIGKILL)
     assert (folder / "ckpt.pt").exists() and list(folder.glob("*.tmp*"))
-    refused(script.name, *arguments, says=["ckpt.pt", "init_from=resume"])  # a used folder
-    run(script.name, *arguments, "init_from=resume")
+    says = ["ckpt.pt", "init_from=resume"]  # a used folder
+    ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)
+    let_go()
+    call(script, *arguments, "init_from=resume")
     assert same(state(folder), state(whole(script)))
 
 
@@ -372,20 +388,6 @@ def test_two_ranks_of_which_one_dies_are_one(script, given, whole, tmp_path):
 
 
 # ---- a full disk, and sweeps
-
-
-def call(script, *arguments):
-    """Run a script to its end in this process, with one thread as in a process of its own."""
-    torch.set_num_threads(1)
-    module = importlib.import_module(script.name)
-    module.main(configure(module.Config, list(arguments)))
-
-
-def let_go():
-    """Give up the Run of a call that raised: error frames and signal handlers hold its lock."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.collect()
 
 
 @pytest.fixture
@@ -585,10 +587,16 @@ def test_no_damaged_file_ends_in_a_traceback(script, given, tmp_path, capsys):
 
 @each(SCRIPTS)
 def test_bad_options_are_refused(script, given, tmp_path, capsys):
-    """The first as the user sees it, the others by the error that they raise in this process."""
-    arguments = options(script, given, tmp_path / "process")
-    refused(script.name, *arguments, "sede=1", says=["'sede'", "'seed'"])
-    cases = {"seed=high": ["'seed'", "int"], "nosuch.yaml": ["nosuch.yaml"], **script.wrong}
+    """One as the user sees it, the others by the error that they raise in this process."""
+    if script is SCRIPTS[0]:
+        arguments = options(script, given, tmp_path / "process")
+        refused(script.name, *arguments, "sede=1", says=["'sede'", "'seed'"])
+    cases = {
+        "sede=1": ["'sede'", "'seed'"],
+        "seed=high": ["'seed'", "int"],
+        "nosuch.yaml": ["nosuch.yaml"],
+        **script.wrong,
+    }
     for i, (case, says) in enumerate(cases.items()):
         arguments = [*options(script, given, tmp_path / str(i)), case]
         ends_in_a_sentence(lambda: call(script, *arguments), capsys, says)  # noqa: B023
