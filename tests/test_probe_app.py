@@ -371,7 +371,7 @@ def test_in_a_browser(server, tmp_path, width):
             pytest.skip("playwright finds no Chromium: playwright install chromium")
         page = browser.new_page(viewport={"width": width, "height": 1000})
         errors = []
-        page.on("pageerror", errors.append)
+        page.on("pageerror", lambda error: errors.append(error))
         page.goto(f"http://localhost:{server}")
         page.wait_for_selector(".js-plotly-plot .scatterlayer .trace", timeout=60_000)
         page.screenshot(path=tmp_path / "app.png")
