@@ -91,6 +91,7 @@ def pooling_name(quantile, layer_method, quantile_method):
 
 @cached
 def read_arrays(path, stamp):
+    """{name: array} of a file of predictions or projections; stamp: its age, for the cache."""
     with np.load(path) as file:
         return dict(file)
 
@@ -137,6 +138,7 @@ def natural(value):
 
 
 def values_of(column):
+    """What a column holds, but for '', in natural order."""
     return sorted((value for value in column.unique() if value != ""), key=natural)
 
 
@@ -177,6 +179,7 @@ def show(figure, key, title, height=420):
 
 
 def faint(colour):
+    """A colour #rrggbb as a transparent one, for bands."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.15)"
 
@@ -317,6 +320,7 @@ def agreement_figure(table):
 
 
 def are_classes(table):
+    """Are labels and scores whole numbers: those of several classes?"""
     return bool((table.y % 1 == 0).all() and (table.score % 1 == 0).all())
 
 
@@ -436,6 +440,7 @@ def examples_tab(run, path):
 
 
 def show_table(table, file, label):
+    """A table that scrolls, and a button that downloads it as a CSV called `file`."""
     lazy = True if len(table) > 5000 else None
     st.dataframe(table, hide_index=True, width="stretch", height=480, lazy=lazy)
     names = {"mime": "text/csv", "on_click": "ignore"}
@@ -569,6 +574,7 @@ def draw_tabs(run, rows, choice, note):
 
 
 def app():
+    """The page: menus in the side bar, a tab for each view."""
     st.set_page_config(page_title="probe", layout="wide")
     st.title("What do the hidden layers know?")
     run, table = choose_run(st.sidebar)

@@ -654,6 +654,7 @@ time in all        about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps"
 
 
 def count(parameters):
+    """How many numbers are in tensors."""
     return sum(p.numel() for p in parameters)
 
 

@@ -1551,7 +1551,7 @@ def plot_curves(config, scores, curves, d_warp, level):
 
 def plot_training(scores):
     """Best validation score over steps, a line for each d, a panel for each candidate."""
-    panels = scores.query("seed == 0").groupby("name")
+    panels = scores.query("seed == 0").groupby("name", sort=False)
     n = len(panels)
     figure, axes = plt.subplots(
         1, n, figsize=(3.4 * n, 3.4), sharey=True, squeeze=False, layout="constrained"
@@ -1559,7 +1559,8 @@ def plot_training(scores):
     for axis, (name, rows) in zip(axes[0], panels):
         for fit in rows.itertuples():
             steps, _, best = fit.curve.T
-            axis.plot(steps, best, ".-", label=f"d = {fit.d:g}")
+            label = "all parameters" if fit.d == ALL else f"d = {fit.d:g}"
+            axis.plot(steps, best, ".-", label=label)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("step")
     axes[0, 0].set_ylabel("best validation score")

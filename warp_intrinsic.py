@@ -59,9 +59,13 @@ class Config:
     POSITIVE = "widths dims seeds steps eval_interval batch_size draws learning_rates reach"
     POSITIVE += " common_share"
     # what warp.py's options are here
-    objective, metric = "output", "r2"
-    lm, subject, dataset = "", "", ["one"]
-    shuffles, shuffled = 1000, False
+    objective = "output"
+    metric = "r2"
+    lm = ""
+    subject = ""
+    dataset = ["one"]
+    shuffles = 1000
+    shuffled = False
     check = warp.check_dims
 
 
@@ -148,9 +152,13 @@ def plot_functions(run, config, study, cells, load):
             _, predicted, truth = warp.fit_cell(run, config, study, cell, load)
             fitted[cell.candidate.name, cell.d] = predicted
     dims = [d for d in config.dims if d]
-    shape = len(FUNCTIONS), len(dims)
-    size = 2.1 * shape[1], 2.2 * shape[0]
-    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        nrows=len(FUNCTIONS),
+        ncols=len(dims),
+        figsize=(2.1 * len(dims), 2.2 * len(FUNCTIONS)),
+        squeeze=False,
+        layout="constrained",
+    )
     x = study.stimuli[study.tested, 0]
     for name, row in zip(FUNCTIONS, axes):
         for d, axis in zip(dims, row):

@@ -193,7 +193,8 @@ def test_every_command_of_the_demo_can_be_typed(plan):
         for stage in plan(slowness)[0]:
             for job in stage.jobs:
                 if job.script != "prepare.py":
-                    configure(importlib.import_module(job.script[:-3]).Config, job.words[1:])
+                    Config = importlib.import_module(job.script[:-3]).Config
+                    assert configure(Config, job.words[1:]).out_dir == str(job.out)
 
 
 def test_bad_stages_end_in_a_sentence(steps, capsys):
