@@ -45,7 +45,7 @@ class Config:
     report_only: bool = False  # run nothing, write the page from the results that are there
     out_dir: str = "out/demo"  # report.html, overview.png, results.csv (the answers), logs/
     seed: int = 1337  # of the page's own bootstrap; the scripts have theirs
-    dtype: str = "auto"  # of the models that train: bfloat16 where the hardware has it; float32
+    dtype: str = "auto"  # of the models that train: bfloat16 where that is quicker; float32
 
     def check(self):
         for stage in self.stages:

@@ -74,7 +74,7 @@ class Config:
     overwrite: bool = False  # start over in a folder that holds a run
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
     deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
     log_interval: int = 50  # steps between lines
     save_interval: int = 200  # steps between checkpoints

@@ -111,7 +111,7 @@ class Config:
     overwrite: bool = False  # start over in a folder that holds a run
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "float32"  # auto: bfloat16 where the hardware has it
+    dtype: str = "float32"  # auto: bfloat16 where that is quicker
     compile: bool = False  # compile the encoder's blocks
     deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
     log_interval: int = 50  # steps between lines

@@ -58,7 +58,7 @@ class Config:
     overwrite: bool = False  # replace a positions file of that name
     seed: int = 1337  # of the permutations, trials and the untrained model
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
 
     POSITIVE = "swap_windows swap_trials norm n_layer n_head n_embd block_size batch_size"
 

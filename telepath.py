@@ -129,7 +129,7 @@ class Config:
     overwrite: bool = False  # start over in a folder that holds a run
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
     compile: bool = False  # compile the language model's blocks
     log_interval: int = 50  # steps between lines
     save_interval: int = 250  # steps between checkpoints

@@ -93,7 +93,7 @@ class Config:
     overwrite: bool = False  # start over in a folder that holds a run
     seed: int = 1337  # fixes everything
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where the hardware has it; float16, float32
+    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
     compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU if known to pay
     recompute: bool = False  # activation checkpointing: less memory, a third more time
     deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower

@@ -326,3 +326,14 @@ def test_datasets_are_found_or_named(tmp_path):
     with pytest.raises(InputError, match="pydocs"):
         run.dataset("nosuchset")
     run.close()
+
+
+def test_auto_precision_is_the_quicker_one(tmp_path, monkeypatch):
+    """Some CPUs have bfloat16 and are half as quick in it as in float32."""
+    for pays in (True, False):
+        monkeypatch.setattr(configurator, "bfloat16_pays", lambda pays=pays: pays)
+        run = open_run(tmp_path)
+        assert str(run.dtype) == ("torch.bfloat16" if pays else "torch.float32")
+        run.close()
+    with pytest.raises(InputError, match="float32 or bfloat16"):
+        configurator.choose_dtype("float16", run.device)
