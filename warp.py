@@ -46,10 +46,19 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from configurator import Run, check_keys, configure, hash_options, key_seed, load_function
+from configurator import (
+    Run,
+    check_keys,
+    configure,
+    hash_code,
+    hash_options,
+    key_seed,
+    load_function,
+)
 from convert import HiddenStates, from_hub, load_weights
 from data import InputError, aside, read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
+from model import check_choice
 
 # options that enter a fit only through its Cell: other fits are kept when one changes
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
@@ -100,9 +109,9 @@ class Config:
     layers: list[str] = default("1")  # hidden states, or names of modules
     pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
-    objective: Literal["linear", "linear_first", "rsa", "cka"] = "linear"
+    objective: str = "linear"  # a name in OBJECTIVES: linear, linear_first, rsa, cka
     metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
-    head: Literal["ridge", "sgd", "ols", "pls"] = "ridge"  # how the readout is fitted
+    head: str = "ridge"  # how the readout is fitted, a name in HEADS: ridge, ols, pls, sgd
     head_dims: int = 8  # linear ones: principal components of each model's own features; 0: all
     # ridge penalties; validation chooses one for each unit
     alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
@@ -137,8 +146,13 @@ class Config:
     RENAMED = {"head_fit": "head"}
 
     def check(self):
-        if self.n_folds == 1 or (self.n_folds and objective_class(self).pairs):
-            raise InputError("n_folds must be 2 or more, and objective linear or linear_first")
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("head", self.head, HEADS)
+        if self.n_folds == 1:
+            raise InputError("n_folds=1: give 0 for one split, or 2 and more")
+        if self.n_folds and objective_class(self).pairs:
+            problem = "pairs of stimuli belong to one split"
+            raise InputError(f"objective={self.objective} with n_folds: {problem}, give n_folds=0")
         check_dims(self)
         make_candidates(self)
 
@@ -180,6 +194,8 @@ def make_candidates(config):
             raise InputError(f"models: {wrong}")
         if candidate.name in [other.name for other in candidates]:
             raise InputError(f"models: two are called '{candidate.name}': give each a name")
+        if ".py:" in candidate.model:
+            load_function(candidate.model, "models")  # is it there? hash_code counts it from now on
         candidates.append(candidate)
     return candidates
 
@@ -801,8 +817,9 @@ def read_features(model, inputs, rows, batch_size, bar=None):
 class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
-    To add one, write its class and name it in OBJECTIVES and in Config. f: features (n, p) of
-    stimuli, or what else the model puts out; rows: the numbers of these stimuli.
+    To add one, write its class, a subclass of this for predictions or of RSA for pairs of stimuli,
+    and name it in OBJECTIVES. f: features (n, p) of stimuli, or what else the model puts out; rows:
+    the numbers of these stimuli.
     """
 
     pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds, no ceiling
@@ -986,8 +1003,9 @@ class RSA(Objective):
             pair = np.ix_(chosen > 0, chosen > 0)
             a = torch.as_tensor(predicted[pair]).double()
             b = torch.as_tensor(truth[pair]).double()
-            scores.append(float(cls.similarity(a, b)))
-        return np.nan_to_num(np.array(scores))
+            # features that are all alike have no correlation, which is no NaN
+            scores.append(0.0 if a.std() == 0 else float(cls.similarity(a, b)))
+        return np.array(scores)
 
     @staticmethod
     def compare(config, x):
@@ -1001,7 +1019,7 @@ class RSA(Objective):
 
     @staticmethod
     def similarity(a, b):
-        """How alike two such matrices are."""
+        """How alike two such matrices are: of all stimuli, or of some (what is centred, anew)."""
         i, j = np.triu_indices(len(a), 1)
         return torch.corrcoef(torch.stack([a[i, j], b[i, j]]))[0, 1]
 
@@ -1032,7 +1050,12 @@ class CKA(RSA):
 
 
 HEADS = {"ridge": RidgeReadout, "ols": OLSReadout, "pls": PLSReadout, "sgd": SGDReadout}
-OBJECTIVES = {"linear": RidgeReadout, "linear_first": Objective, "rsa": RSA, "cka": CKA}
+OBJECTIVES = {
+    "linear": RidgeReadout,  # or what HEADS says
+    "linear_first": Objective,
+    "rsa": RSA,
+    "cka": CKA,
+}
 
 
 def objective_class(config):
@@ -1135,6 +1158,7 @@ def file_name(config, study, cell, fold, rate):
     for option in ANALYSIS.split():
         key.pop(option, None)
     key |= {"cell": asdict(cell), "fold": fold, "rate": rate, "content": study.content}
+    key["code"] = hash_code(Config)
     key["stamps"] = stamps(config, cell.candidate)
     if cell.candidate.model != "lm":
         key.pop("lm", None)
@@ -1176,7 +1200,7 @@ def run_fit(run, config, study, cell, number, rate, loaded):
         wrapper = FastfoodWrapper(reader, max(config.dims), groups, config.projection, P_seed)
         wrapper.start(int(cell.d))
     arrays = train(config, wrapper, objective, loaded.inputs, rate, cell.seed)
-    if arrays["diverged"]:
+    if arrays["diverged"] >= 0:
         run.print(
             f"{cell.candidate.name}, d = {cell.d:g}: learning rate {rate} diverged, step "
             f"{arrays['diverged']}; its best step before counts"
@@ -1199,8 +1223,8 @@ def train(config, wrapper, objective, inputs, rate, draw):
     """Fit z, the scales and a readout by Adam; the step that is best on validation stimuli counts.
 
     rate: of a step, a share of ||theta0||. Returns {evidence: of the test stimuli, validation: the
-    best score, step, curve: (step, loss, best), diverged: 0 or the step at which the loss was no
-    number}.
+    best score, step, curve: (step, loss, best), diverged: the step at which the loss was no number,
+    else -1}.
     """
     params = [wrapper.z, wrapper.scales, *objective.parameters]
     rates = [rate * wrapper.norm / len(wrapper.z) ** 0.5, rate]
@@ -1209,7 +1233,7 @@ def train(config, wrapper, objective, inputs, rate, draw):
     adam = torch.optim.Adam(groups, eps=1e-12)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, partial(pace, steps=config.steps))
     batches = draw_batches(config, objective.fold["train"], draw)
-    best = {"validation": -np.inf, "step": 0, "diverged": 0}
+    best = {"validation": -np.inf, "step": 0, "diverged": -1}
     best_params = copy.deepcopy(params)
     loss = np.nan
     curve = []
@@ -1354,7 +1378,9 @@ def interval(draws):
 
 
 def p_value(score, null):
-    """Share of null scores at least as high, the score itself counted."""
+    """Share of null scores at least as high, the score itself counted; of NaN there is none."""
+    if np.isnan(score):
+        return np.nan
     return (1 + (null >= score).sum()) / (1 + len(null))
 
 

@@ -717,6 +717,32 @@ def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
     assert (table(tmp_path, "measure == 'd_warp absolute'").n == 20).all()
 
 
+CONSTRUCTOR = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh())
+    return model, lambda texts: torch.tensor([[hash_of(t, i) for i in range(4)] for t in texts])
+
+def hash_of(text, i):
+    return sum(map(ord, text[i::4])) % 17 / 17
+"""
+
+
+def test_fits_of_an_edited_file_are_made_again(made, tmp_path, warp):
+    """A constructor of the user's own: its old fits would give the old scores."""
+    file = tmp_path / "mine.py"
+    given = options(made, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
+    n_fits = []
+    for code in (CONSTRUCTOR, CONSTRUCTOR + "# a comment", CONSTRUCTOR.replace("17", "13")):
+        file.write_text(code)
+        warp(*given)
+        n_fits.append(len(list((tmp_path / "out/fits").iterdir())))
+    assert n_fits == [1, 1, 2]
+    assert len(table(tmp_path / "out")) == 1
+
+
 @pytest.mark.parametrize(
     "more",
     [
@@ -732,6 +758,15 @@ def test_every_objective_runs(made, tmp_path, warp, more):
     fits = table(tmp_path)
     assert fits.score.between(-0.5, 1).all() and set(fits.d) == {0, 16}
     assert fits.n.iloc[0] > (100 if "n_folds" in more else 20)
+
+
+def test_nan_is_no_score():
+    """A similarity that gave NaN was taken for 0, and its p for the least there is."""
+    x = np.eye(6)
+    x[0, 1] = np.nan
+    assert np.isnan(W.RSA.score(Config(), x, np.eye(6), np.ones((1, 6)))).all()
+    assert W.RSA.score(Config(), np.ones((6, 6)), np.eye(6), np.ones((1, 6))) == 0
+    assert np.isnan(W.p_value(np.nan, np.zeros(9))) and W.p_value(1.0, np.zeros(9)) == 0.1
 
 
 def test_a_rate_that_diverges_costs_that_rate(made, tmp_path, warp, capsys):
@@ -799,7 +834,9 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
         ({"layer_groups": "blockz"}, "blockz.*core.transformer"),
         ({"layer_groups": "blocks", "dims": "0,2"}, "d=2.*2 scales"),
         ({"full": False}, "common=highest.*full=False"),
-        ({"objective": "rsa", "n_folds": 4}, "n_folds"),
+        ({"objective": "rsa", "n_folds": 4}, "objective=rsa with n_folds: .* give n_folds=0"),
+        ({"objective": "rza"}, "objective must be linear or linear_first or rsa or cka"),
+        ({"head": "lasso"}, "head must be ridge or ols or pls or sgd"),
         ({"learning_rates": "[]"}, "learning_rates"),
     ]
     for i, (more, sentence) in enumerate(cases):
