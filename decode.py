@@ -83,7 +83,7 @@ class Config:
     pca: int = 16  # dimensions, fitted on training words; 0: all
     word: str = "norm_word"  # column of words.csv that says which words are the same
     # ---- decoders
-    # or pitom_model, foundation_mlp, foundation_finetune, ridge, linear, logistic, my_file.py:f
+    # a name in DECODERS (pitom_model, foundation_mlp, ridge, ...), or my_file.py:f
     model: str = "ensemble_pitom_model"
     model_params: dict = field(default_factory=dict)  # for model=; those of beside= keep theirs
     beside: list[str] = field(default_factory=lambda: ["ridge"])  # others, on the same windows
@@ -104,7 +104,7 @@ class Config:
     save_models: bool = True  # models/, for apply=
     # ---- saved decoders on a new recording
     apply: str = ""  # out folder of a finished run
-    recording: str = ""  # a prepared recording, or a set with the same people
+    recording: str = ""  # folder of a prepared recording, or of a set with the same people
     # ---- run
     out_dir: str = "out/decode"  # tables, figures, models; a stopped run goes on
     seed: int = 1337
@@ -346,10 +346,11 @@ def fit_target(fold, target, config):
 # ---- decoders
 
 # A decoder is a torch module: (words, *input_shape) -> (words, output_dim), or (words, members,
-# output_dim), an ensemble, of which the mean is trained and cosines are averaged. Its __init__ gets
-# what it names of model_params, input_shape, input_channels (the first of it) and output_dim; a
-# constructor in a user's file gets all in one dictionary. The module may have penalty(), added to
-# the loss, and norm_output, which is set to whether the target is an embedding.
+# output_dim), an ensemble, of which the mean is trained and cosines are averaged. input_shape is
+# (electrodes, bins), or what represent= and preprocess= make. Its __init__ gets what it names of
+# model_params, input_shape, input_channels (the first of it) and output_dim; a constructor in a
+# user's file gets all in one dictionary. The module may have penalty(), added to the loss, and
+# norm_output, which is set to whether the target is an embedding.
 
 
 class EnsemblePitomModel(nn.Module):
@@ -468,18 +469,24 @@ class Decoder(nn.Module):
             self.network = build_network(spec, model_params, input_shape, output_dim)
             if hasattr(self.network, "norm_output"):
                 self.network.norm_output = kind == "vectors"
-            out = self.eval()(torch.zeros(2, *input_shape))
+            words = torch.arange(3.0).view(3, *[1] * len(input_shape)).expand(3, *input_shape)
+            out = self.eval()(words)
+            alone = self(words[1:2])
         except InputError:
             raise
-        except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InputError(
-                f"model={spec} cannot read {list(input_shape)} inputs a word "
-                f"({' '.join(str(error).split())}): set bins=, window= or model_params="
+                f"model={spec} cannot read {list(input_shape)} inputs a word, electrodes first "
+                f"({' '.join(str(error).split())}): set bins=, window= or model_params=, or mend it"
             ) from None
-        if out.ndim != 3 or out.shape[::2] != (2, output_dim):
+        if out.ndim != 3 or out.shape[::2] != (3, output_dim):
             raise InputError(
-                f"model={spec} returned shape {tuple(out.shape)} for 2 words: "
+                f"model={spec} returned shape {tuple(out.shape)} for 3 words: "
                 f"(words, {output_dim}) or (words, members, {output_dim}) is wanted"
+            )
+        if not torch.allclose(out[1], alone[0], rtol=1e-2, atol=1e-3):
+            raise InputError(
+                f"model={spec} mixes the words of a batch: words come first in (words, ...)"
             )
 
     def set_scale(self, x):

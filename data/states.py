@@ -28,7 +28,8 @@ from tqdm import tqdm
 from data import InputError, file_hash, write_aside
 
 # What makes one vector of several: x (..., T, H) and real (..., T, 1), bool, -> (..., H). An entry
-# more is one name more for quantiles=, quantile_method= and layer_method= of probe.py.
+# more is one name more for quantiles=, quantile_method= and layer_method= of probe.py. Where real
+# is False x is padding, which must not count.
 REDUCE = {
     "mean": lambda x, real: (x * real).sum(-2) / real.sum(-2),
     "max": lambda x, real: x.masked_fill(~real, -math.inf).amax(-2),

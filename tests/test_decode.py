@@ -733,6 +733,14 @@ def wrong_model(p):
 def no_model(p):
     return 3
 
+class Mixing(torch.nn.Module):  # a GRU whose batch_first was forgotten
+    def __init__(self, p):
+        super().__init__()
+        self.gru = torch.nn.GRU(p["input_shape"][1], p["output_dim"])
+
+    def forward(self, x):
+        return self.gru(x)[0][:, -1]
+
 def wrong_windows(data, params):
     return data.mean(0)
 
@@ -782,6 +790,7 @@ def test_a_users_task(podcast, tmp_path, user_file):
 WRONG = [
     ("model", "wrong_model", ["returned shape (", "(words, 6)"]),
     ("model", "no_model", ["cannot read", "'int' object"]),
+    ("model", "Mixing", ["mixes the words of a batch"]),
     ("model", "nosuch", ["nosuch", "my_file.py:name"]),
     ("preprocess", "wrong_windows", ["first dimension must stay the words"]),
     ("task", "wrong_target", ["returned shape (7,)"]),
