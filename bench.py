@@ -161,7 +161,7 @@ def plain_loss(model, idx, targets):
     """The loss as one writes it first: fused attention of the library, the whole batch's logits."""
     B, T = idx.shape
     parts = model.transformer
-    x = parts.wte(idx) + parts.wpe(torch.arange(T, device=idx.device))
+    x = parts.wpe.add(parts.wte(idx), torch.arange(T, device=idx.device))
     for block in parts.h:
         qkv = block.attn.c_attn(block.ln_1(x)).view(B, T, 3, model.config.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)

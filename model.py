@@ -716,8 +716,9 @@ class Montage(nn.Module):
         return v, of_subject(self.subject_token, subject)
 
 
-# A kind of encoder makes tokens (B, P, n_embd) of signals, and the states that its linear layer
-# `output` reads. A parameter called subject_* belongs to people, and is left behind on transfer.
+# A kind of encoder makes tokens (B, P, n_embd) of signals (B, C, T), one for each of P = T // patch
+# patches, and the states (B, P, width) that its linear layer `output` reads. A parameter called
+# subject_* belongs to people, and is left behind on transfer.
 class LinearEncoder(nn.Module):
     """Nothing but a linear map of each patch of the virtual channels."""
 
@@ -913,6 +914,7 @@ class NeuralEncoder(nn.Module):
         if c.window and T // c.patch != c.window:
             raise InputError(f"a signal of {T // c.patch} patches, not of window={c.window}")
         tokens, states = self.net(x, xyz, subject)
+        assert tokens.shape == (len(x), T // c.patch, c.n_embd), "a token for each patch"
         if self.whole is None:
             return tokens
         states = F.dropout(states.flatten(1), c.dropout, self.training)
@@ -1215,7 +1217,9 @@ def load_checkpoint(path):
         reason = type(error).__name__
         raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(f"{path} has no state to resume, as other codes' have none: see lm=")
+        raise InputError(
+            f"{path} was written by another code and cannot be resumed: give it as lm="
+        )
     if state["version"] > VERSION:
         raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)
@@ -1271,6 +1275,6 @@ def lm_from(state, path="checkpoint", **options):
     missing, unexpected = model.load_state_dict(weights, strict=False)
     for name in missing + unexpected:
         if name != "unit_at_cell":  # sheets are given or left as the options say
-            problem = "missing" if name in missing else "more than it has"
-            raise InputError(f"{path} does not fit our GPT: '{name}' is {problem}")
+            problem = "lacks" if name in missing else "has besides"
+            raise InputError(f"{path} {problem} the weights '{name}': it is of no such GPT as ours")
     return model

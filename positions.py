@@ -72,11 +72,14 @@ def window_cells(side, radius, norm=float("inf")):
     most = (side + 1) // 2
     if not 2 <= radius <= most:
         raise InputError(f"radius={radius} leaves no window on {side} x {side}: take 2 to {most}")
-    distance = np.linalg.norm(offsets(np.arange(side * side), side), norm, axis=-1)
-    inside = distance < radius - 1e-9  # rounding makes no cell nearer
+    apart = offsets(np.arange(side * side), side)
+    inside = np.linalg.norm(apart, norm, axis=-1) < radius - 1e-9  # rounding makes no cell nearer
     n_cells = inside.sum(1)
-    whole = inside[n_cells == n_cells.max()]  # windows at the edge have fewer
-    return whole.nonzero()[1].reshape(len(whole), -1)
+    centres = np.flatnonzero(n_cells == n_cells.max())  # windows at the edge have fewer
+    shapes = apart[centres][inside[centres]].reshape(len(centres), -1, 2)
+    if not np.allclose(shapes, shapes[0]):
+        raise InputError(f"radius={radius}: no window lies wholly on the sheet, take a smaller one")
+    return inside[centres].nonzero()[1].reshape(len(centres), -1)
 
 
 @cache

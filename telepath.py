@@ -714,7 +714,9 @@ def build(run, config, trials, manifest, pretrained):
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
     for key in FIXED.split() if resumed else ():
-        check_choice(f"{key} of the resumed run", getattr(config, key), [state["config"][key]])
+        saved, given = state["config"][key], getattr(config, key)
+        if saved != given:
+            raise InputError(f"{path} has {key}={saved}, the options say {given}")
     if state["split"] != manifest["hash"]:
         problem = f"{path} was trained on another split, and may know what is held out here"
         raise InputError(f"{problem}: give the data and options of its config.yaml")
@@ -1214,7 +1216,7 @@ def log_step(run, config, training, losses, norm):
     for key in losses[0]:
         mean = torch.stack([part[key].detach() for part in losses]).mean()
         numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
-    run.log(training.step, **numbers, grad_norm=norm.item())
+    run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
 
 
 def settle(run, config, training):

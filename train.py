@@ -228,6 +228,8 @@ def baseline_losses(run, config, data):
 # ---- model
 
 
+# of a model that is read, the shape counts, whatever the options say
+SHAPE = ["n_layer", "n_head", "n_embd", "bias", "gelu", "head_loss", "attn_proj"]
 # fields of GPTConfig that another run may change: no weight depends on them
 FREE = ["dropout", "sheet", "radius", "norm", "windows", "alpha", "spatial", "factor"]
 FREE += ["spatial_kind", "accum", "tap", "activation_decay"]
@@ -252,9 +254,11 @@ def build(run, config, data):
         path = run.out / "ckpt.pt"
         state = run.load(path.name)
         check_resumable(path, state, options)
-        model = lm_from(state, path, **options)
+        model = lm_from(state, path, **{key: options[key] for key in FREE})
     else:
         model = start_from(config, data, options)
+    for key in SHAPE:
+        setattr(config, key, getattr(model.config, key))
     if data.vocab_size > model.config.vocab_size:
         raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
     return model.to(run.device), state
@@ -274,6 +278,8 @@ def check_resumable(path, state, options):
     """Raise InputError where a checkpoint is of another script, or has another shape."""
     if "optimizers" not in state:
         raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
+    if state.get("origin", "scratch") != "scratch":
+        return  # its shape was never that of the options
     for key, value in options.items():
         saved = state["model_args"][key]
         if key not in FREE and saved != value:
@@ -689,6 +695,7 @@ class Training:
     loader: Loader
     step: int = 0
     best: float = math.inf  # validation loss of best.pt
+    origin: str = "scratch"  # init_from when the run began
     resumed: int = -1  # step of the checkpoint that it goes on from
     # of this process:
     durations: list = field(default_factory=list)  # of its steps, in seconds
@@ -718,7 +725,7 @@ def set_up(run, config, data, model, state):
     optimizers = make_optimizers(model, config, run.device, run.dtype)
     cursor = state["cursor"] if state else 0
     loader = Loader(run, data.train, config, micro_batches_per_step(run, config), cursor)
-    training = Training(model, net, optimizers, loader)
+    training = Training(model, net, optimizers, loader, origin=config.init_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -726,6 +733,7 @@ def set_up(run, config, data, model, state):
         run.rewind(state["step"])
         training.step = training.resumed = state["step"]
         training.best = state["best"]
+        training.origin = state.get("origin", "scratch")
     return training
 
 
@@ -758,6 +766,7 @@ def save(run, config, data, training, name):
     state["scaler"] = run.scaler.state_dict()
     state["step"] = training.step
     state["best"] = training.best
+    state["origin"] = training.origin
     state["cursor"] = training.loader.cursor
     state["config"] = asdict(config)
     state["tokenizer"] = data.tokenizer

@@ -86,6 +86,8 @@ def test_a_hexagonal_sheet_is_one_function(monkeypatch):
     assert moran(np.sin(place[:, 0] / 4).reshape(12, 12)) > 0.8
     r = correlations(smooth_responses(12))
     assert is_permutation(swap_sheet(r, Sheet(144, 3), rounds=3)[0])
+    with pytest.raises(InputError, match="radius=4: no window lies wholly"):
+        window_cells(8, 4)  # rows are nearer to one another, windows reach further
     positions.neighbours.cache_clear()
 
 

@@ -308,6 +308,9 @@ def test_weights_of_another_run(dataset, whole, tmp_path):
     b = trained(dataset, tmp_path / "b", init_from=str(whole), **frozen)
     old, new = flat(checkpoint(whole, "best.pt")["model"]), flat(checkpoint(b)["model"])
     assert all(torch.equal(old[key], new[key]) for key in old)
+    assert yaml.safe_load((b / "config.yaml").read_text())["n_layer"] == 2  # what it has
+    trained(dataset, b, **{**frozen, "init_from": "resume", "max_iters": 2})
+    assert checkpoint(b)["step"] == 2
     c = trained(dataset, tmp_path / "c", init_from=str(whole), eval_only=True)
     assert logged(c, "val_task")[-1] == logged(whole, "val_task")[-1]
     assert not (c / "ckpt.pt").exists() and (c / "results.csv").exists()
