@@ -6,7 +6,7 @@
   goes through it: hidden states layer by layer, or logits.
 - load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
 
-    python -c "import convert; convert.export_lm('out/train', 'out/hf')"
+    python convert.py lm=out/train out_dir=out/hf   # a model of ours as a Hugging Face folder
 
 transformers and scipy are imported where they are used: they take a second, and a model of ours
 does without them.
@@ -17,7 +17,7 @@ import inspect
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -45,6 +45,12 @@ from data.tokens import (
     state_of,
 )
 from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_checkpoint
+
+
+@dataclass
+class Config:
+    lm: str = "out/train"  # what load_lm takes
+    out_dir: str = "out/hf"  # the folder that export_lm writes
 
 
 class NotOurGPT(InputError):
@@ -836,3 +842,11 @@ def place_units(coordinates):
     if len(set(cell)) < len(cell) or distance.min(axis=1).any():
         cell = linear_sum_assignment(distance)[1]
     return np.argsort(cell), distance[np.arange(len(cell)), cell]
+
+
+if __name__ == "__main__":
+    from configurator import configure
+
+    config = configure(Config)
+    export_lm(config.lm, config.out_dir)
+    print(f"{config.out_dir}: for AutoModelForCausalLM and AutoTokenizer of transformers")
