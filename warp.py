@@ -487,7 +487,13 @@ def read_studies(run, config, name):
     people = [config.subject]
     if config.subject == "each":
         people = data.units["subject"].unique()
-    return [read_brain(config, name, data, person) for person in people]
+    studies = [read_brain(config, name, data, person) for person in people]
+    for study, person in zip(studies, people):
+        n = data.select_units(person, config.roi).sum()
+        n_out = n - study.y.shape[1]
+        if n_out:
+            run.print(f"{study.name}: {n_out} of {n} units are constant or unreliable, left out")
+    return studies
 
 
 def read_brain(config, name, data, person):
@@ -526,13 +532,15 @@ def choose_units(config, data, person, folds):
     stimulus = data.presentations["stimulus"].to_numpy()
     responses = np.asarray(data.responses)[:, units].astype(np.float64)
     published = data.units["ceiling"].to_numpy()[units]
-    good = ~(published <= config.reliable)
+    good = ~(published <= config.reliable) & (responses.std(0) > 0)  # a constant tells nothing
     seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
     if seen.any():
         good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
     if not good.any():
-        ceiling = f"a ceiling (R2, training stimuli) above reliable={config.reliable}"
-        raise InputError(f"{data.path}: none of {len(good)} units has {ceiling}: lower it")
+        ceiling = (
+            f"varies and has a ceiling (R2, training stimuli) above reliable={config.reliable}"
+        )
+        raise InputError(f"{data.path}: none of {len(good)} units {ceiling}: lower it")
     units[units] = good
     ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
     if np.isnan(ceiling).any():

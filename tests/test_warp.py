@@ -381,10 +381,11 @@ def brain(folder, y, texts=None, **tables):
 
 def test_units_of_low_ceiling_are_left_out(tmp_path):
     rng = np.random.default_rng(0)
-    y = rng.standard_normal((90, 3))
+    y = rng.standard_normal((90, 4))
+    y[:, 3] = 5  # a unit that never changes
     texts = [f"t{i}" for i in range(90)]
-    ceilings = pd.DataFrame({"ceiling": [0.4, "", 0.01]})
-    noisy = np.vstack([y + [0.1, 50, 0.1] * rng.standard_normal((90, 3)) for _ in range(3)])
+    ceilings = pd.DataFrame({"ceiling": [0.4, "", 0.01, 0.9]})
+    noisy = np.vstack([y + [0.1, 50, 0.1, 0] * rng.standard_normal((90, 4)) for _ in range(3)])
     presentations = pd.DataFrame({"stimulus": np.tile(np.arange(90), 3)})
     made = {"published": brain(tmp_path / "published", y, texts, units=ceilings)}
     made["repeats"] = brain(tmp_path / "repeats", noisy, texts, presentations=presentations)
