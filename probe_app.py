@@ -170,9 +170,9 @@ def with_places(rows):
 # ---- figures
 
 
-def show(figure, key, title, height=420):
+def show(figure, key, title, height=480):
     """Draw a figure; its legend stands below it, where a phone has room."""
-    legend = {"orientation": "h", "y": -0.2, "title": None}
+    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "title": None}
     margin = {"l": 50, "r": 10, "t": 60, "b": 40}
     figure.update_layout(title=title, height=height, legend=legend, margin=margin)
     st.plotly_chart(figure, key=key, width="stretch")
