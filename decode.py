@@ -1127,7 +1127,7 @@ def main(config):
     for fold in folds:
         fit_target(fold, target, config)
     run.print(describe(podcast, montage, target))
-    run.content = content_of(config, inputs[""], target, rows)
+    run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
 
     jobs = run.share(itertools.product(all_lags(config), folds))
     todo = [job for job in jobs if not job_file(run, *job).exists()]

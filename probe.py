@@ -972,7 +972,7 @@ def main(config, lms=None, datasets=None, probes=None):
         (run.out / name).mkdir(exist_ok=True)
     lms = lms or config.lm
     datasets = load_datasets(run, config, datasets or config.dataset)
-    run.content = hash_content(run, lms, datasets)
+    run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
     rows = run.rows()
     for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
         model = LMModel(lm, run.device, run.dtype)
@@ -993,15 +993,17 @@ def main(config, lms=None, datasets=None, probes=None):
                 write_rows(run, folds, {**keys, "baseline": baseline})
                 print_best(run, folds, {**keys, "baseline": baseline})
                 if not baseline:
+                    of_model = folds
                     keep_for_app(run, part, keys["probe"], folds, scores)
-                    majority = folds[folds.site == 0].assign(score=folds.chance, **NO_SITE)
             if probe == usable[0]:
                 if "control" in config.baselines:
                     measure_control(run, sites[""], probe, keys)
                 if "compression" in config.baselines:
                     measure_compression(run, pooled, keys)
                 measure_sizes(run, sites[""], probe, keys)
-            write_rows(run, majority, {**keys, "baseline": "majority"})  # last: the probe is done
+            # what the commonest label gets; written last: the probe is done
+            majority = of_model[of_model.site == 0].assign(score=of_model.chance, **NO_SITE)
+            write_rows(run, majority, {**keys, "baseline": "majority"})
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)

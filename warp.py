@@ -1628,12 +1628,13 @@ def main(config):
     candidates = make_candidates(config)
     cells = list_cells(config, candidates)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
-    content = [study.content for study in itertools.chain(*datasets.values())]
-    content += map(partial(stamps, config), candidates)
-    run.content = hash_options({"content": content})[:6]
+    content = [stamps(config, candidate) for candidate in candidates]
+    for studies in datasets.values():
+        content += [study.content for study in studies]
+    run.content = hash_options({"content": content})[:6]  # rows of other content are not reused
     for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
         load = lru_cache(1)(partial(load_candidate, run, config, studies[0]))
-        fit_all(run, config, studies, cells, load)
+        fit_all(run, config, studies, cells, load)  # into files, which score_cells reads
         if run.master:
             people = []
             for study in studies:
