@@ -163,7 +163,7 @@ def plot_functions(run, config, study, cells, load):
     for name, row in zip(FUNCTIONS, axes):
         for d, axis in zip(dims, row):
             axis.plot(x, fitted[name, 0], label="d = 0")
-            axis.plot(x, fitted[name, d], "--", label=f"d = {d}")
+            axis.plot(x, fitted[name, d], "--", label="warped")
             axis.plot(x, truth, lw=1, label="target")
             axis.set(xlim=(-1, 1), ylim=(-1.6, 1.6))
             r2 = Objective.score_all(config, fitted[name, d], truth)
