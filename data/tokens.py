@@ -399,6 +399,20 @@ class Tokens:
         return ids
 
 
+def split_ids(folder, split, tokenizer):
+    """int64 (N,): a split's text in the ids of `tokenizer`, encoded anew where it has others."""
+    tokens = Tokens(folder, split)
+    ids = tokens.windows([0], len(tokens))[0]
+    state = tokenizer_state(folder)
+    if state["ranks"] == tokenizer.state["ranks"]:
+        return ids
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    ids_of_texts = []
+    for text in Tokenizer(state).decode(ids).removesuffix(ENDOFTEXT).split(ENDOFTEXT):
+        ids_of_texts += tokenizer.encode(text) + end
+    return np.array(ids_of_texts, np.int64)
+
+
 class Stream:
     """Several arrays read as one: len, slices (of step 1), and as one array."""
 
