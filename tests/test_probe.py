@@ -698,10 +698,15 @@ def test_bad_input_is_refused(lm_folder, tmp_path):
     good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
+    (tmp_path / "b").mkdir()
+    other = write_json(tmp_path / "b/good.json", texts, [0, 1] * 15)
     refusals = {
+        f"dataset={good},{other}": "dataset= has two of the name 'good'",
+        f"lm={lm_folder},{lm_folder}": "lm= has two of the name",
         "poolers=[{layer: 9}]": "no layer 9",
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
+        "probe=LDA,LDA": "probe= has two of the name 'LDA'",
         "probe=SVM": "'SVM'; there are .*LDA",
         "n_folds=16": "only 15 texts",
         "n_folds=2": "takes three",
