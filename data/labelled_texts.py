@@ -200,6 +200,11 @@ def _numbered(labels, named, where):
         if not isinstance(label, (str, int, float)) or label != label:
             raise InputError(f"{where} has the label {label}: labels are numbers or names")
     classes = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    numbers = pd.to_numeric(pd.Series(classes, dtype=object), errors="coerce").dropna()
+    for _, same in numbers.groupby(numbers):
+        if len(same) > 1:
+            spellings = " and ".join(repr(classes[place]) for place in same.index)
+            raise InputError(f"{where} has the labels {spellings}: spell one label in one way")
     names = []
     for label in classes:
         key = label if isinstance(label, str) else str(label + 0).removesuffix(".0")  # True: 1

@@ -287,6 +287,8 @@ def test_bad_data_is_refused(tmp_path):
         ("all 2 labels are the same", data_json(["a", "b"], [1, 1])),
         ("1 sentences and 2 labels", data_json(["a"], [0, 1])),
         ("2 sentences and 2 labels.*keys", keys),
+        ("the labels 0 and '0': spell", data_json(["a", "b", "c"], [0, "0", 1])),
+        ("the labels '1' and '1.0': spell", data_json(["a", "b", "c"], ["1.0", "1", "x"])),
         ("the label None", data_json(["a", "b"], [0, None])),
         ("not all of its labels", data_json(["a", "b"], [0, "x"], task="Regression")),
         ("no data: sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
