@@ -17,7 +17,7 @@ import pandas as pd
 import scipy.sparse
 
 from data import InputError
-from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
+from data.stimuli import ENCODING_FORMAT, SPLITS, Encoding, read_meta, read_task
 
 
 class LabelledTexts:
@@ -132,7 +132,7 @@ def join_equal_texts(groups, texts):
 def read_data_json(source, force_classification=False):
     """A data-json, file or dict, as (frame, names of the classes or None, meta). Raises InputError.
 
-    frame: text, y, group and split (None where it has none). y: the class's number, or the value of
+    frame: text, y, group (None where it has none) and split (''). y: the class's number, or the value of
     a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to 0 and 1.
     """
     where = source
@@ -172,7 +172,8 @@ def _load(path):
 
 
 def _frame(raw, where):
-    """text, labels, group and split (None where there are none), in the order of the sentences."""
+    """text, labels, group (None where there are none) and split ('' where there are none), in the
+    order of the sentences."""
     data = None
     if isinstance(raw, dict):
         data = raw.get("data")
@@ -191,6 +192,11 @@ def _frame(raw, where):
             )
         else:
             frame[column] = values
+    frame["split"] = frame.split.fillna("").astype(str).str.strip().str.lower()
+    wrong = sorted(set(frame.split) - set(SPLITS))
+    if wrong and set(frame.split) != {""}:
+        cure = "give each train, val or test, or none of them a split"
+        raise InputError(f"{where} has sentences in the split '{wrong[0]}': {cure}")
     return frame.reset_index(drop=True)
 
 

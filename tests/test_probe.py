@@ -280,6 +280,9 @@ def test_bad_data_is_refused(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps(data_json(["a", "b"], [0, 1]))[:-9])
     keys = data_json({"0": "a", "1": "b"}, {"0": 1, "2": 0})
+    splits = [data_json(["a", "b"], [0, 1]) for _ in range(2)]
+    splits[0]["data"]["splits"] = ["training", "test"]
+    splits[1]["data"]["splits"] = ["train", None]
     refusals = [
         ("broken.json is not JSON", broken),
         ("get_data.py", tmp_path / "none.json"),
@@ -289,6 +292,8 @@ def test_bad_data_is_refused(tmp_path):
         ("2 sentences and 2 labels.*keys", keys),
         ("the labels 0 and '0': spell", data_json(["a", "b", "c"], [0, "0", 1])),
         ("the labels '1' and '1.0': spell", data_json(["a", "b", "c"], ["1.0", "1", "x"])),
+        ("in the split 'training': give each train, val or test", splits[0]),
+        ("in the split ''", splits[1]),
         ("the label None", data_json(["a", "b"], [0, None])),
         ("not all of its labels", data_json(["a", "b"], [0, "x"], task="Regression")),
         ("no data: sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
@@ -319,7 +324,7 @@ def test_groups_never_split_and_labels_spread_evenly():
 
 def test_the_first_texts_are_the_first_of_each_part():
     raw = data_json([f"text {i}" for i in range(120)], [0, 1] * 60)
-    raw["data"]["splits"] = ["train"] * 40 + ["val"] * 40 + ["test"] * 40
+    raw["data"]["splits"] = ["Train"] * 40 + ["val"] * 40 + ["TEST "] * 40
     part = NLPDataset(raw).first(30)
     assert len(part) == 30 and part.texts[10] == "text 40"
     assert pd.Series(part.split).value_counts().to_dict() == {"train": 10, "val": 10, "test": 10}
