@@ -268,6 +268,8 @@ def test_the_schema_in_lists_and_dicts():
         assert len(data) == 3 and data[1] == ("b", 1) and data.kind == "binary"
         assert data.label_names == ["no", "yes"]
         assert data.groups[0] == data.groups[2] != data.groups[1]  # equal texts stay together
+    lists["data"]["groups"] = ["g", None, None]
+    assert len(set(NLPDataset(lists).groups)) == 2  # b alone, A with a
     rated = NLPDataset(data_json(["a", "b", "c"], [1, 3, 5.0], task="Regression"))
     assert rated.kind == "regression" and rated.y.tolist() == [0, 0.5, 1]
     rated = data_json(["a", "b"], [0.2, 0.9], task="Regression")
@@ -278,13 +280,18 @@ def test_the_schema_in_lists_and_dicts():
 
 def test_bad_data_is_refused(tmp_path):
     broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps(data_json(["a", "b"], [0, 1]))[:-9])
+    good = json.dumps(data_json({"0": "a", "1": "b"}, {"0": 0, "1": 1}))
+    (tmp_path / "good.json").write_text(good, encoding="utf-8-sig")
+    assert len(NLPDataset(tmp_path / "good.json")) == 2  # its byte order mark is no text
+    (tmp_path / "twice.json").write_text(good.replace('"1"', '"0"'))
+    broken.write_text(good[:-9])
     keys = data_json({"0": "a", "1": "b"}, {"0": 1, "2": 0})
     splits = [data_json(["a", "b"], [0, 1]) for _ in range(2)]
     splits[0]["data"]["splits"] = ["training", "test"]
     splits[1]["data"]["splits"] = ["train", None]
     refusals = [
         ("broken.json is not JSON", broken),
+        ("has the key '0' twice", tmp_path / "twice.json"),
         ("get_data.py", tmp_path / "none.json"),
         ("sentence 1 is empty", data_json(["a", " "], [0, 1])),
         ("all 2 labels are the same", data_json(["a", "b"], [1, 1])),
