@@ -793,8 +793,19 @@ def test_bad_input_is_a_sentence(given):  # more in tests/test_scripts.py
         check(T.Config(fusion="cross", train="encoder"))
     with pytest.raises(InputError, match="prompt= has no token"):
         prepared(given, prompt="")
+    with pytest.raises(InputError, match="do not fit.*shorten prompt= or max_new_tokens="):
+        prepared(given, max_new_tokens=99)
     with pytest.raises(InputError, match="no run of telepath.py"):
         prepared(given, init_from=str(given / "lm.pt"))
+
+
+def test_a_name_that_the_model_cannot_hold_is_named(given, tmp_path):
+    def change(name, given):
+        given["events"]["word"] = given["events"].word.replace("aw", 40 * "long")
+
+    make_eeg(tmp_path / "eeg", changes=change)
+    with pytest.raises(InputError, match="shorten the name 'long.*long' in .*eeg"):
+        prepared(given, dataset=str(tmp_path / "eeg"))
 
 
 def test_channels_without_a_signal_are_left_out_and_said(tmp_path):
