@@ -343,8 +343,15 @@ def tokenizer_state(folder):
     file = state.pop("file")
     if file is False:
         return _foreign_tokenizer(folder)
-    ranks = check_content(folder / file).read_text(encoding="ascii")
-    return {**state, "ranks": ranks}
+    path = check_content(folder / file)
+    try:
+        state["ranks"] = path.read_text(encoding="ascii")
+        is_whole = bool(ranks_of(state))
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path} is torn, or no rank file of tiktoken{remedy(folder)}")
+    return state
 
 
 class Tokens:

@@ -80,6 +80,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         ("train.bin", bytes(100), "train.bin is 100 bytes long where 180 are expected; make it"),
         ("train.bin", None, "train.bin is missing; make it with"),
         ("tokenizer.tiktoken", None, "tokenizer.tiktoken is missing; make it with"),
+        ("tokenizer.tiktoken", b"", "tokenizer.tiktoken is torn, or no rank file"),
+        ("tokenizer.tiktoken", b"\x80\xff a\n", "tokenizer.tiktoken is torn, or no rank file"),
         ("meta.yaml", None, r"no finished token dataset \(no meta.yaml\); make it with"),
         ("meta.yaml", b"format: tokens-9\n", "has the format 'tokens-9'"),
         ("meta.yaml", b"format: [tokens-1\n", "meta.yaml is not YAML"),
