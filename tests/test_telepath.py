@@ -672,7 +672,7 @@ def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, mon
     after = load_checkpoint(tmp_path / "ckpt.pt")
     assert not torch.equal(before["wte"], before["model"]["lm.transformer.wte.weight"])
     assert torch.equal(before["wte"], after["wte"]) and set(after["tokens"]) == {0, 2, 3}
-    with pytest.raises(InputError, match="train of the resumed run must be all, not 'encoder'"):
+    with pytest.raises(InputError, match="has train=all, the options say encoder"):
         T.main(a_config(given, **options | {"train": "encoder"}))
 
 
