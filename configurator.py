@@ -94,8 +94,8 @@ def _read_config_file(config, name):
         raise InputError(f"{path} holds no 'key: value' lines: write one option per line")
     kinds = typing.get_type_hints(type(config))
     for key, value in values.items():
-        if kinds.get(key) in (str, list[str]) and value is not None:
-            value = as_typed[key]
+        if kinds.get(key) in (str, list[str], list[dict | str]) and value is not None:
+            value = _as_typed(value, as_typed[key])
         _set_option(config, str(key), value, path)
 
 
@@ -174,11 +174,20 @@ def _parse_union(value, kinds):
         return _parse(value, kinds[1])
 
 
+def _as_typed(value, typed):
+    """YAML's `value` with scalars as they are `typed`, but in dicts: 01 and null are names, too."""
+    if isinstance(value, list):
+        return list(map(_as_typed, value, typed))
+    return value if isinstance(value, dict) else typed
+
+
 def _parse_list(value, kind):
-    """A list, given as `[a, b]` or `a,b`. Strings stay as typed: 01 and null are names, too."""
+    """A list, given as `[a, b]` or `a,b`. Strings stay as typed."""
     if isinstance(value, str):
         text = value if value.startswith("[") else f"[{value}]"
-        value = yaml.load(text, yaml.BaseLoader) if kind is str else read_yaml(text)
+        value = read_yaml(text)
+        if kind in (str, dict | str):
+            value = _as_typed(value, yaml.load(text, yaml.BaseLoader))
     if not isinstance(value, list):
         value = [value]
     return [_parse(item, kind) for item in value]

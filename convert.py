@@ -109,9 +109,9 @@ class HiddenStates:
 
     lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
     file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
-    anything that takes input_ids and returns hidden_states. dtype: precision of the pass.
-    padding_side: "left" becomes "right" where left pads would change the states.
-    bos: begin each text with the tokenizer's first token. head: load the head, for logits.
+    anything that takes input_ids and returns hidden_states. dtype: precision of the pass, a
+    torch.dtype or its name. padding_side: "left" becomes "right" where left pads would change the
+    states. bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
     Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
     after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
@@ -122,7 +122,7 @@ class HiddenStates:
         self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
     ):
         self.device = torch.device(device)
-        self.dtype = dtype
+        self.dtype = dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         name = lm
         if isinstance(lm, dict):
             model = lm["model"]
@@ -170,6 +170,9 @@ class HiddenStates:
             if len(row) > self.max_length:
                 row = self._row(text, truncation=True, max_length=self.room)[: self.max_length]
                 n_cut += 1
+            if max(row) >= self.vocab_size:
+                problem = f"{self.vocab_size:,} tokens, but {text[:40]!r} has token {max(row)}"
+                raise InputError(f"{self.name} knows {problem}: give the model its own tokenizer")
             rows.append(row)
         return rows, n_cut
 
@@ -211,6 +214,8 @@ class HiddenStates:
         rows = list(map(torch.tensor, rows))
         options = {"batch_first": True, "padding_side": self.padding_side}
         fill = getattr(self.tokenizer, "pad_token_id", None) or 0
+        if fill >= self.vocab_size:  # the tokenizer's alone; the model does not read pads anyway
+            fill = 0
         ids = pad_sequence(rows, padding_value=fill, **options)
         real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
         return ids.to(self.device), real.to(self.device)
@@ -320,6 +325,7 @@ class HiddenStates:
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.is_gpt = isinstance(model, GPT)
         self.base = getattr(model, "base_model", model)  # without its head
+        self.vocab_size = getattr(text_config(self.base), "vocab_size", None) or 10**9
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
         self.padding_side = "right"
@@ -328,6 +334,9 @@ class HiddenStates:
         states = self._output_states(ids, real)
         if any(state.shape[:-1] != ids.shape for state in states):
             raise InputError(f"{self.name}: some of its layers have no state for each token")
+        if not all(state.isfinite().all() for state in states):
+            cure = "its weights are damaged, or dtype= is too narrow for them"
+            raise InputError(f"{self.name}: some of its hidden states are NaN or infinite: {cure}")
         self.n_layer = len(states) - 1
         self.width = states[-1].size(-1)
         # does a later token change an earlier state?
@@ -382,11 +391,15 @@ def byte_spans(tokenizer, text):
     return spans
 
 
+def text_config(model):
+    """The config of a model, or of the part that reads text; None without one."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def longest_text(model, tokenizer):
     """How many tokens the model can read, special ones counted; 10 ** 9 where nothing limits it."""
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(model)
     limits = [10**9, getattr(tokenizer, "model_max_length", None)]
     for name in ("max_position_embeddings", "max_seq_len"):
         limits.append(getattr(config, name, None))
@@ -415,7 +428,7 @@ def load_from_transformers(name, dtype, head):
             Auto = transformers.AutoModelForMaskedLM
     if dtype != torch.float32:
         dtype = "auto"  # as the file has it; the pass is in autocast
-    return load_weights(Auto, name, dtype=dtype), from_hub(transformers.AutoTokenizer, name)
+    return load_weights(Auto, name, dtype=dtype), hub_tokenizer(name)
 
 
 # ---- Hugging Face
@@ -460,6 +473,17 @@ def from_hub(Auto, name, **options):
             check_content(file)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise InputError(f"{trouble} ({reason}): give a model's name or whole folder") from None
+
+
+def hub_tokenizer(name):
+    """The tokenizer of a Hugging Face model; without its files transformers makes an empty one."""
+    import transformers
+
+    tokenizer = from_hub(transformers.AutoTokenizer, name)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        cure = "copy tokenizer.json, or vocab.json and merges.txt, there"
+        raise InputError(f"{name} holds no tokenizer: {cure}")
+    return tokenizer
 
 
 def load_weights(Auto, name, **options):
@@ -623,9 +647,7 @@ training text makes likely, true or not, and has been tested for nothing.
 
 def tokenizer_state_from_hub(name):
     """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives."""
-    import transformers
-
-    tokenizer = from_hub(transformers.AutoTokenizer, name)
+    tokenizer = hub_tokenizer(name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
         state = exported_facts(name).get("tokenizer")

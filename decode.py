@@ -163,7 +163,7 @@ def load_podcast(run, config):
     names = config.subjects, config.channels, config.electrodes
     montage = Montage(choose_electrodes(podcast.recordings, *names), config.reference)
     if montage.gaps:
-        run.print(f"left out, since samples are missing (NaN): {', '.join(montage.gaps)}")
+        run.print(f"left out, with missing samples (NaN) or constant: {', '.join(montage.gaps)}")
     return podcast, montage
 
 
@@ -253,7 +253,14 @@ def keep_words(target, windows, config):
             f"every lag from {min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} "
             "folds: narrow min_lag= and max_lag=, or window="
         )
-    return target.only(inside, "with a window outside or BAD at some lag"), rows[:, inside]
+    target = target.only(inside, "with a window outside or BAD at some lag")
+    one_word = target.kind == "vectors" and len(set(target.labels)) < 2
+    if one_word or (target.values == target.values[0]).all():
+        raise InputError(
+            f"all {len(target.start)} events are one word, or have one target, so that there is "
+            "nothing to tell apart: look at the transcript, word= and embedding="
+        )
+    return target, rows[:, inside]
 
 
 def content_of(config, windows, target, rows):
@@ -484,6 +491,7 @@ class Decoder(nn.Module):
                 f"model={spec} returned shape {tuple(out.shape)} for 3 words: "
                 f"(words, {output_dim}) or (words, members, {output_dim}) is wanted"
             )
+        self.n_members = out.shape[1]
         if not torch.allclose(out[1], alone[0], rtol=1e-2, atol=1e-3):
             raise InputError(
                 f"model={spec} mixes the words of a batch: words come first in (words, ...)"
@@ -1139,6 +1147,8 @@ def main(config):
             for name, (spec, source) in decoders.items():
                 x = X[source].to(run.device)
                 decoder, val = fit_decoder(spec, x, target, fold, config)
+                if bar.n == 0 and decoder.n_members > 1:
+                    run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
                 table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
                 table.loc["val", "score"] = primary_score(val, target, fold, config)
                 tables[lag, fold.number, name] = table

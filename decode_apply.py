@@ -68,7 +68,7 @@ def same_electrodes(path, state, reference):
     if montage.gaps or montage.sfreq != state["sfreq"]:
         raise InputError(
             f"recording={path} has {montage.sfreq:g} Hz and {len(montage.gaps)} electrodes with "
-            f"missing samples: the decoders read {state['sfreq']:g} Hz, and every sample"
+            f"gaps or constant: the decoders read {state['sfreq']:g} Hz, and every sample"
         )
     return montage, chosen[0][0].events
 

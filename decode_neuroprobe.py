@@ -140,7 +140,7 @@ class Benchmark:
                 self.opened.clear()  # a recording and what trains it, not all
             montage = Montage([(recording, np.flatnonzero(recording.good))], self.config.reference)
             if montage.gaps:
-                self.run.print(f"left out, since samples are missing (NaN): {montage.gaps}")
+                self.run.print(f"left out, with missing samples (NaN) or constant: {montage.gaps}")
             cache = self.run.out.parent / "cache"
             self.opened[name] = decode.make_windows(self.config, montage, cache)
         windows = self.opened[name]

@@ -25,7 +25,7 @@ import positions
 from configurator import Run, configure, key_seed
 from convert import load_lm
 from data import InputError
-from data.tokens import Tokens, encoding, read_meta, tokenizer_state, write_dataset
+from data.tokens import Tokenizer, Tokens, read_meta, split_ids, tokenizer_state, write_dataset
 from model import GPT, GPTConfig
 
 
@@ -100,18 +100,14 @@ def cut_init_text(run, config):
     )
 
 
-def text_windows(folder, split, samples, length, tokenizer=None):
+def text_windows(folder, split, samples, length, tokenizer):
     """Windows (B, T) int64, T <= length, that hold at least `samples` tokens, evenly spread.
 
-    tokenizer: of another model, whose ids the text gets.
+    The text has the ids of `tokenizer`.
     """
-    tokens = Tokens(folder, split)
-    ids = tokens.windows([0], len(tokens))[0]
-    if tokenizer is not None:
-        text = encoding(tokenizer_state(folder)).decode(ids.tolist())
-        ids = np.array(tokenizer.encode(text), np.int64)
+    ids = split_ids(folder, split, tokenizer)
     if len(ids) < samples:
-        holds = f"{tokens.path} holds ({len(ids):,})"
+        holds = f"the {split} split of {folder} holds ({len(ids):,})"
         raise InputError(f"samples={samples} tokens are more than {holds}: see init_data=")
     length = min(length, samples)
     n_rows = -(-samples // length)
@@ -219,7 +215,7 @@ def plot_sheets(path, title, layers, sheet, scheme):
 
 
 def load_model(run, config, folder):
-    """The model whose responses are compared, and its tokenizer where that is not the text's."""
+    """The model whose responses are compared, and its tokenizer."""
     if config.lm:
         model, tokenizer = load_lm(config.lm, tap=config.tap)
         config.n_layer = model.config.n_layer
@@ -229,7 +225,7 @@ def load_model(run, config, folder):
         shape = {key: getattr(config, key) for key in keys}
         shape["vocab_size"] = read_meta(folder)["vocab_size"]
         model = GPT(GPTConfig(**shape), seed=config.seed)
-        tokenizer = None
+        tokenizer = Tokenizer(tokenizer_state(folder))
     return model.to(run.device).eval(), tokenizer
 
 

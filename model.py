@@ -1147,13 +1147,13 @@ class NeuralGPT(nn.Module):
         position = torch.cat([before.expand(*position.shape[:-1], -1), position], dim=-1)
         return n, torch.cat([eon, text], dim=1), Context(position, mask)
 
-    def check_length(self, P, T):
-        """Raises InputError where a prefix of P and T tokens of text have no positions."""
+    def check_length(self, P, T, text="the text"):
+        """Raises InputError where a prefix of P and T tokens of `text` have no positions."""
         size = self.lm.config.block_size
-        remedy = "take longer patches, or less text"
+        remedy = f"shorten {text}"
         if self.text_positions == "after_prefix" and self.fusion != "cross":
             T += P + 2
-            remedy += ", or text_positions=zero"
+            remedy += ", take longer patches, or text_positions=zero"
         if size < T:
             raise InputError(f"{T} tokens in all do not fit block_size={size}: {remedy}")
 

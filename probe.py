@@ -172,6 +172,13 @@ def load_datasets(run, config, specs):
     return datasets
 
 
+def check_distinct(names, option):
+    """Results are kept by name: refuse two of one name."""
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{option}= has two of the name '{name}': rename or drop one")
+
+
 def control_labels(dataset, seed):
     """Hewitt & Liang's control task: each text's longest word has a label drawn for the word.
 
@@ -971,12 +978,15 @@ def main(config, lms=None, datasets=None, probes=None):
     for name in ("logs", "predictions", "projections", "texts"):
         (run.out / name).mkdir(exist_ok=True)
     lms = lms or config.lm
+    probes = probes or config.probe
+    check_distinct(list(map(name_of, probes)), "probe")
     datasets = load_datasets(run, config, datasets or config.dataset)
+    check_distinct([dataset.name for dataset in datasets], "dataset")
     run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
     rows = run.rows()
     for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
         model = LMModel(lm, run.device, run.dtype)
-        usable = usable_probes(run, dataset, probes or config.probe)
+        usable = usable_probes(run, dataset, probes)
         todo = unfinished(rows, model.name, dataset.name, usable)
         if not todo:
             continue
@@ -1018,10 +1028,13 @@ def hash_content(run, lms, datasets):
     for dataset in datasets:
         facts = [dataset.texts, dataset.y, dataset.groups, dataset.split]
         content.update(json.dumps(facts, default=np.ndarray.tolist).encode())
+    names = []
     for lm in lms:
         model = LMModel(lm, run.device, run.dtype)
+        names.append(model.name)
         all_poolers(run.config, model)  # refuses a layer that is not there, before anything is run
         content.update(model.fingerprint().encode())
+    check_distinct(names, "lm")
     return content.hexdigest()[:8]
 
 

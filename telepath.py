@@ -801,8 +801,12 @@ class Experiment:
         wte = self.model.lm.transformer.wte.weight
         self.space = WordSpace((self.state or {}).get("wte", wte))
         n_tokens = 1 + len(self.trials.offsets) // self.model.encoder.config.patch
-        longest = max(config.max_new_tokens, *map(len, self.text.ids.values()))
-        self.model.check_length(n_tokens, len(self.text.prompt) + longest)
+        n_prompt = len(self.text.prompt)
+        options = "prompt= or max_new_tokens="
+        self.model.check_length(n_tokens, n_prompt + config.max_new_tokens, options)
+        longest = max(self.text.ids, key=lambda name: len(self.text.ids[name]))
+        n_name = len(self.text.ids[longest])
+        self.model.check_length(n_tokens, n_prompt + n_name, f"the name '{longest}' in {folder}")
         counts = self.trials.table.word.iloc[self.sets["train"]].value_counts()
         self.commonest = counts.index.tolist()
         self.train_words = sorted(self.commonest)

@@ -41,7 +41,7 @@ from configurator import InputError, Run, configure, key_seed
 from convert import HiddenStates
 from data.contrasts import find_contrasts, read_stimuli
 from data.stimuli import read_pairs
-from data.tokens import Tokens
+from data.tokens import split_ids
 
 
 @dataclass
@@ -752,11 +752,16 @@ def load_pairs(run, config):
     return read_pairs(folder), called(config.pairs, folder)
 
 
-def text_batches(run, config, size):
-    """Validation text in `val_batches` batches of 16 windows (16, size + 1)."""
-    tokens = Tokens(run.dataset(config.dataset), "val")
-    starts = np.linspace(0, len(tokens) - size - 1, 16 * config.val_batches).astype(int)
-    return torch.from_numpy(tokens.windows(starts, size + 1)).to(run.device).split(16)
+def text_batches(run, config, lm):
+    """Validation text in `val_batches` batches of 16 windows, as long as the model reads + 1."""
+    ids = split_ids(run.dataset(config.dataset), "val", lm.tokenizer)
+    size = lm.model.config.block_size + 1
+    if len(ids) < size:
+        holds = f"{len(ids):,} validation tokens, fewer than the {size} of a window"
+        raise InputError(f"dataset={config.dataset} has {holds} of {lm.name}: give a longer text")
+    starts = np.linspace(0, len(ids) - size, 16 * config.val_batches).astype(int)
+    windows = np.stack([ids[start : start + size] for start in starts])
+    return torch.from_numpy(windows).to(run.device).split(16)
 
 
 def main(config):
@@ -767,17 +772,20 @@ def main(config):
     if config.twin:
         lms["twin"] = load_model(config.twin, run)
     pairs, pairs_data = load_pairs(run, config)
+    have_sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
+    if have_sheets:
+        stimuli, contrasts, data = load_stimuli(run, config)
+        batches = {label: text_batches(run, config, lm) for label, lm in lms.items()}
     for label, lm in lms.items():
         if pairs:
             report_pairs(run, config, label, lm, pairs, pairs_data)
-    if not all(hasattr(lm.model, "unit_at_cell") for lm in lms.values()):
+    if not have_sheets:
         if not pairs:
             raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         run.print(f"{config.lm} {config.twin}".strip() + ": some lack sheets: minimal pairs only")
         run.merge()
         return run.close()
 
-    stimuli, contrasts, data = load_stimuli(run, config)
     localizer = next(iter(contrasts.values()))
     models = []
     for label, lm in lms.items():
@@ -787,14 +795,14 @@ def main(config):
     for contrast in contrasts.values():
         rows += show_contrast(run, config, models, contrast)
     t, mask, profile = language_mask(run, config, models[0], stimuli.condition, localizer)
-    batches = text_batches(run, config, lms["model"].model.config.block_size)
     ablation = []
     if pairs and mask.any():
         names = {"contrast": localizer.name, "pairs": pairs_data}
-        ablation = ablate(run, config, lms["model"], t, pairs, torch.cat(batches), names)
+        ablation = ablate(run, config, lms["model"], t, pairs, torch.cat(batches["model"]), names)
     curves = {}
     for sheets in models:
-        curves[sheets.label] = geometry_of_text(run, config, sheets, batches[0][:, :-1])
+        text = batches[sheets.label][0][:, :-1]
+        curves[sheets.label] = geometry_of_text(run, config, sheets, text)
         geometry_of_maps(run, config, sheets, localizer)
     title = f"{config.lm} and its twin {config.twin}" if config.twin else config.lm
     plot_summary(run.out / "summary.png", f"{title}; {data}", rows, curves, profile, ablation)

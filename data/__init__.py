@@ -102,6 +102,10 @@ _PlainLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+# It reads 010 as 8, 0x1f as 31 and 1:30 as 90. These stay text, of which int() makes 10 or nothing.
+ODD_NUMBERS = re.compile(r"[-+]?(0[bx_0-9][_0-9a-fA-F]*$|[0-9_]+:)")
+for first in "-+0123456789":
+    _PlainLoader.yaml_implicit_resolvers[first].insert(0, ("tag:yaml.org,2002:str", ODD_NUMBERS))
 
 
 def read_yaml(text):

@@ -10,14 +10,16 @@ The four parts are matched by key; each may be a list, whose keys are the places
 
 import copy
 import json
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from data import InputError
-from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
+from data import InputError, read_text
+from data.stimuli import ENCODING_FORMAT, SPLITS, Encoding, read_meta, read_task
 
 
 class LabelledTexts:
@@ -119,21 +121,20 @@ class LabelledTexts:
 
 
 def join_equal_texts(groups, texts):
-    """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
+    """Group (N,) of each text: the given one, or its own; joined where groups share a text."""
     n = len(texts)
-    if groups.isna().all():
-        groups = pd.Series(range(n))
-    groups = pd.factorize(groups.astype(str))[0]
-    same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
-    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
+    groups = np.where(groups.isna(), n + np.arange(n), pd.factorize(groups.astype(str))[0])
+    same_text = 2 * n + pd.factorize(texts.str.strip().str.lower())[0]
+    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(3 * n, 3 * n))
     return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
 
 
 def read_data_json(source, force_classification=False):
     """A data-json, file or dict, as (frame, names of the classes or None, meta). Raises InputError.
 
-    frame: text, y, group and split (None where it has none). y: the class's number, or the value of
-    a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to 0 and 1.
+    frame: text, y, group (None) and split ('' where it has none). y: the class's number, or the
+    value of a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to
+    0 and 1.
     """
     where = source
     raw = source
@@ -166,13 +167,23 @@ def _load(path):
         command = f"python data/probing/get_data.py -data_save_path {path.parent}"
         raise InputError(f"no dataset {path}: write it with {command}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path), object_pairs_hook=partial(_distinct, path))
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON ({error}): download it again") from None
 
 
+def _distinct(path, pairs):
+    """The dict of an object in a JSON file. Raises InputError where it has a key twice."""
+    keys = Counter(key for key, _ in pairs)
+    if len(keys) < len(pairs):
+        twice = keys.most_common(1)[0][0]
+        raise InputError(f"{path} has the key '{twice}' twice in one place: number sentences anew")
+    return dict(pairs)
+
+
 def _frame(raw, where):
-    """text, labels, group and split (None where there are none), in the order of the sentences."""
+    """text, labels, group (None where there are none) and split ('' where there are none), in the
+    order of the sentences."""
     data = None
     if isinstance(raw, dict):
         data = raw.get("data")
@@ -191,6 +202,11 @@ def _frame(raw, where):
             )
         else:
             frame[column] = values
+    frame["split"] = frame.split.fillna("").astype(str).str.strip().str.lower()
+    wrong = sorted(set(frame.split) - set(SPLITS))
+    if wrong and set(frame.split) != {""}:
+        cure = "give each train, val or test, or none of them a split"
+        raise InputError(f"{where} has sentences in the split '{wrong[0]}': {cure}")
     return frame.reset_index(drop=True)
 
 
@@ -200,6 +216,11 @@ def _numbered(labels, named, where):
         if not isinstance(label, (str, int, float)) or label != label:
             raise InputError(f"{where} has the label {label}: labels are numbers or names")
     classes = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
+    numbers = pd.to_numeric(pd.Series(classes, dtype=object), errors="coerce").dropna()
+    for _, same in numbers.groupby(numbers):
+        if len(same) > 1:
+            spellings = " and ".join(repr(classes[place]) for place in same.index)
+            raise InputError(f"{where} has the labels {spellings}: spell one label in one way")
     names = []
     for label in classes:
         key = label if isinstance(label, str) else str(label + 0).removesuffix(".0")  # True: 1

@@ -28,7 +28,8 @@ class Montage:
     """The chosen electrodes of one or more recordings.
 
     people: a Person each; names: 'sub-01 LGA1' and so on, one an electrode; sfreq: Hz; xyz:
-    (electrodes, 3) in m; gaps: electrodes that were left out since samples are missing.
+    (electrodes, 3) in m; gaps: electrodes that were left out since samples are missing or all the
+    same.
     """
 
     def __init__(self, chosen, reference="none"):
@@ -43,20 +44,20 @@ class Montage:
                 rates = f"{recording.sfreq:g} Hz, the others {self.sfreq:g} Hz"
                 raise InputError(f"{recording.path}: {rates}: choose subjects= of one rate")
             names = recording.path.name + " " + np.array(recording.names, dtype=object)
-            finite = finite_channels(recording.signal)
-            complete = channels[finite[channels]]
+            usable = usable_channels(recording.signal)
+            complete = channels[usable[channels]]
             self.names += names[complete].tolist()
-            self.gaps += names[channels[~finite[channels]]].tolist()
+            self.gaps += names[channels[~usable[channels]]].tolist()
             xyz.append(recording.xyz[complete])
             person = Person(recording, complete)
             if reference == "laplacian":
-                person.channels = np.flatnonzero(recording.good & finite)
+                person.channels = np.flatnonzero(recording.good & usable)
                 mixing = laplacian(np.array(recording.names)[person.channels])
                 person.mixing = mixing[np.searchsorted(person.channels, complete)]
             self.people.append(person)
         self.xyz = np.concatenate(xyz)
         if not self.names:
-            raise InputError(f"every electrode misses samples (NaN): {', '.join(self.gaps[:5])}")
+            raise InputError(f"every electrode is constant or has NaN: {', '.join(self.gaps[:5])}")
 
     def rows(self, start):
         """(people, events): the row of each person's signal at `start` (s)."""
@@ -186,12 +187,15 @@ class Windows:
         return repr(content)
 
 
-def finite_channels(signal):
-    """(channels,) whether every sample is finite: else a channel's sum is not."""
+def usable_channels(signal):
+    """(channels,) whether every sample is finite (else a channel's sum is not) and some differ."""
     total = np.zeros(signal.shape[1])
+    varies = np.zeros(signal.shape[1], bool)
     for begin in range(0, len(signal), 1 << 16):
-        total += signal[begin : begin + (1 << 16)].sum(axis=0, dtype=np.float64)
-    return np.isfinite(total)
+        block = signal[begin : begin + (1 << 16)]
+        total += block.sum(axis=0, dtype=np.float64)
+        varies |= (block != signal[0]).any(axis=0)
+    return np.isfinite(total) & varies
 
 
 def lag_windows(signal, channels, rows, offsets, edges):

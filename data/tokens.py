@@ -343,8 +343,15 @@ def tokenizer_state(folder):
     file = state.pop("file")
     if file is False:
         return _foreign_tokenizer(folder)
-    ranks = check_content(folder / file).read_text(encoding="ascii")
-    return {**state, "ranks": ranks}
+    path = check_content(folder / file)
+    try:
+        state["ranks"] = path.read_text(encoding="ascii")
+        is_whole = bool(ranks_of(state))
+    except ValueError:
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{path} is torn, or no rank file of tiktoken{remedy(folder)}")
+    return state
 
 
 class Tokens:
@@ -397,6 +404,20 @@ class Tokens:
             vocabulary = f"the vocabulary of {self.vocab_size} tokens"
             raise InputError(f"{self.path}: {wrong} is outside {vocabulary}{cure}")
         return ids
+
+
+def split_ids(folder, split, tokenizer):
+    """int64 (N,): a split's text in the ids of `tokenizer`, encoded anew where it has others."""
+    tokens = Tokens(folder, split)
+    ids = tokens.windows([0], len(tokens))[0]
+    state = tokenizer_state(folder)
+    if state["ranks"] == tokenizer.state["ranks"]:
+        return ids
+    end = [] if tokenizer.eot is None else [tokenizer.eot]
+    ids_of_texts = []
+    for text in Tokenizer(state).decode(ids).removesuffix(ENDOFTEXT).split(ENDOFTEXT):
+        ids_of_texts += tokenizer.encode(text) + end
+    return np.array(ids_of_texts, np.int64)
 
 
 class Stream:

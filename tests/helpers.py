@@ -84,7 +84,8 @@ def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words
     folder.mkdir(parents=True)
     words.to_csv(folder / "words.csv", index=False)
     tokens = pd.DataFrame({"word_idx": np.repeat(np.arange(n_words), 2), "token_id": 0})
-    tokens = tokens.assign(token="x", true_prob=0.1, rank=1, entropy=1.0)
+    true_prob = 0.1 * (1 + tokens.word_idx % 2)
+    tokens = tokens.assign(token="x", true_prob=true_prob, rank=1, entropy=1.0)
     tokens.to_csv(folder / "tokens.csv", index=False)
     features = np.repeat(vectors, 2, axis=0)  # of two tokens, whose mean is the vector
     features += np.tile([[1.0], [-1.0]], (n_words, 8))

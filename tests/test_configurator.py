@@ -30,6 +30,7 @@ class Config:
     compile: Literal["auto", True, False] = "auto"
     more: dict = field(default_factory=dict)
     text: str = ""
+    models: list[dict | str] = field(default_factory=list)
 
     RENAMED = {"nearby": "kind"}
 
@@ -52,6 +53,11 @@ def test_precedence_and_types(tmp_path):
     assert configure(Config, []).seed == 1
     c = configure(Config, ["seed=983_040", "top_k=1e1"])
     assert (c.seed, c.top_k) == (983_040, 10)
+    b.write_text("seed: 010\nlags: [010, -08, +3, 1_0]\nlearning_rate: 08.5\n")
+    for words in ([str(b)], ["seed=010", "lags=010,-08,+3,1_0", "learning_rate=08.5"]):
+        c = configure(Config, words)  # decimal, where YAML would read 010 as 8
+        assert (c.seed, c.lags, c.learning_rate) == (10, [10, -8, 3, 10], 8.5)
+    assert configure(Config, ["learning_rate=.5E1"]).learning_rate == 5
 
 
 def test_strings_stay_as_they_are_typed(tmp_path):
@@ -60,6 +66,10 @@ def test_strings_stay_as_they_are_typed(tmp_path):
     for given in ([str(path)], ["subjects=01,null,1e5", "text=007"], ["subjects=[01, null, 1e5]"]):
         assert configure(Config, given).subjects == ["01", "null", "1e5"]
     assert configure(Config, [str(path)]).text == "007"
+    names = ["01", "007", "1e5", "no", {"name": "01", "at": 2}, "null", "1:30"]
+    path.write_text("models: [01, 007, 1e5, no, {name: 01, at: 2}, null, 1:30]\n")
+    for given in ([str(path)], [path.read_text().replace(": ", "=", 1).strip()]):
+        assert configure(Config, given).models == names
     path.write_text("text:\n")
     assert configure(Config, [str(path)]).text == ""
 
@@ -68,6 +78,9 @@ BAD = [
     ("sede=1", "unknown option 'sede'; did you mean 'seed'"),
     ("nearby=1", "'nearby' is now called 'kind'"),
     ("seed=1.5", "'seed' must be int, not '1.5'"),
+    ("seed=1:30", "'seed' must be int, not '1:30'"),
+    ("seed=0x10", "'seed' must be int"),
+    ("lags=1,1:30", r"'lags' must be list\[int\]"),
     ("seed=true", "'seed' must be int"),
     ("seed=inf", "'seed' must be int"),
     ("seed=nan", "'seed' must be int"),

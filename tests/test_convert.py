@@ -235,6 +235,31 @@ def test_an_encoder_with_a_decoder_and_readers_of_pads_are_refused(folder_of):
         HiddenStates({"model": mixer, "tokenizer": Tokenizer(BYTES)})
 
 
+def test_tokens_without_an_embedding_and_states_without_numbers_are_refused():
+    class Padded(Tokenizer):
+        pad_token_id = 300
+
+    small = {"model": gpt(99), "tokenizer": Padded(BYTES), "name": "small"}
+    lm = HiddenStates(small, dtype="float32")
+    assert lm.dtype is torch.float32 and lm.pad([[1], [1, 2]])[0].tolist() == [[1, 0], [1, 2]]
+    with pytest.raises(InputError, match="knows 99 tokens, but 'xyz' has token 122"):
+        lm.encode(["ab", "xyz"])
+    torn = gpt()
+    with torch.no_grad():
+        torn.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="NaN or infinite: its weights are damaged"):
+        HiddenStates({"model": torn, "tokenizer": Tokenizer(BYTES)})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_a_folder_without_its_tokenizer_is_named(folder_of, tmp_path, family):
+    folder = shutil.copytree(folder_of(family), tmp_path / "net")
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(InputError, match="net holds no tokenizer: copy tokenizer.json"):
+        HiddenStates(str(folder))
+
+
 def test_a_model_without_blocks_to_hook_gives_its_own_states():
     shape = {"vocab_size": 257, "embedding_size": 16, **WIDE}
     albert = strengthened(transformers.AlbertModel(transformers.AlbertConfig(**shape)))

@@ -262,10 +262,11 @@ def test_windows_in_bad_segments_are_left_out_and_told(podcast, tmp_path):
 
 
 def hurt_copy(podcast, folder):
-    """A copy of the podcast with a gap of NaN in sub-01's LGA4."""
+    """A copy of the podcast with a gap of NaN in sub-01's LGA4, and a constant LGB4."""
     shutil.copytree(podcast, folder)
     signal = np.memmap(folder / "sub-01/signal.f32", "<f4", "r+").reshape(-1, 10)
     signal[5000:5040, 3] = np.nan
+    signal[:, 7] = 3e-6
     signal.flush()
     return folder
 
@@ -274,9 +275,11 @@ def test_an_electrode_with_missing_samples_is_named_and_left_out(podcast, tmp_pa
     hurt = hurt_copy(podcast, tmp_path / "hurt")
     _, whole = prepared(podcast, tmp_path / "a", reference="laplacian")
     _, experiment = prepared(hurt, tmp_path / "b", reference="laplacian")
-    assert "left out, since samples are missing (NaN): sub-01 LGA4" in capsys.readouterr().out
+    gaps = ["sub-01 LGA4", "sub-01 LGB4"]
+    said = "left out, with missing samples (NaN) or constant: sub-01 LGA4, sub-01 LGB4\n"
+    assert said in capsys.readouterr().out
     names = experiment.montage.names
-    assert names == [n for n in whole.montage.names if n != "sub-01 LGA4"]
+    assert names == [n for n in whole.montage.names if n not in gaps]
     X = windows_at(experiment, 300.0)
     assert np.isfinite(X).all() and np.allclose(X[:, :2], windows_at(whole, 300.0)[:, :2])
 
@@ -584,6 +587,7 @@ def test_it_finds_what_was_planted_and_nothing_else(podcast, tmp_path, capsys):
     assert (tmp_path / "run/lags.png").exists()
     said = capsys.readouterr().out
     assert "the lag that each fold's validation words chose" in said
+    assert "ensemble_pitom_model: an ensemble of 2 members" in said and said.count("members") == 1
 
 
 def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
@@ -642,8 +646,8 @@ def test_targets_of_the_other_tasks(podcast, tmp_path, task):
     config, experiment = prepared(podcast, tmp_path, task=task)
     words = experiment.words.set_index("start").loc[experiment.target.start]
     values = experiment.target.values
-    if task == "surprisal":  # two tokens of probability .1 a word
-        assert np.allclose(values, -2 * np.log(0.1))
+    if task == "surprisal":  # two tokens of probability .1 or .2 a word
+        assert np.allclose(values[:, 0], -2 * np.log(0.1 * (1 + words.word_idx % 2)))
         return
     named = np.array(experiment.target.names)[values]
     if task == "pos":
@@ -856,6 +860,21 @@ def test_a_set_without_words_is_refused(podcast, tmp_path):
     path.write_text(path.read_text().replace("words: words.csv\n", ""))
     with pytest.raises(InputError, match="names no words"):
         finished(tmp_path / "set", tmp_path / "run")
+
+
+def of_one_word(podcast, folder):
+    """A copy of the podcast whose every word is the same."""
+    shutil.copytree(podcast, folder)
+    words = pd.read_csv(podcast / "words.csv", keep_default_na=False)
+    words.assign(norm_word="same").to_csv(folder / "words.csv", index=False)
+    return folder
+
+
+def test_a_set_of_one_word_is_refused(podcast, tmp_path):
+    same = of_one_word(podcast, tmp_path / "set")
+    for embedding in ("arbitrary", "gpt2-xl"):
+        with pytest.raises(InputError, match="are one word, or have one target"):
+            finished(same, tmp_path / "run", embedding=[embedding])
 
 
 def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):

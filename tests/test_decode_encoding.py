@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import make_podcast
-from test_decode import PLANTED, hurt_copy
+from test_decode import PLANTED, hurt_copy, of_one_word
 
 import configurator
 import decode
@@ -50,8 +50,8 @@ def test_a_gap_in_one_electrode_changes_no_other(podcast, tmp_path, capsys):
     options = {"lags": [300.0], "n_shifts": 300}
     whole = encoded(podcast, tmp_path / "whole", **options)
     hurt = encoded(hurt_copy(podcast, tmp_path / "set"), tmp_path / "hurt", **options)
-    assert "missing (NaN): sub-01 LGA4" in capsys.readouterr().out
-    assert "sub-01 LGA4" not in hurt.index and len(hurt) == len(whole) - 1
+    assert "constant: sub-01 LGA4, sub-01 LGB4" in capsys.readouterr().out
+    assert set(whole.index) - set(hurt.index) == {"sub-01 LGA4", "sub-01 LGB4"}
     assert np.allclose(hurt.score, whole.loc[hurt.index, "score"], atol=1e-5)
     assert set(hurt.index[hurt.q < 0.05]) == PLANTED
 
@@ -77,11 +77,13 @@ def test_correlations_of_shifted_words_are_numpys():
 
 
 def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path):
+    same = str(of_one_word(podcast, tmp_path / "same"))
     refused = [
+        ({"podcast": same, "embedding": ["arbitrary"]}, "are one word, or have one target"),
         ({"embedding": ["nosuch"]}, "neither lm, static"),
         ({"window": 0.0}, "window=0.0 s"),
         ({"lag_step": 0.0, "lags": []}, "lag_step"),
     ]
     for options, words in refused:
         with pytest.raises(InputError, match=words):
-            encoded(podcast, tmp_path, **options)
+            encoded(**{"podcast": podcast, "out": tmp_path, **options})

@@ -268,6 +268,8 @@ def test_the_schema_in_lists_and_dicts():
         assert len(data) == 3 and data[1] == ("b", 1) and data.kind == "binary"
         assert data.label_names == ["no", "yes"]
         assert data.groups[0] == data.groups[2] != data.groups[1]  # equal texts stay together
+    lists["data"]["groups"] = ["g", None, None]
+    assert len(set(NLPDataset(lists).groups)) == 2  # b alone, A with a
     rated = NLPDataset(data_json(["a", "b", "c"], [1, 3, 5.0], task="Regression"))
     assert rated.kind == "regression" and rated.y.tolist() == [0, 0.5, 1]
     rated = data_json(["a", "b"], [0.2, 0.9], task="Regression")
@@ -278,15 +280,27 @@ def test_the_schema_in_lists_and_dicts():
 
 def test_bad_data_is_refused(tmp_path):
     broken = tmp_path / "broken.json"
-    broken.write_text(json.dumps(data_json(["a", "b"], [0, 1]))[:-9])
+    good = json.dumps(data_json({"0": "a", "1": "b"}, {"0": 0, "1": 1}))
+    (tmp_path / "good.json").write_text(good, encoding="utf-8-sig")
+    assert len(NLPDataset(tmp_path / "good.json")) == 2  # its byte order mark is no text
+    (tmp_path / "twice.json").write_text(good.replace('"1"', '"0"'))
+    broken.write_text(good[:-9])
     keys = data_json({"0": "a", "1": "b"}, {"0": 1, "2": 0})
+    splits = [data_json(["a", "b"], [0, 1]) for _ in range(2)]
+    splits[0]["data"]["splits"] = ["training", "test"]
+    splits[1]["data"]["splits"] = ["train", None]
     refusals = [
         ("broken.json is not JSON", broken),
+        ("has the key '0' twice", tmp_path / "twice.json"),
         ("get_data.py", tmp_path / "none.json"),
         ("sentence 1 is empty", data_json(["a", " "], [0, 1])),
         ("all 2 labels are the same", data_json(["a", "b"], [1, 1])),
         ("1 sentences and 2 labels", data_json(["a"], [0, 1])),
         ("2 sentences and 2 labels.*keys", keys),
+        ("the labels 0 and '0': spell", data_json(["a", "b", "c"], [0, "0", 1])),
+        ("the labels '1' and '1.0': spell", data_json(["a", "b", "c"], ["1.0", "1", "x"])),
+        ("in the split 'training': give each train, val or test", splits[0]),
+        ("in the split ''", splits[1]),
         ("the label None", data_json(["a", "b"], [0, None])),
         ("not all of its labels", data_json(["a", "b"], [0, "x"], task="Regression")),
         ("no data: sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
@@ -317,7 +331,7 @@ def test_groups_never_split_and_labels_spread_evenly():
 
 def test_the_first_texts_are_the_first_of_each_part():
     raw = data_json([f"text {i}" for i in range(120)], [0, 1] * 60)
-    raw["data"]["splits"] = ["train"] * 40 + ["val"] * 40 + ["test"] * 40
+    raw["data"]["splits"] = ["Train"] * 40 + ["val"] * 40 + ["TEST "] * 40
     part = NLPDataset(raw).first(30)
     assert len(part) == 30 and part.texts[10] == "text 40"
     assert pd.Series(part.split).value_counts().to_dict() == {"train": 10, "val": 10, "test": 10}
@@ -698,10 +712,15 @@ def test_bad_input_is_refused(lm_folder, tmp_path):
     good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
+    (tmp_path / "b").mkdir()
+    other = write_json(tmp_path / "b/good.json", texts, [0, 1] * 15)
     refusals = {
+        f"dataset={good},{other}": "dataset= has two of the name 'good'",
+        f"lm={lm_folder},{lm_folder}": "lm= has two of the name",
         "poolers=[{layer: 9}]": "no layer 9",
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
+        "probe=LDA,LDA": "probe= has two of the name 'LDA'",
         "probe=SVM": "'SVM'; there are .*LDA",
         "n_folds=16": "only 15 texts",
         "n_folds=2": "takes three",

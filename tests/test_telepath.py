@@ -672,7 +672,7 @@ def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, mon
     after = load_checkpoint(tmp_path / "ckpt.pt")
     assert not torch.equal(before["wte"], before["model"]["lm.transformer.wte.weight"])
     assert torch.equal(before["wte"], after["wte"]) and set(after["tokens"]) == {0, 2, 3}
-    with pytest.raises(InputError, match="train of the resumed run must be all, not 'encoder'"):
+    with pytest.raises(InputError, match="has train=all, the options say encoder"):
         T.main(a_config(given, **options | {"train": "encoder"}))
 
 
@@ -793,8 +793,19 @@ def test_bad_input_is_a_sentence(given):  # more in tests/test_scripts.py
         check(T.Config(fusion="cross", train="encoder"))
     with pytest.raises(InputError, match="prompt= has no token"):
         prepared(given, prompt="")
+    with pytest.raises(InputError, match="do not fit.*shorten prompt= or max_new_tokens="):
+        prepared(given, max_new_tokens=99)
     with pytest.raises(InputError, match="no run of telepath.py"):
         prepared(given, init_from=str(given / "lm.pt"))
+
+
+def test_a_name_that_the_model_cannot_hold_is_named(given, tmp_path):
+    def change(name, given):
+        given["events"]["word"] = given["events"].word.replace("aw", 40 * "long")
+
+    make_eeg(tmp_path / "eeg", changes=change)
+    with pytest.raises(InputError, match="shorten the name 'long.*long' in .*eeg"):
+        prepared(given, dataset=str(tmp_path / "eeg"))
 
 
 def test_channels_without_a_signal_are_left_out_and_said(tmp_path):

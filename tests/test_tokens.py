@@ -53,6 +53,19 @@ def test_what_is_written_is_read(dataset):
     assert not list(dataset.glob("*.tmp*"))
 
 
+def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
+    tokenizer = Tokenizer(BYTES)
+    for other in (tokenizer, Tokenizer(T.learn_bpe(texts(40), 300, "bpe"))):
+        ids = [[*other.encode(text), other.eot] for text in texts(3)]
+        write_dataset(tmp_path / other.state["name"], {"val": ids}, other.state)
+    expected = T.split_ids(tmp_path / "bytes", "val", tokenizer)
+    assert np.array_equal(expected, Tokens(tmp_path / "bytes", "val").tokens)
+    assert len(Tokens(tmp_path / "bpe", "val")) < len(expected)
+    assert np.array_equal(T.split_ids(tmp_path / "bpe", "val", tokenizer), expected)
+    with pytest.raises(InputError, match="'characters' has no character"):
+        T.split_ids(tmp_path / "bpe", "val", Tokenizer(T.character_state("abc")))
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path):
     state = T.make_state("large", T.CHARACTERS, "YQ== 0\n", {T.ENDOFTEXT: 70_000})
     write_dataset(tmp_path, {"train": [[0, 70_000]]}, state)
@@ -67,6 +80,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         ("train.bin", bytes(100), "train.bin is 100 bytes long where 180 are expected; make it"),
         ("train.bin", None, "train.bin is missing; make it with"),
         ("tokenizer.tiktoken", None, "tokenizer.tiktoken is missing; make it with"),
+        ("tokenizer.tiktoken", b"", "tokenizer.tiktoken is torn, or no rank file"),
+        ("tokenizer.tiktoken", b"\x80\xff a\n", "tokenizer.tiktoken is torn, or no rank file"),
         ("meta.yaml", None, r"no finished token dataset \(no meta.yaml\); make it with"),
         ("meta.yaml", b"format: tokens-9\n", "has the format 'tokens-9'"),
         ("meta.yaml", b"format: [tokens-1\n", "meta.yaml is not YAML"),

@@ -20,7 +20,7 @@ from convert import HiddenStates, export_gpt
 from data import InputError
 from data.contrasts import find_contrasts, read_stimuli
 from data.stimuli import read_pairs
-from data.tokens import state_of
+from data.tokens import Tokenizer, learn_bpe, state_of, write_dataset
 from model import lm_state, save_checkpoint
 from topography import Config, Sheets
 
@@ -377,6 +377,18 @@ def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tm
     assert "minimal pairs only" in capsys.readouterr().out
     with pytest.raises(InputError, match="nothing to do.*pairs=grammar"):
         run(given, tmp_path / "b", lm=str(given / "flat"), pairs="")
+
+
+def test_text_is_read_in_the_models_own_tokens(plain, given, tmp_path):
+    lm = topography.load_model(str(given / "sheets"), plain)
+    text = "the cats sleep, " * 20
+    state = learn_bpe([text], 265, "bpe")
+    write_dataset(tmp_path, {"val": [Tokenizer(state).encode(text)]}, state)
+    batches = topography.text_batches(plain, Config(dataset=str(tmp_path), val_batches=1), lm)
+    assert batches[0][0].tolist() == list(text[:33].encode())
+    write_dataset(tmp_path, {"val": [Tokenizer(state).encode(text[:20])]}, state)
+    with pytest.raises(InputError, match="21 validation tokens, fewer than the 33"):
+        topography.text_batches(plain, Config(dataset=str(tmp_path)), lm)
 
 
 def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
