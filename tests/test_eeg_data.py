@@ -239,6 +239,27 @@ def test_units_that_differ_are_said(tmp_path, capsys):
     _, (one,) = convert(root, tmp_path / "out")
     np.testing.assert_allclose(one.signal, samples().T / 100, atol=7e-9)
     assert "units of the file, where channels.tsv says others" in capsys.readouterr().out
+    root = make_bids(tmp_path / "fif", "fif", channels={"units": "µV"})  # always in V
+    _, (one,) = convert(root, tmp_path / "out2")
+    np.testing.assert_allclose(one.signal, samples().T, atol=1e-9)
+    assert "units" not in one.meta["preprocessing"]
+
+
+def test_a_channel_in_another_unit_is_bad_and_named(tmp_path, capsys):
+    """It takes no part in the average reference."""
+    root = make_bids(tmp_path / "b", "edf", unit=["uV", "uV", "uV", ""])
+    _, (one,) = convert(root, tmp_path / "out", reference="average")
+    good = samples()[:3]
+    np.testing.assert_allclose(one.signal[:, :3], (good - good.mean(axis=0)).T, atol=2e-8)
+    assert one.good.tolist() == [True, True, True, False]
+    assert "of no brain's size and bad (say their units in channels.tsv): Oz" in (
+        capsys.readouterr().out
+    )
+    (made,) = reader.convert_files(root / "sub-01", tmp_path / "files", montage="colin27_1005")
+    assert recording.Recording(made).good.tolist() == [True, True, True, False]
+    root = make_bids(tmp_path / "half", "edf", unit=["uV", "uV", "", ""])
+    with pytest.raises(InputError, match="a standard deviation of .* is no brain's"):
+        convert(root, tmp_path / "out2")
 
 
 def test_no_brain_is_that_large(tmp_path):
