@@ -464,13 +464,15 @@ def _check_responses(responses, shape, path):
         wanted = f"floats, {shape[0]} presentations x {shape[1]} units, are expected"
         raise InputError(f"{path} is {found} where {wanted}{remedy(path.parent)}")
     for start in range(0, len(responses), BLOCK):
-        finite = np.isfinite(responses[start : start + BLOCK])
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(responses[start : start + BLOCK].astype("f4", copy=False))
         if not finite.all():
             row, unit = np.argwhere(~finite)[0]
             raise InputError(
                 f"{path}: the response of unit {unit} in presentation {start + row} is "
-                f"{responses[start + row, unit]}: leave out units or presentations that were not "
-                "recorded, or write one dataset for each set of units with the same stimuli"
+                f"{responses[start + row, unit]}, no number of float32: leave out units or "
+                "presentations that were not recorded, or write one dataset for each set of units "
+                "with the same stimuli"
             )
 
 
