@@ -732,13 +732,15 @@ def make_eeg1(root, rows):
     return make_bids(root, events=rows, stem="task-rsvp", electrodes=False)
 
 
-@pytest.mark.parametrize("release", ["seconds and samples", "seconds", "samples", "flag"])
+@pytest.mark.parametrize("release", ["seconds and samples", "seconds", "samples", "ms", "flag"])
 def test_eeg1_traps(tmp_path, release):
     rows = eeg1_rows()
     if release != "seconds and samples":
         rows = rows.drop(columns="sample")
     if release == "samples":
         rows["onset"] = eeg1_rows()["sample"]
+    if release == "ms":
+        rows["onset"] = (1000 * rows["onset"]).round().astype(int)
     if release == "flag":
         rows = rows.assign(isteststim=[0] * 10 + [1] * 2, blocksequencenumber=0)
     root = make_eeg1(tmp_path / "b", rows)
@@ -763,6 +765,9 @@ def test_eeg1_traps(tmp_path, release):
     assert events["category"].tolist()[:3] == ["tool", "animal", ""]
     assert meta["n_objects"] == 5 and meta["n_words"] == 4 and not meta["synthetic"]
     assert np.isfinite(one.xyz).all()
+    slow = pd.DataFrame({"onset": ["0", "7", "14"]})
+    with pytest.raises(InputError, match="x.tsv: the column onset steps by 7, of no known unit"):
+        things1.onsets_of(slow, "x.tsv", 200.0)
 
 
 def test_eeg1_real_events_and_concepts():
