@@ -252,7 +252,11 @@ def remedy(folder, option=""):
 
 def folder_of(config, script, name=""):
     """Where a dataset goes: config.out_dir, or the folder of its script (or `name` in it)."""
-    return Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+    folder = Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise InputError(f"out_dir={folder}: {place} is a file: give a folder")
+    return folder
 
 
 def options_of(config, *others):
