@@ -92,6 +92,15 @@ def file_hash(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 
+def files_state(paths):
+    """A hash of the names, sizes and times of large files, another one when any was changed."""
+    state = []
+    for path in map(Path, paths):
+        about = path.stat()
+        state.append([path.name, about.st_size, about.st_mtime_ns])
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Plain values only."""
 

@@ -584,6 +584,9 @@ def test_conversion_goes_on_where_it_was(tmp_path, capsys):
     make_bids(root, channels={"status": ["good", "good", "bad", "good"]})
     _, (mended, _) = convert(root, out, l_freq=1.0)
     assert mended.good.tolist() == [True, True, False, True]  # a table that somebody mended
+    make_bids(root, data=samples(seed=5))  # as many bytes
+    _, (mended, _) = convert(root, out)
+    np.testing.assert_allclose(mended.signal, samples(seed=5).T, atol=1e-9)
 
 
 def spoil(folder, what):

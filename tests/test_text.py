@@ -244,6 +244,10 @@ def test_ones_own_text_in_one_command(tmp_path):
     assert train + val == book and train.endswith("\n") and 0.08 < len(val) / len(book) < 0.12
     with pytest.raises(InputError, match="made with val_fraction=0.1"):
         checked(own, **options, val_fraction=0.2)
+    (tmp_path / "book.txt").write_text(book[::-1])
+    checked(own, **options, val_fraction=0.1)
+    [train] = documents_of(tmp_path / "d", "train")
+    assert book[::-1].startswith(train)
 
 
 def checked(script, **options):
