@@ -472,9 +472,15 @@ def test_podcast_words_with_their_windows(tmp_path):
     z = ((signal - signal.mean(0)) / np.maximum(signal.std(0), 1e-12))[:, 2]
     windows = [z[round(t * 100) + 15 : round(t * 100) + 25].mean() for t in onset[:5]]
     assert np.allclose(data.responses[:, 3], windows, atol=1e-4)
-    with pytest.raises(ValueError, match="no recording sub-09, only sub-01, sub-02"):
+    assert data.meta["left_out"] == [
+        "1 words whose window is outside a recording",
+        "1 electrodes that are flat or hold NaN: sub-02 B",
+    ]
+    prepare(podcast_encoding, **options, subjects=["1"], overwrite=True)
+    assert Encoding(tmp_path / "out").units.name.tolist() == ["A", "B"]
+    with pytest.raises(ValueError, match="has no sub-09, only sub-01, sub-02"):
         prepare(podcast_encoding, **options, subjects=["sub-09"], overwrite=True)
-    with pytest.raises(ValueError, match="no window lies inside"):
+    with pytest.raises(ValueError, match="no word has its window inside a recording: lag=60"):
         prepare(podcast_encoding, **options | {"lag": 60.0}, overwrite=True)
     with pytest.raises(ValueError, match="does not exist"):
         prepare(podcast_encoding, **options | {"podcast": tmp_path / "none"}, overwrite=True)
