@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse
 
 from data import InputError
-from data.stimuli import ENCODING_FORMAT, Encoding, read_meta, read_task
+from data.stimuli import ENCODING_FORMAT, Encoding, join_groups, read_meta, read_task, word_key
 
 
 class LabelledTexts:
@@ -85,7 +84,7 @@ class LabelledTexts:
         self.split = None
         if {"train", "test"} <= set(frame.split):
             self.split = frame.split.to_numpy()
-        self.groups = join_equal_texts(frame.group, frame.text)
+        self.groups = join_groups(frame.group, frame.text.map(word_key))
         return self
 
     def __len__(self):
@@ -116,17 +115,6 @@ class LabelledTexts:
             sources = rng.permuted(targets[rng.permutation(len(targets))], axis=1)
             y[targets] = self.y[sources]
         return y
-
-
-def join_equal_texts(groups, texts):
-    """Group (N,) of each text: the given ones, or each its own; joined where they share a text."""
-    n = len(texts)
-    if groups.isna().all():
-        groups = pd.Series(range(n))
-    groups = pd.factorize(groups.astype(str))[0]
-    same_text = n + pd.factorize(texts.str.strip().str.lower())[0]
-    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, same_text)), shape=(2 * n, 2 * n))
-    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
 
 
 def read_data_json(source, force_classification=False):

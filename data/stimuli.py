@@ -15,8 +15,9 @@ minimal pair, the repetitions of a sentence. BLiMP's own files (Warstadt et al. 
 
 A dataset of responses, which encoding models are fitted to, is a folder of its own:
     stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder),
-                        group, split (train, val, test, or empty in every row: scripts then split
-                        by groups), and whatever the maker adds
+                        group (equal texts are of one, however spelled), split (train, val, test, or
+                        empty in every row: scripts then split by groups), and whatever the maker
+                        adds
     responses.npy       (P, V) float32: the response of each of V units (voxels, electrodes,
                         sites) in each of P presentations; every one is finite
     presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0),
@@ -42,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from data import (
     InputError,
@@ -321,6 +323,18 @@ def word_key(word):
     return re.sub(r"[\W_]", "", folded) or folded
 
 
+def join_groups(groups, keys):
+    """Number (N,) of the group of each stimulus: the given ones, or each its own; joined where they
+    share a key, as equal texts do."""
+    n = len(keys)
+    if groups.isna().all():
+        groups = pd.Series(range(n))
+    groups = pd.factorize(groups.astype(str))[0]
+    alike = n + pd.factorize(keys)[0]
+    graph = scipy.sparse.coo_matrix((np.ones(n), (groups, alike)), shape=(2 * n, 2 * n))
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][groups]
+
+
 def to_number(text):
     """The number that a text is; NaN where it is none."""
     try:
@@ -418,6 +432,12 @@ def _check_stimuli(table, path):
     _refuse(table[name].str.strip() == "", table[name], path, "is empty")
     if "group" not in table:
         table["group"] = [str(i) for i in range(len(table))]
+    keys = table[name].map(word_key) if name == "text" else table[name]
+    joined = table["group"].groupby(join_groups(table["group"], keys)).transform("first")
+    n_joined = table["group"].nunique() - joined.nunique()
+    if n_joined:
+        print(f"{path}: {n_joined} groups joined to others with the same {name}", flush=True)
+    table["group"] = joined
     if "split" not in table:
         table["split"] = ""
     split = table["split"]

@@ -230,6 +230,18 @@ def test_responses_round_trip(tmp_path):
         Encoding(tmp_path)
 
 
+def test_equal_texts_are_of_one_group(tmp_path, capsys):
+    stimuli = pd.DataFrame({"text": ["One.", "two", "one", "T W O!", "six"]})
+    write_encoding(tmp_path, stimuli, np.ones((5, 2)), **ABOUT)
+    assert Encoding(tmp_path).stimuli["group"].tolist() == ["0", "1", "0", "1", "4"]
+    assert capsys.readouterr().out.count("2 groups joined to others with the same text") == 1
+    stimuli.assign(group=list("abccd")).to_csv(tmp_path / "stimuli.csv", index=False)
+    assert Encoding(tmp_path).stimuli["group"].tolist() == list("aaaad")
+    assert "stimuli.csv: 2 groups joined" in capsys.readouterr().out
+    write_encoding(tmp_path, pd.DataFrame({"file": ["a", "a", "A"]}), np.ones((3, 2)), **ABOUT)
+    assert pd.read_csv(tmp_path / "stimuli.csv")["group"].tolist() == [0, 0, 2]
+
+
 def test_images_must_be_there(tmp_path):
     (tmp_path / "a.png").touch()
     stimuli = pd.DataFrame({"file": ["a.png", "b.png"]})
