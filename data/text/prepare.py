@@ -55,6 +55,8 @@ def tokenizer_of(config, files, name):
     for path in files:
         for text in T.documents(path, column=config.column):
             characters.update(T.replace_lone_surrogates(text or ""))
+    if not characters:
+        raise InputError(f"root={config.root} holds no text: give another file or folder")
     return T.character_state(characters, f"{name}-char")
 
 
