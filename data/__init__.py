@@ -179,8 +179,10 @@ def read_table(path, columns=(), **options):
 
 
 def column(table, path, *names):
-    """The first of these columns that a table has. Raises InputError without one."""
+    """The first of these columns that a table has. Raises InputError without one, or with two."""
     for name in names:
+        if f"{name}.1" in table:  # as pandas calls the second
+            raise InputError(f"{path} has two columns '{name}': rename the wrong one")
         if name in table:
             return table[name]
     wanted, there = "' or '".join(names), ", ".join(map(str, table)) or "none"

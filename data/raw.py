@@ -58,6 +58,8 @@ def read_tsv(path, *columns):
     table = read_table(path, columns, **options)
     for name in table:
         text = table[name].str.strip()
+        if text.dropna().str.fullmatch('".*"').all():
+            text = text.str.strip('"')
         table[name] = text.mask(text.isin(["n/a", ""]))
     return table
 

@@ -382,6 +382,21 @@ def test_words_and_tables_are_read_as_they_are(tmp_path):
     assert one.meta["dropped"] == {"events without onset or word": 4}
 
 
+def test_words_that_differ_in_bytes_alone_are_one(tmp_path):
+    """Accents in two encodings; every word in quotation marks."""
+    events = events_tsv(word=["café", "cafe\u0301", "a", "a", "ß", "d"])
+    meta, _ = convert(make_bids(tmp_path / "b", events=events), tmp_path / "out")
+    assert meta["n_objects"] == meta["n_words"] == 4
+    root = make_bids(tmp_path / "quoted")
+    table = root / "sub-01/eeg/sub-01_task-see_events.tsv"
+    table.write_text('onset\tword\n1\t"a"\n2\t"b c"\n3\tn/a\n')
+    _, (one,) = convert(root, tmp_path / "out2")
+    assert one.events["word"].tolist() == ["a", "b c"]
+    table.write_text("onset\tword\tword\n1\ta\tb\n")
+    with pytest.raises(InputError, match="events.tsv .* has two columns 'word': rename"):
+        convert(root, tmp_path / "out3")
+
+
 def test_rows_that_end_in_a_tab_keep_their_columns(tmp_path):
     """With a byte order mark, line ends of Windows and blanks in the header, too."""
     channels = {"type": ["EEG", "eeg ", "EEG", "EEG"], "status": ["good", " BAD", "good", "n/a "]}

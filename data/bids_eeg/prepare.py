@@ -111,7 +111,8 @@ def events_of(table, path, config, sfreq):
     for name in ("word", "object", "image", "synonyms", "category", "block", "target"):
         asked = getattr(config, f"{name}_column")
         if asked:
-            columns[name] = column(table, f"{path} ({name}_column=)", asked).fillna("")
+            text = column(table, f"{path} ({name}_column=)", asked).fillna("")
+            columns[name] = text.str.normalize("NFC")
     if not columns.keys() & {"word", "object"}:
         raise InputError("word_column and object_column are both empty: one says what was shown")
     nothing = pd.Series("", table.index)
