@@ -92,6 +92,15 @@ def file_hash(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 
+def files_state(paths):
+    """A hash of the names, sizes and times of large files, another one when any was changed."""
+    state = []
+    for path in map(Path, paths):
+        about = path.stat()
+        state.append([path.name, about.st_size, about.st_mtime_ns])
+    return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Plain values only."""
 
@@ -174,8 +183,10 @@ def read_table(path, columns=(), **options):
 
 
 def column(table, path, *names):
-    """The first of these columns that a table has. Raises InputError without one."""
+    """The first of these columns that a table has. Raises InputError without one, or with two."""
     for name in names:
+        if f"{name}.1" in table:  # as pandas calls the second
+            raise InputError(f"{path} has two columns '{name}': rename the wrong one")
         if name in table:
             return table[name]
     wanted, there = "' or '".join(names), ", ".join(map(str, table)) or "none"
@@ -256,7 +267,11 @@ def remedy(folder, option=""):
 
 def folder_of(config, script, name=""):
     """Where a dataset goes: config.out_dir, or the folder of its script (or `name` in it)."""
-    return Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+    folder = Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
+    for place in (folder, *folder.parents):
+        if place.is_file():
+            raise InputError(f"out_dir={folder}: {place} is a file: give a folder")
+    return folder
 
 
 def options_of(config, *others):

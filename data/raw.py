@@ -58,6 +58,8 @@ def read_tsv(path, *columns):
     table = read_table(path, columns, **options)
     for name in table:
         text = table[name].str.strip()
+        if text.dropna().str.fullmatch('".*"').all():
+            text = text.str.strip('"')
         table[name] = text.mask(text.isin(["n/a", ""]))
     return table
 
@@ -344,7 +346,8 @@ def _pick_sensors(raw, path, sensors, notes):
 
 def _set_units(raw, path, stated, notes):
     """Bring a Raw to V, T or T/m: by the file's unit, or where it has none, or one that cannot be,
-    by `stated`, channels.tsv's (C,) in V (NaN: none). Raises InputError for a size no brain has."""
+    by `stated`, channels.tsv's (C,) in V (NaN: none). A channel of a size no brain has is bad, and
+    InputError is raised where most channels are."""
     _, low, high = SENSORS[notes["sensors"]]
     in_file = pd.Series(raw._orig_units, dtype=object).reindex(raw.ch_names).fillna("V").map(volts)
     ratio = np.ones(len(in_file))
@@ -356,19 +359,23 @@ def _set_units(raw, path, stated, notes):
     factor = np.where(in_file.isna(), ratio, 1.0)
     if not low <= np.nanmedian(sd * factor) <= high:
         factor = ratio
-    size = np.nanmedian(sd * factor)
-    if not low <= size <= high:
+    sd = sd * factor
+    wrong = (sd < low) | (sd > high)  # flat channels are NaN
+    if 2 * wrong.sum() >= np.isfinite(sd).sum():
+        size = np.nanmedian(sd[wrong])
         unit = SENSOR_UNITS.get(raw.get_channel_types()[0], "V")
         raise InputError(
             f"{path}: a standard deviation of {size:.2g} {unit} within a second is no brain's "
             f"({low:g} to {high:g}): say the right one (µV, mV, V) in the column units of "
             "channels.tsv, or leave it out if it is a test signal"
         )
+    notes["implausible"] = np.array(raw.ch_names)[wrong].tolist()
+    raw.info["bads"] = sorted({*raw.info["bads"], *notes["implausible"]})
     if (factor != 1).any():
         raw.load_data(verbose="error")
         raw.apply_function(lambda x: x * factor[:, None], picks="all", channel_wise=False)
         notes["units"] = "of channels.tsv"
-    elif (ratio != 1).any():
+    elif raw._orig_units and (ratio != 1).any():  # formats of MNE's and EEGLAB's own have one unit
         notes["units"] = "of the file, where channels.tsv says others"
 
 
@@ -661,6 +668,9 @@ def summary(notes):
         phrases.append(f"{notes['segments']} rows mark segments (BAD..., EDGE, boundary)")
     if "edges" in notes:
         phrases.append(notes["edges"])
+    if notes.get("implausible"):
+        names = ", ".join(notes["implausible"])
+        phrases.append(f"of no brain's size and bad (say their units in channels.tsv): {names}")
     for key in ("bads", "flat", "nan", "without_position", "left_out"):
         if notes.get(key):
             phrases.append(f"{key.replace('_', ' ')}: {', '.join(notes[key])}")

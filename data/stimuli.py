@@ -15,8 +15,9 @@ minimal pair, the repetitions of a sentence. BLiMP's own files (Warstadt et al. 
 
 A dataset of responses, which encoding models are fitted to, is a folder of its own:
     stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder),
-                        group, split (train, val, test, or empty in every row: scripts then split
-                        by groups), and whatever the maker adds
+                        group (equal texts are of one, however spelled), split (train, val, test, or
+                        empty in every row: scripts then split by groups), and whatever the maker
+                        adds
     responses.npy       (P, V) float32: the response of each of V units (voxels, electrodes,
                         sites) in each of P presentations; every one is finite
     presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0),
@@ -416,8 +417,8 @@ def _check_stimuli(table, path):
     """(stimuli with all their columns, text or image)."""
     name = column(table, path, "text", "file").name
     _refuse(table[name].str.strip() == "", table[name], path, "is empty")
-    if "group" not in table:
-        table["group"] = [str(i) for i in range(len(table))]
+    if "group" not in table:  # equal texts are one group: a split must not tear them apart
+        table["group"] = table[name].map(word_key) if name == "text" else table[name]
     if "split" not in table:
         table["split"] = ""
     split = table["split"]
@@ -464,13 +465,15 @@ def _check_responses(responses, shape, path):
         wanted = f"floats, {shape[0]} presentations x {shape[1]} units, are expected"
         raise InputError(f"{path} is {found} where {wanted}{remedy(path.parent)}")
     for start in range(0, len(responses), BLOCK):
-        finite = np.isfinite(responses[start : start + BLOCK])
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(responses[start : start + BLOCK].astype("f4", copy=False))
         if not finite.all():
             row, unit = np.argwhere(~finite)[0]
             raise InputError(
                 f"{path}: the response of unit {unit} in presentation {start + row} is "
-                f"{responses[start + row, unit]}: leave out units or presentations that were not "
-                "recorded, or write one dataset for each set of units with the same stimuli"
+                f"{responses[start + row, unit]}, no number of float32: leave out units or "
+                "presentations that were not recorded, or write one dataset for each set of units "
+                "with the same stimuli"
             )
 
 

@@ -541,6 +541,9 @@ def find_documents(root, pattern=""):
     """Files of documents, sorted: root itself, or those under it that match a glob; without one its
     parquet files, else JSONL, else text. Hidden ones do not count. InputError without any."""
     root = Path(root)
+    if root.name.lower().endswith(".json") and root.is_file():
+        cure = "write one object a line to a .jsonl, or name it .txt to learn it as it stands"
+        raise InputError(f"root={root} may be JSON or text: {cure}")
     if root.is_file():
         return [root]
     if not root.is_dir():

@@ -200,6 +200,7 @@ def test_pereira_without_context_gaps_and_ceilings(tmp_path):
 
 def test_words_are_read_in_their_sentence(tmp_path):
     words = ["ALEX", "WAS", "TIRED", "SO", "HE", "TOOK", "A", "NAP"]
+    others = [f"{word}S" for word in words]
     order = np.random.default_rng(0).permutation(16)  # a file need not be in order
     y = np.arange(32.0).reshape(16, 2)
     netcdf(
@@ -207,7 +208,7 @@ def test_words_are_read_in_their_sentence(tmp_path):
         y[order],
         ("presentation", "neuroid"),
         stimulus_id=("presentation", order),
-        stimulus=("presentation", np.array(words * 2)[order]),
+        stimulus=("presentation", np.array(words + others)[order]),
         word_num=("presentation", np.tile(np.arange(8), 2)[order]),
         sentence_id=("presentation", np.repeat([0, 1], 8)[order]),
         neuroid_id=("neuroid", [0, 1]),
@@ -216,8 +217,8 @@ def test_words_are_read_in_their_sentence(tmp_path):
     prepare(brainscore, set="Fedorenko2016", root=tmp_path, out_dir=tmp_path)
     data = Encoding(tmp_path / "Fedorenko2016")
     of = {key: y[0] for key, y in zip(zip(data.stimuli.group, data.inputs()), data.responses)}
-    assert of["0", "ALEX WAS TIRED"] == 4 and of["1", "ALEX"] == 16
-    assert of["1", " ".join(words)] == 30 and len(of) == 16
+    assert of["0", "ALEX WAS TIRED"] == 4 and of["1", "ALEXS"] == 16
+    assert of["1", " ".join(others)] == 30 and len(of) == 16
     assert data.meta["modality"] == "ECoG" and set(data.units.roi) == {"language"}
 
 
@@ -472,9 +473,15 @@ def test_podcast_words_with_their_windows(tmp_path):
     z = ((signal - signal.mean(0)) / np.maximum(signal.std(0), 1e-12))[:, 2]
     windows = [z[round(t * 100) + 15 : round(t * 100) + 25].mean() for t in onset[:5]]
     assert np.allclose(data.responses[:, 3], windows, atol=1e-4)
-    with pytest.raises(ValueError, match="no recording sub-09, only sub-01, sub-02"):
+    assert data.meta["left_out"] == [
+        "1 words whose window is outside a recording",
+        "1 electrodes that are flat or hold NaN: sub-02 B",
+    ]
+    prepare(podcast_encoding, **options, subjects=["1"], overwrite=True)
+    assert Encoding(tmp_path / "out").units.name.tolist() == ["A", "B"]
+    with pytest.raises(ValueError, match="has no sub-09, only sub-01, sub-02"):
         prepare(podcast_encoding, **options, subjects=["sub-09"], overwrite=True)
-    with pytest.raises(ValueError, match="no window lies inside"):
+    with pytest.raises(ValueError, match="no word has its window inside a recording: lag=60"):
         prepare(podcast_encoding, **options | {"lag": 60.0}, overwrite=True)
     with pytest.raises(ValueError, match="does not exist"):
         prepare(podcast_encoding, **options | {"podcast": tmp_path / "none"}, overwrite=True)

@@ -239,6 +239,27 @@ def test_units_that_differ_are_said(tmp_path, capsys):
     _, (one,) = convert(root, tmp_path / "out")
     np.testing.assert_allclose(one.signal, samples().T / 100, atol=7e-9)
     assert "units of the file, where channels.tsv says others" in capsys.readouterr().out
+    root = make_bids(tmp_path / "fif", "fif", channels={"units": "µV"})  # always in V
+    _, (one,) = convert(root, tmp_path / "out2")
+    np.testing.assert_allclose(one.signal, samples().T, atol=1e-9)
+    assert "units" not in one.meta["preprocessing"]
+
+
+def test_a_channel_in_another_unit_is_bad_and_named(tmp_path, capsys):
+    """It takes no part in the average reference."""
+    root = make_bids(tmp_path / "b", "edf", unit=["uV", "uV", "uV", ""])
+    _, (one,) = convert(root, tmp_path / "out", reference="average")
+    good = samples()[:3]
+    np.testing.assert_allclose(one.signal[:, :3], (good - good.mean(axis=0)).T, atol=2e-8)
+    assert one.good.tolist() == [True, True, True, False]
+    assert "of no brain's size and bad (say their units in channels.tsv): Oz" in (
+        capsys.readouterr().out
+    )
+    (made,) = reader.convert_files(root / "sub-01", tmp_path / "files", montage="colin27_1005")
+    assert recording.Recording(made).good.tolist() == [True, True, True, False]
+    root = make_bids(tmp_path / "half", "edf", unit=["uV", "uV", "", ""])
+    with pytest.raises(InputError, match="a standard deviation of .* is no brain's"):
+        convert(root, tmp_path / "out2")
 
 
 def test_no_brain_is_that_large(tmp_path):
@@ -359,6 +380,21 @@ def test_words_and_tables_are_read_as_they_are(tmp_path):
     assert one.events["word"].tolist() == words[:6]
     assert one.events["onset"].tolist() == [1.5, 2.5, 3, 4, 5, 6]
     assert one.meta["dropped"] == {"events without onset or word": 4}
+
+
+def test_words_that_differ_in_bytes_alone_are_one(tmp_path):
+    """Accents in two encodings; every word in quotation marks."""
+    events = events_tsv(word=["café", "cafe\u0301", "a", "a", "ß", "d"])
+    meta, _ = convert(make_bids(tmp_path / "b", events=events), tmp_path / "out")
+    assert meta["n_objects"] == meta["n_words"] == 4
+    root = make_bids(tmp_path / "quoted")
+    table = root / "sub-01/eeg/sub-01_task-see_events.tsv"
+    table.write_text('onset\tword\n1\t"a"\n2\t"b c"\n3\tn/a\n')
+    _, (one,) = convert(root, tmp_path / "out2")
+    assert one.events["word"].tolist() == ["a", "b c"]
+    table.write_text("onset\tword\tword\n1\ta\tb\n")
+    with pytest.raises(InputError, match="events.tsv .* has two columns 'word': rename"):
+        convert(root, tmp_path / "out3")
 
 
 def test_rows_that_end_in_a_tab_keep_their_columns(tmp_path):
@@ -563,6 +599,9 @@ def test_conversion_goes_on_where_it_was(tmp_path, capsys):
     make_bids(root, channels={"status": ["good", "good", "bad", "good"]})
     _, (mended, _) = convert(root, out, l_freq=1.0)
     assert mended.good.tolist() == [True, True, False, True]  # a table that somebody mended
+    make_bids(root, data=samples(seed=5))  # as many bytes
+    _, (mended, _) = convert(root, out)
+    np.testing.assert_allclose(mended.signal, samples(seed=5).T, atol=1e-9)
 
 
 def spoil(folder, what):
@@ -711,13 +750,15 @@ def make_eeg1(root, rows):
     return make_bids(root, events=rows, stem="task-rsvp", electrodes=False)
 
 
-@pytest.mark.parametrize("release", ["seconds and samples", "seconds", "samples", "flag"])
+@pytest.mark.parametrize("release", ["seconds and samples", "seconds", "samples", "ms", "flag"])
 def test_eeg1_traps(tmp_path, release):
     rows = eeg1_rows()
     if release != "seconds and samples":
         rows = rows.drop(columns="sample")
     if release == "samples":
         rows["onset"] = eeg1_rows()["sample"]
+    if release == "ms":
+        rows["onset"] = (1000 * rows["onset"]).round().astype(int)
     if release == "flag":
         rows = rows.assign(isteststim=[0] * 10 + [1] * 2, blocksequencenumber=0)
     root = make_eeg1(tmp_path / "b", rows)
@@ -742,6 +783,9 @@ def test_eeg1_traps(tmp_path, release):
     assert events["category"].tolist()[:3] == ["tool", "animal", ""]
     assert meta["n_objects"] == 5 and meta["n_words"] == 4 and not meta["synthetic"]
     assert np.isfinite(one.xyz).all()
+    slow = pd.DataFrame({"onset": ["0", "7", "14"]})
+    with pytest.raises(InputError, match="x.tsv: the column onset steps by 7, of no known unit"):
+        things1.onsets_of(slow, "x.tsv", 200.0)
 
 
 def test_eeg1_real_events_and_concepts():

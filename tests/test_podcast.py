@@ -513,6 +513,17 @@ COORDSYSTEM = ELECTRODES.format(n=1).replace("electrodes.tsv", "coordsystem.json
         ("stimuli/podcast_transcript.csv", "word,start,end\na,soon,2\n", "'start' holds no numb"),
         ("stimuli/podcast_transcript.csv", "word,start,end\na,,\nb,n/a,nan\n", "no word has an"),
         ("stimuli/podcast_transcript.csv", "word,start,end\na,1,2\n", "different snapshots"),
+        (
+            "stimuli/podcast_transcript.csv",
+            "word,start,end\na,900,990\nb,1200,1300\n",
+            "transcript.csv: a word every 300 s .column 'start'.: are they in ms",
+        ),
+        (
+            "stimuli/podcast_transcript.csv",
+            "word,start,end\na,1,2\nb,2,1\n",
+            "transcript.csv: 'b' in row 2 is from 2.0 to 1.0 s",
+        ),
+        ("stimuli/podcast_transcript.csv", "word,start,end\na,inf,2\n", "'a' .* from inf to 2.0"),
         ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* for 1 tokens"),
         ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
         ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),

@@ -185,6 +185,13 @@ def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
     conditions = pd.read_csv(tmp_path / "out/conditions.csv", keep_default_na=False)
     counts = conditions["condition"].value_counts().to_dict()
     assert counts == {"low #N/A": 3, "low Noun": 2, "high Noun": 3, "high #N/A": 2}
+    path.write_text(RATED.replace("null\t0.0", "null\t0.7"))
+    for said in ("another version of its sources", "is there already"):
+        prepare(labelled, root=path, **options)
+        assert said in capsys.readouterr().out
+    assert read_task(tmp_path / "out", "label")["y"][0] == 0.7
+    with pytest.raises(InputError, match="rated.txt is a file: give a folder"):
+        prepare(labelled, root=path, out_dir=path / "set")
 
 
 def test_classes_with_few_texts_are_left_out(tmp_path):

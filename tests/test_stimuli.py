@@ -230,6 +230,16 @@ def test_responses_round_trip(tmp_path):
         Encoding(tmp_path)
 
 
+def test_equal_texts_are_of_one_group(tmp_path):
+    stimuli = pd.DataFrame({"text": ["One.", "two", "one", "T W O!", "six"]})
+    write_encoding(tmp_path, stimuli, np.ones((5, 2)), **ABOUT)
+    assert Encoding(tmp_path).stimuli["group"].tolist() == ["one", "two", "one", "two", "six"]
+    stimuli.assign(group=list("abccd")).to_csv(tmp_path / "stimuli.csv", index=False)
+    assert Encoding(tmp_path).stimuli["group"].tolist() == list("abccd")  # as given
+    write_encoding(tmp_path, pd.DataFrame({"file": ["a", "a", "A"]}), np.ones((3, 2)), **ABOUT)
+    assert pd.read_csv(tmp_path / "stimuli.csv")["group"].tolist() == ["a", "a", "A"]
+
+
 def test_images_must_be_there(tmp_path):
     (tmp_path / "a.png").touch()
     stimuli = pd.DataFrame({"file": ["a.png", "b.png"]})

@@ -244,6 +244,10 @@ def test_ones_own_text_in_one_command(tmp_path):
     assert train + val == book and train.endswith("\n") and 0.08 < len(val) / len(book) < 0.12
     with pytest.raises(InputError, match="made with val_fraction=0.1"):
         checked(own, **options, val_fraction=0.2)
+    (tmp_path / "book.txt").write_text(book[::-1])
+    checked(own, **options, val_fraction=0.1)
+    [train] = documents_of(tmp_path / "d", "train")
+    assert book[::-1].startswith(train)
 
 
 def checked(script, **options):
@@ -255,11 +259,16 @@ def checked(script, **options):
 def test_bad_options_of_the_prepare_scripts(tmp_path, offline):  # noqa: F811
     (tmp_path / "book.txt").write_text("\n".join(texts(99)))
     book = str(tmp_path / "book.txt")
+    array, empty = str(tmp_path / "array.json"), str(tmp_path / "empty.txt")
+    (tmp_path / "array.json").write_text('[{"text": "a"}]')
+    (tmp_path / "empty.txt").touch()
     for script, options, words in (
         (own, {}, "root= is missing"),
         (own, {"root": "/no/such"}, "root=/no/such does not exist"),
         (own, {"root": book}, "give its vocab.bpe with bpe=FILE"),
         (own, {"root": book, "val_fraction": 2.0}, "val_fraction"),
+        (own, {"root": array, "tokenizer": "char"}, "array.json may be JSON or text: write one"),
+        (own, {"root": empty, "tokenizer": "char"}, "empty.txt holds no text: give another file"),
         (own, {"root": book, "bpe": "/no/file"}, "/no/file is missing"),
         (own, {"root": book, "bpe": book}, "book.txt is not GPT-2's BPE"),
         (own, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),

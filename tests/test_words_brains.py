@@ -42,6 +42,9 @@ def make(tmp_path, tables, **options):
         ROWS,
         QUOTED,
         "\ufeffword v0 v1\n\n" + ROWS.replace(" ", "   "),
+        ("word v0 v1\n" + ROWS).replace("\n", "\r"),
+        ("word;v0;v1\n" + ROWS).replace(" ", ";").replace(".", ","),
+        ",0,1\n" + ROWS.replace(" ", ","),
     ],
 )
 def test_words_stay_words_in_every_layout(tmp_path, content):
@@ -62,6 +65,8 @@ def test_names_are_not_used_where_the_header_does_not_fit(tmp_path, capsys, head
 def test_counts_are_no_header_and_tabs_leave_spaces(tmp_path):
     assert read(tmp_path, "bread 5 3 9\nring 1 2 2\n").index.tolist() == ["bread", "ring"]
     assert read(tmp_path, "word\tv0\nice cream\t1.5\nTV\t2\n").index[0] == "ice cream"
+    assert read(tmp_path, 'word,v0\n"yes, sir",0.1\nno,2\n').index[0] == "yes, sir"
+    assert read(tmp_path, "word,v0\ncafe\u0301,0.1\n").index[0] == "café"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,7 @@ def test_counts_are_no_header_and_tabs_leave_spaces(tmp_path):
         ("word v0\na 1.5\nb high\n", "line 3: the response 'high' is not a number"),
         ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number.*decimal points"),
         ("id,word,v0\n0,a,1.5\n", "'a' is not a number.*the word comes first"),
+        ("waa 3 7 12\nb 4 4 4\n", "'waa 3 7 12' may be a header or a row: begin a header with"),
         ("word\tv0\n\t1.5\n", "line 2: the first column, the word, is empty"),
         ("word v0 v1\n", "holds no words"),
         ("", "holds no words"),
@@ -165,6 +171,8 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     assert data.units.column.tolist() == ["v0", "v2", "v3"]
     with pytest.raises(InputError, match="no unit varies over its 2 rows"):
         make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
+    with pytest.raises(InputError, match="is 1e.39, no number of float32"):
+        make(tmp_path, {"t.txt": "word v0\na 1e39\nb 1\n"}, overwrite=True)
 
 
 # ---- real tables

@@ -24,7 +24,15 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, check_content, column, folder_of, options_of, write_aside
+from data import (
+    InputError,
+    check_content,
+    column,
+    files_state,
+    folder_of,
+    options_of,
+    write_aside,
+)
 from data import raw as reader
 from data.recording import Recording, read_meta, write_raw, write_set
 
@@ -103,7 +111,8 @@ def events_of(table, path, config, sfreq):
     for name in ("word", "object", "image", "synonyms", "category", "block", "target"):
         asked = getattr(config, f"{name}_column")
         if asked:
-            columns[name] = column(table, f"{path} ({name}_column=)", asked).fillna("")
+            text = column(table, f"{path} ({name}_column=)", asked).fillna("")
+            columns[name] = text.str.normalize("NFC")
     if not columns.keys() & {"word", "object"}:
         raise InputError("word_column and object_column are both empty: one says what was shown")
     nothing = pd.Series("", table.index)
@@ -323,14 +332,13 @@ def convert_one(folder, path, root, config, to_events, **meta):
 
 
 def made_of(path, root):
-    """A hash of a recording's tables and headers, and its size: what changes if it is mended."""
+    """Hashes of a recording's tables, and of its files: what changes if it is mended."""
     digest = hashlib.sha256()
     tables = ("events.tsv", "channels.tsv", "electrodes.tsv", "coordsystem.json")
     for name in (*tables, f"{path.stem.split('_')[-1]}.json"):
         file = reader.sidecar(path, root, f"_{name}")
         digest.update(check_content(file).read_bytes() if file else b"")
-    size = sum(file.stat().st_size for file in reader.files_of(path))
-    return f"{digest.hexdigest()[:16]}, {size} bytes"
+    return f"{digest.hexdigest()[:16]} {files_state(reader.files_of(path))}"
 
 
 # ---- a whole dataset

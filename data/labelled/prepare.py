@@ -20,7 +20,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, column, folder_of, options_of, write_aside
+from data import InputError, already_made, column, file_hash, folder_of, options_of, write_aside
 from data.stimuli import complete, read_csv, to_number, word_key, write_tasks
 
 EMBEDDED = False  # needs a table of yours
@@ -103,16 +103,16 @@ def conditions(rows, kind, tail):
 def main(config):
     folder = folder_of(config, __file__, Path(config.root).stem)
     options = options_of(config)
-    if already_made(folder, options, complete, config.overwrite):
+    version = {"table": file_hash(config.root)}
+    if already_made(folder, options, complete, config.overwrite, **version):
         return
     rows, kind, n_left_out = read_labels(config)
     rows["split"] = draw_split(rows["group"], config)
     labels = sorted(set(rows["label"])) if kind == "classification" else []
     task = {"frame": rows, "kind": kind, "labels": labels, "description": config.label}
     source = Path(config.root).name
-    meta = write_tasks(
-        folder, {"label": task}, synthetic=config.synthetic, source=source, options=options
-    )
+    meta = {"synthetic": config.synthetic, "source": source, "options": options, **version}
+    meta = write_tasks(folder, {"label": task}, **meta)
     table = conditions(rows, kind, config.tail)
     write_aside(folder / "conditions.csv", table.to_csv(index=False))
     sizes = ", ".join(f"{split} {n:,}" for split, n in meta["tasks"]["label"]["sizes"].items())

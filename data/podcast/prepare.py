@@ -206,6 +206,7 @@ def read_words(path, config):
     onsets = words["start"].dropna()
     if not len(onsets):
         raise InputError(f"{path}: no word has an onset (column 'start')")
+    check_times(words, path)
     words["norm_word"] = words["word"].map(normalised)
     words["sentence"], rule = number_sentences(words, config)
     words["pos"] = ""
@@ -219,6 +220,19 @@ def read_words(path, config):
         "sentences_by": rule,
     }
     return words, facts
+
+
+def check_times(words, path):
+    """Refuse times that are not in s, and words that end before they start."""
+    step = words["start"].sort_values().diff().median()
+    if step > 5:
+        cure = "are they in ms, or in samples? They must be in s"
+        raise InputError(f"{path}: a word every {step:.3g} s (column 'start'): {cure}")
+    wrong = np.isinf(words["start"]) | np.isinf(words["end"]) | (words["end"] < words["start"])
+    if wrong.any():
+        word, start, end = words.loc[wrong.idxmax(), ["word", "start", "end"]]
+        found = f"'{word}' in row {wrong.idxmax() + 1} is from {start} to {end} s"
+        raise InputError(f"{path}: {found}: correct it, or leave out a time that is unknown")
 
 
 def normalised(word):

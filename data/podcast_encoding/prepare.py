@@ -22,6 +22,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
 from data import InputError, already_made, column, folder_of, options_of
+from data.montage import choose_electrodes
 from data.recording import Recording, read_set
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
@@ -75,26 +76,26 @@ def mean_responses(recording, onset, lag, width):
     return responses, inside, sd
 
 
-def read_podcast(podcast, names, config):
-    """(words, (words, electrodes) responses, table of electrodes, (words,) in everybody's)."""
-    words = heard_words(Recording(podcast / names[0]))
+def read_podcast(recordings, config):
+    """(words, (words, electrodes) responses, table of electrodes, with ok: whether they have a
+    signal, (words,) in everybody's)."""
+    words = heard_words(recordings[0])
     responses = []
     units = []
     inside = True
-    for name in names:
-        recording = Recording(podcast / name)
+    for recording in recordings:
         heard = heard_words(recording)
         if not words[["word_idx", "word"]].equals(heard[["word_idx", "word"]]):
             cure = "choose those who heard the same with subjects="
-            raise InputError(f"{podcast}: {name} heard other words than {names[0]}: {cure}")
+            first = recordings[0].path.name
+            raise InputError(f"{recording.path} heard other words than {first}: {cure}")
         onset = heard["onset"].to_numpy()
         means, is_inside, sd = mean_responses(recording, onset, config.lag, config.width)
-        good = recording.good & (sd > 0)
-        responses.append(means[:, good])
+        responses.append(means[:, recording.good])
         inside = inside & is_inside
         table = pd.DataFrame({"roi": "", "subject": recording.subject, "name": recording.names})
         table[["x", "y", "z"]] = recording.xyz
-        units.append(table[good])
+        units.append(table.assign(ok=sd > 0)[recording.good])  # the SD of a NaN is NaN
     return words, np.concatenate(responses, axis=1), pd.concat(units, ignore_index=True), inside
 
 
@@ -107,14 +108,14 @@ def main(config):
         config.podcast or os.path.relpath(Path(__file__).resolve().parents[1] / "podcast")
     )
     about = read_set(podcast)  # says how to make it where it is not there
-    recordings = about["recordings"]
-    for name in config.subjects:
-        if name not in recordings:
-            raise InputError(f"{podcast} has no recording {name}, only {', '.join(recordings)}")
-    names = config.subjects or recordings
-    words, responses, units, inside = read_podcast(podcast, names, config)
+    recordings = [Recording(podcast / name) for name in about["recordings"]]
+    recordings = [recording for recording, _ in choose_electrodes(recordings, config.subjects)]
+    words, responses, units, inside = read_podcast(recordings, config)
     if not inside.any():
-        raise InputError(f"lag={config.lag}, width={config.width}: no window lies inside")
+        window = f"lag={config.lag}, width={config.width} (s)"
+        raise InputError(f"{podcast}: no word has its window inside a recording: {window}")
+    ok = units.pop("ok").to_numpy()
+    silent = (units["subject"] + " " + units["name"])[~ok]
     spoken = words["word"].tolist()
     texts = [" ".join(spoken[max(0, i - config.context) : i + 1]) for i in range(len(spoken))]
     group = (words["onset"] // config.block).astype(int).astype(str)
@@ -122,14 +123,17 @@ def main(config):
     meta = write_encoding(
         folder,
         stimuli[inside].reset_index(drop=True),
-        responses[inside],
-        units=units,
+        responses[inside][:, ok],
+        units=units[ok],
         modality="ECoG",
         species="human",
         source=str(about.get("source", podcast.name)),
         synthetic=about["synthetic"],
         options=options,
-        left_out=[f"{(~inside).sum():,} words whose window is outside a recording"],
+        left_out=[
+            f"{(~inside).sum():,} words whose window is outside a recording",
+            f"{len(silent)} electrodes that are flat or hold NaN: {', '.join(silent) or 'none'}",
+        ],
     )
     print_sizes(folder, meta)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, already_made, folder_of, options_of
+from data import InputError, already_made, files_state, folder_of, options_of
 from data import tokens as T
 
 EMBEDDED = False  # it is the user's own
@@ -55,6 +55,8 @@ def tokenizer_of(config, files, name):
     for path in files:
         for text in T.documents(path, column=config.column):
             characters.update(T.replace_lone_surrogates(text or ""))
+    if not characters:
+        raise InputError(f"root={config.root} holds no text: give another file or folder")
     return T.character_state(characters, f"{name}-char")
 
 
@@ -62,9 +64,10 @@ def main(config):
     name = config.name or Path(config.root).resolve().name.split(".")[0] or "text"
     folder = folder_of(config, __file__, name)
     options = options_of(config, "bpe", "workers")
-    if already_made(folder, options, T.complete, config.overwrite):
-        return
     files = T.find_documents(config.root, config.files)
+    version = {"files": files_state(files)}
+    if already_made(folder, options, T.complete, config.overwrite, **version):
+        return
     tail = len(files) < FEW and all(T.kind_of(path) in ("text", "") for path in files)
     plan = T.Plan(config.column, config.val_fraction, tail, config.shard_mb * 1_000_000)
     T.write_shards(
@@ -78,6 +81,7 @@ def main(config):
         source=f"local files ({name})",
         validation="the end of each document" if tail else "documents by a hash of their text",
         synthetic=config.synthetic,
+        **version,
     )
     place = os.path.relpath(folder, Path(__file__).resolve().parents[2])
     print(f"python train.py dataset={folder if place.startswith('..') else place}")

@@ -6,8 +6,9 @@
 
 Grootswagers et al. 2022, OpenNeuro ds003825. `concepts=` is THINGS' table of synonyms and
 categories. The events are read with their traps: `sample` before `onset` (which some releases have
-in samples), durations in ms, stimulus paths with backslashes, objects with a number where two share
-a word (calf1, calf2). Catch trials keep target=1; the repeated test pictures get phase=test.
+in samples, or in ms), durations in ms, stimulus paths with backslashes, objects with a number where
+two share a word (calf1, calf2). Catch trials keep target=1; the repeated test pictures get
+phase=test.
 """
 
 import sys
@@ -75,11 +76,7 @@ def events_of(table, path, config, sfreq):
     """events.tsv of ds003825 as our table of events; see data/bids_eeg."""
     things = column(table, path, "object")
     stim = column(table, path, "stim")
-    onset = reader.numbers(table, "onset", path)
-    if "sample" in table:
-        onset = reader.numbers(table, "sample", path) / sfreq
-    elif np.median(np.diff(np.sort(onset.dropna()))) > 5:  # pictures come every 0.1 s
-        onset = onset / sfreq
+    onset = onsets_of(table, path, sfreq)
     duration = pd.Series(0.05, table.index)
     if "duration" in table:
         duration = reader.numbers(table, "duration", path).fillna(0.05)
@@ -98,6 +95,20 @@ def events_of(table, path, config, sfreq):
     if config.concepts:
         events = with_concepts(events, read_concepts(config.concepts))
     return events
+
+
+def onsets_of(table, path, sfreq):
+    """Onsets in s, of `sample`, or of `onset` in s, ms or samples: as pictures come every 0.1 s.
+    Raises InputError where they would not."""
+    name = "sample" if "sample" in table else "onset"
+    units = np.array([sfreq] if name == "sample" else [1.0, 1000.0, sfreq])
+    onset = reader.numbers(table, name, path)
+    step = onset.sort_values().diff().median()
+    error = np.abs(step / units - 0.1)
+    if error.min() > 0.02:
+        cure = "give them in s; pictures come every 0.1 s"
+        raise InputError(f"{path}: the column {name} steps by {step:g}, of no known unit: {cure}")
+    return onset / units[error.argmin()]
 
 
 def stretches(onset, pause=1.0):

@@ -10,8 +10,11 @@ and eye-tracking sources. A table of your own is read as well. readme.md says ho
 refused.
 """
 
+import csv
 import hashlib
+import re
 import sys
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -78,13 +81,13 @@ def read_table(path):
     InputError, with the line, for what is no table of words and numbers."""
     rows = {}
     separator = None  # any white space
-    for line, text in enumerate(read_text(path).split("\n"), 1):
+    for line, text in enumerate(re.split("\r\n?|\n", read_text(path)), 1):
         if text.strip() and not rows:
-            separator = next((mark for mark in "\t,;" if mark in text), None)
+            separator = next((mark for mark in "\t;," if mark in text), None)
         if text.strip():
-            rows[line] = [field.strip().strip('"') for field in text.split(separator)]
+            rows[line] = split_fields(text, separator)
     header = None
-    if rows and is_header(next(iter(rows.values()))):
+    if rows and is_header(next(iter(rows.values())), path):
         header = rows.pop(next(iter(rows)))
     if not rows:
         raise InputError(f"{path} holds no words")
@@ -100,21 +103,34 @@ def read_table(path):
         if not fields[0]:
             raise InputError(f"{path}, line {line}: the first column, the word, is empty")
         values.append(parse_responses(fields[1:], f"{path}, line {line}"))
-    words = [fields[0] for fields in rows.values()]
+    words = [unicodedata.normalize("NFC", fields[0]) for fields in rows.values()]
     return pd.DataFrame(values, words, column_names(header, len(first_row) - 1, path))
 
 
-def is_header(fields):
-    """Whether the first line names columns: it has no decimals, and whole numbers count up."""
+def split_fields(text, separator):
+    """The fields of a line; tables with semicolons have decimal commas."""
+    fields = next(csv.reader([text], delimiter=separator)) if separator else text.split()
+    word, *others = [field.strip().strip('"') for field in fields]
+    if separator == ";":
+        others = [field.replace(",", ".") for field in others]
+    return [word, *others]
+
+
+def is_header(fields, path):
+    """Whether the first line names columns: it has no decimals, and numbers follow `word` or
+    nothing. Raises InputError for others that count up: numbers of voxels, or responses."""
     counts = []
     for name in fields[1:]:
         if name.isdecimal():
             counts.append(int(name))
         elif np.isfinite(to_number(name)) or name.lower() in MISSING:
             return False
-    if len(counts) < len(fields) - 1 or fields[0].lower() == "word":
+    if len(counts) < len(fields) - 1 or fields[0].lower() in ("", "word"):
         return True
-    return len(counts) > 1 and counts == sorted(set(counts))  # numbers of voxels count up
+    if len(counts) > 1 and counts == sorted(set(counts)):
+        cure = "begin a header with 'word'; if it is a row, put one that does not count up first"
+        raise InputError(f"{path}: '{' '.join(fields[:4])}' may be a header or a row: {cure}")
+    return False
 
 
 def parse_responses(fields, place):
