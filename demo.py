@@ -151,8 +151,8 @@ def make_stages(run, config):
 
     A stage takes its `seconds` times the slowness of the machine. Its `share` of the minutes that
     are left goes into its commands as {minutes}, or as {steps}, which are the same for both models
-    (a step takes `step` seconds on the reference machine). Where less than half is left, commands
-    get the options `small` and take about half as long.
+    (a step takes `step` seconds on the reference machine, in float32 `step_float32`). Where less
+    than half is left, commands get the options `small` and take about half as long.
     """
     slowness = measured = measure(run)
     limit = config.minutes or (17 if run.dtype is torch.float32 else 10)
@@ -165,7 +165,10 @@ def make_stages(run, config):
     stages, jobs = [], []
     for stage in config.stages:
         minutes = round(left * stage.get("share", 0), 1)
-        steps = round(60 * minutes * STEPPING / (stage.get("step", 1) * measured))
+        step = stage.get("step", 1)
+        if run.dtype is torch.float32:
+            step = stage.get("step_float32", step)
+        steps = round(60 * minutes * STEPPING / (step * measured))
         fields = {"minutes": minutes, "steps": steps, "dtype": str(run.dtype).split(".")[-1]}
         first = len(jobs)
         for command in stage["run"]:
