@@ -72,6 +72,8 @@ def configure(Config, argv=None):
             _read_config_file(config, argument)
     for argument in argv:
         key, equals, value = argument.partition("=")
+        if re.search("[\ud800-\udfff]", argument):
+            raise InputError(f"{argument!r} has bytes that are no UTF-8: type it anew")
         if equals:
             _set_option(config, key.removeprefix("--"), value, "command line")
     check(config)
@@ -88,14 +90,14 @@ def _read_config_file(config, name):
         text = path.read_text(encoding="utf-8")
         values = read_yaml(text) or {}
         as_typed = yaml.load(text, yaml.BaseLoader)  # every scalar a string: 01 stays 01
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not a YAML file: {_one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} holds no 'key: value' lines: write one option per line")
     kinds = typing.get_type_hints(type(config))
     for key, value in values.items():
         if kinds.get(key) in (str, list[str], list[dict | str]) and value is not None:
-            value = _as_typed(value, as_typed[key])
+            value = _as_typed(value, as_typed.get(key, value))  # a merged key is not there
         _set_option(config, str(key), value, path)
 
 
@@ -112,11 +114,14 @@ def _set_option(config, key, value, source):
         group = getattr(config, name)
         if not isinstance(group, dict):
             raise InputError(f"{source}: option '{name}' is not a group of options: no '{key}'")
-        group[inner] = read_yaml(value) if isinstance(value, str) else value
+        try:
+            group[inner] = read_yaml(value) if isinstance(value, str) else value
+        except (ValueError, yaml.YAMLError, RecursionError):
+            raise InputError(f"{source}: option '{key}' is no YAML: quote it, '{value}'") from None
         return
     try:
         setattr(config, name, _parse(value, kinds[name]))
-    except (ValueError, TypeError, KeyError, OverflowError, yaml.YAMLError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError):
         wanted = inspect.formatannotation(kinds[name])
         if typing.get_origin(kinds[name]) is typing.Literal:
             wanted = " or ".join(str(choice) for choice in typing.get_args(kinds[name]))
@@ -462,9 +467,10 @@ class Run:
         device = f"{self.device} {platform.machine()}"
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
+        arguments = " ".join(sys.argv[1:]).replace("\n", "\\n")  # in one line
         options = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
         environment = f"""\
-# command: {Path(sys.argv[0]).name} {" ".join(sys.argv[1:])}
+# command: {Path(sys.argv[0]).name} {arguments}
 # code: {code or "not a git checkout"}
 # python: {platform.python_version()}
 # torch: {torch.__version__}

@@ -561,7 +561,7 @@ def pick_tokens(logits, generator, temperature=1.0, top_k=None, top_p=None):
     if temperature < 0 or not all(cuts):
         given = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise InputError(f"{given}: they must be at least 0, above 0, and above 0 up to 1")
-    if temperature == 0:
+    if temperature < 1e-6:  # smaller ones overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:

@@ -713,11 +713,13 @@ def compare_runs(run, config):
     stimuli, contrasts, data = load_stimuli(run, config)
     for folder in config.sweep:
         results = Path(folder) / "results.csv"
-        if not results.exists():
-            raise InputError(f"sweep={folder} holds no results.csv: finish that run of train.py")
+        if not results.exists() or not results.with_name("config.yaml").exists():
+            raise InputError(f"sweep={folder} is no finished run of train.py: it lacks {results}")
         options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
         loss = pd.read_csv(results).query("metric == 'val_loss'").score.iloc[-1]
         lm = load_model(folder, run)
+        if not hasattr(lm.model, "unit_at_cell"):
+            raise InputError(f"sweep={folder} has no sheets (positions=none): leave it out")
         x = unit_responses(run, lm, stimuli.text, config.batch_tokens)
         layout = lm.model.unit_at_cell.cpu().numpy()
         rng = np.random.default_rng(key_seed(config.seed, "sweep"))
@@ -774,6 +776,9 @@ def main(config):
     pairs, pairs_data = load_pairs(run, config)
     have_sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
     if have_sheets:
+        shapes = {lm.model.unit_at_cell.shape for lm in lms.values()}
+        if len(shapes) > 1:
+            raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
         stimuli, contrasts, data = load_stimuli(run, config)
         batches = {label: text_batches(run, config, lm) for label, lm in lms.items()}
     for label, lm in lms.items():

@@ -34,6 +34,8 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
     parts = []
     for file in files:
         table = read_csv(check_content(file))
+        if not len(table):
+            raise InputError(f"{file} has a header and no rows")
         stims = table.filter(regex=r"^stim\d+$")
         if stims.shape[1] > 3:
             words = stims.iloc[:, 1:-1].agg(" ".join, axis=1)
@@ -79,6 +81,8 @@ def find_contrasts(conditions, wanted=(), data=""):
     """
     conditions = np.asarray(conditions)
     names = sorted(set(conditions))
+    if len(names) < 2 and not wanted:
+        raise InputError(f"{data}: the stimuli are of one condition, {names[0]}: two are needed")
     known = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
     every = map(">".join, itertools.combinations(names, 2))
     contrasts = {}

@@ -58,6 +58,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 HEADER = 20240520  # magic number of llm.c's token files
+HEADER_32 = 20240801  # llm.c's, of tokens of 32 bits
 HEADER_BYTES = 1024
 
 # How GPT-2's files spell bytes: printable ones as themselves, the others as U+0100 and up
@@ -490,6 +491,9 @@ def find_token_files(folder):
         paths = [bare] if bare.is_file() else sorted(folder.glob(f"*{split}*.bin"))
         shards = list(filter(None, map(_read_header, paths)))
         if bare.is_file() and not shards:
+            ids = np.fromfile(bare, "<u2", 8192)
+            if ids[::2].any() and len(ids) > 1 and not ids[1::2].any():
+                raise InputError(f"{bare} holds numbers of 32 bits: write its tokens as uint16")
             shards = [{"file": bare.name, "tokens": bare.stat().st_size // 2}]
         if shards:
             n_tokens = sum(shard["tokens"] for shard in shards)
@@ -500,9 +504,12 @@ def find_token_files(folder):
 def _read_header(path):
     """meta.yaml's entry of a token file with llm.c's header; None for any other file."""
     head = np.fromfile(path, "<i4", 256)
-    if len(head) == 256 and head[0] == HEADER and head[1] == 1:
-        return {"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES}
-    return None
+    if len(head) < 256 or head[0] not in (HEADER, HEADER_32):
+        return None
+    if head[0] == HEADER_32 or head[1] != 1:
+        version = f"version {head[1]} of llm.c's format for Llama's tokens, or a later one"
+        raise InputError(f"{path} has {version}: write GPT-2's tokens as uint16, version 1")
+    return {"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES}
 
 
 def _foreign_tokenizer(folder):

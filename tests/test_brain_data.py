@@ -346,6 +346,12 @@ def test_majajhong_bad_copies(tmp_path):
     with pytest.raises(InputError, match="torn, or no zip"):
         prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")
     archive.unlink()  # then the folder images/ is taken
+    other = tmp_path / "images" / "again" / "im1.png"
+    other.parent.mkdir()
+    other.write_bytes((tmp_path / "images" / "im1.png").read_bytes())
+    with pytest.raises(InputError, match="holds two images 'im1.png'"):
+        prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")
+    other.unlink()
     (tmp_path / "images" / "im2.png").unlink()
     with pytest.raises(InputError, match="lacks 1 of 4 images, im2.png"):
         prepare(majajhong, root=tmp_path, out_dir=tmp_path / "out")

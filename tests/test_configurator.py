@@ -94,6 +94,8 @@ BAD = [
     ("lags={a: 1}", r"'lags' must be list\[int\]"),
     ("seed.x=1", "'seed' is not a group"),
     ("more=[1]", "'more' must be dict"),
+    ("more.a=@x", "'more.a' is no YAML: quote it"),
+    ("text=caf\udce9", "has bytes that are no UTF-8"),
     ("nowhere.yaml", "no config file 'nowhere.yaml'"),
 ]
 

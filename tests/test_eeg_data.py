@@ -888,6 +888,10 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
     for i, row in enumerate(begin):
         epoch = epochs["training"][i // 2, i % 2]
         np.testing.assert_allclose(one.signal[row : row + length], epoch.T, rtol=1e-6)
+    found["preprocessed_eeg_data"][1, 0, 0, 0] = np.nan  # the second picture of the test
+    np.save(root / "sub-01/preprocessed_eeg_test.npy", found)
+    with pytest.raises(InputError, match="picture 1 holds NaN"):
+        prepare(things2, root=root, kind="preprocessed", out_dir=tmp_path / "again")
     assert one.events["image"].nunique() == 6 and one.events["word"].tolist()[-1] == "stove"
 
 

@@ -280,6 +280,12 @@ def test_nanogpts_folders(nanogpt, gpt2):
     (folder / "meta.pkl").unlink()  # GPT-2's BPE then
     assert Tokens(folder, "train").vocab_size == 50257
     assert tokenizer_state(folder)["name"] == "bytes"
+    np.fromfile(folder / "val.bin", "<u2").astype("<u4").tofile(folder / "train.bin")
+    with pytest.raises(InputError, match="train.bin holds numbers of 32 bits"):
+        Tokens(folder, "train")
+    np.array([20240520, 2] + [0] * 300, "<i4").tofile(folder / "train.bin")
+    with pytest.raises(InputError, match="train.bin has version 2 of llm.c's format"):
+        Tokens(folder, "train")
     (folder / "train.bin").write_bytes(b"odd")
     with pytest.raises(InputError, match="train.bin is 3 bytes long where 2 are expected"):
         Tokens(folder, "train")

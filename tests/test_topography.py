@@ -310,6 +310,8 @@ def test_bad_contrasts():
         find_contrasts(["x"] * 5, ["q>x"])
     with pytest.raises(InputError, match="A>B"):
         Config(contrasts=["nouns"]).check()
+    with pytest.raises(InputError, match="of one condition, x: two are needed"):
+        find_contrasts(["x"] * 5)
     contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
 

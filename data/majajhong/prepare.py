@@ -86,7 +86,13 @@ def find_images(source, wanted, folder):
         except (zipfile.BadZipFile, EOFError) as error:
             raise InputError(f"{source} is torn, or no zip ({error}): fetch it again") from None
         source = folder
-    places = {path.name: path for path in source.rglob("*")}
+    places = {}
+    for path in source.rglob("*"):
+        if "__MACOSX" in path.parts:
+            continue
+        if path.name in wanted and path.name in places:
+            raise InputError(f"{source} holds two images '{path.name}': leave the wrong one out")
+        places[path.name] = path
     lacking = [name for name in wanted if name not in places]
     if lacking:
         raise InputError(

@@ -117,6 +117,8 @@ def convert_continuous(folder, path, images, config, **meta):
     if np.ndim(data) != 2 or not len(data) == len(names) == len(types):
         sizes = f"{len(names)} channel names and {len(types)} types"
         raise InputError(f"{path}: raw_eeg_data of shape {np.shape(data)} does not fit {sizes}")
+    if not 0 < sfreq < np.inf:
+        raise InputError(f"{path}: sfreq is {sfreq:g}, no rate in Hz")
     if len(stim) != 1 or not len(eeg):
         raise InputError(f"{path} has {len(stim)} stim channels and {len(eeg)} EEG channels")
     codes = np.asarray(data[stim[0]]).round().astype(np.int64)
@@ -144,8 +146,9 @@ def convert_epochs(folder, path, images, config, **meta):
             f"{path}: preprocessed_eeg_data of shape {np.shape(data)} is not {wanted}, at most "
             f"{len(times)} times)"
         )
-    if not np.isfinite(data[0]).all():
-        raise InputError(f"{path} holds NaN")
+    for number, picture in enumerate(data):  # one at a time: the file is large
+        if not np.isfinite(picture).all():
+            raise InputError(f"{path}: picture {number} holds NaN: leave the file out (subjects=)")
     n, repeats, _, length = data.shape
     times = times[-length:]  # NICE's files keep the times of samples that were cut off
     sfreq = float(np.round((length - 1) / (times[-1] - times[0]), 6))
