@@ -203,23 +203,32 @@ def test_words_are_read_in_their_sentence(tmp_path):
     others = [f"{word}S" for word in words]
     order = np.random.default_rng(0).permutation(16)  # a file need not be in order
     y = np.arange(32.0).reshape(16, 2)
-    netcdf(
-        tmp_path / "assy_Fedorenko2016_language.nc",
-        y[order],
-        ("presentation", "neuroid"),
-        stimulus_id=("presentation", order),
-        stimulus=("presentation", np.array(words + others)[order]),
-        word_num=("presentation", np.tile(np.arange(8), 2)[order]),
-        sentence_id=("presentation", np.repeat([0, 1], 8)[order]),
-        neuroid_id=("neuroid", [0, 1]),
-        subject_UID=("neuroid", [1, 2]),
-    )
+    number = np.tile(np.arange(8.0), 2)[order]
+
+    def write():
+        netcdf(
+            tmp_path / "assy_Fedorenko2016_language.nc",
+            y[order],
+            ("presentation", "neuroid"),
+            stimulus_id=("presentation", order),
+            stimulus=("presentation", np.array(words + others)[order]),
+            word_num=("presentation", number),
+            sentence_id=("presentation", np.repeat([0, 1], 8)[order]),
+            neuroid_id=("neuroid", [0, 1]),
+            subject_UID=("neuroid", [1, 2]),
+        )
+
+    write()
     prepare(brainscore, set="Fedorenko2016", root=tmp_path, out_dir=tmp_path)
     data = Encoding(tmp_path / "Fedorenko2016")
     of = {key: y[0] for key, y in zip(zip(data.stimuli.group, data.inputs()), data.responses)}
     assert of["0", "ALEX WAS TIRED"] == 4 and of["1", "ALEXS"] == 16
     assert of["1", " ".join(others)] == 30 and len(of) == 16
     assert data.meta["modality"] == "ECoG" and set(data.units.roi) == {"language"}
+    number[3] = np.nan
+    write()
+    with pytest.raises(InputError, match="a presentation has no word_num to sort it by"):
+        prepare(brainscore, set="Fedorenko2016", root=tmp_path, out_dir=tmp_path / "nan")
 
 
 def test_pieces_are_read_in_their_story(tmp_path):

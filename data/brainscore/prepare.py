@@ -171,6 +171,9 @@ def describe_presentations(presentations, published, context, path):
         groups = column(presentations, path, published.group).astype(str)
     if published.order:
         keys = [column(presentations, path, name) for name in reversed(published.order)]
+        for key in keys:
+            if key.isna().any():
+                raise InputError(f"{path}: a presentation has no {key.name} to sort it by")
         order = np.argsort(np.lexsort(keys))
     texts = in_context(pieces, groups, order, context)
     others = presentations.drop(columns=["stimulus", "file"], errors="ignore")
