@@ -65,6 +65,8 @@ class Config:
     def check(self):
         if self.samples < 2:
             raise InputError(f"option 'samples' must be at least 2, not {self.samples}")
+        if "/" in self.name:
+            raise InputError(f"name={self.name} is a file's name: its folder is positions_dir=")
 
 
 # ---- data

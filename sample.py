@@ -38,7 +38,7 @@ def read_prompt(config):
     if not config.file:
         return config.prompt
     try:
-        return Path(config.file).read_text(encoding="utf-8")
+        return Path(config.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"file={config.file} cannot be read as UTF-8 text ({error})") from None
 
