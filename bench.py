@@ -928,7 +928,7 @@ def train_on_gpu(run, alpha):
 # ---- the table
 
 
-# avx2: a CPU in float32; bf16: a CPU with bfloat16. Nothing is claimed for a kind that is absent.
+# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. Nothing is claimed for a kind that is absent.
 
 
 def on_cpus(target):
