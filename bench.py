@@ -928,7 +928,8 @@ def train_on_gpu(run, alpha):
 # ---- the table
 
 
-# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. Nothing is claimed for a kind that is absent.
+# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. For a kind that is absent nothing is
+# claimed.
 
 
 def on_cpus(target):
