@@ -928,8 +928,8 @@ def train_on_gpu(run, alpha):
 # ---- the table
 
 
-# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. For a kind that is absent nothing is
-# claimed.
+# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. For a kind that is absent there is
+# no claim.
 
 
 def on_cpus(target):
