@@ -347,6 +347,18 @@ def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
         trained(other, tmp_path / "b", init_from=str(whole))
 
 
+def test_starting_over_keeps_what_is_there_until_all_input_is_read(dataset, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    with pytest.raises(InputError, match="nosuchset"):
+        trained("nosuchset", run, overwrite=True)
+    assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+    trained(dataset, run, overwrite=True, init_from=str(run), eval_only=True)
+    assert not list(run.glob("*.pt")) and logged(run, "step") == [0]
+    assert "eval_only: true" in (run / "config.yaml").read_text()
+    assert (run / "results.csv").read_bytes() != before["results.csv"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
