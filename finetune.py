@@ -536,7 +536,8 @@ def set_up(config, run, task, lm, tokenizer, state):
     training = Training(model, net, make_optimizer(model, config), tokenizer)
     if state:
         model.head.load_state_dict(state["head"])
-        training.optimizer.load_state_dict(state["optimizer"])
+        groups = training.optimizer.state_dict()["param_groups"]  # as the options ask now
+        training.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         training.step = state["step"]
         training.best = state["progress"]["best"]

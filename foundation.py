@@ -757,7 +757,8 @@ class Training:
                 "the options say: resume with its own config.yaml"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.run.scaler.load_state_dict(state["scaler"])
         self.step = self.resumed = state["step"]
         self.best = state["best"]

@@ -728,7 +728,8 @@ def set_up(run, config, data, model, state):
     training = Training(model, net, optimizers, loader, origin=config.init_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            groups = optimizer.state_dict()["param_groups"]  # as the options ask now
+            optimizer.load_state_dict({**saved, "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         run.rewind(state["step"])
         training.step = training.resumed = state["step"]

@@ -347,6 +347,17 @@ def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
         trained(other, tmp_path / "b", init_from=str(whole))
 
 
+def test_a_resumed_run_takes_the_learning_rates_of_its_options(dataset, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = flat(checkpoint(run)["model"])
+    still = {"learning_rate": 0.0, "muon_lr": 0.0, "weight_decay": 0.3}
+    trained(dataset, run, **still, max_iters=6, init_from="resume")
+    after = flat(checkpoint(run)["model"])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    adamw, muon = (saved["param_groups"] for saved in checkpoint(run)["optimizers"])
+    assert [group["weight_decay"] for group in adamw + muon] == [0.3, 0.0, 0.3]
+
+
 def test_starting_over_keeps_what_is_there_until_all_input_is_read(dataset, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in run.glob("*.*")}
