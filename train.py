@@ -253,7 +253,7 @@ def build(run, config, data):
     elif config.init_from == "resume":
         path = run.out / "ckpt.pt"
         state = run.load(path.name)
-        check_resumable(path, state, options)
+        check_resumable(path, state, config, data, options)
         model = lm_from(state, path, **{key: options[key] for key in FREE})
     else:
         model = start_from(config, data, options)
@@ -274,10 +274,15 @@ def load_layout(config, n_layer, n_units):
     return load_positions(path, n_layer, n_units)
 
 
-def check_resumable(path, state, options):
-    """Raise InputError where a checkpoint is of another script, or has another shape."""
+def check_resumable(path, state, config, data, options):
+    """Raise InputError where a checkpoint is of another script, optimiser, tokenizer or shape."""
     if "optimizers" not in state:
         raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
+    saved = state["config"]["optimizer"]
+    if saved != config.optimizer:
+        raise InputError(f"{path} has optimizer={saved}, the options say {config.optimizer}")
+    if state["tokenizer"]["ranks"] != data.tokenizer["ranks"]:
+        raise InputError(f"{path} has another tokenizer than dataset={config.dataset}")
     if state.get("origin", "scratch") != "scratch":
         return  # its shape was never that of the options
     for key, value in options.items():

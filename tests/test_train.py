@@ -345,6 +345,10 @@ def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
     file.write_text("\n".join(swapped) + "\n")
     with pytest.raises(InputError, match="tokenizer"):
         trained(other, tmp_path / "b", init_from=str(whole))
+    with pytest.raises(InputError, match="ckpt.pt has another tokenizer"):
+        trained(other, run, init_from="resume")
+    with pytest.raises(InputError, match="optimizer=muon, the options say adamw"):
+        trained(dataset, run, optimizer="adamw", init_from="resume")
 
 
 def test_a_resumed_run_takes_the_learning_rates_of_its_options(dataset, whole, tmp_path):
