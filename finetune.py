@@ -149,6 +149,10 @@ class Task:
                 f"{block_size} tokens of {config.lm}: their ends were cut"
             )
 
+    def facts(self):
+        """What a checkpoint says of it."""
+        return {"name": self.name, "labels": self.labels, "mean": self.mean, "sd": self.sd}
+
     def targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
         dtype = torch.int64 if self.labels else torch.float32
@@ -277,7 +281,7 @@ def build(config, run):
         state = run.load("ckpt.pt")
         if "task" not in state:
             raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
-        for key in ("dataset", "task", "mode", "k", "twin"):
+        for key in ("dataset", "task", "mode", "k", "twin", "metric"):
             before = state["config"][key]
             now = getattr(config, key)
             if before != now:
@@ -539,6 +543,9 @@ def set_up(config, run, task, lm, tokenizer, state):
         net = DistributedDataParallel(model, broadcast_buffers=False)
     training = Training(model, net, make_optimizer(model, config), tokenizer)
     if state:
+        if state["task"] != task.facts():
+            path = run.out / "ckpt.pt"
+            raise InputError(f"{path} has other labels than {task.name} now: start with a new run")
         model.head.load_state_dict(state["head"])
         groups = training.optimizer.state_dict()["param_groups"]  # as the options ask now
         training.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
@@ -578,7 +585,7 @@ def save(run, task, training, name):
     """Write a checkpoint: a language model like any other, its head, what a resumed run needs."""
     state = lm_state(training.model.lm)
     state["head"] = training.model.head.state_dict()
-    state["task"] = {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd}
+    state["task"] = task.facts()
     state["optimizer"] = training.optimizer.state_dict()
     state["scaler"] = run.scaler.state_dict()
     state["progress"] = {"best": training.best, "waited": training.waited}

@@ -17,7 +17,7 @@ from data import InputError
 from data.stimuli import read_task, write_tasks
 from data.tokens import Tokenizer, state_of
 from finetune import Config, Reader, encode, interval, pad, score, texts_of_step
-from model import GPT, GPTConfig, lm_state, save_checkpoint
+from model import GPT, GPTConfig, lm_state, load_checkpoint, save_checkpoint
 
 FAST = {"device": "cpu", "dtype": "float32", "batch_size": 8, "warmup_iters": 5}
 FAST |= {"learning_rate": 3e-3, "dropout": 0.0, "resamples": 20, "log_interval": 20}
@@ -349,5 +349,12 @@ def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path)
         fine_tune(given, tmp_path / "b", **options)
     with pytest.raises(InputError, match="mode=full, the options say head"):
         fine_tune(given, tmp_path / "b", **options, mode="head", init_from="resume")
+    with pytest.raises(InputError, match="metric=, the options say f1"):
+        fine_tune(given, tmp_path / "b", **options, metric="f1", init_from="resume")
+    state = load_checkpoint(tmp_path / "b/ckpt.pt")
+    state["task"]["labels"].reverse()
+    save_checkpoint(tmp_path / "b/ckpt.pt", state)
+    with pytest.raises(InputError, match="has other labels"):
+        fine_tune(given, tmp_path / "b", **options, init_from="resume")
     with pytest.raises(InputError, match="other texts"):
         fine_tune(given, tmp_path / "c", task="letter", against=[str(tmp_path / "b")])
