@@ -259,9 +259,14 @@ def build(run, config, data):
         model = start_from(config, data, options)
     for key in SHAPE:
         setattr(config, key, getattr(model.config, key))
-    if data.vocab_size > model.config.vocab_size:
-        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
+    check_vocabulary(config, data, model.config)
     return model.to(run.device), state
+
+
+def check_vocabulary(config, data, shape):
+    """Raise InputError where a model has no row for some token of the dataset."""
+    if data.vocab_size > shape.vocab_size:
+        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
 
 
 def load_layout(config, n_layer, n_units):
@@ -642,6 +647,7 @@ def dry_run(run, config, data):
     whole = GPTConfig(**options)
     if config.init_from not in ("scratch", "resume"):
         whole = start_from(config, data, options).config
+    check_vocabulary(config, data, whole)
     layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)

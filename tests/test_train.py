@@ -507,6 +507,8 @@ BAD = [
     ({"positions": "none"}, ["alpha"]),
     ({"beta2": 1.0}, ["beta2"]),
     ({"vocab_size": 64}, ["vocab_size"]),
+    ({"vocab_size": 10, "dry_run": True}, ["vocab_size"]),
+    ({"spatial": "weights", "factor": 5.0}, ["factor=5", "16 units"]),
     ({"init_from": "out/nosuchrun"}, ["nosuchrun"]),
     ({"dtype": "float16"}, ["dtype"]),
 ]
