@@ -368,6 +368,7 @@ class Run:
         self.stopped = 0
         self._stops_at_steps = False  # whether the script calls stopping()
         self._reuse_said = False
+        self._overwrites = False  # an earlier run's files are still to be removed
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
@@ -409,14 +410,14 @@ class Run:
     # -- the out folder
 
     def _open_folder(self):
-        """Lock the folder, clear it where a training run starts over, write config.yaml."""
+        """Lock the folder, look whether a training run starts over in it, write config.yaml."""
         init_from = getattr(self.config, "init_from", None)
         restarted = False
         if self.master:
             self._lock_folder()
             restarted = self._is_restart()
             if init_from and init_from != "resume" and not restarted:
-                self._clear_folder()
+                self._start_over()
         if self.reduce(int(restarted), "max") and init_from:
             self.config.init_from = "resume"
         self.save_config()
@@ -445,19 +446,30 @@ class Run:
             reason = f"cannot be made or written ({error.strerror})"
             raise InputError(f"out_dir={self.out} {reason}: give another out_dir=") from None
 
+    def _start_over(self):
+        """What an earlier training run left goes at the first line of the log or checkpoint.
+
+        Until then a run may end with a sentence, or read a model from this very folder.
+        """
+        if not (self.out / "ckpt.pt").exists():
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+            return
+        if not getattr(self.config, "overwrite", False):
+            remedy = "init_from=resume, overwrite=True, or another out_dir="
+            raise InputError(f"{self.out / 'ckpt.pt'} is there already: give {remedy}")
+        self._overwrites = True
+
     def _clear_folder(self):
-        """A training run that starts over removes what the last one left, if told to overwrite."""
-        if (self.out / "ckpt.pt").exists():
-            if not getattr(self.config, "overwrite", False):
-                remedy = "init_from=resume, overwrite=True, or another out_dir="
-                raise InputError(f"{self.out / 'ckpt.pt'} is there already: give {remedy}")
-            for path in [*self.out.glob("*.pt"), *self.out.glob("results*")]:
-                path.unlink()
-        (self.out / "log.jsonl").unlink(missing_ok=True)
+        if self._overwrites:
+            self._overwrites = False
+            old = [*self.out.glob("*.pt"), *self.out.glob("results*"), self.out / "log.jsonl"]
+            for path in old:
+                path.unlink(missing_ok=True)
+            self.save_config()
 
     def save_config(self):
         """Write the resolved options and the environment to config.yaml (rank 0)."""
-        if not self.master:
+        if not self.master or self._overwrites:
             return
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
         try:
@@ -517,6 +529,7 @@ class Run:
         from model import save_checkpoint
 
         if self.master:
+            self._clear_folder()
             save_checkpoint(self.out / name, state)
 
     def load(self, name):
@@ -599,6 +612,7 @@ class Run:
         """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
         if not self.master:
             return
+        self._clear_folder()
         words = []
         for key, value in numbers.items():
             number = f"{value:.4g}" if isinstance(value, float) else value

@@ -101,9 +101,9 @@ class Task:
     """One task of a dataset of labelled sentences, in the tokens of a language model.
 
     splits: {"train", "val" and perhaps "test": table}, a row a text: label, text, group, y, tokens
-    and the task's own columns; last: the one that is reported; labels: names of the classes, None
-    of a regression; metrics, and `metric`, which chooses the step; constant: the best guess without
-    reading.
+    and the task's own columns; last: the one that is reported; labels: names of the
+    n_classes classes, None of a regression; metrics, and `metric`, which chooses the step;
+    constant: the best guess without reading.
     """
 
     def __init__(self, config, run, tokenizer, block_size):
@@ -126,6 +126,7 @@ class Task:
         for split in {"train", "val"} - set(table.split):
             raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
         train = table[table.split == "train"].y
+        self.n_classes = len(self.labels or [])
         self.constant = train.mean()
         self.mean = float(train.mean())
         self.sd = float(train.std(ddof=0))
@@ -147,6 +148,10 @@ class Task:
                 f"{np.count_nonzero(n_cut):,} of {len(table):,} texts are longer than the "
                 f"{block_size} tokens of {config.lm}: their ends were cut"
             )
+
+    def facts(self):
+        """What a checkpoint says of it."""
+        return {"name": self.name, "labels": self.labels, "mean": self.mean, "sd": self.sd}
 
     def targets(self, y):
         """(N,) class numbers, or numbers standardised by the mean and sd of training."""
@@ -276,7 +281,7 @@ def build(config, run):
         state = run.load("ckpt.pt")
         if "task" not in state:
             raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
-        for key in ("dataset", "task", "mode", "k", "twin"):
+        for key in ("dataset", "task", "mode", "k", "twin", "metric"):
             before = state["config"][key]
             now = getattr(config, key)
             if before != now:
@@ -358,16 +363,16 @@ def train_step(training, task, config, run, members):
 # ---- evaluate
 
 
-def score(metric, y, predictions):
+def score(metric, y, predictions, n_classes):
     """GLUE's metrics of y and predictions (N,): class numbers, or floats for the correlations.
 
-    f1 is that of class 1 of two, the mean over more classes. A constant guess correlates with
-    nothing: 0.
+    f1 is that of class 1 of two; of a task of more classes, the mean over those that occur. A
+    constant guess correlates with nothing: 0.
     """
     if metric == "accuracy":
         return float(sklearn.metrics.accuracy_score(y, predictions))
     if metric == "f1":
-        average = "binary" if max(y.max(), predictions.max()) < 2 else "macro"
+        average = "binary" if n_classes <= 2 else "macro"
         return float(sklearn.metrics.f1_score(y, predictions, average=average, zero_division=0))
     if np.ptp(y) == 0 or np.ptp(predictions) == 0:
         return 0.0
@@ -377,7 +382,7 @@ def score(metric, y, predictions):
     return float(correlation(y, predictions).statistic)
 
 
-def interval(metric, y, predictions, groups, config, other=None):
+def interval(metric, y, predictions, n_classes, groups, config, other=None):
     """95 % bootstrap interval of a score, or of its difference to that of `other` predictions.
 
     Whole groups (N,) are drawn: a document, the twins of a minimal pair.
@@ -388,9 +393,9 @@ def interval(metric, y, predictions, groups, config, other=None):
     for _ in range(config.resamples):
         drawn = rng.integers(len(members), size=len(members))
         i = np.concatenate([members[group] for group in drawn])
-        value = score(metric, y[i], predictions[i])
+        value = score(metric, y[i], predictions[i], n_classes)
         if other is not None:
-            value -= score(metric, y[i], other[i])
+            value -= score(metric, y[i], other[i], n_classes)
         scores.append(value)
     low, high = np.quantile(scores, (0.025, 0.975))
     return float(low), float(high)
@@ -419,8 +424,9 @@ def validate(model, run, task, batch_size, step):
     if not math.isfinite(loss):
         raise InputError(f"the validation loss is not finite at step {step}: stopped; {SMALLER}")
     scores = {"val_loss": loss}
+    pair = table.y.to_numpy(), task.predictions(out)
     for metric in task.metrics:
-        scores[f"val_{metric}"] = score(metric, table.y.to_numpy(), task.predictions(out))
+        scores[f"val_{metric}"] = score(metric, *pair, task.n_classes)
     return scores
 
 
@@ -442,8 +448,9 @@ def report(run, task, rivals, step):
     run.print(sentence)
     y, guess, groups = (table[name].to_numpy() for name in ("y", "guess", "group"))
     for folder, other in rivals.items():
-        value = score(task.metric, y, guess) - score(task.metric, y, other)
-        low, high = interval(task.metric, y, guess, groups, run.config, other)
+        value = score(task.metric, y, guess, task.n_classes)
+        value -= score(task.metric, y, other, task.n_classes)
+        low, high = interval(task.metric, y, guess, task.n_classes, groups, run.config, other)
         keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
         keys |= {"beside": folder, "step": step, "data": task.source}
         run.result(value, 0.0, low, high, len(y), **keys)
@@ -458,9 +465,10 @@ def report_score(run, task, table, metric, part, step):
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
     split = table.split.iloc[0]
-    value = score(metric, y, guess)
-    chance = score(metric, y, np.full_like(y, task.constant))
-    low, high = interval(metric, y, guess, table.group.to_numpy(), run.config)
+    groups = table.group.to_numpy()
+    value = score(metric, y, guess, task.n_classes)
+    chance = score(metric, y, np.full_like(y, task.constant), task.n_classes)
+    low, high = interval(metric, y, guess, task.n_classes, groups, run.config)
     keys = {"metric": metric, "split": split, "part": part, "beside": task.baseline}
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:
@@ -503,7 +511,7 @@ def plot_curves(run, task):
         for key in log.filter(regex=pattern):
             log[key].dropna().plot(ax=axis, style=".-", grid=True, label=key)
     y = task.splits["val"].y.to_numpy()
-    chance = score(task.metric, y, np.full_like(y, task.constant))
+    chance = score(task.metric, y, np.full_like(y, task.constant), task.n_classes)
     axes[1].axhline(chance, ls=":", c="gray", label=task.baseline)
     axes[0].legend()
     axes[1].legend()
@@ -535,8 +543,12 @@ def set_up(config, run, task, lm, tokenizer, state):
         net = DistributedDataParallel(model, broadcast_buffers=False)
     training = Training(model, net, make_optimizer(model, config), tokenizer)
     if state:
+        if state["task"] != task.facts():
+            path = run.out / "ckpt.pt"
+            raise InputError(f"{path} has other labels than {task.name} now: start with a new run")
         model.head.load_state_dict(state["head"])
-        training.optimizer.load_state_dict(state["optimizer"])
+        groups = training.optimizer.state_dict()["param_groups"]  # as the options ask now
+        training.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         training.step = state["step"]
         training.best = state["progress"]["best"]
@@ -573,7 +585,7 @@ def save(run, task, training, name):
     """Write a checkpoint: a language model like any other, its head, what a resumed run needs."""
     state = lm_state(training.model.lm)
     state["head"] = training.model.head.state_dict()
-    state["task"] = {"name": task.name, "labels": task.labels, "mean": task.mean, "sd": task.sd}
+    state["task"] = task.facts()
     state["optimizer"] = training.optimizer.state_dict()
     state["scaler"] = run.scaler.state_dict()
     state["progress"] = {"best": training.best, "waited": training.waited}

@@ -631,6 +631,13 @@ def report(run, model, corpus, config):
     plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
+def interval(drawn, n_blocks):
+    """95 % of drawn scores; one block says nothing about the others."""
+    if n_blocks == 1:
+        return -math.inf, math.inf
+    return drawn.quantile([0.025, 0.975])
+
+
 def report_mask(run, config, kind, table, data):
     """Rows of results.csv for one kind of mask, and a line; intervals are over blocks of time."""
     errors = table.drop(columns=["start", "latent"])
@@ -644,13 +651,13 @@ def report_mask(run, config, kind, table, data):
     words = []
     keys = {"mask": kind, "data": data, "set": "test"}
     for name in r2.index:
-        low, high = drawn_r2[name].quantile([0.025, 0.975])
+        low, high = interval(drawn_r2[name], len(sums))
         run.result(r2[name], 0.0, low, high, len(table), method=name, metric="r2", **keys)
         words.append(f"{name} {r2[name]:.3f} [{low:.3f}, {high:.3f}]")
     run.print(f"{kind}: R² {', '.join(words)}; n = {len(table)} windows in {len(sums)} blocks")
     for name in r2.index.drop("encoder"):
         difference = r2["encoder"] - r2[name]
-        low, high = (drawn_r2["encoder"] - drawn_r2[name]).quantile([0.025, 0.975])
+        low, high = interval(drawn_r2["encoder"] - drawn_r2[name], len(sums))
         keys |= {"method": "encoder", "metric": f"r2 - {name}"}
         run.result(difference, 0.0, low, high, len(table), **keys)
         if name == "ridge":
@@ -749,15 +756,17 @@ class Training:
             self.net = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     def resume(self, state):
-        other_shape = state.get("encoder_args") != asdict(self.model.encoder.config)
-        keys = recording_keys(self.corpus.recipe)
-        if other_shape or recording_keys(state["recording"]) != keys:
+        same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
+        for key in ("decoder_width", "decoder_layers"):
+            same_shape = same_shape and state["config"][key] == getattr(self.config, key)
+        if not (same_shape and same_recordings(state["recording"], self.corpus.recipe)):
             raise InputError(
                 f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "
                 "the options say: resume with its own config.yaml"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.run.scaler.load_state_dict(state["scaler"])
         self.step = self.resumed = state["step"]
         self.best = state["best"]
@@ -788,6 +797,14 @@ def recording_keys(recipe):
     """What of a recipe must agree for a run to go on."""
     recordings = [(x["name"], x["channels"], x["seen"]) for x in recipe["recordings"]]
     return {**recipe, "recordings": recordings}
+
+
+def same_recordings(a, b):
+    """Are two recipes of the same recordings, with the same signals in them?"""
+    if recording_keys(a) != recording_keys(b):
+        return False
+    pairs = zip(a["recordings"], b["recordings"])
+    return all(torch.allclose(x["scale"], y["scale"], rtol=1e-3, atol=0) for x, y in pairs)
 
 
 def train_step(run, config, training):

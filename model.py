@@ -70,6 +70,11 @@ class GPTConfig:
             raise InputError(f"windows={self.windows}: give a number from 1 on, or {sheet}")
         if self.spatial == "weights" and (self.head_loss or self.activation_decay):
             raise InputError("spatial=weights goes neither with head_loss nor activation_decay")
+        if self.spatial == "weights" and self.factor > math.sqrt(self.n_embd):
+            sheet = f"a sheet of {self.n_embd} units"
+            raise InputError(
+                f"factor={self.factor:g} leaves nothing of {sheet}: give a smaller one"
+            )
 
 
 def check_choice(option, value, choices):

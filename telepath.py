@@ -696,35 +696,51 @@ def checkpoint_path(path):
     return Path(path) if path.endswith(".pt") else Path(path) / "best.pt"
 
 
-# options that must stay the same on resume
-FIXED = "stage fusion text_positions prefix_attention encoder patch width encoder_layers train"
+# options that a checkpoint's model fixes
+FIXED = "t_start t_end encoder patch width encoder_layers dropout fusion text_positions"
+FIXED += " prefix_attention"
 
 
-def build(run, config, trials, manifest, pretrained):
-    """(NeuralGPT, tokenizer, checkpoint or None): of lm= and options, or as init_from says."""
+def earlier(run, config):
+    """The checkpoint that init_from= names, or None.
+
+    The FIXED options are its own: left at their defaults they are taken over, else they must agree.
+    """
     if config.init_from == "scratch":
-        lm, tokenizer = load_lm(config.lm, dropout=0.0)
-        encoder = build_encoder(run, config, trials, manifest, pretrained, lm.config.n_embd)
-        order = {"text_positions": config.text_positions, "attention": config.prefix_attention}
-        model = NeuralGPT(lm, encoder, config.fusion, **order)
-        return model.to(run.device), tokenizer, None
+        return None
     resumed = config.init_from == "resume"
     path = run.out / "ckpt.pt" if resumed else checkpoint_path(config.init_from)
     state = load_checkpoint(path)
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
-    for key in FIXED.split() if resumed else ():
+    for key in ["stage", "train"] * resumed + FIXED.split():
         saved, given = state["config"][key], getattr(config, key)
-        if saved != given:
+        free = key in FIXED.split() and given == getattr(type(config), key)
+        if saved != given and not free:
             raise InputError(f"{path} has {key}={saved}, the options say {given}")
+        setattr(config, key, saved)
+    run.save_config()
+    return state
+
+
+def build(run, config, trials, manifest, pretrained, state):
+    """(NeuralGPT, tokenizer): of lm= and options, or of the checkpoint `state`."""
+    if state is None:
+        lm, tokenizer = load_lm(config.lm, dropout=0.0)
+        encoder = build_encoder(run, config, trials, manifest, pretrained, lm.config.n_embd)
+        order = {"text_positions": config.text_positions, "attention": config.prefix_attention}
+        model = NeuralGPT(lm, encoder, config.fusion, **order)
+        return model.to(run.device), tokenizer
     if state["split"] != manifest["hash"]:
-        problem = f"{path} was trained on another split, and may know what is held out here"
-        raise InputError(f"{problem}: give the data and options of its config.yaml")
+        problem = "was trained on another split, and may know what is held out here"
+        raise InputError(
+            f"init_from={config.init_from} {problem}: give the data and options of its config.yaml"
+        )
     lm = GPT(GPTConfig(**state["lm_args"]))
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
     model = NeuralGPT(lm, encoder, **state["fusion_args"])
     model.load_state_dict(state["model"])
-    return model.to(run.device), Tokenizer(state["tokenizer"]), state
+    return model.to(run.device), Tokenizer(state["tokenizer"])
 
 
 def build_encoder(run, config, trials, manifest, pretrained, n_embd):
@@ -782,6 +798,7 @@ class Experiment:
     """
 
     def __init__(self, run, config, folder):
+        self.state = earlier(run, config)
         pretrained = None
         kind, _, path = config.encoder.partition(":")
         if kind == "pretrained":
@@ -792,10 +809,10 @@ class Experiment:
         self.sets, self.manifest = split(self.trials, config)
         self.trials.learn(self.sets["train"], self.manifest["held_out_subjects"])
         torch.manual_seed(key_seed(config.seed, "model"))
-        built = build(run, config, self.trials, self.manifest, pretrained)
-        self.model, tokenizer, self.state = built
-        earlier = self.state or pretrained
-        self.eeg_seen = eeg_seen(earlier) if earlier else {}
+        built = build(run, config, self.trials, self.manifest, pretrained, self.state)
+        self.model, tokenizer = built
+        seen = self.state or pretrained
+        self.eeg_seen = eeg_seen(seen) if seen else {}
         self.eeg_seen[self.trials.source] = self.manifest["hash"]
         self.text = Text(tokenizer, self.trials, self.manifest["held_out_words"], config)
         wte = self.model.lm.transformer.wte.weight
@@ -825,7 +842,11 @@ class Experiment:
         for i, word in enumerate(self.train_words):
             names = [same_word(name) for name in (word, *self.text.synonyms[word])]
             alike[i] = np.isin(same, names)
-        similarity[alike | alike.T] = np.nan
+        alike |= alike.T
+        if alike.all(1).any():
+            word = self.train_words[alike.all(1).argmax()]
+            raise InputError(f"stage=dpo: no training word is unlike '{word}': train on more words")
+        similarity[alike] = np.nan
         highest = np.nanquantile(similarity, NEGATIVES_BELOW, axis=1, keepdims=True)
         weight = np.where(similarity <= highest, np.exp(-similarity / NEGATIVES_TAU), 0)
         return weight / weight.sum(1, keepdims=True)

@@ -253,15 +253,20 @@ def build(run, config, data):
     elif config.init_from == "resume":
         path = run.out / "ckpt.pt"
         state = run.load(path.name)
-        check_resumable(path, state, options)
+        check_resumable(path, state, config, data, options)
         model = lm_from(state, path, **{key: options[key] for key in FREE})
     else:
         model = start_from(config, data, options)
     for key in SHAPE:
         setattr(config, key, getattr(model.config, key))
-    if data.vocab_size > model.config.vocab_size:
-        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
+    check_vocabulary(config, data, model.config)
     return model.to(run.device), state
+
+
+def check_vocabulary(config, data, shape):
+    """Raise InputError where a model has no row for some token of the dataset."""
+    if data.vocab_size > shape.vocab_size:
+        raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
 
 
 def load_layout(config, n_layer, n_units):
@@ -274,10 +279,15 @@ def load_layout(config, n_layer, n_units):
     return load_positions(path, n_layer, n_units)
 
 
-def check_resumable(path, state, options):
-    """Raise InputError where a checkpoint is of another script, or has another shape."""
+def check_resumable(path, state, config, data, options):
+    """Raise InputError where a checkpoint is of another script, optimiser, tokenizer or shape."""
     if "optimizers" not in state:
         raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
+    saved = state["config"]["optimizer"]
+    if saved != config.optimizer:
+        raise InputError(f"{path} has optimizer={saved}, the options say {config.optimizer}")
+    if state["tokenizer"]["ranks"] != data.tokenizer["ranks"]:
+        raise InputError(f"{path} has another tokenizer than dataset={config.dataset}")
     if state.get("origin", "scratch") != "scratch":
         return  # its shape was never that of the options
     for key, value in options.items():
@@ -637,6 +647,7 @@ def dry_run(run, config, data):
     whole = GPTConfig(**options)
     if config.init_from not in ("scratch", "resume"):
         whole = start_from(config, data, options).config
+    check_vocabulary(config, data, whole)
     layer = GPT(replace(whole, n_layer=1), seed=config.seed).to(run.device)
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
@@ -728,7 +739,8 @@ def set_up(run, config, data, model, state):
     training = Training(model, net, optimizers, loader, origin=config.init_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            groups = optimizer.state_dict()["param_groups"]  # as the options ask now
+            optimizer.load_state_dict({**saved, "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         run.rewind(state["step"])
         training.step = training.resumed = state["step"]

@@ -17,7 +17,7 @@ from data import InputError
 from data.stimuli import read_task, write_tasks
 from data.tokens import Tokenizer, state_of
 from finetune import Config, Reader, encode, interval, pad, score, texts_of_step
-from model import GPT, GPTConfig, lm_state, save_checkpoint
+from model import GPT, GPTConfig, lm_state, load_checkpoint, save_checkpoint
 
 FAST = {"device": "cpu", "dtype": "float32", "batch_size": 8, "warmup_iters": 5}
 FAST |= {"learning_rate": 3e-3, "dropout": 0.0, "resamples": 20, "log_interval": 20}
@@ -267,16 +267,19 @@ def test_intervals_draw_whole_groups():
     guess = np.where(np.repeat(rng.random(20), 20) < 0.7, y, 1 - y)  # right or wrong by document
     config = Config(resamples=200, seed=0)
     single = np.arange(400)
-    low, high = interval("accuracy", y, guess, single, config)
-    wide_low, wide_high = interval("accuracy", y, guess, single // 20, config)
+    low, high = interval("accuracy", y, guess, 2, single, config)
+    wide_low, wide_high = interval("accuracy", y, guess, 2, single // 20, config)
     assert wide_high - wide_low > 2 * (high - low)
-    assert interval("accuracy", y, guess, single, config, other=guess) == (0, 0)
+    assert interval("accuracy", y, guess, 2, single, config, other=guess) == (0, 0)
     p = (y == guess).mean()
     textbook = 2 * 1.96 * np.sqrt(p * (1 - p) / 400)  # of independent texts
     assert abs(high - low - textbook) < 0.02
-    f1 = score("f1", np.array([0, 1, 2]), np.array([0, 1, 1]))
+    f1 = score("f1", np.array([0, 1, 2]), np.array([0, 1, 1]), 3)
     assert f1 == pytest.approx((1 + 2 / 3 + 0) / 3)
-    assert score("pearson", y, np.ones(400)) == 0
+    zeros = np.zeros(9, int)  # a part without the other classes
+    assert score("f1", zeros, zeros, 3) == 1
+    assert interval("f1", zeros, zeros, 3, np.arange(9), config) == (1, 1)
+    assert score("pearson", y, np.ones(400), 0) == 0
 
 
 def test_a_hugging_face_gpt2_is_tuned_too(given, tmp_path):
@@ -346,5 +349,12 @@ def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path)
         fine_tune(given, tmp_path / "b", **options)
     with pytest.raises(InputError, match="mode=full, the options say head"):
         fine_tune(given, tmp_path / "b", **options, mode="head", init_from="resume")
+    with pytest.raises(InputError, match="metric=, the options say f1"):
+        fine_tune(given, tmp_path / "b", **options, metric="f1", init_from="resume")
+    state = load_checkpoint(tmp_path / "b/ckpt.pt")
+    state["task"]["labels"].reverse()
+    save_checkpoint(tmp_path / "b/ckpt.pt", state)
+    with pytest.raises(InputError, match="has other labels"):
+        fine_tune(given, tmp_path / "b", **options, init_from="resume")
     with pytest.raises(InputError, match="other texts"):
         fine_tune(given, tmp_path / "c", task="letter", against=[str(tmp_path / "b")])

@@ -1,6 +1,7 @@
 """foundation.py: what is hidden is not seen, baselines against oracles, recordings of any kind."""
 
 import math
+import shutil
 
 import mne
 import numpy as np
@@ -222,6 +223,24 @@ def test_a_run_and_its_checkpoint(podcast, tmp_path):
     x, xyz = torch.randn(2, 63, 16), torch.randn(63, 3) * 0.05  # another montage
     with torch.no_grad():
         assert encoder(x, xyz, torch.tensor([0, -1])).shape == (2, 4, 8)
+
+
+def test_a_run_goes_on_only_as_it_was_and_one_block_says_nothing(tmp_path, monkeypatch):
+    for name in ("plot_curves", "plot_reconstruction"):
+        monkeypatch.setattr(foundation, name, lambda *args: None)
+    noise = np.random.default_rng(0).normal(size=(3000, 4))
+    options = [*TINY, f"dataset={make_set(tmp_path / 'eeg', noise, on_a_grid(4))}"]
+    options += [f"out_dir={tmp_path / 'run'}", "block=1000"]
+    foundation.main(configure(Config, options))
+    table = pd.read_csv(tmp_path / "run/results.csv")
+    assert (table.low == -math.inf).all() and (table.high == math.inf).all()
+    options += ["init_from=resume"]
+    with pytest.raises(InputError, match="another shape"):
+        foundation.main(configure(Config, [*options, "decoder_width=32"]))
+    shutil.rmtree(tmp_path / "eeg")
+    make_set(tmp_path / "eeg", 2 * noise, on_a_grid(4))
+    with pytest.raises(InputError, match="other recordings"):
+        foundation.main(configure(Config, options))
 
 
 def test_minutes_settle_the_number_of_steps(podcast, tmp_path, monkeypatch):

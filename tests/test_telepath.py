@@ -491,6 +491,10 @@ def test_negatives_are_unlike_the_word(given):
     i, j = np.argsort(last)[:2]
     expected = math.exp((last[j] - last[i]) / T.NEGATIVES_TAU)
     assert np.isclose(shares[-1, i] / shares[-1, j], expected, rtol=1e-4)
+    experiment.text.synonyms[words[0]] = words
+    del experiment.negatives
+    with pytest.raises(InputError, match=f"no training word is unlike '{words[0]}'"):
+        experiment.negatives  # noqa: B018 (made when it is read)
 
 
 @pytest.mark.parametrize("encoder", T.ENCODERS)
@@ -653,7 +657,12 @@ def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
 
 def test_preferences_after_supervision(given, whole):
     options = {"stage": "dpo", "init_from": str(whole), "log_interval": 1, "eval_trials": 6}
-    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options))
+    taken = {key: getattr(T.Config, key) for key in ("t_end", "patch", "width", "encoder_layers")}
+    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options, **taken))
+    written = (given / "dpo/config.yaml").read_text()
+    assert "t_end: 0.4\n" in written and "patch: 5\n" in written
+    with pytest.raises(InputError, match="has fusion=expert, the options say prefix"):
+        T.main(a_config(given, out_dir=str(given / "other"), fusion="prefix", **options))
     lines = (given / "dpo" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0]

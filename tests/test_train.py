@@ -345,6 +345,33 @@ def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
     file.write_text("\n".join(swapped) + "\n")
     with pytest.raises(InputError, match="tokenizer"):
         trained(other, tmp_path / "b", init_from=str(whole))
+    with pytest.raises(InputError, match="ckpt.pt has another tokenizer"):
+        trained(other, run, init_from="resume")
+    with pytest.raises(InputError, match="optimizer=muon, the options say adamw"):
+        trained(dataset, run, optimizer="adamw", init_from="resume")
+
+
+def test_a_resumed_run_takes_the_learning_rates_of_its_options(dataset, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = flat(checkpoint(run)["model"])
+    still = {"learning_rate": 0.0, "muon_lr": 0.0, "weight_decay": 0.3}
+    trained(dataset, run, **still, max_iters=6, init_from="resume")
+    after = flat(checkpoint(run)["model"])
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    adamw, muon = (saved["param_groups"] for saved in checkpoint(run)["optimizers"])
+    assert [group["weight_decay"] for group in adamw + muon] == [0.3, 0.0, 0.3]
+
+
+def test_starting_over_keeps_what_is_there_until_all_input_is_read(dataset, whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.glob("*.*")}
+    with pytest.raises(InputError, match="nosuchset"):
+        trained("nosuchset", run, overwrite=True)
+    assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
+    trained(dataset, run, overwrite=True, init_from=str(run), eval_only=True)
+    assert not list(run.glob("*.pt")) and logged(run, "step") == [0]
+    assert "eval_only: true" in (run / "config.yaml").read_text()
+    assert (run / "results.csv").read_bytes() != before["results.csv"]
 
 
 @pytest.mark.gpu
@@ -480,6 +507,8 @@ BAD = [
     ({"positions": "none"}, ["alpha"]),
     ({"beta2": 1.0}, ["beta2"]),
     ({"vocab_size": 64}, ["vocab_size"]),
+    ({"vocab_size": 10, "dry_run": True}, ["vocab_size"]),
+    ({"spatial": "weights", "factor": 5.0}, ["factor=5", "16 units"]),
     ({"init_from": "out/nosuchrun"}, ["nosuchrun"]),
     ({"dtype": "float16"}, ["dtype"]),
 ]
