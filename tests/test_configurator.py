@@ -175,6 +175,23 @@ def test_rows_are_known_by_what_a_users_file_imports(tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_users_files_are_all_that_it_imports_from_its_folder(tmp_path):
+    (tmp_path / "pk").mkdir()
+    contents = {
+        "mine.py": "import os\nimport torch.nn\n\ndef build():\n    from pk.deep import n\n",
+        "pk/__init__.py": "",
+        "pk/deep.py": "from . import deeper\nfrom .. import beside\nimport mine\n",
+        "pk/deeper.py": "",
+        "beside.py": "",
+        "another.py": "",
+    }
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    files = configurator.user_files(tmp_path / "mine.py")
+    names = {str(path.relative_to(tmp_path.resolve())) for path in files}
+    assert names == set(contents) - {"another.py"}
+
+
 def test_bad_yaml(tmp_path):
     path = tmp_path / "x.yaml"
     for text, words in (
