@@ -328,12 +328,12 @@ def hash_options(options):
 def hash_code(Config):
     """Short hash of the code that makes the rows of `Config`; comments do not count.
 
-    Of its script, of X_part.py's parent X.py, of model.py, and of files of the user's own.
+    Of its script, X_part.py's parent X.py, model.py, convert.py, and files of the user's own.
     """
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
     hashes = []
-    for path in {script, parent, HERE / "model.py", *_user_files}:
+    for path in {script, parent, HERE / "model.py", HERE / "convert.py", *_user_files}:
         if path.is_file():
             hashes.append(_hash_script(path, path.stat().st_mtime_ns))
     return _hash("".join(sorted(hashes)))[:6]

@@ -307,6 +307,12 @@ def test_rows_of_an_edited_script_are_not_reused(tmp_path, monkeypatch):
         run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
         run.close()
     assert counts == [0, 1, 0]
+    monkeypatch.setattr(configurator, "HERE", tmp_path)
+    hashes = {configurator.hash_code(module.Config)}
+    for name in ("model.py", "convert.py"):  # every script reads weights and states with these
+        (tmp_path / name).write_text(f"name = '{name}'")
+        hashes.add(configurator.hash_code(module.Config))
+    assert len(hashes) == 3
 
 
 def test_one_job_a_folder(tmp_path):
