@@ -254,18 +254,32 @@ def load_function(spec, option):
     folder = Path(file).resolve().parent
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
-    before = set(sys.modules)
     try:
         function = runpy.run_path(file, run_name=Path(file).stem)[name]
+        _user_files.update(user_files(file))
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
-    _user_files.add(Path(file))
-    for imported in sys.modules.keys() - before:
-        path = getattr(sys.modules[imported], "__file__", None)
-        if path and Path(path).parent == folder:
-            _user_files.add(Path(path))
     return function
+
+
+def user_files(file):
+    """A file of the users' own and all that it imports from its folder: packages, in functions."""
+    files = [Path(file).resolve()]
+    folder = files[0].parent
+    for path in files:  # which grows
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            level = getattr(node, "level", 0)  # the dots of a relative import
+            for alias in node.names:
+                place = path.parents[level - 1] if level else folder
+                name = f"{getattr(node, 'module', None) or ''}.{alias.name}"
+                for part in filter(None, name.split(".")):
+                    place = place / part
+                    found = [place.with_name(f"{part}.py"), place / "__init__.py"]
+                    files += [f for f in found if f.is_file() and f not in files]
+    return files
 
 
 def _manual(Config):
@@ -319,12 +333,12 @@ def hash_options(options):
 def hash_code(Config):
     """Short hash of the code that makes the rows of `Config`; comments do not count.
 
-    Of its script, of X_part.py's parent X.py, of model.py, and of files of the user's own.
+    Of its script, X_part.py's parent X.py, model.py, convert.py, and files of the user's own.
     """
     script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
     parent = script.with_name(script.stem.split("_")[0] + ".py")
     hashes = []
-    for path in {script, parent, HERE / "model.py", *_user_files}:
+    for path in {script, parent, HERE / "model.py", HERE / "convert.py", *_user_files}:
         if path.is_file():
             hashes.append(_hash_script(path, path.stat().st_mtime_ns))
     return _hash("".join(sorted(hashes)))[:6]
@@ -332,7 +346,7 @@ def hash_code(Config):
 
 @functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
 def _hash_script(path, modified):
-    return _hash(ast.dump(ast.parse(path.read_text(encoding="utf-8"))))
+    return _hash(ast.dump(ast.parse(path.read_bytes())))
 
 
 def keep_memory():

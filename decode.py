@@ -269,7 +269,7 @@ def content_of(config, windows, target, rows):
     if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
         values = repr(registry.files_in([config.lm])).encode()
     content = windows.content() + file_hash(vectors.__file__)
-    content = content.encode() + rows.tobytes() + values
+    content = content.encode() + rows.tobytes() + values + repr(list(target.labels)).encode()
     return hashlib.sha256(content).hexdigest()[:6]
 
 

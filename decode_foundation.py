@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 
-from configurator import InputError, check_keys, choose_device, key_seed, load_function
+from configurator import InputError, check_keys, choose_device, key_seed, load_function, user_files
 from data.podcast.benchmark_yaml import read_ini
 from data.podcast.registry import files_in
 from data.raw import inside_spans
@@ -270,8 +270,9 @@ class ForeignLatents:
                 f"{', '.join(montage.names[:6])}: choose others with subjects= or channels="
             )
         self.description = f"{folder}: {len(on_grid)} of 64 electrodes are there, others are zeros"
-        self.key = files_in([str(folder), params["model"].partition(":")[0]])
         self.model = load_function(params["model"], "preprocessor_params.model")(read_ini(folder))
+        code = user_files(params["model"].partition(":")[0])
+        self.key = files_in([str(folder), *map(str, code)])
         try:
             state = torch.load(folder / "model.pth", weights_only=True, map_location="cpu")
             self.model.load_state_dict(state)

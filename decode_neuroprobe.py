@@ -25,7 +25,7 @@ from scipy import stats
 
 import decode
 from configurator import InputError, Run, configure, key_seed
-from data import file_hash, montage, read_table, write_aside
+from data import file_hash, montage, path_state, read_table, write_aside
 from data.montage import Montage, is_subject
 from data.podcast.registry import files_in
 from data.podcast.speech import Target
@@ -286,8 +286,8 @@ def report(run, config, results, n_expected):
 def main(config):
     run = Run(config)
     benchmark = Benchmark(run, config)
-    checksums = [r.meta.get("sha256") for r in benchmark.recordings.values()]
-    content = checksums, files_in(config.preprocessor_params.values()), file_hash(montage.__file__)
+    states = [path_state(recording.path) for recording in benchmark.recordings.values()]
+    content = states, files_in(config.preprocessor_params.values()), file_hash(montage.__file__)
     run.content = hashlib.sha256(repr(content).encode()).hexdigest()[:6]
     jobs = list(itertools.product(benchmark.sources, benchmark.tasks))
     rows = run.rows()

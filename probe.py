@@ -205,9 +205,16 @@ class LMModel(HiddenStates):
         return {"hidden_states": states, "attention_mask": real.long(), "input_ids": ids}
 
     def fingerprint(self):
-        """Hash of architecture, weights and precision."""
+        """Hash of tokenizer, architecture, weights and precision."""
+        tokenizer = getattr(self.tokenizer, "state", None)
+        if hasattr(self.tokenizer, "backend_tokenizer"):  # whose padding is that of the last call
+            tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            tokenizer |= {"truncation": None, "padding": None}
+        elif self.foreign_tokenizer:
+            tokenizer = sorted(self.tokenizer.get_vocab().items())
         config = getattr(self.model, "config", "")
-        digest = hashlib.sha256(f"{type(self.model)} {config} {self.dtype}".encode())
+        facts = f"{tokenizer} {type(self.model)} {config} {self.dtype}"
+        digest = hashlib.sha256(facts.encode("utf-8", "replace"))
         for name, tensor in self.model.state_dict().items():
             # a checksum of each tensor: hashing gigabytes of weights would take as long as a pass
             checksum = zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())

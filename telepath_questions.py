@@ -27,8 +27,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import telepath
-from configurator import Run, configure, key_seed
-from data import InputError, write_aside
+from configurator import Run, configure, hash_options, key_seed
+from data import InputError, path_state, write_aside
+from data.recording import read_set
 from model import ENCODERS, load_checkpoint
 from telepath import measured, place, save_figure, score_names, score_rows, subset, top_k
 
@@ -539,6 +540,17 @@ QUESTIONS = {
 }
 
 
+def content_of(config):
+    """A hash of the weights and recordings that the options only name."""
+    paths = [config.lm]
+    kind, _, path = config.encoder.partition(":")
+    if kind == "pretrained":
+        paths.append(telepath.checkpoint_path(path))
+    for name in ("meta.yaml", *read_set(config.dataset)["recordings"]):
+        paths.append(f"{config.dataset}/{name}")
+    return hash_options({"content": list(map(path_state, paths))})[:6]
+
+
 def main(config):
     config.out_dir = config.out_dir or f"out/telepath_{config.analysis}"
     run = Run(config)
@@ -546,6 +558,7 @@ def main(config):
     if config.analysis == "tokens":
         analyse_tokens(run, config)
         return run.close()
+    run.content = content_of(config)
     make_jobs, work, draw = QUESTIONS[config.analysis]
     done = run.rows()
     for job in run.share(make_jobs(run, config)):  # a model each

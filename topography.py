@@ -37,8 +37,9 @@ from sklearn.cluster import KMeans
 from torch.nn import functional as F
 
 import positions
-from configurator import InputError, Run, configure, key_seed
+from configurator import HERE, InputError, Run, configure, hash_options, key_seed
 from convert import HiddenStates
+from data import path_state
 from data.contrasts import find_contrasts, read_stimuli
 from data.stimuli import read_pairs
 from data.tokens import split_ids
@@ -708,9 +709,20 @@ def plot_sweep(path, table):
 # ---- the run
 
 
+def content_of(config):
+    """A hash of the files that options only name: results.csv keeps no rows of other ones."""
+    names = [config.lm, config.twin, *config.sweep, config.stimuli, config.pairs, config.dataset]
+    states = []
+    for name in filter(None, names):
+        path = Path(name) if Path(name).exists() else HERE / "data" / name
+        states.append(path_state(path))
+    return hash_options({"content": states})[:6]
+
+
 def compare_runs(run, config):
     """Moran's I of every run in `sweep`, mean over contrasts and sheets, against its loss."""
     stimuli, contrasts, data = load_stimuli(run, config)
+    run.content = content_of(config)
     for folder in config.sweep:
         results = Path(folder) / "results.csv"
         if not results.exists() or not results.with_name("config.yaml").exists():
@@ -781,6 +793,7 @@ def main(config):
             raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
         stimuli, contrasts, data = load_stimuli(run, config)
         batches = {label: text_batches(run, config, lm) for label, lm in lms.items()}
+    run.content = content_of(config)
     for label, lm in lms.items():
         if pairs:
             report_pairs(run, config, label, lm, pairs, pairs_data)

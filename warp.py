@@ -26,7 +26,6 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
@@ -56,7 +55,7 @@ from configurator import (
     load_function,
 )
 from convert import HiddenStates, from_hub, load_weights
-from data import InputError, aside, read_table, write_aside
+from data import InputError, aside, files_state, path_state, read_table, write_aside
 from data.stimuli import Encoding, to_number, write_encoding
 from model import check_choice
 
@@ -468,7 +467,10 @@ class Study:
     def content(self):
         """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
         folds = pd.DataFrame(self.folds).map(list).to_dict("records")
-        others = str([list(self.stimuli), self.pieces, folds])
+        stimuli = list(self.stimuli)
+        if self.kind == "image":
+            stimuli = [stimuli, files_state(stimuli)]
+        others = str([stimuli, self.pieces, folds])
         return hashlib.sha256(self.y.tobytes() + others.encode()).hexdigest()[:8]
 
     def shuffled(self, number):
@@ -1176,10 +1178,8 @@ def file_name(config, study, cell, fold, rate):
 
 
 def stamps(config, candidate):
-    """[(name, time)] of the checkpoints of a candidate, which may be trained again."""
-    spec = Path(config.lm if candidate.model == "lm" else candidate.model)
-    files = filter(Path.is_file, [spec, *sorted(spec.glob("*.pt"))])
-    return [(path.name, path.stat().st_mtime_ns) for path in files]
+    """State of the files of a candidate, which may be trained or exported again."""
+    return path_state(config.lm if candidate.model == "lm" else candidate.model)
 
 
 def run_fit(run, config, study, cell, number, rate, loaded):

@@ -101,6 +101,12 @@ def files_state(paths):
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
+def path_state(path):
+    """files_state of a file, or of the files in a folder (no hidden ones); of neither: of none."""
+    files = [Path(path), *sorted(Path(path).glob("[!.]*"))]
+    return files_state(filter(Path.is_file, files))
+
+
 class _PlainLoader(yaml.SafeLoader):
     """Plain values only."""
 

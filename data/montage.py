@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.signal
 
-from data import InputError, aside, file_hash, read_table
+from data import InputError, aside, file_hash, files_state, read_table
 from data.recording import Recording
 
 
@@ -180,7 +180,9 @@ class Windows:
     def content(self):
         """What windows depend on, as text: signals, parameters, the files they name, code."""
         config = self.config
-        content = [self.montage.names, self.montage.checksums(), config.reference, self.width]
+        signals = [person.recording.path / "signal.f32" for person in self.montage.people]
+        content = [self.montage.names, self.montage.checksums(), files_state(signals)]
+        content += [config.reference, self.width]
         content += [config.preprocess, config.preprocessor_params, file_hash(__file__)]
         if self.reader:
             content.append(self.reader.key)

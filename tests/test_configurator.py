@@ -177,6 +177,23 @@ def test_rows_are_known_by_what_a_users_file_imports(tmp_path, monkeypatch):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_users_files_are_all_that_it_imports_from_its_folder(tmp_path):
+    (tmp_path / "pk").mkdir()
+    contents = {
+        "mine.py": "import os\nimport torch.nn\n\ndef build():\n    from pk.deep import n\n",
+        "pk/__init__.py": "",
+        "pk/deep.py": "from . import deeper\nfrom .. import beside\nimport mine\n",
+        "pk/deeper.py": "",
+        "beside.py": "",
+        "another.py": "",
+    }
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    files = configurator.user_files(tmp_path / "mine.py")
+    names = {str(path.relative_to(tmp_path.resolve())) for path in files}
+    assert names == set(contents) - {"another.py"}
+
+
 def test_bad_yaml(tmp_path):
     path = tmp_path / "x.yaml"
     for text, words in (
@@ -292,6 +309,12 @@ def test_rows_of_an_edited_script_are_not_reused(tmp_path, monkeypatch):
         run.result(0.7, 0.5, 0.6, 0.8, 100, lag=0)
         run.close()
     assert counts == [0, 1, 0]
+    monkeypatch.setattr(configurator, "HERE", tmp_path)
+    hashes = {configurator.hash_code(module.Config)}
+    for name in ("model.py", "convert.py"):  # every script reads weights and states with these
+        (tmp_path / name).write_text(f"name = '{name}'")
+        hashes.add(configurator.hash_code(module.Config))
+    assert len(hashes) == 3
 
 
 def test_one_job_a_folder(tmp_path):

@@ -1,6 +1,8 @@
 """decode.py against plain versions of what it does, and against planted truth: leaks are caught."""
 
 import copy
+import dataclasses
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -630,6 +632,20 @@ def test_a_stopped_run_goes_on_where_it_was(podcast, tmp_path, monkeypatch):
     stopped = finished(podcast, tmp_path / "stopped", **options)
     assert len(files) == 5 and [path.stat().st_mtime_ns for path in files] == times
     pd.testing.assert_frame_equal(stopped, whole)
+
+
+def test_content_knows_words_and_signals(podcast, tmp_path):
+    config, given = prepared(podcast, tmp_path)
+    parts = config, given.inputs[""], given.target, given.rows
+    first = decode.content_of(*parts)
+    renamed = dataclasses.replace(given.target, labels=np.roll(given.target.labels, 1))
+    assert decode.content_of(config, given.inputs[""], renamed, given.rows) != first
+    signal = given.montage.people[0].recording.path / "signal.f32"
+    before = signal.stat()
+    os.utime(signal, (1, 1))  # made again
+    assert decode.content_of(*parts) != first
+    os.utime(signal, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert decode.content_of(*parts) == first
 
 
 def test_a_target_of_classes_and_one_of_numbers(podcast, tmp_path):

@@ -88,6 +88,18 @@ def test_it_runs_by_the_benchmarks_splits(benchmark, tmp_path, split, capsys):
     assert (tmp_path / "results.part-0.jsonl").read_text() == rows
 
 
+def test_other_labels_or_signals_are_tested_again(benchmark, tmp_path):
+    data = shutil.copytree(benchmark, tmp_path / "set")
+    given = options(data, tmp_path / "out", subjects=[NAMES[0]])
+    rows = tmp_path / "out/results.part-0.jsonl"
+    sizes = []
+    for file in ("meta.yaml", "neuroprobe.csv", "signal.f32"):
+        (data / NAMES[0] / file).write_bytes((data / NAMES[0] / file).read_bytes())
+        decode_neuroprobe.main(Config(**given))
+        sizes.append(len(rows.read_text().splitlines()))
+    assert sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
+
+
 def test_voltages_and_trained_decoders(benchmark, tmp_path):
     given = {"represent": "bins", "bins": 16, "subjects": [NAMES[0]], "epochs": 3}
     for model in ("logistic", "pitom_model"):

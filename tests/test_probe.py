@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.special
 import scipy.stats
+import tokenizers
 import torch
 from helpers import ROOT, byte_tokenizer
 from matplotlib.figure import Figure
@@ -23,7 +24,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from streamlit.testing.v1 import AppTest
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import configurator
 import probe
@@ -97,6 +98,25 @@ def test_one_pass_is_pooling_afterwards(kind, tmp_path):
         for place, layer in enumerate([0, 1, 3]):
             wanted = pooled_by_hand(outputs, layer, pooling).numpy()
             assert np.abs(array[:, place] - wanted).max() < 1e-4, (layer, pooling)
+
+
+@pytest.mark.parametrize("kind", ["ours", "fast", "slow"])
+def test_a_model_is_known_by_its_tokenizer(kind):
+    prints = set()
+    for words in ("ab", "ab", "ba"):
+        ranks = {word: i for i, word in enumerate(["[UNK]", *words])}
+        tokenizer = types.SimpleNamespace(eot=None, state={"ranks": ranks})
+        if kind == "fast":
+            core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ranks, "[UNK]"))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+        if kind == "slow":
+            tokenizer = types.SimpleNamespace(get_vocab=ranks.copy, convert_ids_to_tokens=None)
+        lm = LMModel({"model": Stub(), "tokenizer": tokenizer, "name": "tiny"})
+        prints.add(lm.fingerprint())
+        if kind == "fast":
+            tokenizer("a b", truncation=True, max_length=1)
+            prints.add(lm.fingerprint())
+    assert len(prints) == 2
 
 
 def count_texts(lm, monkeypatch, stop_after=10**9):

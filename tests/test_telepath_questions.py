@@ -1,5 +1,7 @@
 """telepath_questions.py: tables with chance, interval and n, jobs done once, the right samples."""
 
+import os
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -78,6 +80,17 @@ def test_a_job_that_was_cut_short_is_done_again(given, tmp_path, monkeypatch):  
     Q.main(config)
     table = pd.read_csv(tmp_path / "results.csv")
     assert (table.groupby("trained").size() == 2).all() and len(done) == len(table) + 2
+
+
+def test_rows_of_other_weights_or_recordings_are_not_reused(given):  # noqa: F811
+    config = a_config(given)
+    first = Q.content_of(config)
+    assert Q.content_of(config) == first
+    for file in (given / "lm.pt", next(given.glob("eeg/*/signal.f32"))):
+        before = file.stat()
+        os.utime(file, (1, 1))  # made again
+        assert Q.content_of(config) != first
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def test_where_the_tokens_of_a_run_go(given, tmp_path, monkeypatch):  # noqa: F811

@@ -1,6 +1,7 @@
 """topography.py against planted truth and naive oracles: a planted block is found, its ablation
 hurts, sentence scores are those of transformers."""
 
+import os
 import shutil
 
 import mne
@@ -371,6 +372,21 @@ def test_a_whole_run(given, tmp_path):
     assert (ablated.low < ablated.score).all() and (ablated.score < ablated.high).all()
     assert mean.loc[("model", 2.0), "chance"] > 0.3
     assert {"map_one_two.png", "summary.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_rows_of_other_models_stimuli_or_pairs_are_not_kept(given, tmp_path):
+    data = shutil.copytree(given, tmp_path / "data")
+    run(data, tmp_path / "out", lm=str(data / "flat"))
+    (data / "pairs/p1.jsonl").rename(data / "pairs/p3.jsonl")
+    assert set(run(data, tmp_path / "out", lm=str(data / "flat")).contrast) == {"p2", "p3"}
+    config = Config(
+        lm=str(data / "flat"), sweep=[str(data / "sheets")], stimuli=str(data / "s.csv")
+    )
+    contents = {topography.content_of(config)}
+    for file in ("flat/best.pt", "sheets/best.pt", "s.csv"):
+        os.utime(data / file, (1, 1))  # made again
+        contents.add(topography.content_of(config))
+    assert len(contents) == 4
 
 
 def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tmp_path, capsys):

@@ -421,6 +421,18 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     after = files(study)
     assert {name.split("-")[0] for name in after - before} == {"lm"}
     assert {name.split("-")[0] for name in after & before} == {"gpt2"}
+    pictures = replace(study, kind="image", stimuli=[lm])
+    first = pictures.content
+    os.utime(lm, (2, 2))  # painted again
+    assert replace(pictures).content != first
+
+
+def test_a_folder_is_known_by_all_its_files(tmp_path):
+    states = set()
+    for file in ("model.safetensors", "tokenizer.json", "best.pt"):
+        (tmp_path / file).touch()
+        states.add(W.stamps(Config(), W.Candidate("", model=str(tmp_path))))
+    assert len(states) == 3
 
 
 # ---- d_warp

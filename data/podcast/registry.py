@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from configurator import load_function
+from configurator import load_function, user_files
 from data import InputError
 from data.podcast.benchmark_yaml import experiment_config, settings_of, translate
 
@@ -70,7 +70,7 @@ class UserFunction:
         self.description = f"preprocess={spec}, of windows of {len(montage.names)} electrodes"
         names = pd.Series(montage.names).str.partition(" ")[2].tolist()
         self.params = {"ch_names": names, "sfreq": montage.sfreq, **params}
-        self.key = files_in([*params.values(), spec.partition(":")[0]])
+        self.key = files_in([*params.values(), *map(str, user_files(spec.partition(":")[0]))])
 
     def __call__(self, first, width):
         array = self.function(self.montage.samples(first, width), self.params)
