@@ -1117,6 +1117,12 @@ def plot_lags(path, table, title, planted):
 # ---- main
 
 
+def say_members(run, bar, name, decoder):
+    """Say with the first job that outputs (words, members, dimensions) count as an ensemble."""
+    if bar.n == 0 and decoder.n_members > 1:
+        run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
+
+
 def main(config):
     if config.apply:
         return load_function(f"{APPLY}:apply_decoders", "apply")(config)
@@ -1147,8 +1153,7 @@ def main(config):
             for name, (spec, source) in decoders.items():
                 x = X[source].to(run.device)
                 decoder, val = fit_decoder(spec, x, target, fold, config)
-                if bar.n == 0 and decoder.n_members > 1:
-                    run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
+                say_members(run, bar, name, decoder)
                 table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
                 table.loc["val", "score"] = primary_score(val, target, fold, config)
                 tables[lag, fold.number, name] = table

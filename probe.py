@@ -1013,11 +1013,7 @@ def main(config, lms=None, datasets=None, probes=None):
                     of_model = folds
                     keep_for_app(run, part, keys["probe"], folds, scores)
             if probe == usable[0]:
-                if "control" in config.baselines:
-                    measure_control(run, sites[""], probe, keys)
-                if "compression" in config.baselines:
-                    measure_compression(run, pooled, keys)
-                measure_sizes(run, sites[""], probe, keys)
+                measure_once(run, config, sites[""], pooled, probe, keys)
             # what the commonest label gets; written last: the probe is done
             majority = of_model[of_model.site == 0].assign(score=of_model.chance, **NO_SITE)
             write_rows(run, majority, {**keys, "baseline": "majority"})
@@ -1027,6 +1023,15 @@ def main(config, lms=None, datasets=None, probes=None):
         run.print(f"results.csv, logs and figures in {run.out}: streamlit run probe_app.py")
     run.close()
     return table
+
+
+def measure_once(run, config, sites, pooled, probe, keys):
+    """What is measured with the first probe alone: controls, and scores over training texts."""
+    if "control" in config.baselines:
+        measure_control(run, sites, probe, keys)
+    if "compression" in config.baselines:
+        measure_compression(run, pooled, keys)
+    measure_sizes(run, sites, probe, keys)
 
 
 def hash_content(run, lms, datasets):

@@ -778,6 +778,17 @@ def text_batches(run, config, lm):
     return torch.from_numpy(windows).to(run.device).split(16)
 
 
+def all_have_sheets(config, lms):
+    """Whether all models have sheets. Raises InputError where there is nothing to do or compare."""
+    if not all(hasattr(lm.model, "unit_at_cell") for lm in lms.values()):
+        if not config.pairs:
+            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
+        return False
+    if len({lm.model.unit_at_cell.shape for lm in lms.values()}) > 1:
+        raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
+    return True
+
+
 def main(config):
     run = Run(config)
     if config.sweep:
@@ -786,11 +797,8 @@ def main(config):
     if config.twin:
         lms["twin"] = load_model(config.twin, run)
     pairs, pairs_data = load_pairs(run, config)
-    have_sheets = all(hasattr(lm.model, "unit_at_cell") for lm in lms.values())
+    have_sheets = all_have_sheets(config, lms)
     if have_sheets:
-        shapes = {lm.model.unit_at_cell.shape for lm in lms.values()}
-        if len(shapes) > 1:
-            raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
         stimuli, contrasts, data = load_stimuli(run, config)
         batches = {label: text_batches(run, config, lm) for label, lm in lms.items()}
     run.content = content_of(config)
@@ -798,8 +806,6 @@ def main(config):
         if pairs:
             report_pairs(run, config, label, lm, pairs, pairs_data)
     if not have_sheets:
-        if not pairs:
-            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         run.print(f"{config.lm} {config.twin}".strip() + ": some lack sheets: minimal pairs only")
         run.merge()
         return run.close()
