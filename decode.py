@@ -1142,7 +1142,6 @@ def main(config):
         fit_target(fold, target, config)
     run.print(describe(podcast, montage, target))
     run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
-
     jobs = run.share(itertools.product(all_lags(config), folds))
     todo = [job for job in jobs if not job_file(run, *job).exists()]
     bar = run.progress(len(todo), desc="lags and folds")
