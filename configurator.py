@@ -268,18 +268,29 @@ def user_files(file):
     files = [Path(file).resolve()]
     folder = files[0].parent
     for path in files:  # which grows
-        for node in ast.walk(ast.parse(path.read_bytes())):
-            if not isinstance(node, (ast.Import, ast.ImportFrom)):
-                continue
-            level = getattr(node, "level", 0)  # the dots of a relative import
-            for alias in node.names:
-                place = path.parents[level - 1] if level else folder
-                name = f"{getattr(node, 'module', None) or ''}.{alias.name}"
-                for part in filter(None, name.split(".")):
-                    place = place / part
-                    found = [place.with_name(f"{part}.py"), place / "__init__.py"]
-                    files += [f for f in found if f.is_file() and f not in files]
+        for imported in _imports_of(path, folder):
+            if imported not in files:
+                files.append(imported)
     return files
+
+
+def _imports_of(path, folder):
+    """The files in a folder that the code in `path` imports, wherever in it."""
+    files = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        start = folder
+        level = getattr(node, "level", 0)  # the dots of a relative import
+        if level:
+            start = path.parents[level - 1]
+        for alias in node.names:
+            place = start
+            name = f"{getattr(node, 'module', None) or ''}.{alias.name}"
+            for part in filter(None, name.split(".")):
+                place = place / part
+                files += [place.with_name(f"{part}.py"), place / "__init__.py"]
+    return [file for file in files if file.is_file()]
 
 
 def _manual(Config):

@@ -774,7 +774,7 @@ def text_batches(run, config, lm):
         holds = f"{len(ids):,} validation tokens, fewer than the {size} of a window"
         raise InputError(f"dataset={config.dataset} has {holds} of {lm.name}: give a longer text")
     starts = np.linspace(0, len(ids) - size, 16 * config.val_batches).astype(int)
-    windows = np.stack([ids[start : start + size] for start in starts])
+    windows = np.lib.stride_tricks.sliding_window_view(ids, size)[starts]
     return torch.from_numpy(windows).to(run.device).split(16)
 
 
@@ -784,8 +784,10 @@ def all_have_sheets(config, lms):
         if not config.pairs:
             raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         return False
-    if len({lm.model.unit_at_cell.shape for lm in lms.values()}) > 1:
-        raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
+    first, *others = lms.values()
+    for other in others:
+        if other.model.unit_at_cell.shape != first.model.unit_at_cell.shape:
+            raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
     return True
 
 
