@@ -163,7 +163,11 @@ class Attention(nn.Module):
         if q.device.type == "cpu" and half and causal and not dropout and q.size(2) <= 512:
             y = written_out_attention(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+            width = q.size(3)
+            if q.is_cuda and width % 8:  # what the kernel does itself, but compiled
+                q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
+            options = {"is_causal": causal, "scale": width**-0.5}
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)[..., :width]
         y = y.transpose(1, 2).flatten(2)  # heads side by side
         return F.dropout(self.attn_proj(self.c_proj(y)), self.dropout, self.training)
 
@@ -271,17 +275,16 @@ class Block(nn.Module):
 # ---- cross-entropy of the tied head
 
 
-def token_losses(logits, targets, make_probabilities=False):
-    """Cross-entropies (n,) of logits (n, V) against targets (n,); 0 for -1, which does not count.
+def token_losses(logits, right, counted, make_probabilities=False):
+    """Cross-entropies (n,) of logits (n, V), 0 where not counted (n, 1).
 
-    make_probabilities: they replace the logits.
+    right (n, 1): the logits of the targets, a tensor of their own: torch 2.11, compiled, would look
+    them up in what replaces the logits. make_probabilities: probabilities do.
     """
-    targets = targets[:, None]
-    counted = targets >= 0
     top = logits.amax(1, keepdim=True).float()
     norm = (logits.float() - top).exp().sum(1, keepdim=True).log()
-    right = logits.gather(1, targets.clamp_min(0)).float()
-    losses = ((norm + (top - right)) * counted)[:, 0]  # small differences first: exact far from 0
+    # small differences first: exact far from 0
+    losses = ((norm + (top - right.float())) * counted)[:, 0]
     if make_probabilities:
         norm = torch.where(counted, norm, math.inf)
         logits.copy_((logits.float() - top - norm).exp())
@@ -305,13 +308,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         for start in range(0, len(x), chunk):
             rows = x[start : start + chunk].to(dtype)
-            right = targets[start : start + chunk]
+            target = targets[start : start + chunk, None]
+            counted = target >= 0
+            target = target.clamp_min(0)
             p = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, then probabilities
-            losses = losses_of(p, right, True)
+            losses = losses_of(p, p.gather(1, target), counted, True)
             total += losses.sum()
-            rows_of_p = torch.arange(len(p), device=p.device)
             # p - 1 at the target, not rounded before the difference
-            p[rows_of_p, right.clamp_min(0)] = (-losses).expm1().to(dtype)
+            p.scatter_(1, target, (-losses).expm1().to(dtype)[:, None])
             dx[start : start + chunk] = p @ w
             for dw_slab, p_slab in zip(dw.split(slab), p.split(slab, dim=1)):
                 dw_slab += p_slab.T @ rows
@@ -340,8 +344,10 @@ def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
         else:
             total = torch.zeros((), device=x.device)
             w = weight.to(dtype)
-            for rows, right in zip(x.split(chunk), targets.split(chunk)):
-                total += losses_of(rows.to(dtype) @ w.T, right).sum()
+            for rows, target in zip(x.split(chunk), targets[:, None].split(chunk)):
+                logits = rows.to(dtype) @ w.T
+                right = logits.gather(1, target.clamp_min(0))
+                total += losses_of(logits, right, target >= 0).sum()
         return total / (targets >= 0).sum().clamp_min(1)
 
 

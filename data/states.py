@@ -46,8 +46,12 @@ def pool_tokens(x, real, pooling):
     """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H)."""
     if pooling in REDUCE:
         return REDUCE[pooling](x, real[:, :, None])
-    first = real.int().argmax(1)
-    return x[torch.arange(len(x), device=x.device), first + token_at(real.sum(1), float(pooling))]
+    return x[torch.arange(len(x), device=x.device), column_of(real, pooling)]
+
+
+def column_of(real, quantile):
+    """Columns (B,) of a quantile's tokens among the real (B, T) ones."""
+    return real.int().argmax(1) + token_at(real.sum(1), float(quantile))
 
 
 @dataclass
@@ -228,10 +232,11 @@ def fill(model, rows, layers, poolings, folder, batch_tokens):
         pooled = pool_batch(model, [rows[i] for i in batch], layers, poolings)
         for name, part in zip(poolings, pooled):
             array = np.load(folder / f"{name}.npy", mmap_mode="r+")
-            array[batch] = part
-            if not np.isfinite(array[batch]).all():
+            part = part.astype(array.dtype)
+            if not np.isfinite(part).all():
                 cure = f"not finite as {array.dtype}: give cache_dtype=float32, dtype=float32"
                 raise InputError(f"{model.name}: hidden states are {cure}")
+            array[batch] = part
         bar.update(len(batch))
         counter = folder / "done.tmp"  # renamed, not flushed: a killed process loses nothing by it
         counter.write_text(str(stop))
@@ -245,10 +250,17 @@ def pool_batch(model, rows, layers, poolings):
     ids, real = model.pad(rows)
     shape = (len(poolings), len(rows), len(layers), model.width)
     pooled = torch.empty(shape, device=ids.device)
+    quantiles = [pooling for pooling in poolings if pooling not in REDUCE]
+    columns = {quantile: column_of(real, quantile) for quantile in quantiles}
+    texts = torch.arange(len(rows), device=ids.device)
 
     def take(layer, state):
         for number, pooling in enumerate(poolings):
-            pooled[number, :, layers.index(layer)] = pool_tokens(state.float(), real, pooling)
+            if pooling in REDUCE:
+                x = REDUCE[pooling](state.float(), real[:, :, None])
+            else:
+                x = state[texts, columns[pooling]]
+            pooled[number, :, layers.index(layer)] = x
 
     model.run(ids, real, layers, take)
     return pooled.cpu().numpy()
