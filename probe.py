@@ -595,6 +595,41 @@ def make_task(dataset, config):
 
 # ---- evaluate
 
+
+def pearson(y, score):
+    """Pearson's r, the mean over columns; 0 of a constant."""
+    return np.mean(np.nan_to_num(scipy.stats.pearsonr(score, y, axis=0).statistic))
+
+
+def auc(y, score):
+    return metrics.roc_auc_score(y, score) if 0 < np.mean(y) < 1 else 0.5
+
+
+def f1(y, said):
+    """Of class 1; of several classes their mean, those that nobody has left out."""
+    if said.dtype == bool:
+        return metrics.f1_score(y, said)
+    return metrics.f1_score(y, said, labels=np.unique(y), average="macro")
+
+
+# What measures scores, (y, score), and what measures decisions, (y, the class that is said)
+OF_SCORES = {
+    "mse": metrics.mean_squared_error,
+    "r2": metrics.r2_score,
+    "pearson": pearson,
+    "auc": auc,
+}
+OF_CLASSES = {
+    "accuracy": metrics.accuracy_score,
+    "balanced_accuracy": metrics.balanced_accuracy_score,
+    "mcc": metrics.matthews_corrcoef,
+    "f1": f1,
+}
+MEASURES = {
+    "regression": ["mse", "r2", "pearson"],
+    "multi": ["accuracy", "balanced_accuracy", "f1"],
+    "binary": ["mse", "accuracy", "balanced_accuracy", "mcc", "f1", "auc"],
+}
 BOUNDS = {
     "mse": (0, np.inf),
     "r2": (-np.inf, 1),
@@ -602,6 +637,7 @@ BOUNDS = {
     "mcc": (-1, 1),
     "selectivity": (-2, 2),  # a difference of two scores
 }  # of all others 0 and 1
+# what chooses layers and thresholds, and is shown: any of a kind's measures
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
@@ -617,40 +653,22 @@ def best_thresholds(y, score):
     return {"accuracy": cuts[np.argmax(tp - fp)], "f1": cuts[np.argmax(f1)]}
 
 
-def primary_measure(y, score, kind, thresholds=None):
-    """Accuracy of classes; Pearson's r of values, the mean over columns."""
+def one_measure(metric, y, score, kind="binary", thresholds=None):
+    """One measure of scores (n,), or (n, K) of several classes.
+
+    Of two classes, score >= threshold says 1: the metric's own threshold, else that of accuracy.
+    """
+    if metric in OF_SCORES:
+        return OF_SCORES[metric](y, score)
     if kind == "multi":
-        return np.mean(score.argmax(1) == y)
-    if kind == "binary":
-        return np.mean((score >= thresholds["accuracy"]) == y)
-    r = scipy.stats.pearsonr(score, y, axis=0).statistic
-    return np.mean(np.nan_to_num(r))  # 0 of a constant
+        return OF_CLASSES[metric](y, score.argmax(1))
+    thresholds = thresholds or {"accuracy": 0.5}
+    return OF_CLASSES[metric](y, score >= thresholds.get(metric, thresholds["accuracy"]))
 
 
 def evaluator(y, score, kind="binary", thresholds=None):
-    """Measures of scores: MSE, R² and Pearson's r of a regression; MSE, accuracy and F1 (each at
-    its threshold) and more of two classes; of several classes, score (n, K), no MSE."""
-    thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
-    primary = primary_measure(y, score, kind, thresholds)
-    if kind == "regression":
-        mse = metrics.mean_squared_error(y, score)
-        return {"mse": mse, "r2": metrics.r2_score(y, score), "pearson": primary}
-    if kind == "multi":
-        predicted = score.argmax(1)
-        return {
-            "accuracy": primary,
-            "balanced_accuracy": metrics.balanced_accuracy_score(y, predicted),
-            "f1": metrics.f1_score(y, predicted, labels=np.unique(y), average="macro"),
-        }
-    predicted = score >= thresholds["accuracy"]
-    return {
-        "mse": metrics.mean_squared_error(y, score),
-        "accuracy": primary,
-        "balanced_accuracy": metrics.balanced_accuracy_score(y, predicted),
-        "mcc": metrics.matthews_corrcoef(y, predicted),
-        "f1": metrics.f1_score(y, score >= thresholds["f1"]),
-        "auc": metrics.roc_auc_score(y, score) if 0 < np.mean(y) < 1 else 0.5,
-    }
+    """{metric: measure} of scores, all that there are of this kind."""
+    return {metric: one_measure(metric, y, score, kind, thresholds) for metric in MEASURES[kind]}
 
 
 def chance_measures(task, test):
@@ -826,8 +844,9 @@ def measure_fold(probe, X, task, fold_of, outer):
         if task.kind == "binary":
             thresholds = best_thresholds(task.y[choose], chosen[g])
         row = {"site": g, "threshold": thresholds["accuracy"]}
-        row["validation"] = primary_measure(task.y[choose], chosen[g], task.kind, thresholds)
-        for metric, score in evaluator(task.y[test], tested[g], task.kind, thresholds).items():
+        given = task.kind, thresholds
+        row["validation"] = one_measure(PRIMARY[task.kind], task.y[choose], chosen[g], *given)
+        for metric, score in evaluator(task.y[test], tested[g], *given).items():
             rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
     # the epoch of a torch probe is chosen on rows that it does not learn from
     n_train = len(fit) if isinstance(model, MultiStepOpt) else len(fit) + len(choose)

@@ -121,7 +121,7 @@ class Config:
     full: bool = True  # beside them all D parameters, trained directly
     projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
     layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
-    seeds: int = 3  # draws of P (and of random weights)
+    seeds: int = 6  # draws of P (and of random weights)
     steps: int = 20  # of Adam; the best by validation is kept
     learning_rates: list[float] = default(0.04, 0.16)  # of ||theta0||
     eval_interval: int = 10  # steps between validations
