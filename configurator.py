@@ -60,7 +60,8 @@ def configure(Config, argv=None):
     and exits. A Config may set RENAMED = {"old": "new"}, POSITIVE, SHARES, SIGNED (see `check`).
     """
     sys.excepthook = _print_one_sentence
-    _user_files.clear()  # another script in this process may have loaded some
+    _user_code.clear()  # another script in this process may have loaded some
+    script_code(Config)
     if argv is None:
         argv = sys.argv[1:]
     if "-h" in argv or "--help" in argv:
@@ -244,8 +245,8 @@ def check_keys(given, allowed, option):
             raise InputError(f"option '{option}' has no key '{key}'{_nearest(key, allowed)}")
 
 
-# files of the users' own that were loaded: they help to identify rows of results
-_user_files: set[Path] = set()
+# files of the users' own, as they were loaded: they help to identify rows of results
+_user_code: dict[Path, bytes] = {}
 
 
 def load_function(spec, option):
@@ -256,7 +257,7 @@ def load_function(spec, option):
         sys.path.append(str(folder))
     try:
         function = runpy.run_path(file, run_name=Path(file).stem)[name]
-        _user_files.update(user_files(file))
+        _user_code.update({path: path.read_bytes() for path in user_files(file)})
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
@@ -294,16 +295,23 @@ def _imports_of(path, folder):
 
 
 def _manual(Config):
-    """--help: the script's docstring, then every option with its default and its comment."""
+    """--help: the script's docstring, then every option, its default, choices and comment."""
     lines = [inspect.getdoc(sys.modules[Config.__module__]) or "", "", "options (key=value):"]
     defaults = dataclasses.asdict(Config())
-    for line in inspect.getsource(Config).splitlines():
+    kinds = typing.get_type_hints(Config)
+    for line in inspect.getsource(Config).partition("\n    def ")[0].splitlines():
         field = re.match(r"    (\w+)\s*:", line)
         comment = line.rpartition("# ")[2] if "# " in line else ""
         if field and field[1] in defaults:
-            lines.append(f"  {field[1]}={defaults[field[1]]}".ljust(34) + comment)
+            name, kind = field[1], kinds[field[1]]
+            if typing.get_origin(kind) is typing.Literal:
+                choices = ", ".join(map(str, typing.get_args(kind)))
+                comment = f"{choices}; {comment}".removesuffix("; ")
+            lines.append(f"  {name}={defaults[name]}".ljust(34) + comment)
         elif line.startswith("    #"):
             lines.append(f" {comment}")
+        elif comment:  # of an option that takes several lines
+            lines[-1] += comment
     return "\n".join(lines)
 
 
@@ -342,22 +350,26 @@ def hash_options(options):
 
 
 def hash_code(Config):
-    """Short hash of the code that makes the rows of `Config`; comments do not count.
-
-    Of its script, X_part.py's parent X.py, model.py, convert.py, and files of the user's own.
-    """
-    script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
-    parent = script.with_name(script.stem.split("_")[0] + ".py")
-    hashes = []
-    for path in {script, parent, HERE / "model.py", HERE / "convert.py", *_user_files}:
-        if path.is_file():
-            hashes.append(_hash_script(path, path.stat().st_mtime_ns))
+    """Short hash of the code that makes the rows of `Config`; comments do not count."""
+    hashes = map(_hash_source, [*script_code(Config), *_user_code.values()])
     return _hash("".join(sorted(hashes)))[:6]
 
 
+@functools.cache
+def script_code(Config):
+    """Its script, X_part.py's parent X.py, model.py and convert.py, as this process runs them.
+
+    Read when a script starts, since one may edit it for the next run while this one goes on.
+    """
+    script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
+    parent = script.with_name(script.stem.split("_")[0] + ".py")
+    paths = {script, parent, HERE / "model.py", HERE / "convert.py"}
+    return [path.read_bytes() for path in paths if path.is_file()]
+
+
 @functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
-def _hash_script(path, modified):
-    return _hash(ast.dump(ast.parse(path.read_bytes())))
+def _hash_source(source):
+    return _hash(ast.dump(ast.parse(source)))
 
 
 def keep_memory():

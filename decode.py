@@ -49,7 +49,7 @@ from data import file_hash, vectors, write_aside
 from data.montage import Montage, Windows, choose_electrodes
 from data.podcast import benchmark_yaml, registry
 from data.podcast.speech import TASKS, as_target, describe, read_podcast
-from model import save_checkpoint
+from model import check_choice, save_checkpoint
 
 
 @dataclass
@@ -94,8 +94,8 @@ class Config:
     epochs: int = 60  # at most
     learning_rate: float = 1e-3  # of AdamW
     weight_decay: float = 1e-4
-    patience: int = 10  # epochs without improvement on the validation words
-    loss: Literal["mse", "cosine"] = "mse"
+    patience: int = 10  # epochs without a better cosine of the validation words, whatever the loss
+    loss: str = "mse"  # of embeddings, a name in LOSSES: mse, cosine
     # ---- folds and scores
     n_folds: int = 5  # each word is tested once
     fold_type: Literal["sequential", "zero_shot"] = "sequential"  # in time, or by word
@@ -121,6 +121,7 @@ class Config:
         if len(self.embedding) != 1:
             raise InputError("embedding: decoding has one target; decode_encoding.py takes several")
         check_keys(self.controls, CONTROLS, "controls")
+        check_choice("loss", self.loss, LOSSES)
         for name in [self.model, *self.beside]:
             registry.resolve(name, DECODERS, "model")
         registry.resolve(self.task, {"embedding": None, **TASKS}, "task")
@@ -569,14 +570,22 @@ def train(decoder, X, target, fold, config):
     decoder.load_state_dict(best_state)
 
 
+def cosine_distance(out, y):
+    return (1 - F.cosine_similarity(out, y)).mean()
+
+
+# Of embeddings (words, D): what is predicted, the members' mean, and what is right.
+LOSSES = {"mse": F.mse_loss, "cosine": cosine_distance}
+
+
 def loss_of(out, y, kind, config=None, weights=None):
     """Loss of the members' mean: out (words, members, D), y (words, D) or classes (words,)."""
     mean = out.mean(dim=1)
     if kind == "classes":
         return F.cross_entropy(mean, y, weights)
-    if kind == "number" or config.loss == "mse":
+    if kind == "number":
         return F.mse_loss(mean, y)
-    return (1 - F.cosine_similarity(mean, y)).mean()
+    return LOSSES[config.loss](mean, y)
 
 
 def validation_score(out, y, kind):
@@ -1144,6 +1153,8 @@ def main(config):
     run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
     jobs = run.share(itertools.product(all_lags(config), folds))
     todo = [job for job in jobs if not job_file(run, *job).exists()]
+    if len(todo) < len(jobs):
+        run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")
     bar = run.progress(len(todo), desc="lags and folds")
     for lag, of_lag in itertools.groupby(todo, key=itemgetter(0)):
         X = {name: torch.as_tensor(windows.at(rows, lag)) for name, windows in inputs.items()}

@@ -36,7 +36,7 @@ from convert import load_lm
 from data import write_aside
 from data.stimuli import read_meta, read_task
 from data.tokens import Tokenizer
-from model import GPT, lm_from, lm_state
+from model import GPT, check_choice, lm_from, lm_state
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Config:
     by: str = ""  # a column of the task: score each of its values on test, too
     against: list[str] = field(default_factory=list)  # finished runs to compare with, in pairs
     # ---- model
-    mode: Literal["full", "head", "last_k"] = "full"  # what is trained besides the head
+    mode: str = "full"  # what is trained besides the head, a name in MODES: full, head, last_k
     k: int = 1  # last_k: blocks
     dropout: float = 0.0  # in what is trained; harms models that were trained without
     alpha_scale: float = 0.0  # spatial loss with so many times the checkpoint's alpha
@@ -85,6 +85,7 @@ class Config:
     SHARES = "dropout"
 
     def check(self):
+        check_choice("mode", self.mode, MODES)
         if self.max_iters < 1 and self.epochs <= 0:
             raise InputError("epochs=0 and max_iters=0 leave nothing to do: give one of them")
 
@@ -220,6 +221,24 @@ def texts_of_step(step, per_step, lengths, seed):
 SMALLER = "try a smaller learning_rate, or dtype=float32"
 
 
+def train_all(lm, config):
+    """All weights learn, as they do when a GPT is made."""
+
+
+def train_head(lm, config):
+    lm.requires_grad_(False)
+
+
+def train_last_blocks(lm, config):
+    lm.requires_grad_(False)
+    lm.transformer.h[-config.k :].requires_grad_(True)
+    lm.transformer.ln_f.requires_grad_(True)
+
+
+# What of the language model learns beside the head. The result is saved as a GPT like any other.
+MODES = {"full": train_all, "head": train_head, "last_k": train_last_blocks}
+
+
 class Reader(nn.Module):
     """A language model, and a linear head on the state of the last real token."""
 
@@ -231,11 +250,7 @@ class Reader(nn.Module):
         generator = torch.Generator().manual_seed(key_seed(config.seed, "head"))
         nn.init.normal_(self.head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.head.bias)
-        if config.mode != "full":
-            lm.requires_grad_(False)
-        if config.mode == "last_k":
-            lm.transformer.h[-config.k :].requires_grad_(True)
-            lm.transformer.ln_f.requires_grad_(True)
+        MODES[config.mode](lm, config)
 
     def train(self, mode=True):
         """Frozen modules stay as in evaluation: dropout is for what is trained."""
@@ -282,8 +297,8 @@ def build(config, run):
         if "task" not in state:
             raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
         for key in ("dataset", "task", "mode", "k", "twin", "metric"):
-            before = state["config"][key]
             now = getattr(config, key)
+            before = state["config"].get(key, now)  # an option that is new has no past
             if before != now:
                 raise InputError(f"{path} has {key}={before}, the options say {now}")
         lm = lm_from(state, path, dropout=config.dropout)

@@ -759,6 +759,11 @@ class Training:
         same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
         for key in ("decoder_width", "decoder_layers"):
             same_shape = same_shape and state["config"][key] == getattr(self.config, key)
+        for key in ("masks", "mask_ratio", "latent_weight"):  # best.pt is the best by these
+            now = getattr(self.config, key)
+            before = state["config"].get(key, now)
+            if before != now:
+                raise InputError(f"ckpt.pt has {key}={before}, the options say {now}")
         if not (same_shape and same_recordings(state["recording"], self.corpus.recipe)):
             raise InputError(
                 f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "

@@ -714,7 +714,8 @@ def earlier(run, config):
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
     for key in ["stage", "train"] * resumed + FIXED.split():
-        saved, given = state["config"][key], getattr(config, key)
+        given = getattr(config, key)
+        saved = state["config"].get(key, given)  # an option that is new has no past
         free = key in FIXED.split() and given == getattr(type(config), key)
         if saved != given and not free:
             raise InputError(f"{path} has {key}={saved}, the options say {given}")

@@ -294,7 +294,16 @@ def welch(a, b):
     """
     with np.errstate(all="ignore"):
         t, p = scipy.stats.ttest_ind(a, b, axis=0, equal_var=False)
-    return np.nan_to_num(t), np.nan_to_num(p, nan=1.0)
+    varies = np.isfinite(t)
+    return np.where(varies, t, 0), np.where(varies, p, 1)
+
+
+EFFECT = "Welch t"  # the name of what follows, in figures
+
+
+def effect(a, b):
+    """What a map shows of each unit (...), from responses a (n, ...) and b (m, ...)."""
+    return welch(a, b)[0]
 
 
 def on_sheet(values, unit_at_cell):
@@ -305,7 +314,7 @@ def on_sheet(values, unit_at_cell):
 
 
 def contrast_map(x, a, b, unit_at_cell, fwhm=0.0):
-    """t-maps (L, side, side) of responses x (N, L, C), rows a against rows b.
+    """Maps of the effect (L, side, side) of responses x (N, L, C), rows a against rows b.
 
     fwhm > 0: of responses as a readout of that width (cells) would see them.
     """
@@ -313,7 +322,7 @@ def contrast_map(x, a, b, unit_at_cell, fwhm=0.0):
     if fwhm:
         sigma = fwhm / np.sqrt(8 * np.log(2))
         maps = scipy.ndimage.gaussian_filter(maps, sigma, axes=(-2, -1), mode="nearest")
-    return welch(maps[a], maps[b])[0]
+    return effect(maps[a], maps[b])
 
 
 def jackknife(measure, *rows, parts):
@@ -328,7 +337,7 @@ def jackknife(measure, *rows, parts):
 
 
 def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
-    """Moran's I of each t-map (L,), half its 95 % interval over stimuli, and its null.
+    """Moran's I of each map (L,), half its 95 % interval over stimuli, and its null.
 
     The null (shuffles, L) is of shuffled positions: units keep their responses and lose their
     places, before any blur.
@@ -338,11 +347,11 @@ def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
         return positions.moran(contrast_map(sheets.x, a, b, sheets.layout, fwhm))
 
     value, half = jackknife(measure, a, b, parts=20)
-    t, _ = welch(sheets.x[a], sheets.x[b])
+    of_units = effect(sheets.x[a], sheets.x[b])
     null = []
     for _ in range(shuffles):
         shuffled = rng.permuted(sheets.layout, axis=1)
-        maps = on_sheet(t, shuffled)  # t belongs to the unit
+        maps = on_sheet(of_units, shuffled)
         if fwhm:
             maps = contrast_map(sheets.x, a, b, shuffled, fwhm)
         null.append(positions.moran(maps))
@@ -440,7 +449,7 @@ def show_contrast(run, config, models, contrast):
         if config.fwhm:
             report_moran(run, config, sheets, contrast, config.fwhm)
     title = (
-        f"{contrast.name}: Welch t of every unit on its sheet, unsmoothed; {contrast.data} "
+        f"{contrast.name}: {EFFECT} of every unit on its sheet, unsmoothed; {contrast.data} "
         f"({len(contrast.a)} against {len(contrast.b)})\nMoran's I beside shuffled positions "
         f"{rows[0]['chance']:.2f} and shuffled labels {rows[0]['labels']:.2f} (model)"
     )
@@ -600,7 +609,7 @@ def geometry_of_text(run, config, sheets, batch):
 
 
 def geometry_of_maps(run, config, sheets, contrast):
-    """Smoothness of each t-map and wiring length from sheet to sheet, beside shuffled positions.
+    """Smoothness of each map and wiring length from sheet to sheet, beside shuffled positions.
 
     95 % by jackknife over stimuli.
     """
@@ -617,21 +626,21 @@ def geometry_of_maps(run, config, sheets, contrast):
         return measure_maps(contrast_map(sheets.x, a, b, sheets.layout))
 
     value, half = jackknife(measure, contrast.a, contrast.b, parts=10)
-    t, _ = welch(sheets.x[contrast.a], sheets.x[contrast.b])
+    of_units = effect(sheets.x[contrast.a], sheets.x[contrast.b])
     rng = np.random.default_rng(key_seed(config.seed, "geometry of maps"))
     nulls = []
     for _ in range(5):
-        nulls.append(measure_maps(on_sheet(t, rng.permuted(sheets.layout, axis=1))))
+        nulls.append(measure_maps(on_sheet(of_units, rng.permuted(sheets.layout, axis=1))))
     keys = {"model": sheets.label, "contrast": contrast.name, "blur": 0.0, "data": contrast.data}
     for (what, sheet), v, chance, h in zip(labels, value, np.mean(nulls, 0), half):
-        run.result(v, chance, v - h, v + h, t.shape[1], measure=what, sheet=sheet, **keys)
+        run.result(v, chance, v - h, v + h, of_units.shape[1], measure=what, sheet=sheet, **keys)
 
 
 # ---- plots
 
 
 def plot_contrast(path, title, models, maps):
-    """Every sheet of every model, t on one colour scale. maps: the t-maps of each of the models."""
+    """Every sheet of every model, on one colour scale. maps: those of each of the models."""
     limit = np.abs(maps).max()
     columns = len(models[0].names)
     size = (1.45 * columns + 1, 1.75 * len(models) + 1)
@@ -644,7 +653,7 @@ def plot_contrast(path, title, models, maps):
             score = positions.moran(sheet)
             axis.set_title(f"{name.removeprefix('layer.')}  I={score:.2f}", fontsize=7)
         row[0].set_ylabel(sheets.label, fontsize=8)
-    fig.colorbar(image, ax=axes, shrink=0.8, label="t", pad=0.01)
+    fig.colorbar(image, ax=axes, shrink=0.8, label=EFFECT, pad=0.01)
     fig.suptitle(title, fontsize=9)
     fig.savefig(path, dpi=130)
     plt.close(fig)
@@ -677,7 +686,7 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     axes[3].set(xscale="symlog", xlabel="units silenced")
     axes[3].legend(fontsize=7)
     titles = (
-        "Moran's I of t-maps, mean over sheets (95 %)",
+        "Moran's I of maps, mean over sheets (95 %)",
         "correlation of two units over their distance (cells)",
         "mask's response to held-out stimuli (SD units, 95 %)",
         "minimal-pair accuracy under ablation",

@@ -34,7 +34,7 @@ from configurator import Run, configure, hash_options, key_seed
 from convert import load_lm, load_positions
 from data import InputError, write_aside
 from data.tokens import Tokens, tokenizer_state
-from model import GPT, GPTConfig, lm_from, lm_state
+from model import GPT, GPTConfig, check_choice, lm_from, lm_state
 
 
 @dataclass
@@ -75,7 +75,7 @@ class Config:
     beta2: float = 0.95  # AdamW
     momentum: float = 0.95  # Muon
     grad_clip: float = 1.0  # total norm; 0: none
-    schedule: Literal["cosine", "wsd"] = "wsd"  # wsd: warm-up, stable, linear decay
+    schedule: str = "wsd"  # after the warm-up, a name in SCHEDULES: wsd, cosine
     max_iters: int = 1000  # optimiser steps
     minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
     warmup_iters: int = 20  # linear warm-up
@@ -114,6 +114,7 @@ class Config:
             value = getattr(self, key)
             if not 0 <= value < 1:
                 raise InputError(f"option '{key}' must be at least 0 and below 1, not {value}")
+        check_choice("schedule", self.schedule, SCHEDULES)
         if self.alpha and self.positions == "none":
             raise InputError("alpha > 0 needs positions: set alpha=0 or positions=random")
 
@@ -387,18 +388,27 @@ def make_optimizers(model, config, device, dtype=torch.float32):
     return optimizers
 
 
+def wsd(step, config):
+    """Stable, then linearly down to 0 at max_iters."""
+    length = config.decay_iters or round(0.6 * config.max_iters)
+    return min(1.0, max(0.0, (config.max_iters - step) / max(1, length)))
+
+
+def cosine(step, config):
+    end = config.decay_iters or config.max_iters
+    done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+# From 1 down to 0 after the warm-up: above min_lr, a share of the peak.
+SCHEDULES = {"wsd": wsd, "cosine": cosine}
+
+
 def lr_share(step, config):
     """Learning rate at a step as a share of its peak."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
-    if config.schedule == "cosine":
-        end = config.decay_iters or config.max_iters
-        done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
-        share = 0.5 * (1 + math.cos(math.pi * done))
-    else:
-        length = config.decay_iters or round(0.6 * config.max_iters)
-        share = min(1.0, max(0.0, (config.max_iters - step) / max(1, length)))
-    return config.min_lr + (1 - config.min_lr) * share
+    return config.min_lr + (1 - config.min_lr) * SCHEDULES[config.schedule](step, config)
 
 
 # ---- evaluate
@@ -566,6 +576,9 @@ def settle_options(run, config, model, state):
         config.max_iters = UNSETTLED
     if config.max_iters != UNSETTLED:
         run.save_config()
+        if config.max_iters != saved.get("max_iters", config.max_iters):
+            before = f"max_iters={saved['max_iters']}"
+            run.print(f"the checkpoint's schedule had {before}: it is stretched, rates may rise")
 
 
 def measure(run, config, training):

@@ -59,6 +59,7 @@ from data import InputError, aside, files_state, path_state, read_table, write_a
 from data.stimuli import Encoding, to_number, write_encoding
 from model import check_choice
 
+Projection = Literal["fastfood", "fastfood_tensor", "dense"]  # see FastfoodWrapper
 # options that enter a fit only through its Cell: other fits are kept when one changes
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
 ANALYSIS += " shuffled shuffles"
@@ -119,7 +120,7 @@ class Config:
     # ---- warping
     dims: list[int] = default(0, 32, 256, 2048)  # d, the scales counted
     full: bool = True  # beside them all D parameters, trained directly
-    projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
+    projection: Projection = "fastfood"
     layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
     seeds: int = 6  # draws of P (and of random weights)
     steps: int = 20  # of Adam; the best by validation is kept
@@ -368,8 +369,10 @@ class FastfoodWrapper(nn.Module):
                 P = Fastfood(size, power_of_two(size), 1.0, generator, device)
             elif projection == "dense":
                 P = Dense(size, d - self.m, norm, generator, device)
-            else:
+            elif projection == "identity":
                 P = Identity()
+            else:
+                raise InputError(f"there is no projection={projection}")
             self.parts.append((bundle, P, group))
         self.norm = float(nn.utils.get_total_norm(self.originals.values()))  # ||theta0||
         self.start(d)

@@ -37,7 +37,7 @@ class Config:
     # ---- warping, as in warp.py
     dims: list[int] = warp.default(20, 40, 80, 120, 160, 240)
     full: bool = True
-    projection: Literal["fastfood", "fastfood_tensor", "dense"] = "fastfood"
+    projection: warp.Projection = "fastfood"
     layer_groups: str = ""
     seeds: int = 3  # draws of P and of the first weights
     steps: int = 400

@@ -310,10 +310,16 @@ def test_rows_of_an_edited_script_are_not_reused(tmp_path, monkeypatch):
         run.close()
     assert counts == [0, 1, 0]
     monkeypatch.setattr(configurator, "HERE", tmp_path)
-    hashes = {configurator.hash_code(module.Config)}
-    for name in ("model.py", "convert.py"):  # every script reads weights and states with these
-        (tmp_path / name).write_text(f"name = '{name}'")
+    hashes = set()
+    for name in ("", "model.py", "convert.py"):  # every script reads weights and states with these
+        if name:
+            (tmp_path / name).write_text(f"name = '{name}'")
+        module = importlib.reload(module)
+        configurator.configure(module.Config, [])
         hashes.add(configurator.hash_code(module.Config))
+        script.write_text("edited = 'while it runs'" + SCRIPT)  # counts from the next run on
+        hashes.add(configurator.hash_code(module.Config))
+        script.write_text(SCRIPT)
     assert len(hashes) == 3
 
 
