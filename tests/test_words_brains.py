@@ -29,9 +29,6 @@ def make(tmp_path, tables, **options):
     return Encoding(tmp_path / "out")
 
 
-# ---- one table
-
-
 NAMED = "word v0 v1\n" + ROWS
 
 
@@ -87,9 +84,6 @@ def test_headers_that_do_not_fit_and_words_of_several_words(tmp_path, capsys):
 def test_what_is_no_table_is_refused_with_the_line(tmp_path, content, sentence):
     with pytest.raises(InputError, match=sentence):
         read(tmp_path, content)
-
-
-# ---- people
 
 
 def table(words, seed, n_units=3):
@@ -169,9 +163,6 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
         make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
     with pytest.raises(InputError, match="is 1e.39, no number of float32"):
         make(tmp_path, {"t.txt": "word v0\na 1e39\nb 1\n"}, overwrite=True)
-
-
-# ---- real tables
 
 
 @pytest.mark.parametrize(
