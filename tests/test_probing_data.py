@@ -255,9 +255,6 @@ def test_files_as_their_makers_publish_them(tmp_path):
     assert read(tmp_path, "blimp_passive_1")[0]["size"] == 2_000
 
 
-# ---- the network, on this machine
-
-
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(get_data, "unreachable", {})
