@@ -107,24 +107,20 @@ def test_words_keep_what_is_odd_and_events_have_every_onset(made):
     np.testing.assert_array_equal(np.diff(words["sentence"]), ends[:-1])
     # the closed classes are found without the tag
     np.testing.assert_array_equal(words["content"] == "function", words["pos"] == "function")
+    heard = words["word_idx"][np.isfinite(words["start"])].tolist()
     for name in meta["recordings"]:
         recording = Recording(made / name)
-        heard = words[np.isfinite(words["start"])]
-        assert recording.events["word_idx"].tolist() == heard["word_idx"].tolist()
+        assert recording.events["word_idx"].tolist() == heard
         rows = recording.rows(recording.events["onset"])
         outside = (rows < 0) | (rows >= len(recording.signal))
         assert outside.sum() == recording.meta["events_outside"] > 0  # kept, and counted
         assert recording.meta["dropped"]["words_without_onset"] == 3
-
-
-def test_tokens_are_rows_of_the_features(made):
-    meta, words = read_set(made), read_words(made)
-    tokens = read_words(made, "tokens.csv")
+    tokens = read_words(made, "tokens.csv")  # which are rows of the features
     with h5py.File(made / "raw/stimuli/gpt2-xl/features.hdf5") as file:
-        given = file["layer-24"][:]
+        layer = file["layer-24"][:]
     assert meta["arrays"]["gpt2-xl_layer-24.f16"]["shape"] == [len(tokens), synthetic.DIMS]
-    features = np.fromfile(made / "gpt2-xl_layer-24.f16", "f2").reshape(given.shape)
-    np.testing.assert_allclose(features, given, rtol=1e-3, atol=1e-3)
+    features = np.fromfile(made / "gpt2-xl_layer-24.f16", "f2").reshape(layer.shape)
+    np.testing.assert_allclose(features, layer, rtol=1e-3, atol=1e-3)
     joined = tokens.groupby("word_idx")["token"].sum().str.removeprefix("Ġ")
     assert joined.tolist() == words["word"].tolist()
     assert tokens["true_prob"].between(0, 1).all() and tokens["top_pred"].notna().all()
@@ -291,9 +287,7 @@ def test_the_released_tables_are_read_as_they_are(released, tmp_path):
         recording = Recording(tmp_path / name)
         assert len(recording.names) == n_electrodes and recording.meta["events_outside"] > 5000
         assert 0.08 < np.abs(recording.xyz).max() < 0.13
-
-
-def test_pauses_of_the_released_transcript(released):
+    # without the tables, sentences end with pauses and tags are the release's own
     words, facts = podcast.read_words(released / "stimuli/podcast_transcript.csv", podcast.Config())
     assert words["word"].str.endswith(".").sum() == 2
     assert facts["sentences"] == 416 and facts["sentences_by"] == "pauses of 0.4 s"
@@ -368,23 +362,18 @@ def subject_of(config):
     return synthetic.make_subject(1, table, z, envelope, config)
 
 
-def test_without_gain_the_same_recording_without_words():
-    """gain=0 changes nothing but the responses: the noise is the same, number for number."""
-    _, null, nothing = subject_of(synthetic.Config(minutes=1, electrodes=16, gain=0.0))
-    channels, signal, truth = subject_of(synthetic.Config(minutes=1, electrodes=16))
-    differs = np.abs(signal - null).max(0) > 1e-4
-    assert nothing["word"] == [] and channels["name"][differs].tolist() == truth["word"]
-
-
-def test_the_same_data_as_ever():
+def test_the_same_data_as_ever_and_without_gain_the_same_but_for_words():
     """Results that others report on the default set must not move with a change of the code."""
     config = synthetic.Config(minutes=0.5, electrodes=16)
-    channels, signal, carriers = subject_of(config)
+    channels, signal, truth = subject_of(config)
     words = synthetic.make_transcript(config)["word"]
     assert words[:6].tolist() == ["A", "the.", "Know.", "Time", "friend,", "the."]
-    assert carriers["word"] == ["LGA1", "LGA2", "LGA3", "LGA5", "LGA6", "LGB1"]
+    assert truth["word"] == ["LGA1", "LGA2", "LGA3", "LGA5", "LGA6", "LGB1"]
     expected = [[2.7502, 1.5374, -0.8898], [0.8284, 1.2368, -0.0587], [0.2493, 0.1164, 0.1448]]
     np.testing.assert_allclose(signal[2000::5000, [0, 5, 15]], expected, atol=1e-3)
+    _, null, nothing = subject_of(synthetic.Config(minutes=0.5, electrodes=16, gain=0.0))
+    differs = np.abs(signal - null).max(0) > 1e-4  # the noise is the same, number for number
+    assert nothing["word"] == [] and channels["name"][differs].tolist() == truth["word"]
 
 
 def hidden_r2(signal, model):
@@ -428,9 +417,6 @@ def test_the_synthetic_set_is_made_once(made, capsys):
         synthetic.Config(vocabulary=5).check()
 
 
-# ---- choosing
-
-
 def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys, monkeypatch):
     out = tmp_path / "a"
     prepare(tree, out, subjects=[2])
@@ -457,18 +443,23 @@ def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys,
 
 def test_a_subject_without_the_file(tree, tmp_path):
     out = tmp_path / "a"
-    (tree / FIF.format(n=2)).unlink()
-    with pytest.raises(InputError, match="no .*sub-02.* signal=highgamma is there for sub-01"):
-        prepare(tree, out, subjects=[2])
-    (tree / FIF.format(n=2)).symlink_to("../.git/annex/objects/nowhere")
-    with pytest.raises(InputError, match="git-annex link whose content is missing"):
-        prepare(tree, out, subjects=[2])
-    replace(tree, FIF.format(n=2), "/annex/objects/MD5E-s1--0.fif\n")
-    with pytest.raises(InputError, match="pointer whose content is missing"):
-        prepare(tree, out, subjects=[2])
-    (tree / FIF.format(n=2)).unlink()
+    first = tree / FIF.format(n=1)
+    path = tree / FIF.format(n=2)
+    for content, sentence in (
+        (None, "no .*sub-02.* signal=highgamma is there for sub-01"),
+        ("link", "git-annex link whose content is missing"),
+        ("/annex/objects/MD5E-s1--0.fif\n", "pointer whose content is missing"),
+    ):
+        path.unlink(missing_ok=True)
+        if content == "link":
+            path.symlink_to("../.git/annex/objects/nowhere")
+        elif content:
+            path.write_text(content)
+        with pytest.raises(InputError, match=sentence):
+            prepare(tree, out, subjects=[2])
+    path.unlink()
     assert prepare(tree, out)["recordings"] == ["sub-01"]  # nobody named: those who have it
-    (tree / FIF.format(n=1)).unlink()
+    first.unlink()
     with pytest.raises(InputError, match="signal=highgamma is there for nobody"):
         prepare(tree, tmp_path / "b")
 
@@ -546,9 +537,6 @@ def test_tables_in_latin_1_and_words_like_numbers(tree, tmp_path):
     assert "größer als 5 µV" in set(recording.channels["status_description"])
     assert recording.events["word"].tolist() == ["NA", "null", "007"]
     assert read_words(tmp_path / "a")["word"].tolist() == ["NA", "null", "007", "008"]
-
-
-# ---- fetching
 
 
 def fetched(server, out, **options):
