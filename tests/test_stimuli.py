@@ -1,13 +1,12 @@
 """data/stimuli.py: what is written is read again, and what must not be there is refused."""
 
 import json
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from data import InputError, already_made, read_text
+from data import InputError, read_text
 from data.stimuli import (
     Encoding,
     complete,
@@ -258,13 +257,3 @@ def test_what_responses_must_not_have(tmp_path, part, value, sentence):
     with pytest.raises(InputError, match=sentence):
         write_encoding(tmp_path, **parts, **ABOUT)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dataset_is_made_again_for_other_sources_and_refused_for_other_options(tmp_path, capsys):
-    write_tasks(tmp_path, task(table()), options={"seed": 0}, code="x")
-    assert already_made(tmp_path, {"seed": 0}, complete, code="x")
-    assert "is there already" in capsys.readouterr().out
-    assert not already_made(tmp_path, {"seed": 0}, complete, code="y")
-    assert not already_made(tmp_path, {"seed": 1}, complete, overwrite=True)
-    with pytest.raises(InputError, match=re.escape("made with seed=0: give overwrite=True")):
-        already_made(tmp_path, {"seed": 1}, complete)
