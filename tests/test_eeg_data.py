@@ -5,7 +5,6 @@ them in; the traps of both THINGS sets; hostile pickles; a synthetic set that ho
 import json
 import os
 import pickle
-from pathlib import Path
 
 import mne
 import numpy as np
@@ -87,10 +86,8 @@ def write_set(path, data, sfreq, names):
     channels = np.array([(n, "EEG") for n in names], dtype=[("labels", object), ("type", object)])
     eeg = {"data": data * 1e6, "srate": sfreq, "nbchan": len(data), "pnts": data.shape[1]}
     eeg |= {"trials": 1, "xmin": 0.0, "chanlocs": channels, "ref": "common"}
-    for key in ("event", "epoch", "times", "icawinv", "icaweights", "icasphere", "icachansind"):
-        eeg[key] = []
-    for key in ("setname", "filename", "filepath"):
-        eeg[key] = ""
+    empty = ("event", "epoch", "times", "icawinv", "icaweights", "icasphere", "icachansind")
+    eeg |= dict.fromkeys(empty, []) | dict.fromkeys(("setname", "filename", "filepath"), "")
     scipy.io.savemat(path, {"EEG": eeg}, appendmat=False)
 
 
@@ -186,27 +183,20 @@ def test_real_recordings(tmp_path):
         convert(real("tiny_bids"), tmp_path / "out2", word_column="trial_type")
 
 
-def test_a_short_recording_is_said_to_be_distorted(tmp_path, capsys):
-    root = make_bids(tmp_path / "b", data=samples(seconds=3), events=events_tsv(1))
-    convert(root, tmp_path / "out", l_freq=0.1)
-    assert "too short for l_freq=0.1" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    "kind, unit, stated, scale, units",
+    "unit, stated, scale, units",
     [
-        ("edf", "", "µV", 1, "of channels.tsv"),
-        ("edf", ".V", "uV", 1, "of channels.tsv"),
-        ("edf", "n/a", "microvolt", 1, "of channels.tsv"),
-        ("edf", "mV", "µV", 1, "of channels.tsv"),  # no brain is a thousand times as large
-        ("edf", "uV", "mV", 0.01, "of the file, where channels.tsv says others"),  # both could be
-        ("fif", "", "µV", 1, ""),  # always in V
+        ("", "µV", 1, "of channels.tsv"),
+        (".V", "uV", 1, "of channels.tsv"),
+        ("n/a", "microvolt", 1, "of channels.tsv"),
+        ("mV", "µV", 1, "of channels.tsv"),  # no brain is a thousand times as large
+        ("uV", "mV", 0.01, "of the file, where channels.tsv says others"),  # both could be
+        ("FIF", "µV", 1, ""),  # always in V
     ],
 )
-def test_units_are_the_files_or_the_sidecars(  # noqa: PLR0913
-    tmp_path, capsys, kind, unit, stated, scale, units
-):
+def test_units_are_the_files_or_the_sidecars(tmp_path, capsys, unit, stated, scale, units):
     data = scale * samples()
+    kind = "fif" if unit == "FIF" else "edf"
     root = make_bids(tmp_path / "b", kind, unit=unit, channels={"units": stated}, data=data)
     _, (one,) = convert(root, tmp_path / "out")
     np.testing.assert_allclose(one.signal, data.T, atol=7e-9 if kind == "edf" else 1e-9)
@@ -223,8 +213,6 @@ def test_a_channel_in_another_unit_is_bad_and_named(tmp_path, capsys):
     assert one.good.tolist() == [True, True, True, False]
     said = capsys.readouterr().out
     assert "of no brain's size and bad (say their units in channels.tsv): Oz" in said
-    (made,) = reader.convert_files(root / "sub-01", tmp_path / "files", montage="colin27_1005")
-    assert recording.Recording(made).good.tolist() == [True, True, True, False]
 
 
 def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
@@ -245,6 +233,12 @@ def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
         convert(root, tmp_path / "out2")
 
 
+def test_a_short_recording_is_said_to_be_distorted(tmp_path, capsys):
+    root = make_bids(tmp_path / "b", data=samples(seconds=3), events=events_tsv(1))
+    convert(root, tmp_path / "out", l_freq=0.1)
+    assert "too short for l_freq=0.1" in capsys.readouterr().out
+
+
 def test_channels_of_two_rates_come_to_one_without_seams(tmp_path, recwarn):
     """MNE resamples what it is asked for: block by block, each block would have edges."""
     data = samples(190.0, 70)[:, : 200 * 66]
@@ -260,7 +254,7 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path, capsys):
     rows = [(3.05, 0.5, "BAD_blink"), (9.05, 0, "EDGE boundary"), (0.0, 0, "New Segment/")]
     rows.append((10.0, 9, "boundary"))  # EEGLAB's, where 9 s were cut out
     marks = pd.DataFrame(rows, columns=["onset", "duration", "word"])
-    events = pd.concat([events, marks]).fillna("n/a")
+    events = pd.concat([events, marks]).astype(object).fillna("n/a")
     root = make_bids(tmp_path / "b", kind="", events=events)
     info = mne.create_info(NAMES, 200.0, "eeg")
     raw = mne.io.RawArray(samples(), info, first_samp=77, verbose="error")
@@ -272,9 +266,8 @@ def test_bad_segments_are_no_words_and_hold_no_trials(tmp_path, capsys):
     assert one.meta["dropped"] == {"events in BAD segments": 3}
     assert "4 rows mark segments" in capsys.readouterr().out  # "bad apple" would be one, too
     spans = np.array(one.meta["bad_spans"]) - 77 / 200
-    np.testing.assert_allclose(
-        spans, [[3.05, 3.55], [6.9, 7.9], [9.05, 9.05], [10, 10], [18, 19]], atol=1e-3
-    )
+    expected = [[3.05, 3.55], [6.9, 7.9], [9.05, 9.05], [10, 10], [18, 19]]
+    np.testing.assert_allclose(spans, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind, sfreq", [("vhdr", 512.0), ("fif", 250.0), ("fif", 200.0)])
@@ -379,9 +372,8 @@ def test_positions_in_any_frame(tmp_path):
 
 
 def test_a_recording_without_places_does_not_stop_the_others(tmp_path, capsys):
-    strangers = ["E1", "E2", "E3", "E4"]
     root = make_bids(tmp_path / "b", electrodes=False)
-    make_bids(root, subject="02", names=strangers, electrodes=False)
+    make_bids(root, subject="02", names=["E1", "E2", "E3", "E4"], electrodes=False)
     meta, _ = convert(root, tmp_path / "out")
     assert meta["recordings"] == ["sub-01"]
     assert "left out: sub-02: no channel has a position (E1, E2" in capsys.readouterr().out
@@ -413,22 +405,21 @@ def test_bad_flat_and_nan_channels(tmp_path, how):
 
 def test_raw_data_alone_is_found_and_told_apart(tmp_path):
     root = tmp_path / "b"
-    for stem in ("ses-1_task-see_run-1", "ses-1_task-see_run-2"):
-        make_bids(root, stem=stem, electrodes=False)
-    make_bids(root, subject="02", stem="ses-1_task-see_run-1", electrodes=False)
+    stems = ["ses-1_task-see_run-1", "ses-1_task-see_run-2"]
+    for subject, stem in (("01", stems[0]), ("01", stems[1]), ("02", stems[0])):
+        make_bids(root, subject=subject, stem=stem, electrodes=False)
     for other in ("derivatives/cleaned", "sourcedata", "code"):
-        make_bids(root / other, stem="ses-1_task-see_run-1")
+        make_bids(root / other, stem=stems[0])
     found = [name for name, _ in reader.find_recordings(root)]
     assert found == ["sub-01_run-1", "sub-01_run-2", "sub-02_run-1"]
     for asked in ("sub-02", "02", "2"):
         assert [name for name, _ in reader.find_recordings(root, [asked])] == ["sub-02"]
-    write_format(root / "sub-02/eeg/sub-02_ses-1_task-see_run-1_eeg", samples(), 200.0, "edf")
-    with pytest.raises(InputError, match="sub-02 is there in two formats, or"):
-        reader.find_recordings(root, ["02"])
+    make_bids(root, "edf", subject="02", stem=stems[0], electrodes=False)
     make_bids(root, "fif", subject="03", electrodes=False)
     make_bids(root, "fif", subject="03", stem="task-see_proc-sss", electrodes=False)
-    with pytest.raises(InputError, match="sub-03 is there in two .* raw and proc-: keep one"):
-        reader.find_recordings(root, ["03"])
+    for subject, words in (("02", "in two formats, or"), ("03", ".* raw and proc-: keep one")):
+        with pytest.raises(InputError, match=f"sub-{subject} is there {words}"):
+            reader.find_recordings(root, [subject])
 
 
 def test_missing_content_is_met_before_any_work(tmp_path):
@@ -443,26 +434,27 @@ def test_missing_content_is_met_before_any_work(tmp_path):
     assert not (tmp_path / "02").exists()
 
 
-def make_meg(root):
-    """Six magnetometers, six gradiometers and two electrodes of one person."""
-    folder = root / "sub-01/meg"
+def make_other(root, kind, raw, types=None):
+    """A person's MEG or iEEG in a BIDS folder."""
+    folder = root / f"sub-01/{kind}"
     folder.mkdir(parents=True)
+    raw.save(folder / f"sub-01_task-see_{kind}.fif", verbose="error")
+    synthetic.write_table(folder / "sub-01_task-see_events.tsv", events_tsv())
+    if types:
+        table = pd.DataFrame({"name": raw.ch_names, "type": types})
+        synthetic.write_table(folder / "sub-01_task-see_channels.tsv", table)
+    return folder
+
+
+def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, capsys):
     types = ["mag"] * 6 + ["grad"] * 6 + ["eeg"] * 2
     info = mne.create_info([f"M{i:02d}" for i in range(14)], 200.0, types)
     rng = np.random.default_rng(0)
     for channel in info["chs"]:
         channel["loc"][:3] = rng.normal(0, 0.08, 3)
-    size = np.array([1e-13] * 6 + [5e-12] * 6 + [1e-5] * 2)[:, None]
-    raw = mne.io.RawArray(rng.normal(size=(14, 4000)) * size, info, verbose="error")
-    raw.save(folder / "sub-01_task-see_meg.fif", verbose="error")
-    synthetic.write_table(folder / "sub-01_task-see_events.tsv", events_tsv())
-    return raw.get_data()
-
-
-def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, capsys):
-    data = make_meg(tmp_path / "b")
-    crosstalk = tmp_path / "b/sub-01/meg/sub-01_acq-crosstalk_meg.fif"
-    crosstalk.write_bytes(b"no raw data")
+    data = rng.normal(size=(14, 4000)) * np.repeat([1e-13, 5e-12, 1e-5], [6, 6, 2])[:, None]
+    folder = make_other(tmp_path / "b", "meg", mne.io.RawArray(data, info, verbose="error"))
+    (folder / "sub-01_acq-crosstalk_meg.fif").write_bytes(b"no raw data")
     _, (one,) = convert(tmp_path / "b", tmp_path / "out", bads="interpolate", reference="average")
     assert one.unit == "T" and set(one.channels["type"]) == {"mag"} and len(one.names) == 6
     np.testing.assert_allclose(one.signal, data[:6].T, rtol=1e-5)
@@ -473,28 +465,21 @@ def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, ca
         convert(tmp_path / "b", tmp_path / "out3", sensors="ieeg")
 
 
-def make_ieeg(root, names, types):
-    folder = root / "sub-01/ieeg"
-    folder.mkdir(parents=True)
-    stem = folder / "sub-01_task-see"
-    write_format(Path(f"{stem}_ieeg"), samples(), 200.0, "edf", names)
-    synthetic.write_table(f"{stem}_events.tsv", events_tsv())
-    if types:
-        table = pd.DataFrame({"name": names, "type": types})
-        synthetic.write_table(f"{stem}_channels.tsv", table)
-    return folder
+def contacts(*names):
+    return mne.io.RawArray(samples(), mne.create_info(names, 200.0, "eeg"), verbose="error")
 
 
 def test_contacts_do_not_take_the_places_of_the_scalp(tmp_path):
     """Shafts C and F have contacts C3 and F3; electrodes on the scalp are not the first choice."""
     for i, types in enumerate([None, ["SEEG", "SEEG", "EEG", "EEG"]]):
-        make_ieeg(tmp_path / str(i), ["C3", "F3", "Cz", "Pz"], types)
+        make_other(tmp_path / str(i), "ieeg", contacts("C3", "F3", "Cz", "Pz"), types)
         with pytest.raises(InputError, match=r"no channel has a position \(C3, F3"):
             convert(tmp_path / str(i), tmp_path / "out")
 
 
 def test_ieeg_folders_are_read(tmp_path):
-    folder = make_ieeg(tmp_path / "b", ["LA1", "LA2", "LB1", "ECG"], ["SEEG"] * 3 + ["ECG"])
+    types = ["SEEG", "SEEG", "SEEG", "ECG"]
+    folder = make_other(tmp_path / "b", "ieeg", contacts("LA1", "LA2", "LB1", "ECG"), types)
     for space, shift in (("MNI152", 0), ("Other", 9)):
         xyz = pd.DataFrame({"name": ["LA1", "LA2", "LB1"], "x": [1 + shift, 2, 3], "y": 4, "z": 5})
         synthetic.write_table(folder / f"sub-01_space-{space}_electrodes.tsv", xyz)
@@ -528,7 +513,7 @@ def test_conversion_goes_on_where_it_was(tmp_path, capsys):
     np.testing.assert_allclose(mended.signal, samples(seed=5).T, atol=1e-9)
 
 
-FLAT = samples() * [[1], [0], [0], [0]]
+ONE_ALIVE = samples() * [[1], [0], [0], [0]]
 FAR = b'{"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}'
 NAMED_ROWS = b"onset\tword\n1\t2.0\ta\n2\t3.0\tb\n"  # as R writes them
 IN_MS = [10, 20, 4000, 6000, 8000, 10_000]  # the first two would lie inside
@@ -567,7 +552,7 @@ IN_SAMPLES = [2, 4, 800, 1200, 1600, 2000]
         ({"channels": {"type": "MISC"}}, {}, {}, ["no channel of type", "only misc"]),
         ({}, {"coordsystem.json": FAR}, {}, ["100 m from the head"]),
         ({}, {}, {"reference": "M1,M2"}, ["reference=M1,M2", "has no 'M1'"]),
-        ({"data": FLAT}, {}, {}, ["3 of 4 channels are bad (3 flat"]),
+        ({"data": ONE_ALIVE}, {}, {}, ["3 of 4 channels are bad (3 flat"]),
         ({"kind": "edf", "unit": ""}, {}, {}, ["_eeg.edf: a standard deviation", "the right one"]),
         ({"kind": "edf", "unit": "", "channels": {"units": "V"}}, {}, {}, ["the right one"]),
         ({"kind": "edf", "unit": "", "channels": {"units": "n/a"}}, {}, {}, ["the right one"]),
@@ -620,15 +605,14 @@ def test_a_folder_of_numbered_and_split_files(tmp_path, capsys):
     (folder / "derivatives").mkdir(parents=True)
     info = mne.create_info(NAMES, 200.0, "eeg")
     info.set_montage("colin27_1005")
+    raw = mne.io.RawArray(samples(), info, verbose="error")
     for name in ("anna_raw.fif", "ben-1.fif", "ben-2.fif", "derivatives/anna_raw.fif"):
-        raw = mne.io.RawArray(samples(), info, verbose="error")
         raw.save(folder / name, verbose="error")
     raw.set_annotations(mne.Annotations([3.0], [1.0], ["BAD"]))
     long = mne.concatenate_raws([raw.copy() for _ in range(50)], verbose="error")
     long.save(folder / "carl_raw.fif", split_size="2MB", verbose="error")
     (folder / "anna-ica.fif").write_bytes(b"no raw data")
-    strangers = ["E1", "E2", "E3", "E4"]
-    write_edf(folder / "dora.edf", samples() * 1e6, 200.0, strangers)
+    write_edf(folder / "dora.edf", samples() * 1e6, 200.0, ["E1", "E2", "E3", "E4"])
     made = reader.convert_files(folder, tmp_path / "out")
     names = ["anna_raw.fif", "carl_raw.fif", "ben-1.fif", "ben-2.fif"]
     assert [path.name for path in made] == names
@@ -642,31 +626,32 @@ def test_a_folder_of_numbered_and_split_files(tmp_path, capsys):
     before = (made[0] / "signal.f32").stat().st_mtime_ns
     reader.convert_files(folder, tmp_path / "out")
     assert (made[0] / "signal.f32").stat().st_mtime_ns == before
-    (tmp_path / "alone").mkdir()
-    os.replace(folder / "dora.edf", tmp_path / "alone/dora.edf")
-    with pytest.raises(InputError, match="dora.edf: no channel has a position .*give montage="):
-        reader.convert_files(tmp_path / "alone", tmp_path / "out2")
-    assert len(reader.convert_files(tmp_path / "alone", tmp_path / "out2", places=False)) == 1
-    (tmp_path / "alone/dora").mkdir()
-    (tmp_path / "alone/dora/1.edf").write_bytes((tmp_path / "alone/dora.edf").read_bytes())
-    os.replace(tmp_path / "alone/dora.edf", tmp_path / "alone/dora 1.edf")
-    with pytest.raises(InputError, match="dora 1.edf has the name of another file"):
-        reader.convert_files(tmp_path / "alone", tmp_path / "out2", places=False)
-    (tmp_path / "alone/dora/1.edf").unlink()
-    (tmp_path / "alone/emil.edf").symlink_to("../.git/annex/objects/emil.edf")
+
+
+def test_files_without_places_with_one_name_or_missing(tmp_path):
+    folder = tmp_path / "raw"
+    (folder / "dora").mkdir(parents=True)
+    write_edf(folder / "dora 1.edf", samples() * 1e6, 200.0, ["E1", "E2", "E3", "E4"])
+    with pytest.raises(InputError, match="dora 1.edf: no channel has a position .*give montage="):
+        reader.convert_files(folder, tmp_path / "out")
+    options = {"out": tmp_path / "out", "places": False}
+    assert len(reader.convert_files(folder, **options)) == 1
+    twin = folder / "dora/1.edf"
+    twin.write_bytes((folder / "dora 1.edf").read_bytes())
+    with pytest.raises(InputError, match="1.edf has the name of another file"):
+        reader.convert_files(folder, **options)
+    twin.unlink()
+    (folder / "emil.edf").symlink_to("../.git/annex/objects/emil.edf")
     with pytest.raises(InputError, match="emil.edf is a git-annex link"):
-        reader.convert_files(tmp_path / "alone", tmp_path / "out2", places=False)
+        reader.convert_files(folder, **options)
 
 
 def test_a_real_edf_with_dotted_names(tmp_path, capsys):
-    out = tmp_path / "out"
-    (made,) = reader.convert_files(real("edf"), out, montage="colin27_1005")
+    (made,) = reader.convert_files(real("edf"), tmp_path / "out", montage="colin27_1005")
     one = recording.Recording(made)
     assert len(one.names) == 64 and one.names[:2] == ["FC5", "FC3"]
     assert np.isfinite(one.xyz).all() and 123 < len(one.signal) / one.sfreq < 126
     assert "renamed as in Fc5. → FC5" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"no channel has a position \(Fc5\."):
-        reader.convert_files(real("edf"), tmp_path / "out2")
 
 
 # ---- THINGS-EEG1
@@ -685,10 +670,6 @@ def eeg1_rows(n=12, sfreq=200.0):
     return table
 
 
-def make_eeg1(root, rows):
-    return make_bids(root, events=rows, stem="task-rsvp", electrodes=False)
-
-
 @pytest.mark.parametrize("release", ["seconds and samples", "seconds", "samples", "ms", "flag"])
 def test_eeg1_traps(tmp_path, release):
     rows = eeg1_rows()
@@ -700,7 +681,7 @@ def test_eeg1_traps(tmp_path, release):
         rows["onset"] = (1000 * rows["onset"]).round().astype(int)
     if release == "flag":
         rows = rows.assign(isteststim=[0] * 10 + [1] * 2, blocksequencenumber=0)
-    root = make_eeg1(tmp_path / "b", rows)
+    root = make_bids(tmp_path / "b", events=rows, stem="task-rsvp", electrodes=False)
     concepts = tmp_path / "things_concepts.tsv"
     concepts.write_text(
         "Word\tuniqueID\tWordNet Synonyms\tBottom-up Category (Human Raters)\n"
@@ -739,7 +720,9 @@ def test_eeg1_real_events_and_concepts():
 
 
 def test_eeg1_is_fetched(tmp_path):  # tests/test_fetch.py stops and goes on
-    with serve(make_eeg1(tmp_path / "remote", eeg1_rows())) as server:
+    rows = eeg1_rows()
+    root = make_bids(tmp_path / "remote", events=rows, stem="task-rsvp", electrodes=False)
+    with serve(root) as server:
         options = {"subjects": ["01"], "out_dir": tmp_path / "out", "url": server.url, **AS_IS}
         prepare(things1, **options)
         assert recording.complete(tmp_path / "out")
@@ -752,16 +735,13 @@ def test_eeg1_is_fetched(tmp_path):  # tests/test_fetch.py stops and goes on
 # ---- THINGS-EEG2
 
 
-def metadata(root, images=2):
-    found = {}
-    train = ["00001_aardvark", "00002_stove1", "00003_stove2"]
-    test = ["00007_ice_cream", "00008_ant"]
-    for phase, concepts, n in (("train", train, images), ("test", test, 1)):
-        repeated = np.repeat(concepts, n)
-        files = [f"{c[6:]}_{i % n:02d}s.jpg" for i, c in enumerate(repeated)]
-        found[f"{phase}_img_concepts_THINGS"] = repeated.tolist()
-        found[f"{phase}_img_files"] = files
-    np.save(root / "image_metadata.npy", found)
+def metadata(root):
+    train = np.repeat(["00001_aardvark", "00002_stove1", "00003_stove2"], 2).tolist()
+    files = [f"{concept[6:]}_{i % 2:02d}s.jpg" for i, concept in enumerate(train)]
+    lists = {"train_img_concepts_THINGS": train, "train_img_files": files}
+    lists["test_img_concepts_THINGS"] = ["00007_ice_cream", "00008_ant"]
+    lists["test_img_files"] = ["ice_cream_00s.jpg", "ant_00s.jpg"]
+    np.save(root / "image_metadata.npy", lists)
 
 
 def raw_eeg2(codes, sfreq=200.0):
@@ -841,13 +821,9 @@ def test_pickles_of_plain_data_are_read(tmp_path, protocol, order):
     data |= {"list": ["Fp1", ("x", 1, None, True, 2.5)], "none": {}, "sfreq": 1000}
     path = tmp_path / "a.npy"
     path.write_bytes(pickle.dumps(data, protocol=protocol))
-    found = things2.read_dict(path, "large")
-    np.testing.assert_array_equal(found["large"], large)
-    assert found["small"].tolist() == [0, 1, 2, 3, 4] and found["one"] == 2.5
-    assert found["names"].tolist() == ["a", "bé"] and found["objects"].tolist() == ["u", {"v": 1}]
-    assert found["list"] == data["list"] and found["none"] == {} and found["sfreq"] == 1000
+    np.testing.assert_equal(things2.read_dict(path, "large"), data)
     np.save(path, data)
-    np.testing.assert_array_equal(things2.read_dict(path)["large"], large)
+    np.testing.assert_equal(things2.read_dict(path), data)
 
 
 class Hostile:
@@ -855,21 +831,18 @@ class Hostile:
         return os.mkdir, ("owned",)
 
 
-CODES = [
-    b"cnumpy\nndarray\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",  # sets an attribute of a class
-    b"cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aK\x01sb0}.",  # or of a function
-    b"K\x01.",
-    b"\x8e" + (1 << 40).to_bytes(8, "little") + b"abc",
-]
-
-
 def test_pickles_of_anything_else_are_refused_and_nothing_happens(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # more in tests/test_tokens.py
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.npy"
     np.save(path, np.array({"raw_eeg_data": Hostile()}, dtype=object))
     with pytest.raises(InputError, match="it wants posix.mkdir"):
         things2.read_dict(path)
-    for code in CODES:
+    for code in (
+        b"cnumpy\nndarray\n(N}X\x0c\x00\x00\x00__setstate__K\x01stb.",  # sets a class's attribute
+        b"cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00aK\x01sb0}.",  # a function's
+        b"K\x01.",
+        b"\x8e" + (1 << 40).to_bytes(8, "little") + b"abc",
+    ):
         path.write_bytes(code)
         with pytest.raises(InputError, match="a.npy"):
             things2.read_dict(path)
@@ -877,37 +850,35 @@ def test_pickles_of_anything_else_are_refused_and_nothing_happens(tmp_path, monk
     assert not hasattr(np._core.multiarray._reconstruct, "a")
 
 
-def change(root, **changes):
-    np.save(root / "sub-01/ses-01/raw_eeg_training.npy", raw_eeg2([1, 2])[0] | changes)
-
-
-def remove(root, pattern):
-    for path in root.glob(pattern):
-        path.unlink()
-
-
 FLAT = np.concatenate([np.zeros((4, 4000)), raw_eeg2([1])[0]["raw_eeg_data"][4:]])
-TORN = "sub-01/ses-01/raw_eeg_training.npy"
+SESSION = "sub-01/ses-01/raw_eeg_training.npy"
 
 
 @pytest.mark.parametrize(
-    "spoiled, words",
+    "name, changes, words",
     [
-        (lambda r: remove(r, "image_metadata.npy"), "image_metadata.npy is not there: fetch it"),
-        (lambda r: np.save(r / "image_metadata.npy", {}), "lacks the key 'train_img_concepts"),
-        (lambda r: change(r, raw_eeg_data=raw_eeg2([1, 7])[0]["raw_eeg_data"]), "code 7 is none"),
-        (lambda r: change(r, raw_eeg_data=raw_eeg2([])[0]["raw_eeg_data"]), "no event in its stim"),
-        (lambda r: change(r, raw_eeg_data=FLAT), "4 flat"),
-        (lambda r: change(r, ch_names=["a"]), "does not fit 1 channel names"),
-        (lambda r: change(r, ch_types=["eeg"] * 5), "0 stim channels"),
-        (lambda r: change(r, ch_names=["E1", "E2", "E3", "E4", "s"]), r"no channel has a position"),
-        (lambda r: os.truncate(r / TORN, 9000), "cannot be read .*torn"),
-        (lambda r: remove(r, "sub-01/*/*.npy"), "sub-01 has no ses-.*kind="),
+        ("image_metadata.npy", None, "image_metadata.npy is not there: fetch it"),
+        ("image_metadata.npy", {}, "lacks the key 'train_img_concepts"),
+        (SESSION, {"raw_eeg_data": raw_eeg2([1, 7])[0]["raw_eeg_data"]}, "code 7 is none"),
+        (SESSION, {"raw_eeg_data": raw_eeg2([])[0]["raw_eeg_data"]}, "no event in its stim"),
+        (SESSION, {"raw_eeg_data": FLAT}, "4 flat"),
+        (SESSION, {"ch_names": ["a"]}, "does not fit 1 channel names"),
+        (SESSION, {"ch_types": ["eeg"] * 5}, "0 stim channels"),
+        (SESSION, {"ch_names": ["E1", "E2", "E3", "E4", "s"]}, "no channel has a position"),
+        (SESSION, "torn", "cannot be read .*torn"),
+        ("sub-01/*/*.npy", None, "sub-01 has no ses-.*kind="),
     ],
 )
-def test_eeg2_refuses(tmp_path, spoiled, words):
+def test_eeg2_refuses(tmp_path, name, changes, words):
     root = make_eeg2(tmp_path / "b")
-    spoiled(root)
+    if changes is None:
+        for path in root.glob(name):
+            path.unlink()
+    elif changes == "torn":
+        os.truncate(root / name, 9000)
+    else:
+        whole = raw_eeg2([1, 2])[0] if name == SESSION else {}
+        np.save(root / name, whole | changes)
     with pytest.raises(InputError, match=words):
         prepare(things2, root=root, out_dir=tmp_path / "out", **AS_IS)
 
