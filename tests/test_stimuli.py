@@ -37,6 +37,7 @@ def task(frame, kind="classification", labels=("a", "b")):
 
 BLIMP = {"sentence_good": "Mary can help herself.", "sentence_bad": "Mary can help himself."}
 BLIMP |= {"one_prefix_prefix": "Mary can help", "UID": "anaphor_gender_agreement", "pairID": "0"}
+BLIMP |= {"field": "morphology", "linguistics_term": "anaphor_agreement", "simple_LM_method": True}
 
 
 def files_of(folder):
