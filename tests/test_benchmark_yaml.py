@@ -7,9 +7,9 @@ import pytest
 from data import InputError, read_yaml
 from data.podcast import benchmark_yaml as benchmark
 
-# The YAML of podcast-benchmark's README.
+# The YAML of podcast-benchmark's README, without its comments.
 NEURAL_CONV = """
-model_constructor_name: ensemble_pitom_model # this must match the name of your function!
+model_constructor_name: ensemble_pitom_model
 config_setter_name: neural_conv
 model_params:
   conv_filters: 128
@@ -29,7 +29,6 @@ training_params:
   max_lag: 1
   lag_step_size: 10
 data_params:
-  # Cross model data_params
   data_root: data
   embedding_type: gpt-2xl
   embedding_layer: 24
@@ -37,60 +36,23 @@ data_params:
   window_width: 0.625
   preprocessing_fn_name: preprocess_neural_data
   subject_ids: [1, 2, 3]
-  # neural_conv_decoder specific config
   preprocessor_params:
     num_average_samples: 32
 trial_name: ensemble_model_10
 """
-EXPECTED = {
-    "model": "ensemble_pitom_model",
-    "config_setter": "neural_conv",
-    "model_params": {
-        "conv_filters": 128,
-        "reg": 0.35,
-        "reg_head": 0,
-        "dropout": 0.2,
-        "num_models": 10,
-        "embedding_dim": 50,
-    },
-    "batch_size": 32,
-    "epochs": 100,
-    "learning_rate": 0.001,
-    "weight_decay": 0.0001,
-    "patience": 10,
-    "n_folds": 5,
-    "fold_type": "sequential",
-    "min_lag": 0,
-    "max_lag": 1,
-    "lag_step": 10,
-    "dataset": "podcast",
-    "embedding": ["gpt2-xl"],
-    "layer": 24,
-    "pca": 50,
-    "window": 0.625,
-    "preprocess": "preprocess_neural_data",
-    "subjects": ["1", "2", "3"],
-    "channels": "",
-    "preprocessor_params": {"num_average_samples": 32},
-    "out_dir": "out/ensemble_model_10",
-}
+MODEL = {"conv_filters": 128, "reg": 0.35, "reg_head": 0, "dropout": 0.2, "num_models": 10}
+EXPECTED = {"model": "ensemble_pitom_model", "config_setter": "neural_conv"}
+EXPECTED |= {"model_params": {**MODEL, "embedding_dim": 50}, "batch_size": 32, "epochs": 100}
+EXPECTED |= {"learning_rate": 0.001, "weight_decay": 0.0001, "patience": 10}
+EXPECTED |= {"n_folds": 5, "fold_type": "sequential", "min_lag": 0, "max_lag": 1, "lag_step": 10}
+EXPECTED |= {"dataset": "podcast", "embedding": ["gpt2-xl"], "layer": 24, "pca": 50}
+EXPECTED |= {"window": 0.625, "preprocess": "preprocess_neural_data", "channels": ""}
+EXPECTED |= {"preprocessor_params": {"num_average_samples": 32}, "subjects": ["1", "2", "3"]}
+EXPECTED |= {"out_dir": "out/ensemble_model_10"}
 
 
-INI = """
-[ECOG_DATA_CONFIG]
-sample_length = 2
-original_fs = 512
-new_fs = 128
-bands = [[70, 200]]
-norm = hour
-"""
-
-
-def test_the_readme_yaml_is_translated_key_by_key():
+def test_the_readme_yaml_and_shorter_ones_are_translated_key_by_key():
     assert benchmark.translate(read_yaml(NEURAL_CONV), "neural_conv.yml") == EXPECTED
-
-
-def test_what_a_file_leaves_out_takes_the_benchmarks_defaults():
     settings = {"model_constructor_name": "pitom_model", "data_params": {"embedding_type": "glove"}}
     options = benchmark.translate(settings, "short.yml")
     assert options["embedding"] == ["data/glove/glove.6B.50d.txt"] and options["model_params"] == {}
@@ -108,33 +70,27 @@ def test_files_and_dotted_settings_on_the_command_line(tmp_path):
         assert options["batch_size"] == "64" and options["seed"] == "7"
         assert options["subjects"] == '["1", "2", "3"]' and options["window"] == "0.625"
     alone = ["ours.yaml", "--data_params.embedding_layer=3", "trial_name=again", "epochs=3"]
-    assert benchmark.command_line(alone) == [
-        "ours.yaml",
-        "layer=3",
-        "out_dir=out/again",
-        "epochs=3",
-    ]
+    translated = ["ours.yaml", "layer=3", "out_dir=out/again", "epochs=3"]
+    assert benchmark.command_line(alone) == translated
     ours = ["decode_podcast.yaml", "epochs=3", "model_params.dropout=0.1"]
     assert benchmark.command_line(ours) == ours
 
 
 @pytest.mark.parametrize(
-    "settings, sentence",
+    "training_params, sentence",
     [
-        (
-            {"training_params": {"batchsize": 3}},
-            "odd.yml: .*params.batchsize .*mean training_params.batch_size",
-        ),
-        ({"training_params": {"fold_type": "random"}}, "sequential_folds or zero_shot_folds"),
-        ({"training_params": {"loss_name": "nll"}}, "loss_name=nll .* mse or cosine_dist"),
-        ({"training_params": {"shuffle_targets": True}}, "shuffle_targets=True .* n_shifts"),
-        ({"training_params": 3}, "training_params must hold"),
-        ({"trial_name": "x", "tasks": []}, "odd.yml: tasks is not a setting"),
+        ({"batchsize": 3}, "odd.yml: .*params.batchsize .*mean training_params.batch_size"),
+        ({"fold_type": "random"}, "sequential_folds or zero_shot_folds"),
+        ({"loss_name": "nll"}, "loss_name=nll .* mse or cosine_dist"),
+        ({"shuffle_targets": True}, "shuffle_targets=True .* n_shifts"),
+        (3, "training_params must hold"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(settings, sentence):
+def test_what_cannot_be_expressed_is_refused(training_params, sentence):
     with pytest.raises(InputError, match=sentence):
-        benchmark.translate(settings, "odd.yml")
+        benchmark.translate({"training_params": training_params}, "odd.yml")
+    with pytest.raises(InputError, match="odd.yml: tasks is not a setting"):
+        benchmark.translate({"trial_name": "x", "tasks": []}, "odd.yml")
 
 
 def test_a_config_setter_changes_the_nested_form():
@@ -146,17 +102,16 @@ def test_a_config_setter_changes_the_nested_form():
     experiment.data_params.window_width = 2.0
     settings = benchmark.settings_of(experiment, "config_setter=neural_conv")
     changed = benchmark.translate(settings, "config_setter=neural_conv", defaults=False)
-    assert changed["model_params"] == {"input_channels": 127} and changed["window"] == 2.0
-    assert {key: options[key] for key in changed if key not in ("model_params", "window")} == {
-        key: changed[key] for key in changed if key not in ("model_params", "window")
-    }
+    kept = {key: options[key] for key in changed}
+    assert changed == kept | {"model_params": {"input_channels": 127}, "window": 2.0}
     with pytest.raises(InputError, match="config_setter=f must return the configuration"):
         benchmark.settings_of(SimpleNamespace(model_params={}), "config_setter=f")
 
 
 def test_the_ini_beside_a_foundation_model(tmp_path):
     path = tmp_path / "experiment_config.ini"
-    path.write_text(INI)
+    rates = "sample_length = 2\noriginal_fs = 512\nnew_fs = 128\n"
+    path.write_text(f"[ECOG_DATA_CONFIG]\n{rates}bands = [[70, 200]]\nnorm = hour\n")
     data = benchmark.read_ini(tmp_path).ecog_data_config
     assert (data.sample_length, data.original_fs, data.new_fs) == (2, 512, 128)
     assert data.bands == [[70, 200]] and data.norm == "hour"

@@ -15,6 +15,7 @@ from sklearn.model_selection import KFold
 from data import InputError
 from data.braintreebank import prepare as btb
 from data.recording import Recording, read_set
+from tests.helpers import prepare
 
 N_WORDS, SECONDS = 90, 200
 CONTACTS = ["LA1", "LA2*", "LA3#", "LA4", "LB1", "LB2", "DC1"]
@@ -28,7 +29,6 @@ DS_DM_TRAIN_SUBJECT_ID, DS_DM_TRAIN_TRIAL_ID = 2, 4
 NEUROPROBE_LITE_MAX_SAMPLES = 3500
 NEUROPROBE_LITE_N_FOLDS = 2
 NEUROPROBE_LITE_SUBJECT_TRIALS = [(2, 0), (2, 4), (3, 1)]
-contacts = {"btbank2": ["LA1", "LA2", "LA3", "LB1", "LB2"]}
 NEUROPROBE_LITE_ELECTRODES = {"btbank2": ["LA1", "LA2", "LA3", "LB1", "LB2"], "btbank3": ["LA1",
     "LA2", "LA3", "LB1", "LB2"]}
 BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING = {"btbank2_0": "venom", "btbank2_4": "infinity",
@@ -38,9 +38,8 @@ BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING = {"btbank2_0": "venom", "btbank2
 
 def make_features(rng, n_words, words):
     """A film's features.csv: numbers of chance for every column of the benchmark's tasks."""
-    features = pd.DataFrame(rng.normal(size=(n_words, 6)))
     columns = [column for column in btb.QUARTERS.values() if column != "enhanced_pitch"]
-    features.columns = columns[:6]
+    features = pd.DataFrame(rng.normal(size=(n_words, 6)), columns=columns[:6])
     features["mean_pixel_brightness"] = rng.normal(size=n_words)
     features["sentence"] = [f"s{i // 6}" for i in range(n_words)]
     features["idx_in_sentence"] = np.arange(n_words) % 6
@@ -110,11 +109,10 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="session")
 def made(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made") / "set"
-    # a clone: the package lies one level down
-    options = {"root": str(tree[0]), "package": str(tree[1].parent), "out_dir": str(folder)}
-    btb.main(btb.Config(**options, recordings=["btbank2_0"]))
+    options = {"root": tree[0], "package": tree[1].parent, "out_dir": folder}  # as in a clone
+    prepare(btb, **options, recordings=["btbank2_0"])
     before = (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns
-    btb.main(btb.Config(**options))  # goes on with the others
+    prepare(btb, **options)  # goes on with the others
     assert (folder / "sub_2_trial000/meta.yaml").stat().st_mtime_ns == before
     return folder
 
@@ -132,12 +130,12 @@ def test_recordings_come_out_as_they_are(tree, made, tmp_path):
     assert recording.channels["region"].tolist() == ["a", "a", "b", "c"]
     words = recording.events[recording.events["kind"] == "word"]
     assert len(words) == N_WORDS and set(words["word"]) == {"NA"}
-    options = {"root": str(tree[0]), "package": str(tree[1]), "out_dir": str(tmp_path)}
-    btb.main(btb.Config(**options, recordings=["sub_3_trial001"], electrodes="all"))
+    options = {"root": tree[0], "package": tree[1], "out_dir": tmp_path}
+    prepare(btb, **options, recordings=["sub_3_trial001"], electrodes="all")
     recording = Recording(tmp_path / "sub_3_trial001")
     assert recording.names == ["LA1", "LA2", "LA3", "LA4", "LB1", "LB2"] and recording.good.all()
     with pytest.raises(InputError, match="was made with electrodes=all"):
-        btb.main(btb.Config(**options))
+        prepare(btb, **options)
 
 
 def test_labels_and_splits_follow_the_rules(tree, made):
@@ -194,12 +192,11 @@ def package(tmp_path_factory):
 
 def stand_in(person):
     """A subject of the package without its recordings: only windows are asked for."""
-    labels = ["LA1"]
     return SimpleNamespace(
         subject_id=person,
         subject_identifier=f"btbank{person}",
-        electrode_labels=labels,
-        get_electrode_coordinates=lambda: np.zeros((len(labels), 3)),
+        electrode_labels=["LA1"],
+        get_electrode_coordinates=lambda: np.zeros((1, 3)),
         load_neural_data=lambda *args, **kwargs: None,
     )
 
@@ -208,6 +205,13 @@ def items_of(dataset, step=1):
     """(samples at which the windows begin, labels) of every step-th item of the package's."""
     items = [dataset[i] for i in range(0, len(dataset), step)]
     return [item["data"][0] for item in items], [item["label"] for item in items]
+
+
+def windows_of(table, step=1):
+    """The same of our table."""
+    table = table[::step]
+    samples = np.round(table["onset"] * btb.SFREQ).astype(int).tolist()
+    return samples, table["label"].tolist()
 
 
 def indices_of(subset):
@@ -220,8 +224,7 @@ def indices_of(subset):
 def all_recordings():
     if importlib.util.find_spec("neuroprobe") is None:
         return [(1, 1)]
-    settings = btb.read_settings(btb.find_package(""))
-    return settings["NEUROPROBE_LITE_SUBJECT_TRIALS"]
+    return btb.read_settings(btb.find_package(""))["NEUROPROBE_LITE_SUBJECT_TRIALS"]
 
 
 @pytest.mark.slow
@@ -241,9 +244,8 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
     subjects = {person: subject, 2: stand_in(2)}
     for task in btb.TASKS:
         ours = windows[person, trial][task]
-        samples = np.round(ours["onset"] * btb.SFREQ).astype(int).tolist()
         within = splits.generate_splits_within_session(subject, trial, task, output_indices=True)
-        assert items_of(within[0]["train_dataset"].dataset) == (samples, ours["label"].tolist())
+        assert items_of(within[0]["train_dataset"].dataset) == windows_of(ours)
         folds = [(f"within_{k}", fold, None) for k, fold in enumerate(within)]
         session = splits.generate_splits_cross_session(subject, trial, task, output_indices=True)
         folds.append(("across", session[0], other))
@@ -253,38 +255,21 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
             )
             folds.append(("across", across[0], (2, 4)))
         for column, fold, train in folds:
-            parts = ours[column].to_numpy()
-            for part in ("val", "test"):
-                indices = indices_of(fold[f"{part}_dataset"])
-                assert np.array_equal(indices, np.flatnonzero(parts == part)), (task, column, part)
-            if train is None:
-                indices = indices_of(fold["train_dataset"])
-                assert np.array_equal(indices, np.flatnonzero(parts == "train")), (task, column)
-            else:  # all items of another recording
-                theirs = windows[train][task]
-                assert len(fold["train_dataset"]) == len(theirs)
-                theirs = theirs[::10]
-                samples = np.round(theirs["onset"] * btb.SFREQ).astype(int).tolist()
-                expected = samples, theirs["label"].tolist()
-                assert items_of(fold["train_dataset"], 10) == expected, (task, train)
-
-
-# ---- bad input
+            for part in ("val", "test", "train"):
+                theirs = fold[f"{part}_dataset"]
+                if part == "train" and train:  # all items of another recording
+                    expected = windows[train][task]
+                    assert len(theirs) == len(expected)
+                    assert items_of(theirs, 10) == windows_of(expected, 10), (task, train)
+                else:
+                    expected = np.flatnonzero(ours[column] == part)
+                    assert np.array_equal(indices_of(theirs), expected), (task, column, part)
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):
     root, package = tree
     with pytest.raises(InputError, match="sub_1_trial001"):
         btb.Config(recordings=["1_1"]).check()
-    given = {"root": str(root), "package": str(package), "out_dir": str(tmp_path / "out")}
-    for options, sentence in (
-        ({"package": str(tmp_path)}, "braintreebank_features_time_alignment"),
-        ({"recordings": ["btbank9_9"]}, "no btbank9_9.*btbank2_0"),
-        ({"root": str(tmp_path)}, "features.csv is missing"),
-        ({"root": ""}, "give root="),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            btb.main(btb.Config(**{**given, **options}))
     torn = tmp_path / "torn"
     torn.mkdir()
     for path in root.iterdir():
@@ -292,11 +277,20 @@ def test_bad_input_is_a_sentence(tree, tmp_path):
     (torn / "sub_2_trial000.h5").unlink()
     content = (root / "sub_2_trial000.h5").read_bytes()
     (torn / "sub_2_trial000.h5").write_bytes(content[:100_000])
-    with pytest.raises(InputError, match="no whole recording"):
-        btb.main(btb.Config(**{**given, "root": str(torn)}, recordings=["btbank2_0"]))
-    copy = tmp_path / "package"
-    shutil.copytree(package, copy)
-    for content, sentence in (("SEED = 42\n", "has no BRAINTREEBANK"), ("SEED =", "no Python")):
-        (copy / "config.py").write_text(content)
+    copies = {}
+    for content in ("SEED = 42\n", "SEED ="):
+        copies[content] = tmp_path / f"package {len(copies)}"
+        shutil.copytree(package, copies[content])
+        (copies[content] / "config.py").write_text(content)
+    for options, sentence in (
+        ({"package": tmp_path / "none"}, "braintreebank_features_time_alignment"),
+        ({"recordings": ["btbank9_9"]}, "no btbank9_9.*btbank2_0"),
+        ({"root": tmp_path}, "features.csv is missing"),
+        ({"root": ""}, "give root="),
+        ({"root": torn, "recordings": ["btbank2_0"]}, "no whole recording"),
+        ({"package": copies["SEED = 42\n"]}, "has no BRAINTREEBANK"),
+        ({"package": copies["SEED ="]}, "no Python"),
+    ):
+        options = {"root": root, "package": package, "out_dir": tmp_path / "out"} | options
         with pytest.raises(InputError, match=sentence):
-            btb.main(btb.Config(**{**given, "package": str(copy)}))
+            prepare(btb, **options)

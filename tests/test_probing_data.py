@@ -1,31 +1,28 @@
 """data/probing/get_data.py on small files in the layouts of their makers, and over a server that
 breaks off."""
 
-import http.server
 import io
 import json
 import tarfile
-import threading
 import zipfile
 from itertools import product
-from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers import ROOT
-from helpers import run as run_script
 
 from data import InputError
 from data.labelled_texts import LabelledTexts
 from data.probing import get_data
 from data.probing.get_data import BRYSBAERT, HUB, SENTEVAL, SETS, Config
 from data.stimuli import write_tasks
+from tests.helpers import real
+from tests.helpers import run as run_script
+from tests.test_fetch import serve
 
 SEED_KEYS = [  # of the first schema, in their order
     *("data", "name", "link", "topic", "task", "size", "average length", "multiple", "type"),
     *("n_categories", "labels", "language"),
 ]
-REAL = ROOT.parent / "shared/real"
 
 
 def run(folder, root="", sets=(), **options):
@@ -153,12 +150,9 @@ def test_what_the_files_say_about_themselves(made):
     assert read(made, "dutch_social")[0]["language"] == "Nl"
     assert read(made, "ethics")[0]["size"] == 4  # the short ones of both files
     assert not list(made.glob("**/evil*"))
-
-
-def test_minimal_pairs_stay_together(made):
-    content, labels = read(made, "blimp_agr")
-    assert content["topic"] == "subject verb" and labels["Cats 1 sleep."] == 1
-    groups = dict(zip(content["data"]["sentences"].values(), content["data"]["groups"].values()))
+    pairs, labels = read(made, "blimp_agr")  # minimal pairs stay together
+    assert pairs["topic"] == "subject verb" and labels["Cats 1 sleep."] == 1
+    groups = dict(zip(pairs["data"]["sentences"].values(), pairs["data"]["groups"].values()))
     assert groups["Cats 1 sleep."] == groups["Cats 1 sleeps."] != groups["Cats 2 sleep."]
 
 
@@ -205,7 +199,7 @@ def test_a_missing_set_stops_no_other(copies, tmp_path):
     assert "published file has 9,594" in said and read(tmp_path / "out", "cola")
 
 
-def test_bad_options(capsys):
+def test_options(capsys):
     with pytest.raises(InputError, match="'nosuch', only grammar"):
         Config(sets=["nosuch"]).check()
     with pytest.raises(InputError, match="root=nosuch is no folder"):
@@ -213,9 +207,7 @@ def test_bad_options(capsys):
     with pytest.raises(SystemExit, match="2"):
         get_data.arguments(["-data_save_path"])
     assert "wants a folder" in capsys.readouterr().err
-
-
-def test_the_folder_in_every_spelling():
+    # the folder may be given in three spellings
     for spelling in (["-data_save_path", "a/b"], ["--data_save_path", "a/b"], ["a/b"]):
         assert get_data.arguments([*spelling, "seed=1"]) == ["seed=1", "data_save_path=a/b"]
     rest = ["some.yaml", "--help", "data_save_path=a"]
@@ -254,90 +246,52 @@ def test_a_link_in_an_archive_is_not_followed(tmp_path):
         list(get_data.ethics(tmp_path))
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not beside this checkout")
 def test_files_as_their_makers_publish_them(tmp_path):
     for name in ("cola", "concreteness", "blimp"):
-        run(tmp_path, REAL / name, [name], max_texts=0)
+        run(tmp_path, real(name), [name], max_texts=0)
     cola, labels = read(tmp_path, "cola")
     assert cola["size"] == 9_594 and labels["The sailors rode the breeze clear of the rocks."] == 1
     assert read(tmp_path, "concreteness")[0]["size"] > 39_900
     assert read(tmp_path, "blimp_passive_1")[0]["size"] == 2_000
 
 
-# ---- the network, on this machine
-
-
-class Breaking(http.server.BaseHTTPRequestHandler):
-    """Serves `content` with ranges, and breaks off after 1,000 bytes as long as `breaks` lasts."""
-
-    content = bytes(range(256)) * 20
-    breaks = 0
-    ranges = True
-    asked = []
-
-    def do_GET(self):
-        start = 0
-        if self.headers["Range"] and self.ranges:
-            start = int(self.headers["Range"].split("=")[1].rstrip("-"))
-        Breaking.asked.append(start)
-        if self.path != "/file.zip":
-            return self.send_error(404)
-        body = self.content[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if Breaking.breaks:
-            Breaking.breaks -= 1
-            body = body[:1000]
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(Breaking, "asked", [])
-    monkeypatch.setattr(Breaking, "ranges", True)
+def server(tmp_path, monkeypatch):
     monkeypatch.setattr(get_data, "unreachable", {})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaking) as serving:
-        threading.Thread(target=serving.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{serving.server_port}"
-        serving.shutdown()
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote/file.zip").write_bytes(bytes(range(256)) * 20)
+    with serve(tmp_path / "remote") as serving:
+        yield serving
 
 
 def test_a_download_is_resumed_and_checked(server, tmp_path):
-    url = f"{server}/file.zip"
+    url = f"{server.url}/file.zip"
     path = tmp_path / "file.zip"
+    content = (tmp_path / "remote/file.zip").read_bytes()
     notes = {}
-    Breaking.breaks = 5
+    server.cut = 1000
     with pytest.raises(InputError, match="does not come whole"):
         get_data.download(url, path, notes)
     assert not path.exists() and (tmp_path / "file.zip.part").stat().st_size == 3000
     get_data.download(url, path, notes)  # two more breaks, and on to the end
-    assert path.read_bytes() == Breaking.content and not list(tmp_path.glob("*.part"))
-    assert Breaking.asked == [0, 1000, 2000, 3000, 4000, 5000]
+    assert path.read_bytes() == content and not list(tmp_path.glob("*.part"))
+    assert server.asked == 6 and server.sent["file.zip"] == len(content)  # not a byte twice
     get_data.download(url, path, notes)  # noted with its checksum: not asked for again
-    assert len(Breaking.asked) == 6
+    assert server.asked == 6
     path.write_bytes(b"other")
-    get_data.download(url, path, notes)
-    assert path.read_bytes() == Breaking.content
-
-
-def test_a_server_without_ranges_begins_again(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(Breaking, "ranges", False)
-    Breaking.breaks = 1
-    get_data.download(f"{server}/file.zip", tmp_path / "file.zip", {})
-    assert (tmp_path / "file.zip").read_bytes() == Breaking.content
+    server.cut, server.ranges = None, False
+    (tmp_path / "file.zip.part").write_bytes(content[:1000])
+    get_data.download(url, path, notes)  # a server without ranges begins again
+    assert path.read_bytes() == content
 
 
 def test_no_network_is_one_sentence(server, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="HTTP 404.*root="):
-        get_data.download(f"{server}/other.zip", tmp_path / "other.zip", {})
+    with pytest.raises(InputError, match="HTTP 403.*root="):
+        get_data.download(f"{server.url}/other.zip", tmp_path / "other.zip", {})
     nowhere = "http://127.0.0.1:9/"
     urls = {"sst2": {"SST-2.zip": nowhere}, "cola": {"CoLA.zip": nowhere}}
     monkeypatch.setattr(get_data, "URLS", urls)
     with pytest.raises(InputError, match="sst2, cola could not be had .* root="):
         run(tmp_path, sets=["sst2", "cola"])
     assert capsys.readouterr().out.count("not reachable") == 2
-    assert not list(Path(tmp_path).glob("*.json"))
+    assert not list(tmp_path.glob("*.json"))

@@ -1,13 +1,12 @@
 """data/stimuli.py: what is written is read again, and what must not be there is refused."""
 
 import json
-import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from data import InputError, already_made, read_text
+from data import InputError, read_text
 from data.stimuli import (
     Encoding,
     complete,
@@ -19,8 +18,6 @@ from data.stimuli import (
     write_tasks,
 )
 from tests.helpers import real
-
-# ---- labelled sentences
 
 
 def table(**changes):
@@ -38,16 +35,9 @@ def task(frame, kind="classification", labels=("a", "b")):
     return {"t": {"frame": frame, "kind": kind, "labels": labels, "description": "made up"}}
 
 
-BLIMP = {
-    "sentence_good": "Mary can help herself.",
-    "sentence_bad": "Mary can help himself.",
-    "one_prefix_prefix": "Mary can help",
-    "field": "morphology",
-    "linguistics_term": "anaphor_agreement",
-    "UID": "anaphor_gender_agreement",
-    "simple_LM_method": True,
-    "pairID": "0",
-}
+BLIMP = {"sentence_good": "Mary can help herself.", "sentence_bad": "Mary can help himself."}
+BLIMP |= {"one_prefix_prefix": "Mary can help", "UID": "anaphor_gender_agreement", "pairID": "0"}
+BLIMP |= {"field": "morphology", "linguistics_term": "anaphor_agreement", "simple_LM_method": True}
 
 
 def files_of(folder):
@@ -134,13 +124,16 @@ def test_unknown_tasks_kinds_and_folders_are_named(tmp_path):
         read_task(tmp_path, "tense")
     with pytest.raises(InputError, match="nowhere does not exist"):
         read_task(tmp_path / "nowhere", "t")
-    with pytest.raises(InputError, match="task 't' has no column 'group'"):
-        write_tasks(tmp_path, task(table().drop(columns="group")))
-    with pytest.raises(InputError, match="the kind 'ranking' is neither classification nor"):
-        write_tasks(tmp_path, task(table(), "ranking"))
+    cases = [
+        (task(table().drop(columns="group")), "task 't' has no column 'group'"),
+        (task(table(), "ranking"), "the kind 'ranking' is neither classification nor"),
+    ]
     for label in ("high", "nan", "inf", ""):
-        with pytest.raises(InputError, match=r"the label '\w*' is not a number"):
-            write_tasks(tmp_path, task(table(label=["1", label, "2", "3", "4", "5"]), "regression"))
+        numbers = table(label=["1", label, "2", "3", "4", "5"])
+        cases.append((task(numbers, "regression"), r"the label '\w*' is not a number"))
+    for tasks, sentence in cases:
+        with pytest.raises(InputError, match=sentence):
+            write_tasks(tmp_path, tasks)
 
 
 def test_older_tables_are_read_as_latin_1(tmp_path, capsys):
@@ -155,9 +148,6 @@ def test_older_tables_are_read_as_latin_1(tmp_path, capsys):
     assert read_text(tmp_path / "quote.txt") == "“café”"
 
 
-# ---- minimal pairs
-
-
 def test_blimp_files_are_read(tmp_path):
     two = json.dumps(BLIMP) + "\n" + json.dumps(BLIMP | {"pairID": "1"}) + "\n"
     (tmp_path / "a.jsonl").write_text(two)
@@ -166,6 +156,9 @@ def test_blimp_files_are_read(tmp_path):
     assert list(pairs) == ["anaphor_gender_agreement", "b"]
     assert pairs["anaphor_gender_agreement"][1]["pairID"] == "1"
     assert read_pairs(tmp_path / "a.jsonl")["anaphor_gender_agreement"][0] == BLIMP
+    pairs = read_pairs(real("blimp"))
+    assert len(pairs) == 8 and {len(members) for members in pairs.values()} == {1000}
+    assert set(pairs) == {path.stem for path in real("blimp").iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -188,14 +181,6 @@ def test_what_holds_no_pairs_is_named(tmp_path, name, lines, sentence):
     with pytest.raises(InputError, match=sentence):
         read_pairs(tmp_path / name)
 
-
-def test_real_blimp():
-    pairs = read_pairs(real("blimp"))
-    assert len(pairs) == 8 and {len(members) for members in pairs.values()} == {1000}
-    assert set(pairs) == {path.stem for path in real("blimp").iterdir()}
-
-
-# ---- stimuli with responses
 
 ABOUT = {"modality": "fMRI", "species": "human", "source": "made up", "synthetic": True}
 
@@ -230,24 +215,21 @@ def test_responses_round_trip(tmp_path):
         Encoding(tmp_path)
 
 
-def test_equal_texts_are_of_one_group(tmp_path):
+def test_equal_texts_are_of_one_group_and_images_must_be_there(tmp_path):
     stimuli = pd.DataFrame({"text": ["One.", "two", "one", "T W O!", "six"]})
     write_encoding(tmp_path, stimuli, np.ones((5, 2)), **ABOUT)
     assert Encoding(tmp_path).stimuli["group"].tolist() == ["one", "two", "one", "two", "six"]
     stimuli.assign(group=list("abccd")).to_csv(tmp_path / "stimuli.csv", index=False)
     assert Encoding(tmp_path).stimuli["group"].tolist() == list("abccd")  # as given
-    write_encoding(tmp_path, pd.DataFrame({"file": ["a", "a", "A"]}), np.ones((3, 2)), **ABOUT)
-    assert pd.read_csv(tmp_path / "stimuli.csv")["group"].tolist() == ["a", "a", "A"]
-
-
-def test_images_must_be_there(tmp_path):
+    images = pd.DataFrame({"file": ["a.png", "a.png", "A.png"]})
+    write_encoding(tmp_path, images, np.ones((3, 2)), **ABOUT)
     (tmp_path / "a.png").touch()
-    stimuli = pd.DataFrame({"file": ["a.png", "b.png"]})
-    write_encoding(tmp_path, stimuli, np.eye(2), **ABOUT)
-    with pytest.raises(InputError, match="b.png is missing"):
+    with pytest.raises(InputError, match="A.png is missing"):
         Encoding(tmp_path)
-    (tmp_path / "b.png").touch()
-    assert Encoding(tmp_path).inputs() == [tmp_path / "a.png", tmp_path / "b.png"]
+    (tmp_path / "A.png").touch()
+    data = Encoding(tmp_path)
+    assert data.inputs() == [tmp_path / name for name in images["file"]]
+    assert data.stimuli["group"].tolist() == images["file"].tolist()
 
 
 TORN = {"text": list("abc"), "group": list("ggh"), "split": ["train", "test", "test"]}
@@ -276,13 +258,3 @@ def test_what_responses_must_not_have(tmp_path, part, value, sentence):
     with pytest.raises(InputError, match=sentence):
         write_encoding(tmp_path, **parts, **ABOUT)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dataset_is_made_again_for_other_sources_and_refused_for_other_options(tmp_path, capsys):
-    write_tasks(tmp_path, task(table()), options={"seed": 0}, code="x")
-    assert already_made(tmp_path, {"seed": 0}, complete, code="x")
-    assert "is there already" in capsys.readouterr().out
-    assert not already_made(tmp_path, {"seed": 0}, complete, code="y")
-    assert not already_made(tmp_path, {"seed": 1}, complete, overwrite=True)
-    with pytest.raises(InputError, match=re.escape("made with seed=0: give overwrite=True")):
-        already_made(tmp_path, {"seed": 1}, complete)

@@ -1,6 +1,7 @@
 """data/words_brains: tables of words and responses in every shape in which people have them."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from data import InputError
@@ -28,22 +29,22 @@ def make(tmp_path, tables, **options):
     return Encoding(tmp_path / "out")
 
 
-# ---- one table
+NAMED = "word v0 v1\n" + ROWS
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        "word v0 v1\n" + ROWS,
-        ("word v0 v1\n" + ROWS).replace(" ", "\t"),
-        ("word,v0,v1\n" + ROWS).replace(" ", ",").replace("\n", "\r\n"),
+        NAMED,
+        NAMED.replace(" ", "\t"),
+        NAMED.replace(" ", ",").replace("\n", "\r\n"),
         "v0 v1\n" + ROWS,  # no name for the column of words
         "word 12 40\n" + ROWS,  # numbers of voxels
         ROWS,
         QUOTED,
         "\ufeffword v0 v1\n\n" + ROWS.replace(" ", "   "),
-        ("word v0 v1\n" + ROWS).replace("\n", "\r"),
-        ("word;v0;v1\n" + ROWS).replace(" ", ";").replace(".", ","),
+        NAMED.replace("\n", "\r"),
+        NAMED.replace(" ", ";").replace(".", ","),
         ",0,1\n" + ROWS.replace(" ", ","),
     ],
 )
@@ -53,16 +54,12 @@ def test_words_stay_words_in_every_layout(tmp_path, content):
     assert table.to_numpy().tolist() == [[0.5, -1], [0.25, 2], [0.001, 3], [1, 4]]
 
 
-@pytest.mark.parametrize("header", ["word v0", "word v0 v1 v2", "word v0 v1 v2 v3"])
-def test_names_are_not_used_where_the_header_does_not_fit(tmp_path, capsys, header):
-    table = read(tmp_path, f"{header}\n{ROWS}")
-    assert table.columns.tolist() == ["v0", "v1"] and len(table) == 4
-    assert f"the header has {len(header.split())} fields and every row has 3" in (
-        capsys.readouterr().out
-    )
-
-
-def test_counts_are_no_header_and_tabs_leave_spaces(tmp_path):
+def test_headers_that_do_not_fit_and_words_of_several_words(tmp_path, capsys):
+    for n_fields, header in ((2, "word v0"), (4, "word v0 v1 v2"), (5, "word v0 v1 v2 v3")):
+        table = read(tmp_path, f"{header}\n{ROWS}")
+        assert table.columns.tolist() == ["v0", "v1"] and len(table) == 4
+        said = capsys.readouterr().out
+        assert f"the header has {n_fields} fields and every row has 3" in said
     assert read(tmp_path, "bread 5 3 9\nring 1 2 2\n").index.tolist() == ["bread", "ring"]
     assert read(tmp_path, "word\tv0\nice cream\t1.5\nTV\t2\n").index[0] == "ice cream"
     assert read(tmp_path, 'word,v0\n"yes, sir",0.1\nno,2\n').index[0] == "yes, sir"
@@ -89,13 +86,10 @@ def test_what_is_no_table_is_refused_with_the_line(tmp_path, content, sentence):
         read(tmp_path, content)
 
 
-# ---- people
-
-
 def table(words, seed, n_units=3):
-    rng = np.random.default_rng(seed)
-    rows = [f"{word} {' '.join(map(str, rng.normal(size=n_units)))}" for word in words]
-    return "\n".join(["word " + " ".join(f"v{i}" for i in range(n_units)), *rows])
+    values = np.random.default_rng(seed).normal(size=(len(words), n_units))
+    columns = [f"v{i}" for i in range(n_units)]
+    return pd.DataFrame(values, list(words), columns).to_csv(sep=" ", index_label="word")
 
 
 WORDS = ["Apple", "apple", "it's", "its", "bread", "ring"]
@@ -109,10 +103,8 @@ def test_people_share_words_and_keep_their_units(tmp_path, capsys):
     data = make(tmp_path, tables, modality="fMRI")
     said = capsys.readouterr().out
     assert "6 stimuli, 6 presentations, 5 units" in said and "M03, M15; 4 groups of words" in said
-    assert (
-        data.units.subject.unique().tolist() == ["M03", "M15"] and data.meta["modality"] == "fMRI"
-    )
-    assert data.stimuli.text.tolist() == WORDS
+    assert data.units.subject.unique().tolist() == ["M03", "M15"]
+    assert data.meta["modality"] == "fMRI" and data.stimuli.text.tolist() == WORDS
     assert data.stimuli.group.tolist() == ["apple", "apple", "its", "its", "bread", "ring"]
     m15 = data.mean_responses(data.select_units(subject="M15"))
     source = words_brains.read_table(tmp_path / "tables/scaled_targets_M15.txt")
@@ -127,12 +119,13 @@ def test_one_person_of_a_folder(tmp_path, capsys):
     assert set(make(tmp_path, tables, people=["2"]).units.subject) == {"2"}
     make(tmp_path, tables, people=["2"])
     assert "there already" in capsys.readouterr().out
-    with pytest.raises(InputError, match="made with people=.*overwrite=True"):
-        make(tmp_path, tables)
-    with pytest.raises(InputError, match="made with tables="):  # the same options, other numbers
-        make(tmp_path, {"a_2.txt": table(WORDS, 5)}, people=["2"])
-    with pytest.raises(InputError, match="no table of 3, only of 1, 2"):
-        make(tmp_path, tables, people=["3"])
+    for people, given, sentence in (
+        ([], tables, "made with people=.*overwrite=True"),
+        (["2"], {"a_2.txt": table(WORDS, 5)}, "made with tables="),  # other numbers
+        (["3"], tables, "no table of 3, only of 1, 2"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            make(tmp_path, given, people=people)
 
 
 def test_different_words_are_refused_or_counted(tmp_path, capsys):
@@ -161,11 +154,8 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     content = "word v0 v1 v2 v3\na 1.5 0 NA 1\nb 2 0 1 3\nb 2 0 1 3\nc 3 0 1 nan\nd 4 0 2 5\n"
     data = make(tmp_path, {"t.txt": content})
     assert data.stimuli.text.tolist() == list("abcd") and data.units.column.tolist() == ["v0"]
-    assert data.meta["left_out"] == [
-        "2 units with gaps",
-        "1 rows that copy another row of their word to the digit",
-        "1 units that never vary",
-    ]
+    copies = "1 rows that copy another row of their word to the digit"
+    assert data.meta["left_out"] == ["2 units with gaps", copies, "1 units that never vary"]
     data = make(tmp_path, {}, missing="presentations", overwrite=True)
     assert data.stimuli.text.tolist() == ["b", "d"] and len(data.responses) == 2
     assert data.units.column.tolist() == ["v0", "v2", "v3"]
@@ -173,9 +163,6 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
         make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
     with pytest.raises(InputError, match="is 1e.39, no number of float32"):
         make(tmp_path, {"t.txt": "word v0\na 1e39\nb 1\n"}, overwrite=True)
-
-
-# ---- real tables
 
 
 @pytest.mark.parametrize(
