@@ -11,7 +11,7 @@ import pytest
 import tiktoken
 
 import configurator
-from data import recording
+from data import InputError, recording
 from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
@@ -257,6 +257,16 @@ def sentence_of(error, capsys):
     assert end.value.code == 2 and sentence.startswith("error: "), sentence
     assert sentence.count("\n") == 1, sentence
     return sentence
+
+
+def input_error(words, call, *args, **options):
+    """`call(*args, **options)` must raise an InputError of one line that the pattern `words` fits.
+
+    Of a whole script as the user starts it: refused.
+    """
+    with pytest.raises(InputError, match=words) as error:
+        call(*args, **options)
+    assert "\n" not in str(error.value), error.value
 
 
 def ends_in_a_sentence(call, capsys, says=()):

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
-from helpers import sentence_of
+from helpers import input_error, sentence_of
 
 import configurator
 from configurator import InputError, Run, check_keys, configure, key_seed, load_function
@@ -120,9 +120,7 @@ def test_bad_options_are_one_sentence(tmp_path):
         (tmp_path / f"{i}.yaml").write_text(content)
         cases.append((f"{tmp_path}/{i}.yaml", words))
     for argument, words in cases:
-        with pytest.raises(InputError, match=words) as error:
-            configure(Config, [argument])
-        assert "\n" not in str(error.value), argument
+        input_error(words, configure, Config, [argument])
 
 
 def test_numbers_have_a_range():
@@ -151,16 +149,14 @@ def test_numbers_have_a_range():
         ("kinds=", "at least one"),
         ("kinds=1,nan", "'kinds' must be"),
     ):
-        with pytest.raises(InputError, match=words):
-            configure(Numbers, [argument])
+        input_error(words, configure, Numbers, [argument])
 
 
 def test_keys_of_dictionary_options_are_checked():
     keys = ["hidden", "layers"]
     check_keys({"hidden": 8}, keys, "model_params")
     sentence = "'model_params' has no key 'hiden'; did you mean 'hidden'"
-    with pytest.raises(InputError, match=sentence):
-        check_keys({"hiden": 8}, keys, "model_params")
+    input_error(sentence, check_keys, {"hiden": 8}, keys, "model_params")
 
 
 def test_functions_of_a_users_file(tmp_path):
@@ -176,8 +172,7 @@ def test_functions_of_a_users_file(tmp_path):
         (f"{tmp_path}/broken.py:build", "SyntaxError"),
         (f"{tmp_path}/notes.txt:build", "SyntaxError"),
     ):
-        with pytest.raises(InputError, match=words):
-            load_function(spec, "model")
+        input_error(words, load_function, spec, "model")
 
 
 def test_rows_are_known_by_what_a_users_file_imports(tmp_path, monkeypatch):
@@ -312,16 +307,13 @@ def test_rows_of_an_edited_script_are_not_reused(tmp_path, monkeypatch):
 
 def test_one_job_a_folder_on_a_device_that_is_there(tmp_path):
     run = open_run(tmp_path)
-    with pytest.raises(InputError, match="in use"):
-        open_run(tmp_path)
+    input_error("in use", open_run, tmp_path)
     run.close()
     open_run(tmp_path).close()
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="out_dir=.*cannot be made"):
-        open_run(tmp_path / "file" / "out")
+    input_error("out_dir=.*cannot be made", open_run, tmp_path / "file" / "out")
     for device in ("tpu", "cuda:99x"):
-        with pytest.raises(InputError, match="device"):
-            open_run(tmp_path / device, device=device)
+        input_error("device", open_run, tmp_path / device, device=device)
 
 
 def test_log_rewinds_to_the_checkpoint(run, tmp_path):
@@ -343,10 +335,8 @@ def test_keys_decide_what_is_drawn(run):
 
 
 def test_datasets_are_found_or_named(run):
-    with pytest.raises(InputError, match=r"python data/shakespeare/prepare.py"):
-        run.dataset("shakespeare/none")
-    with pytest.raises(InputError, match="pydocs"):
-        run.dataset("nosuchset")
+    input_error(r"python data/shakespeare/prepare.py", run.dataset, "shakespeare/none")
+    input_error("pydocs", run.dataset, "nosuchset")
 
 
 def test_auto_precision_is_the_quicker_one(tmp_path, monkeypatch):
@@ -356,5 +346,4 @@ def test_auto_precision_is_the_quicker_one(tmp_path, monkeypatch):
         run = open_run(tmp_path)
         assert str(run.dtype) == ("torch.bfloat16" if pays else "torch.float32")
         run.close()
-    with pytest.raises(InputError, match="float32 or bfloat16"):
-        configurator.choose_dtype("float16", run.device)
+    input_error("float32 or bfloat16", configurator.choose_dtype, "float16", run.device)

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import input_error
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -159,8 +160,7 @@ def test_taps_sheets_head_mosaic_and_projection():
     ],
 )
 def test_shapes_that_do_not_fit(options, words):
-    with pytest.raises(InputError, match=words):
-        GPT(GPTConfig(**{**SMALL, **options}))
+    input_error(words, GPT, GPTConfig(**{**SMALL, **options}))
 
 
 def test_init_depends_on_the_seed_and_name_alone():
@@ -241,8 +241,7 @@ def test_sampling():
     for bad in ({"prompts": [[]]}, {"temperature": -1}, {"top_p": 0}, {"top_k": 0}):
         with pytest.raises(InputError):
             model.generate(**{"prompts": [[1]], "max_new_tokens": 2, **bad})
-    with pytest.raises(InputError, match="block_size=32"):
-        model(ids(1, 33))
+    input_error("block_size=32", model, ids(1, 33))
 
 
 def test_rotary_positions_touch_one_class(monkeypatch):
@@ -352,8 +351,7 @@ def test_checkpoints_of_an_older_gptconfig(tmp_path):
     assert torch.equal(windows, torch.arange(49).repeat(4, 1)) == (len(model.window_cells) == 49)
     state["model_args"]["rotary"] = True
     sentence = "x.pt has the option 'rotary', which this GPTConfig lacks"
-    with pytest.raises(InputError, match=sentence):
-        lm_from(state, "x.pt")
+    input_error(sentence, lm_from, state, "x.pt")
 
 
 def test_checkpoints_that_are_refused(tmp_path):
@@ -378,10 +376,8 @@ def test_checkpoints_that_are_refused(tmp_path):
             path.write_bytes(content)
         else:
             torch.save(content, path)
-        with pytest.raises(InputError, match=words):
-            load_checkpoint(path)
-    with pytest.raises(InputError, match="no checkpoint .*none.pt"):
-        load_checkpoint(tmp_path / "none.pt")
+        input_error(words, load_checkpoint, path)
+    input_error("no checkpoint .*none.pt", load_checkpoint, tmp_path / "none.pt")
     more = {**state["model"], "lm_head.bias": torch.zeros(1)}
     fewer = copy.copy(state["model"])
     del fewer["transformer.wpe.weight"]
@@ -390,5 +386,4 @@ def test_checkpoints_that_are_refused(tmp_path):
         ({**state, "model": fewer}, "lacks the weights 'transformer.wpe.weight'"),
         ({**state, "model": more}, "has besides the weights 'lm_head.bias'"),
     ):
-        with pytest.raises(InputError, match=words):
-            lm_from(bad)
+        input_error(words, lm_from, bad)

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import input_error
 
 import positions
 from data import InputError
@@ -102,8 +103,7 @@ def test_errors_are_sentences():
         (partial(positions.head_mosaic, 12, 784), "16 heads of 49"),
         (partial(moran, np.eye(4), "bishop"), "'queen' or 'rook'"),
     ):
-        with pytest.raises(InputError, match=words):
-            make()
+        input_error(words, make)
     assert len(window_cells(16, 8)) == 4 and len(window_cells(15, 8)) == 1
 
 
@@ -146,13 +146,11 @@ def test_positions_files(tmp_path):
         positions.load_positions(tmp_path / "b.npz", 2, 64)
     rows[1, 0] = rows[1, 1]
     positions.save_positions(path, rows)
-    with pytest.raises(InputError, match="does not place every unit once"):
-        positions.load_positions(path, 2, 64)
+    input_error("does not place every unit once", positions.load_positions, path, 2, 64)
     whole = path.read_bytes()
     for torn in (whole[: len(whole) // 2], b"", b"text"):
         path.write_bytes(torn)
-        with pytest.raises(InputError, match="a.npz is no positions file"):
-            positions.load_positions(path, 2, 64)
+        input_error("a.npz is no positions file", positions.load_positions, path, 2, 64)
 
 
 # ---- spatial loss
