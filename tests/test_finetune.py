@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import sklearn.metrics
 import torch
-from helpers import ROOT, byte_tokenizer
+from helpers import ROOT, byte_tokenizer, input_error
 
 import configurator
 import finetune
@@ -146,8 +146,7 @@ def test_texts_pairs_and_cuts():
     ):
         assert encode(TOKENIZER, text, size) == expected
     for text, size, words in (("a\tb\tc", 32, "3 parts"), ("ab\tc", 3, "block_size=3")):
-        with pytest.raises(InputError, match=words):
-            encode(TOKENIZER, text, size)
+        input_error(words, encode, TOKENIZER, text, size)
 
 
 def test_texts_come_without_replacement_and_by_length():
@@ -307,18 +306,18 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"dataset": "glue"}, ["data/glue/prepare.py"]),
-        ({"task": "unchosen"}, ["unchosen", "'val'"]),
-        ({"metric": "pearson"}, ["pearson", "accuracy"]),
-        ({"by": "genre"}, ["by=genre", "kind"]),
-        ({"against": ["nosuch"]}, ["against=nosuch"]),
-        ({"mode": "last_k", "k": 3}, ["k=3", "2 blocks"]),
-        ({"lm": "flat.pt", "alpha_scale": 1.0}, ["alpha_scale=1.0", "alpha=0"]),
-        ({"lm": "small.pt"}, ["257 tokens and a model of 200"]),
-        ({"texts_per_step": 20}, ["texts_per_step=20", "8 x 1"]),
-        ({"batch_size": 0}, ["batch_size"]),
-        ({"epochs": 0.0}, ["epochs"]),
-        ({"init_from": "resume"}, ["ckpt.pt"]),
+        ({"dataset": "glue"}, "data/glue/prepare.py"),
+        ({"task": "unchosen"}, "unchosen.*'val'"),
+        ({"metric": "pearson"}, "pearson.*accuracy"),
+        ({"by": "genre"}, "by=genre.*kind"),
+        ({"against": ["nosuch"]}, "against=nosuch"),
+        ({"mode": "last_k", "k": 3}, "k=3.*2 blocks"),
+        ({"lm": "flat.pt", "alpha_scale": 1.0}, "alpha_scale=1.0.*alpha=0"),
+        ({"lm": "small.pt"}, "257 tokens and a model of 200"),
+        ({"texts_per_step": 20}, "texts_per_step=20.*8 x 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"epochs": 0.0}, "epochs"),
+        ({"init_from": "resume"}, "ckpt.pt"),
     ],
 )
 def test_bad_input_is_one_sentence(given, tmp_path, options, words):
@@ -326,10 +325,7 @@ def test_bad_input_is_one_sentence(given, tmp_path, options, words):
         options = {**options, "lm": str(given / options["lm"])}
     if options.get("dataset") == "glue" and (ROOT / "data/glue/meta.yaml").exists():
         pytest.skip("GLUE is there")
-    with pytest.raises(InputError) as error:
-        fine_tune(given, tmp_path / "run", **options)
-    assert "\n" not in str(error.value)
-    assert all(word in str(error.value) for word in words), error.value
+    input_error(words, fine_tune, given, tmp_path / "run", **options)
 
 
 def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path):
@@ -347,5 +343,4 @@ def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path)
         ("c", again, "has other labels"),
         ("d", {"task": "letter", "against": [str(tmp_path / "b")]}, "other texts"),
     ):
-        with pytest.raises(InputError, match=words):
-            fine_tune(given, tmp_path / folder, **more)
+        input_error(words, fine_tune, given, tmp_path / folder, **more)

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from helpers import ROOT, byte_tokenizer, make_dataset
+from helpers import ROOT, byte_tokenizer, input_error, make_dataset
 from test_model import small
 
 import positions
@@ -269,17 +269,14 @@ def test_stimuli_in_the_known_layouts_and_bad_ones(tmp_path):
         ("text,condition\n ,b\n", "line 2: the text is empty"),
     ):
         path.write_text(text)
-        with pytest.raises(InputError, match=words):
-            read_stimuli(path)
-    with pytest.raises(InputError, match="no stimuli"):
-        read_stimuli(tmp_path / "none.csv")
+        input_error(words, read_stimuli, path)
+    input_error("no stimuli", read_stimuli, tmp_path / "none.csv")
 
 
 def test_contrasts_without_names():
     contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
-    with pytest.raises(InputError, match="of one condition, x: two are needed"):
-        find_contrasts(["x"] * 5)
+    input_error("of one condition, x: two are needed", find_contrasts, ["x"] * 5)
 
 
 def test_only_data_that_says_so_is_called_synthetic(tmp_path):

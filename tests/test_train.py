@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, make_dataset
+from helpers import ROOT, input_error, make_dataset
 from test_model import SMALL, SixteenBit
 from test_model import ids as any_ids
 
@@ -304,8 +304,7 @@ def test_checkpoints_that_do_not_fit(dataset, whole, tmp_path):
         (other, run, resumed, "ckpt.pt has another tokenizer"),
         (other, tmp_path / "b", {"init_from": str(whole)}, "tokenizer"),
     ):
-        with pytest.raises(InputError, match=words):
-            trained(data, out, **options)
+        input_error(words, trained, data, out, **options)
 
 
 def test_a_resumed_run_takes_the_learning_rates_of_its_options(dataset, whole, tmp_path):
@@ -320,8 +319,7 @@ def test_a_resumed_run_takes_the_learning_rates_of_its_options(dataset, whole, t
 def test_starting_over_keeps_what_is_there_until_all_input_is_read(dataset, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in run.glob("*.*")}
-    with pytest.raises(InputError, match="nosuchset"):
-        trained("nosuchset", run, overwrite=True)
+    input_error("nosuchset", trained, "nosuchset", run, overwrite=True)
     assert {path.name: path.read_bytes() for path in run.glob("*.*")} == before
     trained(dataset, run, overwrite=True, init_from=str(run), eval_only=True)
     assert not list(run.glob("*.pt")) and logged(run, "step") == [0]
@@ -447,24 +445,22 @@ def test_dry_run_reads_a_part_of_one_step_and_leaves_nothing(
 
 
 BAD = [
-    ({"tokens_per_step": 100}, ["tokens_per_step=100", "multiple"]),
-    ({"positions": "nofile"}, ["nofile", "init_pos.py"]),
-    ({"block_size": 30_000}, ["block_size"]),
-    ({"positions": "none"}, ["alpha"]),
-    ({"beta2": 1.0}, ["beta2"]),
-    ({"vocab_size": 64}, ["vocab_size"]),
-    ({"vocab_size": 10, "dry_run": True}, ["vocab_size"]),
-    ({"spatial": "weights", "factor": 5.0}, ["factor=5", "16 units"]),
-    ({"init_from": "out/nosuchrun"}, ["nosuchrun"]),
-    ({"dtype": "float16"}, ["dtype"]),
+    ({"tokens_per_step": 100}, "tokens_per_step=100 .*multiple"),
+    ({"positions": "nofile"}, "nofile.*init_pos.py"),
+    ({"block_size": 30_000}, "block_size"),
+    ({"positions": "none"}, "alpha"),
+    ({"beta2": 1.0}, "beta2"),
+    ({"vocab_size": 64}, "vocab_size"),
+    ({"vocab_size": 10, "dry_run": True}, "vocab_size"),
+    ({"spatial": "weights", "factor": 5.0}, "factor=5.*16 units"),
+    ({"init_from": "out/nosuchrun"}, "nosuchrun"),
+    ({"dtype": "float16"}, "dtype"),
 ]
 
 
 @pytest.mark.parametrize("options, words", BAD)
 def test_bad_input_is_one_sentence(dataset, tmp_path, options, words):
-    with pytest.raises(InputError) as error:
-        trained(dataset, tmp_path / "run", **options)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+    input_error(words, trained, dataset, tmp_path / "run", **options)
 
 
 # ---- the published configs
@@ -521,8 +517,7 @@ def test_other_layouts_and_a_trained_model(dataset, whole, tmp_path):
     assert (identity == np.arange(64)).all()
     with pytest.raises(InputError, match="identity-1x64.npz is there already.*overwrite=True"):
         laid_out(dataset, tmp_path, scheme="identity")
-    with pytest.raises(InputError, match="samples"):
-        laid_out(dataset, tmp_path, samples=1)
+    input_error("samples", laid_out, dataset, tmp_path, samples=1)
     laid_out(dataset, tmp_path, scheme="swap", lm=str(whole), radius=2)
     positions.load_positions(str(tmp_path / "swap-2x16.npz"), 2, 16)
 
@@ -533,8 +528,7 @@ def test_init_data_is_cut_on_first_use(dataset, tmp_path, monkeypatch):
     laid_out(dataset, tmp_path, dataset=str(dataset), **options)
     meta = yaml.safe_load((tmp_path / "init-data/meta.yaml").read_text())
     assert meta["cut_from"] == str(dataset) and meta["synthetic"]
-    with pytest.raises(InputError, match="init-data was cut from"):
-        laid_out(dataset, tmp_path, dataset="pydocs", **options)
+    input_error("init-data was cut from", laid_out, dataset, tmp_path, dataset="pydocs", **options)
 
 
 def test_sample_writes_the_same_text_twice(whole, tmp_path, capsys):
