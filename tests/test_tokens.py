@@ -40,7 +40,7 @@ def dataset(tmp_path):
     return tmp_path
 
 
-def test_what_is_written_is_read(dataset):
+def test_what_is_written_is_read(dataset, tmp_path):
     train = Tokens(dataset, "train")
     val = Tokens(dataset, "val")
     assert (len(train), len(val), train.vocab_size) == (90, 10, 6)
@@ -52,6 +52,10 @@ def test_what_is_written_is_read(dataset):
     assert entry["sha256"] == hashlib.sha256((dataset / "train.bin").read_bytes()).hexdigest()
     assert train.meta["source"] == "made up" and complete(dataset)
     assert not list(dataset.glob("*.tmp*"))
+    state = T.make_state("large", T.CHARACTERS, "YQ== 0\n", {T.ENDOFTEXT: 70_000})
+    write_dataset(tmp_path / "large", {"train": [[0, 70_000]]}, state)  # takes four bytes
+    assert T.read_meta(tmp_path / "large")["dtype"] == "uint32"
+    assert Tokens(tmp_path / "large", "train").windows([0], 2).tolist() == [[0, 70_000]]
 
 
 def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
@@ -63,13 +67,6 @@ def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
     assert np.array_equal(expected, Tokens(tmp_path / "bytes", "val").tokens)
     assert len(Tokens(tmp_path / "bpe", "val")) < len(expected)
     assert np.array_equal(T.split_ids(tmp_path / "bpe", "val", tokenizer), expected)
-
-
-def test_large_vocabularies_take_four_bytes(tmp_path):
-    state = T.make_state("large", T.CHARACTERS, "YQ== 0\n", {T.ENDOFTEXT: 70_000})
-    write_dataset(tmp_path, {"train": [[0, 70_000]]}, state)
-    assert T.read_meta(tmp_path)["dtype"] == "uint32"
-    assert Tokens(tmp_path, "train").windows([0], 2).tolist() == [[0, 70_000]]
 
 
 @pytest.mark.parametrize(
