@@ -328,7 +328,7 @@ def test_bad_input_is_one_sentence(given, tmp_path, options, words):
     input_error(words, fine_tune, given, tmp_path / "run", **options)
 
 
-def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path):
+def test_another_mode_metric_labels_and_texts_are_refused(given, tmp_path):
     options = {"task": "same", "max_iters": 1}
     again = {**options, "init_from": "resume"}
     fine_tune(given, tmp_path / "b", **options)
@@ -337,7 +337,6 @@ def test_a_used_folder_another_mode_and_other_texts_are_refused(given, tmp_path)
     (tmp_path / "c").mkdir()
     save_checkpoint(tmp_path / "c/ckpt.pt", state)
     for folder, more, words in (
-        ("b", options, "init_from=resume"),
         ("b", {**again, "mode": "head"}, "mode=full, the options say head"),
         ("b", {**again, "metric": "f1"}, "metric=, the options say f1"),
         ("c", again, "has other labels"),

@@ -446,7 +446,7 @@ def test_dry_run_reads_a_part_of_one_step_and_leaves_nothing(
 
 BAD = [
     ({"tokens_per_step": 100}, "tokens_per_step=100 .*multiple"),
-    ({"positions": "nofile"}, "nofile.*init_pos.py"),
+    ({"positions": "nofile"}, "nofile.npz is missing: make one with python init_pos.py"),
     ({"block_size": 30_000}, "block_size"),
     ({"positions": "none"}, "alpha"),
     ({"beta2": 1.0}, "beta2"),
