@@ -1,6 +1,7 @@
 """What several tests need: tiny datasets in the real formats, and scripts run as a user does."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import tiktoken
 
 import configurator
-from data import recording
+from data import InputError, recording
 from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
@@ -257,6 +258,20 @@ def sentence_of(error, capsys):
     assert end.value.code == 2 and sentence.startswith("error: "), sentence
     assert sentence.count("\n") == 1, sentence
     return sentence
+
+
+def input_error(words, call, *args, **options):
+    """`call(*args, **options)` must raise an InputError of one line that the pattern `words` fits.
+
+    Of a whole script as the user starts it: refused.
+    """
+    try:
+        call(*args, **options)
+    except InputError as error:  # and let go of it: its frames may hold the lock of a folder
+        sentence = str(error)
+    else:
+        pytest.fail(f"no InputError: {words}")
+    assert re.search(words, sentence) and "\n" not in sentence, sentence
 
 
 def ends_in_a_sentence(call, capsys, says=()):

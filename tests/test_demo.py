@@ -189,22 +189,20 @@ def test_the_machine_is_measured_once(tmp_path):
 
 def test_every_command_of_the_demo_can_be_typed(plan):
     """With the options of a fast machine and of a slow one."""
-    for slowness in (0.5, 2.0):
-        for stage in plan(slowness)[0]:
-            for job in stage.jobs:
-                if job.script != "prepare.py":
-                    Config = importlib.import_module(job.script[:-3]).Config
-                    assert configure(Config, job.words[1:]).out_dir == str(job.out)
+    for stage in plan(0.5)[0] + plan(2.0)[0]:
+        for job in stage.jobs:
+            if job.script != "prepare.py":
+                Config = importlib.import_module(job.script[:-3]).Config
+                assert configure(Config, job.words[1:]).out_dir == str(job.out)
 
 
 def test_bad_stages_end_in_a_sentence(steps, capsys):
     folder, _ = steps
 
-    def main(*stages):
-        demo.main(configure(demo.Config, [f"stages={json.dumps(stages)}", f"out_dir={folder}/c"]))
+    def main(stage):
+        options = [f"stages={json.dumps([stage])}", f"out_dir={folder}/demo"]
+        demo.main(configure(demo.Config, options))
 
-    (folder / "c").mkdir()
-    (folder / "c/machine.json").write_text('{"slowness": 1.0}')
     ends_in_a_sentence(lambda: main({"a": 1}), capsys, ["'stages'", "seconds"])
     stage = {"name": "a", "seconds": 1, "run": ["nosuch.py x=1"]}
     ends_in_a_sentence(lambda: main(stage), capsys, ["no script nosuch.py"])
@@ -213,44 +211,45 @@ def test_bad_stages_end_in_a_sentence(steps, capsys):
 # ---- the page, from tiny runs of the scripts themselves
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A demo folder whose stages were run in this process at the size of seconds."""
-    folder = tmp_path_factory.mktemp("tiny")
-    given = make_given(folder / "given") | {"lm": folder / "train"}
-    stimuli = given["stimuli"].read_text()
-    stimuli = stimuli.replace(",a\n", ",sentences\n").replace(",b\n", ",nonwords\n")
-    given["stimuli"].write_text(stimuli)
-    pairs = folder / "pairs"
-    pairs.mkdir()
-    for name in "pq":
-        pair = f'{{"sentence_good": "ab{name}", "sentence_bad": "ba{name}"}}\n'
-        (pairs / f"{name}.jsonl").write_text(pair * 4)
-    given["pairs"] = pairs
-    options = {script.name: script.options.format(**given) for script in SCRIPTS}
-    twins = [("", ""), ("_alpha0", "alpha=0")]
-    commands = []
-    for end, alpha in twins:
-        commands.append(f"train {alpha} max_iters=2 out_dir={folder}/train{end}")
-    commands.append(
+def tiny_commands(folder):
+    """The commands of the tiny runs, without the options of SCRIPTS: each model's through all."""
+    commands = [
+        f"train max_iters=2 out_dir={folder}/train",
+        f"train alpha=0 max_iters=2 out_dir={folder}/train_alpha0",
         f"topography contrasts='sentences>nonwords' twin={folder}/train_alpha0 "
-        f"out_dir={folder}/topography"
-    )
-    commands += [f"{name} out_dir={folder}/{name}" for name in ("init_pos", "foundation")]
-    for end, _ in twins:
+        f"out_dir={folder}/topography",
+        f"init_pos out_dir={folder}/init_pos",
+        f"foundation out_dir={folder}/foundation",
+    ]
+    for end, baselines in (("", "layer0,random_init"), ("_alpha0", "layer0")):
         lm = f"lm={folder}/train{end}"
-        baselines = "baselines=layer0" + ("" if end else ",random_init")
         commands += [
             f"sample {lm} prompt=a<b> out_dir={folder}/sample{end}",
-            f"probe {lm} probe=LDA train_sizes= {baselines} out_dir={folder}/probe{end}",
+            f"probe {lm} probe=LDA train_sizes= baselines={baselines} out_dir={folder}/probe{end}",
             f"decode {lm} embedding=lm layer=1 model=ridge model_params={{}} beside= lags=300 "
             f"out_dir={folder}/decode{end}",
             f"telepath {lm} max_iters=4 out_dir={folder}/telepath{end}",
             f"warp {lm} models={folder}/train,{folder}/train_alpha0 shuffled=False "
             f"out_dir={folder}/warp{end}",
         ]
+    return commands
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A demo folder whose stages were run in this process at the size of seconds."""
+    folder = tmp_path_factory.mktemp("tiny")
+    given = make_given(folder / "given") | {"lm": folder / "train", "pairs": folder / "pairs"}
+    stimuli = given["stimuli"].read_text()
+    stimuli = stimuli.replace(",a\n", ",sentences\n").replace(",b\n", ",nonwords\n")
+    given["stimuli"].write_text(stimuli)
+    given["pairs"].mkdir()
+    for name in "pq":
+        pair = f'{{"sentence_good": "ab{name}", "sentence_bad": "ba{name}"}}\n'
+        (given["pairs"] / f"{name}.jsonl").write_text(pair * 4)
+    options = {script.name: script.options.format(**given) for script in SCRIPTS}
     stages = []
-    for i, command in enumerate(commands):
+    for i, command in enumerate(tiny_commands(folder)):
         name, rest = command.split(" ", 1)
         whole = f"{name}.py {options[name]} {rest}".replace("{", "{{").replace("}", "}}")
         stages.append({"name": f"stage <{i}>", "seconds": 9, "run": [whole]})
@@ -290,25 +289,22 @@ def test_the_page_says_what_the_tables_say(tiny):
         assert "<mark>synthetic" in caption or "<mark>real text" in caption, caption
     assert "stage &lt;0&gt;" in text and "stage <0>" not in text
     assert text.count("<pre>a&lt;b&gt;") == 2
+    for words in ("<h2>Recordings alone", "<th>encoder</th>", "<h2>Placing", "<th>swapped</th>"):
+        assert words in text
     table = pd.read_csv(tiny / "demo/results.csv")
     assert {"score", "low", "high", "chance", "n"} <= set(table) and table.n.gt(0).all()
-    losses = []
-    for name in ("train", "train_alpha0"):
-        losses.append(pd.read_csv(tiny / name / "results.csv").score.iloc[-1])
-    answer = table[table.measure.str.startswith("validation loss")].set_index("model").score
-    assert answer["topographic"] == pytest.approx(losses[0])
-    assert answer["difference"] == pytest.approx(losses[0] - losses[1])
-    assert f"{losses[0]:.3f}" in text
-    scores = []
+    assert table.question.nunique() == 6
+    losses, scores = [], []
     for end in ("", "_alpha0"):
+        losses.append(pd.read_csv(tiny / f"train{end}/results.csv").score.iloc[-1])
         rows = pd.read_csv(tiny / f"telepath{end}/results.csv")
         rows = rows.query("set == 'trial' and metric == 'top1' and control == 'eeg'")
         scores.append(rows.score.iloc[0])
+    answer = table[table.measure.str.startswith("validation loss")].set_index("model").score
+    assert answer["topographic"] == pytest.approx(losses[0]) and f"{losses[0]:.3f}" in text
+    assert answer["difference"] == pytest.approx(losses[0] - losses[1])
     answer = table[table.measure.str.contains("set trial")].set_index("model").score
     assert answer["difference"] == pytest.approx(scores[0] - scores[1])
-    assert table.question.nunique() == 6
-    assert "<h2>Recordings alone" in text and "<th>encoder</th>" in text
-    assert "<h2>Placing" in text and "<th>swapped</th>" in text
 
 
 def test_a_missing_picture_is_said_and_the_rest_is_shown(tiny):
@@ -343,18 +339,16 @@ def test_warps_of_two_brains_are_averaged(tmp_path):
     assert len(rows) == 6
 
 
-def answer(low, high):
-    question = "What can be probed?"
-    difference = ((low + high) / 2, low, high)
-    return demo.Answer(question, "m", [(0.5, 0.4, 0.6)] * 2, difference, 5, "tasks", 0.5, "chance")
-
-
 def test_verdicts_follow_from_the_interval():
-    for low, high in ((-0.1, 0.2), (0, 0.2)):
-        assert answer(low, high).verdict() == "no difference that one seed can show"
-    assert answer(0.1, 0.2).verdict().startswith("more can be probed with topography")
-    assert answer(-0.2, -0.1).verdict().startswith("less can be probed with topography")
-    assert answer(-math.inf, math.inf).verdict() == "too few for an interval"
+    for low, high, verdict in (
+        (-0.1, 0.2, "no difference that one seed can show"),
+        (0, 0.2, "no difference that one seed can show"),
+        (0.1, 0.2, "more can be probed with topography, in this one pair"),
+        (-0.2, -0.1, "less can be probed with topography, in this one pair"),
+        (-math.inf, math.inf, "too few for an interval"),
+    ):
+        facts = ["What can be probed?", "m", [(0.5, 0.4, 0.6)] * 2, ((low + high) / 2, low, high)]
+        assert demo.Answer(*facts, 5, "tasks", 0.5, "chance").verdict() == verdict
 
 
 def test_intervals():

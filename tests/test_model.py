@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers import input_error
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -72,7 +73,8 @@ def test_chunked_cross_entropy_is_cross_entropy(chunk):
         assert abs(cross_entropy(x, w, y, chunk).item() - plain.item()) < 0.05
 
 
-def test_the_head_far_from_zero():
+def test_the_head_far_from_zero_and_in_half_precision():
+    torch.manual_seed(0)
     x = torch.randn(100, 16)
     w = torch.randn(300, 16)
     y = ids(100, high=300)
@@ -84,9 +86,6 @@ def test_the_head_far_from_zero():
     F.cross_entropy(exact @ w.double().T, y).backward()
     assert (x.grad - exact.grad).norm() < 1e-3 * exact.grad.norm()
 
-
-def test_the_head_in_half_precision():
-    torch.manual_seed(0)
     x = torch.randn(300, 16)
     w = torch.randn(2500, 16)  # several slabs of words
     y = (x @ w.T).argmax(1)  # nearly sure of the word: what is left is a small difference
@@ -133,15 +132,12 @@ def test_spatial_loss_is_that_of_the_taps(tap, windows):
     assert plain.spatial is None and plain.loss == plain.task
 
 
-def test_taps_and_sheets_do_not_change_the_logits():
+def test_taps_sheets_head_mosaic_and_projection():
     model = small(sheet=True, radius=2)
     idx = ids(2, 16)
     logits = model(idx).logits
     assert torch.equal(logits, model(idx, hidden=["layer.1.attn"]).logits)
     assert torch.equal(logits, small()(idx).logits)
-
-
-def test_head_mosaic_and_projection():
     model = small(sheet=True, radius=2, head_loss=True)
     assert "transformer.h.0.attn.c_proj.weight" not in model.state_dict()
     assert np.array_equal(model.unit_at_cell[0], positions.head_mosaic(4, 64))
@@ -164,8 +160,7 @@ def test_head_mosaic_and_projection():
     ],
 )
 def test_shapes_that_do_not_fit(options, words):
-    with pytest.raises(InputError, match=words):
-        GPT(GPTConfig(**{**SMALL, **options}))
+    input_error(words, GPT, GPTConfig(**{**SMALL, **options}))
 
 
 def test_init_depends_on_the_seed_and_name_alone():
@@ -246,8 +241,7 @@ def test_sampling():
     for bad in ({"prompts": [[]]}, {"temperature": -1}, {"top_p": 0}, {"top_k": 0}):
         with pytest.raises(InputError):
             model.generate(**{"prompts": [[1]], "max_new_tokens": 2, **bad})
-    with pytest.raises(InputError, match="block_size=32"):
-        model(ids(1, 33))
+    input_error("block_size=32", model, ids(1, 33))
 
 
 def test_rotary_positions_touch_one_class(monkeypatch):
@@ -356,10 +350,8 @@ def test_checkpoints_of_an_older_gptconfig(tmp_path):
     windows = model.draw_windows(torch.Generator().manual_seed(0))
     assert torch.equal(windows, torch.arange(49).repeat(4, 1)) == (len(model.window_cells) == 49)
     state["model_args"]["rotary"] = True
-    with pytest.raises(
-        InputError, match="x.pt has the option 'rotary', which this GPTConfig lacks"
-    ):
-        lm_from(state, "x.pt")
+    sentence = "x.pt has the option 'rotary', which this GPTConfig lacks"
+    input_error(sentence, lm_from, state, "x.pt")
 
 
 def test_checkpoints_that_are_refused(tmp_path):
@@ -373,27 +365,24 @@ def test_checkpoints_that_are_refused(tmp_path):
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for content, words in (
-        (whole[: len(whole) // 2], "torn"),
-        (b"", "torn"),
-        (pickle.dumps(print), "not ours"),
-        (pointer, "a pointer whose content is missing"),
+        (whole[: len(whole) // 2], "best.pt .*torn"),
+        (b"", "best.pt .*torn"),
+        (pickle.dumps(print), "best.pt .*not ours"),
+        (pointer, "best.pt .*a pointer whose content is missing"),
+        ({"model": {}, "model_args": {}}, "cannot be resumed"),
+        ({"format": "nanocortex", "version": 99}, "newer than this code"),
     ):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=f"best.pt .*{words}"):
-            load_checkpoint(path)
-    foreign = {"model": {}, "model_args": {}}
-    newer = {"format": "nanocortex", "version": 99}
-    for content, words in ((foreign, "cannot be resumed"), (newer, "newer than this code")):
-        torch.save(content, path)
-        with pytest.raises(InputError, match=words):
-            load_checkpoint(path)
-    with pytest.raises(InputError, match="no checkpoint .*none.pt"):
-        load_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(InputError, match="holds a 'decoder', no language model"):
-        lm_from({"kind": "decoder"})
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            torch.save(content, path)
+        input_error(words, load_checkpoint, path)
+    input_error("no checkpoint .*none.pt", load_checkpoint, tmp_path / "none.pt")
+    more = {**state["model"], "lm_head.bias": torch.zeros(1)}
     fewer = copy.copy(state["model"])
     del fewer["transformer.wpe.weight"]
-    with pytest.raises(InputError, match="lacks the weights 'transformer.wpe.weight'"):
-        lm_from({**state, "model": fewer})
-    with pytest.raises(InputError, match="has besides the weights 'lm_head.bias'"):
-        lm_from({**state, "model": {**state["model"], "lm_head.bias": torch.zeros(1)}})
+    for bad, words in (
+        ({**state, "model": fewer}, "lacks the weights 'transformer.wpe.weight'"),
+        ({**state, "model": more}, "has besides the weights 'lm_head.bias'"),
+    ):
+        input_error(words, lm_from, bad)

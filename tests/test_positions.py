@@ -1,8 +1,11 @@
 """positions.py against naive oracles: loops, recomputation, a pair at a time."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from helpers import input_error
 
 import positions
 from data import InputError
@@ -92,16 +95,16 @@ def test_a_hexagonal_sheet_is_one_function(monkeypatch):
 
 
 def test_errors_are_sentences():
-    with pytest.raises(InputError, match="n_embd=250 is not a square.*take 225 or 256"):
-        positions.sheet_side(250)
-    for radius in (1, 0, 9):
-        with pytest.raises(InputError, match=f"radius={radius} leaves no window.*take 2 to 8"):
-            window_cells(16, radius)
+    for make, words in (
+        (partial(positions.sheet_side, 250), "n_embd=250 is not a square.*take 225 or 256"),
+        (partial(window_cells, 16, 0), "radius=0 leaves no window.*take 2 to 8"),
+        (partial(window_cells, 16, 1), "radius=1 leaves no window.*take 2 to 8"),
+        (partial(window_cells, 16, 9), "radius=9 leaves no window.*take 2 to 8"),
+        (partial(positions.head_mosaic, 12, 784), "16 heads of 49"),
+        (partial(moran, np.eye(4), "bishop"), "'queen' or 'rook'"),
+    ):
+        input_error(words, make)
     assert len(window_cells(16, 8)) == 4 and len(window_cells(15, 8)) == 1
-    with pytest.raises(InputError, match="16 heads of 49"):
-        positions.head_mosaic(12, 784)
-    with pytest.raises(InputError, match="'queen' or 'rook'"):
-        moran(np.eye(4), "bishop")
 
 
 def test_window_draws_are_keyed_and_without_replacement():
@@ -126,10 +129,8 @@ def test_layouts():
     assert (rows != positions.random_positions(3, 64, seed=6)).any()
     mosaic = positions.head_mosaic(16, 784)
     assert is_permutation(mosaic)
-    patches = mosaic.reshape(4, 7, 4, 7)
-    for i in range(4):
-        for j in range(4):
-            assert (patches[i, :, j] // 49 == 4 * i + j).all()  # each head one square patch
+    heads = mosaic.reshape(4, 7, 4, 7) // 49
+    assert (heads == np.arange(16).reshape(4, 1, 4, 1)).all()  # each head one square patch
     assert positions.layer_names(1) == ["layer.0.attn", "layer.0.mlp"]
 
 
@@ -141,17 +142,13 @@ def test_positions_files(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
     with pytest.raises(InputError, match="is for 2 layers x 64 units, the model has 4 .* 81 unit"):
         positions.load_positions(path, 4, 81)
-    with pytest.raises(InputError, match="b.npz is missing: make one with python init_pos.py"):
-        positions.load_positions(tmp_path / "b.npz", 2, 64)
     rows[1, 0] = rows[1, 1]
     positions.save_positions(path, rows)
-    with pytest.raises(InputError, match="does not place every unit once"):
-        positions.load_positions(path, 2, 64)
+    input_error("does not place every unit once", positions.load_positions, path, 2, 64)
     whole = path.read_bytes()
     for torn in (whole[: len(whole) // 2], b"", b"text"):
         path.write_bytes(torn)
-        with pytest.raises(InputError, match="a.npz is no positions file"):
-            positions.load_positions(path, 2, 64)
+        input_error("a.npz is no positions file", positions.load_positions, path, 2, 64)
 
 
 # ---- spatial loss
@@ -164,20 +161,14 @@ def test_spatial_loss_is_the_textbook_loop(norm, count):
     cells = window_cells(8, 3, norm)[:count]
     units = positions.random_positions(1, 64)[0][cells]
     near = closeness(cells[0], 8)
+    inputs = [x.view(4, 30, 64), torch.tensor(units), torch.tensor(near).float()]
     for kind in ("relative", "absolute"):
         for accum in ("mean", "maximum"):
-            loss = spatial_loss(
-                x.view(4, 30, 64), torch.tensor(units), torch.tensor(near).float(), kind, accum
-            )
+            loss = spatial_loss(*inputs, kind, accum)
             assert abs(loss.item() - textbook_loss(x, units, near, kind, accum)) < 1e-5
-
-
-def test_spatial_loss_is_float32_under_autocast():
-    x = torch.randn(200, 36)
-    units, near = window_of()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = spatial_loss(x, units, near)
-    assert loss.dtype is torch.float32 and loss == spatial_loss(x, units, near)
+            with torch.autocast("cpu", torch.bfloat16):
+                half = spatial_loss(*inputs, kind, accum)
+            assert half.dtype is torch.float32 and half == loss
 
 
 @pytest.mark.parametrize("kind", ["relative", "absolute"])
@@ -185,8 +176,6 @@ def test_constant_units_and_tiny_batches_give_finite_gradients(kind):
     some_constant = torch.randn(50, 36)
     some_constant[:, [0, 7]] = 0.1
     some_constant[:, 14] = 0
-    all_but_constant = torch.full((50, 36), 1e4) + 1e-3 * torch.randn(50, 36)
-    all_but_silent = 1e-14 * torch.randn(50, 36)
     units, near = window_of()
     for x in (
         some_constant,
@@ -195,8 +184,8 @@ def test_constant_units_and_tiny_batches_give_finite_gradients(kind):
         torch.zeros(50, 36),
         torch.full((50, 36), 0.1),
         torch.randn(50, 1).repeat(1, 36),
-        all_but_constant,
-        all_but_silent,
+        torch.full((50, 36), 1e4) + 1e-3 * torch.randn(50, 36),  # all but constant
+        1e-14 * torch.randn(50, 36),  # all but silent
     ):
         x = x.clone().requires_grad_()
         for windows in (units, units[:1]):
@@ -206,10 +195,7 @@ def test_constant_units_and_tiny_batches_give_finite_gradients(kind):
             assert kind == "absolute" or 0 <= loss <= 1
     r = correlations(some_constant)
     assert not r[[0, 7, 14]].any() and np.isfinite(r).all()
-
-
-def test_weights_of_silent_units_give_finite_gradients():
-    weight = torch.randn(36, 12)
+    weight = torch.randn(36, 12)  # of the rival
     weight[[3, 20]] = 0
     weight.requires_grad_()
     (grad,) = torch.autograd.grad(positions.weight_loss(weight, torch.arange(36)), weight)
@@ -222,11 +208,10 @@ def test_weights_of_silent_units_give_finite_gradients():
 def naive_moran(values, queen):
     """Row-standardised weights, a double loop over cells."""
     z = values - values.mean()
-    cells = list(np.ndindex(z.shape))
     total = 0
-    for cell in cells:
+    for cell in np.ndindex(z.shape):
         around = []
-        for other in cells:
+        for other in np.ndindex(z.shape):
             steps = np.abs(np.subtract(cell, other))
             if (steps.max() if queen else steps.sum()) == 1:
                 around.append(z[other])
@@ -260,19 +245,17 @@ def test_swap_gain_is_a_full_recompute():
     def loss(r):
         return (1 - np.corrcoef(r[lower], d[lower])[0, 1]) / 2
 
-    spread = np.square(r[lower] - r[lower].mean()).sum()
-    spread *= np.square(d[lower] - d[lower].mean()).sum()
+    spread = r[lower].var() * d[lower].var() * len(lower[0]) ** 2
     r0 = r - np.eye(n)
     d0 = d - np.eye(n)
     gains = swap_gains(r0, d0)
-    for a in range(n):
-        for b in range(n):
-            gain = swap_gain(r0, d0, a, b)
-            new = np.arange(n)
-            new[[a, b]] = b, a
-            fall = loss(r) - loss(r[new][:, new])
-            assert abs(gain / (2 * np.sqrt(spread)) - fall) < 1e-10
-            assert abs(gain - gains[a, b]) < 1e-10
+    for a, b in np.ndindex(n, n):
+        new = np.arange(n)
+        new[[a, b]] = b, a
+        fall = loss(r) - loss(r[new][:, new])
+        gain = swap_gain(r0, d0, a, b)
+        assert abs(gain / (2 * np.sqrt(spread)) - fall) < 1e-10
+        assert abs(gain - gains[a, b]) < 1e-10
 
 
 @pytest.mark.parametrize("norm", [2, INF])
@@ -289,9 +272,9 @@ def test_swaps_find_a_hidden_map(norm):
 
     final = {}
     for name, swap in {
-        "window": lambda: swap_window(r, sheet, start, 200, 50, seed=3),
-        "sheet": lambda: swap_sheet(r, sheet),
-        "sheet from start": lambda: swap_sheet(r, sheet, start),
+        "window": partial(swap_window, r, sheet, start, 200, 50, seed=3),
+        "sheet": partial(swap_sheet, r, sheet),
+        "sheet from start": partial(swap_sheet, r, sheet, start),
     }.items():
         layout, losses = swap()
         assert is_permutation(layout) and (layout == swap()[0]).all()  # deterministic

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import run
+from helpers import input_error, run
 from test_tokens import BYTES, ODD, offline, texts, write_headed  # noqa: F401 (a fixture)
 
 import configurator
@@ -107,8 +107,7 @@ def test_workers_and_stops_do_not_show(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(T, "_tokenise", dies)
     with pytest.raises(KeyboardInterrupt):
         make_shards(three, folders["parquet"])
-    with pytest.raises(InputError, match="no finished token dataset"):
-        Tokens(three, "train")
+    input_error("no finished token dataset", Tokens, three, "train")
     with pytest.raises(InputError, match="begun from other files or with other options"):
         make_shards(three, folders["jsonl"])
     first = list(made)
@@ -157,70 +156,57 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, capsys):
         assert "60 documents with half a character replaced" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("torn.parquet", b"PAR1....", "torn.parquet is not a whole parquet file"),
-        ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 .* is not JSON"),
-        ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 .* is not JSON in UTF-8"),
-        ("key.jsonl", b'{"body": "a"}\n', r"\({\"body\": \"a\"}\) has no 'text': give column="),
-        ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
-        ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
-        (
-            "torn.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40],
-            "not a whole gzip file",
-        ),
-        ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
-        ("photo.png", b"\x89PNG", "holds no .parquet, .jsonl, .txt or .md files"),
-    ],
-)
+TORN = gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40]
+DAMAGED = [
+    ("torn.parquet", b"PAR1....", "torn.parquet is not a whole parquet file"),
+    ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 .* is not JSON"),
+    ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 .* is not JSON in UTF-8"),
+    ("key.jsonl", b'{"body": "a"}\n', r"\({\"body\": \"a\"}\) has no 'text': give column="),
+    ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
+    ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
+    ("torn.jsonl.gz", TORN, "not a whole gzip file"),
+    ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
+    ("photo.png", b"\x89PNG", "holds no .parquet, .jsonl, .txt or .md files"),
+]
+
+
+@pytest.mark.parametrize("name, content, words", DAMAGED)
 def test_sources_that_are_damaged(tmp_path, name, content, words):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
-    with pytest.raises(InputError, match=words) as error:
-        make_shards(tmp_path / "out", tmp_path / "in")
-    assert "\n" not in str(error.value)
+    for workers in (1, 2) if name == "bad.jsonl" else (1,):
+        input_error(words, make_shards, tmp_path / "out", tmp_path / "in", workers)
 
 
-def test_empty_files_and_links_without_content(tmp_path):
+def test_empty_files_links_without_content_and_columns_of_parquet(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").touch()
     for i, row in enumerate(texts(40)):
         (tmp_path / f"in/b{i}.txt").write_text(row)
     assert make_shards(tmp_path / "out", tmp_path / "in")["documents"] == 40
     (tmp_path / "in/c.txt").symlink_to("../.git/annex/objects/c.txt")
-    with pytest.raises(InputError, match="c.txt is a git-annex link"):
-        make_shards(tmp_path / "out", tmp_path / "in")
-
-
-def test_damage_that_a_worker_meets_and_columns_of_parquet(tmp_path):
-    (tmp_path / "bad.jsonl").write_bytes(b"torn")
-    with pytest.raises(InputError, match="bad.jsonl: the line at byte 0 .* is not JSON"):
-        make_shards(tmp_path / "out", tmp_path / "bad.jsonl", workers=2)
     write_parquet(tmp_path / "a.parquet", ["a"] * 20, column="body")
-    with pytest.raises(InputError, match="no text in a column 'text', only {.*'body': 'string'}"):
-        make_shards(tmp_path / "out", tmp_path / "a.parquet")
     write_parquet(tmp_path / "b.parquet", [1] * 20)
-    with pytest.raises(InputError, match="no text in a column 'text'"):
-        make_shards(tmp_path / "out", tmp_path / "b.parquet")
+    for name, words in (
+        ("in", "c.txt is a git-annex link"),
+        ("a.parquet", "no text in a column 'text', only {.*'body': 'string'}"),
+        ("b.parquet", "no text in a column 'text'"),
+    ):
+        input_error(words, make_shards, tmp_path / "out", tmp_path / name)
 
 
 def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
     _, folders = corpus
     monkeypatch.setattr(T.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(InputError, match="1e-08 GB are free: make room"):
-        make_shards(tmp_path / "full", folders["text"])
+    input_error("1e-08 GB are free: make room", make_shards, tmp_path / "full", folders["text"])
     monkeypatch.undo()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/train.bin").write_bytes(b"mine")
-    with pytest.raises(InputError, match="not made here"):
-        make_shards(tmp_path / "mine", folders["text"])
+    input_error("not made here", make_shards, tmp_path / "mine", folders["text"])
     assert (tmp_path / "mine/train.bin").read_bytes() == b"mine"
     with open(tmp_path / "mine/.lock", "w") as lock:
         T.fcntl.flock(lock, T.fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="being made by another job"):
-            make_shards(tmp_path / "mine", folders["text"])
+        input_error("being made by another job", make_shards, tmp_path / "mine", folders["text"])
 
 
 # ---- prepare scripts
@@ -242,8 +228,7 @@ def test_ones_own_text_in_one_command(tmp_path):
     [train] = documents_of(tmp_path / "d", "train")
     [val] = documents_of(tmp_path / "d", "val")
     assert train + val == book and train.endswith("\n") and 0.08 < len(val) / len(book) < 0.12
-    with pytest.raises(InputError, match="made with val_fraction=0.1"):
-        checked(own, **options, val_fraction=0.2)
+    input_error("made with val_fraction=0.1", checked, own, **options, val_fraction=0.2)
     (tmp_path / "book.txt").write_text(book[::-1])
     checked(own, **options, val_fraction=0.1)
     [train] = documents_of(tmp_path / "d", "train")
@@ -272,15 +257,13 @@ def test_bad_options_of_the_prepare_scripts(tmp_path, offline):  # noqa: F811
         (own, {"root": book, "bpe": "/no/file"}, "/no/file is missing"),
         (own, {"root": book, "bpe": book}, "book.txt is not GPT-2's BPE"),
         (own, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),
-        (own, {"root": str(tmp_path), "files": "*.tex"}, "holds no *.tex files"),
+        (own, {"root": str(tmp_path), "files": "*.tex"}, r"holds no \*.tex files"),
         (fineweb, {}, "bpe=FILE"),
         (openwebtext, {"workers": -1}, "workers"),
         (shakespeare, {"root": "no/such/file"}, "no/such/file is missing"),
         (pydocs, {"vocab_size": 256}, "vocab_size=256 cannot hold"),
     ):
-        with pytest.raises(ValueError) as error:
-            checked(script, **options, out_dir=str(tmp_path / "out"))
-        assert words in str(error.value) and "\n" not in str(error.value)
+        input_error(words, checked, script, **options, out_dir=str(tmp_path / "out"))
 
 
 def fake_hub(listed, write):
@@ -319,9 +302,8 @@ def test_ready_made_shards(tmp_path, monkeypatch, gpt2):
     monkeypatch.setattr(T, "Hub", hub)
     fineweb.main(fineweb.Config(prebuilt=2, out_dir=str(tmp_path / "out")))
     assert complete(tmp_path / "out") and len(hub.fetched) == 3
-    train = Tokens(tmp_path / "out", "train")
+    train, val = Tokens(tmp_path / "out", "train"), Tokens(tmp_path / "out", "val")
     assert np.array_equal(train.tokens[:], np.tile(np.arange(100) + 50, 2))
-    val = Tokens(tmp_path / "out", "val")
     assert np.array_equal(val.windows([90], 10)[0], np.arange(90, 100))
 
 
@@ -337,9 +319,8 @@ def test_large_sets_from_the_hub_and_from_a_local_copy(tmp_path, monkeypatch, gp
     monkeypatch.setattr(T.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
 
     def make(script, name, **options):
-        script.main(
-            script.Config(out_dir=str(tmp_path / name), val_fraction=0.2, workers=1, **options)
-        )
+        options |= {"out_dir": str(tmp_path / name), "val_fraction": 0.2, "workers": 1}
+        script.main(script.Config(**options))
 
     make(openwebtext, "local", root=str(tmp_path / "hub"))
     for script, name in ((fineweb, "far"), (openwebtext, "other")):
@@ -358,8 +339,7 @@ def test_large_sets_from_the_hub_and_from_a_local_copy(tmp_path, monkeypatch, gp
 def test_no_network_is_one_sentence(monkeypatch):
     hub = T.Hub.__new__(T.Hub)
     hub.repo = "nobody/nothing"
-    with pytest.raises(InputError, match="nobody/nothing could not be had from .*root=PATH"):
-        hub._ask("no_such_method")
+    input_error("nobody/nothing could not be had from .*root=PATH", hub._ask, "no_such_method")
 
     def no_route(*_, **__):
         raise OSError("no route to host")
@@ -438,7 +418,7 @@ def test_nothing_is_said_twice_nor_on_both_sides(modules):
             said.add(words)
 
 
-def test_docstrings_come_in_source_order(tmp_path):
+def test_docstrings_come_in_source_order_and_what_does_not_parse_is_left_out(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(
         '"""Module."""\nadd_newdoc("a", """\nAttached text.\n""")\n'
@@ -448,14 +428,10 @@ def test_docstrings_come_in_source_order(tmp_path):
     for pieces in pydocs.docstrings(path):
         found += [piece for _, piece, _ in pieces]
     assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
-
-
-def test_sources_that_do_not_parse_are_left_out(tmp_path):
+    path.write_text('"""torn')
     (tmp_path / "deep.py").write_text("-" * 100_000 + "1")
     (tmp_path / ".#lock.py").symlink_to("nobody@nowhere")
-    (tmp_path / "torn.py").write_text('"""torn')
-    files = [(path.stem, path) for path in tmp_path.iterdir()]
-    texts, bad = pydocs.read(files, workers=1)
+    texts, bad = pydocs.read([(file.stem, file) for file in tmp_path.iterdir()], workers=1)
     assert not texts and len(bad) == 3
 
 
@@ -467,9 +443,8 @@ def test_what_is_installed_is_found(tmp_path, monkeypatch):
     paths = dict(files)
     assert missing == ["not_a_package"] and set(versions) == {"python", "PyYAML"}
     assert paths["yaml.loader"].name == "loader.py" and paths["yaml"].name == "__init__.py"
-    assert {"json.decoder", "a_copy"} <= paths.keys() and not any(
-        "test" in name.split(".") for name in paths
-    )
+    assert {"json.decoder", "a_copy"} <= paths.keys()
+    assert not any("test" in name.split(".") for name in paths)
     topics = pydocs.topics(paths[pydocs.TOPICS])
     assert "boolean" in topics[f"{pydocs.TOPICS}.booleans"].lower()
 
@@ -483,8 +458,7 @@ def test_what_is_there_is_left_alone(modules, tmp_path, monkeypatch, capsys):
     pydocs.main(config)
     assert "is there already" in capsys.readouterr().out
     assert (folder / "meta.yaml").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="overwrite=True"):
-        pydocs.main(pydocs.Config(out_dir=str(folder), seed=1, **SMALL))
+    input_error("overwrite=True", pydocs.main, pydocs.Config(out_dir=str(folder), seed=1, **SMALL))
     (folder / "val.bin").write_bytes(b"torn")
     pydocs.main(config)  # damage is repaired
     assert complete(folder)

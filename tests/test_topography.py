@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 import torch
 import transformers
-from helpers import ROOT, byte_tokenizer, make_dataset
+from helpers import ROOT, byte_tokenizer, input_error, make_dataset
 from test_model import small
 
 import positions
@@ -32,9 +32,8 @@ TEXTS = ["the cat", "a", "dogs bark at night", "zebra", "the cats sleep"]
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A Run, for what measures."""
-    plain = Run(
-        Config(out_dir=str(tmp_path_factory.mktemp("plain")), device="cpu", dtype="float32")
-    )
+    out = str(tmp_path_factory.mktemp("plain"))
+    plain = Run(Config(out_dir=out, device="cpu", dtype="float32"))
     yield plain
     plain.close()
 
@@ -93,14 +92,13 @@ class MaskedLetters:
 
 def test_the_token_that_closes_a_text_is_not_scored(plain):
     """A decoder of BERT's kind has a tokenizer that writes one."""
-    model = small()
     tokenizer = MaskedLetters()
     tokenizer.sep_token_id = 97
-    lm = HiddenStates({"model": model, "tokenizer": tokenizer}, head=True)
+    lm = HiddenStates({"model": small(), "tokenizer": tokenizer}, head=True)
     rows = lm.encode(TEXTS)[0]
-    open_rows = [row[:-1] for row in rows]
     scores = topography.sentence_scores(plain, lm, rows)
-    assert np.allclose(scores, topography.sentence_scores(plain, lm, open_rows), atol=1e-4)
+    open_scores = topography.sentence_scores(plain, lm, [row[:-1] for row in rows])
+    assert np.allclose(scores, open_scores, atol=1e-4)
 
 
 def test_a_masked_model_scores_each_token_masked_in_turn(plain):
@@ -122,36 +120,28 @@ def test_a_masked_model_scores_each_token_masked_in_turn(plain):
 
 
 def of_uid(plain, pairs, n=0, block_size=64):
-    """Scores of minimal pairs {UID: [pair, ...]} by UID, and how many were too long."""
+    """Scores of minimal pairs {UID: [(good, bad), ...]} by UID, and how many were too long."""
     lm = letters_lm(small(block_size=block_size))
-    scores, n_long = topography.score_pairs(plain, lm, pairs, n, 2048)
+    named = {}
+    for uid, texts in pairs.items():
+        named[uid] = [{"sentence_good": good, "sentence_bad": bad} for good, bad in texts]
+    scores, n_long = topography.score_pairs(plain, lm, named, n, 2048)
     return scores.set_index("uid"), n_long
 
 
-def test_pairs_beyond_the_context_are_left_out_and_counted(plain):
-    pairs = {
-        "short": [{"sentence_good": "abc", "sentence_bad": "abd"}] * 3,
-        "long": [{"sentence_good": "abcdefghij", "sentence_bad": "abcdefghik"}],
-    }
-    scores, n_long = of_uid(plain, pairs, block_size=8)
-    assert scores.n.to_dict() == {"short": 3}
-    assert n_long == 1
-    assert of_uid(plain, pairs, n=2, block_size=8)[0].n.short == 2
-    del pairs["short"]
-    scores, n_long = of_uid(plain, pairs, block_size=8)
-    assert scores.empty and n_long == 1
-
-
-def test_accuracy_of_a_paradigm_counts_ties_half(plain):
-    pair = {"sentence_good": "abc", "sentence_bad": "xyz"}
-    reverse = {"sentence_good": "xyz", "sentence_bad": "abc"}
-    tie = {"sentence_good": "abc", "sentence_bad": "abc"}
+def test_ties_count_half_and_pairs_beyond_the_context_are_left_out_and_counted(plain):
+    pair, reverse, tie = ("abc", "xyz"), ("xyz", "abc"), ("abc", "abc")
     scores, _ = of_uid(plain, {"one": [pair], "both": [pair, reverse, tie, tie]})
     assert scores.score.one in (0, 1)
-    both = scores.loc["both"]
-    assert (both.score, both.n) == (0.5, 4)
     low, high = scipy.stats.binomtest(2, 4).proportion_ci(method="wilson")
-    assert (both.low, both.high) == (low, high)
+    assert scores.loc["both", ["score", "n", "low", "high"]].tolist() == [0.5, 4, low, high]
+
+    long = [("abcdefghij", "abcdefghik")]
+    scores, n_long = of_uid(plain, {"short": [pair] * 3, "long": long}, block_size=8)
+    assert scores.n.to_dict() == {"short": 3} and n_long == 1
+    assert of_uid(plain, {"short": [pair] * 3}, n=2)[0].n.short == 2
+    scores, n_long = of_uid(plain, {"long": long}, block_size=8)
+    assert scores.empty and n_long == 1
 
 
 def planted(rng, n=40, side=8):
@@ -170,27 +160,26 @@ def test_a_planted_block_is_found():
     a = np.arange(40)
     b = np.arange(40, 80)
     t, p = topography.welch(sheets.x[a], sheets.x[b])
-    oracle = [scipy.stats.ttest_ind(x[:40], x[40:], equal_var=False) for x in sheets.x[:, 0].T]
-    assert np.allclose(t[0], [test.statistic for test in oracle])
-    assert np.allclose(p[0], [test.pvalue for test in oracle])
+    oracle = scipy.stats.ttest_ind(sheets.x[a], sheets.x[b], equal_var=False)
+    assert np.allclose(t, oracle.statistic) and np.allclose(p, oracle.pvalue)
     mask = mne.stats.fdr_correction(p, 0.05)[0] & (t > 0)
-    assert set(units) <= set(np.flatnonzero(mask[0]))
-    assert mask.sum() <= 11
+    assert set(units) <= set(np.flatnonzero(mask[0])) and mask.sum() <= 11
     maps = topography.on_sheet(t, sheets.layout)[0]
     assert np.allclose(maps, t[0][sheets.layout[0]].reshape(8, 8))
     labels = topography.clusters(maps, smallest=5, stop=4.0)
-    assert labels.max() == 1
-    assert set(np.flatnonzero(labels.ravel())) == set(cells)
+    assert labels.max() == 1 and set(np.flatnonzero(labels.ravel())) == set(cells)
     assert topography.clusters(maps, smallest=10, stop=4.0).max() == 0
 
     scores, half, null = topography.moran_of_contrast(sheets, a, b, rng, 200)
     assert null.mean() == pytest.approx(-1 / 63, abs=0.02)
-    assert half[0] > 0
-    assert scores[0] > null.max()
+    assert half[0] > 0 and scores[0] > null.max()
     labels = topography.shuffled_labels(sheets, a, b, rng, 40)
     assert scores[0] > labels.max()  # independent units: the map of nothing is rough
     _, _, null = topography.moran_of_contrast(sheets, a, b, rng, 20, fwhm=3.0)
     assert null.mean() > 0.4  # smoothing alone raises Moran's I: its null must be its own
+
+    t, p = topography.welch(np.ones((5, 3)), np.ones((6, 3)))
+    assert (t == 0).all() and (p == 1).all()
 
 
 def test_the_mask_is_held_out_of_each_condition(plain, monkeypatch):
@@ -217,18 +206,12 @@ def test_the_mask_is_held_out_of_each_condition(plain, monkeypatch):
     assert profile["mean"]["a1"] == pytest.approx(wanted)
 
 
-def test_welch_of_constant_units_is_nothing():
-    t, p = topography.welch(np.ones((5, 3)), np.ones((6, 3)))
-    assert (t == 0).all()
-    assert (p == 1).all()
-
-
 def test_silencing_the_units_that_matter_hurts():
     """Only 16 units of the first MLP tell anything; zeroing them, and no others, matters."""
     model = small(sheet=True, radius=2)
-    with torch.no_grad():
-        model.transformer.h[0].mlp.c_proj.weight[16:] = 0
-        model.transformer.h[0].mlp.c_proj.bias[16:] = 0
+    mlp = model.transformer.h[0].mlp
+    mlp.c_proj.weight.data[16:] = 0
+    mlp.c_proj.bias.data[16:] = 0
     idx = torch.randint(0, 90, (4, 12), generator=torch.Generator().manual_seed(0))
     whole = model(idx).logits
 
@@ -243,31 +226,25 @@ def test_silencing_the_units_that_matter_hurts():
     assert torch.equal(model(idx).logits, whole)  # the hooks are gone
 
 
-def test_geometry():
+def test_geometry_and_the_jackknife():
     rng = np.random.default_rng(0)
     assert topography.effective_dimensionality(np.eye(10)) == pytest.approx(10)
     assert topography.effective_dimensionality(np.ones((10, 10))) == pytest.approx(1)
     smooth = np.add.outer(np.arange(12.0), np.arange(12.0))
-    shuffled = rng.permutation(smooth.ravel()).reshape(12, 12)
+    shuffled = [rng.permutation(smooth.ravel()).reshape(12, 12) for _ in range(6)]
     assert topography.smoothness(smooth) > 0.6
-    assert topography.smoothness(shuffled) < 0.2
-    scattered = []
-    for _ in range(5):
-        other = rng.permutation(smooth.ravel()).reshape(12, 12)
-        scattered.append(topography.wiring_length(shuffled, other))
+    assert topography.smoothness(shuffled[0]) < 0.2
+    scattered = [topography.wiring_length(shuffled[0], other) for other in shuffled[1:]]
     assert topography.wiring_length(smooth, smooth) < 0.8 * np.mean(scattered)
+    x = rng.normal(size=200)
+    value, half = topography.jackknife(np.mean, x, parts=200)  # the standard error of a mean
+    assert value == x.mean() and half == pytest.approx(1.96 * scipy.stats.sem(x))
 
 
-def test_the_jackknife_is_the_standard_error_of_a_mean():
-    x = np.random.default_rng(0).normal(size=200)
-    value, half = topography.jackknife(np.mean, x, parts=200)
-    assert value == x.mean()
-    assert half == pytest.approx(1.96 * scipy.stats.sem(x))
-
-
-@pytest.mark.parametrize(
-    "text, options, rows",
-    [
+def test_stimuli_in_the_known_layouts_and_bad_ones(tmp_path):
+    path = tmp_path / "run1.csv"
+    columns = {"text_column": "sentence,b", "condition_column": "a"}
+    for text, options, rows in (
         (
             "stim1,stim2,stim3,stim4\n1,THE,CAT,S\n2,DAP,LIR,N\n",
             {},
@@ -280,41 +257,26 @@ def test_the_jackknife_is_the_standard_error_of_a_mean():
         ),
         (
             "sentence,a,b\nhello there,x,y\nnull,x,z\n",
-            {"text_column": "sentence,b", "condition_column": "a"},
+            columns,
             [["hello there y", "x"], ["null z", "x"]],
         ),
-    ],
-)
-def test_stimuli_in_the_known_layouts(tmp_path, text, options, rows):
-    (tmp_path / "run1.csv").write_text(text)
-    for path in (tmp_path, tmp_path / "run1.csv"):
-        assert read_stimuli(path, **options).to_numpy().tolist() == rows
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
+    ):
+        path.write_text(text)
+        for source in (tmp_path, path):
+            assert read_stimuli(source, **options).to_numpy().tolist() == rows
+    for text, words in (
         ("text,kind\na,b\n", "no column 'condition', only text, kind"),
         ("text,condition\n ,b\n", "line 2: the text is empty"),
-    ],
-)
-def test_bad_stimuli(tmp_path, text, words):
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(InputError, match=words):
-        read_stimuli(tmp_path / "bad.csv")
-    with pytest.raises(InputError, match="no stimuli"):
-        read_stimuli(tmp_path / "none.csv")
+    ):
+        path.write_text(text)
+        input_error(words, read_stimuli, path)
+    input_error("no stimuli", read_stimuli, tmp_path / "none.csv")
 
 
-def test_bad_contrasts():
-    with pytest.raises(InputError, match="condition 'q'.*there are x"):
-        find_contrasts(["x"] * 5, ["q>x"])
-    with pytest.raises(InputError, match="A>B"):
-        Config(contrasts=["nouns"]).check()
-    with pytest.raises(InputError, match="of one condition, x: two are needed"):
-        find_contrasts(["x"] * 5)
+def test_contrasts_without_names():
     contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
+    input_error("of one condition, x: two are needed", find_contrasts, ["x"] * 5)
 
 
 def test_only_data_that_says_so_is_called_synthetic(tmp_path):
@@ -334,17 +296,16 @@ def given(tmp_path_factory):
         save_checkpoint(folder / name / "best.pt", {**lm_state(model), "tokenizer": tokenizer})
     make_dataset(folder / "data")
     rng = np.random.default_rng(0)
-    texts = []
+    lines = ["text,condition\n"]
     for condition, letters in (("one", "abcdefgh"), ("two", "stuvwxyz")):
         for _ in range(24):
-            texts.append(("".join(rng.choice(list(letters), 9)), condition))
-    pd.DataFrame(texts, columns=["text", "condition"]).to_csv(folder / "s.csv", index=False)
+            lines.append(f"{''.join(rng.choice(list(letters), 9))},{condition}\n")
+    (folder / "s.csv").write_text("".join(lines))
     (folder / "pairs").mkdir()
+    pairs = '{"sentence_good": "ab cd", "sentence_bad": "xq zz"}\n'
+    pairs += '{"sentence_good": "a", "sentence_bad": "b"}\n'
     for uid in ("p1", "p2"):
-        (folder / "pairs" / f"{uid}.jsonl").write_text(
-            '{"sentence_good": "ab cd", "sentence_bad": "xq zz"}\n'
-            '{"sentence_good": "a", "sentence_bad": "b"}\n'
-        )
+        (folder / "pairs" / f"{uid}.jsonl").write_text(pairs)
     return folder
 
 
@@ -365,23 +326,21 @@ def test_a_whole_run(given, tmp_path):
     assert set(table.measure) == measures
     mean = table[(table.measure == "moran") & (table.sheet == "mean")]
     mean = mean.set_index(["model", "blur"])
-    assert mean.loc[("model", 0.0), "score"] == mean.loc[("twin", 0.0), "score"]
-    assert abs(mean.loc[("model", 0.0), "chance"]) < 0.1
-    ablated = table[table.measure.str.startswith("ablation")].set_index("measure")
+    assert mean.score["model", 0.0] == mean.score["twin", 0.0]
+    assert abs(mean.chance["model", 0.0]) < 0.1 and mean.chance["model", 2.0] > 0.3
+    ablated = table[table.measure.str.startswith("ablation")]
     assert ablated.n.tolist() == [4, 16]  # pairs, windows of text
     assert (ablated.low < ablated.score).all() and (ablated.score < ablated.high).all()
-    assert mean.loc[("model", 2.0), "chance"] > 0.3
     assert {"map_one_two.png", "summary.png"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_rows_of_other_models_stimuli_or_pairs_are_not_kept(given, tmp_path):
     data = shutil.copytree(given, tmp_path / "data")
-    run(data, tmp_path / "out", lm=str(data / "flat"))
+    lm = str(data / "flat")
+    run(data, tmp_path / "out", lm=lm)
     (data / "pairs/p1.jsonl").rename(data / "pairs/p3.jsonl")
-    assert set(run(data, tmp_path / "out", lm=str(data / "flat")).contrast) == {"p2", "p3"}
-    config = Config(
-        lm=str(data / "flat"), sweep=[str(data / "sheets")], stimuli=str(data / "s.csv")
-    )
+    assert set(run(data, tmp_path / "out", lm=lm).contrast) == {"p2", "p3"}
+    config = Config(lm=lm, sweep=[str(data / "sheets")], stimuli=str(data / "s.csv"))
     contents = {topography.content_of(config)}
     for file in ("flat/best.pt", "sheets/best.pt", "s.csv"):
         os.utime(data / file, (1, 1))  # made again
@@ -399,14 +358,15 @@ def test_without_sheets_there_are_pairs_only_and_without_pairs_nothing(given, tm
 
 def test_text_is_read_in_the_models_own_tokens(plain, given, tmp_path):
     lm = topography.load_model(str(given / "sheets"), plain)
+    config = Config(dataset=str(tmp_path), val_batches=1)
     text = "the cats sleep, " * 20
     state = learn_bpe([text], 265, "bpe")
     write_dataset(tmp_path, {"val": [Tokenizer(state).encode(text)]}, state)
-    batches = topography.text_batches(plain, Config(dataset=str(tmp_path), val_batches=1), lm)
+    batches = topography.text_batches(plain, config, lm)
     assert batches[0][0].tolist() == list(text[:33].encode())
     write_dataset(tmp_path, {"val": [Tokenizer(state).encode(text[:20])]}, state)
     with pytest.raises(InputError, match="21 validation tokens, fewer than the 33"):
-        topography.text_batches(plain, Config(dataset=str(tmp_path)), lm)
+        topography.text_batches(plain, config, lm)
 
 
 def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
