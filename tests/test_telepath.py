@@ -3,22 +3,21 @@
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from itertools import count
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import byte_tokenizer, make_eeg
+from helpers import byte_tokenizer, make_eeg, save_encoder
 from torch.nn import functional as F
 
 import telepath as T
 from configurator import check
 from data import InputError
 from data.tokens import state_of
-from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, lm_state, save_checkpoint
+from model import GPT, GPTConfig, lm_state, save_checkpoint
 from telepath import load_checkpoint
 
 FAST = {"device": "cpu", "dtype": "float32", "t_end": 0.4, "baseline": 0.0, "jitter": 0.0}
@@ -363,30 +362,20 @@ def test_augmentations_are_of_a_share_of_trials_and_of_what_is_there():
 # ---- batches
 
 
-def batches(config, experiment, n_steps=2, first=0, rank=0, world=1):
+def batches(config, experiment, n_steps=2):
     """The micro-batches of a few steps."""
-    run = Here(config)
-    run.rank, run.world = rank, world
-    training = T.Training(run, config, experiment, experiment.sets["train"])
-    training.numbers = count(training.n_micro * first + rank, world)
+    training = T.Training(Here(config), config, experiment, experiment.sets["train"])
     return [batch for _ in range(n_steps) for batch in training.batches()]
 
 
-def assert_same(these, those):
-    for a, b in zip(these, those, strict=True):
-        for x, y in zip([*a.inputs, a.target, a.word], [*b.inputs, b.target, b.word]):
-            assert np.array_equal(x, y, equal_nan=x.is_floating_point())
-
-
-def test_any_workers_and_ranks_make_the_same_batches(given):
+def test_any_number_of_workers_makes_the_same_batches(given):  # ranks: tests/test_scripts.py
     options = {"augment": list(T.AUGMENT), "augment_share": 0.5, "synonyms": True}
     config, _, experiment = prepared(given, jitter=0.04, trials_per_step=16, **options)
     plain = batches(config, experiment)
     assert len(plain) == 4
-    assert_same(plain, batches(replace(config, num_workers=4), experiment))
-    for rank in (0, 1):
-        assert_same(plain[rank::2], batches(config, experiment, rank=rank, world=2))
-    assert_same(plain[2:], batches(config, experiment, 1, first=1))  # a resumed run's first
+    for a, b in zip(plain, batches(replace(config, num_workers=4), experiment)):
+        for x, y in zip([*a.inputs, a.target, a.word], [*b.inputs, b.target, b.word]):
+            assert np.array_equal(x, y, equal_nan=x.is_floating_point())
     other = batches(replace(config, seed=1), experiment, 1)
     assert not torch.equal(plain[0].inputs[0], other[0].inputs[0])
 
@@ -723,19 +712,14 @@ def test_an_encoder_that_saw_held_out_trials_is_refused(given, whole, tmp_path):
     assert torch.equal(mixed, weights["encoder.net.embed.weight"])
 
 
-def foundation_checkpoint(path, dataset, bands=()):
+def foundation_checkpoint(folder, dataset, bands=()):
     """An encoder of 40 electrodes as foundation.py writes it."""
-    shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 24, "width": 16}
-    shape = EncoderConfig(**shape, n_layer=1, n_head=2, patch=5, subjects=7)
-    encoder = NeuralEncoder(shape)
     place = np.random.default_rng(1).normal(size=(40, 3)) * 0.05
     recording = {"dataset": dataset, "name": "sub-01", "xyz": place.tolist()}
     recording["channels"] = [f"E{i}" for i in range(40)]
     recipe = {"sfreq": 25.0, "bands": list(bands), "grid": "", "recordings": [recording]}
-    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    state = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
-    save_checkpoint(path, {**state, "model": weights})
-    return encoder, place
+    shape = {"tokens": "electrode", "n_embd": 24, "width": 16, "n_layer": 1, "n_head": 2}
+    return save_encoder(folder, recipe, **shape, patch=5, subjects=7), place
 
 
 def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
@@ -743,7 +727,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
         given["channels"].loc[[3, 7], ["x", "y", "z"]] = np.nan
 
     make_eeg(tmp_path / "eeg", channels=63, changes=nameless, words=8, images=4)
-    encoder, place = foundation_checkpoint(tmp_path / "best.pt", "elsewhere")
+    encoder, place = foundation_checkpoint(tmp_path, "elsewhere")
     options = {"dataset": str(tmp_path / "eeg"), "encoder": f"pretrained:{tmp_path}"}
     experiment = prepared(given, **options)[2]
     notes = experiment.trials.notes[0]
@@ -753,7 +737,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     weights = experiment.model.encoder.state_dict()
     for name in ("net.blocks.0.mlp.c_fc.weight", "net.place"):
         assert torch.equal(weights[name], encoder.state_dict()[name])
-    foundation_checkpoint(tmp_path / "best.pt", "data/eeg")
+    foundation_checkpoint(tmp_path, "data/eeg")
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, **options)
     make_eeg(tmp_path / "other", words=8, images=4)  # by way of a run on other people
@@ -761,7 +745,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     T.main(a_config(given, encoder=f"pretrained:{tmp_path}", **there))
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, encoder=f"pretrained:{tmp_path / 'by'}")
-    foundation_checkpoint(tmp_path / "best.pt", "elsewhere", [[4, 8], [8, 12]])
+    foundation_checkpoint(tmp_path, "elsewhere", [[4, 8], [8, 12]])
     with pytest.raises(InputError, match="bands side by side"):
         prepared(given, **options)
 
