@@ -34,11 +34,6 @@ FAST |= {"min_count": 2, "save_models": False, "controls": ["mean", "unigram"], 
 RIDGE = {"model": "ridge", "beside": [], "controls": []}
 
 
-@pytest.fixture(scope="session")
-def podcast(tmp_path_factory):
-    return make_podcast(tmp_path_factory.mktemp("podcast") / "set")
-
-
 def make_config(podcast, out, **options):
     fast = copy.deepcopy(FAST)
     if "model" not in options:
@@ -204,9 +199,7 @@ def test_spectra_are_the_log_power_of_every_electrode(podcast, tmp_path):
     assert power[0, :, 1].argmax() == 3  # of 9.8, 19.7, 29.5, 39.4 Hz and more
 
 
-def test_windows_that_are_cut_off_or_in_bad_segments_are_left_out_and_told(
-    podcast, tmp_path, capsys
-):
+def test_windows_outside_or_in_bad_segments_are_left_out(podcast, tmp_path, capsys):
     config, experiment = prepared(podcast, tmp_path, lags=[-800.0, 900.0])
     n_outside = experiment.target.notes["with a window outside or BAD at some lag"]
     said = capsys.readouterr().out
