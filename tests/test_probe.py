@@ -457,7 +457,8 @@ def test_measures():
 
 def test_the_code_of_noise_is_no_shorter_than_uniform_and_that_of_a_rule_is():
     rng = np.random.default_rng(0)
-    y, X = rng.integers(0, 2, 400), rng.normal(size=(400, 8))
+    y = rng.integers(0, 2, 400)
+    X = rng.normal(size=(400, 8))
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() > 0.98 * 400
     X[:, 3] += 6.0 * y
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() < 0.5 * 400

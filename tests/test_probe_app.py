@@ -64,10 +64,8 @@ def make_results(folder):
     texts["text"] = [f"sentence {i} with <b>signs</b> & more" for i in index]
     for dataset, metrics in DATASETS.items():
         slug = dataset.replace("/", "-")
-        y = labels = rng.random(60)
-        if dataset in CLASSES:
-            y = rng.integers(0, CLASSES[dataset], 60)
-            labels = np.array(["bad", "good", "mixed"])[y]
+        y = rng.integers(0, CLASSES[dataset], 60) if dataset in CLASSES else rng.random(60)
+        labels = np.array(["bad", "good", "mixed"])[y] if dataset in CLASSES else y
         texts.assign(label=labels).to_csv(folder / "texts" / f"{slug}.csv", index=False)
         common = {"dataset": dataset, "n": 60, "n_train": 48, "synthetic": True}
         common["chance"] = 0.5 if dataset in CLASSES else 0.0
