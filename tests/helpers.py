@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiktoken
+import torch
 
 import configurator
 from data import InputError, recording
 from data.recording import write_recording, write_set
 from data.stimuli import write_tasks
 from data.tokens import state_of, write_dataset
+from model import EncoderConfig, NeuralEncoder, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -198,6 +200,17 @@ def make_eeg(  # noqa: PLR0913
         recording.write_recording(folder / names[-1], **given)
     recording.write_set(folder, names, synthetic=True)
     return folder
+
+
+def save_encoder(folder, recipe, seed=0, **shape):
+    """best.pt of an encoder of random weights, as foundation.py writes it; returns the encoder."""
+    torch.manual_seed(seed)
+    encoder = NeuralEncoder(EncoderConfig(**shape))
+    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
+    state = {"kind": "foundation", "encoder_args": vars(encoder.config), "recording": recipe}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / "best.pt", {**state, "model": weights})
+    return encoder
 
 
 # ---- scripts

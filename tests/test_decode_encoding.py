@@ -3,26 +3,19 @@
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import make_podcast
 from test_decode import PLANTED, hurt_copy, of_one_word
 
-import configurator
 import decode
 import decode_encoding
-from configurator import InputError
+from configurator import InputError, check
 from decode_encoding import Config
 
 
-@pytest.fixture(scope="module")
-def podcast(tmp_path_factory):
-    return make_podcast(tmp_path_factory.mktemp("podcast") / "set")
-
-
-def encoded(podcast, out, **options):
+def encoded(dataset, out, **options):
     """electrodes.csv of a whole run in this process, by electrode."""
     options = {"lags": [-300.0, 300.0], "n_folds": 3, "pca": 8, "device": "cpu", **options}
-    config = Config(dataset=str(podcast), out_dir=str(out), **options)
-    configurator.check(config)
+    config = Config(dataset=str(dataset), out_dir=str(out), **options)
+    check(config)
     decode_encoding.main(config)
     return pd.read_csv(out / "electrodes.csv").set_index("electrode")
 
@@ -46,23 +39,20 @@ def test_it_finds_lag_and_electrodes_and_splits_the_spaces(podcast, tmp_path, ca
     assert "5 of 14 electrodes follow the embeddings" in capsys.readouterr().out
 
 
-def test_a_gap_in_one_electrode_changes_no_other(podcast, tmp_path, capsys):
-    options = {"lags": [300.0], "n_shifts": 300}
-    whole = encoded(podcast, tmp_path / "whole", **options)
-    hurt = encoded(hurt_copy(podcast, tmp_path / "set"), tmp_path / "hurt", **options)
+def test_a_gap_changes_no_other_electrode_and_runs_go_on(podcast, tmp_path, capsys, monkeypatch):
+    whole = encoded(podcast, tmp_path / "whole", lags=[300.0], n_shifts=300)
+    assert "too few" not in capsys.readouterr().out
+    hurt = hurt_copy(podcast, tmp_path / "set")
+    hurt = encoded(hurt, tmp_path / "hurt", lags=[300.0], n_shifts=300)
     assert "constant: sub-01 LGA4, sub-01 LGB4" in capsys.readouterr().out
     assert set(whole.index) - set(hurt.index) == {"sub-01 LGA4", "sub-01 LGB4"}
     assert np.allclose(hurt.score, whole.loc[hurt.index, "score"], atol=1e-5)
     assert set(hurt.index[hurt.q < 0.05]) == PLANTED
-
-
-def test_too_few_shifts_are_told_and_a_finished_run_is_not_done_again(
-    podcast, tmp_path, capsys, monkeypatch
-):
-    first = encoded(podcast, tmp_path, lags=[300.0], n_shifts=15)
+    first = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
     assert "n_shifts=15 is too few" in capsys.readouterr().out
     monkeypatch.setattr(decode_encoding, "encode_fold", None)
-    pd.testing.assert_frame_equal(encoded(podcast, tmp_path, lags=[300.0], n_shifts=15), first)
+    again = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
+    pd.testing.assert_frame_equal(again, first)
 
 
 def test_correlations_of_shifted_words_are_numpys():
@@ -76,14 +66,17 @@ def test_correlations_of_shifted_words_are_numpys():
         assert np.isclose(r[p, 599], np.corrcoef(a[:, 599], b[order, 599])[0, 1], atol=1e-6)
 
 
-def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path):
-    same = str(of_one_word(podcast, tmp_path / "same"))
-    refused = [
-        ({"podcast": same, "embedding": ["arbitrary"]}, "are one word, or have one target"),
-        ({"embedding": ["nosuch"]}, "neither lm, static"),
-        ({"window": 0.0}, "window=0.0 s"),
-        ({"lag_step": 0.0, "lags": []}, "lag_step"),
-    ]
-    for options, words in refused:
+REFUSED = [
+    ({"dataset": "same", "embedding": ["arbitrary"]}, "are one word, or have one target"),
+    ({"embedding": ["nosuch"]}, "neither lm, static"),
+    ({"window": 0.0}, "window=0.0 s"),
+    ({"lag_step": 0.0, "lags": []}, "lag_step"),
+]
+
+
+def test_bad_input_is_refused_in_a_sentence(podcast, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    of_one_word(podcast, tmp_path / "same")
+    for options, words in REFUSED:
         with pytest.raises(InputError, match=words):
-            encoded(**{"podcast": podcast, "out": tmp_path, **options})
+            encoded(**{"dataset": podcast, "out": tmp_path / "run", **options})

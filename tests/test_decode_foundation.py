@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import make_podcast
+from helpers import save_encoder
 from test_decode import finished, prepared, windows_at
 
 from configurator import InputError
@@ -15,29 +15,19 @@ from data.montage import Montage
 from data.podcast import benchmark_yaml
 from data.recording import Recording, write_recording
 from decode_foundation import EncoderInput, ForeignLatents, foundation_model
-from model import EncoderConfig, NeuralEncoder, load_encoder, save_checkpoint
-
-
-@pytest.fixture(scope="module")
-def podcast(tmp_path_factory):
-    return make_podcast(tmp_path_factory.mktemp("podcast") / "set")
+from model import NeuralEncoder, load_encoder
 
 
 def make_encoder(folder, podcast, seed=0, bands=()):
     """A run folder of foundation.py: random weights, said to be of the first half of sub-01."""
-    shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 6, "width": 16, "n_layer": 1}
-    shape |= {"n_head": 2, "patch": 8 * max(1, len(bands)), "degree": 2, "subjects": 1}
-    torch.manual_seed(seed)
     recording = Recording(podcast / "sub-01")
-    folder.mkdir(parents=True, exist_ok=True)
     known = {"dataset": str(podcast), "name": "sub-01", "subject": "sub-01", "seen": [0.0, 55.0]}
     known |= {"channels": recording.names, "xyz": recording.xyz.tolist()}
     recipe = {"sfreq": 64.0, "window": 0.5, "patch": 8, "bands": list(bands), "clamp": 8.0}
     recipe |= {"grid": "", "subjects": ["sub-01"], "recordings": [known]}
-    weights = NeuralEncoder(EncoderConfig(**shape)).state_dict()
-    state = {"kind": "foundation", "encoder_args": shape, "recording": recipe}
-    state["model"] = {f"encoder.{name}": value for name, value in weights.items()}
-    save_checkpoint(folder / "best.pt", state)
+    shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 6, "width": 16, "n_layer": 1}
+    shape |= {"n_head": 2, "patch": 8 * max(1, len(bands)), "degree": 2, "subjects": 1}
+    save_encoder(folder, recipe, seed, **shape)
     return folder
 
 
@@ -84,22 +74,17 @@ def test_latents_are_the_encoders_and_cached_by_weights_and_window(podcast, tmp_
 
 
 def test_bad_segments_do_not_count_in_a_scale_and_slow_recordings_are_refused(podcast, tmp_path):
-    folder = make_encoder(tmp_path / "encoder", podcast)
-    shutil.copytree(podcast, tmp_path / "set")
-    for name in ("sub-01", "sub-02"):
-        path = tmp_path / "set" / name
-        meta = path / "meta.yaml"
-        meta.write_text(meta.read_text() + "bad_spans: [[10.0, 50.0]]\n")
-        recording = Recording(path)
-        first, last = recording.rows([10.0, 50.0])
-        signal = np.memmap(path / "signal.f32", "<f4", "r+").reshape(recording.signal.shape)
-        signal[first:last] *= 1000
-        signal.flush()
-    params = {"model_dir": str(folder)}
+    params = {"model_dir": str(make_encoder(tmp_path / "encoder", podcast))}
+    loud = shutil.copytree(podcast / "sub-02", tmp_path / "sub-02")
+    with open(loud / "meta.yaml", "a") as file:
+        file.write("bad_spans: [[10.0, 50.0]]\n")
+    first, last = Recording(loud).rows([10.0, 50.0])
+    signal = np.memmap(loud / "signal.f32", "<f4", "r+").reshape(-1, 6)
+    signal[first:last] *= 1000
+    signal.flush()
     scales = []
-    for place in (podcast, tmp_path / "set"):
-        recording = Recording(place / "sub-02")
-        reader = EncoderInput(Montage([(recording, np.arange(5))]), params, "cpu")
+    for path in (podcast / "sub-02", loud):
+        reader = EncoderInput(Montage([(Recording(path), np.arange(5))]), params, "cpu")
         scales.append(reader.signal(reader.people[0])[2])
     assert np.allclose(scales[1], scales[0], rtol=0.2)
     slow = grid_recording(tmp_path / "slow", ["LGA1", "LGA2"], sfreq=32.0)
@@ -165,8 +150,7 @@ def grid_recording(folder, names, sfreq=512.0):
     events = pd.DataFrame({"onset": [1.0]})
     meta = {"sfreq": sfreq, "unit": "V", "subject": "9", "source": "a test", "synthetic": True}
     write_recording(folder, signal, pd.DataFrame({"name": names}), events, **meta)
-    recording = Recording(folder)
-    return Montage([(recording, np.arange(len(names)))])
+    return Montage([(Recording(folder), np.arange(len(names)))])
 
 
 def test_the_documents_model_folder(tmp_path):
@@ -177,28 +161,26 @@ def test_the_documents_model_folder(tmp_path):
     params["model"] = f"{tmp_path / 'video.py'}:make"
     options = {"preprocessor_params": params, "window": -1, "model": "", "config_setter": ""}
     options |= {"model_params": {}, "out_dir": "out/x", "embedding": ["gpt2-xl"]}
-    experiment = benchmark_yaml.experiment_config(options)
-    info = mne.create_info(["G2", "LG3", "G64"], 512.0, "ecog")
-    raw = mne.io.RawArray(np.zeros((3, 10)), info, verbose="error")
-    changed = foundation_model(experiment, [raw], None, None)
+    names = ["G2", "LG3", "G64"]
+    raw = mne.io.RawArray(np.zeros((3, 10)), mne.create_info(names, 512.0, "ecog"), verbose="error")
+    changed = foundation_model(benchmark_yaml.experiment_config(options), [raw], None, None)
     assert changed.data_params.window_width == 0.25
-    montage = grid_recording(tmp_path / "sub-09", ["G2", "LG3", "G64"])
+    montage = grid_recording(tmp_path / "sub-09", names)
     read = ForeignLatents(montage, params, "cpu")
     first = np.array([[0, 100, 777, 1000, 1872]])
-    latents = read(first, 128)
     expected = np.zeros((5, 64), np.float32)
-    samples = montage.samples(first, 128)
-    expected[:, 1], expected[:, 63] = samples[:, 0].mean(1), samples[:, 2].mean(1)
-    assert np.allclose(latents, expected, atol=1e-6)
-    with pytest.raises(InputError, match="constructor"):
-        ForeignLatents(montage, {**params, "model": ""}, "cpu")
+    expected[:, [1, 63]] = montage.samples(first, 128)[:, [0, 2]].mean(2)
+    assert np.allclose(read(first, 128), expected, atol=1e-6)
     both = Montage([(montage.people[0].recording, np.arange(3))] * 2)
-    with pytest.raises(InputError, match="of one person"):
-        ForeignLatents(both, params, "cpu")
-    with pytest.raises(InputError, match="512 Hz"):
-        slow = grid_recording(tmp_path / "slow", ["G2"], sfreq=256.0)
-        ForeignLatents(slow, params, "cpu")
-    with pytest.raises(InputError, match="G1 to G64"):
-        ForeignLatents(grid_recording(tmp_path / "other", ["A", "B"]), params, "cpu")
+    slow = grid_recording(tmp_path / "slow", ["G2"], sfreq=256.0)
+    strange = grid_recording(tmp_path / "other", ["A", "B"])
+    for other, options, words in (
+        (montage, {"model": ""}, "constructor"),
+        (both, {}, "of one person"),
+        (slow, {}, "512 Hz"),
+        (strange, {}, "G1 to G64"),
+    ):
+        with pytest.raises(InputError, match=words):
+            ForeignLatents(other, {**params, **options}, "cpu")
     with pytest.raises(InputError, match="blocks of 4"):
         read(first, 126)

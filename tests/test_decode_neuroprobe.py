@@ -2,17 +2,16 @@
 
 import json
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import save_encoder
 
 import decode_neuroprobe
 from configurator import InputError
 from data.recording import write_recording, write_set
 from decode_neuroprobe import Config
-from model import EncoderConfig, NeuralEncoder, save_checkpoint
 
 NAMES = ["sub_2_trial000", "sub_2_trial004", "sub_3_trial001"]
 CONTACTS = ["LA1", "LA2", "LA3", "LB1"]
@@ -22,12 +21,10 @@ def splits(n):
     """The columns of n windows: two folds within a film, and across films and people."""
     half, quarter = n // 2, n // 4
     first = ["val"] * quarter + ["test"] * (half - quarter)
-    across = ["val"] * half + ["test"] * (n - half)
-    return {
-        "within_0": first + ["train"] * (n - half),
-        "within_1": ["train"] * half + first,
-        "across": across,
-    }
+    columns = {"within_0": first + ["train"] * (n - half)}
+    columns["within_1"] = ["train"] * half + first
+    columns["across"] = ["val"] * half + ["test"] * (n - half)
+    return columns
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +108,9 @@ def test_voltages_and_trained_decoders(benchmark, tmp_path):
 
 def test_a_frozen_encoder_reads_people_with_other_electrodes(benchmark, tmp_path):
     shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 6, "width": 16}
-    shape = EncoderConfig(**shape, n_layer=1, n_head=2, patch=16)
     recipe = {"sfreq": 64.0, "window": 1.0, "patch": 16, "bands": [], "clamp": 8.0, "grid": ""}
     recipe |= {"subjects": [], "recordings": []}
-    weights = {f"encoder.{k}": v for k, v in NeuralEncoder(shape).state_dict().items()}
-    state = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
-    save_checkpoint(tmp_path / "best.pt", {**state, "model": weights})
+    save_encoder(tmp_path, recipe, **shape, n_layer=1, n_head=2, patch=16)
     scores = []
     for untrained in (0, 1):
         given = {"split": "subject", "preprocess": "foundation_model_preprocessing_fn"}
@@ -143,13 +137,15 @@ def test_contacts_of_other_places_are_not_mixed_up(benchmark, tmp_path):
             decode_neuroprobe.main(Config(**given))
 
 
+REFUSED = [
+    ({"task": "nosuch"}, "none of all, volume, speech"),
+    ({"subjects": ["sub_9"]}, "no recording to be tested"),
+    ({"window": 20.0}, "beyond the recording"),
+    ({"dataset": "nosuch"}, "nosuch"),
+]
+
+
 def test_bad_input_is_refused_in_a_sentence(benchmark, tmp_path):
-    refused = [
-        ({"task": "nosuch"}, "none of all, volume, speech"),
-        ({"subjects": ["sub_9"]}, "no recording to be tested"),
-        ({"window": 20.0}, "beyond the recording"),
-        ({"dataset": str(benchmark / "nosuch")}, "nosuch"),
-    ]
-    for changes, words in refused:
+    for changes, words in REFUSED:
         with pytest.raises(InputError, match=words):
             decode_neuroprobe.main(Config(**options(benchmark, tmp_path / "out", **changes)))

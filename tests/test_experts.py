@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from data import InputError
 from model import (
     GPT,
-    Context,
     EncoderConfig,
     GPTConfig,
     NeuralEncoder,
@@ -87,21 +86,10 @@ def test_electrodes_are_places(options):
     assert encoder(torch.cat([x, x], 2), xyz, subject).shape == (3, 8, 32)
     with pytest.raises(InputError, match="4 samples is shorter than patch=5"):
         encoder(x[..., :4], xyz, subject)
-
-
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_nobody_there_gives_finite_gradients(options):
-    encoder = an_encoder(**options)
-    x, _, subject = brain()
-    encoder(x, torch.full((6, 3), torch.nan), subject).square().sum().backward()
+    encoder(x, torch.full((6, 3), torch.nan), subject).square().sum().backward()  # nobody there
     for name, p in encoder.named_parameters():
         assert p.grad is None or p.grad.isfinite().all(), name
-
-
-@pytest.mark.parametrize("options", KINDS, ids=str)
-def test_a_first_token_of_the_whole_window(options):
-    encoder = an_encoder(window=4, **options)
-    x, xyz, subject = brain()
+    encoder = an_encoder(window=4, **options)  # a first token of the whole window
     assert encoder(x, xyz, subject).shape == (3, 5, 32)
     with pytest.raises(InputError, match="3 patches.*window=4"):
         encoder(x[..., :15], xyz, subject)
@@ -173,22 +161,14 @@ def concatenation(model, n, idx):
     return x, P + 1
 
 
-@pytest.mark.parametrize("fusion", ["prefix", "expert"])
-def test_experts_like_the_core_are_the_plain_gpt_on_the_concatenation(fusion):
-    model = a_model(fusion, order="after_prefix", shake=False)
-    idx = ids(3, 6)
-    logits, n = model(*brain(), idx)
-    h, _ = concatenation(model, n, idx)
-    for block in model.lm.transformer.h:
-        h = block(h, Context())[0]
-    assert torch.allclose(logits, logits_of(model, model.lm.transformer.ln_f(h))[:, -6:], atol=1e-5)
+LAYERS = [("prefix", 0), ("expert", 0), ("expert", 2)]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("attention", LOOKS)
-@pytest.mark.parametrize("layers", [0, 2])
-def test_two_streams_are_the_choice_by_a_boolean_mask(order, attention, layers):
-    model = a_model("expert", layers, order, attention)
+@pytest.mark.parametrize("fusion, layers", LAYERS)
+def test_two_streams_are_the_choice_by_a_boolean_mask(fusion, layers, order, attention):
+    model = a_model(fusion, layers, order, attention)
     idx = ids(3, 6)
     logits, n = model(*brain(), idx)
     h, n_neural = concatenation(model, n, idx)
@@ -200,7 +180,8 @@ def test_two_streams_are_the_choice_by_a_boolean_mask(order, attention, layers):
     if attention == "blocked":
         mask &= neural[:, None] == neural
     for i, block in enumerate(model.lm.transformer.h):  # every row through both
-        expert = model.experts[i - model.first] if i >= model.first else block
+        has_expert = fusion == "expert" and i >= model.first
+        expert = model.experts[i - model.first] if has_expert else block
         last = i == 2
 
         def choose(of_expert, of_core):
@@ -211,37 +192,11 @@ def test_two_streams_are_the_choice_by_a_boolean_mask(order, attention, layers):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         y = y.transpose(1, 2).reshape(3, T, 32)
-        h = h + (
-            block.attn.c_proj(y) if last else choose(expert.attn.c_proj(y), block.attn.c_proj(y))
-        )
+        of_core = block.attn.c_proj(y)  # the last layer's expert has no more than c_attn
+        h = h + (of_core if last else choose(expert.attn.c_proj(y), of_core))
         x = block.ln_2(h)
         h = h + (block.mlp(x) if last else choose(expert.mlp(x), block.mlp(x)))
     assert torch.allclose(logits, logits_of(model, model.lm.transformer.ln_f(h))[:, -6:], atol=1e-5)
-
-
-def streams(model, n, idx):
-    """Text states, and the neural rows that enter every layer."""
-    states = []
-    text = model.trunk(n, idx, states=states)
-    return text, [neural for neural, _ in states]
-
-
-def test_blocked_sides_do_not_meet():
-    model = a_model(attention="blocked")
-    idx = ids(3, 6)
-    n = torch.randn(3, 4, 32)
-    text, _ = streams(model, n, idx)
-    assert torch.equal(streams(model, n + 1, idx)[0], text)  # neural rows change: text is the same
-    shaken(model.experts, 5)
-    assert torch.equal(streams(model, n, idx)[0], text)  # experts change
-    _, neural = streams(model, n, idx)
-    for block in model.lm.transformer.h:
-        shaken(block.attn, 6)
-        shaken(block.mlp, 7)
-    for a, b in zip(streams(model, n, ids(3, 6, seed=1))[1], neural):
-        assert torch.equal(a, b)  # core and text change: neural rows are the same
-    open_model = a_model()
-    assert not torch.equal(streams(open_model, n + 1, idx)[0], streams(open_model, n, idx)[0])
 
 
 @pytest.mark.parametrize("fusion", ["prefix", "expert", "cross"])

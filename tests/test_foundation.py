@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import make_podcast
 from sklearn.linear_model import Ridge
 
 import foundation
@@ -26,15 +25,15 @@ TINY = [
 KINDS = ("random", "tube", "span")
 
 
-@pytest.fixture(scope="module")
-def podcast(tmp_path_factory):
-    return make_podcast(tmp_path_factory.mktemp("foundation") / "podcast")
-
-
 def corpus_of(folder, out, *options):
     config = configure(Config, [*TINY, f"dataset={folder}", f"out_dir={out}", *options])
     run = Run(config)
     return Corpus(run, config), run, config
+
+
+def results_of(folder, out, *options):
+    foundation.main(configure(Config, [*TINY, f"dataset={folder}", f"out_dir={out}", *options]))
+    return pd.read_csv(out / "results.csv")
 
 
 def make_set(folder, signal, channels, **meta):
@@ -86,9 +85,8 @@ def test_what_is_hidden_is_not_seen(podcast, tmp_path, kind):
         (losses, guess), (other_losses, other_guess) = model(*batch), model(*other)
     assert torch.equal(guess, other_guess) and guess.std() > 0.1
     assert (losses != other_losses).all()  # they know the truth
-    assert losses[0] == pytest.approx(
-        (guess.flatten(2) - batch.x)[hidden].square().mean().item(), rel=1e-5
-    )
+    expected = (guess.flatten(2) - batch.x)[hidden].square().mean()
+    assert torch.isclose(losses[0], expected, rtol=1e-5)
 
 
 def test_a_missing_electrode_is_a_masked_one(podcast, tmp_path):
@@ -144,8 +142,7 @@ def test_clean_training_time_alone_sets_the_scale(podcast, tmp_path):
     bad = [[10.0 + 20, 10.0 + 25]]  # on the clock of a recording that begins at 10 s
     sources = []
     for name, x in (("a", signal), ("b", spoilt)):
-        options = {"first_sample": 640, "bad_spans": bad}
-        folder = make_set(tmp_path / name, x, on_a_grid(4), **options)
+        folder = make_set(tmp_path / name, x, on_a_grid(4), first_sample=640, bad_spans=bad)
         sources.append(corpus_of(folder, tmp_path / f"out_{name}")[0].sources[0])
     for key in ("centre", "scale", "mean"):
         assert np.array_equal(getattr(sources[0], key), getattr(sources[1], key))
@@ -205,9 +202,7 @@ def test_files_that_mne_reads(tmp_path, capsys):
 def test_a_run_and_its_checkpoint(podcast, tmp_path):
     noise = np.random.default_rng(0).normal(size=(3000, 12))
     eeg = make_set(tmp_path / "eeg", noise, on_a_grid(12))
-    options = [*TINY, f"dataset={podcast},{eeg}", f"out_dir={tmp_path / 'run'}"]
-    foundation.main(configure(Config, options))
-    table = pd.read_csv(tmp_path / "run/results.csv")
+    table = results_of(f"{podcast},{eeg}", tmp_path / "run")
     assert set(table.method) == {"encoder", "ridge", "neighbours", "interpolation"}
     assert set(table["mask"]) == {"random", "tube"} and (table.n == 15).all()
     assert table.data.str.contains("synthetic").all() and (table.low <= table.high).all()
@@ -229,18 +224,15 @@ def test_a_run_goes_on_only_as_it_was_and_one_block_says_nothing(tmp_path, monke
     for name in ("plot_curves", "plot_reconstruction"):
         monkeypatch.setattr(foundation, name, lambda *args: None)
     noise = np.random.default_rng(0).normal(size=(3000, 4))
-    options = [*TINY, f"dataset={make_set(tmp_path / 'eeg', noise, on_a_grid(4))}"]
-    options += [f"out_dir={tmp_path / 'run'}", "block=1000"]
-    foundation.main(configure(Config, options))
-    table = pd.read_csv(tmp_path / "run/results.csv")
+    given = make_set(tmp_path / "eeg", noise, on_a_grid(4)), tmp_path / "run", "block=1000"
+    table = results_of(*given)
     assert (table.low == -math.inf).all() and (table.high == math.inf).all()
-    options += ["init_from=resume"]
     with pytest.raises(InputError, match="another shape"):
-        foundation.main(configure(Config, [*options, "decoder_width=32"]))
+        results_of(*given, "init_from=resume", "decoder_width=32")
     shutil.rmtree(tmp_path / "eeg")
     make_set(tmp_path / "eeg", 2 * noise, on_a_grid(4))
     with pytest.raises(InputError, match="other recordings"):
-        foundation.main(configure(Config, options))
+        results_of(*given, "init_from=resume")
 
 
 def test_minutes_settle_the_number_of_steps(podcast, tmp_path, monkeypatch):
@@ -261,19 +253,15 @@ def test_it_sees_what_ridge_cannot(tmp_path):
     folder = make_set(tmp_path / "set", signal, on_a_grid(2))
     options = ["masks=tube", "max_iters=120", "eval_interval=120", "eval_windows=0", "width=32"]
     options += ["decoder_width=32", "batch_size=16", "warmup_iters=20", "learning_rate=0.01"]
-    options = [*TINY, *options, f"dataset={folder}", f"out_dir={tmp_path / 'run'}"]
-    foundation.main(configure(Config, options))
-    table = pd.read_csv(tmp_path / "run/results.csv")
+    table = results_of(folder, tmp_path / "run", *options)
     assert table[table.metric == "r2 - ridge"].low.item() > 0.1
 
 
 def test_what_is_not_like_the_training_time_cannot_make_it_diverge(tmp_path):
     """Units, drift and heavy tails of real EEG."""
-    rng = np.random.default_rng(0)
-    signal = rng.standard_t(1.5, size=(64 * 100, 6)).cumsum(0)
+    signal = np.random.default_rng(0).standard_t(1.5, size=(64 * 100, 6)).cumsum(0)
     signal[64 * 70 :] *= 1e3
     folder = make_set(tmp_path / "set", signal, on_a_grid(6))
-    options = [*TINY, f"dataset={folder}", f"out_dir={tmp_path / 'run'}", "max_iters=12"]
-    foundation.main(configure(Config, [*options, "learning_rate=0.1", "eval_interval=12"]))
-    table = pd.read_csv(tmp_path / "run/results.csv")
+    options = ["max_iters=12", "learning_rate=0.1", "eval_interval=12"]
+    table = results_of(folder, tmp_path / "run", *options)
     assert np.isfinite(table[table.metric == "r2"].score).all()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import types
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +107,11 @@ def test_a_model_is_known_by_its_tokenizer(kind):
     for words in ("ab", "ab", "ba"):
         ranks = {word: i for i, word in enumerate(["[UNK]", *words])}
         tokenizer = types.SimpleNamespace(eot=None, state={"ranks": ranks})
+        if kind == "slow":
+            tokenizer = types.SimpleNamespace(get_vocab=ranks.copy, convert_ids_to_tokens=None)
         if kind == "fast":
             core = tokenizers.Tokenizer(tokenizers.models.WordLevel(ranks, "[UNK]"))
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
-        if kind == "slow":
-            tokenizer = types.SimpleNamespace(get_vocab=ranks.copy, convert_ids_to_tokens=None)
         lm = LMModel({"model": Stub(), "tokenizer": tokenizer, "name": "tiny"})
         prints.add(lm.fingerprint())
         if kind == "fast":
@@ -134,38 +135,38 @@ def count_texts(lm, monkeypatch, stop_after=10**9):
 
 
 def test_nothing_is_computed_twice_and_a_killed_pass_goes_on(lm, tmp_path, monkeypatch):
+    def states_of(lm, poolings=("1.0",), **options):
+        return probe.pooled_states(lm, TEXTS, [0, 3], list(poolings), tmp_path, **options)
+
     count_texts(lm, monkeypatch, stop_after=3)
     with pytest.raises(KeyboardInterrupt):
-        probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path, batch_tokens=8)
+        states_of(lm, batch_tokens=8)
     finished = int(next(tmp_path.glob("*/done")).read_text())
     assert 0 < finished < len(TEXTS)
     seen = count_texts(lm, monkeypatch)
-    first = probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path, batch_tokens=8)
+    first = states_of(lm, batch_tokens=8)
     assert sum(seen) == len(TEXTS) - finished
     wanted = pooled_by_hand(lm(TEXTS), 3, "1.0").numpy()
     assert np.abs(first.arrays["1.0"][:, 1] - wanted).max() < 1e-4
     seen.clear()
-    probe.pooled_states(lm, TEXTS, [0, 3], ["1.0"], tmp_path)
+    states_of(lm)
     assert not seen
-    probe.pooled_states(lm, TEXTS, [0, 3], ["1.0", "mean"], tmp_path)  # other poolings
+    states_of(lm, ["1.0", "mean"])  # other poolings
     assert sum(seen) == len(TEXTS) and len(list(tmp_path.glob("*/*.npy"))) == 5
     other = listened_to(gpt(n_head=4))
     seen = count_texts(other, monkeypatch)
-    probe.pooled_states(other, TEXTS, [0, 3], ["1.0"], tmp_path)  # other weights, other cache
+    states_of(other)  # other weights, other cache
     assert sum(seen) == len(TEXTS)
-    seen.clear()
     monkeypatch.setattr("data.states.file_hash", lambda path: "edited")  # an entry of REDUCE, say
-    probe.pooled_states(other, TEXTS, [0, 3], ["1.0"], tmp_path)
-    assert sum(seen) == len(TEXTS)
+    states_of(other)
+    assert sum(seen) == 2 * len(TEXTS)
 
 
-def test_long_texts_are_cut_counted_and_said(tmp_path, capsys):
-    states = probe.pooled_states(listened_to(gpt(block_size=8)), TEXTS, [3], ["1.0"], tmp_path)
+def test_long_texts_are_cut_and_states_beyond_float16_refused(tmp_path, capsys):
+    lm = listened_to(gpt(block_size=8))
+    states = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path)
     assert states.lengths.max() == 8
     assert "3 of 6 texts are longer than its 8 tokens" in capsys.readouterr().out
-
-
-def test_states_beyond_the_range_of_float16_are_refused(tmp_path):
     lm = listened_to(gpt())
     lm.model.transformer.wte.weight.data.mul_(1e7)
     with pytest.raises(InputError, match="not finite as float16"):
@@ -238,16 +239,11 @@ def test_a_reduction_is_one_entry_of_one_table(lm, tmp_path, monkeypatch):
 
 def test_the_cache_pools_as_the_outputs_do(lm, tmp_path):
     data = NLPDataset(data_json(TEXTS, [0, 1] * 3))
-    poolings = ["0.0", "0.5", "1.0", "max"]
-    states = probe.pooled_states(lm, TEXTS, [0, 1, 2, 3], poolings, tmp_path)
-    poolers = [
-        PoolToken(),
-        PoolToken([1, 2], [0, 0.5, 1.0], "mean", "mean"),
-        PoolToken("all", [0, 1.0], "extend", "concat"),
-        PoolToken(2, "max"),
-        PoolToken([0, 3], [0, 1.0], "concat", "extend"),
-        PoolToken(1, "all", None, "concat"),
-    ]
+    states = probe.pooled_states(lm, TEXTS, range(4), ["0.0", "0.5", "1.0", "max"], tmp_path)
+    poolers = [PoolToken(), PoolToken(2, "max"), PoolToken(1, "all", None, "concat")]
+    poolers += [PoolToken([1, 2], [0, 0.5, 1.0], "mean", "mean")]
+    poolers += [PoolToken("all", [0, 1.0], "extend", "concat")]
+    poolers += [PoolToken([0, 3], [0, 1.0], "concat", "extend")]
     for pooler in poolers:
         x, index = pooler.pool(lm(TEXTS))
         for source in (None, states):
@@ -330,14 +326,10 @@ def test_bad_data_is_refused(tmp_path):
             NLPDataset(data)
 
 
-def toy(n=120):
-    data = NLPDataset(data_json([f"text {i}" for i in range(n)], [0, 1] * (n // 2)))
-    data.groups = np.arange(n) // 3
-    return data
-
-
 def test_groups_never_split_and_labels_spread_evenly():
-    data = toy()
+    raw = data_json([f"text {i}" for i in range(120)], [0, 1] * 60)
+    data = NLPDataset(raw)
+    data.groups = np.arange(120) // 3
     task = probe.make_task(data, probe.Config(n_seeds=3))
     for seed, folds in enumerate(map(pd.Series, task.folds)):
         assert (folds.groupby(data.groups).nunique() == 1).all() and folds.nunique() == 5
@@ -347,33 +339,24 @@ def test_groups_never_split_and_labels_spread_evenly():
     data.split = np.repeat(["train", "test"], 60)
     data.y = np.repeat([0, 1], 60)  # shuffled labels stay in their part of a split
     assert np.array_equal(data.shuffled_labels(np.random.default_rng(0)), data.y)
-
-
-def test_the_first_texts_are_the_first_of_each_part():
-    raw = data_json([f"text {i}" for i in range(120)], [0, 1] * 60)
     raw["data"]["splits"] = ["Train"] * 40 + ["val"] * 40 + ["TEST "] * 40
-    part = NLPDataset(raw).first(30)
+    part = NLPDataset(raw).first(30)  # the first of each part
     assert len(part) == 30 and part.texts[10] == "text 40"
     assert pd.Series(part.split).value_counts().to_dict() == {"train": 10, "val": 10, "test": 10}
 
 
 def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch):
-    frame = pd.DataFrame(
-        {"text": [f"text {i}" for i in range(60)], "split": ["train", "test"] * 30}
-    )
-    frame["label"] = ["a", "a", "b", "b"] * 15
-    task = {"frame": frame.assign(group=range(60)), "kind": "classification", "labels": ["a", "b"]}
-    tasks = {name: {**task, "description": name} for name in ("one", "two")}
-    write_tasks(tmp_path / "data/labelled/mine", tasks)
+    frame = pd.DataFrame({"text": [f"text {i}" for i in range(60)], "group": range(60)})
+    frame = frame.assign(split=["train", "test"] * 30, label=["a", "a", "b", "b"] * 15)
+    task = {"frame": frame, "kind": "classification", "labels": ["a", "b"], "description": "x"}
+    write_tasks(tmp_path / "data/labelled/mine", {"one": task, "two": task})
     monkeypatch.setattr(probe, "HERE", tmp_path)
     monkeypatch.setattr(configurator, "HERE", tmp_path)
     config = probe.Config(out_dir=str(tmp_path / "out"), device="cpu")
-    run = configurator.Run(config)
     names = ["labelled/mine", "labelled/mine/two", str(tmp_path / "data/labelled/mine/one")]
-    datasets = probe.load_datasets(run, config, names)
-    names = [dataset.name for dataset in datasets]
+    with closing(configurator.Run(config)) as run:
+        names = [dataset.name for dataset in probe.load_datasets(run, config, names)]
     assert names == ["mine/one", "mine/two", "mine/two", "mine/one"]
-    run.close()
 
 
 # ---- probes against scikit-learn
@@ -469,9 +452,6 @@ def test_measures():
     assert measures["auc"] == 0.5
     assert np.isclose(measures["balanced_accuracy"], measures["accuracy"])
     assert best_thresholds(one_class, score)["accuracy"] <= score.min()
-
-
-def test_holm():
     assert np.allclose(probe.holm([0.01, 0.04, 0.03, 0.5]), [0.04, 0.09, 0.09, 0.5])
 
 
@@ -505,22 +485,15 @@ class Stub(nn.Module):
         return types.SimpleNamespace(hidden_states=tuple(states))
 
 
-class Numbers:
-    eot = None
-
-    def encode(self, text):
-        return list(map(int, text.split()))
-
-
 def stub_model(stub):
-    return {"model": stub, "tokenizer": Numbers(), "name": "stub"}
+    numbers = types.SimpleNamespace(eot=None, encode=lambda text: list(map(int, text.split())))
+    return {"model": stub, "tokenizer": numbers, "name": "stub"}
 
 
-def stub_data(n=200):
-    y = np.random.default_rng(0).permutation(np.arange(n) % 2)
+def stub_data(n=200, K=2):
+    y = np.random.default_rng(0).permutation(np.arange(n) % K)
     sentences = [f"{i} {label}" for i, label in enumerate(y)]
-    raw = data_json(sentences, y.tolist(), synthetic=True)
-    return NLPDataset({**raw, "name": "numbers"})
+    return NLPDataset({**data_json(sentences, y.tolist(), synthetic=True), "name": "numbers"})
 
 
 def stub_run(tmp_path, stub, data, **options):
@@ -529,17 +502,33 @@ def stub_run(tmp_path, stub, data, **options):
     return run_exp([data], [stub_model(stub)], **{**usual, **options})
 
 
+def scores_of(table, metric, **where):
+    """Rows of a metric, not of baselines, nor of the best layer."""
+    rows = table[(table.metric == metric) & (table.baseline == "") & (table.layer != "best")]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    return rows
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Probes in torch that learn in a few steps."""
+    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.03)
+    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
+
+
 def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
     stub = Stub(layer=2, n_layer=3)
     table = stub_run(tmp_path, stub, stub_data(), classifiers=["LDA", "Logistic"])
     for name in ("LDA", "Logistic"):
-        rows = table[(table.probe == name) & (table.metric == "auc") & (table.baseline == "")]
-        auc = rows.set_index("layer")
+        auc = scores_of(table, "auc", probe=name).set_index("layer")
         assert auc.loc["2", "p_holm"] < 0.001 and auc.loc["2", "score"] > 0.9
         others = auc.drop("2")
         assert (others.p_holm > 0.05).all() and (others.score < 0.65).all()
         best = table[(table.probe == name) & (table.layer == "best")].iloc[0]
         assert best.score > 0.85 and best.chance == 0.5
+    table = stub_run(tmp_path / "shuffled", stub, stub_data(), shuffle_labels=True)
+    assert scores_of(table, "auc", layer="2").score.item() < 0.7
 
 
 def p_values(seed, cache):
@@ -566,12 +555,6 @@ def test_nothing_is_found_in_shuffled_labels(tmp_path, monkeypatch):
     assert np.mean(smallest < 0.05) <= 0.15 and np.median(smallest) > 0.05
 
 
-def test_shuffled_labels_as_an_option(tmp_path):
-    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), shuffle_labels=True)
-    auc = table[(table.metric == "auc") & (table.layer == "2") & (table.baseline == "")]
-    assert auc.score.iloc[0] < 0.7
-
-
 # ---- the seed's examples, as printed there
 
 EXAMPLES = """
@@ -593,19 +576,15 @@ class SingleLayer(MultiStepOpt):
 """
 
 
-def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
+def test_the_examples_of_the_document_run(tmp_path, quick):
     space = {}
     exec("from probe import *", space)
     exec(EXAMPLES, space)
-    classifiers = [space["LDA"], space["SingleLayer"]]
     poolers = [PoolToken(1), PoolToken(2)]
     poolers += [PoolToken([1, 2], layer_method=method) for method in ("extend", "concat")]
-    options = {"classifiers": classifiers, "poolers": poolers, "quantiles": []}
-    table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), **options)
-    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer != "best")]
-    score = rows.set_index(["probe", "layer", "layer_method"]).score
+    options = {"classifiers": [space["LDA"], space["SingleLayer"]], "quantiles": []}
+    table = stub_run(tmp_path, Stub(2, n_layer=2), stub_data(), poolers=poolers, **options)
+    score = scores_of(table, "accuracy").set_index(["probe", "layer", "layer_method"]).score
     for name in ("LDA", "SingleLayer"):
         assert score[name, "2", ""] > 0.75 > 0.65 > score[name, "1", ""]
         assert score[name, "1-2", "extend"] > 0.65 and (name, "1-2", "concat") in score
@@ -616,42 +595,31 @@ def test_the_examples_of_the_document_run(tmp_path, monkeypatch):
     assert set(log["expdata"]) == {"model", "classifier", "attention", *where}
 
 
-def test_every_other_probe_finds_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.03)
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
+def test_every_other_probe_finds_it(tmp_path, monkeypatch, quick):
     forest = probe.sklearn_probe(probe.RandomForestClassifier(10, random_state=0))
     monkeypatch.setitem(probe.PROBES, "RandomForest", forest)
     names = set(probe.PROBES) - {"LDA", "Logistic", "SingleLayer"}  # of the tests above
     options = {"classifiers": sorted(names), "n_folds": 3}
     table = stub_run(tmp_path, Stub(layer=1, n_layer=1), stub_data(), **options)
-    rows = table[(table.metric == "accuracy") & (table.baseline == "")]
-    score = rows.pivot(index="probe", columns="layer", values="score")
+    score = scores_of(table, "accuracy").pivot(index="probe", columns="layer", values="score")
     assert set(score.index) == names
     assert (score["1"] > 0.7).all() and (score["0"] < 0.7).all(), score
-
-
-def test_several_classes(tmp_path, monkeypatch):
-    monkeypatch.setattr(MultiStepOpt, "learning_rate", 0.02)
-    monkeypatch.setattr(MultiStepOpt, "min_steps", 60)
-    y = np.arange(150) % 3
-    sentences = [f"{i} {label}" for i, label in enumerate(y)]
-    data = NLPDataset({**data_json(sentences, y.tolist()), "name": "numbers"})
-    options = {"classifiers": ["LDA", "Ridge", "Logistic", "SingleLayer"], "n_folds": 3}
-    table = stub_run(tmp_path, Stub(layer=1, n_layer=1), data, **options)
-    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == "1")]
+    options["classifiers"] = ["LDA", "Ridge", "Logistic", "SingleLayer"]
+    several = stub_data(240, K=3)
+    table = stub_run(tmp_path / "several", Stub(layer=1, n_layer=1), several, **options)
+    rows = scores_of(table, "accuracy", layer="1")
     assert len(rows) == 4 and (rows.score > 0.6).all() and (rows.chance < 0.4).all()
 
 
 def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     options = {"keep_predictions": True, "baselines": probe.BASELINES, "train_sizes": [60]}
     table = stub_run(tmp_path, Stub(layer=2, n_layer=2), stub_data(), **options)
-    rows = table[(table.metric == "accuracy") & (table.baseline == "") & (table.layer == "2")]
     assert {"majority", "layer0", "random_init", "control"} <= set(table.baseline)
     assert {"compression", "selectivity"} <= set(table.metric)
     assert table[["score", "chance", "low", "high", "n"]].notna().all().all()
     assert table.score.between(table.low, table.high).all()  # selectivity may be negative
     assert table[table.baseline != ""].p.isna().all()
-    assert sorted(rows.n_train) == [60, 160]
+    assert sorted(scores_of(table, "accuracy", layer="2").n_train) == [60, 160]
     out = tmp_path / "out"
     kept = np.load(out / "predictions/stub__numbers__LDA__2__1.0.npz")
     assert sorted(kept["index"]) == list(range(200)) and kept["threshold"].shape == ()
@@ -662,53 +630,40 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
 
 
 def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monkeypatch):
-    row = {"model": "m", "dataset": "d", "baseline": "", "layer": "1", "layer_method": ""}
-    rows = []
-    for name, metric, n in (
-        ("LDA", "accuracy", 160),
-        ("LDA", "accuracy", 60),
-        ("Logistic", "accuracy", 160),
-        ("Logistic", "compression", 214),  # it learns from every text
-    ):
-        rows.append({**row, "synthetic": True, "probe": name, "metric": metric, "n_train": n})
+    rows = [("LDA", "accuracy", 160), ("LDA", "accuracy", 60), ("Logistic", "accuracy", 160)]
+    rows += [("Logistic", "compression", 214)]  # it learns from every text
+    table = pd.DataFrame(rows, columns=["probe", "metric", "n_train"])
+    table = table.assign(model="m", dataset="d", baseline="", layer="1", layer_method="")
     drawn = []
     monkeypatch.setattr(probe, "draw_panel", lambda ax, part: drawn.append(part))
-    probe.plot_layers(tmp_path, pd.DataFrame(rows))
+    probe.plot_layers(tmp_path, table.assign(synthetic=True))
     assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
 
 
 def test_responses_of_brains_are_columns(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
     known = np.arange(80) % 5
+    stimuli = pd.DataFrame({"text": [f"{i} {i % 5}" for i in range(80)]})
     responses = np.stack([known + rng.normal(size=80), rng.normal(size=80)], 1)
     about = {"modality": "fMRI", "species": "human", "source": "a test", "synthetic": True}
     write_encoding(tmp_path / "brains", stimuli, responses, **about)
     options = {"classifiers": ["LDA"], "baselines": ["layer0", "control"]}
-    stub = Stub(layer=1, n_layer=1)
-    table = stub_run(tmp_path, stub, str(tmp_path / "brains"), **options)
-    rows = table[(table.metric == "pearson") & (table.baseline == "") & (table.layer != "best")]
-    score = rows.set_index("layer").score
+    table = stub_run(tmp_path, Stub(1, n_layer=1), str(tmp_path / "brains"), **options)
+    score = scores_of(table, "pearson").set_index("layer").score
     assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
     assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
 
 
-def test_other_texts_weights_or_poolings_are_no_results_to_go_on_with(
-    tmp_path, capsys, monkeypatch
-):
-    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60), n_folds=3)
-    assert "stub numbers LDA: accuracy" in capsys.readouterr().out
-    for stub, data, reused in (
-        (Stub(1, n_layer=1), stub_data(60), True),
-        (Stub(1, n_layer=1), stub_data(80), False),
-        (Stub(1, n_layer=1, seed=2), stub_data(60), False),
-    ):
-        capsys.readouterr()
-        stub_run(tmp_path, stub, data, n_folds=3)
-        assert ("layer by validation" not in capsys.readouterr().out) == reused
+def test_results_of_other_texts_or_weights_are_not_reused(tmp_path, capsys, monkeypatch):
+    def said(n=60, seed=0):
+        stub_run(tmp_path, Stub(1, n_layer=1, seed=seed), stub_data(n), n_folds=3)
+        return capsys.readouterr().out
+
+    assert "stub numbers LDA: accuracy" in said()
+    new = "layer by validation"
+    assert new not in said() and new in said(n=80) and new in said(seed=2)
     monkeypatch.setattr(probe, "file_hash", lambda path: "edited")  # data/states.py
-    stub_run(tmp_path, Stub(1, n_layer=1), stub_data(60), n_folds=3)
-    assert "layer by validation" in capsys.readouterr().out
+    assert new in said()
 
 
 # ---- the command
@@ -722,18 +677,14 @@ def lm_folder(tmp_path_factory):
     return folder
 
 
-def write_json(path, texts, labels):
-    path.write_text(json.dumps(data_json(texts, labels)))
-    return path
-
-
 def test_bad_input_is_refused(lm_folder, tmp_path):
-    texts = [f"{'xy'[i % 2]} text {i}" for i in range(30)]
-    good = write_json(tmp_path / "good.json", texts, [0, 1] * 15)
+    good, other = tmp_path / "good.json", tmp_path / "b/good.json"
+    other.parent.mkdir()
+    for file in (good, other):
+        texts = [f"{'xy'[i % 2]} text {i}" for i in range(30)]
+        file.write_text(json.dumps(data_json(texts, [0, 1] * 15)))
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
-    (tmp_path / "b").mkdir()
-    other = write_json(tmp_path / "b/good.json", texts, [0, 1] * 15)
     refusals = {
         f"dataset={good},{other}": "dataset= has two of the name 'good'",
         f"lm={lm_folder},{lm_folder}": "lm= has two of the name",

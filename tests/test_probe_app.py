@@ -60,23 +60,21 @@ def make_results(folder):
     for name in ("predictions", "texts", "projections"):
         (folder / name).mkdir(parents=True)
     index = np.arange(60)
+    texts = pd.DataFrame({"index": index})
+    texts["text"] = [f"sentence {i} with <b>signs</b> & more" for i in index]
     for dataset, metrics in DATASETS.items():
         slug = dataset.replace("/", "-")
-        y = rng.random(60) if dataset == "concreteness" else rng.integers(0, CLASSES[dataset], 60)
-        labels = y if dataset == "concreteness" else np.array(["bad", "good", "mixed"])[y]
-        texts = [f"sentence {i} with <b>signs</b> & more" for i in index]
-        texts = pd.DataFrame({"index": index, "text": texts, "label": labels})
-        texts.to_csv(folder / "texts" / f"{slug}.csv", index=False)
+        y = rng.integers(0, CLASSES[dataset], 60) if dataset in CLASSES else rng.random(60)
+        labels = np.array(["bad", "good", "mixed"])[y] if dataset in CLASSES else y
+        texts.assign(label=labels).to_csv(folder / "texts" / f"{slug}.csv", index=False)
         common = {"dataset": dataset, "n": 60, "n_train": 48, "synthetic": True}
-        common["chance"] = 0.0 if dataset == "concreteness" else 0.5
+        common["chance"] = 0.5 if dataset in CLASSES else 0.0
         for metric, model, probe in product(metrics, MODELS, ("LDA", "logistic")):
             rows += rows_of(rng, {**common, "metric": metric}, model, probe)
         for model, (depth, _) in MODELS.items():
+            key = f"{model.replace('/', '-')}__{slug}"
             for layer in (0, depth):
-                score = y + rng.normal(0, 0.4, 60)
-                if dataset == "tense":
-                    score = rng.integers(0, 3, 60)
-                key = f"{model.replace('/', '-')}__{slug}"
+                score = rng.integers(0, 3, 60) if dataset == "tense" else y + rng.normal(0, 0.4, 60)
                 scores = {"index": index, "y": y, "score": score, "fold": index % 5}
                 path = folder / "predictions" / f"{key}__LDA__{layer}__1.0.npz"
                 np.savez(path, **scores, threshold=0.5)
@@ -178,11 +176,10 @@ def test_filters_narrow_and_forget_what_no_longer_exists(start):
     assert "at least one" in app.warning[0].value
 
 
-def test_threshold_moves_the_numbers(start, results):
-    folder, _ = results
+def test_threshold_moves_the_numbers_where_there_is_one(start, results):
     site = {"site_model": "tiny", "site_layer": "4"}
     app = start(dataset="grammar/polarity", view="Decision", **site)
-    arrays = np.load(folder / "probe/predictions/tiny__grammar-polarity__LDA__4__1.0.npz")
+    arrays = np.load(results[0] / "probe/predictions/tiny__grammar-polarity__LDA__4__1.0.npz")
     y, score = arrays["y"], arrays["score"]
     assert f"{roc_auc_score(y, score):.3f}" in figure(app, "roc")["layout"]["title"]["text"]
     good(app.slider(key="threshold").set_value(0.9).run())
@@ -194,9 +191,6 @@ def test_threshold_moves_the_numbers(start, results):
     bars = figure(app, "histogram")["data"]
     for label, (bar, name) in enumerate(zip(bars, ("bad", "good"))):
         assert bar["name"] == name and len(values(bar["x"])) == np.sum(y == label)
-
-
-def test_no_threshold_where_there_is_none(start):
     app = start(dataset="tense", view="Decision")
     assert not app.slider and figure(app, "agreement")["data"][0]["type"] == "heatmap"
     app = start(dataset="concreteness", view="Decision")
@@ -205,25 +199,21 @@ def test_no_threshold_where_there_is_none(start):
 
 
 def test_examples_and_projection(start, results):
-    folder, _ = results
-    site = {"site_model": "tiny", "site_layer": "0", "mistakes": "true"}
-    app = start(dataset="grammar/polarity", view="Examples", **site)
-    arrays = np.load(folder / "probe/predictions/tiny__grammar-polarity__LDA__0__1.0.npz")
+    address = {"dataset": "grammar/polarity", "site_model": "tiny"}
+    app = start(**address, view="Examples", site_layer="0", mistakes="true")
+    arrays = np.load(results[0] / "probe/predictions/tiny__grammar-polarity__LDA__0__1.0.npz")
     wrong = np.flatnonzero((arrays["score"] >= 0.5) != arrays["y"])
     assert list(app.dataframe[0].value["index"]) == list(wrong)
     good(app.text_input(key="contains").set_value(f"SENTENCE {wrong[0]} ").run())
     assert list(app.dataframe[0].value["index"]) == [wrong[0]]
-    view = {"view": "Projection", "site_model": "tiny"}
-    app = start(dataset="grammar/polarity", **view)
-    points = figure(app, "projection")["data"]
-    points = pd.DataFrame(points).explode("hovertext")
+    app = start(**address, view="Projection")
+    points = pd.DataFrame(figure(app, "projection")["data"]).explode("hovertext")
     assert set(points.name) == {"bad", "good"} and len(points) == 60
     assert points.hovertext.str.contains("&lt;b&gt;signs&lt;/b&gt; &amp; more").all()
 
 
 def test_size_curves(start):
-    view = {"metric": "accuracy", "view": "Sizes"}
-    app = start(dataset="grammar/polarity", **view)
+    app = start(dataset="grammar/polarity", metric="accuracy", view="Sizes")
     line = lines_of(figure(app, "model_size"), "lines+markers")["LDA"]
     assert list(values(line["x"])) == [1e6, 8e6]
     assert np.allclose(values(line["y"]), 0.5 + 0.01 * np.log(48))
@@ -235,66 +225,58 @@ def test_size_curves(start):
 
 
 def test_address_holds_the_state(start):
-    asked = {"dataset": "tense", "model": ["org/big"], "probe": ["logistic"]}
-    app = start(**asked, view="Table")
+    app = start(dataset="tense", model=["org/big"], probe=["logistic"], view="Table")
     shown = app.dataframe[0].value
     assert set(shown.dataset) == {"tense"} and set(shown.model) == {"org/big"}
     assert app.download_button and set(shown.probe) == {"logistic"}
     for widget in [*app.selectbox, *app.multiselect]:
         assert widget.proto.query_param_key == widget.key  # the browser writes it into the address
-    wrong = {"dataset": "nosuch", "model": ["nosuch"], "view": "nosuch", "threshold": "x"}
-    app = start(**wrong)
+    app = start(dataset="nosuch", model=["nosuch"], view="nosuch", threshold="x")
     assert app.selectbox(key="dataset").value == "concreteness"
     assert len(app.multiselect(key="model").value) == 2
 
 
-def test_written_again_is_read_again(start, results, tmp_path):
+def test_written_again_is_read_again_however_large(start, results, tmp_path):
+    """Large tables are handed to the browser piece by piece, a projection as 5,000 points."""
     folder, table = results
     shutil.copytree(folder / "probe", tmp_path / "probe")
-    app = start(tmp_path, dataset="tense", view="Table")
     path = tmp_path / "probe/results.csv"
+    app = start(tmp_path, dataset="tense", view="Table")
     table[table.dataset != "tense"].to_csv(path, index=False)
     good(app.run())
     assert app.selectbox(key="dataset").options == ["concreteness", "grammar/polarity"]
+    many = pd.concat([table.assign(model=f"{table.model[1]}-{i}") for i in range(100)])
+    many.to_csv(path, index=False)
+    n = 10_000
+    texts = pd.DataFrame({"index": range(n), "text": "a text", "label": "x"})
+    texts.to_csv(tmp_path / "probe/texts/tense.csv", index=False)
+    plane = {"index": np.arange(n), "xy": np.zeros((n, 2)), "explained": [0.4, 0.2]}
+    np.savez(tmp_path / "probe/projections/tiny-0__tense__9__1.0.npz", **plane)
+    app = start(tmp_path, dataset="tense", model=["tiny-0"], view="Projection")
+    assert sum(len(part["hovertext"]) for part in figure(app, "projection")["data"]) == 5000
+    app = start(tmp_path, dataset="tense", view="Table")
+    assert len(app.dataframe[0].value) > 100
 
 
 def test_empty_broken_and_foreign(start, results, tmp_path):
     folder, _ = results
     alone = shutil.copy(SCRIPT, tmp_path / "alone.py")  # away from the bundled example
-    (tmp_path / "out").mkdir()
-    app = start(tmp_path / "out", alone)
-    assert "no results" in app.info[0].value and app.code[0].value == "python probe.py"
-    header = (folder / "probe/results.csv").read_text().splitlines()[0]
     path = tmp_path / "out/results.csv"
-    path.write_text(header + "\n")
-    app = start(tmp_path / "out", alone)
-    assert "no scores" in app.info[0].value and app.code[0].value == "python probe.py"
+    path.parent.mkdir()
+    header = (folder / "probe/results.csv").read_text().splitlines()[0]
+    for content, says in (("", "no results"), (header + "\n", "no scores")):
+        if content:
+            path.write_text(content)
+        app = start(path.parent, alone)
+        assert says in app.info[0].value and app.code[0].value == "python probe.py"
     path.write_text(header + "\n" + "1," * 90 + "\n")
-    app = start(tmp_path / "out", alone)
+    app = start(path.parent, alone)
     assert "results.csv is broken" in app.error[0].value
     shutil.copytree(folder / "probe", tmp_path / "some/probe")
     for view, name in (("Decision", "predictions"), ("Projection", "projections")):
         shutil.rmtree(tmp_path / "some/probe" / name)
         app = start(tmp_path / "some", view=view)
         assert "kept for this choice" in app.info[0].value
-
-
-def test_a_hundred_thousand_rows_and_ten_thousand_texts(start, results, tmp_path):
-    """Large tables are handed to the browser piece by piece, a projection as 5,000 points."""
-    folder, table = results
-    shutil.copytree(folder / "probe", tmp_path / "probe")
-    many = pd.concat([table.assign(model=f"{table.model[1]}-{i}") for i in range(100)])
-    many.to_csv(tmp_path / "probe/results.csv", index=False)
-    n = 10_000
-    texts = pd.DataFrame({"index": range(n), "text": "a text", "label": "x"})
-    texts.to_csv(tmp_path / "probe/texts/tense.csv", index=False)
-    plane = {"index": np.arange(n), "xy": np.zeros((n, 2)), "explained": [0.4, 0.2]}
-    np.savez(tmp_path / "probe/projections/tiny-0__tense__9__1.0.npz", **plane)
-    address = {"dataset": "tense", "model": ["tiny-0"]}
-    app = start(tmp_path, **address, view="Projection")
-    assert sum(len(part["hovertext"]) for part in figure(app, "projection")["data"]) == 5000
-    app = start(tmp_path, dataset="tense", view="Table")
-    assert len(app.dataframe[0].value) > 100
 
 
 def test_bundled_example_opens(start, tmp_path):

@@ -3,30 +3,22 @@
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, replace
-from itertools import count
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import byte_tokenizer, make_eeg
+from helpers import byte_tokenizer, make_eeg, save_encoder
 from torch.nn import functional as F
 
 import telepath as T
 from configurator import check
 from data import InputError
 from data.tokens import state_of
-from model import (
-    GPT,
-    EncoderConfig,
-    GPTConfig,
-    NeuralEncoder,
-    lm_state,
-    load_checkpoint,
-    save_checkpoint,
-)
+from model import GPT, GPTConfig, lm_state, save_checkpoint
+from telepath import load_checkpoint
 
 FAST = {"device": "cpu", "dtype": "float32", "t_end": 0.4, "baseline": 0.0, "jitter": 0.0}
 FAST |= {"patch": 5, "width": 16, "encoder_layers": 1, "batch_size": 8, "warmup_iters": 5}
@@ -107,13 +99,6 @@ def trials_of(folder, change=None, config=T.Config(t_end=0.4), **options):  # no
     return T.Trials(folder / "eeg", config)
 
 
-def learned(trials, config):
-    """The sets of trials, whose noise is learned."""
-    sets, manifest = T.split(trials, config)
-    trials.learn(sets["train"], manifest["held_out_subjects"])
-    return sets
-
-
 # ---- splits
 
 
@@ -137,11 +122,10 @@ def test_splits_share_nothing(tmp_path, grouped):
     assert words["trial"] | words["val"] <= words["train"]
     assert not people["train"] & (people["subject"] | people["subject_object"])
     assert people["trial"] | people["object"] <= people["train"]
-    for name in ("val", *T.SETS):
-        assert not images["train"] & images[name]  # all repeats of a picture are on one side
-        assert not samples["train"] & samples[name]  # and no raw sample is on two
-    for name in T.SETS:
-        assert not images["val"] & images[name] and not samples["val"] & samples[name]
+    sides = [("train", name) for name in ("val", *T.SETS)] + [("val", name) for name in T.SETS]
+    for a, b in sides:
+        assert not images[a] & images[b]  # all repeats of a picture are on one side
+        assert not samples[a] & samples[b]  # and no raw sample is on two
     assert T.split(trials, config)[1] == manifest == json.loads(json.dumps(manifest))
     assert T.split(trials, replace(config, split_seed=1))[1]["hash"] != manifest["hash"]
 
@@ -150,8 +134,8 @@ def test_a_word_is_held_out_in_all_spellings(tmp_path):
     spellings = {"01": str, "02": str.capitalize, "03": lambda word: word + "s"}
 
     def change(name, given):
-        given["events"]["word"] = given["events"]["word"].map(lambda word: f"{word[0]}oom")
-        given["events"]["word"] = given["events"]["word"].map(spellings[name[-2:]])
+        words = given["events"]["word"].str[0] + "oom"
+        given["events"]["word"] = words.map(spellings[name[-2:]])
 
     trials = trials_of(tmp_path, change)
     assert len(trials.words) == 12
@@ -218,13 +202,20 @@ def test_windows_are_those_of_the_signal(given):
         assert np.allclose(x[i], expected.T, atol=1e-10)
 
 
-def test_noise_is_learned_from_training_alone(tmp_path):
+def test_noise_is_learned_from_training_alone_and_dead_channels_are_left_out(tmp_path):
+    def dead(name, given):
+        given["signal"][100, 3] = np.nan
+        given["signal"][:, 5] = 1e-6
+
     config = T.Config(t_end=0.4, jitter=0.0, baseline=0.0)
-    trials = trials_of(tmp_path, None, config)
-    sets = learned(trials, config)
+    trials = trials_of(tmp_path, dead, config)
+    assert trials.notes[0] == "sub-01: E3, E5 flat or with nan, left out"
+    sets, manifest = T.split(trials, config)
+    trials.learn(sets["train"], manifest["held_out_subjects"])
     x, xyz, subject = trials.batch(sets["train"])
-    x = (x - x.mean(0)).transpose(1, 2).flatten(0, 1).numpy()
-    assert np.abs(np.cov(x.T) - np.eye(8)).max() < 0.25  # white
+    assert x.isfinite().all() and (x[:, [3, 5]] == 0).all() and xyz[:, [3, 5]].isnan().all()
+    x = (x - x.mean(0))[:, [0, 1, 2, 4, 6, 7]].transpose(1, 2).flatten(0, 1).numpy()
+    assert np.abs(np.cov(x.T) - np.eye(6)).max() < 0.25  # white
     assert set(subject.tolist()) == {0, 1}
     assert set(trials.batch(sets["subject"])[2].tolist()) == {-1}
     loud = np.concatenate([sets[name] for name in T.SETS])
@@ -271,25 +262,23 @@ def epochs(name, given):
     given.update(epoch_tmin=-0.1, epoch_samples=30)
 
 
-@pytest.mark.parametrize(
-    "change, options, words",
-    [
-        (no_place, {}, "channel E2 has no position"),
-        (no_word, {}, "subject 02 has no events with a word"),
-        (one_picture, {}, "every word has one picture"),
-        (None, {"t_end": 0.004}, "no sample of 50 Hz"),
-        (epochs, {"t_end": 0.52, "jitter": 0.0}, "lies inside the recording or epoch"),
-    ],
-)
-def test_eeg_that_cannot_be_used(tmp_path, change, options, words):
-    config = T.Config(**{"t_end": 0.4, **options})
-    with pytest.raises(InputError, match=words):
-        T.split(trials_of(tmp_path, change, config, words=4, images=4), config)
+UNUSABLE = [
+    (no_place, {}, "channel E2 has no position"),
+    (no_word, {}, "subject 02 has no events with a word"),
+    (one_picture, {}, "every word has one picture"),
+    (None, {"t_end": 0.004}, "no sample of 50 Hz"),
+    (epochs, {"t_end": 0.52, "jitter": 0.0}, "lies inside the recording or epoch"),
+]
 
 
-def test_trials_at_the_edge_are_left_out_and_said(tmp_path):
+def test_eeg_that_cannot_be_used_and_trials_at_the_edge(tmp_path):
+    for i, (change, options, words) in enumerate(UNUSABLE):
+        config = T.Config(**{"t_end": 0.4, **options})
+        with pytest.raises(InputError, match=words):
+            T.split(trials_of(tmp_path / str(i), change, config, words=4, images=4), config)
     few = {"subjects": 1, "words": 4, "images": 2}
-    assert "trials outside" in trials_of(tmp_path, None, T.Config(t_end=4.0), **few).notes[0]
+    edge = trials_of(tmp_path / "edge", None, T.Config(t_end=4.0), **few)
+    assert "trials outside" in edge.notes[0]
     fits = T.Config(t_end=0.5, jitter=0.0)
     assert not trials_of(tmp_path / "epochs", epochs, fits, **few).notes
 
@@ -314,19 +303,16 @@ def power(x):
     return np.fft.rfftfreq(x.shape[2], 1 / SFREQ), np.square(np.abs(spectrum)).mean((0, 1))
 
 
-def test_pink_noise_falls_as_one_over_f():
+def test_noise_has_its_spectrum():
     out = noise(T.pink)
     f, p = power(out)
     band = (f > 1) & (f < 80)
-    assert abs(np.polyfit(np.log(f[band]), np.log(p[band]), 1)[0] + 1) < 0.15
+    assert abs(np.polyfit(np.log(f[band]), np.log(p[band]), 1)[0] + 1) < 0.15  # 1 / f
     assert np.allclose(out.std(2), 1e-5, rtol=0.01)
     r = np.mean([np.corrcoef(o) for o in out], axis=0)
     distance = np.linalg.norm(XYZ[:, None] - XYZ, axis=-1)
     near = (distance > 0) & (distance < 0.04)
     assert r[near].mean() > 0.5 > 0.3 > abs(r[distance > 0.15].mean())  # shared by neighbours
-
-
-def test_noise_is_in_its_band():
     bands = {T.blink: (0, 6, 0.95), T.muscle: (19, 101, 0.9), T.drift: (0, 2, 0.9)}
     for function, (low, high, share) in bands.items():
         f, p = power(noise(function))
@@ -337,16 +323,13 @@ def test_noise_is_in_its_band():
     assert (noise(T.line, sfreq=80.0) == 0).all()  # above the Nyquist frequency
 
 
-def test_blinks_are_in_front_and_muscles_at_the_edge():
+def test_noise_is_in_its_places():
     size = np.abs(noise(T.blink)).max(2).mean(0)
     assert size[XYZ[:, 1] > 0.06].mean() > 10 * size[XYZ[:, 1] < -0.03].mean()
     assert 3e-5 < size.max() < 2e-4
     rms = np.sqrt(np.square(noise(T.muscle)).mean((0, 2)))
     edge = (np.abs(XYZ[:, 0]) > 0.06) & (XYZ[:, 2] < 0.05)
     assert rms[edge].mean() > 3 * rms[XYZ[:, 2] > 0.09].mean()
-
-
-def test_pops_references_and_gains():
     jumped = np.abs(noise(T.pop)).max(2) > 0
     assert (jumped.sum(1) == 1).all() and len(set(jumped.argmax(1))) > 10
     rng = np.random.default_rng(2)
@@ -379,31 +362,20 @@ def test_augmentations_are_of_a_share_of_trials_and_of_what_is_there():
 # ---- batches
 
 
-def same(a, b):
-    ours, theirs = ([*batch.inputs, batch.target, batch.word] for batch in (a, b))
-    return all(np.array_equal(x, y, equal_nan=x.is_floating_point()) for x, y in zip(ours, theirs))
-
-
-def batches(config, experiment, n_steps=2, first=0, rank=0, world=1):
+def batches(config, experiment, n_steps=2):
     """The micro-batches of a few steps."""
-    run = Here(config)
-    run.rank, run.world = rank, world
-    training = T.Training(run, config, experiment, experiment.sets["train"])
-    training.numbers = count(training.n_micro * first + rank, world)
+    training = T.Training(Here(config), config, experiment, experiment.sets["train"])
     return [batch for _ in range(n_steps) for batch in training.batches()]
 
 
-def test_any_workers_and_ranks_make_the_same_batches(given):
+def test_any_number_of_workers_makes_the_same_batches(given):  # ranks: tests/test_scripts.py
     options = {"augment": list(T.AUGMENT), "augment_share": 0.5, "synonyms": True}
     config, _, experiment = prepared(given, jitter=0.04, trials_per_step=16, **options)
     plain = batches(config, experiment)
     assert len(plain) == 4
-    for batch, other in zip(plain, batches(replace(config, num_workers=4), experiment)):
-        assert same(batch, other)
-    for rank in (0, 1):
-        for batch, other in zip(plain[rank::2], batches(config, experiment, rank=rank, world=2)):
-            assert same(batch, other)
-    assert same(plain[2], batches(config, experiment, 1, first=1)[0])  # a resumed run's first
+    for a, b in zip(plain, batches(replace(config, num_workers=4), experiment)):
+        for x, y in zip([*a.inputs, a.target, a.word], [*b.inputs, b.target, b.word]):
+            assert np.array_equal(x, y, equal_nan=x.is_floating_point())
     other = batches(replace(config, seed=1), experiment, 1)
     assert not torch.equal(plain[0].inputs[0], other[0].inputs[0])
 
@@ -412,8 +384,8 @@ def test_people_take_turns_and_see_every_trial_once_an_epoch(given):
     config, run, experiment = prepared(given)
     training = T.Training(run, config, experiment, experiment.sets["train"])
     least = min(len(ids) for ids in training.by_person)
-    drawn = [T.draw_trials(training, number) for number in range(2 * least // config.batch_size)]
-    drawn = np.concatenate(drawn)
+    n_batches = 2 * least // config.batch_size
+    drawn = np.concatenate([T.draw_trials(training, number) for number in range(n_batches)])
     assert len(set(np.bincount(experiment.trials.subject[drawn]))) == 1
     assert len(set(drawn)) == len(drawn)
 
@@ -456,12 +428,10 @@ def test_packed_names_are_separate_passes(given, fusion):
     assert scores.shape == (5, 48) and np.allclose(empty[2], same_empty, atol=1e-4)
 
 
-def test_preferences_begin_at_ln_2_and_grow_with_the_margin(given):
+def test_preferences_grow_with_the_margin(given):
     config, run, experiment = prepared(given, stage="dpo", dropout=0.0)
     training = T.Training(run, config, experiment, experiment.sets["train"])
     batch = next(training.batches())
-    losses = T.preference_loss(run, config, experiment, batch, training.reference)
-    assert abs(losses["loss"].item() - math.log(2)) < 1e-6 and losses["preferred"] == 0
 
     def scores():
         logits, _ = experiment.model(*batch.inputs, start=experiment.text.start)
@@ -504,7 +474,12 @@ def test_silent_trials_leave_gradients_finite(given, encoder, monkeypatch):
     assert max(trained(run, config, experiment, 2)[0]) < 1e3
 
 
-@pytest.mark.parametrize("train", ["encoder", "encoder+expert", "all"])
+LEARN = {"encoder": {"encoder", "bon", "eon"}}
+LEARN["encoder+expert"] = LEARN["encoder"] | {"experts"}
+LEARN["all"] = LEARN["encoder+expert"] | {"lm"}
+
+
+@pytest.mark.parametrize("train", LEARN)
 def test_only_what_is_named_learns(given, train):
     config, run, experiment = prepared(given, train=train, synonyms=True, trials_per_step=16)
     before = {name: p.clone() for name, p in experiment.model.named_parameters()}
@@ -513,40 +488,35 @@ def test_only_what_is_named_learns(given, train):
     for name, p in experiment.model.named_parameters():
         moved |= {name.split(".")[0]} if not torch.equal(p, before[name]) else set()
         learns |= {name.split(".")[0]} if p.requires_grad else set()
-    expected = {"encoder", "bon", "eon"}
-    if train != "encoder":
-        expected.add("experts")
-    if train == "all":
-        expected.add("lm")
-    assert moved == learns == expected
+    assert moved == learns == LEARN[train]
 
 
 def validation_curve(given, dtype):
     rates = {"learning_rate": 1e-2, "expert_lr": 1e-2, "max_iters": 24}
     config, run, experiment = prepared(given, dropout=0.0, **rates)
-    if dtype is not torch.float32:
-        run.autocast = lambda: torch.autocast("cpu", dtype)
+    run.autocast = lambda: torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
     if dtype is torch.float16:
         run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
     training = trained(run, config, experiment, 0)[1]
-    T.validate(run, config, experiment, training)
-    first = run.logged["val_rank_loss"]
-    trained(run, config, experiment, 24)
+    losses = []
+    for n_steps in (0, 24):
+        trained(run, config, experiment, n_steps)
+        T.validate(run, config, experiment, training)
+        losses.append(run.logged["val_rank_loss"])
     assert all(p.isfinite().all() for p in experiment.model.parameters())
-    T.validate(run, config, experiment, training)
-    return first, run.logged["val_rank_loss"], run.scaler.get_scale()
+    return losses, run.scaler.get_scale()
 
 
 def test_half_precision_follows_float32(given):
-    first, last, _ = validation_curve(given, torch.float32)
+    (first, last), _ = validation_curve(given, torch.float32)
     assert last < first - 0.02
-    first_half, last_half, _ = validation_curve(given, torch.bfloat16)
-    assert np.allclose([first, last], [first_half, last_half], rtol=0.01)
-    _, last_16, scale = validation_curve(given, torch.float16)  # steps that overflow are skipped
+    assert np.allclose([first, last], validation_curve(given, torch.bfloat16)[0], rtol=0.01)
+    (_, last_16), scale = validation_curve(given, torch.float16)  # steps that overflow are skipped
     assert scale < 2.0**20 and last_16 < first - 0.02
 
 
 # ---- what counts as right
+
 
 PAIRS = """dog=dog Dog=dog a_dog=dog The_dogs=dog dog.=dog hot_dog=dog ants=ant calf=calf
 calves=calf knives=knife children=child mice=mouse berries=berry boxes=box dishes=dish
@@ -556,9 +526,12 @@ classes=class ﬁle=file dog's=dog potatoes=potato axis=axis heroes_of_a_dog=dog
 movies=movie 7=7 leaves=leaf balance_beam=balance_beam balance-beam=balance_beam shoes=shoe
 scissors=scissors"""
 WRONG = "dogma=dog elephant=ant plants=ant cat=dog the=dog beam=balance_beam =dog vessels=container"
+SAME = """apple/Apple/apples ice_cream/Ice-creams/icecream bus/buses gas/gases lens/lenses man/men
+taxi/taxis ski/skis iris/irises mouse/mice café/cafe/Cafés octopus/octopuses glass/glasses"""
+DIFFERENT = "princess prince 007 7 gas bra brass dress ant elephant glass glove bus ski sky tie toe"
 
 
-def test_flexible_accuracy():
+def test_flexible_accuracy_and_one_word_in_many_spellings():
     for line, right in ((PAIRS, True), (WRONG, False)):
         for pair in line.split():
             answer, word = pair.split("=")
@@ -570,17 +543,9 @@ def test_flexible_accuracy():
     exact, flexible = T.right_answers(text, ["dog", "balance beam"], ["dog", "Dog", "balance beam"])
     assert exact.tolist() == [[1, 0], [0, 0], [0, 1]]  # as the model was taught to spell it
     assert flexible.tolist() == [[1, 0], [1, 0], [0, 1]]
-
-
-SAME = """apple/Apple/apples ice_cream/Ice-creams/icecream bus/buses gas/gases lens/lenses man/men
-taxi/taxis ski/skis iris/irises mouse/mice café/cafe/Cafés octopus/octopuses glass/glasses"""
-
-
-def test_one_word_in_many_spellings():
     for words in SAME.split():
         assert len(set(map(T.same_word, words.split("/")))) == 1, words
-    words = "princess prince 007 7 gas bra brass dress ant elephant glass glove bus ski sky tie toe"
-    assert len(set(map(T.same_word, words.split()))) == len(words.split())
+    assert len(set(map(T.same_word, DIFFERENT.split()))) == len(DIFFERENT.split())
 
 
 def test_word_space():
@@ -648,13 +613,6 @@ def test_it_reads_what_is_there(whole):
     assert json.loads((whole / "splits.json").read_text())["hash"]
 
 
-def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
-    few = {"max_new_tokens": 2, "max_iters": 0, "eval_trials": 4}
-    T.main(a_config(given, out_dir=str(tmp_path), init_from=str(whole), **few))
-    assert "12 of 12 names are longer than max_new_tokens=2" in capsys.readouterr().out
-    assert (pd.read_csv(tmp_path / "results.csv").unsayable == 12).all()
-
-
 def test_preferences_after_supervision(given, whole):
     options = {"stage": "dpo", "init_from": str(whole), "log_interval": 1, "eval_trials": 6}
     taken = {key: getattr(T.Config, key) for key in ("t_end", "patch", "width", "encoder_layers")}
@@ -668,6 +626,13 @@ def test_preferences_after_supervision(given, whole):
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0]
     with pytest.raises(InputError, match="trained on another split"):
         T.main(a_config(given, out_dir=str(given / "leak"), split_seed=1, **options))
+
+
+def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
+    few = {"max_new_tokens": 2, "max_iters": 0, "eval_trials": 4}
+    T.main(a_config(given, out_dir=str(tmp_path), init_from=str(whole), **few))
+    assert "12 of 12 names are longer than max_new_tokens=2" in capsys.readouterr().out
+    assert (pd.read_csv(tmp_path / "results.csv").unsayable == 12).all()
 
 
 def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, monkeypatch):
@@ -693,27 +658,25 @@ def test_minutes_settle_the_number_of_steps(given, tmp_path, monkeypatch):
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
-def test_a_resumed_run_keeps_its_minutes_unless_told_otherwise(given):
+KEPT = [  # options of a resumed run, then its minutes and max_iters
+    ({}, (6.0, 700)),
+    ({"minutes": 6.0}, (6.0, 700)),
+    ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
+    ({"max_iters": 800}, (0.0, 800)),
+]
+
+
+def test_a_resumed_run_keeps_its_minutes_and_counts_its_own_steps(given, monkeypatch):
     config, run, experiment = prepared(given)
     training = T.Training(run, config, experiment, experiment.sets["train"])
     state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}, "tokens": {}}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
-    for options, expected in (
-        ({}, (6.0, 700)),
-        ({"minutes": 6.0}, (6.0, 700)),
-        ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
-        ({"max_iters": 800}, (0.0, 800)),
-    ):
+    for options, expected in KEPT:
         training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
         training.resume(state)
         assert (training.config.minutes, training.config.max_iters) == expected, options
-
-
-def test_minutes_count_the_steps_of_this_process(given, monkeypatch):
-    """A run that was stopped at step 100 before its minutes were settled goes on."""
-    config, run, experiment = prepared(given, minutes=10.0, max_iters=T.UNSETTLED)
+    config.minutes, config.max_iters = 10.0, T.UNSETTLED  # stopped before they were settled
     run.start = 0.0
-    training = T.Training(run, config, experiment, experiment.sets["train"])
     training.first_step = 100
     for step in range(101, 130):
         training.step = step
@@ -749,19 +712,14 @@ def test_an_encoder_that_saw_held_out_trials_is_refused(given, whole, tmp_path):
     assert torch.equal(mixed, weights["encoder.net.embed.weight"])
 
 
-def foundation_checkpoint(path, dataset, bands=()):
+def foundation_checkpoint(folder, dataset, bands=()):
     """An encoder of 40 electrodes as foundation.py writes it."""
-    shape = {"kind": "transformer", "tokens": "electrode", "n_embd": 24, "width": 16}
-    shape = EncoderConfig(**shape, n_layer=1, n_head=2, patch=5, subjects=7)
-    encoder = NeuralEncoder(shape)
     place = np.random.default_rng(1).normal(size=(40, 3)) * 0.05
     recording = {"dataset": dataset, "name": "sub-01", "xyz": place.tolist()}
     recording["channels"] = [f"E{i}" for i in range(40)]
     recipe = {"sfreq": 25.0, "bands": list(bands), "grid": "", "recordings": [recording]}
-    weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
-    state = {"kind": "foundation", "encoder_args": asdict(shape), "recording": recipe}
-    save_checkpoint(path, {**state, "model": weights})
-    return encoder, place
+    shape = {"tokens": "electrode", "n_embd": 24, "width": 16, "n_layer": 1, "n_head": 2}
+    return save_encoder(folder, recipe, **shape, patch=5, subjects=7), place
 
 
 def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
@@ -769,7 +727,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
         given["channels"].loc[[3, 7], ["x", "y", "z"]] = np.nan
 
     make_eeg(tmp_path / "eeg", channels=63, changes=nameless, words=8, images=4)
-    encoder, place = foundation_checkpoint(tmp_path / "best.pt", "elsewhere")
+    encoder, place = foundation_checkpoint(tmp_path, "elsewhere")
     options = {"dataset": str(tmp_path / "eeg"), "encoder": f"pretrained:{tmp_path}"}
     experiment = prepared(given, **options)[2]
     notes = experiment.trials.notes[0]
@@ -779,7 +737,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     weights = experiment.model.encoder.state_dict()
     for name in ("net.blocks.0.mlp.c_fc.weight", "net.place"):
         assert torch.equal(weights[name], encoder.state_dict()[name])
-    foundation_checkpoint(tmp_path / "best.pt", "data/eeg")
+    foundation_checkpoint(tmp_path, "data/eeg")
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, **options)
     make_eeg(tmp_path / "other", words=8, images=4)  # by way of a run on other people
@@ -787,7 +745,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     T.main(a_config(given, encoder=f"pretrained:{tmp_path}", **there))
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, encoder=f"pretrained:{tmp_path / 'by'}")
-    foundation_checkpoint(tmp_path / "best.pt", "elsewhere", [[4, 8], [8, 12]])
+    foundation_checkpoint(tmp_path, "elsewhere", [[4, 8], [8, 12]])
     with pytest.raises(InputError, match="bands side by side"):
         prepared(given, **options)
 
@@ -795,35 +753,23 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
 # ---- bad input
 
 
-def test_bad_input_is_a_sentence(given):  # more in tests/test_scripts.py
-    with pytest.raises(InputError, match="encoder must be .*transformer"):
-        check(T.Config(encoder="some"))
-    with pytest.raises(InputError, match="never reads EEG"):
-        check(T.Config(fusion="cross", train="encoder"))
-    with pytest.raises(InputError, match="prompt= has no token"):
-        prepared(given, prompt="")
-    with pytest.raises(InputError, match="do not fit.*shorten prompt= or max_new_tokens="):
-        prepared(given, max_new_tokens=99)
-    with pytest.raises(InputError, match="no run of telepath.py"):
-        prepared(given, init_from=str(given / "lm.pt"))
+REFUSED = [  # more in tests/test_scripts.py
+    ({"encoder": "some"}, "encoder must be .*transformer"),
+    ({"fusion": "cross", "train": "encoder"}, "never reads EEG"),
+    ({"prompt": ""}, "prompt= has no token"),
+    ({"max_new_tokens": 99}, "do not fit.*shorten prompt= or max_new_tokens="),
+    ({"init_from": "lm.pt"}, "no run of telepath.py"),
+    ({"dataset": "long"}, "shorten the name 'long.*long' in .*long"),
+]
 
 
-def test_a_name_that_the_model_cannot_hold_is_named(given, tmp_path):
+def test_bad_input_is_a_sentence(given, monkeypatch):
     def change(name, given):
         given["events"]["word"] = given["events"].word.replace("aw", 40 * "long")
 
-    make_eeg(tmp_path / "eeg", changes=change)
-    with pytest.raises(InputError, match="shorten the name 'long.*long' in .*eeg"):
-        prepared(given, dataset=str(tmp_path / "eeg"))
-
-
-def test_channels_without_a_signal_are_left_out_and_said(tmp_path):
-    def change(name, given):
-        given["signal"][100, 3] = np.nan
-        given["signal"][:, 5] = 1e-6
-
-    trials = trials_of(tmp_path, change)
-    assert trials.notes[0] == "sub-01: E3, E5 flat or with nan, left out"
-    sets = learned(trials, T.Config(t_end=0.4))
-    x, xyz, _ = trials.batch(sets["train"][:4])
-    assert x.isfinite().all() and (x[:, [3, 5]] == 0).all() and xyz[:, [3, 5]].isnan().all()
+    make_eeg(given / "long", changes=change)
+    monkeypatch.chdir(given)
+    for options, words in REFUSED:
+        with pytest.raises(InputError, match=words):
+            check(a_config(given, **options))
+            prepared(given, **options)
