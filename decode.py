@@ -992,6 +992,14 @@ def job_file(run, lag, fold):
     return folder / f"lag_{str(lag).removesuffix('.0')}_fold_{fold.number}.csv"
 
 
+def unfinished(run, jobs):
+    """Those of the jobs (lag, fold) that have no file yet."""
+    todo = [job for job in jobs if not job_file(run, *job).exists()]
+    if len(todo) < len(jobs):
+        run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")
+    return todo
+
+
 # ---- report, of scores with columns lag, fold, model, metric, FACTS and those of the shifts
 
 
@@ -1152,9 +1160,7 @@ def main(config):
     run.print(describe(podcast, montage, target))
     run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
     jobs = run.share(itertools.product(all_lags(config), folds))
-    todo = [job for job in jobs if not job_file(run, *job).exists()]
-    if len(todo) < len(jobs):
-        run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")
+    todo = unfinished(run, jobs)
     bar = run.progress(len(todo), desc="lags and folds")
     for lag, of_lag in itertools.groupby(todo, key=itemgetter(0)):
         X = {name: torch.as_tensor(windows.at(rows, lag)) for name, windows in inputs.items()}

@@ -262,7 +262,10 @@ def main(config):
     run.content = decode.content_of(config, windows, target, rows)
 
     files = [decode.job_file(run, "all", fold).with_suffix(".npz") for fold in folds]
-    todo = [fold for fold in run.share(folds) if not files[fold.number].exists()]
+    mine = run.share(folds)
+    todo = [fold for fold in mine if not files[fold.number].exists()]
+    if len(todo) < len(mine):
+        run.print(f"{len(mine) - len(todo)} folds of an earlier run are reused")
     if todo:
         offsets = [windows.first(0, lag) for lag in all_lags(config)]
         Y = montage.bin_means(rows, offsets, [0, windows.width]).squeeze(-1)

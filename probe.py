@@ -843,7 +843,8 @@ def measure_fold(probe, X, task, fold_of, outer):
         thresholds = {"accuracy": np.nan}
         if task.kind == "binary":
             thresholds = best_thresholds(task.y[choose], chosen[g])
-        row = {"site": g, "threshold": thresholds["accuracy"]}
+        shown = thresholds.get(PRIMARY[task.kind], thresholds["accuracy"])
+        row = {"site": g, "threshold": shown}
         given = task.kind, thresholds
         row["validation"] = one_measure(PRIMARY[task.kind], task.y[choose], chosen[g], *given)
         for metric, score in evaluator(task.y[test], tested[g], *given).items():

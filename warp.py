@@ -1130,6 +1130,13 @@ def fit_all(run, config, studies, cells, load):
     """Make every fit that is not there yet; ranks share them. See `fit_cell`."""
     (run.out / "fits").mkdir(exist_ok=True)
     jobs = run.share(itertools.product(cells, studies))
+    files = []
+    for cell, study in jobs:
+        for number in range(len(study.folds)):
+            files += fit_files(run, config, study, cell, number).values()
+    n_there = sum(file.exists() for file in files)
+    if n_there:
+        run.print(f"{n_there} of {len(files)} fits are there from an earlier run")
     bar = run.progress(len(jobs), desc="fits")
     for cell, study in jobs:
         fit_cell(run, config, study, cell, load)
@@ -1150,8 +1157,7 @@ def fit_cell(run, config, study, cell, load):
     truth = []
     for number, fold in enumerate(study.folds):
         fits = []
-        for rate in config.learning_rates if cell.d else [0.0]:
-            path = run.out / "fits" / file_name(config, study, cell, number, rate)
+        for rate, path in fit_files(run, config, study, cell, number).items():
             if not path.exists():
                 loaded = load(cell.candidate, cell.weights)
                 arrays = run_fit(run, config, dealt, cell, number, rate, loaded)
@@ -1163,6 +1169,14 @@ def fit_cell(run, config, study, cell, load):
         predicted.append(chosen[-1]["evidence"])
         truth.append(study.objective.truth(config, dealt, fold["test"]))
     return chosen[0], join_folds(predicted), join_folds(truth)
+
+
+def fit_files(run, config, study, cell, number):
+    """{learning rate: the file of its fit} in one fold."""
+    files = {}
+    for rate in config.learning_rates if cell.d else [0.0]:
+        files[rate] = run.out / "fits" / file_name(config, study, cell, number, rate)
+    return files
 
 
 def file_name(config, study, cell, fold, rate):

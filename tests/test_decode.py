@@ -525,6 +525,26 @@ def test_it_finds_what_was_planted_and_nothing_else(podcast, tmp_path, capsys):
     assert "ensemble_pitom_model: an ensemble of 2 members" in said and said.count("members") == 1
 
 
+def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
+    podcast, tmp_path, monkeypatch
+):
+    options = {"lags": [300.0], "model": "ridge", "beside": [], "controls": []}
+    before = finished(podcast, tmp_path / "before", **options)
+    choose = decode.choose_electrodes
+
+    def changed(*args):
+        chosen = choose(*args)
+        for i, (recording, channels) in enumerate(chosen):
+            recording.signal = np.asarray(recording.signal) * np.float32(1e6)
+            chosen[i] = recording, np.random.default_rng(i).permutation(channels)
+        return chosen
+
+    monkeypatch.setattr(decode, "choose_electrodes", changed)
+    after = finished(podcast, tmp_path / "after", **options)
+    auc = [table.loc[("ridge", "auc")].score for table in (before, after)]
+    assert np.allclose(*auc, atol=1e-3)
+
+
 def test_a_stopped_run_goes_on_where_it_was_and_few_shifts_are_told(podcast, tmp_path, capsys):
     whole = finished(podcast, tmp_path, n_shifts=20, **RIDGE)
     assert "n_shifts=20 is too few" in capsys.readouterr().out
