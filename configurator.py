@@ -68,6 +68,7 @@ def configure(Config, argv=None):
         print(_manual(Config))
         raise SystemExit(0)
     config = Config()
+    config.given = set()  # names of the options that files and arguments set
     for argument in argv:
         if "=" not in argument:
             _read_config_file(config, argument)
@@ -111,6 +112,7 @@ def _set_option(config, key, value, source):
         if new_name:
             raise InputError(f"{source}: option '{name}' is now called '{new_name}'")
         raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
+    config.given.add(name)
     if dot:
         group = getattr(config, name)
         if not isinstance(group, dict):
@@ -357,14 +359,39 @@ def hash_code(Config):
 
 @functools.cache
 def script_code(Config):
-    """Its script, X_part.py's parent X.py, model.py and convert.py, as this process runs them.
+    """Its script and those that it imports from its folder, model.py and convert.py, and a user's
+    script that imports it, as this process runs them.
 
     Read when a script starts, since one may edit it for the next run while this one goes on.
+    Raises InputError where it was edited since Python read it.
     """
-    script = Path(getattr(sys.modules[Config.__module__], "__file__", None) or "no file")
-    parent = script.with_name(script.stem.split("_")[0] + ".py")
-    paths = {script, parent, HERE / "model.py", HERE / "convert.py"}
+    script = _file_of(Config.__module__)
+    if not script.is_file():
+        return []
+    paths = {script, HERE / "model.py", HERE / "convert.py"}
+    paths |= {path for path in _imports_of(script, script.parent) if path.parent == script.parent}
+    paths -= {HERE / "configurator.py"}
+    caller = _file_of("__main__")
+    if caller.is_file() and script in _imports_of(caller, HERE):
+        paths.add(caller)
+    for path in paths:
+        if Config.__module__ == "__main__" and path.stat().st_mtime > process_start() + 0.1:
+            raise InputError(f"{path.name} was edited while {script.name} started: start it again")
     return [path.read_bytes() for path in paths if path.is_file()]
+
+
+def _file_of(module):
+    return Path(getattr(sys.modules[module], "__file__", None) or "no file").resolve()
+
+
+def process_start():
+    """When this process began, in s since 1970; infinity where /proc does not say."""
+    try:
+        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        uptime = Path("/proc/uptime").read_text().split()[0]
+    except OSError:
+        return math.inf
+    return time.time() - float(uptime) + int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
@@ -399,7 +426,6 @@ class Run:
         import torch.distributed as dist
 
         self.config = config
-        self.seed = config.seed
         self.content = ""
         self.start = time.time()
         self.stopped = 0
@@ -417,17 +443,7 @@ class Run:
             keep_memory()
         if self.world > 1:
             self._join_ranks()
-        self.dtype = choose_dtype(getattr(config, "dtype", "auto"), self.device)
-        if self.reduce(int(self.dtype is torch.float32), "max"):
-            self.dtype = torch.float32  # on every rank, if one is quicker in it
-        torch.manual_seed(key_seed(self.seed))
-        if getattr(config, "deterministic", False):
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        elif self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        half = self.dtype is torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        self._set_up_torch()
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         self.out = Path(config.out_dir)
@@ -435,6 +451,22 @@ class Run:
         self.wandb = None
         if self.master and getattr(config, "wandb_log", False):
             self.wandb = self._open_wandb()
+
+    def _set_up_torch(self):
+        """Seed, precision and determinism, as the options say."""
+        config = self.config
+        self.seed = config.seed
+        torch.manual_seed(key_seed(self.seed))
+        self.dtype = choose_dtype(getattr(config, "dtype", "auto"), self.device)
+        if self.reduce(int(self.dtype is torch.float32), "max"):
+            self.dtype = torch.float32  # on every rank, if one is quicker in it
+        half = self.dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+        if getattr(config, "deterministic", False):
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        elif self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
 
     def autocast(self):
         """Context of the run's precision; leaves float32 alone."""
@@ -457,8 +489,30 @@ class Run:
                 self._start_over()
         if self.reduce(int(restarted), "max") and init_from:
             self.config.init_from = "resume"
+        if getattr(self.config, "init_from", None) == "resume":
+            self._take_over(self.load("ckpt.pt").get("config", {}))
         self.save_config()
         self.barrier()
+
+    def _take_over(self, saved):
+        """A resumed run has the options of its checkpoint, but for those that are given now."""
+        config = self.config
+        given = getattr(config, "given", set(saved))  # a Config made by hand is given whole
+        own = given | {"out_dir", "init_from", "overwrite", "device"}
+        if given & {"minutes", "max_iters"}:
+            own |= {"minutes", "max_iters"}  # one stands instead of the other
+        others = []
+        for field in dataclasses.fields(config):
+            key = field.name
+            before = saved.get(key, getattr(config, key))  # an option that is new has no past
+            if key not in own:
+                setattr(config, key, before)
+            elif key not in PLUMBING.split() and getattr(config, key) != before:
+                others.append(f"{key}={getattr(config, key)} (was {before})")
+        check(config)
+        self._set_up_torch()
+        if others:
+            self.print(f"resumed with {', '.join(others)}; all else as in the checkpoint")
 
     def _is_restart(self):
         """Did the launch that made this folder's checkpoint start the script again?
@@ -560,6 +614,21 @@ class Run:
         if prepare.exists():
             hint = f"run python {os.path.relpath(prepare)}"
         raise InputError(f"dataset '{name}': {folder / 'meta.yaml'} is missing: {hint}")
+
+    def own_folders(self, *names):
+        """Make folders in out_dir for files that belong to these options, code and content.
+
+        What others left there is removed: no file stands beside results that it is not of.
+        """
+        for name in names:
+            folder = self.out / name
+            stamp = folder / ".options"
+            if self.master and not (stamp.is_file() and stamp.read_text() == self.options_hash()):
+                folder.mkdir(exist_ok=True)
+                for path in filter(Path.is_file, folder.iterdir()):
+                    path.unlink()
+                write_aside(stamp, self.options_hash())
+        self.barrier()
 
     def save(self, name, state):
         """Write a checkpoint, a dict of plain types and tensors, to out_dir/name (rank 0)."""

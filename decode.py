@@ -150,7 +150,8 @@ def check_folds_and_lags(config):
 
 def all_lags(config):
     """Lags in ms, as numpy.arange has them: the end is left out."""
-    return config.lags or np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
+    lags = config.lags or np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
+    return list(dict.fromkeys(lags))  # one that is named twice would count twice
 
 
 # ---- recordings and words
@@ -981,8 +982,11 @@ def save_decoder(run, config, decoder, fold, target, montage, facts):
         "config": yaml.safe_load(yaml.safe_dump(asdict(config))),  # plain types
         **facts,
     }
-    (run.out / "models").mkdir(exist_ok=True)
-    save_checkpoint(run.out / "models" / f"lag_{facts['lag']:g}_fold_{fold.number}.pt", state)
+    save_checkpoint(model_file(run, facts["lag"], fold), state)
+
+
+def model_file(run, lag, fold):
+    return run.out / "models" / f"lag_{lag:g}_fold_{fold.number}.pt"
 
 
 def job_file(run, lag, fold):
@@ -992,9 +996,15 @@ def job_file(run, lag, fold):
     return folder / f"lag_{str(lag).removesuffix('.0')}_fold_{fold.number}.csv"
 
 
-def unfinished(run, jobs):
-    """Those of the jobs (lag, fold) that have no file yet."""
-    todo = [job for job in jobs if not job_file(run, *job).exists()]
+def unfinished(run, config, jobs):
+    """Those of the jobs (lag, fold) whose scores, or decoder, are not there yet."""
+    if config.save_models:
+        run.own_folders("models")
+    todo = []
+    for lag, fold in jobs:
+        is_saved = not config.save_models or model_file(run, lag, fold).exists()
+        if not (is_saved and job_file(run, lag, fold).exists()):
+            todo.append((lag, fold))
     if len(todo) < len(jobs):
         run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")
     return todo
@@ -1160,7 +1170,7 @@ def main(config):
     run.print(describe(podcast, montage, target))
     run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
     jobs = run.share(itertools.product(all_lags(config), folds))
-    todo = unfinished(run, jobs)
+    todo = unfinished(run, config, jobs)
     bar = run.progress(len(todo), desc="lags and folds")
     for lag, of_lag in itertools.groupby(todo, key=itemgetter(0)):
         X = {name: torch.as_tensor(windows.at(rows, lag)) for name, windows in inputs.items()}

@@ -4,9 +4,10 @@
 
 PATH is a prepared recording (data/recording.py) with the electrodes that the decoders read, or a
 set with the same people. Of each fold, the decoder of the lag that its validation words chose is
-taken; scores are means over folds. decode.py calls this file; copy both to change it.
+taken; scores are means over folds. decode.py, or a copy of it, calls this file with its own code.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,10 @@ import pandas as pd
 import torch
 from scipy import special
 
-import decode
 from configurator import InputError, Run
 from data import write_aside
 from data.montage import Montage
 from data.recording import Recording, read_set
-from decode import Config, Decoder
 from model import load_checkpoint
 
 
@@ -73,13 +72,13 @@ def same_electrodes(path, state, reference):
     return montage, chosen[0][0].events
 
 
-def scores_of(state, X, model_params):
-    """DataFrame (events, names) of what a saved decoder says of windows X.
+def scores_of(decode, state, X, model_params):
+    """DataFrame (events, names) of what a saved decoder says of windows X; decode: the script.
 
     The cosine of outputs and a word's vector, probabilities of classes, or the number itself.
     """
     shape, output_dim = X.shape[1:], state["output_dim"]
-    decoder = Decoder(state["spec"], model_params, shape, output_dim, state["target"])
+    decoder = decode.Decoder(state["spec"], model_params, shape, output_dim, state["target"])
     decoder.load_state_dict(state["weights"])
     out = decode.predict(decoder, X)  # (events, members, D)
     if state["target"] == "vectors":
@@ -93,6 +92,8 @@ def scores_of(state, X, model_params):
 
 def apply_decoders(config):
     """Write scores.csv: an event a row, a word a column."""
+    decode = sys.modules[type(config).__module__]
+    Config = type(config)
     states = load_decoders(config.apply)
     trained = Config(**states[0]["config"])
     trained.device = config.device
@@ -111,7 +112,7 @@ def apply_decoders(config):
     tables = []
     for state in states:
         X = torch.as_tensor(windows.at(rows[:, inside], state["lag"]))
-        tables.append(scores_of(state, X, trained.model_params))
+        tables.append(scores_of(decode, state, X, trained.model_params))
     scores = pd.concat(tables).groupby(level=0).mean()
     table = events.filter(list(dict.fromkeys(["onset", "word", trained.word])))
     if len(scores.columns) > 1:

@@ -1014,19 +1014,18 @@ def keep_projections(run, sites):
 def main(config, lms=None, datasets=None, probes=None):
     """Every probe of every model on every dataset. Returns the results as a DataFrame."""
     run = Run(config)
-    for name in ("logs", "predictions", "projections", "texts"):
-        (run.out / name).mkdir(exist_ok=True)
     lms = lms or config.lm
     probes = probes or config.probe
     check_distinct(list(map(name_of, probes)), "probe")
     datasets = load_datasets(run, config, datasets or config.dataset)
     check_distinct([dataset.name for dataset in datasets], "dataset")
     run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
+    run.own_folders("logs", "predictions", "projections", "texts")
     rows = run.rows()
     for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
         model = LMModel(lm, run.device, run.dtype)
         usable = usable_probes(run, dataset, probes)
-        todo = unfinished(rows, model.name, dataset.name, usable)
+        todo = unfinished(run, rows, model.name, dataset.name, usable)
         if not todo:
             continue
         pooled = read_sites(model, dataset, all_poolers(config, model), config)
@@ -1089,11 +1088,16 @@ def all_poolers(config, model):
     return list({str(pooler.label(model.n_layer)): pooler for pooler in poolers}.values())
 
 
-def unfinished(rows, model, dataset, probes):
-    """The probes that lack their last row, the majority's, among those of an earlier run."""
+def unfinished(run, rows, model, dataset, probes):
+    """The probes that lack their last row, the majority's, or their log, of an earlier run."""
     rows = rows.reindex(columns=["model", "dataset", "probe", "baseline"])
     rows = rows[(rows.model == model) & (rows.dataset == dataset) & (rows.baseline == "majority")]
-    return [probe for probe in probes if name_of(probe) not in set(rows.probe)]
+    todo = []
+    for probe in probes:
+        log = run.out / "logs" / f"{slug(model, dataset, name_of(probe))}.json"
+        if name_of(probe) not in set(rows.probe) or not log.exists():
+            todo.append(probe)
+    return todo
 
 
 def usable_probes(run, dataset, probes):

@@ -1185,7 +1185,7 @@ def file_name(config, study, cell, fold, rate):
     for option in ANALYSIS.split():
         key.pop(option, None)
     key |= {"cell": asdict(cell), "fold": fold, "rate": rate, "content": study.content}
-    key["code"] = hash_code(Config)
+    key["code"] = hash_code(type(config))
     key["stamps"] = stamps(config, cell.candidate)
     if cell.candidate.model != "lm":
         key.pop("lm", None)
