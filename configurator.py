@@ -259,11 +259,22 @@ def load_function(spec, option):
         sys.path.append(str(folder))
     try:
         function = runpy.run_path(file, run_name=Path(file).stem)[name]
-        _user_code.update({path: path.read_bytes() for path in user_files(file)})
+        for path in user_files(file):
+            _user_code[path] = path.read_bytes()
+            _check_name(path)
+    except InputError:
+        raise
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
     return function
+
+
+def _check_name(path):
+    """Refuse a user's file under whose name another module is loaded, which it would get."""
+    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
+    if loaded and path.stem != "__init__" and Path(loaded).resolve() != path:
+        raise InputError(f"{path} has the name of {loaded}, which is loaded instead: rename it")
 
 
 def user_files(file):
@@ -320,11 +331,15 @@ def _manual(Config):
 def _print_one_sentence(kind, error, trace):
     """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
     full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    no_right = (errno.EACCES, errno.EPERM, errno.EROFS)
     if issubclass(kind, InputError):
         sentence = _one_line(error)
     elif issubclass(kind, OSError) and error.errno in full_disk:
         sentence = f"{error.filename or 'a file'} could not be written ({error.strerror}): "
         sentence += "make room, then start again; what was finished is kept"
+    elif issubclass(kind, OSError) and error.errno in no_right:
+        sentence = f"{error.filename or 'a file'} may not be read or written ({error.strerror}): "
+        sentence += "give another out_dir= or dataset=, or the right to it"
     else:
         sys.__excepthook__(kind, error, trace)
         return
@@ -427,11 +442,13 @@ class Run:
 
         self.config = config
         self.content = ""
+        self.began_from = ""  # a resumed run's first init_from
         self.start = time.time()
         self.stopped = 0
         self._stops_at_steps = False  # whether the script calls stopping()
         self._reuse_said = False
         self._overwrites = False  # an earlier run's files are still to be removed
+        self._has_begun = True  # a resumed run writes its config.yaml once it has
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
@@ -484,6 +501,7 @@ class Run:
         restarted = False
         if self.master:
             self._lock_folder()
+            self._check_script()
             restarted = self._is_restart()
             if init_from and init_from != "resume" and not restarted:
                 self._start_over()
@@ -491,8 +509,24 @@ class Run:
             self.config.init_from = "resume"
         if getattr(self.config, "init_from", None) == "resume":
             self._take_over(self.load("ckpt.pt").get("config", {}))
+            self.began_from = self._began_from()
+            self._has_begun = False
         self.save_config()
         self.barrier()
+
+    def _check_script(self):
+        """Refuse a folder that holds the results of another script."""
+        path = self.out / "config.yaml"
+        before = None
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            before = re.search(r"^# script: (.*)$", text, re.M)
+        has_results = any(self.out.glob("results*")) or any(self.out.glob("*.pt"))
+        if before and before[1] != self._script() and has_results:
+            raise InputError(f"{self.out} holds a run of {before[1]}: give another out_dir=")
+
+    def _script(self):
+        return _file_of(type(self.config).__module__).name
 
     def _take_over(self, saved):
         """A resumed run has the options of its checkpoint, but for those that are given now."""
@@ -513,6 +547,14 @@ class Run:
         self._set_up_torch()
         if others:
             self.print(f"resumed with {', '.join(others)}; all else as in the checkpoint")
+
+    def _began_from(self):
+        """init_from of the run's first start, which its config.yaml keeps; '' if unknown."""
+        try:
+            text = (self.out / "config.yaml").read_text(encoding="utf-8")
+            return str(read_yaml(text)["init_from"]).replace("resume", "")
+        except (OSError, KeyError, TypeError, yaml.YAMLError):
+            return ""
 
     def _is_restart(self):
         """Did the launch that made this folder's checkpoint start the script again?
@@ -542,25 +584,30 @@ class Run:
 
         Until then a run may end with a sentence, or read a model from this very folder.
         """
-        if not (self.out / "ckpt.pt").exists():
+        checkpoints = sorted(self.out.glob("*.pt"), reverse=True)
+        if not checkpoints:
             (self.out / "log.jsonl").unlink(missing_ok=True)
             return
         if not getattr(self.config, "overwrite", False):
             remedy = "init_from=resume, overwrite=True, or another out_dir="
-            raise InputError(f"{self.out / 'ckpt.pt'} is there already: give {remedy}")
+            raise InputError(f"{checkpoints[0]} is there already: give {remedy}")
         self._overwrites = True
+        self._has_begun = False
 
-    def _clear_folder(self):
+    def _begin(self):
+        """Before the first line of the log, or checkpoint: an overwritten run's files go."""
+        if self._has_begun:
+            return
+        self._has_begun = True
         if self._overwrites:
-            self._overwrites = False
             old = [*self.out.glob("*.pt"), *self.out.glob("results*"), self.out / "log.jsonl"]
             for path in old:
                 path.unlink(missing_ok=True)
-            self.save_config()
+        self.save_config()
 
     def save_config(self):
         """Write the resolved options and the environment to config.yaml (rank 0)."""
-        if not self.master or self._overwrites:
+        if not self.master or not self._has_begun:
             return
         git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
         try:
@@ -571,9 +618,14 @@ class Run:
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
         arguments = " ".join(sys.argv[1:]).replace("\n", "\\n")  # in one line
-        options = yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False)
+        options = dataclasses.asdict(self.config)
+        options |= {"overwrite": False} if "overwrite" in options else {}  # said each time anew
+        if self.began_from:
+            options["init_from"] = self.began_from
+        options = yaml.safe_dump(options, sort_keys=False)
         environment = f"""\
 # command: {Path(sys.argv[0]).name} {arguments}
+# script: {self._script()}
 # code: {code or "not a git checkout"}
 # python: {platform.python_version()}
 # torch: {torch.__version__}
@@ -635,7 +687,7 @@ class Run:
         from model import save_checkpoint
 
         if self.master:
-            self._clear_folder()
+            self._begin()
             save_checkpoint(self.out / name, state)
 
     def load(self, name):
@@ -718,7 +770,7 @@ class Run:
         """One line on the console, in log.jsonl and, with wandb_log=True, on wandb (rank 0)."""
         if not self.master:
             return
-        self._clear_folder()
+        self._begin()
         words = []
         for key, value in numbers.items():
             number = f"{value:.4g}" if isinstance(value, float) else value

@@ -43,7 +43,14 @@ from scipy import spatial, special, stats
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from torch.nn import functional as F
 
-from configurator import InputError, Run, check_keys, configure, key_seed, load_function
+from configurator import (
+    InputError,
+    Run,
+    check_keys,
+    configure,
+    key_seed,
+    load_function,
+)
 from convert import HiddenStates
 from data import file_hash, vectors, write_aside
 from data.montage import Montage, Windows, choose_electrodes
@@ -930,6 +937,7 @@ CONTROLS = {
     "preceding": preceding_words,
     "oracle": oracle,
 }
+FOR_ALL_TARGETS = ["mean"]  # the others are for vectors
 
 
 # ---- what is fitted at every lag
@@ -1023,10 +1031,13 @@ def all_scores(run, config, target, folds):
     """The scores of every job, and of the controls, whose lag is NaN."""
     jobs = itertools.product(all_lags(config), folds)
     parts = [pd.read_csv(job_file(run, lag, fold)) for lag, fold in jobs]
-    for fold, name in itertools.product(folds, config.controls):
-        if target.kind == "vectors" or name == "mean":
-            scores = CONTROLS[name](target, fold, config).reset_index()
-            parts.append(scores.assign(model=name, lag=np.nan, fold=fold.number))
+    controls = config.controls
+    if target.kind != "vectors":
+        controls = [name for name in controls if name in FOR_ALL_TARGETS]
+        run.print(f"task={config.task}: controls are {', '.join(controls)}; others are for vectors")
+    for fold, name in itertools.product(folds, controls):
+        scores = CONTROLS[name](target, fold, config).reset_index()
+        parts.append(scores.assign(model=name, lag=np.nan, fold=fold.number))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -51,7 +51,7 @@ class GPTConfig:
     alpha: float = 0.0  # weight of each sheet's spatial loss
     spatial: Literal["activations", "weights"] = "activations"  # weights: TopoLoss, the rival
     factor: float = 3.0  # weights: how much the sheet is shrunk per axis
-    spatial_kind: Literal["relative", "absolute"] = "relative"  # see positions.spatial_loss
+    spatial_kind: str = "relative"  # a name in positions.SPATIAL_KINDS
     accum: Literal["mean", "maximum"] = "mean"  # over the windows
     tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream after
     activation_decay: float = 0.0  # weight of each sheet's mean squared norm
@@ -63,6 +63,7 @@ class GPTConfig:
         for field in fields(self):
             if get_origin(field.type) is Literal:
                 check_choice(field.name, getattr(self, field.name), get_args(field.type))
+        check_choice("spatial_kind", self.spatial_kind, positions.SPATIAL_KINDS)
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.windows != "sheet" and (isinstance(self.windows, str) or self.windows < 1):
@@ -197,7 +198,11 @@ def remember(k, v, context):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them, with a GELU."""
+    """Two linear layers, four times as wide between them, with a GELU.
+
+    c_proj is the layer whose outputs lie on the sheet, here and in Attention: init_weights,
+    weight_loss and convert.py know it by that name.
+    """
 
     def __init__(self, config):
         super().__init__()

@@ -175,30 +175,39 @@ def normalise(x):
     return x * (torch.where(alive, energy, 1.0).rsqrt() * alive)
 
 
+def relative(r, near, off_diagonal, n_pairs):
+    """1/2 (1 - corr(r, D)), in [0, 1] (Margalit et al. 2024)."""
+    r = r * off_diagonal
+    # centred closeness: the mean of r falls out of the cross term
+    d = (near - (near * off_diagonal).sum() / n_pairs) * off_diagonal
+    variance = r.square().sum((1, 2)) - r.sum((1, 2)).square() / n_pairs
+    variance = variance.clamp_min(1e-9)  # all correlations equal: corr is 0, not 0/0
+    corr = (r * d).sum((1, 2)) * (variance * d.square().sum()).rsqrt()
+    return 0.5 * (1 - corr)
+
+
+def absolute(r, near, off_diagonal, n_pairs):
+    """Mean |r - D| (Lee et al. 2020)."""
+    return ((r - near).abs() * off_diagonal).sum((1, 2)) / n_pairs
+
+
+# Losses (K,) of windows: r (K, n, n) correlations of their units, near (n, n) their closeness D,
+# off_diagonal (n, n) 1 for the pairs that count, of which there are n_pairs.
+SPATIAL_KINDS = {"relative": relative, "absolute": absolute}
+
+
 def spatial_loss(x, units, near, kind="relative", accum="mean"):
     """How far a sheet is from "nearby units respond alike", over K of its windows.
 
     x (..., C): activations; every leading index is a token. units (K, n): the units in each
-    window's cells. near (n, n): closeness() of those cells. kind: 'relative', 1/2 (1 - corr(r, D))
-    in [0, 1] (Margalit et al. 2024), or 'absolute', mean |r - D| over pairs (Lee et al. 2020).
-    accum: 'mean' or 'maximum' over the windows. Float32 under any autocast.
+    window's cells. near (n, n): closeness() of those cells. kind: a name in SPATIAL_KINDS. accum:
+    'mean' or 'maximum' over the windows. Float32 under any autocast.
     """
     with torch.autocast(x.device.type, enabled=False):
         n = units.size(1)
         z = normalise(x.flatten(0, -2).T.index_select(0, units.flatten())).unflatten(0, (-1, n))
         r = z @ z.mT  # (K, n, n)
-        n_pairs = n * (n - 1)
-        off_diagonal = 1 - torch.eye(n, device=r.device)
-        if kind == "absolute":
-            losses = ((r - near).abs() * off_diagonal).sum((1, 2)) / n_pairs
-        else:
-            r = r * off_diagonal
-            # centred closeness: the mean of r falls out of the cross term
-            d = (near - (near * off_diagonal).sum() / n_pairs) * off_diagonal
-            variance = r.square().sum((1, 2)) - r.sum((1, 2)).square() / n_pairs
-            variance = variance.clamp_min(1e-9)  # all correlations equal: corr is 0, not 0/0
-            corr = (r * d).sum((1, 2)) * (variance * d.square().sum()).rsqrt()
-            losses = 0.5 * (1 - corr)
+        losses = SPATIAL_KINDS[kind](r, near, 1 - torch.eye(n, device=r.device), n * (n - 1))
         return losses.max() if accum == "maximum" else losses.mean()
 
 

@@ -411,7 +411,8 @@ class MultiStepOpt(nn.Module):
         params, buffers = torch.func.stack_module_state([self] * len(X))
         stacked = torch.vmap(partial(torch.func.functional_call, self), randomness="different")
         optimizer = torch.optim.Adam(params.values(), lr=self.learning_rate)
-        best = {name: value.detach().clone() for name, value in params.items()}
+        state = {**params, **buffers}
+        best = {name: value.detach().clone() for name, value in state.items()}
         least = torch.full((len(X),), math.inf)
         n_batches = -(-len(fit) // self.batch_size)
         for epoch in range(max(self.max_epoch, self.min_steps // n_batches)):
@@ -428,10 +429,10 @@ class MultiStepOpt(nn.Module):
             losses = losses_of(outputs, Y[choose], task.kind).mean(1)
             better = losses < least
             least = torch.where(better, losses, least)
-            for name, value in params.items():
+            for name, value in state.items():
                 best[name][better] = value.detach()[better]
         with torch.no_grad():
-            outputs = stacked((best, buffers), X[:, np.concatenate([choose, test])])
+            outputs = stacked(best, X[:, np.concatenate([choose, test])])
         return as_scores(outputs, task.kind)
 
 

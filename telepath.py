@@ -1110,7 +1110,8 @@ def score_rows(config, table, metric, good, names, chance=None, sign=1, **consta
     for control, constant in constants.items():
         values[control] = constant[own]
     if chance is None:
-        chance = max(np.mean(values[control]) for control in ("shuffled", *constants))
+        means = [np.mean(values[control]) for control in ("shuffled", *constants)]
+        chance = sign * max(sign * mean for mean in means)
     rows = []
     for control, value in values.items():
         row = {"metric": metric, "control": control}
@@ -1213,6 +1214,7 @@ def plot_results(path, table, title):
         rows = table[table.metric == metric].pivot(index="set", columns="control")
         rows = rows.loc[table.set.unique()]
         errors = np.stack([rows.score - rows.low, rows.high - rows.score]).transpose(2, 0, 1)
+        errors = errors.clip(min=0)  # the mean of few draws may lie beside the score
         options = {"yerr": errors, "color": COLOURS, "title": name, "legend": False}
         rows.score.plot.bar(ax=axis, xlabel="", rot=20, **options)
         axis.plot(rows.chance.eeg.to_numpy(), "k_", ms=30, label="chance")
@@ -1231,6 +1233,8 @@ def write_splits(run, experiment):
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
     counts = f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap"
+    if manifest["held_out_subjects"] and not len(experiment.sets["subject"]):
+        counts += "\nno trial of held-out people is left to evaluate: raise held_out_trials="
     run.print("\n".join([*trials.notes, counts]))
 
 

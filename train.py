@@ -17,7 +17,7 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -60,7 +60,7 @@ class Config:
     windows: int | Literal["sheet"] = 5  # per layer and micro-batch; sheet: one, the whole sheet
     spatial: Literal["activations", "weights"] = "activations"  # weights: the rival, TopoLoss
     factor: float = 3.0  # weights: the sheet is shrunk by this per axis and enlarged again
-    spatial_kind: Literal["relative", "absolute"] = "relative"  # (1 - corr(r, D)) / 2, or |r - D|
+    spatial_kind: str = "relative"  # (1 - corr(r, D)) / 2, or absolute: |r - D|
     accum: Literal["mean", "maximum"] = "mean"  # over the windows
     tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream
     activation_decay: float = 0.0  # weight of the mean squared norm of each sheet's activations
@@ -229,11 +229,11 @@ def baseline_losses(run, config, data):
 # ---- model
 
 
-# of a model that is read, the shape counts, whatever the options say
-SHAPE = ["n_layer", "n_head", "n_embd", "bias", "gelu", "head_loss", "attn_proj"]
 # fields of GPTConfig that another run may change: no weight depends on them
 FREE = ["dropout", "sheet", "radius", "norm", "windows", "alpha", "spatial", "factor"]
 FREE += ["spatial_kind", "accum", "tap", "activation_decay"]
+# of a model that is read, the shape counts, whatever the options say
+SHAPE = [f.name for f in fields(GPTConfig) if f.name not in (*FREE, "block_size", "vocab_size")]
 
 
 def model_options(config, data):
@@ -259,7 +259,10 @@ def build(run, config, data):
     else:
         model = start_from(config, data, options)
     for key in SHAPE:
-        setattr(config, key, getattr(model.config, key))
+        shape = getattr(model.config, key)
+        if getattr(config, key) != shape and key in getattr(config, "given", ()):
+            run.print(f"{key}={shape} of init_from= counts, not {key}={getattr(config, key)}")
+        setattr(config, key, shape)
     check_vocabulary(config, data, model.config)
     return model.to(run.device), state
 
@@ -289,6 +292,10 @@ def check_resumable(path, state, config, data, options):
         raise InputError(f"{path} has optimizer={saved}, the options say {config.optimizer}")
     if state["tokenizer"]["ranks"] != data.tokenizer["ranks"]:
         raise InputError(f"{path} has another tokenizer than dataset={config.dataset}")
+    n_tokens = [len(data.train), len(data.val)]
+    if state.get("n_tokens", n_tokens) != n_tokens:
+        now = f"{n_tokens} tokens to train and validate on, {path} had {state['n_tokens']}"
+        raise InputError(f"dataset={config.dataset} has {now}: was it prepared again?")
     if state.get("origin", "scratch") != "scratch":
         return  # its shape was never that of the options
     for key, value in options.items():
@@ -795,6 +802,7 @@ def save(run, config, data, training, name):
     state["cursor"] = training.loader.cursor
     state["config"] = asdict(config)
     state["tokenizer"] = data.tokenizer
+    state["n_tokens"] = [len(data.train), len(data.val)]
     run.save(name, state)
 
 
