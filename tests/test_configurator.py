@@ -353,3 +353,27 @@ def test_auto_precision_is_the_quicker_one(tmp_path, monkeypatch):
         assert str(run.dtype) == ("torch.bfloat16" if pays else "torch.float32")
         run.close()
     input_error("float32 or bfloat16", configurator.choose_dtype, "float16", run.device)
+
+
+def test_files_beside_results_are_of_the_same_options(tmp_path):
+    for seed, kept in ((1, set()), (1, {"a.npz"}), (2, set())):
+        run = open_run(tmp_path, seed=seed)
+        run.own_folders("predictions")
+        folder = run.out / "predictions"
+        assert {path.name for path in folder.glob("*.npz")} == kept
+        (folder / "a.npz").touch()
+        run.close()
+
+
+def test_a_users_file_does_not_get_anothers_neighbour(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_neighbour", raising=False)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "my_neighbour.py").write_text(f"name = '{name}'\n")
+        (tmp_path / name / "mine.py").write_text(
+            "import my_neighbour\n\n\ndef get():\n    return my_neighbour.name\n"
+        )
+    assert load_function(f"{tmp_path}/a/mine.py:get", "model")() == "a"
+    with pytest.raises(InputError, match="b/my_neighbour.py has the name of .*a/my_neighbour.py"):
+        load_function(f"{tmp_path}/b/mine.py:get", "model")

@@ -470,6 +470,15 @@ def test_a_sweep_that_is_stopped_anywhere_is_one_that_was_not(
     pd.testing.assert_frame_equal(table(tmp_path / "run"), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_belongs_to_one_script(given, whole, capsys):
+    folder = whole(script_called("train"))
+    before = (folder / "config.yaml").read_bytes()
+    arguments = options(script_called("topography"), given, folder)
+    ends_in_a_sentence(lambda: call(script_called("topography"), *arguments), capsys, ["train.py"])
+    let_go()
+    assert (folder / "config.yaml").read_bytes() == before
+
+
 # ---- on a GPU
 
 
