@@ -259,22 +259,16 @@ def load_function(spec, option):
         sys.path.append(str(folder))
     try:
         function = runpy.run_path(file, run_name=Path(file).stem)[name]
-        for path in user_files(file):
-            _user_code[path] = path.read_bytes()
-            _check_name(path)
-    except InputError:
-        raise
+        files = user_files(file)
+        _user_code.update({path: path.read_bytes() for path in files})
     except Exception as error:  # a user's file may raise anything
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise InputError(f"option '{option}': no {spec} ({reason}); give my_file.py:name") from None
+    for path in files[1:]:  # a neighbour's name may be taken, by ours or another file's neighbour
+        loaded = getattr(sys.modules.get(path.stem), "__file__", None)
+        if loaded and path.parent == folder and Path(loaded).resolve() != path:
+            raise InputError(f"{path} has the name of {loaded}, which is loaded instead: rename it")
     return function
-
-
-def _check_name(path):
-    """Refuse a user's file under whose name another module is loaded, which it would get."""
-    loaded = getattr(sys.modules.get(path.stem), "__file__", None)
-    if loaded and path.stem != "__init__" and Path(loaded).resolve() != path:
-        raise InputError(f"{path} has the name of {loaded}, which is loaded instead: rename it")
 
 
 def user_files(file):
@@ -619,7 +613,7 @@ class Run:
             device = torch.cuda.get_device_name(self.device)
         arguments = " ".join(sys.argv[1:]).replace("\n", "\\n")  # in one line
         options = dataclasses.asdict(self.config)
-        options |= {"overwrite": False} if "overwrite" in options else {}  # said each time anew
+        options.pop("overwrite", None)  # to be said each time anew
         if self.began_from:
             options["init_from"] = self.began_from
         options = yaml.safe_dump(options, sort_keys=False)
