@@ -227,7 +227,7 @@ def check(config):
 def _wanted_range(value, rules, field):
     """The range a number should have been in, '' where it is."""
     default = field.default if isinstance(field.default, (int, float)) else 0
-    if value == math.inf != default:
+    if math.isinf(value) and not math.isinf(default):
         return "finite"
     if LARGEST < value < math.inf and field.name != "seed":
         return f"below {LARGEST:.0e}"
