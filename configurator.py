@@ -661,19 +661,18 @@ class Run:
             hint = f"run python {os.path.relpath(prepare)}"
         raise InputError(f"dataset '{name}': {folder / 'meta.yaml'} is missing: {hint}")
 
-    def own_folders(self, *names):
-        """Make folders in out_dir for files that belong to these options, code and content.
+    def own_folder(self, name, pattern):
+        """Make a folder in out_dir for files, called as in `pattern`, of these options and code.
 
-        What others left there is removed: no file stands beside results that it is not of.
+        What other runs left there is removed: no file stands beside results that it is not of.
         """
-        for name in names:
-            folder = self.out / name
-            stamp = folder / ".options"
-            if self.master and not (stamp.is_file() and stamp.read_text() == self.options_hash()):
-                folder.mkdir(exist_ok=True)
-                for path in filter(Path.is_file, folder.iterdir()):
-                    path.unlink()
-                write_aside(stamp, self.options_hash())
+        folder = self.out / name
+        stamp = folder / ".options"
+        if self.master and not (stamp.is_file() and stamp.read_text() == self.options_hash()):
+            folder.mkdir(exist_ok=True)
+            for path in folder.glob(pattern):
+                path.unlink()
+            write_aside(stamp, self.options_hash())
         self.barrier()
 
     def save(self, name, state):

@@ -579,6 +579,7 @@ def train(decoder, X, target, fold, config):
 
 
 def cosine_distance(out, y):
+    """1 - cosine of predictions and targets (words, D), their mean."""
     return (1 - F.cosine_similarity(out, y)).mean()
 
 
@@ -994,6 +995,7 @@ def save_decoder(run, config, decoder, fold, target, montage, facts):
 
 
 def model_file(run, lag, fold):
+    """Where the decoder of a lag (ms) and fold is kept, for apply=."""
     return run.out / "models" / f"lag_{lag:g}_fold_{fold.number}.pt"
 
 
@@ -1007,7 +1009,7 @@ def job_file(run, lag, fold):
 def unfinished(run, config, jobs):
     """Those of the jobs (lag, fold) whose scores, or decoder, are not there yet."""
     if config.save_models:
-        run.own_folders("models")
+        run.own_folder("models", "lag_*_fold_*.pt")
     todo = []
     for lag, fold in jobs:
         is_saved = not config.save_models or model_file(run, lag, fold).exists()

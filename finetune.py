@@ -226,10 +226,12 @@ def train_all(lm, config):
 
 
 def train_head(lm, config):
+    """Nothing else learns: a linear readout of the last token."""
     lm.requires_grad_(False)
 
 
 def train_last_blocks(lm, config):
+    """The last k blocks learn, and the LayerNorm behind them."""
     lm.requires_grad_(False)
     lm.transformer.h[-config.k :].requires_grad_(True)
     lm.transformer.ln_f.requires_grad_(True)

@@ -603,6 +603,7 @@ def pearson(y, score):
 
 
 def auc(y, score):
+    """Area under the ROC curve; 0.5 where there is one class only."""
     return metrics.roc_auc_score(y, score) if 0 < np.mean(y) < 1 else 0.5
 
 
@@ -1009,6 +1010,14 @@ def keep_projections(run, sites):
                 np.savez(file, **arrays, explained=pca.explained_variance_ratio_)
 
 
+def make_folders(run):
+    """Folders for what the app reads beside results.csv."""
+    (run.out / "texts").mkdir(exist_ok=True)
+    run.own_folder("logs", "*__*.json")
+    run.own_folder("predictions", "*__*.npz")
+    run.own_folder("projections", "*__*.npz")
+
+
 # ---- the experiment
 
 
@@ -1021,7 +1030,7 @@ def main(config, lms=None, datasets=None, probes=None):
     datasets = load_datasets(run, config, datasets or config.dataset)
     check_distinct([dataset.name for dataset in datasets], "dataset")
     run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
-    run.own_folders("logs", "predictions", "projections", "texts")
+    make_folders(run)
     rows = run.rows()
     for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
         model = LMModel(lm, run.device, run.dtype)

@@ -402,6 +402,7 @@ def wsd(step, config):
 
 
 def cosine(step, config):
+    """Half a cosine down to 0 at decay_iters, or max_iters (nanoGPT's)."""
     end = config.decay_iters or config.max_iters
     done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
     return 0.5 * (1 + math.cos(math.pi * done))

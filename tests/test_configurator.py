@@ -356,12 +356,14 @@ def test_auto_precision_is_the_quicker_one(tmp_path, monkeypatch):
 
 
 def test_files_beside_results_are_of_the_same_options(tmp_path):
-    for seed, kept in ((1, set()), (1, {"a.npz"}), (2, set())):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions/mine.npz").touch()  # of the user's own
+    for seed, kept in ((1, set()), (1, {"a__b.npz"}), (2, set())):
         run = open_run(tmp_path, seed=seed)
-        run.own_folders("predictions")
+        run.own_folder("predictions", "*__*.npz")
         folder = run.out / "predictions"
-        assert {path.name for path in folder.glob("*.npz")} == kept
-        (folder / "a.npz").touch()
+        assert {path.name for path in folder.glob("*.npz")} == {"mine.npz", *kept}
+        (folder / "a__b.npz").touch()
         run.close()
 
 
