@@ -221,9 +221,9 @@ class LMModel(HiddenStates):
 
 
 def sums_of_bits(tensor):
-    """Bytes that tell a tensor from any other: sums over rows and columns of its bits.
+    """A checksum, in bytes: sums over rows and columns of a tensor's bits.
 
-    They are made where the tensor lies; hashing gigabytes of weights would take as long as a pass.
+    Made where the tensor lies; hashing gigabytes of weights would take as long as a pass.
     """
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if bits.storage_offset() % 8:
@@ -608,7 +608,7 @@ def auc(y, score):
 
 
 def f1(y, said):
-    """Of class 1; of several classes their mean, those that nobody has left out."""
+    """Of class 1; of several classes the mean over those that occur."""
     if said.dtype == bool:
         return metrics.f1_score(y, said)
     return metrics.f1_score(y, said, labels=np.unique(y), average="macro")
