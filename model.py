@@ -319,8 +319,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, then probabilities
             losses = losses_of(p, p.gather(1, target), counted, True)
             total += losses.sum()
-            # p - 1 at the target, not rounded before the difference
-            p.scatter_(1, target, (-losses).expm1().to(dtype)[:, None])
+            # p - 1 at the target, not rounded before the difference; p.scatter_ would copy all of a
+            # bfloat16 p to float32 and back on a CPU
+            p[torch.arange(len(p)), target[:, 0]] = (-losses).expm1().to(dtype)
             dx[start : start + chunk] = p @ w
             for dw_slab, p_slab in zip(dw.split(slab), p.split(slab, dim=1)):
                 dw_slab += p_slab.T @ rows
