@@ -66,12 +66,7 @@ def load_lm(spec, **options):
     path = find_checkpoint(spec)
     if path is None:
         return gpt_from_hub(spec, **options), Tokenizer(tokenizer_state_from_hub(spec))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        foreign = "format" not in state and isinstance(state["model_args"], dict)
-    except Exception:  # torn, or something else: load_checkpoint says what
-        foreign = False
-    state = adopt_checkpoint(state, path) if foreign else load_checkpoint(path)
+    state = load_checkpoint(path, adopt_checkpoint)
     return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
 
 
@@ -110,17 +105,15 @@ class HiddenStates:
     lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
     file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
     anything that takes input_ids and returns hidden_states. dtype: precision of the pass, a
-    torch.dtype or its name. padding_side: "left" becomes "right" where left pads would change the
-    states. bos: begin each text with the tokenizer's first token. head: load the head, for logits.
+    torch.dtype or its name. bos: begin each text with the tokenizer's first token. head: load the
+    head, for logits.
 
     Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
     after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text, special tokens counted), params, padding_side.
+    (of a text, special tokens counted), params.
     """
 
-    def __init__(
-        self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
-    ):
+    def __init__(self, lm, device="cpu", dtype=torch.float32, bos=False, head=False):
         self.device = torch.device(device)
         self.dtype = dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         name = lm
@@ -136,7 +129,7 @@ class HiddenStates:
                 model, self.tokenizer = load_from_transformers(lm, dtype, head)
         self.name = str(name)
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
-        self._attach(model, padding_side)
+        self._attach(model)
         self.max_length = self.room = longest_text(self.base, self.tokenizer)
         self.first = None
         if bos:
@@ -210,14 +203,13 @@ class HiddenStates:
         return trimmed
 
     def pad(self, rows):
-        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
-        rows = list(map(torch.tensor, rows))
-        options = {"batch_first": True, "padding_side": self.padding_side}
+        """ids (B, T) and real (B, T), bool, of token lists, padded on the right."""
         fill = getattr(self.tokenizer, "pad_token_id", None) or 0
         if fill >= self.vocab_size:  # the tokenizer's alone; the model does not read pads anyway
             fill = 0
-        ids = pad_sequence(rows, padding_value=fill, **options)
-        real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
+        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=fill)
+        lengths = torch.tensor(list(map(len, rows)))
+        real = torch.arange(ids.size(1)) < lengths[:, None]
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -292,7 +284,7 @@ class HiddenStates:
                 for module in model.modules():
                     if hasattr(module, "reset_parameters"):
                         module.reset_parameters()
-        twin._attach(model, self.padding_side)
+        twin._attach(model)
         return twin
 
     def _call(self, model, ids, real, **options):
@@ -301,8 +293,6 @@ class HiddenStates:
             if self.is_gpt:
                 return model(ids, **options)
             told = {"attention_mask": real.long(), "use_cache": False}
-            if self.padding_side == "left":
-                told["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
             for key in told.keys() & self.accepts:
                 options[key] = told[key]
             return model(input_ids=ids, **options)
@@ -317,8 +307,8 @@ class HiddenStates:
     # -- what kind of model it is, by what it does
 
     @torch.no_grad()
-    def _attach(self, model, padding_side):
-        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
+    def _attach(self, model):
+        """Find its sizes, its blocks, whether it looks ahead."""
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             kind = f"an encoder and a decoder ({model.config.model_type})"
             raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
@@ -328,7 +318,6 @@ class HiddenStates:
         self.vocab_size = getattr(text_config(self.base), "vocab_size", None) or 10**9
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
-        self.padding_side = "right"
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._output_states(ids, real)
@@ -345,10 +334,6 @@ class HiddenStates:
         if not self._ignores_pads():
             beside = "the states of a text change with the texts beside it"
             raise InputError(f"{self.name} reads the padding: {beside}")
-        if padding_side == "left" and self.causal and not self.is_gpt:
-            self.padding_side = "left"
-            if not self._ignores_pads():
-                self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
         """The blocks whose hooks capture the states that the model returns, or None."""
@@ -418,8 +403,8 @@ def load_from_transformers(name, dtype, head):
     import transformers
 
     Auto = transformers.AutoModel
-    if head:
-        config = from_hub(transformers.AutoConfig, name)
+    config = from_hub(transformers.AutoConfig, name)
+    if head and not config.is_encoder_decoder:  # which HiddenStates refuses
         names = transformers.models.auto.modeling_auto
         causal = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
         Auto = transformers.AutoModelForCausalLM
@@ -742,9 +727,9 @@ def adopt_checkpoint(state, path):
     Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
     not in its checkpoint: they are taken from position files beside it or in a folder there.
     """
-    foreign_args = state["model_args"]
+    foreign_args = state.get("model_args", {})
     weights = {}
-    for key, value in state["model"].items():
+    for key, value in state.get("model", {}).items():
         if not key.endswith((".attn.bias", ".attn.masked_bias")):  # nanoGPT's causal mask
             # torch.compile and DistributedDataParallel leave prefixes
             weights[key.replace("module.", "").replace("_orig_mod.", "")] = value

@@ -1220,8 +1220,11 @@ def save_checkpoint(path, state):
         raise InputError(f"{path} could not be written ({reason}): {remedy}") from None
 
 
-def load_checkpoint(path):
-    """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none."""
+def load_checkpoint(path, adopt=None):
+    """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none.
+
+    adopt(state, path) makes such a dict of what another code wrote; without it that is refused.
+    """
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         remedy = "train one with python train.py, or leave init_from=resume out"
@@ -1232,10 +1235,10 @@ def load_checkpoint(path):
     except Exception as error:  # a torn file raises nearly anything
         reason = type(error).__name__
         raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
+    if adopt and isinstance(state, dict) and "format" not in state:
+        return adopt(state, path)
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(
-            f"{path} was written by another code and cannot be resumed: give it as lm="
-        )
+        raise InputError(f"{path} is of another code and cannot be resumed: give it as lm=")
     if state["version"] > VERSION:
         raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)
