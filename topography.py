@@ -733,11 +733,14 @@ def compare_runs(run, config):
     stimuli, contrasts, data = load_stimuli(run, config)
     run.content = content_of(config)
     for folder in config.sweep:
-        results = Path(folder) / "results.csv"
-        if not results.exists() or not results.with_name("config.yaml").exists():
-            raise InputError(f"sweep={folder} is no finished run of train.py: it lacks {results}")
-        options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
-        loss = pd.read_csv(results).query("metric == 'val_loss'").score.iloc[-1]
+        try:
+            options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+            alpha = options["alpha"]
+            kind = options["spatial"] if alpha else "none"
+            results = pd.read_csv(Path(folder) / "results.csv")
+            loss = results[results.metric == "val_loss"].score.iloc[-1]
+        except (OSError, LookupError, AttributeError):
+            raise InputError(f"sweep={folder} is no finished run of train.py") from None
         lm = load_model(folder, run)
         if not hasattr(lm.model, "unit_at_cell"):
             raise InputError(f"sweep={folder} has no sheets (positions=none): leave it out")
@@ -752,8 +755,6 @@ def compare_runs(run, config):
         score = np.mean(scores)
         n = np.size(scores)
         half = 1.96 * np.std(scores, ddof=1) / np.sqrt(n)
-        alpha = options["alpha"]
-        kind = options["spatial"] if alpha else "none"
         keys = {"measure": "moran", "model": folder, "contrast": "mean", "sheet": "mean"}
         keys |= {"blur": 0.0, "data": data, "spatial": kind, "alpha": alpha, "val_loss": loss}
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
