@@ -79,17 +79,12 @@ def find_checkpoint(spec):
             return None
         if not path.exists() and path.parts[:1] not in [("out",), ("/",), ("..",)]:
             return None
-        numbered = sorted(path.glob("ckpt-*.pt"), key=in_order)  # TopoLM's; the last one
-        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]
+        numbered = sorted(path.glob("ckpt-*.pt"), key=lambda file: (len(file.name), file.name))
+        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]  # TopoLM's last one
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
     raise InputError(f"lm: no language model at {spec}: give a run (python train.py) or a name")
-
-
-def in_order(path):
-    """Sorting key of numbered files: 9 before 10."""
-    return len(path.name), path.name
 
 
 # ---- hidden states of any language model
@@ -619,11 +614,10 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2{topography}]
 ---
-A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_params():,}
-parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,},
-written by nanoCortex. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every sublayer;
-`nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what its
-training text makes likely, true or not, and has been tested for nothing.
+A GPT-2 written by nanoCortex: {c.n_layer} layers x {c.n_embd} units, {model.n_params():,}
+parameters without positions. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every
+sublayer; `nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what
+its training text makes likely, true or not, and has been tested for nothing.
 """
 
 
@@ -766,8 +760,7 @@ def adopt_sheets(args, weights, foreign_args, path):
     if not files:
         return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
     folder = files[0].parent
-    layouts, facts = read_layer_pickles(folder)
-    layouts = positions.stack_layers(layouts, args["n_layer"], args["n_embd"], folder)
+    layouts, facts = read_layer_pickles(folder, args["n_layer"], args["n_embd"])
     weights["unit_at_cell"] = torch.from_numpy(layouts)
     # one that does not say with_resid is of sublayer outputs, as the published ones are
     tap = "residual" if foreign_args.get("with_resid") else "sublayer"
@@ -802,28 +795,28 @@ def load_positions(path, n_layer, n_units):
     """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
     if not Path(path).is_dir():
         return positions.load_positions(path, n_layer, n_units)
-    layouts, _ = read_layer_pickles(path)
-    return positions.stack_layers(layouts, n_layer, n_units, path)
+    return read_layer_pickles(path, n_layer, n_units)[0]
 
 
-def read_layer_pickles(folder):
-    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
+def read_layer_pickles(folder, n_layer, n_units):
+    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: unit_at_cell (2 n_layer, n_units), and facts.
 
-    facts: radius and windows that they were made for. The published swap-optimised files put
-    several units on one cell and leave others empty: that is said, and place_units deals them out.
+    facts: radius and windows that they were made for. More layers than the model's may lie there:
+    TopoLM's init_pos makes 16. The published swap-optimised files put several units on one cell and
+    leave others empty: that is said, and place_units deals them out.
     """
-    files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
-    if not files:
-        raise InputError(f"{folder} holds no position files (layer.0.attn.pkl ...) of TopoLM")
     layouts = {}
     facts = {}
     n_moved = 0
-    for file in files:
+    for name in positions.layer_names(n_layer):
+        file = Path(folder) / f"{name}.pkl"
+        if not file.exists():
+            raise InputError(f"{folder} lacks {file.name} of TopoLM's for {n_layer} layers")
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
         if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
             raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
-        layouts[file.stem], moved = place_units(coordinates)
+        layouts[name], moved = place_units(coordinates)
         n_moved += np.count_nonzero(moved)
         masks = getattr(layer, "neighborhood_indices", None)
         if torch.is_tensor(masks) and masks.dim() == 2:
@@ -832,7 +825,7 @@ def read_layer_pickles(folder):
     if n_moved:
         shared = "units share cells: one a cell now, with the least displacement,"
         print(f"{folder}: {shared} for which {n_moved} moved", file=sys.stderr)
-    return layouts, facts
+    return positions.stack_layers(layouts, n_layer, n_units, folder), facts
 
 
 def place_units(coordinates):

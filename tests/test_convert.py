@@ -589,9 +589,9 @@ def test_positions_of_topolm(tmp_path, write_topolm, monkeypatch, capsys):
     folder = write_topolm(tmp_path / "gpt2-positions-3-5", coordinates_of(layouts))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)
     assert capsys.readouterr().err == ""
-    input_error("is for 2 layers x 64 units, the model has 3", load_positions, str(folder), 3, 64)
-    (tmp_path / "empty").mkdir()
-    input_error("holds no position files", load_positions, str(tmp_path / "empty"), 2, 64)
+    assert np.array_equal(load_positions(str(folder), 1, 64), layouts[:2])  # of the first layers
+    input_error("lacks layer.2.attn.pkl", load_positions, str(folder), 3, 64)
+    input_error("the model has 2 layers x 100 units", load_positions, str(folder), 2, 100)
     monkeypatch.setattr(positions, "places_of", lambda cells, side: np.zeros((len(cells), 2)))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)  # whatever our grid is
 
@@ -648,4 +648,4 @@ def test_checkpoints_of_topolm(tmp_path, write_topolm, monkeypatch, capsys, resi
     assert (c.sheet, c.alpha, c.radius, c.windows) == (True, 2.5, 3, 5)
     assert c.tap == ("residual" if residual else "sublayer")
     (folder / "layer.1.mlp.pkl").unlink()
-    input_error("the model has 2 layers x 64 units", load_lm, str(tmp_path / "run"))
+    input_error("lacks layer.1.mlp.pkl", load_lm, str(tmp_path / "run"))
