@@ -72,10 +72,8 @@ class GPTConfig:
         if self.spatial == "weights" and (self.head_loss or self.activation_decay):
             raise InputError("spatial=weights goes neither with head_loss nor activation_decay")
         if self.spatial == "weights" and self.factor > math.sqrt(self.n_embd):
-            sheet = f"a sheet of {self.n_embd} units"
-            raise InputError(
-                f"factor={self.factor:g} leaves nothing of {sheet}: give a smaller one"
-            )
+            sheet = f"a sheet of {self.n_embd} units: give a smaller one"
+            raise InputError(f"factor={self.factor:g} leaves nothing of {sheet}")
 
 
 def check_choice(option, value, choices):
@@ -965,10 +963,8 @@ class Reach(nn.Module):
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
     """Load what fits of a state dict; its share of the module's numbers, and what is left."""
     weights = module.state_dict()
-    fitting = {}
-    for name, value in state.items():
-        if name in weights and weights[name].shape == value.shape:
-            fitting[name] = value
+    shapes = {name: value.shape for name, value in weights.items()}
+    fitting = {name: value for name, value in state.items() if shapes.get(name) == value.shape}
     n_weights = sum(value.numel() for value in weights.values())
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
@@ -993,11 +989,8 @@ def load_encoder(spec):
     if state.get("kind") != "foundation":
         raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model")
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
-    weights = {}
-    for name, value in state["model"].items():
-        if name.startswith("encoder."):
-            weights[name.removeprefix("encoder.")] = value
-    encoder.load_state_dict(weights)
+    own = [name for name in state["model"] if name.startswith("encoder.")]
+    encoder.load_state_dict({name.removeprefix("encoder."): state["model"][name] for name in own})
     return encoder.eval(), state["recording"]
 
 
@@ -1071,8 +1064,8 @@ class NeuralGPT(nn.Module):
         self.fusion = fusion
         self.text_positions = text_positions
         self.attention = attention
-        order = {"text_positions": text_positions, "attention": attention}
-        self.args = {"fusion": fusion, "layers": layers, **order}  # what builds it again
+        self.args = {"fusion": fusion, "layers": layers}  # what builds it again
+        self.args |= {"text_positions": text_positions, "attention": attention}
         self.first = n_layer - (layers or n_layer)  # layer with an expert or cross-attention
         blocks = lm.transformer.h[self.first :]
         self.experts = None
@@ -1136,10 +1129,7 @@ class NeuralGPT(nn.Module):
 
     def _cross_keys(self, n):
         """{layer: (Cross, its keys and values of n)}"""
-        keys = {}
-        for i, cross in enumerate(self.crosses or ()):
-            keys[self.first + i] = (cross, cross.keys(n))
-        return keys
+        return {i: (cross, cross.keys(n)) for i, cross in enumerate(self.crosses, self.first)}
 
     def _rows(self, n, idx, position, mask):
         """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
@@ -1285,10 +1275,8 @@ def lm_from(state, path="checkpoint", **options):
         kind = state.get("kind")
         raise InputError(f"{path} holds a '{kind}', no language model: give one of train.py")
     args = {**state["model_args"], **options}
-    known = [field.name for field in fields(GPTConfig)]
-    for key in args:
-        if key not in known:
-            raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
+    for key in args.keys() - asdict(GPTConfig()).keys():
+        raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
     weights = state["model"]
     model = GPT(GPTConfig(**args), weights.get("unit_at_cell"))
     missing, unexpected = model.load_state_dict(weights, strict=False)
