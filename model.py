@@ -1129,7 +1129,7 @@ class NeuralGPT(nn.Module):
 
     def _cross_keys(self, n):
         """{layer: (Cross, its keys and values of n)}"""
-        return {i: (cross, cross.keys(n)) for i, cross in enumerate(self.crosses, self.first)}
+        return {i: (cross, cross.keys(n)) for i, cross in enumerate(self.crosses or (), self.first)}
 
     def _rows(self, n, idx, position, mask):
         """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
