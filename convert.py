@@ -1,7 +1,7 @@
 """Foreign formats, in and out: models, checkpoints, tokenizers and positions of other projects.
 
 - load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
-  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_lm writes such a folder.
+  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_gpt writes such a folder.
 - HiddenStates: any causal or masked language model of transformers, or ours, as a batch of texts
   goes through it: hidden states layer by layer, or logits.
 - load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
@@ -50,7 +50,7 @@ from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_check
 @dataclass
 class Config:
     lm: str = "out/train"  # what load_lm takes
-    out_dir: str = "out/hf"  # the folder that export_lm writes
+    out_dir: str = "out/hf"  # the folder that export_gpt writes
 
 
 class NotOurGPT(InputError):
@@ -523,7 +523,7 @@ def gpt_shape(config, name):
 
 
 def exported_facts(name):
-    """nanocortex.json of a folder that export_lm wrote; {} where there is none."""
+    """nanocortex.json of a folder that export_gpt wrote; {} where there is none."""
     path = Path(name) / "nanocortex.json"
     if not path.is_file():
         return {}
@@ -549,15 +549,6 @@ def same_logits(model, hub_model):
     logits = model.eval()(ids).logits
     model.train(training)
     return nearly_equal(logits, hub_model(ids).logits, 1e-3)
-
-
-def export_lm(spec, folder):
-    """Any language model that load_lm takes as a Hugging Face folder: weights, tokenizer, card.
-
-    AutoModelForCausalLM and AutoTokenizer open it.
-    """
-    model, tokenizer = load_lm(spec)
-    export_gpt(model, folder, tokenizer)
 
 
 def export_gpt(model, folder, tokenizer=None):
@@ -848,5 +839,6 @@ if __name__ == "__main__":
     from configurator import configure
 
     config = configure(Config)
-    export_lm(config.lm, config.out_dir)
+    model, tokenizer = load_lm(config.lm)
+    export_gpt(model, config.out_dir, tokenizer)
     print(f"{config.out_dir}: for AutoModelForCausalLM and AutoTokenizer of transformers")

@@ -23,10 +23,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 import convert
 import positions
-from convert import HiddenStates, NotOurGPT, export_gpt, export_lm, load_lm, load_positions
+from convert import HiddenStates, NotOurGPT, export_gpt, load_lm, load_positions
 from data import InputError
 from data.tokens import GPT2_PATTERN, Tokenizer, character_state, learn_bpe, make_state, state_of
-from model import GPT, GPTConfig, lm_state, save_checkpoint
+from model import GPT, GPTConfig, save_checkpoint
 
 BYTES = {**state_of(byte_tokenizer()), "pattern": GPT2_PATTERN}  # a BPE without merges
 TEXTS = ["a", "bc d", "the cat sat on the mat", "to be, or not", "xyz" * 5, "ab"]
@@ -360,10 +360,8 @@ def test_our_models_open_elsewhere_and_come_home(tmp_path, kind):
         state = learn_bpe(corpus(40), 300, "small")
     tokenizer = Tokenizer(state)
     mine = gpt(tokenizer.n_vocab + 3, sheet=True, radius=3, alpha=0.5, norm=2.0, bias=False)
-    (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run/best.pt", {**lm_state(mine), "tokenizer": state})
     folder = tmp_path / "hf"
-    export_lm(str(tmp_path / "run"), str(folder))
+    export_gpt(mine, folder, tokenizer)
     files = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "README.md", "nanocortex.json"} <= files
     assert not any(name.endswith((".bin", ".pt")) for name in files)
