@@ -279,6 +279,9 @@ class HiddenStates:
                 for module in model.modules():
                     if hasattr(module, "reset_parameters"):
                         module.reset_parameters()
+                    elif list(module.parameters(recurse=False)):
+                        kind = type(module).__name__
+                        raise InputError(f"{self.name}: its twin needs {kind}.reset_parameters()")
         twin._attach(model)
         return twin
 

@@ -269,6 +269,26 @@ def test_a_random_twin_has_the_shape_and_other_weights(folder_of):
         assert not torch.allclose(twins[0], lm.states(ids, real)[3])
 
 
+class Own(torch.nn.Module):
+    """A user's own: no config that could build it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(257, 8)
+        self.scale = torch.nn.Parameter(torch.full((8,), 3.0))
+
+    def forward(self, input_ids, output_hidden_states=True):
+        x = self.embedding(input_ids)
+        return transformers.modeling_outputs.BaseModelOutput(hidden_states=(x, x * self.scale))
+
+
+def test_a_twin_keeps_no_trained_weight():
+    lm = HiddenStates(with_bytes(Own(), name="own"))
+    input_error("own: its twin needs Own.reset_parameters", lm.random_twin, 1)
+    Own.reset_parameters = lambda self: torch.nn.init.ones_(self.scale)
+    assert lm.random_twin(1).model.scale[0] == 1 and lm.model.scale[0] == 3
+
+
 def test_float32_is_float32_where_the_weights_were_saved_in_half(tmp_path):
     model, fast, special = model_of("llama")
     save(tmp_path, model.to(torch.bfloat16), fast, special)
