@@ -1,7 +1,7 @@
 """Foreign formats, in and out: models, checkpoints, tokenizers and positions of other projects.
 
 - load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
-  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_lm writes such a folder.
+  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_gpt writes such a folder.
 - HiddenStates: any causal or masked language model of transformers, or ours, as a batch of texts
   goes through it: hidden states layer by layer, or logits.
 - load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
@@ -50,7 +50,7 @@ from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_check
 @dataclass
 class Config:
     lm: str = "out/train"  # what load_lm takes
-    out_dir: str = "out/hf"  # the folder that export_lm writes
+    out_dir: str = "out/hf"  # the folder that export_gpt writes
 
 
 class NotOurGPT(InputError):
@@ -66,12 +66,7 @@ def load_lm(spec, **options):
     path = find_checkpoint(spec)
     if path is None:
         return gpt_from_hub(spec, **options), Tokenizer(tokenizer_state_from_hub(spec))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        foreign = "format" not in state and isinstance(state["model_args"], dict)
-    except Exception:  # torn, or something else: load_checkpoint says what
-        foreign = False
-    state = adopt_checkpoint(state, path) if foreign else load_checkpoint(path)
+    state = load_checkpoint(path, adopt_checkpoint)
     return lm_from(state, path, **options), Tokenizer(state["tokenizer"])
 
 
@@ -84,17 +79,12 @@ def find_checkpoint(spec):
             return None
         if not path.exists() and path.parts[:1] not in [("out",), ("/",), ("..",)]:
             return None
-        numbered = sorted(path.glob("ckpt-*.pt"), key=in_order)  # TopoLM's; the last one
-        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]
+        numbered = sorted(path.glob("ckpt-*.pt"), key=lambda file: (len(file.name), file.name))
+        candidates = [path / "best.pt", path / "ckpt.pt", *numbered[-1:]]  # TopoLM's last one
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
     raise InputError(f"lm: no language model at {spec}: give a run (python train.py) or a name")
-
-
-def in_order(path):
-    """Sorting key of numbered files: 9 before 10."""
-    return len(path.name), path.name
 
 
 # ---- hidden states of any language model
@@ -110,17 +100,15 @@ class HiddenStates:
     lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
     file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
     anything that takes input_ids and returns hidden_states. dtype: precision of the pass, a
-    torch.dtype or its name. padding_side: "left" becomes "right" where left pads would change the
-    states. bos: begin each text with the tokenizer's first token. head: load the head, for logits.
+    torch.dtype or its name. bos: begin each text with the tokenizer's first token. head: load the
+    head, for logits.
 
     Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
     after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text, special tokens counted), params, padding_side.
+    (of a text, special tokens counted), params.
     """
 
-    def __init__(
-        self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
-    ):
+    def __init__(self, lm, device="cpu", dtype=torch.float32, bos=False, head=False):
         self.device = torch.device(device)
         self.dtype = dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         name = lm
@@ -136,7 +124,7 @@ class HiddenStates:
                 model, self.tokenizer = load_from_transformers(lm, dtype, head)
         self.name = str(name)
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
-        self._attach(model, padding_side)
+        self._attach(model)
         self.max_length = self.room = longest_text(self.base, self.tokenizer)
         self.first = None
         if bos:
@@ -210,14 +198,13 @@ class HiddenStates:
         return trimmed
 
     def pad(self, rows):
-        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
-        rows = list(map(torch.tensor, rows))
-        options = {"batch_first": True, "padding_side": self.padding_side}
+        """ids (B, T) and real (B, T), bool, of token lists, padded on the right."""
         fill = getattr(self.tokenizer, "pad_token_id", None) or 0
         if fill >= self.vocab_size:  # the tokenizer's alone; the model does not read pads anyway
             fill = 0
-        ids = pad_sequence(rows, padding_value=fill, **options)
-        real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
+        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=fill)
+        lengths = torch.tensor(list(map(len, rows)))
+        real = torch.arange(ids.size(1)) < lengths[:, None]
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -292,7 +279,10 @@ class HiddenStates:
                 for module in model.modules():
                     if hasattr(module, "reset_parameters"):
                         module.reset_parameters()
-        twin._attach(model, self.padding_side)
+                    elif list(module.parameters(recurse=False)):
+                        kind = type(module).__name__
+                        raise InputError(f"{self.name}: its twin needs {kind}.reset_parameters()")
+        twin._attach(model)
         return twin
 
     def _call(self, model, ids, real, **options):
@@ -301,8 +291,6 @@ class HiddenStates:
             if self.is_gpt:
                 return model(ids, **options)
             told = {"attention_mask": real.long(), "use_cache": False}
-            if self.padding_side == "left":
-                told["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
             for key in told.keys() & self.accepts:
                 options[key] = told[key]
             return model(input_ids=ids, **options)
@@ -317,8 +305,8 @@ class HiddenStates:
     # -- what kind of model it is, by what it does
 
     @torch.no_grad()
-    def _attach(self, model, padding_side):
-        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
+    def _attach(self, model):
+        """Find its sizes, its blocks, whether it looks ahead."""
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             kind = f"an encoder and a decoder ({model.config.model_type})"
             raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
@@ -328,7 +316,6 @@ class HiddenStates:
         self.vocab_size = getattr(text_config(self.base), "vocab_size", None) or 10**9
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
-        self.padding_side = "right"
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._output_states(ids, real)
@@ -345,10 +332,6 @@ class HiddenStates:
         if not self._ignores_pads():
             beside = "the states of a text change with the texts beside it"
             raise InputError(f"{self.name} reads the padding: {beside}")
-        if padding_side == "left" and self.causal and not self.is_gpt:
-            self.padding_side = "left"
-            if not self._ignores_pads():
-                self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
         """The blocks whose hooks capture the states that the model returns, or None."""
@@ -418,8 +401,8 @@ def load_from_transformers(name, dtype, head):
     import transformers
 
     Auto = transformers.AutoModel
-    if head:
-        config = from_hub(transformers.AutoConfig, name)
+    config = from_hub(transformers.AutoConfig, name)
+    if head and not config.is_encoder_decoder:  # which HiddenStates refuses
         names = transformers.models.auto.modeling_auto
         causal = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
         Auto = transformers.AutoModelForCausalLM
@@ -543,7 +526,7 @@ def gpt_shape(config, name):
 
 
 def exported_facts(name):
-    """nanocortex.json of a folder that export_lm wrote; {} where there is none."""
+    """nanocortex.json of a folder that export_gpt wrote; {} where there is none."""
     path = Path(name) / "nanocortex.json"
     if not path.is_file():
         return {}
@@ -569,15 +552,6 @@ def same_logits(model, hub_model):
     logits = model.eval()(ids).logits
     model.train(training)
     return nearly_equal(logits, hub_model(ids).logits, 1e-3)
-
-
-def export_lm(spec, folder):
-    """Any language model that load_lm takes as a Hugging Face folder: weights, tokenizer, card.
-
-    AutoModelForCausalLM and AutoTokenizer open it.
-    """
-    model, tokenizer = load_lm(spec)
-    export_gpt(model, folder, tokenizer)
 
 
 def export_gpt(model, folder, tokenizer=None):
@@ -634,11 +608,10 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2{topography}]
 ---
-A GPT-2 of {c.n_layer} layers x {c.n_embd} units and {c.n_head} heads, {model.n_params():,}
-parameters without positions, context of {c.block_size} tokens, vocabulary of {c.vocab_size:,},
-written by nanoCortex. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every sublayer;
-`nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what its
-training text makes likely, true or not, and has been tested for nothing.
+A GPT-2 written by nanoCortex: {c.n_layer} layers x {c.n_embd} units, {model.n_params():,}
+parameters without positions. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every
+sublayer; `nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what
+its training text makes likely, true or not, and has been tested for nothing.
 """
 
 
@@ -742,9 +715,9 @@ def adopt_checkpoint(state, path):
     Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
     not in its checkpoint: they are taken from position files beside it or in a folder there.
     """
-    foreign_args = state["model_args"]
+    foreign_args = state.get("model_args", {})
     weights = {}
-    for key, value in state["model"].items():
+    for key, value in state.get("model", {}).items():
         if not key.endswith((".attn.bias", ".attn.masked_bias")):  # nanoGPT's causal mask
             # torch.compile and DistributedDataParallel leave prefixes
             weights[key.replace("module.", "").replace("_orig_mod.", "")] = value
@@ -781,8 +754,7 @@ def adopt_sheets(args, weights, foreign_args, path):
     if not files:
         return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
     folder = files[0].parent
-    layouts, facts = read_layer_pickles(folder)
-    layouts = positions.stack_layers(layouts, args["n_layer"], args["n_embd"], folder)
+    layouts, facts = read_layer_pickles(folder, args["n_layer"], args["n_embd"])
     weights["unit_at_cell"] = torch.from_numpy(layouts)
     # one that does not say with_resid is of sublayer outputs, as the published ones are
     tap = "residual" if foreign_args.get("with_resid") else "sublayer"
@@ -817,28 +789,28 @@ def load_positions(path, n_layer, n_units):
     """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
     if not Path(path).is_dir():
         return positions.load_positions(path, n_layer, n_units)
-    layouts, _ = read_layer_pickles(path)
-    return positions.stack_layers(layouts, n_layer, n_units, path)
+    return read_layer_pickles(path, n_layer, n_units)[0]
 
 
-def read_layer_pickles(folder):
-    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: {layer: unit_at_cell (C,)}, and facts.
+def read_layer_pickles(folder, n_layer, n_units):
+    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: unit_at_cell (2 n_layer, n_units), and facts.
 
-    facts: radius and windows that they were made for. The published swap-optimised files put
-    several units on one cell and leave others empty: that is said, and place_units deals them out.
+    facts: radius and windows that they were made for. More layers than the model's may lie there:
+    TopoLM's init_pos makes 16. The published swap-optimised files put several units on one cell and
+    leave others empty: that is said, and place_units deals them out.
     """
-    files = sorted(Path(folder).glob("layer.*.pkl"), key=in_order)
-    if not files:
-        raise InputError(f"{folder} holds no position files (layer.0.attn.pkl ...) of TopoLM")
     layouts = {}
     facts = {}
     n_moved = 0
-    for file in files:
+    for name in positions.layer_names(n_layer):
+        file = Path(folder) / f"{name}.pkl"
+        if not file.exists():
+            raise InputError(f"{folder} lacks {file.name} of TopoLM's for {n_layer} layers")
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
         if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
             raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
-        layouts[file.stem], moved = place_units(coordinates)
+        layouts[name], moved = place_units(coordinates)
         n_moved += np.count_nonzero(moved)
         masks = getattr(layer, "neighborhood_indices", None)
         if torch.is_tensor(masks) and masks.dim() == 2:
@@ -847,7 +819,7 @@ def read_layer_pickles(folder):
     if n_moved:
         shared = "units share cells: one a cell now, with the least displacement,"
         print(f"{folder}: {shared} for which {n_moved} moved", file=sys.stderr)
-    return layouts, facts
+    return positions.stack_layers(layouts, n_layer, n_units, folder), facts
 
 
 def place_units(coordinates):
@@ -870,5 +842,6 @@ if __name__ == "__main__":
     from configurator import configure
 
     config = configure(Config)
-    export_lm(config.lm, config.out_dir)
+    model, tokenizer = load_lm(config.lm)
+    export_gpt(model, config.out_dir, tokenizer)
     print(f"{config.out_dir}: for AutoModelForCausalLM and AutoTokenizer of transformers")

@@ -114,11 +114,9 @@ class Task:
         entry = self.meta["tasks"][config.task]
         self.name = f"{config.dataset} {config.task}"
         self.source = "synthetic" if self.meta.get("synthetic") else "real"
-        self.labels = None
-        self.metrics = NUMBER_METRICS
-        if entry["kind"] == "classification":
-            self.labels = entry["labels"]
-            self.metrics = CLASS_METRICS
+        self.labels = entry.get("labels")
+        self.n_classes = len(self.labels or [])
+        self.metrics = CLASS_METRICS if self.labels else NUMBER_METRICS
         self.metric = config.metric or GLUE_METRIC.get(config.task, self.metrics[0])
         if self.metric not in self.metrics:
             raise InputError(f"metric={self.metric}: {self.name} has {', '.join(self.metrics)}")
@@ -127,7 +125,6 @@ class Task:
         for split in {"train", "val"} - set(table.split):
             raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
         train = table[table.split == "train"].y
-        self.n_classes = len(self.labels or [])
         self.constant = train.mean()
         self.mean = float(train.mean())
         self.sd = float(train.std(ddof=0))
@@ -441,9 +438,9 @@ def validate(model, run, task, batch_size, step):
     if not math.isfinite(loss):
         raise InputError(f"the validation loss is not finite at step {step}: stopped; {SMALLER}")
     scores = {"val_loss": loss}
-    pair = table.y.to_numpy(), task.predictions(out)
+    predictions = task.predictions(out)
     for metric in task.metrics:
-        scores[f"val_{metric}"] = score(metric, *pair, task.n_classes)
+        scores[f"val_{metric}"] = score(metric, table.y.to_numpy(), predictions, task.n_classes)
     return scores
 
 
@@ -453,9 +450,10 @@ def report(run, task, rivals, step):
     columns = ["split", "label", "text", "group", "prediction", "p"]
     predictions = pd.concat(tables).filter(columns)
     write_aside(run.out / "predictions.csv", predictions.to_csv(index=False))
-    for table in tables:
+    for scored in tables:
         for metric in task.metrics:
-            report_score(run, task, table, metric, "all", step)
+            report_score(run, task, scored, metric, "all", step)
+    table = task.splits[task.last]
     if run.config.by:
         for value, part in table.groupby(run.config.by):
             report_score(run, task, part, task.metric, value, step)
@@ -463,11 +461,12 @@ def report(run, task, rivals, step):
     if task.last == "val":
         sentence += ": no test split, so the score above is of the very data it was chosen on"
     run.print(sentence)
-    y, guess, groups = (table[name].to_numpy() for name in ("y", "guess", "group"))
+    y = table.y.to_numpy()
+    guess = table.guess.to_numpy()
     for folder, other in rivals.items():
         value = score(task.metric, y, guess, task.n_classes)
         value -= score(task.metric, y, other, task.n_classes)
-        low, high = interval(task.metric, y, guess, task.n_classes, groups, run.config, other)
+        low, high = interval(task.metric, y, guess, task.n_classes, table.group, run.config, other)
         keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
         keys |= {"beside": folder, "step": step, "data": task.source}
         run.result(value, 0.0, low, high, len(y), **keys)
@@ -482,10 +481,9 @@ def report_score(run, task, table, metric, part, step):
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
     split = table.split.iloc[0]
-    groups = table.group.to_numpy()
     value = score(metric, y, guess, task.n_classes)
     chance = score(metric, y, np.full_like(y, task.constant), task.n_classes)
-    low, high = interval(metric, y, guess, task.n_classes, groups, run.config)
+    low, high = interval(metric, y, guess, task.n_classes, table.group, run.config)
     keys = {"metric": metric, "split": split, "part": part, "beside": task.baseline}
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:

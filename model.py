@@ -72,10 +72,8 @@ class GPTConfig:
         if self.spatial == "weights" and (self.head_loss or self.activation_decay):
             raise InputError("spatial=weights goes neither with head_loss nor activation_decay")
         if self.spatial == "weights" and self.factor > math.sqrt(self.n_embd):
-            sheet = f"a sheet of {self.n_embd} units"
-            raise InputError(
-                f"factor={self.factor:g} leaves nothing of {sheet}: give a smaller one"
-            )
+            sheet = f"a sheet of {self.n_embd} units: give a smaller one"
+            raise InputError(f"factor={self.factor:g} leaves nothing of {sheet}")
 
 
 def check_choice(option, value, choices):
@@ -966,10 +964,8 @@ class Reach(nn.Module):
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
     """Load what fits of a state dict; its share of the module's numbers, and what is left."""
     weights = module.state_dict()
-    fitting = {}
-    for name, value in state.items():
-        if name in weights and weights[name].shape == value.shape:
-            fitting[name] = value
+    shapes = {name: value.shape for name, value in weights.items()}
+    fitting = {name: value for name, value in state.items() if shapes.get(name) == value.shape}
     n_weights = sum(value.numel() for value in weights.values())
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
@@ -994,11 +990,8 @@ def load_encoder(spec):
     if state.get("kind") != "foundation":
         raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model")
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
-    weights = {}
-    for name, value in state["model"].items():
-        if name.startswith("encoder."):
-            weights[name.removeprefix("encoder.")] = value
-    encoder.load_state_dict(weights)
+    own = [name for name in state["model"] if name.startswith("encoder.")]
+    encoder.load_state_dict({name.removeprefix("encoder."): state["model"][name] for name in own})
     return encoder.eval(), state["recording"]
 
 
@@ -1072,8 +1065,8 @@ class NeuralGPT(nn.Module):
         self.fusion = fusion
         self.text_positions = text_positions
         self.attention = attention
-        order = {"text_positions": text_positions, "attention": attention}
-        self.args = {"fusion": fusion, "layers": layers, **order}  # what builds it again
+        self.args = {"fusion": fusion, "layers": layers}  # what builds it again
+        self.args |= {"text_positions": text_positions, "attention": attention}
         self.first = n_layer - (layers or n_layer)  # layer with an expert or cross-attention
         blocks = lm.transformer.h[self.first :]
         self.experts = None
@@ -1137,10 +1130,7 @@ class NeuralGPT(nn.Module):
 
     def _cross_keys(self, n):
         """{layer: (Cross, its keys and values of n)}"""
-        keys = {}
-        for i, cross in enumerate(self.crosses or ()):
-            keys[self.first + i] = (cross, cross.keys(n))
-        return keys
+        return {i: (cross, cross.keys(n)) for i, cross in enumerate(self.crosses or (), self.first)}
 
     def _rows(self, n, idx, position, mask):
         """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
@@ -1221,8 +1211,11 @@ def save_checkpoint(path, state):
         raise InputError(f"{path} could not be written ({reason}): {remedy}") from None
 
 
-def load_checkpoint(path):
-    """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none."""
+def load_checkpoint(path, adopt=None):
+    """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none.
+
+    adopt(state, path) makes such a dict of what another code wrote; without it that is refused.
+    """
     path = Path(path)
     if not path.exists() and not path.is_symlink():
         remedy = "train one with python train.py, or leave init_from=resume out"
@@ -1233,10 +1226,10 @@ def load_checkpoint(path):
     except Exception as error:  # a torn file raises nearly anything
         reason = type(error).__name__
         raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
+    if adopt and isinstance(state, dict) and "format" not in state:
+        return adopt(state, path)
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(
-            f"{path} was written by another code and cannot be resumed: give it as lm="
-        )
+        raise InputError(f"{path} is of another code and cannot be resumed: give it as lm=")
     if state["version"] > VERSION:
         raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
     return patch_checkpoint(state)
@@ -1283,10 +1276,8 @@ def lm_from(state, path="checkpoint", **options):
         kind = state.get("kind")
         raise InputError(f"{path} holds a '{kind}', no language model: give one of train.py")
     args = {**state["model_args"], **options}
-    known = [field.name for field in fields(GPTConfig)]
-    for key in args:
-        if key not in known:
-            raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
+    for key in args.keys() - asdict(GPTConfig()).keys():
+        raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
     weights = state["model"]
     model = GPT(GPTConfig(**args), weights.get("unit_at_cell"))
     missing, unexpected = model.load_state_dict(weights, strict=False)

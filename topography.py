@@ -18,6 +18,7 @@ import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -92,8 +93,8 @@ class Config:
 
 def load_stimuli(run, config):
     """Of the option stimuli: texts and conditions, {name: Contrast}, what the data is called."""
-    path = Path(config.stimuli)
     name = config.stimuli
+    path = Path(name)
     if not path.exists():
         path = run.dataset(name) / "localizer.csv"
         name = called(name, path.parent)
@@ -170,11 +171,10 @@ def masked_in_turn(lm, rows):
     targets = []
     sentences = []
     for number, row in enumerate(rows):
-        for i, token in enumerate(row):
-            if token not in lm.tokenizer.all_special_ids:
-                inputs.append([*row[:i], mask, *row[i + 1 :]])
-                targets.append([-100] * i + [token] + [-100] * (len(row) - i - 1))
-                sentences.append(number)
+        for i in np.flatnonzero(~np.isin(row, lm.tokenizer.all_special_ids)):
+            inputs.append([*row[:i], mask, *row[i + 1 :]])
+            targets.append([-100] * i + [row[i]] + [-100] * (len(row) - i - 1))
+            sentences.append(number)
     return inputs, targets, np.array(sentences)
 
 
@@ -613,13 +613,13 @@ def geometry_of_maps(run, config, sheets, contrast):
 
     95 % by jackknife over stimuli.
     """
-    names = sheets.names
-    labels = [("smoothness", name) for name in names]
-    labels += [("wiring length", f"{one} to {two}") for one, two in zip(names, names[1:])]
+    labels = [("smoothness", name) for name in sheets.names]
+    for one, two in pairwise(sheets.names):
+        labels.append(("wiring length", f"{one} to {two}"))
 
     def measure_maps(maps):
         smooth = [smoothness(sheet) for sheet in maps]
-        wires = [wiring_length(sheet, after) for sheet, after in zip(maps, maps[1:])]
+        wires = [wiring_length(sheet, after) for sheet, after in pairwise(maps)]
         return np.array(smooth + wires)
 
     def measure(a, b):
@@ -685,14 +685,10 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     axes[3].axhline(0.5, ls=":", c="gray", label="chance")
     axes[3].set(xscale="symlog", xlabel="units silenced")
     axes[3].legend(fontsize=7)
-    titles = (
-        "Moran's I of maps, mean over sheets (95 %)",
-        "correlation of two units over their distance (cells)",
-        "mask's response to held-out stimuli (SD units, 95 %)",
-        "minimal-pair accuracy under ablation",
-    )
-    for axis, text in zip(axes, titles):
-        axis.set_title(text, fontsize=9)
+    axes[0].set_title("Moran's I of maps, mean over sheets (95 %)", fontsize=9)
+    axes[1].set_title("correlation of two units over their distance (cells)", fontsize=9)
+    axes[2].set_title("mask's response to held-out stimuli (SD units, 95 %)", fontsize=9)
+    axes[3].set_title("minimal-pair accuracy under ablation", fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=120)
     plt.close(fig)
@@ -733,11 +729,14 @@ def compare_runs(run, config):
     stimuli, contrasts, data = load_stimuli(run, config)
     run.content = content_of(config)
     for folder in config.sweep:
-        results = Path(folder) / "results.csv"
-        if not results.exists() or not results.with_name("config.yaml").exists():
-            raise InputError(f"sweep={folder} is no finished run of train.py: it lacks {results}")
-        options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
-        loss = pd.read_csv(results).query("metric == 'val_loss'").score.iloc[-1]
+        try:
+            options = yaml.safe_load((Path(folder) / "config.yaml").read_text())
+            alpha = options["alpha"]
+            kind = options["spatial"] if alpha else "none"
+            results = pd.read_csv(Path(folder) / "results.csv")
+            loss = results[results.metric == "val_loss"].score.iloc[-1]
+        except (OSError, LookupError, AttributeError):
+            raise InputError(f"sweep={folder} is no finished run of train.py") from None
         lm = load_model(folder, run)
         if not hasattr(lm.model, "unit_at_cell"):
             raise InputError(f"sweep={folder} has no sheets (positions=none): leave it out")
@@ -752,8 +751,6 @@ def compare_runs(run, config):
         score = np.mean(scores)
         n = np.size(scores)
         half = 1.96 * np.std(scores, ddof=1) / np.sqrt(n)
-        alpha = options["alpha"]
-        kind = options["spatial"] if alpha else "none"
         keys = {"measure": "moran", "model": folder, "contrast": "mean", "sheet": "mean"}
         keys |= {"blur": 0.0, "data": data, "spatial": kind, "alpha": alpha, "val_loss": loss}
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
@@ -789,14 +786,13 @@ def text_batches(run, config, lm):
 
 def all_have_sheets(config, lms):
     """Whether all models have sheets. Raises InputError where there is nothing to do or compare."""
-    if not all(hasattr(lm.model, "unit_at_cell") for lm in lms.values()):
+    layouts = [getattr(lm.model, "unit_at_cell", None) for lm in lms.values()]
+    if any(layout is None for layout in layouts):
         if not config.pairs:
             raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
         return False
-    first, *others = lms.values()
-    for other in others:
-        if other.model.unit_at_cell.shape != first.model.unit_at_cell.shape:
-            raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
+    if layouts[0].shape != layouts[-1].shape:
+        raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
     return True
 
 

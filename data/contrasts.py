@@ -95,5 +95,7 @@ def find_contrasts(conditions, wanted=(), data=""):
         left, right = contrast.split(">")
         a = np.flatnonzero(np.isin(conditions, left.split("+")))
         b = np.flatnonzero(np.isin(conditions, right.split("+")))
+        if np.isin(a, b).any():
+            raise InputError(f"contrast '{contrast}' has a condition on both sides: name it once")
         contrasts[contrast] = Contrast(contrast, a, b, data)
     return contrasts

@@ -23,10 +23,10 @@ from tokenizers import models, pre_tokenizers, processors
 
 import convert
 import positions
-from convert import HiddenStates, NotOurGPT, export_gpt, export_lm, load_lm, load_positions
+from convert import HiddenStates, NotOurGPT, export_gpt, load_lm, load_positions
 from data import InputError
 from data.tokens import GPT2_PATTERN, Tokenizer, character_state, learn_bpe, make_state, state_of
-from model import GPT, GPTConfig, lm_state, save_checkpoint
+from model import GPT, GPTConfig, save_checkpoint
 
 BYTES = {**state_of(byte_tokenizer()), "pattern": GPT2_PATTERN}  # a BPE without merges
 TEXTS = ["a", "bc d", "the cat sat on the mat", "to be, or not", "xyz" * 5, "ab"]
@@ -150,23 +150,19 @@ FAMILIES = ("gpt2", "llama", "bloom", "neox", "bert_decoder", *MASKED)
 # ---- hidden states
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_what_transformers_gives_text_by_text(folder_of, family, side):
+def test_a_batch_is_what_transformers_gives_text_by_text(folder_of, family):
     folder = folder_of(family)
     Auto = transformers.AutoModelForMaskedLM
     if family not in MASKED:
         Auto = transformers.AutoModelForCausalLM
     theirs = Auto.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    lm = HiddenStates(folder, padding_side=side, head=True)
+    lm = HiddenStates(folder, head=True)
     assert lm.causal == (family not in MASKED)
     assert (lm.n_layer, lm.width) == (3, 32) and (lm.blocks is None) == (family == "albert")
     assert isinstance(lm.model, GPT) == (family == "gpt2")
-    if side == "left" and family in ("llama", "bloom", "neox", "bert_decoder"):
-        assert lm.padding_side == "left"
     ids, real = lm.pad(lm.encode(TEXTS)[0])
-    assert real[0].tolist() == sorted(real[0].tolist(), reverse=lm.padding_side == "right")
     states, logits = lm.states(ids, real), lm.logits(ids, real)
     assert list(states) == [0, 1, 2, 3]
     for i, text in enumerate(TEXTS):
@@ -246,6 +242,7 @@ def test_models_without_usable_states_or_a_tokenizer_are_refused(folder_of, tmp_
         cases.append((str(folder), f"{family} holds no tokenizer: copy tokenizer.json"))
     for lm, words in cases:
         input_error(words, HiddenStates, lm)
+        input_error(words, HiddenStates, lm, head=True)
 
 
 def test_offsets_are_the_characters_of_each_token(folder_of):
@@ -270,6 +267,26 @@ def test_a_random_twin_has_the_shape_and_other_weights(folder_of):
         twins = [lm.random_twin(seed).states(ids, real)[3] for seed in (1, 1, 2)]
         assert torch.equal(twins[0], twins[1]) and not torch.allclose(twins[0], twins[2])
         assert not torch.allclose(twins[0], lm.states(ids, real)[3])
+
+
+class Own(torch.nn.Module):
+    """A user's own: no config that could build it again."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(257, 8)
+        self.scale = torch.nn.Parameter(torch.full((8,), 3.0))
+
+    def forward(self, input_ids, output_hidden_states=True):
+        x = self.embedding(input_ids)
+        return transformers.modeling_outputs.BaseModelOutput(hidden_states=(x, x * self.scale))
+
+
+def test_a_twin_keeps_no_trained_weight():
+    lm = HiddenStates(with_bytes(Own(), name="own"))
+    input_error("own: its twin needs Own.reset_parameters", lm.random_twin, 1)
+    Own.reset_parameters = lambda self: torch.nn.init.ones_(self.scale)
+    assert lm.random_twin(1).model.scale[0] == 1 and lm.model.scale[0] == 3
 
 
 def test_float32_is_float32_where_the_weights_were_saved_in_half(tmp_path):
@@ -363,10 +380,8 @@ def test_our_models_open_elsewhere_and_come_home(tmp_path, kind):
         state = learn_bpe(corpus(40), 300, "small")
     tokenizer = Tokenizer(state)
     mine = gpt(tokenizer.n_vocab + 3, sheet=True, radius=3, alpha=0.5, norm=2.0, bias=False)
-    (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run/best.pt", {**lm_state(mine), "tokenizer": state})
     folder = tmp_path / "hf"
-    export_lm(str(tmp_path / "run"), str(folder))
+    export_gpt(mine, folder, tokenizer)
     files = {path.name for path in folder.iterdir()}
     assert {"model.safetensors", "tokenizer.json", "README.md", "nanocortex.json"} <= files
     assert not any(name.endswith((".bin", ".pt")) for name in files)
@@ -541,10 +556,12 @@ def test_specs_that_mean_no_language_model(tmp_path):
     torch.save(state, path)
     del state["model_args"]["n_head"]
     torch.save(state, tmp_path / "shapeless.pt")
+    torch.save(state["model"], tmp_path / "bare.pt")
     save_checkpoint(tmp_path / "decoder.pt", {"kind": "decoder"})
     for spec, words in (
         (path, "a head of its own"),
         (tmp_path / "shapeless.pt", "of no GPT-2"),
+        (tmp_path / "bare.pt", "of no GPT-2"),
         (tmp_path / "decoder.pt", "holds a 'decoder', no language model"),
         (tmp_path / "nothing", "no language model.*python train.py"),
         (tmp_path, "no language model"),
@@ -590,9 +607,9 @@ def test_positions_of_topolm(tmp_path, write_topolm, monkeypatch, capsys):
     folder = write_topolm(tmp_path / "gpt2-positions-3-5", coordinates_of(layouts))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)
     assert capsys.readouterr().err == ""
-    input_error("is for 2 layers x 64 units, the model has 3", load_positions, str(folder), 3, 64)
-    (tmp_path / "empty").mkdir()
-    input_error("holds no position files", load_positions, str(tmp_path / "empty"), 2, 64)
+    assert np.array_equal(load_positions(str(folder), 1, 64), layouts[:2])  # of the first layers
+    input_error("lacks layer.2.attn.pkl", load_positions, str(folder), 3, 64)
+    input_error("the model has 2 layers x 100 units", load_positions, str(folder), 2, 100)
     monkeypatch.setattr(positions, "places_of", lambda cells, side: np.zeros((len(cells), 2)))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)  # whatever our grid is
 
@@ -649,4 +666,4 @@ def test_checkpoints_of_topolm(tmp_path, write_topolm, monkeypatch, capsys, resi
     assert (c.sheet, c.alpha, c.radius, c.windows) == (True, 2.5, 3, 5)
     assert c.tap == ("residual" if residual else "sublayer")
     (folder / "layer.1.mlp.pkl").unlink()
-    input_error("the model has 2 layers x 64 units", load_lm, str(tmp_path / "run"))
+    input_error("lacks layer.1.mlp.pkl", load_lm, str(tmp_path / "run"))

@@ -475,6 +475,9 @@ class Stub(nn.Module):
         self.layer, self.n_layer, self.H, self.seed = layer, n_layer, H, seed
         self.weight = nn.Parameter(torch.tensor([float(seed)]))
 
+    def reset_parameters(self):
+        """The weight says only which stub it is."""
+
     def forward(self, input_ids, attention_mask=None, output_hidden_states=True):
         states = torch.empty(self.n_layer + 1, *input_ids.shape, self.H)
         for i, row in enumerate(input_ids.tolist()):

@@ -277,6 +277,7 @@ def test_contrasts_without_names():
     contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
     input_error("of one condition, x: two are needed", find_contrasts, ["x"] * 5)
+    input_error("on both sides", find_contrasts, ["x"] * 5 + ["y"] * 4, ["x>x+y"])
 
 
 def test_only_data_that_says_so_is_called_synthetic(tmp_path):
@@ -381,6 +382,11 @@ def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
     assert table.spatial.tolist() == ["none", "activations"]
     assert table.score.nunique() == 1  # the same weights
     assert (tmp_path / "out/sweep.png").exists()
+    results = tmp_path / "alpha0.0/results.csv"
+    for text in ("metric,score\naccuracy,0.5\n", "measure,score\nmoran,0.5\n"):  # of other scripts
+        results.write_text(text)
+        sentence = "is no finished run of train.py"
+        input_error(sentence, run, given, tmp_path / "other", sweep=folders)
 
 
 @pytest.mark.skipif(not BLIMP.is_dir(), reason="BLiMP's files are not beside the checkout")
