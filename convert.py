@@ -100,15 +100,17 @@ class HiddenStates:
     lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
     file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
     anything that takes input_ids and returns hidden_states. dtype: precision of the pass, a
-    torch.dtype or its name. bos: begin each text with the tokenizer's first token. head: load the
-    head, for logits.
+    torch.dtype or its name. padding_side: "left" becomes "right" where left pads would change the
+    states. bos: begin each text with the tokenizer's first token. head: load the head, for logits.
 
     Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
     after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text, special tokens counted), params.
+    (of a text, special tokens counted), params, padding_side.
     """
 
-    def __init__(self, lm, device="cpu", dtype=torch.float32, bos=False, head=False):
+    def __init__(
+        self, lm, device="cpu", dtype=torch.float32, padding_side="right", bos=False, head=False
+    ):
         self.device = torch.device(device)
         self.dtype = dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         name = lm
@@ -124,7 +126,7 @@ class HiddenStates:
                 model, self.tokenizer = load_from_transformers(lm, dtype, head)
         self.name = str(name)
         self.foreign_tokenizer = hasattr(self.tokenizer, "convert_ids_to_tokens")
-        self._attach(model)
+        self._attach(model, padding_side)
         self.max_length = self.room = longest_text(self.base, self.tokenizer)
         self.first = None
         if bos:
@@ -198,13 +200,14 @@ class HiddenStates:
         return trimmed
 
     def pad(self, rows):
-        """ids (B, T) and real (B, T), bool, of token lists, padded on the right."""
+        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
+        rows = list(map(torch.tensor, rows))
+        options = {"batch_first": True, "padding_side": self.padding_side}
         fill = getattr(self.tokenizer, "pad_token_id", None) or 0
         if fill >= self.vocab_size:  # the tokenizer's alone; the model does not read pads anyway
             fill = 0
-        ids = pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=fill)
-        lengths = torch.tensor(list(map(len, rows)))
-        real = torch.arange(ids.size(1)) < lengths[:, None]
+        ids = pad_sequence(rows, padding_value=fill, **options)
+        real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
         return ids.to(self.device), real.to(self.device)
 
     # -- the pass
@@ -281,8 +284,9 @@ class HiddenStates:
                         module.reset_parameters()
                     elif list(module.parameters(recurse=False)):
                         kind = type(module).__name__
-                        raise InputError(f"{self.name}: its twin needs {kind}.reset_parameters()")
-        twin._attach(model)
+                        remedy = f"{kind}.reset_parameters(): add it, or leave that control out"
+                        raise InputError(f"random weights for {self.name} need {remedy}")
+        twin._attach(model, self.padding_side)
         return twin
 
     def _call(self, model, ids, real, **options):
@@ -291,6 +295,8 @@ class HiddenStates:
             if self.is_gpt:
                 return model(ids, **options)
             told = {"attention_mask": real.long(), "use_cache": False}
+            if self.padding_side == "left":
+                told["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
             for key in told.keys() & self.accepts:
                 options[key] = told[key]
             return model(input_ids=ids, **options)
@@ -305,8 +311,8 @@ class HiddenStates:
     # -- what kind of model it is, by what it does
 
     @torch.no_grad()
-    def _attach(self, model):
-        """Find its sizes, its blocks, whether it looks ahead."""
+    def _attach(self, model, padding_side):
+        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             kind = f"an encoder and a decoder ({model.config.model_type})"
             raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
@@ -316,6 +322,7 @@ class HiddenStates:
         self.vocab_size = getattr(text_config(self.base), "vocab_size", None) or 10**9
         self.accepts = set(inspect.signature(self.base.forward).parameters)
         self.params = sum(p.numel() for p in self.base.parameters())
+        self.padding_side = "right"
         ids = torch.tensor([[1, 2, 3, 3], [1, 2, 1, 2]], device=self.device)
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._output_states(ids, real)
@@ -332,6 +339,10 @@ class HiddenStates:
         if not self._ignores_pads():
             beside = "the states of a text change with the texts beside it"
             raise InputError(f"{self.name} reads the padding: {beside}")
+        if padding_side == "left" and self.causal and not self.is_gpt:
+            self.padding_side = "left"
+            if not self._ignores_pads():
+                self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
         """The blocks whose hooks capture the states that the model returns, or None."""

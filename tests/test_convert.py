@@ -150,19 +150,23 @@ FAMILIES = ("gpt2", "llama", "bloom", "neox", "bert_decoder", *MASKED)
 # ---- hidden states
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_is_what_transformers_gives_text_by_text(folder_of, family):
+def test_a_batch_is_what_transformers_gives_text_by_text(folder_of, family, side):
     folder = folder_of(family)
     Auto = transformers.AutoModelForMaskedLM
     if family not in MASKED:
         Auto = transformers.AutoModelForCausalLM
     theirs = Auto.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    lm = HiddenStates(folder, head=True)
+    lm = HiddenStates(folder, padding_side=side, head=True)
     assert lm.causal == (family not in MASKED)
     assert (lm.n_layer, lm.width) == (3, 32) and (lm.blocks is None) == (family == "albert")
     assert isinstance(lm.model, GPT) == (family == "gpt2")
+    if side == "left" and family in ("llama", "bloom", "neox", "bert_decoder"):
+        assert lm.padding_side == "left"
     ids, real = lm.pad(lm.encode(TEXTS)[0])
+    assert real[0].tolist() == sorted(real[0].tolist(), reverse=lm.padding_side == "right")
     states, logits = lm.states(ids, real), lm.logits(ids, real)
     assert list(states) == [0, 1, 2, 3]
     for i, text in enumerate(TEXTS):
@@ -284,7 +288,7 @@ class Own(torch.nn.Module):
 
 def test_a_twin_keeps_no_trained_weight():
     lm = HiddenStates(with_bytes(Own(), name="own"))
-    input_error("own: its twin needs Own.reset_parameters", lm.random_twin, 1)
+    input_error("random weights for own need Own.reset_parameters", lm.random_twin, 1)
     Own.reset_parameters = lambda self: torch.nn.init.ones_(self.scale)
     assert lm.random_twin(1).model.scale[0] == 1 and lm.model.scale[0] == 3
 
