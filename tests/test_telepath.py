@@ -48,7 +48,9 @@ def given(tmp_path_factory):
 
 def a_config(given, **options):
     files = {"dataset": str(given / "eeg"), "lm": str(given / "lm.pt")}
-    return T.Config(**{**FAST, **files, **options})
+    config = T.Config(**{**FAST, **files, **options})
+    config.given = set(options)  # the others are as if they stood in no file and no command
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -615,17 +617,22 @@ def test_it_reads_what_is_there(whole):
 
 def test_preferences_after_supervision(given, whole):
     options = {"stage": "dpo", "init_from": str(whole), "log_interval": 1, "eval_trials": 6}
-    taken = {key: getattr(T.Config, key) for key in ("t_end", "patch", "width", "encoder_layers")}
-    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options, **taken))
+    config = a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options)
+    config.t_end, config.patch, config.lm, config.baseline = 0.6, 10, "out/train", 0.1
+    T.main(config)
     written = (given / "dpo/config.yaml").read_text()
-    assert "t_end: 0.4\n" in written and "patch: 5\n" in written
-    with pytest.raises(InputError, match="has fusion=expert, the options say prefix"):
-        T.main(a_config(given, out_dir=str(given / "other"), fusion="prefix", **options))
+    assert "t_end: 0.4\n" in written and "patch: 5\n" in written and "lm.pt\n" in written
+    assert "baseline: 0.0\n" in written
+    for key, value in (("fusion", "prefix"), ("patch", 10), ("split_seed", 1)):
+        with pytest.raises(InputError, match=f"has {key}=.*, the options say {value}"):
+            T.main(a_config(given, out_dir=str(given / "other"), **options, **{key: value}))
     lines = (given / "dpo" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0]
+    make_eeg(given / "others", subjects=4)
+    options["dataset"] = str(given / "others")
     with pytest.raises(InputError, match="trained on another split"):
-        T.main(a_config(given, out_dir=str(given / "leak"), split_seed=1, **options))
+        T.main(a_config(given, out_dir=str(given / "leak"), **options))
 
 
 def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
@@ -658,23 +665,15 @@ def test_minutes_settle_the_number_of_steps(given, tmp_path, monkeypatch):
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
-KEPT = [  # options of a resumed run, then its minutes and max_iters
-    ({}, (6.0, 700)),
-    ({"minutes": 6.0}, (6.0, 700)),
-    ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
-    ({"max_iters": 800}, (0.0, 800)),
-]
-
-
 def test_a_resumed_run_keeps_its_minutes_and_counts_its_own_steps(given, monkeypatch):
     config, run, experiment = prepared(given)
     training = T.Training(run, config, experiment, experiment.sets["train"])
     state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}, "tokens": {}}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
-    for options, expected in KEPT:
-        training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
+    for minutes, expected in ((6.0, 700), (9.0, T.UNSETTLED), (0.0, 800)):
+        config.minutes, config.max_iters = minutes, 800
         training.resume(state)
-        assert (training.config.minutes, training.config.max_iters) == expected, options
+        assert config.max_iters == expected
     config.minutes, config.max_iters = 10.0, T.UNSETTLED  # stopped before they were settled
     run.start = 0.0
     training.first_step = 100
@@ -683,6 +682,26 @@ def test_a_resumed_run_keeps_its_minutes_and_counts_its_own_steps(given, monkeyp
         monkeypatch.setattr(T.time, "time", lambda: 2.0 * training.step - 200)  # s, 2 a step
         T.settle(run, config, training)
     assert config.max_iters == 100 + 300
+
+
+def test_preferences_are_chosen_by_place(given, monkeypatch):
+    config, run, experiment = prepared(given, stage="dpo", eval_trials=6)
+    training = T.Training(run, config, experiment, experiment.sets["train"])
+    scores = np.random.default_rng(0).normal(size=(6, len(experiment.train_words)))
+    places = []
+    for sureness in (1, 100):
+        answer = sureness * scores, np.zeros(scores.shape[1])
+        monkeypatch.setattr(T, "score_names", lambda *args, answer=answer: answer)
+        T.validate(run, config, experiment, training)
+        places.append(run.logged["val_place"])
+    assert training.best == places[0] == places[1] and run.logged["val_rank_loss"] > 10
+
+
+def test_candidates_are_the_words_of_a_set_however_few_trials_are_scored(given):
+    config, run, experiment = prepared(given, eval_trials=6)
+    table = T.evaluate(run, config, experiment, "trial", np.zeros(12))[0]
+    rows = table[table.metric == "top1 by pmi per token"]
+    assert (rows.n == 6).all() and (rows.chance == 1 / 10).all()  # of ten words, not of six
 
 
 @pytest.mark.slow
