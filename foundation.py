@@ -146,6 +146,11 @@ class Config:
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
         if self.width % self.n_head:
             raise InputError(f"n_head={self.n_head} must divide width={self.width}")
+        try:
+            re.compile(self.channels)
+        except re.error as error:
+            problem = f"channels={self.channels} is no regular expression"
+            raise InputError(f"{problem}: {error}") from None
 
     @property
     def samples(self):
@@ -327,19 +332,23 @@ class Corpus:
     def load(self):
         """The recordings as Sources. What cannot be used is named and left out."""
         config = self.config
-        sources = []
-        reason = InputError(f"subjects={config.subjects}: nobody in dataset= is called so")
+        recordings = []
         for dataset in config.dataset:
             for path in find_recordings(self.run, dataset):
-                recording = Recording(path)
-                asked = [is_subject(subject, recording) for subject in config.subjects]
-                if asked and not any(asked):
-                    continue
-                try:
-                    sources.append(Source(recording, dataset, config))
-                except InputError as error:
-                    reason = error
-                    self.run.print(f"left out: {error}")
+                recordings.append((dataset, Recording(path)))
+        for subject in config.subjects:
+            if not any(is_subject(subject, recording) for _, recording in recordings):
+                raise InputError(f"subjects={subject}: nobody in dataset= is called so")
+        sources = []
+        for dataset, recording in recordings:
+            asked = [is_subject(subject, recording) for subject in config.subjects]
+            if asked and not any(asked):
+                continue
+            try:
+                sources.append(Source(recording, dataset, config))
+            except InputError as error:
+                reason = error
+                self.run.print(f"left out: {error}")
         if not sources:
             raise reason
         return sources

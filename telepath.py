@@ -264,7 +264,7 @@ class Trials:
             raise InputError(f"{rec.path} has another rate, or no good channel: prepare it anew")
 
     def read_events(self, rec):
-        """The events of a recording that have a word, and whose window lies inside it."""
+        """The events of a recording that have a word, and a window inside it, clear of BAD ones."""
         events = rec.events.assign(row=rec.rows(rec.events["onset"]))
         events["trial"] = rec.path.name + ":" + events["row"].astype(str)
         minute = "minute " + (events["row"] // round(60 * self.sfreq)).astype(str)
@@ -280,12 +280,15 @@ class Trials:
         if "epoch_samples" in rec.meta:  # epochs of somebody else, one after the other
             begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
             inside &= begin <= first and last < begin + rec.meta["epoch_samples"]
+        for span in rec.meta.get("bad_spans", []):
+            begin, end = rec.rows(span)
+            inside &= (events["row"] + last < begin) | (events["row"] + first >= end)
         if not inside.any():
             problem = "has no events with a word whose window lies inside the recording or epoch"
             cure = "prepare it with word_column=, or change t_start, t_end or jitter"
             raise InputError(f"{rec.path}: subject {rec.subject} {problem}: {cure}")
         if not inside.all():
-            self.notes.append(f"{rec.path.name}: {(~inside).sum()} trials outside, left out")
+            self.notes.append(f"{rec.path.name}: {(~inside).sum()} trials outside or BAD, left out")
         return events[inside]
 
     def cut(self, ids, shift=0):
@@ -1225,22 +1228,12 @@ def write_splits(run, experiment):
     trials, manifest = experiment.trials, experiment.manifest
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
+    for note in trials.notes:
+        run.print(note)
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
-    counts = f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap"
+    run.print(f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap")
     if manifest["held_out_subjects"] and not len(experiment.sets["subject"]):
-        counts += "\nno trial of held-out people is left to evaluate: raise held_out_trials="
-    run.print("\n".join([*trials.notes, counts]))
-
-
-def log_step(run, config, training, losses, norm):
-    """Log the mean of each loss over the micro-batches of a step, on all ranks."""
-    if training.step % config.log_interval and training.step > 1:
-        return
-    numbers = {}
-    for key in losses[0]:
-        mean = torch.stack([part[key].detach() for part in losses]).mean()
-        numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
-    run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
+        run.print("no trial of held-out people is left to evaluate: raise held_out_trials=")
 
 
 def settle(run, config, training):
@@ -1359,7 +1352,10 @@ def main(config):
                 losses.append(preference_loss(run, config, experiment, batch, training.reference))
             training.backward(losses[-1]["loss"])
         norm = training.update()
-        log_step(run, config, training, losses, norm)
+        if training.step % config.log_interval == 0 or training.step == 1:
+            means = pd.DataFrame(losses).map(torch.Tensor.item).mean()  # on all ranks
+            numbers = {f"train_{key}": run.reduce(means[key]) / run.world for key in losses[0]}
+            run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
         settle(run, config, training)
         bar.total = config.max_iters
         bar.update()

@@ -181,6 +181,12 @@ def test_channels_that_say_nothing_are_left_out_and_short_recordings_too(tmp_pat
         corpus_of(short, tmp_path / "no")
 
 
+def test_who_and_what_is_asked_for_must_be_there(podcast, tmp_path):
+    for asked, words in (("subjects=1,7", "subjects=7: nobody"), ("channels=LG[A", "no regular")):
+        with pytest.raises(InputError, match=words):
+            corpus_of(podcast, tmp_path, asked)
+
+
 def test_files_that_mne_reads(tmp_path, capsys):
     folder = tmp_path / "raw"
     folder.mkdir()

@@ -281,6 +281,13 @@ def test_eeg_that_cannot_be_used_and_trials_at_the_edge(tmp_path):
     few = {"subjects": 1, "words": 4, "images": 2}
     edge = trials_of(tmp_path / "edge", None, T.Config(t_end=4.0), **few)
     assert "trials outside" in edge.notes[0]
+
+    def bad(name, given):  # from half a second after the third picture on, in the window's reach
+        given.update(bad_spans=[[3.5, 3.6]], first_sample=0)
+
+    clear = trials_of(tmp_path / "bad", bad, T.Config(t_end=0.6, jitter=0.0, baseline=0.0), **few)
+    onsets = clear.table.onset.to_numpy()
+    assert "2 trials outside or BAD" in clear.notes[0] and onsets[:3].tolist() == [2.0, 2.5, 5.0]
     fits = T.Config(t_end=0.5, jitter=0.0)
     assert not trials_of(tmp_path / "epochs", epochs, fits, **few).notes
 
