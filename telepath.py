@@ -814,8 +814,9 @@ class Experiment:
         self.sets, self.manifest = split(self.trials, config)
         self.trials.learn(self.sets["train"], self.manifest["held_out_subjects"])
         torch.manual_seed(key_seed(config.seed, "model"))
-        built = build(run, config, self.trials, self.manifest, pretrained, self.state)
-        self.model, tokenizer = built
+        self.model, tokenizer = build(
+            run, config, self.trials, self.manifest, pretrained, self.state
+        )
         seen = self.state or pretrained
         self.eeg_seen = eeg_seen(seen) if seen else {}
         self.eeg_seen[self.trials.source] = self.manifest["hash"]
@@ -1011,13 +1012,12 @@ def score_names(run, experiment, ids, names, silenced=()):
 def say(run, config, experiment, ids, without_eeg=False, temperature=0.0):
     """What the model says of each trial: N texts."""
     text = experiment.text
-    options = {"max_new_tokens": config.max_new_tokens, "stop": [text.stop]}
-    options["temperature"] = temperature
+    options = {"stop": [text.stop], "temperature": temperature}
     said = []
     for part, n in neural_tokens(run, experiment, ids, without_eeg=without_eeg):
         options["seed"] = key_seed(config.seed, int(part[0]))
         with run.autocast():
-            rows = experiment.model.generate(n, text.prompt, **options)
+            rows = experiment.model.generate(n, text.prompt, config.max_new_tokens, **options)
         said += [text.tokenizer.decode(row).strip() for row in rows]
     return said
 
@@ -1157,9 +1157,13 @@ def evaluate(run, config, experiment, name, prior):
     return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.caption)
 
 
-METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
-METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
-METRICS |= {"similarity": "similarity of what is said"}
+METRICS = {  # that are printed and drawn
+    "top1": "closed-set top-1",
+    "top5": "closed-set top-5",
+    "flexible accuracy": "said right",
+    "said by search": "said right, by search",
+    "similarity": "similarity of what is said",
+}
 
 
 def report(run, config, experiment):

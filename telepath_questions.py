@@ -543,12 +543,11 @@ QUESTIONS = {
 
 def content_of(config):
     """A hash of the weights and recordings that the options only name."""
-    paths = [config.lm]
+    paths = [config.lm, f"{config.dataset}/meta.yaml"]
+    paths += [f"{config.dataset}/{name}" for name in read_set(config.dataset)["recordings"]]
     kind, _, path = config.encoder.partition(":")
     if kind == "pretrained":
         paths.append(telepath.checkpoint_path(path))
-    for name in ("meta.yaml", *read_set(config.dataset)["recordings"]):
-        paths.append(f"{config.dataset}/{name}")
     return hash_options({"content": list(map(path_state, paths))})[:6]
 
 
