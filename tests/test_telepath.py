@@ -723,14 +723,14 @@ def test_an_encoder_that_saw_held_out_trials_is_refused(given, whole, tmp_path):
     assert torch.equal(mixed, weights["encoder.net.embed.weight"])
 
 
-def foundation_checkpoint(folder, dataset, bands=()):
+def foundation_checkpoint(folder, dataset, bands=(), patch=5, degree=3):
     """An encoder of 40 electrodes as foundation.py writes it."""
     place = np.random.default_rng(1).normal(size=(40, 3)) * 0.05
     recording = {"dataset": dataset, "name": "sub-01", "xyz": place.tolist()}
     recording["channels"] = [f"E{i}" for i in range(40)]
     recipe = {"sfreq": 25.0, "bands": list(bands), "grid": "", "recordings": [recording]}
     shape = {"tokens": "electrode", "n_embd": 24, "width": 16, "n_layer": 1, "n_head": 2}
-    return save_encoder(folder, recipe, **shape, patch=5, subjects=7), place
+    return save_encoder(folder, recipe, **shape, patch=patch, degree=degree, subjects=7), place
 
 
 def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
@@ -748,6 +748,9 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     weights = experiment.model.encoder.state_dict()
     for name in ("net.blocks.0.mlp.c_fc.weight", "net.place"):
         assert torch.equal(weights[name], encoder.state_dict()[name])
+    foundation_checkpoint(tmp_path, "elsewhere", patch=2, degree=1)
+    small = prepared(given, **options)[2].model.encoder  # beside its token for the whole window
+    assert sum(p.numel() for p in small.net.parameters()) < small.whole.weight.numel()
     foundation_checkpoint(tmp_path, "data/eeg")
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, **options)
