@@ -814,9 +814,8 @@ class Experiment:
         self.sets, self.manifest = split(self.trials, config)
         self.trials.learn(self.sets["train"], self.manifest["held_out_subjects"])
         torch.manual_seed(key_seed(config.seed, "model"))
-        self.model, tokenizer = build(
-            run, config, self.trials, self.manifest, pretrained, self.state
-        )
+        built = build(run, config, self.trials, self.manifest, pretrained, self.state)
+        self.model, tokenizer = built
         seen = self.state or pretrained
         self.eeg_seen = eeg_seen(seen) if seen else {}
         self.eeg_seen[self.trials.source] = self.manifest["hash"]
@@ -1157,13 +1156,9 @@ def evaluate(run, config, experiment, name, prior):
     return pd.DataFrame(rows).assign(set=name), samples.assign(data=experiment.trials.caption)
 
 
-METRICS = {  # that are printed and drawn
-    "top1": "closed-set top-1",
-    "top5": "closed-set top-5",
-    "flexible accuracy": "said right",
-    "said by search": "said right, by search",
-    "similarity": "similarity of what is said",
-}
+METRICS = {"top1": "closed-set top-1", "top5": "closed-set top-5"}
+METRICS |= {"flexible accuracy": "said right", "said by search": "said right, by search"}
+METRICS |= {"similarity": "similarity of what is said"}
 
 
 def report(run, config, experiment):
@@ -1238,6 +1233,16 @@ def write_splits(run, experiment):
     run.print(f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap")
     if manifest["held_out_subjects"] and not len(experiment.sets["subject"]):
         run.print("no trial of held-out people is left to evaluate: raise held_out_trials=")
+
+
+def log_step(run, config, training, losses, norm):
+    """Log the mean of each loss over the micro-batches of a step, on all ranks."""
+    if training.step % config.log_interval and training.step > 1:
+        return
+    numbers = {}
+    for name, mean in pd.DataFrame(losses).map(torch.Tensor.item).mean().items():
+        numbers[f"train_{name}"] = run.reduce(mean) / run.world
+    run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
 
 
 def settle(run, config, training):
@@ -1356,10 +1361,7 @@ def main(config):
                 losses.append(preference_loss(run, config, experiment, batch, training.reference))
             training.backward(losses[-1]["loss"])
         norm = training.update()
-        if training.step % config.log_interval == 0 or training.step == 1:
-            means = pd.DataFrame(losses).map(torch.Tensor.item).mean()  # on all ranks
-            numbers = {f"train_{key}": run.reduce(means[key]) / run.world for key in losses[0]}
-            run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
+        log_step(run, config, training, losses, norm)
         settle(run, config, training)
         bar.total = config.max_iters
         bar.update()

@@ -544,7 +544,8 @@ QUESTIONS = {
 def content_of(config):
     """A hash of the weights and recordings that the options only name."""
     paths = [config.lm, f"{config.dataset}/meta.yaml"]
-    paths += [f"{config.dataset}/{name}" for name in read_set(config.dataset)["recordings"]]
+    for name in read_set(config.dataset)["recordings"]:
+        paths.append(f"{config.dataset}/{name}")
     kind, _, path = config.encoder.partition(":")
     if kind == "pretrained":
         paths.append(telepath.checkpoint_path(path))
