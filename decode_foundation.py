@@ -194,9 +194,9 @@ class FrozenLatents(EncoderInput):
 
     def __init__(self, montage, params, device):
         super().__init__(montage, params, device)
+        self.device = choose_device(device)
         places, subjects = self.model_params["places"], self.model_params["subjects"]
-        self.latents = Latents(self.encoder, places, subjects).to(choose_device(device))
-        self.device = self.latents.xyz0.device
+        self.latents = Latents(self.encoder, places, subjects).to(self.device)
         self.model_params = {}  # these are the finetuned decoder's
 
     @torch.no_grad()

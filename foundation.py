@@ -127,7 +127,7 @@ class Config:
     SHARES = "mask_ratio val_share test_share"
 
     def check(self):
-        samples = round(self.window * self.sfreq)
+        samples = self.samples
         if self.mask_ratio >= 1:
             raise InputError(f"mask_ratio={self.mask_ratio}: something must stay visible")
         if set(self.masks) - set(MASKS):
@@ -146,6 +146,16 @@ class Config:
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
         if self.width % self.n_head:
             raise InputError(f"n_head={self.n_head} must divide width={self.width}")
+        try:
+            re.compile(self.channels)
+        except re.error as error:
+            problem = f"channels={self.channels} is no regular expression"
+            raise InputError(f"{problem}: {error}") from None
+
+    @property
+    def samples(self):
+        """Of a window."""
+        return round(self.window * self.sfreq)
 
 
 # ---- data
@@ -167,10 +177,8 @@ def find_recordings(run, name):
     run.barrier()
     paths = converted_files(folder, out)
     if not paths:
-        raise InputError(
-            f"{folder} holds neither meta.yaml (data/recording.py) nor a file that MNE reads "
-            f"({', '.join(READABLE)})"
-        )
+        endings = ", ".join(READABLE)
+        raise InputError(f"{folder} holds neither meta.yaml nor a file that MNE reads ({endings})")
     return paths
 
 
@@ -186,6 +194,18 @@ def usable_channels(recording, config):
             "G1, G2, ...; give montage= for files of MNE"
         )
     return channels, xyz[channels]
+
+
+def clean_rows(recording, n_rows, sfreq):
+    """(n_rows,) bool: rows at sfreq that no BAD segment touches, and with which no epoch ends."""
+    seconds = recording.first_sample / recording.sfreq + np.arange(n_rows) / sfreq
+    bad = recording.meta.get("bad_spans", [])
+    clean = ~inside_spans(seconds, seconds + 1 / sfreq, bad)
+    if "epoch_samples" in recording.meta:  # one after the other: no window may hold a seam
+        edges = np.arange(n_rows + 1) * recording.sfreq / sfreq + 1e-6
+        epoch = edges // recording.meta["epoch_samples"]
+        clean &= epoch[1:] == epoch[:-1]
+    return clean
 
 
 class Source:
@@ -204,9 +224,7 @@ class Source:
         self.config = config
         channels, xyz = usable_channels(recording, config)
         signal = resampled(recording.signal, recording.sfreq, asdict(config), channels)
-        seconds = recording.first_sample / recording.sfreq + np.arange(len(signal)) / config.sfreq
-        bad = recording.meta.get("bad_spans", [])
-        clean = ~inside_spans(seconds, seconds + 1 / config.sfreq, bad)
+        clean = clean_rows(recording, len(signal), config.sfreq)
         self.split(clean, recording.path)
         end = self.spans["train"][1]
         train = signal[:end][clean[:end]]
@@ -218,10 +236,10 @@ class Source:
                 f"{recording.path}: {varies.sum()} of its {len(channels)} channels vary and are "
                 "free of NaN; it takes two to predict one from another"
             )
+        names = np.array(recording.names)[channels]
+        self.names = names[varies].tolist()
+        self.left_out = names[~varies].tolist()
         self.signal = np.ascontiguousarray(signal[:, varies])
-        names = np.array(recording.names)
-        self.names = names[channels[varies]].tolist()
-        self.left_out = names[channels[~varies]].tolist()
         self.xyz = torch.from_numpy(xyz[varies]).float()
         train = train[:, varies]
         centre, scale = robust_scale(train)
@@ -231,9 +249,9 @@ class Source:
         self.mean = scaled.mean(0)
 
     def split(self, clean, path):
-        """Set spans and starts; clean (T,): the rows that no BAD segment touches."""
+        """Set spans and starts; clean (T,): the rows that a window may hold."""
         config = self.config
-        width = round(config.window * config.sfreq)
+        width = config.samples
         end = len(clean)
         val = round(end * (1 - config.val_share - config.test_share))
         test = round(end * (1 - config.test_share))
@@ -252,8 +270,7 @@ class Source:
 
     def cut(self, starts):
         """Windows (N, C, P * F * patch) that begin at some rows, in robust SD."""
-        width = round(self.config.window * self.config.sfreq)
-        windows = self.signal[np.asarray(starts)[:, None] + np.arange(width)]
+        windows = self.signal[np.asarray(starts)[:, None] + np.arange(self.config.samples)]
         return encoder_input(windows, asdict(self.config), self.centre, self.scale)
 
     def centred(self, x):
@@ -291,7 +308,7 @@ class Corpus:
     def __init__(self, run, config):
         self.run = run
         self.config = config
-        self.n_patches = round(config.window * config.sfreq) // config.patch
+        self.n_patches = config.samples // config.patch
         self.patch_values = config.patch * max(1, len(config.bands))
         self.sources = self.load()
         people = sorted({(source.dataset, source.person) for source in self.sources})
@@ -315,19 +332,23 @@ class Corpus:
     def load(self):
         """The recordings as Sources. What cannot be used is named and left out."""
         config = self.config
-        sources = []
-        reason = InputError(f"subjects={config.subjects}: nobody in dataset= is called so")
+        recordings = []
         for dataset in config.dataset:
             for path in find_recordings(self.run, dataset):
-                recording = Recording(path)
-                asked = [is_subject(subject, recording) for subject in config.subjects]
-                if asked and not any(asked):
-                    continue
-                try:
-                    sources.append(Source(recording, dataset, config))
-                except InputError as error:
-                    reason = error
-                    self.run.print(f"left out: {error}")
+                recordings.append((dataset, Recording(path)))
+        for subject in config.subjects:
+            if not any(is_subject(subject, recording) for _, recording in recordings):
+                raise InputError(f"subjects={subject}: nobody in dataset= is called so")
+        sources = []
+        for dataset, recording in recordings:
+            asked = [is_subject(subject, recording) for subject in config.subjects]
+            if asked and not any(asked):
+                continue
+            try:
+                sources.append(Source(recording, dataset, config))
+            except InputError as error:
+                reason = error
+                self.run.print(f"left out: {error}")
         if not sources:
             raise reason
         return sources
@@ -410,20 +431,15 @@ class MaskedAutoencoder(nn.Module):
         self.readout = nn.Parameter(torch.zeros(weights))
         self.latent_readout = nn.Parameter(torch.zeros(n_electrodes, shape.patch, shape.n_embd))
 
-    def encode(self, x, visible, xyz, subject):
-        """States (B, K, width) of the visible tokens, and which they are of all C P: (B, K)."""
-        net = self.encoder.net
-        index = visible.flatten(1).nonzero()[:, 1].view(len(x), -1)
-        rows = index[:, :, None]
-        tokens = net.tokenize(x, xyz, subject)[0].take_along_dim(rows, 1)
-        spots = net.spots(xyz, visible.size(2)).take_along_dim(rows, 1)
-        return net.think(tokens, torch.ones_like(index, dtype=torch.bool), spots), index
-
-    def latents(self, h, index, visible):
-        """(B, P, n_embd) from the states of the visible tokens."""
+    def latents(self, x, visible, xyz, subject):
+        """(B, P, n_embd), of the visible tokens alone."""
         net = self.encoder.net
         B, C, P = visible.shape
-        states = h.new_zeros(B, C * P, h.size(2)).scatter(1, index[:, :, None].expand_as(h), h)
+        index = visible.flatten(1).nonzero()[:, 1].view(B, -1, 1)  # of K of the C P tokens
+        tokens = net.tokenize(x, xyz, subject)[0].take_along_dim(index, 1)
+        spots = net.spots(xyz, P).take_along_dim(index, 1)
+        h = net.think(tokens, torch.ones_like(index[..., 0], dtype=torch.bool), spots)
+        states = h.new_zeros(B, C * P, h.size(2)).scatter(1, index.expand_as(h), h)
         return net.output(net.pool(states, visible.flatten(1), P))
 
     def decode(self, latents, patches, visible, electrodes):
@@ -447,7 +463,7 @@ class MaskedAutoencoder(nn.Module):
         """Arguments as in Batch -> losses (2,), of hidden patches, and of all from the latents;
         guesses of all patches (B, C, P, D)."""
         patches = cut_patches(x, self.encoder.config.patch)
-        latents = self.latents(*self.encode(x, visible, xyz, subject), visible)
+        latents = self.latents(x, visible, xyz, subject)
         guess = self.decode(latents, patches, visible, electrodes)
         hidden_loss = (guess - patches).square()[~visible].mean()
         field = torch.einsum("bpn,cdn->bcpd", latents, self.latent_readout[electrodes])
@@ -458,22 +474,13 @@ class MaskedAutoencoder(nn.Module):
 def build(config, corpus):
     """The autoencoder that the options and the recordings ask for."""
     torch.manual_seed(key_seed(config.seed, "model"))
-    shape = EncoderConfig(
-        kind="transformer",
-        tokens="electrode",
-        n_embd=config.n_embd,
-        width=config.width,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        patch=corpus.patch_values,
-        degree=config.degree,
-        subjects=len(corpus.recipe["subjects"]),
-        dropout=config.dropout,
-        reach=True,
-    )
-    model = MaskedAutoencoder(
-        shape, corpus.n_electrodes, corpus.n_patches, config.decoder_width, config.decoder_layers
-    )
+    args = {"kind": "transformer", "tokens": "electrode", "reach": True}
+    for name in ("n_embd", "width", "n_layer", "n_head", "degree", "dropout"):
+        args[name] = getattr(config, name)
+    args |= {"patch": corpus.patch_values, "subjects": len(corpus.recipe["subjects"])}
+    decoder = config.decoder_width, config.decoder_layers
+    shape = EncoderConfig(**args)
+    model = MaskedAutoencoder(shape, corpus.n_electrodes, corpus.n_patches, *decoder)
     return model.to(corpus.run.device)
 
 
@@ -611,57 +618,47 @@ def report(run, model, corpus, config):
     state = run.load("best.pt")
     model.load_state_dict(state["model"])
     run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
-    grams = {}
-    for source in corpus.sources:
+    tables: dict = {kind: [] for kind in config.masks}
+    for number, source in enumerate(corpus.sources):
+        gram = None  # of one recording at a time: it may take half a gigabyte
         n_values = len(source.names) * corpus.n_patches * corpus.patch_values
         if n_values <= config.ridge_limit:
-            grams[source] = gram_matrix(source)
+            gram = gram_matrix(source)
         else:
             run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
-    for kind in config.masks:
-        parts = []
-        for number, source in enumerate(corpus.sources):
-            methods = baselines(corpus, source, kind, grams.get(source))
+        for kind, parts in tables.items():
+            methods = baselines(corpus, source, kind, gram)
             part = score_windows(run, model, corpus, source, kind, "test", methods)
             block = (part["start"] / config.sfreq // config.block).astype(int)
             parts.append(part.assign(block=block, recording=number))
+    for kind, parts in tables.items():
         # a method that some recording is too large for counts for none
         report_mask(run, config, kind, pd.concat(parts).dropna(axis=1), corpus.title)
     plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
     plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
-def interval(drawn, n_blocks):
-    """95 % of drawn scores; one block says nothing about the others."""
-    if n_blocks == 1:
-        return -math.inf, math.inf
-    return drawn.quantile([0.025, 0.975])
-
-
 def report_mask(run, config, kind, table, data):
     """Rows of results.csv for one kind of mask, and a line; intervals are over blocks of time."""
-    errors = table.drop(columns=["start", "latent"])
-    sums = errors.groupby(["recording", "block"]).sum()
+    sums = table.drop(columns=["start", "latent"]).groupby(["recording", "block"]).sum()
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     draws = rng.integers(0, len(sums), (config.bootstraps, len(sums)))
-    drawn = pd.DataFrame(sums.to_numpy()[draws].sum(1), columns=sums.columns)
-    whole = sums.sum()
-    r2 = 1 - whole.drop("mean") / whole["mean"]
-    drawn_r2 = 1 - drawn.drop(columns="mean").div(drawn["mean"], axis=0)
+    errors = np.vstack([sums.sum(), sums.to_numpy()[draws].sum(1)])  # of all blocks; of drawn ones
+    errors = pd.DataFrame(errors, columns=sums.columns)
+    r2 = 1 - errors.drop(columns="mean").div(errors["mean"], axis=0)
+    for name in r2.columns.drop("encoder"):
+        r2[f"r2 - {name}"] = r2["encoder"] - r2[name]
     words = []
-    keys = {"mask": kind, "data": data, "set": "test"}
-    for name in r2.index:
-        low, high = interval(drawn_r2[name], len(sums))
-        run.result(r2[name], 0.0, low, high, len(table), method=name, metric="r2", **keys)
-        words.append(f"{name} {r2[name]:.3f} [{low:.3f}, {high:.3f}]")
+    for name, values in r2.items():
+        low, high = values[1:].quantile([0.025, 0.975])
+        if len(sums) == 1:  # which says nothing about others
+            low, high = -math.inf, math.inf
+        keys = {"mask": kind, "data": data, "set": "test", "method": name, "metric": "r2"}
+        if name.startswith("r2 - "):
+            keys |= {"method": "encoder", "metric": name}
+        run.result(values[0], 0.0, low, high, len(table), **keys)
+        words.append(f"{name} {values[0]:.3f} [{low:.3f}, {high:.3f}]")
     run.print(f"{kind}: R² {', '.join(words)}; n = {len(table)} windows in {len(sums)} blocks")
-    for name in r2.index.drop("encoder"):
-        difference = r2["encoder"] - r2[name]
-        low, high = interval(drawn_r2["encoder"] - drawn_r2[name], len(sums))
-        keys |= {"method": "encoder", "metric": f"r2 - {name}"}
-        run.result(difference, 0.0, low, high, len(table), **keys)
-        if name == "ridge":
-            run.print(f"    encoder - ridge {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 
 # ---- plots
@@ -687,8 +684,9 @@ def plot_reconstruction(path, run, model, corpus):
     """The first test window of the first recording under each mask: electrodes over time."""
     config = corpus.config
     source = corpus.sources[0]
-    size = (len(config.masks), 3)
-    figure, axes = plt.subplots(*size, figsize=(10, 3.2 * size[0]), squeeze=False, sharey=True)
+    n_rows = len(config.masks)
+    options = {"squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(n_rows, 3, figsize=(10, 3.2 * n_rows), **options)
     for row, kind in zip(axes, config.masks):
         _, batch = next(corpus.held_out("test", source, kind, size=1))
         x = source.centred(batch.x.cpu().numpy())
@@ -699,10 +697,10 @@ def plot_reconstruction(path, run, model, corpus):
         options = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r", "aspect": "auto"}
         for axis, (name, image) in zip(row, images.items()):
             image = image[0, :, :, : config.patch].reshape(len(source.names), -1)  # first band
-            axis.imshow(image, extent=(0, config.window, len(source.names), 0), **options)
+            shown = axis.imshow(image, extent=(0, config.window, len(source.names), 0), **options)
             axis.set(title=f"{kind}: {name}", xlabel="s", ylabel="electrode")
+        figure.colorbar(shown, ax=row, label="robust SD from the mean")
     figure.suptitle(f"{corpus.title}: a test window of {source.name}", fontsize=10)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -711,6 +709,9 @@ def plot_reconstruction(path, run, model, corpus):
 
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
 WARM_UP = 3  # steps that are not measured
+# what a checkpoint fixes: its shape, its windows, and what its best model is the best by
+FIXED = "sfreq bands clamp window patch grid val_share test_share masks mask_ratio latent_weight"
+FIXED += " n_embd width n_layer n_head degree dropout decoder_width decoder_layers"
 
 
 def lr_share(step, config):
@@ -736,14 +737,12 @@ class Training:
         self.micros = range(run.rank, per_step // config.batch_size, run.world)
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         others = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}]
-        groups.append({"params": others, "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=run.device.type != "mps"
-        )
+        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+        fused = run.device.type != "mps"
+        self.optimizer = torch.optim.AdamW(groups, **rates, betas=(0.9, 0.95), fused=fused)
         self.step = 0
         self.best = -math.inf
-        self.resumed = None
         self.durations: list[float] = []  # s of steps, and of the last validation
         self.validation = 0.0
         if config.init_from == "resume":
@@ -756,32 +755,25 @@ class Training:
             self.net = DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     def resume(self, state):
-        same_shape = state.get("encoder_args") == asdict(self.model.encoder.config)
-        for key in ("decoder_width", "decoder_layers"):
-            same_shape = same_shape and state["config"][key] == getattr(self.config, key)
-        for key in ("masks", "mask_ratio", "latent_weight"):  # best.pt is the best by these
+        saved = state["config"]
+        for key in FIXED.split():
             now = getattr(self.config, key)
-            before = state["config"].get(key, now)
-            if before != now:
-                raise InputError(f"ckpt.pt has {key}={before}, the options say {now}")
-        if not (same_shape and same_recordings(state["recording"], self.corpus.recipe)):
-            raise InputError(
-                f"{self.run.out / 'ckpt.pt'} has another shape, or is of other recordings, than "
-                "the options say: resume with its own config.yaml"
-            )
+            if saved.get(key, now) != now:  # an option that is new has no past
+                raise InputError(f"ckpt.pt has {key}={saved[key]}, the options say {now}")
+        before = state["recording"]["recordings"]
+        if not same_recordings(before, self.corpus.recipe["recordings"]):
+            path = self.run.out / "ckpt.pt"
+            raise InputError(f"{path} is of other recordings than dataset= has now")
         self.model.load_state_dict(state["model"])
         groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.run.scaler.load_state_dict(state["scaler"])
-        self.step = self.resumed = state["step"]
+        self.step = state["step"]
         self.best = state["best"]
         if self.config.minutes:
-            self.config.max_iters = state["config"]["max_iters"]
+            same = self.config.minutes == saved["minutes"]
+            self.config.max_iters = saved["max_iters"] if same else UNSETTLED
         self.run.rewind(self.step)
-
-    def due(self, interval, now):
-        """Is it time for something that happens every `interval` steps, or happens now?"""
-        return self.step != self.resumed and (now or self.step % interval == 0)
 
     def save(self, name):
         state = {
@@ -798,18 +790,16 @@ class Training:
         self.run.save(name, state)
 
 
-def recording_keys(recipe):
-    """What of a recipe must agree for a run to go on."""
-    recordings = [(x["name"], x["channels"], x["seen"]) for x in recipe["recordings"]]
-    return {**recipe, "recordings": recordings}
-
-
-def same_recordings(a, b):
-    """Are two recipes of the same recordings, with the same signals in them?"""
-    if recording_keys(a) != recording_keys(b):
+def same_recordings(before, now):
+    """Are the recordings of two recipes the same, with the same signals in them?"""
+    if len(before) != len(now):
         return False
-    pairs = zip(a["recordings"], b["recordings"])
-    return all(torch.allclose(x["scale"], y["scale"], rtol=1e-3, atol=0) for x, y in pairs)
+    for a, b in zip(before, now):
+        if any(a[key] != b[key] for key in ("name", "channels", "seen")):
+            return False
+        if not torch.allclose(a["scale"], b["scale"], rtol=1e-3, atol=0):
+            return False
+    return True
 
 
 def train_step(run, config, training):
@@ -855,7 +845,7 @@ def settle(run, config, training):
     run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
 
 
-def describe(run, corpus, training):
+def describe(run, corpus, model):
     """Say what is trained on what."""
     parts = []
     for source in corpus.sources:
@@ -863,9 +853,8 @@ def describe(run, corpus, training):
         absent = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
         parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {seconds:.0f} s")
     run.print(f"{corpus.title}, training time: {'; '.join(parts)}")
-    encoder = sum(p.numel() for p in training.model.encoder.parameters())
-    whole = sum(p.numel() for p in training.model.parameters())
-    run.print(f"encoder {encoder:,} of {whole:,} parameters | {run.device} {str(run.dtype)[6:]}")
+    n_weights = sum(p.numel() for p in model.encoder.parameters())
+    run.print(f"encoder of {n_weights:,} parameters | {run.device} {str(run.dtype)[6:]}")
 
 
 def main(config):
@@ -873,31 +862,34 @@ def main(config):
     corpus = Corpus(run, config)
     model = build(config, corpus)
     training = Training(run, config, corpus, model)
-    describe(run, corpus, training)
+    describe(run, corpus, model)
     if config.compile:
         for block in model.encoder.net.blocks:
             block.compile()
-    bar = run.progress(config.max_iters, training.step, "pretrain")
     run.stopping()  # from here on a signal waits for the end of a step
-    while True:
-        finished = training.step >= config.max_iters
-        if training.due(config.eval_interval, finished):
-            validate(run, corpus, training)
-        if training.step and training.due(config.save_interval, finished or run.stopped):
-            training.save("ckpt.pt")
-        if finished or run.stopped:
-            break
+    if not training.step:
+        validate(run, corpus, training)
+    bar = run.progress(config.max_iters, training.step, "pretrain")
+    recent = []  # losses since the last line of the log: of all masks, not of one
+    while training.step < config.max_iters and not run.stopped:
         start = time.time()
         losses, norm = train_step(run, config, training)
-        bar.update()
+        recent.append(losses)
         run.stopping()
         if training.step % config.log_interval == 0 or training.step == 1:
-            hidden, latents = (run.reduce(losses) / run.world).tolist()
+            hidden, latents = (run.reduce(torch.stack(recent).mean(0)) / run.world).tolist()
             numbers = {"train_hidden": hidden, "train_from_latents": latents}
             run.log(training.step, **numbers, grad_norm=norm.item())
+            recent.clear()
         training.durations.append(time.time() - start)
         settle(run, config, training)
         bar.total = config.max_iters
+        bar.update()
+        finished = training.step >= config.max_iters
+        if finished or training.step % config.eval_interval == 0:
+            validate(run, corpus, training)
+        if finished or run.stopped or training.step % config.save_interval == 0:
+            training.save("ckpt.pt")
     bar.close()
     if not run.stopped:
         run.barrier()

@@ -48,7 +48,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import Run, configure, key_seed
 from convert import load_lm
-from data import InputError, aside, write_aside
+from data import InputError, write_aside
 from data.recording import Recording, named_places, places, read_set
 from data.tokens import Tokenizer
 from model import (
@@ -264,7 +264,7 @@ class Trials:
             raise InputError(f"{rec.path} has another rate, or no good channel: prepare it anew")
 
     def read_events(self, rec):
-        """The events of a recording that have a word, and whose window lies inside it."""
+        """The events of a recording that have a word, and a window inside it, clear of BAD ones."""
         events = rec.events.assign(row=rec.rows(rec.events["onset"]))
         events["trial"] = rec.path.name + ":" + events["row"].astype(str)
         minute = "minute " + (events["row"] // round(60 * self.sfreq)).astype(str)
@@ -280,12 +280,15 @@ class Trials:
         if "epoch_samples" in rec.meta:  # epochs of somebody else, one after the other
             begin = round(rec.meta["epoch_tmin"] * rec.sfreq)
             inside &= begin <= first and last < begin + rec.meta["epoch_samples"]
+        for span in rec.meta.get("bad_spans", []):
+            begin, end = rec.rows(span)
+            inside &= (events["row"] + last < begin) | (events["row"] + first >= end)
         if not inside.any():
             problem = "has no events with a word whose window lies inside the recording or epoch"
             cure = "prepare it with word_column=, or change t_start, t_end or jitter"
             raise InputError(f"{rec.path}: subject {rec.subject} {problem}: {cure}")
         if not inside.all():
-            self.notes.append(f"{rec.path.name}: {(~inside).sum()} trials outside, left out")
+            self.notes.append(f"{rec.path.name}: {(~inside).sum()} trials outside or BAD, left out")
         return events[inside]
 
     def cut(self, ids, shift=0):
@@ -696,16 +699,14 @@ def checkpoint_path(path):
     return Path(path) if path.endswith(".pt") else Path(path) / "best.pt"
 
 
-# options that a checkpoint's model fixes
-FIXED = "t_start t_end encoder patch width encoder_layers dropout fusion text_positions"
+# options that a checkpoint fixes: its model, what the model was shown, and what was held out
+FIXED = "lm t_start t_end baseline prompt held_out_subjects held_out_objects held_out_trials"
+FIXED += " split_seed encoder patch width encoder_layers dropout fusion text_positions"
 FIXED += " prefix_attention"
 
 
 def earlier(run, config):
-    """The checkpoint that init_from= names, or None.
-
-    The FIXED options are its own: left at their defaults they are taken over, else they must agree.
-    """
+    """The checkpoint that init_from= names, or None; its FIXED options are taken over."""
     if config.init_from == "scratch":
         return None
     resumed = config.init_from == "resume"
@@ -713,12 +714,13 @@ def earlier(run, config):
     state = load_checkpoint(path)
     if state["kind"] != "telepath":
         raise InputError(f"{path} is no run of telepath.py: give init_from= an earlier one")
-    for key in ["stage", "train"] * resumed + FIXED.split():
-        given = getattr(config, key)
-        saved = state["config"].get(key, given)  # an option that is new has no past
-        free = key in FIXED.split() and given == getattr(type(config), key)
-        if saved != given and not free:
-            raise InputError(f"{path} has {key}={saved}, the options say {given}")
+    keys = FIXED.split() + ["stage", "train"] * resumed
+    given = getattr(config, "given", keys)  # a Config made by hand is given whole
+    for key in keys:
+        now = getattr(config, key)
+        saved = state["config"].get(key, now)  # an option that is new has no past
+        if saved != now and key in given:
+            raise InputError(f"{path} has {key}={saved}, the options say {now}")
         setattr(config, key, saved)
     run.save_config()
     return state
@@ -763,7 +765,9 @@ def build_encoder(run, config, trials, manifest, pretrained, n_embd):
         for name, value in pretrained["model"].items():
             if ".subject_" not in name:  # of other people
                 weights[name.removeprefix("encoder.")] = value
-        share, new = load_matching(encoder, weights, MATCH, config.encoder)
+        load_matching(encoder, weights, 0)  # the window's first token too, where windows agree
+        weights = {name.removeprefix("net."): value for name, value in weights.items()}
+        share, new = load_matching(encoder.net, weights, MATCH, config.encoder)
         run.print(f"{config.encoder}: {share:.1%} of its weights are pretrained, not {new}")
     return encoder
 
@@ -879,7 +883,7 @@ class Training:
                 if config.stage == "dpo":
                     self.reference[name] = p.detach().clone()
         self.step = 0
-        self.best = math.inf  # ranking loss
+        self.best = math.inf  # validation score
         self.tokens = {}  # {step: neural tokens of some validation trials (N, P, C)}
         self.validation = 0.0  # s that one takes
         if config.init_from == "resume":
@@ -896,15 +900,9 @@ class Training:
     def resume(self, state):
         self.step = state["step"]
         self.best = state["best"]
-        config = self.config
-        saved = state["config"]
-        other_steps = config.max_iters not in (type(config).max_iters, saved["max_iters"])
-        if config.minutes in (0, saved["minutes"]) and not other_steps:
-            config.minutes = saved["minutes"]
-            config.max_iters = saved["max_iters"]
-        elif config.minutes:
-            config.max_iters = UNSETTLED
-        self.run.save_config()
+        if self.config.minutes:
+            same = self.config.minutes == state["config"]["minutes"]
+            self.config.max_iters = state["config"]["max_iters"] if same else UNSETTLED
         groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         if state["scaler"]:
@@ -1013,13 +1011,12 @@ def score_names(run, experiment, ids, names, silenced=()):
 def say(run, config, experiment, ids, without_eeg=False, temperature=0.0):
     """What the model says of each trial: N texts."""
     text = experiment.text
-    options = {"max_new_tokens": config.max_new_tokens, "stop": [text.stop]}
-    options["temperature"] = temperature
+    options = {"stop": [text.stop], "temperature": temperature}
     said = []
     for part, n in neural_tokens(run, experiment, ids, without_eeg=without_eeg):
         options["seed"] = key_seed(config.seed, int(part[0]))
         with run.autocast():
-            rows = experiment.model.generate(n, text.prompt, **options)
+            rows = experiment.model.generate(n, text.prompt, config.max_new_tokens, **options)
         said += [text.tokenizer.decode(row).strip() for row in rows]
     return said
 
@@ -1126,9 +1123,9 @@ def evaluate(run, config, experiment, name, prior):
     prior (K,): log of each name's mean probability over validation trials.
     """
     words, text = experiment.trials.words, experiment.text
+    names = sorted(set(experiment.trials.table.word.iloc[experiment.sets[name]]))
     ids = subset(experiment.sets[name], config)
     table = experiment.trials.table.iloc[ids]
-    names = sorted(set(table.word))
     columns = np.searchsorted(words, names)
     score = functools.partial(score_rows, config, table)
     scores, empty = score_names(run, experiment, ids, words)
@@ -1200,10 +1197,10 @@ def report(run, config, experiment):
 COLOURS = {"eeg": "#c23b22", "shuffled": "#4878a8", "empty": "#999999", "majority": "#d9a441"}
 
 
-def save_figure(figure, path):
-    """Write a PNG aside."""
-    with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
+def save_figure(figure, path, title):
+    """Write a figure under its title, which says where the data is from."""
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -1219,8 +1216,7 @@ def plot_results(path, table, title):
         rows.score.plot.bar(ax=axis, xlabel="", rot=20, **options)
         axis.plot(rows.chance.eeg.to_numpy(), "k_", ms=30, label="chance")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    save_figure(figure, path, title)
 
 
 # ---- the run
@@ -1231,11 +1227,12 @@ def write_splits(run, experiment):
     trials, manifest = experiment.trials, experiment.manifest
     if run.master:
         write_aside(run.out / "splits.json", json.dumps(manifest, indent=1))
+    for note in trials.notes:
+        run.print(note)
     counts = ", ".join(f"{name} {len(ids):,}" for name, ids in experiment.sets.items())
-    counts = f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap"
+    run.print(f"{trials.caption}: {counts} trials, {manifest['purged']} purged for overlap")
     if manifest["held_out_subjects"] and not len(experiment.sets["subject"]):
-        counts += "\nno trial of held-out people is left to evaluate: raise held_out_trials="
-    run.print("\n".join([*trials.notes, counts]))
+        run.print("no trial of held-out people is left to evaluate: raise held_out_trials=")
 
 
 def log_step(run, config, training, losses, norm):
@@ -1243,9 +1240,8 @@ def log_step(run, config, training, losses, norm):
     if training.step % config.log_interval and training.step > 1:
         return
     numbers = {}
-    for key in losses[0]:
-        mean = torch.stack([part[key].detach() for part in losses]).mean()
-        numbers[f"train_{key}"] = run.reduce(mean.item()) / run.world
+    for name, mean in pd.DataFrame(losses).map(torch.Tensor.item).mean().items():
+        numbers[f"train_{name}"] = run.reduce(mean) / run.world
     run.log(training.step, **numbers, grad_norm=norm.item())  # before it is clipped
 
 
@@ -1284,11 +1280,15 @@ def validate(run, config, experiment, training):
     own = np.searchsorted(words, experiment.trials.table.word.iloc[ids])
     loss = F.cross_entropy(torch.from_numpy(information), torch.from_numpy(own)).item()
     right = top_k(information, 1)[np.arange(len(ids)), own].mean()
-    run.log(training.step, val_rank_loss=loss, val_top1=right, val_chance=1 / len(words))
+    mean_place = place(information)[np.arange(len(ids)), own].mean().item()
+    numbers = {"val_rank_loss": loss, "val_place": mean_place, "val_top1": right}
+    run.log(training.step, **numbers, val_chance=1 / len(words))
     _, tokens = next(neural_tokens(run, experiment, probes(experiment)))
     training.tokens[training.step] = tokens.float().cpu()
-    if loss < training.best:
-        training.best = loss
+    # preferences make the model surer than it may be, which the loss would punish, not the place
+    score = loss if config.stage == "sft" else mean_place
+    if score < training.best:
+        training.best = score
         save(run, config, experiment, training, "best.pt")
     training.validation = run.reduce(time.time() - start, "max")
 

@@ -337,16 +337,17 @@ def analyse_tokens(run, config):
     ids = subset(ids if len(ids) else experiment.sets["val"], config)
     last = load_checkpoint(telepath.checkpoint_path(config.init_from).parent / "ckpt.pt")
     tables = {"trajectory": trajectory(experiment, last["tokens"])}
-    plot_way(tables["trajectory"], experiment.space, run.out / "trajectory.png")
+    figures = {"trajectory": draw_way(tables["trajectory"], experiment.space)}
     if experiment.model.fusion != "cross":  # there neural tokens never ask
         tables["query_key"] = query_key(run, config, experiment, ids)
-        plot_query_key(tables["query_key"], run.out / "query_key.png")
+        figures["query_key"] = draw_query_key(tables["query_key"])
         tables["logit_lens"] = logit_lens(run, config, experiment, ids)
-        plot_lens(tables["logit_lens"], run.out / "logit_lens.png")
+        figures["logit_lens"] = draw_lens(tables["logit_lens"])
+    caption = experiment.trials.caption
     for name, table in tables.items():
-        table = table.assign(data=experiment.trials.caption)
-        write_aside(run.out / f"{name}.csv", table.to_csv(index=False))
-        run.print(f"{name}.csv in {run.out}")
+        write_aside(run.out / f"{name}.csv", table.assign(data=caption).to_csv(index=False))
+        save_figure(figures[name], run.out / f"{name}.png", f"{caption}; {config.init_from}")
+        run.print(f"{name}.csv and {name}.png in {run.out}")
 
 
 def trajectory(experiment, kept):
@@ -484,7 +485,7 @@ def logit_lens(run, config, experiment, ids):
     return pd.DataFrame(rows)
 
 
-def plot_way(table, space, path):
+def draw_way(table, space):
     """The first neural token on the plane of the embedding's first axes, and its distance."""
     table = table[table.token == 0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
@@ -499,10 +500,10 @@ def plot_way(table, space, path):
     left.set(xlabel="first axis of the token embedding", ylabel="second axis")
     right.set(xlabel="step", ylabel="1 − cosine to the seen word's embedding")
     right.legend(fontsize=8, frameon=False, title="word: nearest token")
-    save_figure(figure, path)
+    return figure
 
 
-def plot_query_key(table, path):
+def draw_query_key(table):
     """Likeness of neural queries and the key of the word, by layer and head; * corrected p < .05"""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     limit = max(4, table.z.abs().max())
@@ -516,10 +517,10 @@ def plot_query_key(table, path):
         axis.set(xlabel="head", ylabel="layer", title=f"key: {kind} (* corrected p < .05)")
         axis.set(xticks=grid.columns, yticks=grid.index)
     figure.colorbar(image, ax=axes, label="z against shuffled words")
-    save_figure(figure, path)
+    return figure
 
 
-def plot_lens(table, path):
+def draw_lens(table):
     """Place of the true word among all, read off each layer."""
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for layer, part in table.groupby("layer"):
@@ -529,7 +530,7 @@ def plot_lens(table, path):
     axis.invert_yaxis()
     axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)")
     axis.legend(fontsize=8, frameon=False)
-    save_figure(figure, path)
+    return figure
 
 
 QUESTIONS = {
@@ -542,12 +543,12 @@ QUESTIONS = {
 
 def content_of(config):
     """A hash of the weights and recordings that the options only name."""
-    paths = [config.lm]
+    paths = [config.lm, f"{config.dataset}/meta.yaml"]
+    for name in read_set(config.dataset)["recordings"]:
+        paths.append(f"{config.dataset}/{name}")
     kind, _, path = config.encoder.partition(":")
     if kind == "pretrained":
         paths.append(telepath.checkpoint_path(path))
-    for name in ("meta.yaml", *read_set(config.dataset)["recordings"]):
-        paths.append(f"{config.dataset}/{name}")
     return hash_options({"content": list(map(path_state, paths))})[:6]
 
 
@@ -571,10 +572,9 @@ def main(config):
             run.result(**{**job, **row})
     table = run.merge()
     if run.master and len(table):
-        figure = draw(table)
-        title = f"{config.max_iters} steps each; {table.data.iloc[0]} (95 % over objects)"
-        figure.suptitle(f"analysis={config.analysis}, {title}", fontsize=10)
-        save_figure(figure, run.out / f"{config.analysis}.png")
+        title = f"analysis={config.analysis}, {config.max_iters} steps each; {table.data.iloc[0]}"
+        path = run.out / f"{config.analysis}.png"
+        save_figure(draw(table), path, f"{title} (95 % over objects)")
     run.close()
 
 

@@ -98,8 +98,7 @@ def test_a_missing_electrode_is_a_masked_one(podcast, tmp_path):
     gone = batch.xyz.clone()
     gone[2] = math.nan
     with torch.no_grad():
-        h, index = model.encode(batch.x, visible, batch.xyz, batch.subject)
-        masked = model.latents(h, index, visible)
+        masked = model.latents(batch.x, visible, batch.xyz, batch.subject)
         absent = model.encoder(batch.x, gone, batch.subject)
     assert torch.allclose(masked, absent, atol=1e-5)
 
@@ -155,6 +154,16 @@ def test_clean_training_time_alone_sets_the_scale(podcast, tmp_path):
     assert np.abs(source.cut(test)).max() <= 8
 
 
+def test_no_window_holds_the_seam_of_two_epochs(tmp_path):
+    signal = np.repeat(np.arange(100.0), 70)[:, None] + np.arange(3)  # 70 samples at 64 Hz each
+    signal += np.random.default_rng(0).normal(size=(7000, 3)) / 1e3
+    folder = make_set(tmp_path / "set", signal, on_a_grid(3), epoch_samples=70)
+    (source,) = corpus_of(folder, tmp_path / "out")[0].sources
+    for starts in source.starts.values():
+        windows = source.signal[starts[:, None] + np.arange(16), 0, 0]
+        assert len(starts) > 5 and (np.ptp(windows, axis=1) < 0.1).all()
+
+
 def test_channels_that_say_nothing_are_left_out_and_short_recordings_too(tmp_path, capsys):
     signal = np.random.default_rng(0).normal(size=(3000, 20))
     signal[:, 4], signal[5, 6] = 0.3, np.nan  # flat, and with a NaN: nobody marked them
@@ -170,6 +179,12 @@ def test_channels_that_say_nothing_are_left_out_and_short_recordings_too(tmp_pat
     assert "left out: window=0.5 s" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"01 has 1\.6 s"):
         corpus_of(short, tmp_path / "no")
+
+
+def test_who_and_what_is_asked_for_must_be_there(podcast, tmp_path):
+    for asked, words in (("subjects=1,7", "subjects=7: nobody"), ("channels=LG[A", "no regular")):
+        with pytest.raises(InputError, match=words):
+            corpus_of(podcast, tmp_path, asked)
 
 
 def test_files_that_mne_reads(tmp_path, capsys):
@@ -227,7 +242,7 @@ def test_a_run_goes_on_only_as_it_was_and_one_block_says_nothing(tmp_path, monke
     given = make_set(tmp_path / "eeg", noise, on_a_grid(4)), tmp_path / "run", "block=1000"
     table = results_of(*given)
     assert (table.low == -math.inf).all() and (table.high == math.inf).all()
-    with pytest.raises(InputError, match="another shape"):
+    with pytest.raises(InputError, match="has decoder_width=16, the options say 32"):
         results_of(*given, "init_from=resume", "decoder_width=32")
     shutil.rmtree(tmp_path / "eeg")
     make_set(tmp_path / "eeg", 2 * noise, on_a_grid(4))
@@ -242,6 +257,11 @@ def test_minutes_settle_the_number_of_steps(podcast, tmp_path, monkeypatch):
     n_steps = load_checkpoint(tmp_path / "ckpt.pt")["config"]["max_iters"]
     assert 1 < n_steps < 10**5
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
+    for minutes, expected in ((0.02, n_steps), (0.03, foundation.UNSETTLED)):
+        corpus, run, config = corpus_of(podcast, tmp_path, "init_from=resume", f"minutes={minutes}")
+        foundation.Training(run, config, corpus, build(config, corpus))
+        assert config.max_iters == expected
+        run.close()
 
 
 def test_it_sees_what_ridge_cannot(tmp_path):

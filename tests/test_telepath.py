@@ -48,7 +48,9 @@ def given(tmp_path_factory):
 
 def a_config(given, **options):
     files = {"dataset": str(given / "eeg"), "lm": str(given / "lm.pt")}
-    return T.Config(**{**FAST, **files, **options})
+    config = T.Config(**{**FAST, **files, **options})
+    config.given = set(options)  # the others are as if they stood in no file and no command
+    return config
 
 
 @pytest.fixture(autouse=True)
@@ -279,6 +281,13 @@ def test_eeg_that_cannot_be_used_and_trials_at_the_edge(tmp_path):
     few = {"subjects": 1, "words": 4, "images": 2}
     edge = trials_of(tmp_path / "edge", None, T.Config(t_end=4.0), **few)
     assert "trials outside" in edge.notes[0]
+
+    def bad(name, given):  # from half a second after the third picture on, in the window's reach
+        given.update(bad_spans=[[3.5, 3.6]], first_sample=0)
+
+    clear = trials_of(tmp_path / "bad", bad, T.Config(t_end=0.6, jitter=0.0, baseline=0.0), **few)
+    onsets = clear.table.onset.to_numpy()
+    assert "2 trials outside or BAD" in clear.notes[0] and onsets[:3].tolist() == [2.0, 2.5, 5.0]
     fits = T.Config(t_end=0.5, jitter=0.0)
     assert not trials_of(tmp_path / "epochs", epochs, fits, **few).notes
 
@@ -615,24 +624,34 @@ def test_it_reads_what_is_there(whole):
 
 def test_preferences_after_supervision(given, whole):
     options = {"stage": "dpo", "init_from": str(whole), "log_interval": 1, "eval_trials": 6}
-    taken = {key: getattr(T.Config, key) for key in ("t_end", "patch", "width", "encoder_layers")}
-    T.main(a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options, **taken))
+    config = a_config(given, out_dir=str(given / "dpo"), max_iters=12, **options)
+    config.t_end, config.patch, config.lm, config.baseline = 0.6, 10, "out/train", 0.1
+    T.main(config)
     written = (given / "dpo/config.yaml").read_text()
-    assert "t_end: 0.4\n" in written and "patch: 5\n" in written
-    with pytest.raises(InputError, match="has fusion=expert, the options say prefix"):
-        T.main(a_config(given, out_dir=str(given / "other"), fusion="prefix", **options))
+    assert "t_end: 0.4\n" in written and "patch: 5\n" in written and "lm.pt\n" in written
+    assert "baseline: 0.0\n" in written
+    for key, value in (("fusion", "prefix"), ("patch", 10), ("split_seed", 1)):
+        with pytest.raises(InputError, match=f"has {key}=.*, the options say {value}"):
+            T.main(a_config(given, out_dir=str(given / "other"), **options, **{key: value}))
     lines = (given / "dpo" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
+    places = [json.loads(line)["val_place"] for line in lines if "val_place" in line]
+    assert load_checkpoint(given / "dpo/best.pt")["best"] == min(places)
     assert abs(losses[0] - math.log(2)) < 1e-5 and losses[-1] < losses[0]
+    make_eeg(given / "others", subjects=4)
+    options["dataset"] = str(given / "others")
     with pytest.raises(InputError, match="trained on another split"):
-        T.main(a_config(given, out_dir=str(given / "leak"), split_seed=1, **options))
+        T.main(a_config(given, out_dir=str(given / "leak"), **options))
 
 
 def test_names_too_long_to_be_said_are_counted(given, whole, tmp_path, capsys):
     few = {"max_new_tokens": 2, "max_iters": 0, "eval_trials": 4}
     T.main(a_config(given, out_dir=str(tmp_path), init_from=str(whole), **few))
     assert "12 of 12 names are longer than max_new_tokens=2" in capsys.readouterr().out
-    assert (pd.read_csv(tmp_path / "results.csv").unsayable == 12).all()
+    table = pd.read_csv(tmp_path / "results.csv")
+    assert (table.unsayable == 12).all()
+    rows = table[(table.metric == "top1 by pmi per token") & (table.set == "trial")]
+    assert (rows.n == 4).all() and (rows.chance == 1 / 10).all()  # of a set's words, not of four
 
 
 def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, monkeypatch):
@@ -658,23 +677,15 @@ def test_minutes_settle_the_number_of_steps(given, tmp_path, monkeypatch):
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
 
 
-KEPT = [  # options of a resumed run, then its minutes and max_iters
-    ({}, (6.0, 700)),
-    ({"minutes": 6.0}, (6.0, 700)),
-    ({"minutes": 9.0}, (9.0, T.UNSETTLED)),
-    ({"max_iters": 800}, (0.0, 800)),
-]
-
-
 def test_a_resumed_run_keeps_its_minutes_and_counts_its_own_steps(given, monkeypatch):
     config, run, experiment = prepared(given)
     training = T.Training(run, config, experiment, experiment.sets["train"])
     state = {"step": 100, "best": 1.0, "config": {"minutes": 6.0, "max_iters": 700}, "tokens": {}}
     state |= {"optimizer": training.optimizer.state_dict(), "scaler": {}, "reference": {}}
-    for options, expected in KEPT:
-        training.config = a_config(given, **{"max_iters": T.Config.max_iters, **options})
+    for minutes, expected in ((6.0, 700), (9.0, T.UNSETTLED), (0.0, 800)):
+        config.minutes, config.max_iters = minutes, 800
         training.resume(state)
-        assert (training.config.minutes, training.config.max_iters) == expected, options
+        assert config.max_iters == expected
     config.minutes, config.max_iters = 10.0, T.UNSETTLED  # stopped before they were settled
     run.start = 0.0
     training.first_step = 100
@@ -712,14 +723,14 @@ def test_an_encoder_that_saw_held_out_trials_is_refused(given, whole, tmp_path):
     assert torch.equal(mixed, weights["encoder.net.embed.weight"])
 
 
-def foundation_checkpoint(folder, dataset, bands=()):
+def foundation_checkpoint(folder, dataset, bands=(), patch=5, degree=3):
     """An encoder of 40 electrodes as foundation.py writes it."""
     place = np.random.default_rng(1).normal(size=(40, 3)) * 0.05
     recording = {"dataset": dataset, "name": "sub-01", "xyz": place.tolist()}
     recording["channels"] = [f"E{i}" for i in range(40)]
     recipe = {"sfreq": 25.0, "bands": list(bands), "grid": "", "recordings": [recording]}
     shape = {"tokens": "electrode", "n_embd": 24, "width": 16, "n_layer": 1, "n_head": 2}
-    return save_encoder(folder, recipe, **shape, patch=5, subjects=7), place
+    return save_encoder(folder, recipe, **shape, patch=patch, degree=degree, subjects=7), place
 
 
 def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
@@ -737,6 +748,9 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     weights = experiment.model.encoder.state_dict()
     for name in ("net.blocks.0.mlp.c_fc.weight", "net.place"):
         assert torch.equal(weights[name], encoder.state_dict()[name])
+    foundation_checkpoint(tmp_path, "elsewhere", patch=2, degree=1)
+    small = prepared(given, **options)[2].model.encoder  # beside its token for the whole window
+    assert sum(p.numel() for p in small.net.parameters()) < small.whole.weight.numel()
     foundation_checkpoint(tmp_path, "data/eeg")
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, **options)

@@ -19,7 +19,8 @@ from data import InputError
 def not_rendered(monkeypatch):
     """Figures are drawn; to render them takes longer than to analyse."""
 
-    def close(figure, path):
+    def close(figure, path, title):
+        assert "synthetic" in title
         plt.close(figure)
         path.touch()
 
