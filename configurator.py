@@ -68,21 +68,35 @@ def configure(Config, argv=None):
         print(_manual(Config))
         raise SystemExit(0)
     config = Config()
-    config.given = set()  # names of the options that files and arguments set
-    for argument in argv:
+    config.given = {}  # {option that a file or an argument set: its place among the words of argv}
+    for place, argument in enumerate(argv):
         if "=" not in argument:
-            _read_config_file(config, argument)
+            _read_config_file(config, argument, place)
     for argument in argv:
         key, equals, value = argument.partition("=")
         if re.search("[\ud800-\udfff]", argument):
             raise InputError(f"{argument!r} has bytes that are no UTF-8: type it anew")
         if equals:
             _set_option(config, key.removeprefix("--"), value, "command line")
+            config.given[key.removeprefix("--").partition(".")[0]] = len(argv)  # above any file
+    _choose_length(config)
     check(config)
     return config
 
 
-def _read_config_file(config, name):
+def _choose_length(config):
+    """Of max_iters and minutes, the one that was given later counts.
+
+    Given side by side, max_iters counts: in config.yaml it is what the minutes came to.
+    """
+    given = config.given
+    if given.get("max_iters", -1) >= given.get("minutes", math.inf):
+        config.minutes = 0.0
+    elif "minutes" in given:
+        given.pop("max_iters", None)
+
+
+def _read_config_file(config, name, place):
     path = Path(name)
     if not path.is_file():
         path = HERE / "config" / name
@@ -101,6 +115,7 @@ def _read_config_file(config, name):
         if kinds.get(key) in (str, list[str], list[dict | str]) and value is not None:
             value = _as_typed(value, as_typed.get(key, value))  # a merged key is not there
         _set_option(config, str(key), value, path)
+        config.given[str(key).partition(".")[0]] = place
 
 
 def _set_option(config, key, value, source):
@@ -112,7 +127,6 @@ def _set_option(config, key, value, source):
         if new_name:
             raise InputError(f"{source}: option '{name}' is now called '{new_name}'")
         raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
-    config.given.add(name)
     if dot:
         group = getattr(config, name)
         if not isinstance(group, dict):
@@ -326,6 +340,8 @@ def _print_one_sentence(kind, error, trace):
     """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
     full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     no_right = (errno.EACCES, errno.EPERM, errno.EROFS)
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(128 + signal.SIGINT)
     if issubclass(kind, InputError):
         sentence = _one_line(error)
     elif issubclass(kind, OSError) and error.errno in full_disk:
@@ -372,7 +388,6 @@ def script_code(Config):
     script that imports it, as this process runs them.
 
     Read when a script starts, since one may edit it for the next run while this one goes on.
-    Raises InputError where it was edited since Python read it.
     """
     script = _file_of(Config.__module__)
     if not script.is_file():
@@ -383,24 +398,11 @@ def script_code(Config):
     caller = _file_of("__main__")
     if caller.is_file() and script in _imports_of(caller, HERE):
         paths.add(caller)
-    for path in paths:
-        if Config.__module__ == "__main__" and path.stat().st_mtime > process_start() + 0.1:
-            raise InputError(f"{path.name} was edited while {script.name} started: start it again")
     return [path.read_bytes() for path in paths if path.is_file()]
 
 
 def _file_of(module):
     return Path(getattr(sys.modules[module], "__file__", None) or "no file").resolve()
-
-
-def process_start():
-    """When this process began, in s since 1970; infinity where /proc does not say."""
-    try:
-        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-        uptime = Path("/proc/uptime").read_text().split()[0]
-    except OSError:
-        return math.inf
-    return time.time() - float(uptime) + int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
@@ -446,9 +448,8 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
-        self.launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        if self.launch == "none":
-            self.launch = f"launcher {os.getppid()}"
+        # the same when torchrun starts a script again, or SLURM a job
+        self.launch = os.environ.get("SLURM_JOB_ID") or f"launcher {os.getppid()}"
         self.device = choose_device(getattr(config, "device", "auto"))
         if self.device.type == "cpu":
             keep_memory()
@@ -525,10 +526,10 @@ class Run:
     def _take_over(self, saved):
         """A resumed run has the options of its checkpoint, but for those that are given now."""
         config = self.config
-        given = getattr(config, "given", set(saved))  # a Config made by hand is given whole
-        own = given | {"out_dir", "init_from", "overwrite", "device"}
-        if given & {"minutes", "max_iters"}:
-            own |= {"minutes", "max_iters"}  # one stands instead of the other
+        given = getattr(config, "given", saved)  # a Config made by hand is given whole
+        own = {*given, "out_dir", "init_from", "overwrite", "device"}
+        if "max_iters" in given:
+            own.add("minutes")  # which it stands instead of
         others = []
         for field in dataclasses.fields(config):
             key = field.name

@@ -267,7 +267,7 @@ def main(config):
         title = f"{config.name}: responses of {who} to unseen {text} ({folder})"
         plot_sheets(picture, title, layers, sheet, config.scheme)
     run.merge()
-    run.print(f"saved {path} and {picture}; train with it: python train.py positions={config.name}")
+    run.print(f"saved {path} and {picture}; train with it: python train.py positions={path}")
     run.close()
 
 

@@ -108,7 +108,18 @@ def path_state(path):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only."""
+    """Plain values only, and no key twice: of two, YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"the key '{name}' stands twice, again in line {line}")
+            seen.add(name)
+        return node
 
 
 # YAML 1.1 reads 1e-3 as text; the JSON spelling of numbers is what people type.
