@@ -312,30 +312,6 @@ def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PL
     return layout
 
 
-def minimal_pairs(run):
-    """Scoring 500 minimal pairs in batches by length, against one sentence at a time."""
-    import topography
-    from convert import HiddenStates
-
-    shape = {"block_size": 128, "vocab_size": 4096, "n_layer": 4, "n_head": 4, "n_embd": 256}
-    model = GPT(GPTConfig(**shape, bias=False)).to(run.device).eval()
-    rng = np.random.default_rng(0)
-    texts = []
-    for length in rng.integers(6, 17, 1000):
-        texts.append(" ".join(map(str, rng.integers(1, 4096, length))))
-    given = {"model": model, "tokenizer": Words()}
-    lm = HiddenStates(given, run.device, run.dtype, bos=True, head=True)
-    rows, _ = lm.encode(texts)
-
-    def score(batch_tokens):
-        return topography.sentence_scores(run, lm, rows, batch_tokens)
-
-    # a batch of one token at most: every sentence alone
-    measured, together, alone = in_turns(partial(score, 2048), partial(score, 1), turns=5)
-    assert np.abs(together - alone).max() < 0.02 * np.abs(alone).max(), "the scores differ"
-    return measured
-
-
 def generate(run):
     """128 greedy tokens for 8 prompts, GPT-2 124M shape in float32, against Hugging Face with the
     same weights.
@@ -657,33 +633,6 @@ def fastfood(run):
     return in_turns(ours, textbook, turns=3)[0]
 
 
-def warp_step(run):
-    """A step of a 784-200-200-10 network in 750 dimensions, against one of the whole network."""
-    import warp
-
-    torch.manual_seed(0)
-    sizes = (784, 200, 200, 10)
-    layers = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
-    network = nn.Sequential(*layers[:-1]).to(run.device)
-    wrapper = warp.FastfoodWrapper(copy.deepcopy(network), 750)
-    x = torch.randn(128, 784, device=run.device)
-    y = torch.randint(0, 10, (128,), device=run.device)
-    steps = []
-    for model in (wrapper, network):
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-
-        def some(model=model, optimizer=optimizer):
-            for _ in range(40):
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
-
-        steps.append(some)
-    return in_turns(*steps, turns=9)[0]
-
-
 # ---- one GPU: make gpu
 
 
@@ -759,7 +708,6 @@ CLAIMS = {
     train_memory: on_cpus("<= 0.6"),
     spatial_share: on_cpus("<= 0.05"),
     swap: on_cpus(">= 500"),
-    minimal_pairs: everywhere(">= 5"),
     generate: everywhere(">= 1.2"),
     probe_pass: everywhere("<= 1.0"),
     probe_memory: on_cpus("<= 0.2"),
@@ -769,7 +717,6 @@ CLAIMS = {
     prefix_decode: everywhere("<= 1.1"),
     mask_step: everywhere(">= 2"),
     fastfood: everywhere(">= 8"),
-    warp_step: everywhere("<= 2.5"),
 }
 
 

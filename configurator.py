@@ -47,6 +47,8 @@ PLUMBING = "out_dir device compile init_from overwrite log_interval wandb_log wa
 # columns of a row of results that are measured; the others say what was measured
 MEASURED = "score chance low high n p p_holm p_corrected shuffled"
 LARGEST = 10**12  # no option but a seed is meant to be larger
+# what a value that is not of its option's type raises
+NOT_PARSED = (ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError)
 
 
 # ---- options
@@ -133,12 +135,12 @@ def _set_option(config, key, value, source):
             raise InputError(f"{source}: option '{name}' is not a group of options: no '{key}'")
         try:
             group[inner] = read_yaml(value) if isinstance(value, str) else value
-        except (ValueError, yaml.YAMLError, RecursionError):
+        except NOT_PARSED:
             raise InputError(f"{source}: option '{key}' is no YAML: quote it, '{value}'") from None
         return
     try:
         setattr(config, name, _parse(value, kinds[name]))
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError):
+    except NOT_PARSED:
         wanted = inspect.formatannotation(kinds[name])
         if typing.get_origin(kinds[name]) is typing.Literal:
             wanted = " or ".join(str(choice) for choice in typing.get_args(kinds[name]))
@@ -223,33 +225,33 @@ def check(config):
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        rules = []
-        for rule in ("POSITIVE", "SHARES", "SIGNED"):
-            if field.name in getattr(config, rule, "").split():
-                rules.append(rule)
-        wanted = ""
-        if value == [] and "POSITIVE" in rules:
-            wanted = "a list of at least one"
-        elif isinstance(value, (int, float)):
-            wanted = _wanted_range(value, rules, field)
+        wanted = _wanted_range(config, field, value)
         if wanted:
             raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
     if hasattr(config, "check"):
         config.check()
 
 
-def _wanted_range(value, rules, field):
+def _wanted_range(config, field, value):
     """The range a number should have been in, '' where it is."""
+
+    def is_named_in(rule):
+        return field.name in getattr(config, rule, "").split()
+
+    if value == [] and is_named_in("POSITIVE"):
+        return "a list of at least one"
+    if not isinstance(value, (int, float)):
+        return ""
     default = field.default if isinstance(field.default, (int, float)) else 0
     if math.isinf(value) and not math.isinf(default):
         return "finite"
     if LARGEST < value < math.inf and field.name != "seed":
         return f"below {LARGEST:.0e}"
-    if "POSITIVE" in rules and value <= 0:
+    if value <= 0 and is_named_in("POSITIVE"):
         return "above 0"
-    if "SHARES" in rules and not 0 <= value <= 1:
+    if not 0 <= value <= 1 and is_named_in("SHARES"):
         return "between 0 and 1"
-    if value < 0 <= default and "SIGNED" not in rules:
+    if value < 0 <= default and not is_named_in("SIGNED"):
         return "at least 0"
     return ""
 
@@ -504,21 +506,24 @@ class Run:
             self.config.init_from = "resume"
         if getattr(self.config, "init_from", None) == "resume":
             self._take_over(self.load("ckpt.pt").get("config", {}))
-            self.began_from = self._began_from()
+            self.began_from = self._noted("init_from").replace("resume", "")
             self._has_begun = False
         self.save_config()
         self.barrier()
 
     def _check_script(self):
         """Refuse a folder that holds the results of another script."""
-        path = self.out / "config.yaml"
-        before = None
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            before = re.search(r"^# script: (.*)$", text, re.M)
+        before = self._noted("# script")
         has_results = any(self.out.glob("results*")) or any(self.out.glob("*.pt"))
-        if before and before[1] != self._script() and has_results:
-            raise InputError(f"{self.out} holds a run of {before[1]}: give another out_dir=")
+        if before not in ("", self._script()) and has_results:
+            raise InputError(f"{self.out} holds a run of {before}: give another out_dir=")
+
+    def _noted(self, key):
+        """What an earlier run's config.yaml in the folder says after `key: `, or ''."""
+        path = self.out / "config.yaml"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        line = re.search(rf"^{key}: (.*)$", text, re.M)
+        return line[1].strip("'") if line else ""
 
     def _script(self):
         return _file_of(type(self.config).__module__).name
@@ -543,14 +548,6 @@ class Run:
         if others:
             self.print(f"resumed with {', '.join(others)}; all else as in the checkpoint")
 
-    def _began_from(self):
-        """init_from of the run's first start, which its config.yaml keeps; '' if unknown."""
-        try:
-            text = (self.out / "config.yaml").read_text(encoding="utf-8")
-            return str(read_yaml(text)["init_from"]).replace("resume", "")
-        except (OSError, KeyError, TypeError, yaml.YAMLError):
-            return ""
-
     def _is_restart(self):
         """Did the launch that made this folder's checkpoint start the script again?
 
@@ -558,9 +555,8 @@ class Run:
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        if not restarts or not (self.out / "ckpt.pt").exists():
-            return False
-        return f"# launch: {self.launch}\n" in (self.out / "config.yaml").read_text()
+        has_checkpoint = (self.out / "ckpt.pt").exists()
+        return restarts > 0 and has_checkpoint and self._noted("# launch") == self.launch
 
     def _lock_folder(self):
         """Make the folder and hold its lock until the process ends."""
@@ -646,12 +642,9 @@ class Run:
         makes = self.master and prepare.exists() and not (folder / "meta.yaml").exists()
         if makes and re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
             print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
-            environment = dict(os.environ)
-            for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-                environment.pop(key, None)
             with open(prepare.parent / ".lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
-                subprocess.run([sys.executable, str(prepare)], env=environment)
+                subprocess.run([sys.executable, str(prepare)])
         self.barrier()
         # token files of other projects have no meta.yaml: data/tokens.py reads them
         if (folder / "meta.yaml").exists() or any(folder.glob("*train*.bin")):
@@ -765,11 +758,11 @@ class Run:
         if not self.master:
             return
         self._begin()
-        words = []
+        words = [f"step {step:>6}"]
         for key, value in numbers.items():
             number = f"{value:.4g}" if isinstance(value, float) else value
             words.append(f"{key} {number}")
-        self.print(f"step {step:>6} | " + " | ".join(words))
+        self.print(" | ".join(words))
         line = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
