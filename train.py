@@ -516,10 +516,7 @@ def component_maps(run, model, idx):
 
 
 def plot_sheets(run, config, data, model):
-    """sheets.png: component_maps of random weights and after training, unsmoothed, with Moran's I.
-
-    The random ones are those that training began with, where it began from scratch.
-    """
+    """sheets.png: component_maps of random weights, which scratch begins with, and trained ones."""
     idx = torch.from_numpy(data.val.windows(data.val_starts[:8], config.block_size)).to(run.device)
     random = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
     n_sheets = 2 * model.config.n_layer
