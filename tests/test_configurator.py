@@ -403,3 +403,23 @@ def test_a_users_file_does_not_get_anothers_neighbour(tmp_path, monkeypatch):
     assert load_function(f"{tmp_path}/a/mine.py:get", "model")() == "a"
     with pytest.raises(InputError, match="b/my_neighbour.py has the name of .*a/my_neighbour.py"):
         load_function(f"{tmp_path}/b/mine.py:get", "model")
+
+
+def test_a_job_that_slurm_puts_back_resumes(tmp_path, monkeypatch):
+    @dataclass
+    class Training(Config):
+        init_from: str = "scratch"
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(configurator.Run, "load", lambda run, name: {})
+    run = Run(Training(out_dir=str(tmp_path)))
+    (tmp_path / "ckpt.pt").touch()
+    run.close()
+    for restarts, job in (("0", "7"), ("1", "8")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        input_error("ckpt.pt is there already", Run, Training(out_dir=str(tmp_path)))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = Run(Training(out_dir=str(tmp_path)))
+    assert run.config.init_from == "resume"
+    run.close()
