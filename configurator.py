@@ -47,6 +47,8 @@ PLUMBING = "out_dir device compile init_from overwrite log_interval wandb_log wa
 # columns of a row of results that are measured; the others say what was measured
 MEASURED = "score chance low high n p p_holm p_corrected shuffled"
 LARGEST = 10**12  # no option but a seed is meant to be larger
+# what a value that is not of its option's type raises
+NOT_PARSED = (ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError)
 
 
 # ---- options
@@ -68,21 +70,35 @@ def configure(Config, argv=None):
         print(_manual(Config))
         raise SystemExit(0)
     config = Config()
-    config.given = set()  # names of the options that files and arguments set
-    for argument in argv:
+    config.given = {}  # {option that a file or an argument set: its place among the words of argv}
+    for place, argument in enumerate(argv):
         if "=" not in argument:
-            _read_config_file(config, argument)
+            _read_config_file(config, argument, place)
     for argument in argv:
         key, equals, value = argument.partition("=")
         if re.search("[\ud800-\udfff]", argument):
             raise InputError(f"{argument!r} has bytes that are no UTF-8: type it anew")
         if equals:
             _set_option(config, key.removeprefix("--"), value, "command line")
+            config.given[key.removeprefix("--").partition(".")[0]] = len(argv)  # above any file
+    _choose_length(config)
     check(config)
     return config
 
 
-def _read_config_file(config, name):
+def _choose_length(config):
+    """Of max_iters and minutes, the one that was given later counts.
+
+    Given side by side, max_iters counts: in config.yaml it is what the minutes came to.
+    """
+    given = config.given
+    if given.get("max_iters", -1) >= given.get("minutes", math.inf):
+        config.minutes = 0.0
+    elif "minutes" in given:
+        given.pop("max_iters", None)
+
+
+def _read_config_file(config, name, place):
     path = Path(name)
     if not path.is_file():
         path = HERE / "config" / name
@@ -101,6 +117,7 @@ def _read_config_file(config, name):
         if kinds.get(key) in (str, list[str], list[dict | str]) and value is not None:
             value = _as_typed(value, as_typed.get(key, value))  # a merged key is not there
         _set_option(config, str(key), value, path)
+        config.given[str(key).partition(".")[0]] = place
 
 
 def _set_option(config, key, value, source):
@@ -112,19 +129,18 @@ def _set_option(config, key, value, source):
         if new_name:
             raise InputError(f"{source}: option '{name}' is now called '{new_name}'")
         raise InputError(f"{source}: unknown option '{key}'{_nearest(name, kinds)}")
-    config.given.add(name)
     if dot:
         group = getattr(config, name)
         if not isinstance(group, dict):
             raise InputError(f"{source}: option '{name}' is not a group of options: no '{key}'")
         try:
             group[inner] = read_yaml(value) if isinstance(value, str) else value
-        except (ValueError, yaml.YAMLError, RecursionError):
+        except NOT_PARSED:
             raise InputError(f"{source}: option '{key}' is no YAML: quote it, '{value}'") from None
         return
     try:
         setattr(config, name, _parse(value, kinds[name]))
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, yaml.YAMLError):
+    except NOT_PARSED:
         wanted = inspect.formatannotation(kinds[name])
         if typing.get_origin(kinds[name]) is typing.Literal:
             wanted = " or ".join(str(choice) for choice in typing.get_args(kinds[name]))
@@ -209,33 +225,33 @@ def check(config):
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        rules = []
-        for rule in ("POSITIVE", "SHARES", "SIGNED"):
-            if field.name in getattr(config, rule, "").split():
-                rules.append(rule)
-        wanted = ""
-        if value == [] and "POSITIVE" in rules:
-            wanted = "a list of at least one"
-        elif isinstance(value, (int, float)):
-            wanted = _wanted_range(value, rules, field)
+        wanted = _wanted_range(config, field, value)
         if wanted:
             raise InputError(f"option '{field.name}' must be {wanted}, not {value}")
     if hasattr(config, "check"):
         config.check()
 
 
-def _wanted_range(value, rules, field):
+def _wanted_range(config, field, value):
     """The range a number should have been in, '' where it is."""
+
+    def is_named_in(rule):
+        return field.name in getattr(config, rule, "").split()
+
+    if value == [] and is_named_in("POSITIVE"):
+        return "a list of at least one"
+    if not isinstance(value, (int, float)):
+        return ""
     default = field.default if isinstance(field.default, (int, float)) else 0
     if math.isinf(value) and not math.isinf(default):
         return "finite"
     if LARGEST < value < math.inf and field.name != "seed":
         return f"below {LARGEST:.0e}"
-    if "POSITIVE" in rules and value <= 0:
+    if value <= 0 and is_named_in("POSITIVE"):
         return "above 0"
-    if "SHARES" in rules and not 0 <= value <= 1:
+    if not 0 <= value <= 1 and is_named_in("SHARES"):
         return "between 0 and 1"
-    if value < 0 <= default and "SIGNED" not in rules:
+    if value < 0 <= default and not is_named_in("SIGNED"):
         return "at least 0"
     return ""
 
@@ -326,6 +342,8 @@ def _print_one_sentence(kind, error, trace):
     """The excepthook: bad input and a full disk end in one sentence; anything else is a bug."""
     full_disk = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     no_right = (errno.EACCES, errno.EPERM, errno.EROFS)
+    if issubclass(kind, KeyboardInterrupt):
+        raise SystemExit(128 + signal.SIGINT)
     if issubclass(kind, InputError):
         sentence = _one_line(error)
     elif issubclass(kind, OSError) and error.errno in full_disk:
@@ -372,7 +390,6 @@ def script_code(Config):
     script that imports it, as this process runs them.
 
     Read when a script starts, since one may edit it for the next run while this one goes on.
-    Raises InputError where it was edited since Python read it.
     """
     script = _file_of(Config.__module__)
     if not script.is_file():
@@ -383,24 +400,11 @@ def script_code(Config):
     caller = _file_of("__main__")
     if caller.is_file() and script in _imports_of(caller, HERE):
         paths.add(caller)
-    for path in paths:
-        if Config.__module__ == "__main__" and path.stat().st_mtime > process_start() + 0.1:
-            raise InputError(f"{path.name} was edited while {script.name} started: start it again")
     return [path.read_bytes() for path in paths if path.is_file()]
 
 
 def _file_of(module):
     return Path(getattr(sys.modules[module], "__file__", None) or "no file").resolve()
-
-
-def process_start():
-    """When this process began, in s since 1970; infinity where /proc does not say."""
-    try:
-        ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
-        uptime = Path("/proc/uptime").read_text().split()[0]
-    except OSError:
-        return math.inf
-    return time.time() - float(uptime) + int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
 @functools.cache  # each row of results asks for it, and parsing a script takes 0.1 s
@@ -446,9 +450,8 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.master = self.rank == 0
-        self.launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        if self.launch == "none":
-            self.launch = f"launcher {os.getppid()}"
+        # the same when torchrun starts a script again, or SLURM a job
+        self.launch = os.environ.get("SLURM_JOB_ID") or f"launcher {os.getppid()}"
         self.device = choose_device(getattr(config, "device", "auto"))
         if self.device.type == "cpu":
             keep_memory()
@@ -503,21 +506,24 @@ class Run:
             self.config.init_from = "resume"
         if getattr(self.config, "init_from", None) == "resume":
             self._take_over(self.load("ckpt.pt").get("config", {}))
-            self.began_from = self._began_from()
+            self.began_from = self._noted("init_from").replace("resume", "")
             self._has_begun = False
         self.save_config()
         self.barrier()
 
     def _check_script(self):
         """Refuse a folder that holds the results of another script."""
-        path = self.out / "config.yaml"
-        before = None
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            before = re.search(r"^# script: (.*)$", text, re.M)
+        before = self._noted("# script")
         has_results = any(self.out.glob("results*")) or any(self.out.glob("*.pt"))
-        if before and before[1] != self._script() and has_results:
-            raise InputError(f"{self.out} holds a run of {before[1]}: give another out_dir=")
+        if before not in ("", self._script()) and has_results:
+            raise InputError(f"{self.out} holds a run of {before}: give another out_dir=")
+
+    def _noted(self, key):
+        """What an earlier run's config.yaml in the folder says after `key: `, or ''."""
+        path = self.out / "config.yaml"
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        line = re.search(rf"^{key}: (.*)$", text, re.M)
+        return line[1].strip("'") if line else ""
 
     def _script(self):
         return _file_of(type(self.config).__module__).name
@@ -525,10 +531,10 @@ class Run:
     def _take_over(self, saved):
         """A resumed run has the options of its checkpoint, but for those that are given now."""
         config = self.config
-        given = getattr(config, "given", set(saved))  # a Config made by hand is given whole
-        own = given | {"out_dir", "init_from", "overwrite", "device"}
-        if given & {"minutes", "max_iters"}:
-            own |= {"minutes", "max_iters"}  # one stands instead of the other
+        given = getattr(config, "given", saved)  # a Config made by hand is given whole
+        own = {*given, "out_dir", "init_from", "overwrite", "device"}
+        if "max_iters" in given:
+            own.add("minutes")  # which it stands instead of
         others = []
         for field in dataclasses.fields(config):
             key = field.name
@@ -542,14 +548,6 @@ class Run:
         if others:
             self.print(f"resumed with {', '.join(others)}; all else as in the checkpoint")
 
-    def _began_from(self):
-        """init_from of the run's first start, which its config.yaml keeps; '' if unknown."""
-        try:
-            text = (self.out / "config.yaml").read_text(encoding="utf-8")
-            return str(read_yaml(text)["init_from"]).replace("resume", "")
-        except (OSError, KeyError, TypeError, yaml.YAMLError):
-            return ""
-
     def _is_restart(self):
         """Did the launch that made this folder's checkpoint start the script again?
 
@@ -557,9 +555,8 @@ class Run:
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         restarts += int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        if not restarts or not (self.out / "ckpt.pt").exists():
-            return False
-        return f"# launch: {self.launch}\n" in (self.out / "config.yaml").read_text()
+        has_checkpoint = (self.out / "ckpt.pt").exists()
+        return restarts > 0 and has_checkpoint and self._noted("# launch") == self.launch
 
     def _lock_folder(self):
         """Make the folder and hold its lock until the process ends."""
@@ -645,12 +642,9 @@ class Run:
         makes = self.master and prepare.exists() and not (folder / "meta.yaml").exists()
         if makes and re.search(r"^EMBEDDED = True", prepare.read_text(), re.M):
             print(f"{name}: made on first use from what is installed here ({prepare})", flush=True)
-            environment = dict(os.environ)
-            for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-                environment.pop(key, None)
             with open(prepare.parent / ".lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # a second script waits, then finds it made
-                subprocess.run([sys.executable, str(prepare)], env=environment)
+                subprocess.run([sys.executable, str(prepare)])
         self.barrier()
         # token files of other projects have no meta.yaml: data/tokens.py reads them
         if (folder / "meta.yaml").exists() or any(folder.glob("*train*.bin")):
@@ -764,11 +758,11 @@ class Run:
         if not self.master:
             return
         self._begin()
-        words = []
+        words = [f"step {step:>6}"]
         for key, value in numbers.items():
             number = f"{value:.4g}" if isinstance(value, float) else value
             words.append(f"{key} {number}")
-        self.print(f"step {step:>6} | " + " | ".join(words))
+        self.print(" | ".join(words))
         line = {"step": step, "seconds": round(time.time() - self.start, 2), **numbers}
         with open(self.out / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")

@@ -69,7 +69,7 @@ class Job:
 
     @property
     def command(self):
-        return " ".join(self.words)
+        return shlex.join(self.words)  # as one can type it
 
     @property
     def script(self):
@@ -283,13 +283,7 @@ def run_stages(run, stages):
         def update(begin=begin, done=done, planned=stage.seconds):
             bar.update(round(done + min(time.time() - begin, planned)) - bar.n)
 
-        status = "interrupted"
-        try:
-            status = run_jobs(run, stage.jobs, update)
-        finally:
-            line = {"stage": stage.name, "took": time.time() - begin, "status": status}
-            with open(run.out / "stages.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+        status = run_jobs(run, stage.jobs, update)
         if status:
             run.print(
                 f"== {stage.name} ended with status {status}: what was finished is kept, "
@@ -606,20 +600,6 @@ def report_answers(run, answers):
     return pd.DataFrame(lines)
 
 
-def stages_table(run, stages):
-    """What each stage took beside what was planned, over all attempts."""
-    log = run.out / "stages.jsonl"
-    attempts = pd.read_json(log, lines=True) if log.exists() else None
-    lines = []
-    for stage in stages:
-        line = {"stage": stage.name, "planned (s)": round(stage.seconds)}
-        if attempts is not None:
-            took = attempts.took[attempts.stage == stage.name]
-            line |= {"took (s)": round(took.sum()), "attempts": len(took)}
-        lines.append({**line, "commands": "; ".join(job.command for job in stage.jobs)})
-    return html_table(pd.DataFrame(lines))
-
-
 def report(run, config, stages, plan):
     """Write report.html, overview.png and results.csv from what is finished."""
     by_script = {}
@@ -650,7 +630,7 @@ def report(run, config, stages, plan):
         missing=missing,
         machine=f"{platform.platform()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {torch.__version__}, {time.strftime('%F %H:%M %Z')}",
-        stages=stages_table(run, stages),
+        stages=stages,
     )
     write_aside(run.out / "report.html", html)
 

@@ -159,7 +159,7 @@ def lay_out(r, sheet, layer, start, config):
     seed = (config.seed, layer)
     if config.method == "window":
         n_windows, n_trials = config.swap_windows, config.swap_trials
-        return positions.swap_window(r, sheet, start, n_windows, n_trials, seed=seed)[0]
+        return positions.swap_window(r, sheet, start, n_windows, n_trials, seed=seed)
     spectral = positions.spectral_layout(r, seed=seed)
     if losses_of(sheet, r, spectral).mean() <= losses_of(sheet, r, start).mean():
         start = spectral  # a model trained on a sheet may have a better layout of its own
@@ -267,7 +267,7 @@ def main(config):
         title = f"{config.name}: responses of {who} to unseen {text} ({folder})"
         plot_sheets(picture, title, layers, sheet, config.scheme)
     run.merge()
-    run.print(f"saved {path} and {picture}; train with it: python train.py positions={config.name}")
+    run.print(f"saved {path} and {picture}; train with it: python train.py positions={path}")
     run.close()
 
 

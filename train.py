@@ -78,7 +78,7 @@ class Config:
     schedule: str = "wsd"  # after the warm-up, a name in SCHEDULES: wsd, cosine
     max_iters: int = 1000  # optimiser steps
     minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
-    warmup_iters: int = 20  # linear warm-up
+    warmup_iters: int = 20  # linear warm-up, which a shorter run never leaves
     decay_iters: int = 0  # cosine: its last step, 0: max_iters; wsd: length of the decay, 0: 60 %
     min_lr: float = 0.0  # end of the decay, as a share of the peak
     # ---- evaluation
@@ -516,14 +516,14 @@ def component_maps(run, model, idx):
 
 
 def plot_sheets(run, config, data, model):
-    """sheets.png: component_maps before and after training, unsmoothed, with Moran's I."""
+    """sheets.png: component_maps of random weights, which scratch begins with, and trained ones."""
     idx = torch.from_numpy(data.val.windows(data.val_starts[:8], config.block_size)).to(run.device)
-    before = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
+    random = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
     n_sheets = 2 * model.config.n_layer
     figure = Figure(figsize=(1.7 * n_sheets, 4.2), layout="constrained")
     axes = figure.subplots(2, n_sheets, squeeze=False)
     means = []
-    for row, net, label in zip(axes, (before, model), ("before training", "after training")):
+    for row, net, label in zip(axes, (random, model), ("random weights", "after training")):
         scores = []
         for axis, (name, sheet) in zip(row, component_maps(run, net, idx).items()):
             scores.append(float(positions.moran(sheet)))
@@ -537,7 +537,7 @@ def plot_sheets(run, config, data, model):
     figure.suptitle(f"{run.out}: {title}, text of {config.dataset}, alpha={config.alpha}")
     figure.savefig(run.out / "sheets.png", dpi=120)
     what = f"Moran's I of the first component on the sheet, mean over {n_sheets} sheets"
-    run.print(f"{what}: {means[0]:.3f} before, {means[1]:.3f} after training")
+    run.print(f"{what}: {means[0]:.3f} with random weights, {means[1]:.3f} after training")
 
 
 def report(run, config, data, training, scores, baselines):
@@ -575,10 +575,7 @@ def settle_options(run, config, model, state):
         config.compile = saved["compile"]
     elif config.compile == "auto":
         config.compile = run.device.type == "cuda" or compiling_pays(run, config, model)
-    minutes = saved.get("minutes", 0)
-    other_steps = config.max_iters not in (Config.max_iters, saved.get("max_iters"))
-    if minutes and config.minutes in (0, minutes) and not other_steps:
-        config.minutes = minutes
+    if config.minutes and config.minutes == saved.get("minutes"):
         config.max_iters = saved["max_iters"]
     elif config.minutes:
         config.max_iters = UNSETTLED
@@ -752,8 +749,7 @@ def set_up(run, config, data, model, state):
         model.compile_blocks()
     net = model
     if run.world > 1:
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        net = DistributedDataParallel(model, **options)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizers = make_optimizers(model, config, run.device, run.dtype)
     cursor = state["cursor"] if state else 0
     loader = Loader(run, data.train, config, micro_batches_per_step(run, config), cursor)
@@ -842,7 +838,10 @@ def log_step(run, config, training, losses, norm):
         numbers["train_spatial"] = spatial / (2 * training.model.config.n_layer)
     numbers["train_total"] = task + config.alpha * spatial
     numbers["grad_norm"] = norm.item()
-    numbers["lr"] = lr_share(step - 1, config) * config.learning_rate
+    share = lr_share(step - 1, config)
+    numbers["lr"] = share * config.learning_rate
+    if config.optimizer == "muon":
+        numbers["muon_lr"] = share * config.muon_lr
     recent = training.durations[-config.log_interval :]
     if recent:
         tokens = training.loader.n_micro * config.batch_size * config.block_size

@@ -108,7 +108,15 @@ def path_state(path):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only."""
+    """Plain values only, and no key twice: of two, YAML would silently take the last."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        names = collections.Counter(str(key.value) for key, _ in node.value)
+        for name, count in names.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"the key '{name}' stands twice")
+        return node
 
 
 # YAML 1.1 reads 1e-3 as text; the JSON spelling of numbers is what people type.
@@ -155,7 +163,7 @@ def load_meta(folder, what, format, keys=()):
 
 
 def read_text(path):
-    """The text of a file: UTF-8, or the Windows or Latin-1 bytes of an older table, said."""
+    """The text of a file: UTF-8, or the Windows bytes of an older table, which is said."""
     content = check_content(path).read_bytes()
     if b"\0" in content:
         raise InputError(f"{path} is no plain text (it has zero bytes): save it as UTF-8")
@@ -163,10 +171,7 @@ def read_text(path):
         return content.decode("utf-8-sig")  # spreadsheets like to write a byte order mark
     except UnicodeDecodeError as error:
         print(f"{path} is not UTF-8 (byte {error.start}): read as Latin-1", flush=True)
-    try:
-        return content.decode("cp1252")
-    except UnicodeDecodeError:
-        return content.decode("latin-1")
+    return content.decode("cp1252", errors="replace")  # Latin-1 and Windows' quotation marks
 
 
 def read_table(path, columns=(), **options):
@@ -226,7 +231,9 @@ def read_pickle(path, allowed=()):
         import torch
 
         known["torch._utils._rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
-        known["torch.storage._load_from_bytes"] = _load_storage
+        known["torch.storage._load_from_bytes"] = lambda content: torch.load(
+            io.BytesIO(content), weights_only=True
+        )
 
     class RestrictedUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -240,23 +247,16 @@ def read_pickle(path, allowed=()):
     check_content(path)
     try:
         with open(path, "rb") as file:
-            if file.read(6) == b"\x93NUMPY":
-                file.seek(0)
+            is_npy = file.read(6) == b"\x93NUMPY"
+            file.seek(0)
+            if is_npy:
                 major, minor = np.lib.format.read_magic(file)
                 getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
-            else:
-                file.seek(0)
             return RestrictedUnpickler(file, encoding="latin1").load()
     except Exception as error:  # a torn pickle raises nearly anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         problem = "it is torn, or not what its name says"
         raise InputError(f"{path} cannot be read ({reason}): {problem}") from None
-
-
-def _load_storage(content):
-    import torch
-
-    return torch.load(io.BytesIO(content), weights_only=True)
 
 
 def remedy(folder, option=""):

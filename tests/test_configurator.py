@@ -67,6 +67,26 @@ def test_precedence_and_types(tmp_path):
     assert configure(Config, ["learning_rate=.5E1"]).learning_rate == 5
 
 
+def test_of_steps_and_minutes_the_one_given_later_counts(tmp_path):
+    @dataclass
+    class Length:
+        max_iters: int = 1000
+        minutes: float = 0.0
+
+    steps = tmp_path / "steps.yaml"
+    steps.write_text("max_iters: 5\n")
+    both = tmp_path / "config.yaml"  # as a run leaves it: what the minutes came to
+    both.write_text("max_iters: 5\nminutes: 2\n")
+    for words, minutes in (
+        ([steps, "minutes=2"], 2),
+        ([both], 0),
+        ([both, "minutes=3"], 3),
+        ([both, "max_iters=7"], 0),
+        (["minutes=2", "max_iters=7"], 0),
+    ):
+        assert configure(Length, list(map(str, words))).minutes == minutes
+
+
 def test_strings_stay_as_they_are_typed(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("subjects: [01, null, 1e5]\ntext: 007\n")
@@ -107,6 +127,7 @@ BAD = [
 ]
 BAD_FILES = [
     ("seed: [1", "not a YAML file"),
+    ("seed: 1\nmore: {a: 1, a: 2}\n", "the key 'a' stands twice"),
     ("- 1\n", "key: value"),
     ("seed: high\n", "must be int"),
     ("text: {a: 1}\n", "must be str"),
@@ -217,6 +238,9 @@ def test_help_is_the_manual(capsys):
 def test_bad_input_and_a_full_disk_end_in_one_sentence(capsys):
     for error in (InputError("a.csv: no column\nword"), OSError(28, "No space left", "b.pt")):
         sentence_of(error, capsys)
+    with pytest.raises(SystemExit) as status:  # Ctrl-C in a prepare script
+        configurator._print_one_sentence(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert status.value.code == 130 and not capsys.readouterr().err
     configurator._print_one_sentence(ValueError, ValueError("a bug"), None)
     assert "ValueError: a bug" in capsys.readouterr().err
 
@@ -379,3 +403,23 @@ def test_a_users_file_does_not_get_anothers_neighbour(tmp_path, monkeypatch):
     assert load_function(f"{tmp_path}/a/mine.py:get", "model")() == "a"
     with pytest.raises(InputError, match="b/my_neighbour.py has the name of .*a/my_neighbour.py"):
         load_function(f"{tmp_path}/b/mine.py:get", "model")
+
+
+def test_a_job_that_slurm_puts_back_resumes(tmp_path, monkeypatch):
+    @dataclass
+    class Training(Config):
+        init_from: str = "scratch"
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(configurator.Run, "load", lambda run, name: {})
+    run = Run(Training(out_dir=str(tmp_path)))
+    (tmp_path / "ckpt.pt").touch()
+    run.close()
+    for restarts, job in (("0", "7"), ("1", "8")):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        input_error("ckpt.pt is there already", Run, Training(out_dir=str(tmp_path)))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = Run(Training(out_dir=str(tmp_path)))
+    assert run.config.init_from == "resume"
+    run.close()

@@ -101,7 +101,6 @@ def test_errors_are_sentences():
         (partial(window_cells, 16, 1), "radius=1 leaves no window.*take 2 to 8"),
         (partial(window_cells, 16, 9), "radius=9 leaves no window.*take 2 to 8"),
         (partial(positions.head_mosaic, 12, 784), "16 heads of 49"),
-        (partial(moran, np.eye(4), "bishop"), "'queen' or 'rook'"),
     ):
         input_error(words, make)
     assert len(window_cells(16, 8)) == 4 and len(window_cells(15, 8)) == 1
@@ -270,9 +269,11 @@ def test_swaps_find_a_hidden_map(norm):
     def loss(layout):
         return spatial_loss(torch.as_tensor(x), torch.as_tensor(layout[sheet.cells]), near).item()
 
-    final = {}
+    layout = swap_window(r, sheet, start, 200, 50, seed=3)
+    assert is_permutation(layout)
+    assert (layout == swap_window(r, sheet, start, 200, 50, seed=3)).all()  # deterministic
+    final = {"window": loss(layout)}
     for name, swap in {
-        "window": partial(swap_window, r, sheet, start, 200, 50, seed=3),
         "sheet": partial(swap_sheet, r, sheet),
         "sheet from start": partial(swap_sheet, r, sheet, start),
     }.items():
@@ -280,7 +281,7 @@ def test_swaps_find_a_hidden_map(norm):
         assert is_permutation(layout) and (layout == swap()[0]).all()  # deterministic
         assert abs(losses[-1] - loss(layout)) < 1e-5
         assert name == "sheet" or abs(losses[0] - loss(start)) < 1e-5
-        assert name == "window" or (np.diff(losses) < 0).all()  # the loss falls in every round
+        assert (np.diff(losses) < 0).all()  # the loss falls in every round
         final[name] = losses[-1]
     assert (start == np.arange(100)).all()  # not changed in place
     assert loss(np.argsort(hidden)) < 0.05 and loss(start) > 0.45
@@ -331,10 +332,10 @@ def test_a_trial_never_raises_its_windows_loss():
     layout = positions.random_positions(1, 64)[0]
     for seed in range(30):  # one window, a few trials at a time
         window = np.random.default_rng(seed).permutation(len(sheet.cells))[0]
-        new, _ = swap_window(r, sheet, layout, 1, 4, seed)
+        new = swap_window(r, sheet, layout, 1, 4, seed)
         before = sheet.losses(r[layout][:, layout])[window]
         after = sheet.losses(r[new][:, new])[window]
         cells = sheet.cells[window]
         assert after <= before + 1e-6 and set(new[cells]) == set(layout[cells])
         layout = new
-    assert is_permutation(swap_window(r, sheet, layout, 100, 2)[0])  # each window at least twice
+    assert is_permutation(swap_window(r, sheet, layout, 100, 2))  # each window at least twice

@@ -261,6 +261,7 @@ def test_recomputed_blocks_have_the_same_gradients_and_keep_less():
 
 def test_weights_of_another_run(dataset, whole, tmp_path):
     """Whatever the shape options say; and validation alone."""
+    assert logged(whole, "muon_lr")[0] == logged(whole, "lr")[0] * 0.02 / 3e-3
     frozen = {"learning_rate": 0.0, "muon_lr": 0.0, "max_iters": 1, "n_layer": 1}
     b = trained(dataset, tmp_path / "b", init_from=str(whole), **frozen)
     assert same_weights(checkpoint(whole, "best.pt"), checkpoint(b))
@@ -381,14 +382,19 @@ def test_minutes_settle_the_steps_and_a_resumed_run_is_exact(
     assert "a step takes 4.8 s here" in text
     assert yaml.safe_load((whole / "config.yaml").read_text())["max_iters"] == n_steps
     assert end["config"]["max_iters"] == n_steps
+    assert "muon_lr" not in whole.joinpath("log.jsonl").read_text()  # with AdamW alone
     last_lr = end["optimizers"][0]["param_groups"][0]["lr"]
     assert 0 < last_lr < 0.03 * Config.learning_rate  # the schedule ends with the run
-    # going on from step 40, told nothing or told again
-    for name, told in (("nothing", 0.0), ("again", 8.0)):
-        (tmp_path / name).mkdir()
-        shutil.copy(whole / "ckpt-0000040.pt", tmp_path / name / "ckpt.pt")
-        more = {**options, "minutes": told, "init_from": "resume"}
-        assert same_weights(checkpoint(trained(dataset, tmp_path / name, **more)), end)
+    # going on from step 40, told nothing, told again, or told otherwise
+    for told, wanted in (("", n_steps), ("minutes=8", n_steps), ("max_iters=44", 44)):
+        folder = tmp_path / f"again {told}"
+        folder.mkdir()
+        shutil.copy(whole / "ckpt-0000040.pt", folder / "ckpt.pt")
+        words = [f"out_dir={folder}", "init_from=resume", "device=cpu", told]
+        train.main(configure(Config, list(filter(None, words))))
+        assert checkpoint(folder)["step"] == wanted
+        assert wanted == 44 or same_weights(checkpoint(folder), end)
+    assert "max_iters" not in capsys.readouterr().out.split("resumed with")[0]
 
 
 def test_a_cpu_compiles_where_earlier_runs_say_that_it_pays(tmp_path, monkeypatch):
