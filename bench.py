@@ -24,6 +24,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,7 @@ import positions
 from configurator import HERE, Run, check_keys, configure
 from data import InputError, write_aside
 from data.states import pool_tokens
-from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT
+from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT, lm_state, save_checkpoint
 
 # A script, or a rival, is imported by the claims that measure it: it takes time and memory.
 
@@ -312,6 +313,30 @@ def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PL
     return layout
 
 
+def minimal_pairs(run):
+    """Scoring 500 minimal pairs in batches by length, against one sentence at a time."""
+    import topography
+    from convert import HiddenStates
+
+    shape = {"block_size": 128, "vocab_size": 4096, "n_layer": 4, "n_head": 4, "n_embd": 256}
+    model = GPT(GPTConfig(**shape, bias=False)).to(run.device).eval()
+    rng = np.random.default_rng(0)
+    texts = []
+    for length in rng.integers(6, 17, 1000):
+        texts.append(" ".join(map(str, rng.integers(1, 4096, length))))
+    given = {"model": model, "tokenizer": Words()}
+    lm = HiddenStates(given, run.device, run.dtype, bos=True, head=True)
+    rows, _ = lm.encode(texts)
+
+    def score(batch_tokens):
+        return topography.sentence_scores(run, lm, rows, batch_tokens)
+
+    # a batch of one token at most: every sentence alone
+    measured, together, alone = in_turns(partial(score, 2048), partial(score, 1), turns=5)
+    assert np.abs(together - alone).max() < 0.02 * np.abs(alone).max(), "the scores differ"
+    return measured
+
+
 def generate(run):
     """128 greedy tokens for 8 prompts, GPT-2 124M shape in float32, against Hugging Face with the
     same weights.
@@ -452,6 +477,36 @@ def probe_fit(run):
     return measured
 
 
+def app_rerun(run):
+    """The app's rerun on 100,000 rows, over 1 s."""
+    from streamlit.testing.v1 import AppTest
+
+    columns = {
+        "model": [f"model-{i}" for i in range(10)],
+        "probe": ["LDA", "Logistic", "Ridge", "SVM"],
+        "metric": ["accuracy", "auc", "f1", "mcc"],
+        "baseline": ["", "random_init", "control", "layer0", "majority"],
+        "layer": range(25),
+        "quantile": [0.0, 0.25, 0.5, 0.75, 1.0],
+    }
+    table = pd.MultiIndex.from_product(columns.values(), names=columns).to_frame(index=False)
+    score = np.random.default_rng(0).random(len(table))
+    table = table.assign(dataset="grammar/tense", score=score, low=score - 0.05, high=score + 0.05)
+    table = table.assign(chance=0.5, n=2000, n_train=1600, p=0.01, p_holm=0.04, params=1e8)
+    table = table.assign(synthetic=True, layer_method="", quantile_method="", options="x")
+    measured = Measured([], [])
+    with tempfile.TemporaryDirectory() as folder:
+        table.to_csv(f"{folder}/results.csv", index=False)
+        with mock.patch.object(sys, "argv", ["probe_app.py", f"out_dir={folder}"]):
+            for _ in range(5):
+                app = AppTest.from_file(str(HERE / "probe_app.py"), default_timeout=120).run()
+                taken, app = seconds(app.selectbox(key="metric").set_value("mcc").run)
+                assert not app.exception and app.get("plotly_chart"), "the app failed"
+                measured.ours.append(taken)
+                measured.other.append(1.0)
+    return measured
+
+
 # ---- recordings and decoding
 
 
@@ -486,6 +541,94 @@ def lag_windows(run):
 
     measured, a, b = in_turns(ours, epochs, turns=3)
     assert np.abs(a[0] - b[0]).max() < 1e-6 * np.abs(b[0]).max(), "the windows differ"
+    return measured
+
+
+def word_auc(run):
+    """1,000 words x 440 classes with 1,000 shifts, over 1 s."""
+    from sklearn.metrics import roc_auc_score
+
+    import decode
+
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(1000, 440))
+    y = np.concatenate([np.arange(440), rng.zipf(1.5, 1000) % 440])[:1000]
+    orders = decode.circular(rng.random(1000), 1000, 5)
+    measured = Measured([], [])
+    for _ in range(5):
+        taken, aucs = seconds(partial(decode.word_auc, scores, y, orders))
+        measured.ours.append(taken)
+        measured.other.append(1.0)
+    assert abs(aucs[0, 7] - roc_auc_score(y == 7, scores[:, 7])) < 1e-9
+    return measured
+
+
+def decode_memory(run):
+    """Peak memory of decode.py on 183 electrodes, 5,136 words, 21 lags, over 4 GB."""
+    from data.recording import write_recording, write_set
+
+    n_electrodes, n_words, sfreq, minutes, width = 183, 5136, 512, 30, 1600
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        onset = np.sort(rng.uniform(3, 60 * minutes - 4, n_words)).round(3)
+        table = pd.DataFrame({"word_idx": np.arange(n_words), "start": onset, "end": onset})
+        table = table.assign(word="a", norm_word=rng.zipf(1.5, n_words) % 400, sentence=0)
+        table.to_csv(folder / "words.csv", index=False)
+        table[["word_idx"]].to_csv(folder / "tokens.csv", index=False)
+        rng.normal(size=(n_words, width)).astype("<f2").tofile(folder / "features.f16")
+        names = pd.DataFrame({"name": [f"G{i}" for i in range(n_electrodes)]})
+        blocks = (
+            rng.standard_normal((sfreq * 60, n_electrodes), np.float32) for _ in range(minutes)
+        )
+        facts = {"sfreq": sfreq, "unit": "V", "subject": "sub-01", "source": "bench"}
+        events = pd.DataFrame({"onset": onset})
+        write_recording(folder / "sub-01", blocks, names, events, **facts, synthetic=True)
+        write_set(
+            folder,
+            ["sub-01"],
+            synthetic=True,
+            words="words.csv",
+            tokens={"gpt2-xl": "tokens.csv"},
+            features={"gpt2-xl": {"layer-24": "features.f16"}},
+            arrays={"features.f16": {"shape": [n_words, width], "dtype": "float16"}},
+        )
+        options = [f"dataset={folder}", f"out_dir={folder / 'out'}", "min_lag=-2000"]
+        options += ["max_lag=2001", "lag_step=200", "window=0.625", "pca=50", "epochs=1"]
+        options += ['model_params={"num_models": 10, "conv_filters": 16}', "n_folds=2"]
+        options += ["beside=[]", "controls=[]", "save_models=False"]
+        code = f"import decode\ndecode.main(decode.configure(decode.Config, {options}))\n"
+        return Measured([peak_in_process(code)], [4.0], unit="GB")
+
+
+def eeg_prepare(run):
+    """Preparing a BIDS recording, against loading and filtering the same file by MNE."""
+    import mne
+
+    from data.bids_eeg import prepare
+    from data.synthetic_eeg.prepare import write_brainvision, write_json, write_table
+
+    sfreq, n_seconds = 250, 1200
+    names = mne.channels.make_standard_montage("biosemi64").ch_names
+    signal = 1e-5 * np.random.default_rng(0).standard_normal((64, sfreq * n_seconds), np.float32)
+    events = pd.DataFrame({"onset": np.arange(2.0, n_seconds - 3, 2.0), "duration": 0.5})
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "bids")
+        stem = root / "sub-01/eeg/sub-01_task-words"
+        write_brainvision(f"{stem}_eeg", signal, names, sfreq, [0])
+        write_table(Path(f"{stem}_events.tsv"), events.assign(word="word"))
+        write_json(root / "dataset_description.json", Name="synthetic")
+        config = prepare.Config(root=str(root), overwrite=True)
+
+        def ours():
+            prepare.convert(Path(folder, "set"), root, config, source="bench", synthetic=True)
+
+        def theirs():
+            raw = mne.io.read_raw(f"{stem}_eeg.vhdr", preload=True, verbose="error")
+            raw.filter(config.l_freq, config.h_freq, picks="all", verbose="error")
+
+        measured = in_turns(ours, theirs, turns=3)[0]
+    measured.note = "64 channels, 250 Hz, one person of 20 minutes; ours resamples and writes, too"
     return measured
 
 
@@ -560,6 +703,47 @@ def prefix_decode(run):
     return measured
 
 
+def loader_wait(run):
+    """Waiting for EEG with all augmentations on each trial, over 5 % of the step."""
+    import telepath
+    from data.tokens import tokenizer_state
+
+    folder = run.dataset("synthetic_eeg")
+    shape = {"block_size": 128, "vocab_size": 4096, "n_layer": 4, "n_head": 4, "n_embd": 256}
+    state = lm_state(GPT(GPTConfig(**shape, bias=False)))
+    save_checkpoint(
+        run.out / "lm.pt", {**state, "tokenizer": tokenizer_state(run.dataset("pydocs"))}
+    )
+    config = telepath.Config(
+        dataset=str(folder),
+        lm=str(run.out / "lm.pt"),
+        out_dir=str(run.out),
+        augment=list(telepath.AUGMENT),
+        augment_share=1.0,
+        jitter=0.02,
+        synonyms=True,
+    )
+    experiment = telepath.Experiment(run, config, folder)
+    training = telepath.Training(run, config, experiment, experiment.sets["train"], alone=True)
+
+    def steps(count):
+        waited = training.waited
+        for _ in range(count):
+            for batch in training.batches():
+                loss = telepath.supervised_loss(run, config, experiment, batch)["loss"]
+                training.backward(loss)
+            training.update()
+        return (training.waited - waited) / count
+
+    steps(5)
+    measured = Measured([], [])
+    for _ in range(3):
+        taken, waited = seconds(partial(steps, 40))
+        measured.ours.append(waited)
+        measured.other.append(0.05 * taken / 40)
+    return measured
+
+
 def mask_step(run):
     """A pretraining step that encodes the visible quarter, against masking in place."""
     import foundation
@@ -631,6 +815,61 @@ def fastfood(run):
         wrapper.tensors()["p"].backward(grad)
 
     return in_turns(ours, textbook, turns=3)[0]
+
+
+def warp_step(run):
+    """A step of a 784-200-200-10 network in 750 dimensions, against one of the whole network."""
+    import warp
+
+    torch.manual_seed(0)
+    sizes = (784, 200, 200, 10)
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    network = nn.Sequential(*layers[:-1]).to(run.device)
+    wrapper = warp.FastfoodWrapper(copy.deepcopy(network), 750)
+    x = torch.randn(128, 784, device=run.device)
+    y = torch.randint(0, 10, (128,), device=run.device)
+    steps = []
+    for model in (wrapper, network):
+        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+
+        def some(model=model, optimizer=optimizer):
+            for _ in range(40):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+        steps.append(some)
+    return in_turns(*steps, turns=9)[0]
+
+
+WARPING = """
+import torch, bench, warp
+model = bench.gpt2_model().eval()
+idx = torch.randint(0, 50257, (2, 32))
+if {train}:
+    wrapper = warp.FastfoodWrapper(model, 1000)
+    adam = torch.optim.Adam(wrapper.parameters(), 1e-3)
+    for _ in range(2):
+        adam.zero_grad()
+        wrapper(idx, hidden=[12]).hidden[12].square().sum().backward()
+        adam.step()
+else:
+    with torch.no_grad():
+        model(idx, hidden=[12]).hidden[12]
+"""
+
+
+def warp_memory(run):
+    """Peak memory of warping GPT-2 124M above running it, over its weights."""
+    weights = 4 * sum(p.numel() for p in gpt2_model().parameters()) / 1e9
+    measured = Measured([], [], unit="GB", note="peak above plain inference, over the weights")
+    for _ in range(2):
+        peaks = [peak_in_process(WARPING.format(train=train)) for train in (True, False)]
+        measured.ours.append(peaks[0] - peaks[1])
+        measured.other.append(weights)
+    return measured
 
 
 # ---- one GPU: make gpu
@@ -708,15 +947,23 @@ CLAIMS = {
     train_memory: on_cpus("<= 0.6"),
     spatial_share: on_cpus("<= 0.05"),
     swap: on_cpus(">= 500"),
+    minimal_pairs: everywhere(">= 5"),
     generate: everywhere(">= 1.2"),
     probe_pass: everywhere("<= 1.0"),
     probe_memory: on_cpus("<= 0.2"),
     probe_fit: on_cpus(">= 3"),
+    app_rerun: on_cpus("<= 1"),
     lag_windows: on_cpus(">= 10"),
+    word_auc: on_cpus("<= 1"),
+    decode_memory: on_cpus("<= 1"),
+    eeg_prepare: on_cpus("<= 1.5"),
     expert_step: everywhere("<= 1.05"),
     prefix_decode: everywhere("<= 1.1"),
+    loader_wait: everywhere("<= 1"),
     mask_step: everywhere(">= 2"),
     fastfood: everywhere(">= 8"),
+    warp_step: everywhere("<= 2.5"),
+    warp_memory: on_cpus("<= 3.5"),
 }
 
 
