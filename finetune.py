@@ -1,15 +1,15 @@
 """What is a language model worth for a task? Classification and regression of sentences.
 
     python finetune.py                                                 # embedded: docstrings
-    python finetune.py twin=True                                       # or random weights first,
-    python finetune.py against=finetuned/docstrings-area-twin          # then the model, in pairs
+    python finetune.py twin=True                                       # its random twin
+    python finetune.py against=finetuned/docstrings-area-twin          # paired with that twin
     python finetune.py dataset=grammar task=grammaticality by=template # is the sentence English?
     torchrun --standalone --nproc_per_node=4 finetune.py config/finetune_glue.yaml task=cola
-    python finetune.py init_from=resume                                # go on after a stop
+    python finetune.py init_from=resume                                # continue after a stop
 
 A linear head reads the state of the last real token; the mask stays causal. An end-of-text token
-opens each text, and stands between the two of a pair. The step is chosen on validation data, and
-the test split is scored once. The result is a language model like any other: lm=finetuned/...
+opens each text and separates the two parts of a pair. Validation data choose the step, and the test
+split is scored once. Other scripts take the result as a language model: lm=finetuned/...
 
 Wang et al. 2019 (GLUE); Rathi et al. 2025 (TopoLM); Howard & Ruder 2018.
 """
@@ -43,43 +43,43 @@ from model import GPT, check_choice, lm_from, lm_state
 class Config:
     # ---- task
     lm: str = "out/train"  # run folder or checkpoint of ours, or a Hugging Face GPT-2
-    twin: bool = False  # forget the weights: the same shape, freshly initialised
+    twin: bool = False  # start from random weights in the same architecture
     dataset: str = "docstrings"  # name under data/, or a folder of labelled sentences
-    task: str = "area"  # of the dataset
-    metric: str = ""  # chooses the step: accuracy, matthews, f1, pearson, spearman; "": GLUE's own
-    by: str = ""  # a column of the task: score each of its values on test, too
-    against: list[str] = field(default_factory=list)  # finished runs to compare with, in pairs
+    task: str = "area"  # a task of the dataset
+    metric: str = ""  # chooses the step: accuracy, matthews, f1, pearson, spearman; "": GLUE's
+    by: str = ""  # a column of the task: also score each of its values on test
+    against: list[str] = field(default_factory=list)  # finished runs for paired comparisons
     # ---- model
-    mode: str = "full"  # what is trained besides the head, a name in MODES: full, head, last_k
-    k: int = 1  # last_k: blocks
-    dropout: float = 0.0  # in what is trained; harms models that were trained without
-    alpha_scale: float = 0.0  # spatial loss with so many times the checkpoint's alpha
+    mode: str = "full"  # what to train besides the head, a name in MODES: full, head, last_k
+    k: int = 1  # blocks that mode=last_k trains
+    dropout: float = 0.0  # in the trained parts; harms models that were trained without
+    alpha_scale: float = 0.0  # weight of the spatial loss, in multiples of the checkpoint's alpha
     # ---- optimiser
     batch_size: int = 16  # texts per micro-batch
     texts_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
-    epochs: float = 10.0  # passes over the training texts at most
-    max_iters: int = 0  # optimiser steps at most; 0: epochs
+    epochs: float = 10.0  # maximum passes over the training texts
+    max_iters: int = 0  # maximum optimiser steps; 0: see epochs
     learning_rate: float = 2e-4  # AdamW's peak
-    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up: down to 0, or level
-    warmup_iters: int = 50  # linear warm-up
+    schedule: Literal["linear", "constant"] = "linear"  # after the warm-up; linear falls to 0
+    warmup_iters: int = 50  # steps of linear warm-up
     weight_decay: float = 0.1  # on matrices and embeddings
-    grad_clip: float = 1.0  # total norm; 0: none
+    grad_clip: float = 1.0  # maximum total norm; 0: none
     # ---- evaluation
-    eval_interval: int = 0  # steps between validations; 0: an epoch
-    patience: int = 4  # validations without a better one before it stops; 0: never
-    resamples: int = 1000  # bootstrap over groups of texts
+    eval_interval: int = 0  # steps between validations; 0: one epoch
+    patience: int = 4  # stop after this many validations without improvement; 0: never
+    resamples: int = 1000  # bootstrap samples of groups of texts
     # ---- run
-    out_dir: str = ""  # "": finetuned/DATASET-TASK, with -twin
-    init_from: Literal["lm", "resume"] = "lm"  # resume: go on after a stop
+    out_dir: str = ""  # "": finetuned/DATASET-TASK, or finetuned/DATASET-TASK-twin
+    init_from: Literal["lm", "resume"] = "lm"  # resume: continue after a stop
     overwrite: bool = False  # start over in a folder that holds a run
-    seed: int = 1337  # fixes everything
+    seed: int = 1337  # for the head, the order of texts, dropout and the bootstrap
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
-    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50  # steps between lines
+    dtype: str = "auto"  # bfloat16 where it is faster; float16, float32
+    deterministic: bool = False  # bit-for-bit repeats on CUDA too, but slower
+    log_interval: int = 50  # steps between log lines
     save_interval: int = 200  # steps between checkpoints
     wandb_log: bool = False  # log to Weights & Biases
-    wandb_project: str = "nanocortex"  # its project
+    wandb_project: str = "nanocortex"  # project on Weights & Biases
 
     POSITIVE = "batch_size k log_interval save_interval resamples"
     SHARES = "dropout"
@@ -87,7 +87,7 @@ class Config:
     def check(self):
         check_choice("mode", self.mode, MODES)
         if self.max_iters < 1 and self.epochs <= 0:
-            raise InputError("epochs=0 and max_iters=0 leave nothing to do: give one of them")
+            raise InputError("epochs=0 and max_iters=0 leave nothing to do: set one of them")
 
 
 CLASS_METRICS = ["accuracy", "matthews", "f1"]
@@ -101,10 +101,10 @@ GLUE_METRIC = {"cola": "matthews", "mrpc": "f1", "qqp": "f1"}
 class Task:
     """One task of a dataset of labelled sentences, in the tokens of a language model.
 
-    splits: {"train", "val" and perhaps "test": table}, a row a text: label, text, group, y, tokens
-    and the task's own columns; last: the one that is reported; labels: names of the
-    n_classes classes, None of a regression; metrics, and `metric`, which chooses the step;
-    constant: the best guess without reading.
+    splits: {"train", "val" and perhaps "test": table}, one row per text: label, text, group, y,
+    tokens and the task's own columns; last: the split to report; labels: names of the n_classes
+    classes, None for regression; metrics, and `metric`, which chooses the step; constant: the best
+    guess without reading.
     """
 
     def __init__(self, config, run, tokenizer, block_size):
@@ -121,9 +121,9 @@ class Task:
         if self.metric not in self.metrics:
             raise InputError(f"metric={self.metric}: {self.name} has {', '.join(self.metrics)}")
         if config.by and config.by not in table:
-            raise InputError(f"by={config.by} is no column of {self.name}: {', '.join(table)}")
+            raise InputError(f"by={config.by} is not a column of {self.name}: {', '.join(table)}")
         for split in {"train", "val"} - set(table.split):
-            raise InputError(f"{self.name} has no text in the split '{split}', which is needed")
+            raise InputError(f"{self.name} has no text in the split '{split}': add some")
         train = table[table.split == "train"].y
         self.constant = train.mean()
         self.mean = float(train.mean())
@@ -148,37 +148,37 @@ class Task:
             )
 
     def facts(self):
-        """What a checkpoint says of it."""
+        """Return what a checkpoint stores about the task."""
         return {"name": self.name, "labels": self.labels, "mean": self.mean, "sd": self.sd}
 
     def targets(self, y):
-        """(N,) class numbers, or numbers standardised by the mean and sd of training."""
+        """Return class numbers (N,), or values standardised by the training mean and SD."""
         dtype = torch.int64 if self.labels else torch.float32
         return torch.tensor((y.to_numpy() - self.mean) / self.sd, dtype=dtype)
 
     def loss(self, out, targets):
-        """Cross-entropy, or mean squared error, of outputs (B, n_out)."""
+        """Return the cross-entropy or mean squared error of outputs (B, n_out)."""
         if self.labels:
             return F.cross_entropy(out, targets)
         return F.mse_loss(out[:, 0], targets)
 
     def predictions(self, out):
-        """Class numbers, or numbers on the labels' scale, (N,) of outputs (N, n_out)."""
+        """Return class numbers, or values on the labels' scale, (N,) from outputs (N, n_out)."""
         if self.labels:
             return out.argmax(1).numpy()
         return (out[:, 0] * self.sd + self.mean).numpy()
 
 
 def encode(tokenizer, text, size):
-    """(token ids, tokens cut) of a text, or of a pair with a tab between, at most `size` tokens.
+    """Return (at most `size` token ids, number of tokens cut) of a text or a tab-separated pair.
 
-    Each part follows an end-of-text token (a line break where the tokenizer has none). Of a pair
-    the longer part is cut first, at its end.
+    An end-of-text token (a line break if the tokenizer has none) opens each part. The longer part
+    of a pair is cut first, at its end.
     """
     mark = [tokenizer.eot] if tokenizer.eot is not None else tokenizer.encode("\n")
     parts = [tokenizer.encode(part) for part in text.split("\t")]
     if len(parts) > 2:
-        raise InputError(f"{text[:60]!r} has {len(parts)} parts, with tabs between: give 1 or 2")
+        raise InputError(f"{text[:60]!r} has {len(parts)} tab-separated parts: give 1 or 2")
     room = size - len(mark) * len(parts)
     if room < len(parts):
         raise InputError(f"block_size={size} of the language model has no room for a text")
@@ -192,25 +192,25 @@ def encode(tokenizer, text, size):
 
 
 def pad(rows, device):
-    """Right-padded ids (B, T) and lengths (B,); causal attention never looks at what follows."""
+    """Return right-padded ids (B, T) and lengths (B,); causal attention never sees the pads."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
     idx = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     return idx.to(device), lengths
 
 
 def texts_of_step(step, per_step, lengths, seed):
-    """Indices of a step's texts, sorted by length so that micro-batches have few pads.
+    """Return the indices of a step's texts, sorted by length so that micro-batches have few pads.
 
-    Text k of the run, counted over all ranks, is drawn without replacement, by a permutation keyed
-    by (seed, epoch).
+    Every epoch takes each text once, in a permutation keyed by (seed, epoch), on any number of
+    ranks.
     """
     n = len(lengths)
     numbers = np.arange(step * per_step, (step + 1) * per_step)
-    chosen = []
+    indices = []
     for epoch in range(numbers[0] // n, numbers[-1] // n + 1):
         order = np.random.default_rng(key_seed(seed, "epoch", epoch)).permutation(n)
-        chosen += order[numbers[numbers // n == epoch] % n].tolist()
-    return sorted(chosen, key=lengths.__getitem__)
+        indices += order[numbers[numbers // n == epoch] % n].tolist()
+    return sorted(indices, key=lengths.__getitem__)
 
 
 # ---- model
@@ -219,22 +219,22 @@ SMALLER = "try a smaller learning_rate, or dtype=float32"
 
 
 def train_all(lm, config):
-    """All weights learn, as they do when a GPT is made."""
+    """Train all weights, as a new GPT does."""
 
 
 def train_head(lm, config):
-    """Nothing else learns: a linear readout of the last token."""
+    """Train only the head: a linear readout of the last token."""
     lm.requires_grad_(False)
 
 
 def train_last_blocks(lm, config):
-    """The last k blocks learn, and the LayerNorm behind them."""
+    """Train the last k blocks and the final LayerNorm."""
     lm.requires_grad_(False)
     lm.transformer.h[-config.k :].requires_grad_(True)
     lm.transformer.ln_f.requires_grad_(True)
 
 
-# What of the language model learns beside the head. The result is saved as a GPT like any other.
+# Which parts of the language model are trained besides the head; the result is saved as a GPT.
 MODES = {"full": train_all, "head": train_head, "last_k": train_last_blocks}
 
 
@@ -252,16 +252,16 @@ class Reader(nn.Module):
         MODES[config.mode](lm, config)
 
     def train(self, mode=True):
-        """Frozen modules stay as in evaluation: dropout is for what is trained."""
+        """Keep frozen modules in evaluation mode, so that only trained ones have dropout."""
         super().train(mode)
         for module in self.lm.modules():
             module.training = mode and any(p.requires_grad for p in module.parameters())
         return self
 
     def forward(self, idx, lengths, windows=None):
-        """idx (B, T), lengths (B,) -> outputs (B, n_out) in float32, and the spatial loss.
+        """Map idx (B, T) and lengths (B,) to outputs (B, n_out) in float32 and the spatial loss.
 
-        The loss is summed over the sheets; None without windows (2 n_layer, K).
+        The spatial loss is summed over sheets; None without windows (2 n_layer, K).
         """
         on_sheets = windows is not None and self.lm.config.spatial == "activations"
         names = positions.layer_names(self.lm.config.n_layer) if on_sheets else ()
@@ -276,7 +276,7 @@ class Reader(nn.Module):
         return out, spatial
 
     def spatial_loss(self, taps, lengths, windows):
-        """Over the real tokens: no pad, nor the token that opens every text, which is the same."""
+        """Sum the spatial loss over real tokens: not pads, nor the token that opens every text."""
         c = self.lm.config
         order = torch.arange(taps[0].size(1), device=lengths.device)
         real = (order > 0) & (order < lengths[:, None])  # (B, T)
@@ -288,18 +288,18 @@ class Reader(nn.Module):
 
 
 def build(config, run):
-    """(language model, tokenizer, the checkpoint of a resumed run or None)."""
+    """Return the language model, its tokenizer, and the checkpoint of a resumed run or None."""
     state = None
     if config.init_from == "resume":
         path = run.out / "ckpt.pt"
         state = run.load("ckpt.pt")
         if "task" not in state:
-            raise InputError(f"{path} is no run of finetune.py: give it as lm= with a new out_dir=")
+            raise InputError(f"{path} is not from finetune.py: give it as lm= with a new out_dir=")
         for key in ("dataset", "task", "mode", "k", "twin", "metric"):
             now = getattr(config, key)
-            before = state["config"].get(key, now)  # an option that is new has no past
+            before = state["config"].get(key, now)  # an older checkpoint may lack the option
             if before != now:
-                raise InputError(f"{path} has {key}={before}, the options say {now}")
+                raise InputError(f"{path} has {key}={before}, not {now}: keep that value")
         lm = lm_from(state, path, dropout=config.dropout)
         tokenizer = Tokenizer(state["tokenizer"])
     else:
@@ -309,18 +309,18 @@ def build(config, run):
     c = lm.config
     spec = f"lm={config.lm}"
     if tokenizer.n_vocab > c.vocab_size:
-        sizes = f"a tokenizer of {tokenizer.n_vocab} tokens and a model of {c.vocab_size}"
-        raise InputError(f"{spec} has {sizes}: they do not belong together")
+        sizes = f"a tokenizer of {tokenizer.n_vocab} tokens but a model of {c.vocab_size}"
+        raise InputError(f"{spec} has {sizes}: use the tokenizer it was trained with")
     if config.mode == "last_k" and config.k > c.n_layer:
         raise InputError(f"k={config.k} is more than the {c.n_layer} blocks of {spec}")
     if config.alpha_scale and not (c.sheet and c.alpha):
         missing = "alpha=0" if c.sheet else "no positions"
-        raise InputError(f"alpha_scale={config.alpha_scale}: {spec} has {missing}")
+        raise InputError(f"alpha_scale={config.alpha_scale}: {spec} has {missing}; leave it at 0")
     return lm, tokenizer, state
 
 
 def make_optimizer(model, config):
-    """AdamW on what is trained; weight decay on matrices and embeddings."""
+    """Return AdamW over the trained parameters, with weight decay on matrices and embeddings."""
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay}
     vectors = {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}
@@ -328,7 +328,7 @@ def make_optimizer(model, config):
 
 
 def lr_share(step, total, config):
-    """Learning rate at a step as a share of its peak."""
+    """Return the learning rate at a step as a share of its peak."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     if config.schedule == "constant":
@@ -337,9 +337,9 @@ def lr_share(step, total, config):
 
 
 def train_step(training, task, config, run, members):
-    """One optimiser step on the texts `members`, the same over any number of ranks.
+    """Take one optimiser step on the texts `members`, the same over any number of ranks.
 
-    Returns task and spatial loss (2,) of this rank's micro-batches, and the gradient's norm.
+    Returns the task and spatial losses (2,) of this rank's micro-batches, and the gradient norm.
     """
     lm = training.model.lm
     step = training.step
@@ -353,7 +353,7 @@ def train_step(training, task, config, run, members):
         if config.alpha_scale:
             windows = lm.draw_windows(run.generator(step, micro, "windows"))
         torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-        if run.world > 1:  # gradients travel once a step
+        if run.world > 1:  # synchronise gradients once per step
             training.net.require_backward_grad_sync = micro == micros[-1]
         with run.autocast():
             out, spatial = training.net(idx, lengths, windows)
@@ -366,8 +366,8 @@ def train_step(training, task, config, run, members):
     run.scaler.unscale_(training.optimizer)
     parameters = training.model.parameters()
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
-    if not run.scaler.is_enabled() and not norm.isfinite():  # float16's scaler meets overflows
-        raise InputError(f"the gradient is not finite at step {step + 1}: stopped; {SMALLER}")
+    if not run.scaler.is_enabled() and not norm.isfinite():  # float16's scaler handles overflows
+        raise InputError(f"the gradient is not finite at step {step + 1}: {SMALLER}")
     run.scaler.step(training.optimizer)
     run.scaler.update()
     training.optimizer.zero_grad(set_to_none=True)
@@ -378,10 +378,10 @@ def train_step(training, task, config, run, members):
 
 
 def score(metric, y, predictions, n_classes):
-    """GLUE's metrics of y and predictions (N,): class numbers, or floats for the correlations.
+    """Return a GLUE metric of y and predictions (N,): class numbers, or floats for correlations.
 
-    f1 is that of class 1 of two; of a task of more classes, the mean over those that occur. A
-    constant guess correlates with nothing: 0.
+    With two classes f1 is that of class 1; with more, the mean over the classes that occur. The
+    correlation of a constant guess is 0.
     """
     if metric == "accuracy":
         return float(sklearn.metrics.accuracy_score(y, predictions))
@@ -397,9 +397,9 @@ def score(metric, y, predictions, n_classes):
 
 
 def interval(metric, y, predictions, n_classes, groups, config, other=None):
-    """95 % bootstrap interval of a score, or of its difference to that of `other` predictions.
+    """Return the 95 % bootstrap interval of a score, or of its difference from `other` predictions.
 
-    Whole groups (N,) are drawn: a document, the twins of a minimal pair.
+    Whole groups (N,) are resampled: a document, or both sentences of a minimal pair.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     members = list(pd.Series(groups).groupby(groups).indices.values())  # rows of each group
@@ -417,7 +417,7 @@ def interval(metric, y, predictions, n_classes, groups, config, other=None):
 
 @torch.no_grad()
 def predict(model, run, rows, batch_size):
-    """Outputs (N, n_out) in float64 of token lists (a Series), in batches dealt over the ranks."""
+    """Return outputs (N, n_out) in float64 for a Series of token lists; ranks share the batches."""
     model.eval()
     order = np.argsort(rows.map(len).to_numpy(), kind="stable")  # by length
     out = torch.zeros(len(rows), model.head.out_features, dtype=torch.float64)
@@ -431,12 +431,12 @@ def predict(model, run, rows, batch_size):
 
 
 def validate(model, run, task, batch_size, step):
-    """{val_loss, val_METRIC of each metric}."""
+    """Return {"val_loss": loss, "val_METRIC": score for each metric}."""
     table = task.splits["val"]
     out = predict(model, run, table.tokens, batch_size)
     loss = task.loss(out.float(), task.targets(table.y)).item()
     if not math.isfinite(loss):
-        raise InputError(f"the validation loss is not finite at step {step}: stopped; {SMALLER}")
+        raise InputError(f"the validation loss is not finite at step {step}: {SMALLER}")
     scores = {"val_loss": loss}
     predictions = task.predictions(out)
     for metric in task.metrics:
@@ -445,7 +445,7 @@ def validate(model, run, task, batch_size, step):
 
 
 def report(run, task, rivals, step):
-    """Scores of the chosen step beside the constant guess and beside rivals; predictions.csv."""
+    """Report the chosen step against the constant guess and rivals; write predictions.csv."""
     tables = [task.splits[split] for split in dict.fromkeys(("val", task.last))]
     columns = ["split", "label", "text", "group", "prediction", "p"]
     predictions = pd.concat(tables).filter(columns)
@@ -457,27 +457,27 @@ def report(run, task, rivals, step):
     if run.config.by:
         for value, part in table.groupby(run.config.by):
             report_score(run, task, part, task.metric, value, step)
-    sentence = f"step {step} was chosen on validation"
+    sentence = f"step {step} was chosen on validation data"
     if task.last == "val":
-        sentence += ": no test split, so the score above is of the very data it was chosen on"
+        sentence += "; there is no test split, so the score above is on the data that chose it"
     run.print(sentence)
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
-    for folder, other in rivals.items():
+    for folder, rival in rivals.items():
         value = score(task.metric, y, guess, task.n_classes)
-        value -= score(task.metric, y, other, task.n_classes)
-        low, high = interval(task.metric, y, guess, task.n_classes, table.group, run.config, other)
+        value -= score(task.metric, y, rival, task.n_classes)
+        low, high = interval(task.metric, y, guess, task.n_classes, table.group, run.config, rival)
         keys = {"metric": f"{task.metric} difference", "split": task.last, "part": "all"}
         keys |= {"beside": folder, "step": step, "data": task.source}
         run.result(value, 0.0, low, high, len(y), **keys)
         run.print(
             f"{task.last} {task.metric} minus that of {folder}: {value:+.3f} "
-            f"[{low:+.3f}, {high:+.3f}], the same texts in pairs"
+            f"[{low:+.3f}, {high:+.3f}], paired over texts"
         )
 
 
 def report_score(run, task, table, metric, part, step):
-    """A row of results.csv, and, for the metric that chose the step, a line."""
+    """Write a row of results.csv; print a line if the metric chose the step."""
     y = table.y.to_numpy()
     guess = table.guess.to_numpy()
     split = table.split.iloc[0]
@@ -488,14 +488,14 @@ def report_score(run, task, table, metric, part, step):
     run.result(value, chance, low, high, len(y), **keys, step=step, data=task.source)
     if split == task.last and metric == task.metric:
         run.print(
-            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] beside "
-            f"{chance:.3f} of the {task.baseline}, n = {len(y):,} texts in "
+            f"{split} {metric}, {part} texts: {value:.3f} [{low:.3f}, {high:.3f}] "
+            f"({task.baseline} {chance:.3f}), n = {len(y):,} texts in "
             f"{table.group.nunique():,} groups"
         )
 
 
 def read_rivals(config, task):
-    """{folder: predictions (N,)} of the finished runs in `against`, on the reported split."""
+    """Read {folder: predictions (N,)} of the runs in `against`, on the reported split."""
     table = task.splits[task.last]
     rivals = {}
     for folder in config.against:
@@ -506,7 +506,7 @@ def read_rivals(config, task):
         saved = saved[saved.split == task.last]
         same_texts = list(saved.text) == list(table.text)
         if not same_texts or list(saved.label) != list(table.label.astype(str)):
-            raise InputError(f"{path} is of other texts than {task.name}: compare runs of one task")
+            raise InputError(f"{path} has other texts than {task.name}: compare runs of one task")
         if task.labels:
             rivals[folder] = saved.prediction.map(task.labels.index).to_numpy()
         else:
@@ -518,7 +518,7 @@ def read_rivals(config, task):
 
 
 def plot_curves(run, task):
-    """curves.png, from log.jsonl: the losses, and the metric on validation beside its chance."""
+    """Plot the losses, and the validation metric with its chance level, from log.jsonl."""
     log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -539,19 +539,19 @@ def plot_curves(run, task):
 
 @dataclass
 class Training:
-    """What a checkpoint holds and training changes."""
+    """The state that training changes and a checkpoint holds."""
 
     model: Reader
     net: nn.Module  # the model or, over several ranks, DistributedDataParallel around it
     optimizer: torch.optim.Optimizer
     tokenizer: Tokenizer
     step: int = 0
-    best: float = -math.inf  # validation score so far
-    waited: int = 0  # validations since then
+    best: float = -math.inf  # best validation score so far
+    waited: int = 0  # validations since the best one
 
 
 def set_up(config, run, task, lm, tokenizer, state):
-    """The Training of a language model, or that of the checkpoint `state`."""
+    """Return the Training of a language model, restored from the checkpoint `state` if given."""
     model = Reader(lm, len(task.labels or [0]), config).to(run.device).train()
     net = model
     if run.world > 1:
@@ -560,9 +560,9 @@ def set_up(config, run, task, lm, tokenizer, state):
     if state:
         if state["task"] != task.facts():
             path = run.out / "ckpt.pt"
-            raise InputError(f"{path} has other labels than {task.name} now: start with a new run")
+            raise InputError(f"{path} has other labels than {task.name} now: start a new run")
         model.head.load_state_dict(state["head"])
-        groups = training.optimizer.state_dict()["param_groups"]  # as the options ask now
+        groups = training.optimizer.state_dict()["param_groups"]  # from the current options
         training.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         training.step = state["step"]
@@ -573,7 +573,7 @@ def set_up(config, run, task, lm, tokenizer, state):
 
 
 def plan(config, run, n_texts):
-    """Texts per step over all ranks, steps in all, steps between validations."""
+    """Return texts per step over all ranks, total steps, and steps between validations."""
     per_step = config.texts_per_step or config.batch_size * run.world
     if per_step % (config.batch_size * run.world):
         size = f"{config.batch_size} x {run.world}"
@@ -584,12 +584,12 @@ def plan(config, run, n_texts):
 
 
 def describe(config, run, task, model, total):
-    """Say what is about to be trained, on what."""
+    """Print the model, the data and the length of the run."""
     sizes = [f"{name} {len(table):,}" for name, table in task.splits.items()]
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     run.print(
         f"lm={config.lm}, twin={config.twin} | {task.name}, {task.source} text: {', '.join(sizes)} "
-        f"| {n_trained / 1e6:.2f} M parameters trained, {total:,} steps at most | {run.device} "
+        f"| {n_trained / 1e6:.2f} M trained parameters, at most {total:,} steps | {run.device} "
         f"{str(run.dtype)[6:]}"
     )
     if "seen" in task.meta:
@@ -597,7 +597,7 @@ def describe(config, run, task, model, total):
 
 
 def save(run, task, training, name):
-    """Write a checkpoint: a language model like any other, its head, what a resumed run needs."""
+    """Write a checkpoint: a language model, its head, and what a resumed run needs."""
     state = lm_state(training.model.lm)
     state["head"] = training.model.head.state_dict()
     state["task"] = task.facts()
@@ -611,8 +611,8 @@ def save(run, task, training, name):
 
 
 def finish(config, run, task, model, rivals):
-    """Take the best step, score validation and, once, test; write tables and curves."""
-    run.barrier()  # best.pt is written
+    """Load the best step, score validation and test once; write tables and curves."""
+    run.barrier()  # until best.pt is written
     best = run.load("best.pt")
     model.lm.load_state_dict(best["model"])
     model.head.load_state_dict(best["head"])

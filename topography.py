@@ -1,14 +1,14 @@
-"""What lies on the sheets of a topographic language model, and what does ablating it cost?
+"""What do the sheets of a topographic language model represent, and what does ablation cost?
 
     python topography.py                                   # the model of train.py, embedded stimuli
-    python topography.py twin=out/train_alpha0             # beside its twin without topography
+    python topography.py twin=out/train_alpha0             # next to its twin without topography
     python topography.py config/topography_localizer.yaml  # your stimuli: texts and conditions
     python topography.py sweep=out/a,out/b,out/c           # Moran's I against validation loss
     python topography.py lm=gpt2 pairs=path/to/blimp       # any language model: minimal pairs only
 
 Maps are unsmoothed: blurring alone raises Moran's I to about 0.6 on a model without topography.
-Every Moran's I stands beside that of shuffled positions (does place matter?) and of shuffled labels
-(is it this contrast, or are neighbours alike in whatever they do?).
+Two nulls accompany every Moran's I: shuffled positions (does place matter?) and shuffled labels
+(does this contrast matter, or do neighbours respond alike to anything?).
 
 Fedorenko et al. 2010 (localizer); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM);
 Warstadt et al. 2020 (BLiMP); Salazar et al. 2020 (masked models).
@@ -50,32 +50,32 @@ from data.tokens import split_ids
 class Config:
     # ---- model
     lm: str = "out/train"  # run folder, checkpoint, or model of transformers (minimal pairs only)
-    twin: str = ""  # its twin without topography, shown beside it
-    sweep: list[str] = field(default_factory=list)  # runs of train.py to compare instead
+    twin: str = ""  # its twin without topography, to compare with
+    sweep: list[str] = field(default_factory=list)  # compare only these runs of train.py
     # ---- stimuli
     stimuli: str = "localizer"  # dataset under data/, a CSV, or a folder of CSVs
-    text_column: str = "text"  # of such a CSV; several, as of word pairs: word1,word2
-    condition_column: str = "condition"  # of such a CSV; several: category,class
-    # A>B or A+B>C+D, the first one selects units; none: known ones, or all
+    text_column: str = "text"  # in such a CSV; word pairs have two: word1,word2
+    condition_column: str = "condition"  # in such a CSV; joins several: category,class
+    # A>B or A+B>C+D; the first selects the language mask; none: published contrasts, or all pairs
     contrasts: list[str] = field(default_factory=list)
     # ---- statistics
     fdr: float = 0.05  # false discovery rate over all units of all sheets
-    fwhm: float = 0.0  # also blur maps by this width (cells), beside a null of its own; 0: no
-    shuffles: int = 200  # of positions; at most 60 of labels, 20 under a blur
-    top_k: int = 0  # units of the language mask; 0: all that survive the false discovery rate
-    min_cluster: int = 10  # units of the smallest cluster
+    fwhm: float = 0.0  # also blur maps by this width (cells), with a null of their own; 0: no
+    shuffles: int = 200  # shuffles of positions; at most 60 of labels, and 20 of blurred maps
+    top_k: int = 0  # units in the language mask; 0: all that survive the false discovery rate
+    min_cluster: int = 10  # units in the smallest cluster that counts
     # ---- minimal pairs and ablation
     pairs: str = "grammar"  # dataset under data/, a folder of BLiMP files, or one file; "": none
-    max_pairs: int = 200  # per paradigm, the first ones; 0: all
+    max_pairs: int = 200  # first pairs of each paradigm; 0: all
     ablate: list[int] = field(default_factory=lambda: [16, 64, 256])  # units to silence
-    ablate_pairs: int = 50  # per paradigm under ablation
-    random_sets: int = 2  # as many random units, drawn so often
-    dataset: str = "pydocs"  # its validation text gives the loss under ablation, and the curves
-    val_batches: int = 8  # of 16 windows
+    ablate_pairs: int = 50  # pairs per paradigm under ablation
+    random_sets: int = 2  # random sets of equal size to compare with
+    dataset: str = "pydocs"  # validation text for the loss under ablation and for correlations
+    val_batches: int = 8  # batches of 16 windows of validation text
     batch_tokens: int = 2048  # tokens per forward pass
     # ---- run
     out_dir: str = "out/topography"  # results.csv and figures
-    seed: int = 1337  # shuffles, random units
+    seed: int = 1337  # for shuffles and random units
     device: str = "auto"  # cuda, mps, cpu
     dtype: str = "auto"  # bfloat16, float16, float32
 
@@ -92,7 +92,7 @@ class Config:
 
 
 def load_stimuli(run, config):
-    """Of the option stimuli: texts and conditions, {name: Contrast}, what the data is called."""
+    """Return the stimuli (DataFrame), their contrasts {name: Contrast} and the data's name."""
     name = config.stimuli
     path = Path(name)
     if not path.exists():
@@ -103,7 +103,7 @@ def load_stimuli(run, config):
 
 
 def called(name, folder):
-    """The name of a prepared dataset, which says where it is synthetic."""
+    """Return the name of a prepared dataset, marked where it is synthetic."""
     meta = folder / "meta.yaml"
     synthetic = meta.exists() and yaml.safe_load(meta.read_text()).get("synthetic")
     return f"{name}, synthetic" if synthetic else name
@@ -113,15 +113,15 @@ def called(name, folder):
 
 
 def load_model(spec, run):
-    """HiddenStates of a model that scores sentences, behind the tokenizer's first token if any."""
+    """Load a language model that scores sentences; texts follow its first token, if it has one."""
     lm = HiddenStates(spec, run.device, run.dtype, head=True)
-    with suppress(InputError):  # a tokenizer without one
+    with suppress(InputError):  # the tokenizer has no first token
         lm.write_first_token()
     return lm
 
 
 def length_batches(lengths, tokens):
-    """Batches of indices, the longest first, of at most `tokens` tokens with their pads."""
+    """Yield batches of indices, longest first, of at most `tokens` tokens including padding."""
     order = np.argsort(lengths, kind="stable")[::-1]
     while len(order):
         size = max(1, tokens // lengths[order[0]])
@@ -131,10 +131,10 @@ def length_batches(lengths, tokens):
 
 @torch.no_grad()
 def sentence_scores(run, lm, rows, batch_tokens=2048):
-    """Log-probability (nats) of each sentence, given as its token ids: (N,) float64.
+    """Return the log-probability (nats) of each sentence, given as token ids: (N,) float64.
 
-    Of a causal model that of its own tokens behind the first one; of a masked model the
-    pseudo-log-likelihood, every token masked in turn (Salazar et al. 2020).
+    A causal model scores every token but the first. A masked model masks every token in turn:
+    pseudo-log-likelihood (Salazar et al. 2020).
     """
     inputs, targets, sentences = masked_in_turn(lm, rows)
     scores = np.zeros(len(rows))
@@ -156,9 +156,9 @@ def sentence_scores(run, lm, rows, batch_tokens=2048):
 
 
 def masked_in_turn(lm, rows):
-    """Inputs, targets (-100 where there is none), and the sentence that each input is of.
+    """Return inputs, targets (-100: none), and the number of each input's sentence.
 
-    Of a causal model the sentences themselves; of a masked one a copy for each token, masked in it.
+    A causal model reads the sentences; a masked model reads a copy per token, which masks it.
     """
     if lm.causal:
         ends = {getattr(lm.tokenizer, f"{name}_token_id", None) for name in ("eos", "sep")} - {None}
@@ -166,7 +166,7 @@ def masked_in_turn(lm, rows):
         return rows, targets, np.arange(len(rows))
     mask = getattr(lm.tokenizer, "mask_token_id", None)
     if mask is None:
-        raise InputError(f"{lm.name} is no causal model and has no mask token: it scores no text")
+        raise InputError(f"{lm.name} is neither causal nor has a mask token: it cannot score text")
     inputs = []
     targets = []
     sentences = []
@@ -181,9 +181,9 @@ def masked_in_turn(lm, rows):
 def score_pairs(run, lm, pairs, max_pairs, batch_tokens):
     """Score minimal pairs {UID: [pair, ...]}, the first `max_pairs` of each (0: all).
 
-    Returns a DataFrame of uid, score (share of pairs whose good sentence is the likelier one; a tie
-    counts half), low and high (Wilson's 95 % interval) and n, and how many pairs are longer than
-    the model reads: those are left out, never cut.
+    Returns a DataFrame of uid, score (share of pairs whose good sentence is likelier; a tie counts
+    half), low and high (Wilson's 95 % interval) and n; and the number of pairs left out because
+    they exceed the model's context.
     """
     rows = []
     uids = []
@@ -208,7 +208,7 @@ def score_pairs(run, lm, pairs, max_pairs, batch_tokens):
 
 
 def report_pairs(run, config, label, lm, pairs, data):
-    """Minimal pairs of one model: rows of results.csv, and a line."""
+    """Score one model on minimal pairs: write rows of results.csv and print a line."""
     scores, n_long = score_pairs(run, lm, pairs, config.max_pairs, config.batch_tokens)
     size = f"the {lm.max_length} tokens of {lm.name}"
     if n_long:
@@ -222,7 +222,7 @@ def report_pairs(run, config, label, lm, pairs, data):
         words.append(f"{row.uid} {row.score:.2f}")
     kind = "" if lm.causal else " (masked model, pseudo-log-likelihood)"
     run.print(
-        f"{label}{kind}: minimal pairs {scores.score.mean():.3f} beside 0.5 of chance, mean of "
+        f"{label}{kind}: minimal pairs {scores.score.mean():.3f} (chance 0.5), mean over "
         f"{len(scores)} paradigms, n = {scores.n.sum():,}: {', '.join(words)}"
     )
 
@@ -246,9 +246,9 @@ class Sheets:
 
 @torch.no_grad()
 def unit_responses(run, lm, texts, batch_tokens):
-    """Mean response of every unit over each text's own tokens: (N, 2 n_layer, C) float32.
+    """Return each unit's mean response over each text's tokens: (N, 2 n_layer, C) float32.
 
-    The end-of-text token before them does not count.
+    The end-of-text token that opens a text does not count.
     """
     names = positions.layer_names(lm.model.config.n_layer)
     rows, _ = lm.encode(texts)
@@ -268,7 +268,7 @@ def unit_responses(run, lm, texts, batch_tokens):
 
 @contextmanager
 def silenced(model, mask):
-    """`with silenced(model, mask):` the units in mask (2 n_layer, C) bool give out zeros."""
+    """Set the output of the units in mask (2 n_layer, C) bool to zero inside the `with` block."""
 
     def keep_others(keep, module, args, out):
         return out * keep.to(out.device)
@@ -288,7 +288,7 @@ def silenced(model, mask):
 
 
 def welch(a, b):
-    """Welch's t (...) of samples a (n, ...) against b (m, ...), and its p.
+    """Return Welch's t (...) of samples a (n, ...) against b (m, ...), and its p.
 
     Units that never vary have t = 0, p = 1.
     """
@@ -298,25 +298,25 @@ def welch(a, b):
     return np.where(varies, t, 0), np.where(varies, p, 1)
 
 
-EFFECT = "Welch t"  # the name of what follows, in figures
+EFFECT = "Welch t"  # what figures call the value of `effect`
 
 
 def effect(a, b):
-    """What a map shows of each unit (...), from responses a (n, ...) and b (m, ...)."""
+    """Return the value (...) that a map shows, from responses a (n, ...) and b (m, ...)."""
     return welch(a, b)[0]
 
 
 def on_sheet(values, unit_at_cell):
-    """values (..., L, C) of units as maps (..., L, side, side); unit_at_cell (L, C)."""
+    """Lay values (..., L, C) of units out as maps (..., L, side, side); unit_at_cell (L, C)."""
     side = positions.sheet_side(values.shape[-1])
     index = np.broadcast_to(unit_at_cell, values.shape)
     return np.take_along_axis(values, index, -1).reshape(*values.shape[:-1], side, side)
 
 
 def contrast_map(x, a, b, unit_at_cell, fwhm=0.0):
-    """Maps of the effect (L, side, side) of responses x (N, L, C), rows a against rows b.
+    """Map the effect (L, side, side) in responses x (N, L, C) of rows a against rows b.
 
-    fwhm > 0: of responses as a readout of that width (cells) would see them.
+    fwhm > 0 first blurs the responses, as a readout of that width (cells) would.
     """
     maps = on_sheet(x, unit_at_cell)
     if fwhm:
@@ -326,21 +326,21 @@ def contrast_map(x, a, b, unit_at_cell, fwhm=0.0):
 
 
 def jackknife(measure, *rows, parts):
-    """measure(*rows), and half of its 95 % interval by leaving out every parts-th row in turn."""
+    """Return measure(*rows) and half its 95 % interval, leaving out every parts-th row in turn."""
     parts = min(parts, *map(len, rows))
-    left = []
+    replicates = []
     for part in range(parts):
         kept = [np.delete(r, np.arange(part, len(r), parts)) for r in rows]
-        left.append(measure(*kept))
-    variance = (parts - 1) / parts * np.square(left - np.mean(left, 0)).sum(0)
+        replicates.append(measure(*kept))
+    variance = (parts - 1) / parts * np.square(replicates - np.mean(replicates, 0)).sum(0)
     return measure(*rows), 1.96 * np.sqrt(variance)
 
 
 def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
-    """Moran's I of each map (L,), half its 95 % interval over stimuli, and its null.
+    """Return Moran's I of each map (L,), half its 95 % interval over stimuli, and its null.
 
-    The null (shuffles, L) is of shuffled positions: units keep their responses and lose their
-    places, before any blur.
+    The null (shuffles, L) shuffles positions before any blur: units keep their responses but lose
+    their places.
     """
 
     def measure(a, b):
@@ -359,23 +359,23 @@ def moran_of_contrast(sheets, a, b, rng, shuffles, fwhm=0.0):
 
 
 def shuffled_labels(sheets, a, b, rng, shuffles):
-    """Moran's I (shuffles,), mean over sheets, of stimuli dealt to the two sides at random.
+    """Return Moran's I (shuffles,), mean over sheets, with condition labels shuffled.
 
-    It says how smooth the map of nothing is.
+    This null says how smooth a map is that reflects no contrast.
     """
     both = np.concatenate([a, b])
     scores = []
     for _ in range(shuffles):
-        dealt = rng.permutation(both)
-        maps = contrast_map(sheets.x, dealt[: len(a)], dealt[len(a) :], sheets.layout)
+        shuffled = rng.permutation(both)
+        maps = contrast_map(sheets.x, shuffled[: len(a)], shuffled[len(a) :], sheets.layout)
         scores.append(np.nanmean(positions.moran(maps)))
     return np.array(scores)
 
 
 def clusters(t, smallest, stop=0.0):
-    """Regions of one map t (side, side): labels, 0 for none, 1 the region with the highest peak.
+    """Label the regions of one map t (side, side): 0 for none, 1 for the highest peak's, and so on.
 
-    Regions are connected components, over edges of cells, of where t is above `stop`; those of
+    A region is a connected component (cells that share an edge) where t is above `stop`. Regions of
     fewer than `smallest` cells are dropped.
     """
     above = t.ravel() > stop
@@ -390,7 +390,7 @@ def clusters(t, smallest, stop=0.0):
 
 
 def over_distance(values):
-    """Mean of values (C, C) of pairs of cells at distances of 1, 2, ... side - 1 whole cells."""
+    """Average values (C, C) of pairs of cells by rounded distance: 1, 2, ... side - 1 cells."""
     side = positions.sheet_side(len(values))
     offsets = positions.offsets(np.arange(len(values)), side)
     distance = np.linalg.norm(offsets, axis=-1).round().astype(int).ravel()
@@ -398,22 +398,22 @@ def over_distance(values):
 
 
 def effective_dimensionality(r):
-    """(sum of eigenvalues)² / sum of their squares, of correlations r (C, C) (Del Giudice 2021)."""
+    """Return the participation ratio of the eigenvalues of correlations r (Del Giudice 2021)."""
     return len(r) ** 2 / np.square(r).sum()
 
 
 def smoothness(t):
-    """(max - first) / max of the curve of mean |t_i - t_j| over distance (Margalit et al. 2024)."""
+    """Return (max - first) / max of mean |t_i - t_j| over distance (Margalit et al. 2024)."""
     curve = over_distance(np.abs(t.ravel() - t.ravel()[:, None]))
     return (curve.max() - curve[0]) / max(curve.max(), 1e-12)
 
 
 def wiring_length(t, next_t, share=0.05, reach=2.0):
-    """Cells of fibre from the most active units of one map to those of the next (side, side).
+    """Return the fibre length, in cells, that joins the most active units of two maps (side, side).
 
-    Both sets are gathered into the fewest k-means fibres whose units lie within `reach` cells of
-    them on average, and fibre ends are matched at least cost. The length is the way of units to
-    their fibres on both sheets, and of the fibres across (Margalit et al. 2024).
+    k-means bundles the units of each map, with the fewest fibres that lie within `reach` cells of
+    their units on average; fibre ends are matched at least cost. The length adds the distances of
+    units to their fibres on both sheets and the fibres across (Margalit et al. 2024).
     """
     points = []
     for values in (t, next_t):
@@ -421,25 +421,25 @@ def wiring_length(t, next_t, share=0.05, reach=2.0):
         points.append(positions.places_of(top, len(values)))
     for k in range(1, len(points[0]) + 1):
         ends = []
-        ways = []
-        for at in points:
-            fit = KMeans(k, n_init=2, random_state=0).fit(at)
+        distances = []
+        for places in points:
+            fit = KMeans(k, n_init=2, random_state=0).fit(places)
             ends.append(fit.cluster_centers_)
-            ways.append(fit.transform(at).min(axis=1))
-        if np.mean(ways, axis=1).max() <= reach:
+            distances.append(fit.transform(places).min(axis=1))
+        if np.mean(distances, axis=1).max() <= reach:
             break
     cost = np.linalg.norm(ends[0][:, None] - ends[1], axis=-1)
     across = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
-    return np.sum(ways) + across
+    return np.sum(distances) + across
 
 
-# ---- what is measured on sheets
+# ---- measurements on sheets
 
 
 def show_contrast(run, config, models, contrast):
-    """One contrast on every sheet of every model: maps, Moran's I and its two nulls.
+    """Map one contrast on every sheet of every model, and report Moran's I with its two nulls.
 
-    Returns the means over sheets, a dict a model, for the summary.
+    Returns one dict per model for the summary: the means over sheets.
     """
     rows = []
     maps = []
@@ -450,8 +450,8 @@ def show_contrast(run, config, models, contrast):
             report_moran(run, config, sheets, contrast, config.fwhm)
     title = (
         f"{contrast.name}: {EFFECT} of every unit on its sheet, unsmoothed; {contrast.data} "
-        f"({len(contrast.a)} against {len(contrast.b)})\nMoran's I beside shuffled positions "
-        f"{rows[0]['chance']:.2f} and shuffled labels {rows[0]['labels']:.2f} (model)"
+        f"({len(contrast.a)} against {len(contrast.b)})\nMoran's I of the model with shuffled "
+        f"positions {rows[0]['chance']:.2f}, with shuffled labels {rows[0]['labels']:.2f}"
     )
     name = re.sub(r"[^a-z0-9A-Z]+", "_", contrast.name)
     plot_contrast(run.out / f"map_{name}.png", title, models, maps)
@@ -459,11 +459,11 @@ def show_contrast(run, config, models, contrast):
 
 
 def report_moran(run, config, sheets, contrast, fwhm=0.0):
-    """Rows of results.csv on one contrast of one model; the means over sheets."""
+    """Report Moran's I of one contrast in one model; return the means over sheets."""
     a = contrast.a
     b = contrast.b
     rng = np.random.default_rng(key_seed(config.seed, contrast.name, fwhm))
-    shuffles = min(20, config.shuffles) if fwhm else config.shuffles  # blurs take their time
+    shuffles = min(20, config.shuffles) if fwhm else config.shuffles  # blurring is slow
     scores, half, null = moran_of_contrast(sheets, a, b, rng, shuffles, fwhm)
     keys = {"measure": "moran", "model": sheets.label, "contrast": contrast.name, "blur": fwhm}
     keys["data"] = contrast.data
@@ -473,32 +473,34 @@ def report_moran(run, config, sheets, contrast, fwhm=0.0):
     h = 1.96 * scores.std(ddof=1) / np.sqrt(len(scores))
     row = {"score": mean, "chance": null.mean(), "low": mean - h, "high": mean + h}
     run.result(**row, n=len(scores), sheet="mean", **keys)
-    nulls = f"{null.mean():.3f} of shuffled positions"
+    nulls = f"{null.mean():.3f} with shuffled positions"
     if not fwhm:
         labels = shuffled_labels(sheets, a, b, rng, min(60, config.shuffles))
         low, high = np.quantile(labels, [0.025, 0.975])  # of the null, not of the score
         keys["measure"] = "moran beside shuffled labels"
         run.result(mean, labels.mean(), low, high, len(labels), sheet="mean", **keys)
-        nulls += f" and {labels.mean():.3f} [{low:.3f}, {high:.3f}] of shuffled labels"
+        nulls += f" and {labels.mean():.3f} [{low:.3f}, {high:.3f}] with shuffled labels"
         row["labels"] = labels.mean()
     _, p = welch(sheets.x[a], sheets.x[b])
     significant = mne.stats.fdr_correction(p, config.fdr)[0].mean()
     run.print(
         f"{sheets.label}: {contrast.name}, blur {fwhm}: Moran's I {mean:.3f} [{row['low']:.3f}, "
-        f"{row['high']:.3f}], mean over {len(scores)} sheets, beside {nulls}; {significant:.0%} of "
-        f"units significant (FDR {config.fdr})"
+        f"{row['high']:.3f}], mean over {len(scores)} sheets ({nulls}); {significant:.0%} of units "
+        f"are significant (FDR {config.fdr})"
     )
     return {"model": sheets.label, "contrast": contrast.name, **row}
 
 
 def language_mask(run, config, sheets, conditions, localizer):
-    """Units that prefer the localizer's first side to its second: selected on every other stimulus
-    of each condition, measured on the rest. Returns t (L, C), mask (L, C) bool, and its mean
-    response to each condition, in SD units."""
+    """Select the units that prefer the localizer's first side to its second.
+
+    Units are selected on every other stimulus of each condition and measured on the rest. Returns
+    t (L, C), mask (L, C) bool, and the mask's mean response to each condition in SD units.
+    """
     z = (sheets.x - sheets.x.mean(0)) / (sheets.x.std(0) + 1e-9)
-    held = (conditions.groupby(conditions).cumcount() % 2 == 1).to_numpy()
+    held_out = (conditions.groupby(conditions).cumcount() % 2 == 1).to_numpy()
     a, b = localizer.a, localizer.b
-    t, p = welch(z[a[~held[a]]], z[b[~held[b]]])
+    t, p = welch(z[a[~held_out[a]]], z[b[~held_out[b]]])
     mask = mne.stats.fdr_correction(p, config.fdr)[0] & (t > 0)
     if config.top_k:
         mask = np.zeros(t.shape, bool)
@@ -506,16 +508,16 @@ def language_mask(run, config, sheets, conditions, localizer):
     if not mask.any():
         run.print(f"no unit prefers {localizer.name} at FDR {config.fdr}: no mask, no ablation")
         return t, mask, None
-    held_a = z[a[held[a]]]
-    held_b = z[b[held[b]]]
-    difference = held_a.mean(0) - held_b.mean(0)  # (L, C), SD units
-    test = scipy.stats.ttest_ind(held_a[:, mask].mean(1), held_b[:, mask].mean(1), equal_var=False)
+    test_a = z[a[held_out[a]]]
+    test_b = z[b[held_out[b]]]
+    difference = test_a.mean(0) - test_b.mean(0)  # (L, C), SD units
+    test = scipy.stats.ttest_ind(test_a[:, mask].mean(1), test_b[:, mask].mean(1), equal_var=False)
     low, high = test.confidence_interval()
     rng = np.random.default_rng(key_seed(config.seed, "mask"))
     random = [rng.permutation(difference.ravel())[: mask.sum()].mean() for _ in range(100)]
     score = difference[mask].mean()
     keys = {"measure": "selectivity", "model": "model", "contrast": localizer.name, "blur": 0.0}
-    n = len(held_a) + len(held_b)
+    n = len(test_a) + len(test_b)
     run.result(score, np.mean(random), low, high, n, sheet="all", data=localizer.data, **keys)
     sizes = []
     for name, sheet in zip(sheets.names, on_sheet(t, sheets.layout)):
@@ -523,41 +525,41 @@ def language_mask(run, config, sheets, conditions, localizer):
         sizes.append(f"{name} {np.bincount(labels.ravel())[1:].tolist()}")
     run.print(
         f"mask of {localizer.name}: {mask.sum()} of {mask.size} units; held-out selectivity "
-        f"{score:.2f} SD [{low:.2f}, {high:.2f}] beside {np.mean(random):.2f} of random units; "
-        f"clusters (units): {'; '.join(sizes)}"
+        f"{score:.2f} SD [{low:.2f}, {high:.2f}] (random units {np.mean(random):.2f}); "
+        f"units per cluster: {'; '.join(sizes)}"
     )
-    responses = pd.Series(z[:, mask].mean(1))[held]
-    profile = responses.groupby(conditions[held], sort=False).agg(["mean", "sem", "count"])
+    responses = pd.Series(z[:, mask].mean(1))[held_out]
+    profile = responses.groupby(conditions[held_out], sort=False).agg(["mean", "sem", "count"])
     profile["half"] = profile["sem"] * scipy.stats.t.ppf(0.975, profile["count"] - 1)
     return t, mask, profile
 
 
 def ablate(run, config, lm, t, pairs, windows, names):
-    """What silencing the k most selective units costs, beside as many random ones.
+    """Measure what silencing the k most selective units costs, and k random units.
 
-    names: of the contrast and of the pairs. Returns [(k, which, pair accuracy, loss)].
+    names: {"contrast": name, "pairs": name}. Returns [(k, kind of units, pair accuracy, loss)].
     """
     data = {"ablation accuracy": names["pairs"], "ablation val_loss": config.dataset}
 
     @torch.no_grad()
     def measure(units):
-        chosen = np.zeros(t.size, bool)
-        chosen[units] = True
+        mask = np.zeros(t.size, bool)
+        mask[units] = True
         losses = []
-        with silenced(lm.model, chosen.reshape(t.shape)):
+        with silenced(lm.model, mask.reshape(t.shape)):
             scores, _ = score_pairs(run, lm, pairs, config.ablate_pairs, config.batch_tokens)
             for part in windows.split(4):
                 with run.autocast():
                     losses.append(lm.model(part[:, :-1], part[:, 1:]).task.item())
-        half = np.linalg.norm(scores.high - scores.low) / 2 / len(scores)  # by Wilson's
+        half = np.linalg.norm(scores.high - scores.low) / 2 / len(scores)  # from Wilson's
         of_pairs = (scores.score.mean(), half, scores.n.sum())
         of_text = (np.mean(losses), 1.96 * scipy.stats.sem(losses), len(windows))
         return pd.DataFrame([of_pairs, of_text], data, ["score", "half", "n"])
 
     order = np.argsort(-t, axis=None, kind="stable")
     rng = np.random.default_rng(key_seed(config.seed, "ablate"))
-    whole = measure(order[:0]).score
-    rows = [(0, "selective", *whole), (0, "random", *whole)]
+    intact = measure(order[:0]).score
+    rows = [(0, "selective", *intact), (0, "random", *intact)]
     for k in [k for k in config.ablate if 0 < k <= t.size]:
         selective = measure(order[:k])
         random = [measure(rng.permutation(t.size)[:k]).score for _ in range(config.random_sets)]
@@ -570,18 +572,18 @@ def ablate(run, config, lm, t, pairs, windows, names):
             run.result(row.score, chance, *ends, int(row.n), **keys)
         accuracy, loss = selective.score
         run.print(
-            f"{k} units silenced: accuracy {accuracy:.3f} beside {mean[0]:.3f} of random units "
-            f"(whole {whole.iloc[0]:.3f}), validation loss {loss:.3f} beside {mean[1]:.3f} "
-            f"(whole {whole.iloc[1]:.3f})"
+            f"{k} units silenced: accuracy {accuracy:.3f} (random units {mean[0]:.3f}, none "
+            f"{intact.iloc[0]:.3f}), validation loss {loss:.3f} (random units {mean[1]:.3f}, "
+            f"none {intact.iloc[1]:.3f})"
         )
     return rows
 
 
 def geometry_of_text(run, config, sheets, batch):
-    """Correlation over distance and effective dimensionality of each sheet, on text (B, T).
+    """Report correlation over distance and effective dimensionality of each sheet on text (B, T).
 
-    Rows of results.csv beside shuffled positions and the number of units, 95 % by jackknife over
-    the windows. Returns the mean curve, of correlation at distances of 1, 2, ... cells.
+    Their chance levels are shuffled positions and the number of units; 95 % intervals come from a
+    jackknife over windows. Returns the mean correlation at distances of 1, 2, ... cells.
     """
     with torch.no_grad(), run.autocast():
         hidden = sheets.lm.model(batch, hidden=sheets.names).hidden
@@ -602,20 +604,20 @@ def geometry_of_text(run, config, sheets, batch):
         value, half = jackknife(partial(measure, hidden[name], units), windows, parts=10)
         n = (positions.neighbours(positions.sheet_side(len(r))).sum() // 2, batch.numel())
         keys = {"model": sheets.label, "contrast": "", "blur": 0.0, "data": config.dataset}
-        for k, what in enumerate(("correlation at distance 1", "effective dimensionality")):
+        for k, title in enumerate(("correlation at distance 1", "effective dimensionality")):
             ends = (value[k] - half[k], value[k] + half[k])
-            run.result(value[k], chance[k], *ends, n[k], measure=what, sheet=name, **keys)
+            run.result(value[k], chance[k], *ends, n[k], measure=title, sheet=name, **keys)
     return np.mean(curves, 0)
 
 
 def geometry_of_maps(run, config, sheets, contrast):
-    """Smoothness of each map and wiring length from sheet to sheet, beside shuffled positions.
+    """Report the smoothness of each map and the wiring length from each sheet to the next.
 
-    95 % by jackknife over stimuli.
+    Chance is shuffled positions; 95 % intervals come from a jackknife over stimuli.
     """
     labels = [("smoothness", name) for name in sheets.names]
-    for one, two in pairwise(sheets.names):
-        labels.append(("wiring length", f"{one} to {two}"))
+    for name, next_name in pairwise(sheets.names):
+        labels.append(("wiring length", f"{name} to {next_name}"))
 
     def measure_maps(maps):
         smooth = [smoothness(sheet) for sheet in maps]
@@ -632,15 +634,15 @@ def geometry_of_maps(run, config, sheets, contrast):
     for _ in range(5):
         nulls.append(measure_maps(on_sheet(of_units, rng.permuted(sheets.layout, axis=1))))
     keys = {"model": sheets.label, "contrast": contrast.name, "blur": 0.0, "data": contrast.data}
-    for (what, sheet), v, chance, h in zip(labels, value, np.mean(nulls, 0), half):
-        run.result(v, chance, v - h, v + h, of_units.shape[1], measure=what, sheet=sheet, **keys)
+    for (title, sheet), v, chance, h in zip(labels, value, np.mean(nulls, 0), half):
+        run.result(v, chance, v - h, v + h, of_units.shape[1], measure=title, sheet=sheet, **keys)
 
 
 # ---- plots
 
 
 def plot_contrast(path, title, models, maps):
-    """Every sheet of every model, on one colour scale. maps: those of each of the models."""
+    """Plot every sheet of every model on one colour scale; maps has one entry per model."""
     limit = np.abs(maps).max()
     columns = len(models[0].names)
     size = (1.45 * columns + 1, 1.75 * len(models) + 1)
@@ -660,8 +662,7 @@ def plot_contrast(path, title, models, maps):
 
 
 def plot_summary(path, title, rows, curves, profile, ablation):
-    """summary.png: Moran's I by contrast with its nulls, correlation over distance, the mask's
-    responses, and what ablation costs."""
+    """Plot Moran's I with its nulls, correlation over distance, mask responses and ablation."""
     fig, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
     for k, (label, part) in enumerate(pd.DataFrame(rows).groupby("model", sort=False)):
         x = np.arange(len(part)) + 0.2 * k
@@ -686,8 +687,8 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     axes[3].set(xscale="symlog", xlabel="units silenced")
     axes[3].legend(fontsize=7)
     axes[0].set_title("Moran's I of maps, mean over sheets (95 %)", fontsize=9)
-    axes[1].set_title("correlation of two units over their distance (cells)", fontsize=9)
-    axes[2].set_title("mask's response to held-out stimuli (SD units, 95 %)", fontsize=9)
+    axes[1].set_title("correlation between units against distance (cells)", fontsize=9)
+    axes[2].set_title("mask response to held-out stimuli (SD units, 95 %)", fontsize=9)
     axes[3].set_title("minimal-pair accuracy under ablation", fontsize=9)
     fig.suptitle(title, fontsize=10)
     fig.savefig(path, dpi=120)
@@ -695,7 +696,7 @@ def plot_summary(path, title, rows, curves, profile, ablation):
 
 
 def plot_sweep(path, table):
-    """Moran's I against validation loss, a line a kind of spatial loss, alpha beside each point."""
+    """Plot Moran's I against validation loss: a line per spatial loss, points marked with alpha."""
     fig, axis = plt.subplots(figsize=(6.5, 4.5), layout="constrained")
     for kind, part in table.sort_values("alpha").groupby("spatial", sort=False):
         label = "alpha = 0" if kind == "none" else kind
@@ -706,7 +707,7 @@ def plot_sweep(path, table):
     axis.set(xlabel="validation loss (nats per token)", ylabel="Moran's I, unsmoothed (95 %)")
     axis.axhline(0, c="0.8", lw=0.8, zorder=0)
     axis.legend(title="spatial loss on")
-    axis.set_title(f"topography against loss, by strength alpha; {table.data.iloc[0]}", fontsize=10)
+    axis.set_title(f"topography against loss, by alpha; {table.data.iloc[0]}", fontsize=10)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 
@@ -715,7 +716,7 @@ def plot_sweep(path, table):
 
 
 def content_of(config):
-    """A hash of the files that options only name: results.csv keeps no rows of other ones."""
+    """Hash the files that options name, so that results.csv drops rows of files that changed."""
     names = [config.lm, config.twin, *config.sweep, config.stimuli, config.pairs, config.dataset]
     states = []
     for name in filter(None, names):
@@ -725,7 +726,7 @@ def content_of(config):
 
 
 def compare_runs(run, config):
-    """Moran's I of every run in `sweep`, mean over contrasts and sheets, against its loss."""
+    """Plot Moran's I of every run in `sweep`, mean over contrasts and sheets, against its loss."""
     stimuli, contrasts, data = load_stimuli(run, config)
     run.content = content_of(config)
     for folder in config.sweep:
@@ -736,7 +737,7 @@ def compare_runs(run, config):
             results = pd.read_csv(Path(folder) / "results.csv")
             loss = results[results.metric == "val_loss"].score.iloc[-1]
         except (OSError, LookupError, AttributeError):
-            raise InputError(f"sweep={folder} is no finished run of train.py") from None
+            raise InputError(f"sweep={folder} is not a finished run of train.py") from None
         lm = load_model(folder, run)
         if not hasattr(lm.model, "unit_at_cell"):
             raise InputError(f"sweep={folder} has no sheets (positions=none): leave it out")
@@ -756,14 +757,14 @@ def compare_runs(run, config):
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
         run.print(
             f"{folder}: {kind}, alpha {alpha}: validation loss {loss:.3f}, Moran's I {score:.3f} "
-            f"± {half:.3f} beside {np.mean(null):.3f} of shuffled positions, n = {n} maps"
+            f"± {half:.3f} (shuffled positions {np.mean(null):.3f}), n = {n} maps"
         )
     plot_sweep(run.out / "sweep.png", run.merge())
     run.close()
 
 
 def load_pairs(run, config):
-    """(minimal pairs {UID: [pair, ...]}, what the data is called) of the option pairs."""
+    """Return the minimal pairs {UID: [pair, ...]} of the option `pairs`, and the data's name."""
     if not config.pairs:
         return {}, ""
     if Path(config.pairs).exists():
@@ -773,26 +774,26 @@ def load_pairs(run, config):
 
 
 def text_batches(run, config, lm):
-    """Validation text in `val_batches` batches of 16 windows, as long as the model reads + 1."""
+    """Return `val_batches` batches of 16 windows of validation text, block_size + 1 tokens long."""
     ids = split_ids(run.dataset(config.dataset), "val", lm.tokenizer)
     size = lm.model.config.block_size + 1
     if len(ids) < size:
-        holds = f"{len(ids):,} validation tokens, fewer than the {size} of a window"
-        raise InputError(f"dataset={config.dataset} has {holds} of {lm.name}: give a longer text")
+        shortage = f"{len(ids):,} validation tokens, fewer than the {size} of a window"
+        raise InputError(f"dataset={config.dataset} has {shortage} of {lm.name}: use a longer text")
     starts = np.linspace(0, len(ids) - size, 16 * config.val_batches).astype(int)
     windows = np.lib.stride_tricks.sliding_window_view(ids, size)[starts]
     return torch.from_numpy(windows).to(run.device).split(16)
 
 
 def all_have_sheets(config, lms):
-    """Whether all models have sheets. Raises InputError where there is nothing to do or compare."""
+    """Return whether all models have sheets. Raises InputError if nothing is left to do."""
     layouts = [getattr(lm.model, "unit_at_cell", None) for lm in lms.values()]
     if any(layout is None for layout in layouts):
         if not config.pairs:
-            raise InputError(f"nothing to do: {config.lm} has no sheets: give pairs=grammar")
+            raise InputError(f"nothing to do: {config.lm} has no sheets; give pairs=grammar")
         return False
     if layouts[0].shape != layouts[-1].shape:
-        raise InputError(f"twin={config.twin} has other n_layer or n_embd than {config.lm}")
+        raise InputError(f"twin={config.twin} must have the n_layer and n_embd of {config.lm}")
     return True
 
 
@@ -813,7 +814,7 @@ def main(config):
         if pairs:
             report_pairs(run, config, label, lm, pairs, pairs_data)
     if not have_sheets:
-        run.print(f"{config.lm} {config.twin}".strip() + ": some lack sheets: minimal pairs only")
+        run.print(f"{config.lm} {config.twin}".strip() + ": no sheets, so minimal pairs only")
         run.merge()
         return run.close()
 

@@ -1,4 +1,4 @@
-"""Texts of several conditions, as a localizer has them, and the contrasts between conditions."""
+"""Stimulus texts in several conditions, as in a localizer, and contrasts between conditions."""
 
 import itertools
 import re
@@ -22,10 +22,10 @@ DEFAULT_CONTRASTS = [
 
 
 def read_stimuli(path, text_column="text", condition_column="condition"):
-    """DataFrame with text and condition of a CSV, or of a folder whose CSVs are read together.
+    """Read text and condition from a CSV, or from all CSVs of a folder, into one DataFrame.
 
-    Two published layouts are known by their columns: Fedorenko's localizer (stim1 .. stimN: number,
-    words, S or N at the end) and Moseley's list (word, category, class). Raises InputError.
+    Two published layouts are recognised by their columns: Fedorenko's localizer (stim1 .. stimN:
+    number, words, then S or N) and Moseley's list (word, category, class). Raises InputError.
     """
     path = Path(path)
     files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
@@ -35,7 +35,7 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
     for file in files:
         table = read_csv(check_content(file))
         if not len(table):
-            raise InputError(f"{file} has a header and no rows")
+            raise InputError(f"{file} has a header but no rows")
         stims = table.filter(regex=r"^stim\d+$")
         if stims.shape[1] > 3:
             words = stims.iloc[:, 1:-1].agg(" ".join, axis=1)
@@ -55,7 +55,7 @@ def read_stimuli(path, text_column="text", condition_column="condition"):
 
 
 def join_columns(table, names, file):
-    """Columns 'a,b' of a table as one column of text."""
+    """Join the columns 'a,b' of a table into one column of text."""
     names = names.split(",")
     for name in names:
         if name not in table:
@@ -66,32 +66,34 @@ def join_columns(table, names, file):
 
 @dataclass
 class Contrast:
-    """Stimuli of some conditions against those of others."""
+    """The stimuli of some conditions against those of others."""
 
     name: str  # A>B or A+B>C+D
-    a: np.ndarray  # rows of the stimuli before the >
-    b: np.ndarray  # and after it
-    data: str = ""  # what the stimuli are called
+    a: np.ndarray  # rows of the stimuli left of the >
+    b: np.ndarray  # rows of the stimuli right of it
+    data: str = ""  # name of the stimuli
 
 
 def find_contrasts(conditions, wanted=(), data=""):
-    """{name: Contrast} of the stimuli's conditions (N,).
+    """Return {name: Contrast} for the stimuli's conditions (N,).
 
-    Where none is wanted, those of DEFAULT_CONTRASTS whose conditions are there, or every pair.
+    By default these are the DEFAULT_CONTRASTS whose conditions exist, or else every pair.
     """
     conditions = np.asarray(conditions)
     names = sorted(set(conditions))
     if len(names) < 2 and not wanted:
-        raise InputError(f"{data}: the stimuli are of one condition, {names[0]}: two are needed")
-    known = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
-    every = map(">".join, itertools.combinations(names, 2))
+        raise InputError(f"{data}: all stimuli have the condition {names[0]}: give at least two")
+    defaults = [c for c in DEFAULT_CONTRASTS if set(re.split("[>+]", c)) <= set(names)]
+    pairs = map(">".join, itertools.combinations(names, 2))
     contrasts = {}
-    for contrast in wanted or known or every:
+    for contrast in wanted or defaults or pairs:
         for condition in re.split("[>+]", contrast):
             n = (conditions == condition).sum()
             if n < 4:
-                need = f"condition '{condition}' has {n} stimuli, 4 are needed"
-                raise InputError(f"contrast '{contrast}': {need}; there are {', '.join(names)}")
+                shortage = f"condition '{condition}' has {n} stimuli but needs at least 4"
+                raise InputError(
+                    f"contrast '{contrast}': {shortage}; conditions: {', '.join(names)}"
+                )
         left, right = contrast.split(">")
         a = np.flatnonzero(np.isin(conditions, left.split("+")))
         b = np.flatnonzero(np.isin(conditions, right.split("+")))

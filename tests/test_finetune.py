@@ -297,7 +297,7 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
     printed = capsys.readouterr().out
     texts = read_task(given / "tasks", "untested").text
     assert f"{(texts.str.len() > 7).sum()} of 80 texts are longer than the 8 tokens" in printed
-    assert "the very data it was chosen on" in printed
+    assert "on the data that chose it" in printed
 
 
 # ---- bad input
@@ -337,8 +337,8 @@ def test_another_mode_metric_labels_and_texts_are_refused(given, tmp_path):
     (tmp_path / "c").mkdir()
     save_checkpoint(tmp_path / "c/ckpt.pt", state)
     for folder, more, words in (
-        ("b", {**again, "mode": "head"}, "mode=full, the options say head"),
-        ("b", {**again, "metric": "f1"}, "metric=, the options say f1"),
+        ("b", {**again, "mode": "head"}, "mode=full, not head"),
+        ("b", {**again, "metric": "f1"}, "metric=, not f1"),
         ("c", again, "has other labels"),
         ("d", {"task": "letter", "against": [str(tmp_path / "b")]}, "other texts"),
     ):

@@ -114,7 +114,7 @@ SCRIPTS = [
         "random_sets=1 val_batches=1 device=cpu",
         wrong={
             "stimuli=nosuch": ["nosuch"],
-            "contrasts=a>q": ["'q'", "there are a, b"],
+            "contrasts=a>q": ["'q'", "conditions: a, b"],
             "contrasts=a": ["A>B"],
             "pairs=nosuch": ["nosuch"],
             "sweep=nosuch": ["nosuch", "results.csv"],

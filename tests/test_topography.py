@@ -276,7 +276,7 @@ def test_stimuli_in_the_known_layouts_and_bad_ones(tmp_path):
 def test_contrasts_without_names():
     contrasts = find_contrasts(["x"] * 5 + ["y"] * 4 + ["z"] * 4)
     assert list(contrasts) == ["x>y", "x>z", "y>z"]
-    input_error("of one condition, x: two are needed", find_contrasts, ["x"] * 5)
+    input_error("all stimuli have the condition x", find_contrasts, ["x"] * 5)
     input_error("on both sides", find_contrasts, ["x"] * 5 + ["y"] * 4, ["x>x+y"])
 
 
@@ -385,7 +385,7 @@ def test_runs_of_train_are_compared_at_their_losses(given, tmp_path):
     results = tmp_path / "alpha0.0/results.csv"
     for text in ("metric,score\naccuracy,0.5\n", "measure,score\nmoran,0.5\n"):  # of other scripts
         results.write_text(text)
-        sentence = "is no finished run of train.py"
+        sentence = "is not a finished run of train.py"
         input_error(sentence, run, given, tmp_path / "other", sweep=folders)
 
 
