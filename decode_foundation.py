@@ -1,17 +1,17 @@
-"""Pretrained encoders of recordings for decode.py, plugged in as a file of yours would be.
+"""Pretrained encoders of recordings for decode.py, plugged in as your own file would be.
 
     python decode.py config/decode_foundation.yaml                                # frozen
-    python decode.py config/decode_foundation_finetune.yaml                       # trained as well
+    python decode.py config/decode_foundation_finetune.yaml                       # fine-tuned
 
 preprocess=foundation_model_preprocessing_fn    frozen latents: the encoder's tokens of a window
-preprocess=foundation_model_input               what the encoder reads, for the next one
+preprocess=foundation_model_input               the encoder's input, for foundation_finetune
 model=foundation_finetune                       the encoder and a linear layer, both trained
-config_setter=foundation_model                  takes the window that the encoder was trained on
+config_setter=foundation_model                  sets the window that the encoder was trained on
 
 preprocessor_params: model_dir, a run folder of foundation.py; untrained=K, the same encoder with
 random weights number K; foundation_model_batch_size. model_dir may also hold experiment_config.ini
-and model.pth of another code (an 8 x 8 grid, podcast-benchmark's document): then model=
-my_file.py:constructor gives the module that model.pth fits.
+and model.pth of other code (an 8 x 8 grid, as podcast-benchmark documents); then model=
+my_file.py:constructor must build the module that model.pth fits.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ PARAMS = {"model_dir", "untrained", "foundation_model_batch_size", "model", "ch_
 
 
 def model_folder(params):
-    """preprocessor_params.model_dir as a Path. Raises InputError."""
+    """Return preprocessor_params.model_dir as a Path. Raises InputError if it does not exist."""
     check_keys(params, PARAMS, "preprocessor_params")
     folder = Path(params.get("model_dir", ""))
     if not params.get("model_dir") or not folder.exists():
@@ -47,7 +47,7 @@ def model_folder(params):
 
 
 def pretrained(params):
-    """(NeuralEncoder, recipe) of model_dir; with untrained=K, random weights instead."""
+    """Load NeuralEncoder and its recipe from model_dir; untrained=K replaces the weights."""
     encoder, recipe = load_encoder(model_folder(params))
     if params.get("untrained"):
         torch.manual_seed(key_seed("untrained", params["untrained"]))
@@ -56,14 +56,14 @@ def pretrained(params):
 
 
 def frozen_latents(montage, params, device):
-    """The reader of preprocess=foundation_model_preprocessing_fn, see data/montage.py."""
+    """Return the reader for preprocess=foundation_model_preprocessing_fn (see data/montage.py)."""
     if (model_folder(params) / "experiment_config.ini").is_file():
         return ForeignLatents(montage, params, device)
     return FrozenLatents(montage, params, device)
 
 
 def foundation_model(experiment_config, raws, df_word, word_embeddings):
-    """podcast-benchmark's setter of that name: channel names, and the pretrained model's window."""
+    """Set channel names and the pretrained model's window, as podcast-benchmark's setter does."""
     data_params = experiment_config.data_params
     params = data_params.preprocessor_params
     params["ch_names"] = []
@@ -81,11 +81,11 @@ def foundation_model(experiment_config, raws, df_word, word_embeddings):
 
 
 class EncoderInput:
-    """Windows as an encoder of foundation.py was pretrained on them: its rate, bands and places.
+    """Windows in the form that an encoder of foundation.py reads: its rate, bands and places.
 
-    Scales are those of pretraining's time where a recording was in it, else of all of it, without
-    segments that are marked BAD; no word is looked at. People stand side by side: (words,
-    electrodes, samples).
+    Scales come from the stretch used in pretraining if the recording was part of it, otherwise from
+    all of it, without BAD segments and without looking at words. The electrodes of all people are
+    concatenated: (words, electrodes, samples).
     """
 
     def __init__(self, montage, params, device):
@@ -94,13 +94,13 @@ class EncoderInput:
         sfreq = self.recipe["sfreq"]
         if sfreq > montage.sfreq:
             raise InputError(
-                f"preprocessor_params.model_dir={params['model_dir']} reads {sfreq:g} Hz and the "
-                f"recordings have {montage.sfreq:g} Hz: take an encoder that was pretrained on less"
+                f"preprocessor_params.model_dir={params['model_dir']} reads {sfreq:g} Hz but the "
+                f"recordings have {montage.sfreq:g} Hz: use an encoder with a lower sfreq"
             )
         self.people = []
         for person in montage.people:
             if person.mixing is not None:
-                raise InputError("reference=laplacian is for windows, not for an encoder: leave it")
+                raise InputError("reference=laplacian does not work with an encoder: leave it out")
             self.people.append(self.match(person.recording, person.channels))
         table = pd.DataFrame(self.people)
         places = [xyz.tolist() for xyz in table.xyz]
@@ -113,53 +113,54 @@ class EncoderInput:
         self.key = digest.hexdigest()
         self.model_params = {"model_dir": params["model_dir"], "places": places}
         self.model_params |= {"untrained": params.get("untrained", 0), "subjects": subjects}
-        known = pd.DataFrame(table.matched.tolist()).sum()
+        counts = pd.DataFrame(table.matched.tolist()).sum()
         self.description = (
-            f"{params['model_dir']}: {montage.sfreq:g} Hz are read as {sfreq:g} Hz; electrodes: "
-            f"{known['name']} known by name, {known['position']} by position only, "
-            f"{known['absent']} without a place, left out; pretraining heard, without words, "
+            f"{params['model_dir']}: resampled from {montage.sfreq:g} to {sfreq:g} Hz; electrodes: "
+            f"{counts['name']} matched by name, {counts['position']} by position only, "
+            f"{counts['absent']} left out without a place; pretraining used, without words, "
             f"{', '.join(filter(None, table.heard)) or 'none of these recordings'}"
         )
 
     def match(self, recording, channels):
-        """How the encoder sees a person's recording: places, number in pretraining, time."""
+        """Match a recording with pretraining: electrode places, person, and the stretch used."""
         names = [recording.names[c] for c in channels]
         good = recording.good[channels]
         xyz = places(names, recording.xyz[channels], good, self.recipe["grid"])
         xyz, matched = named_places(names, xyz, self.recipe)
         person = {"recording": recording, "channels": channels, "xyz": xyz, "matched": matched}
         person |= {"subject": -1, "seen": (0, math.inf), "heard": ""}
-        for known in self.recipe["recordings"]:
-            dataset = Path(known["dataset"]).name
-            if (dataset, known["name"]) == (recording.path.parent.name, recording.path.name):
-                person["subject"] = self.recipe["subjects"].index(known["subject"])
-                begin, end = person["seen"] = known["seen"]
-                person["heard"] = f"{known['name']} from {begin:.0f} to {end:.0f} s"
+        for pretrained_on in self.recipe["recordings"]:
+            name = pretrained_on["name"]
+            dataset = Path(pretrained_on["dataset"]).name
+            if (dataset, name) == (recording.path.parent.name, recording.path.name):
+                person["subject"] = self.recipe["subjects"].index(pretrained_on["subject"])
+                begin, end = person["seen"] = pretrained_on["seen"]
+                person["heard"] = f"{name} from {begin:.0f} to {end:.0f} s"
         return person
 
     def signal(self, person):
-        """(signal (T', C, F) at the encoder's rate, centre, scale), made once."""
+        """Return signal (T', C, F) at the encoder's rate, centre and scale; computed once."""
         if "signal" not in person:
             recording, sfreq = person["recording"], self.recipe["sfreq"]
             x = resampled(recording.signal, recording.sfreq, self.recipe, person["channels"])
             seconds = np.arange(len(x)) / sfreq
             begin, end = person["seen"]
-            counts = (seconds >= begin) & (seconds < end)
+            usable = (seconds >= begin) & (seconds < end)
             seconds += recording.first_sample / recording.sfreq  # on the recording's clock
             bad = recording.meta.get("bad_spans", [])
-            counts &= ~inside_spans(seconds, seconds + 1 / sfreq, bad)
-            person["signal"] = x, *robust_scale(x[counts])
+            usable &= ~inside_spans(seconds, seconds + 1 / sfreq, bad)
+            person["signal"] = x, *robust_scale(x[usable])
         return person["signal"]
 
     def __call__(self, first, width):
-        """(words, ...): windows of `width` samples from rows `first` (people, words) on."""
+        """Return windows (words, ...) of `width` samples from rows `first` (people, words)."""
         parts = []
         for person, row in zip(self.people, first):
             x, centre, scale = self.signal(person)
             rate = self.recipe["sfreq"] / person["recording"].sfreq
             samples = np.arange(round(width * rate))
             if len(samples) < self.recipe["patch"]:
-                raise InputError(f"window=: {width} samples hold no patch of the encoder")
+                raise InputError(f"window=: {width} samples hold no patch of the encoder: widen it")
             begin = np.round(row * rate).astype(int).clip(0, len(x) - len(samples))
             windows = x[begin[:, None] + samples]
             parts.append(encoder_input(windows, self.recipe, centre, scale))
@@ -167,9 +168,9 @@ class EncoderInput:
 
 
 class Latents(nn.Module):
-    """An encoder's tokens of people side by side: (words, electrodes, samples) -> (words, latents).
+    """Concatenated encoder tokens of all people: (words, electrodes, samples) -> (words, latents).
 
-    places, subjects: of the people, as EncoderInput gives them.
+    places and subjects have one entry per person, as in EncoderInput.
     """
 
     def __init__(self, encoder, places, subjects):
@@ -190,14 +191,14 @@ class Latents(nn.Module):
 
 
 class FrozenLatents(EncoderInput):
-    """The frozen encoder's tokens of a window, people side by side: (words, latents)."""
+    """Tokens of a window from the frozen encoder, concatenated over people: (words, latents)."""
 
     def __init__(self, montage, params, device):
         super().__init__(montage, params, device)
         self.device = choose_device(device)
         places, subjects = self.model_params["places"], self.model_params["subjects"]
         self.latents = Latents(self.encoder, places, subjects).to(self.device)
-        self.model_params = {}  # these are the finetuned decoder's
+        self.model_params = {}  # only FineTune needs them
 
     @torch.no_grad()
     def __call__(self, first, width):
@@ -209,7 +210,7 @@ class FrozenLatents(EncoderInput):
 
 
 class FineTune(nn.Module):
-    """The pretrained encoder and a linear layer on its tokens: (words, electrodes, samples) in."""
+    """The pretrained encoder and a linear layer on its tokens, for (words, electrodes, samples)."""
 
     def __init__(
         self,
@@ -235,14 +236,14 @@ class FineTune(nn.Module):
         return self.head(self.dropout(self.latents(x)))
 
 
-# ---- encoders of another code
+# ---- encoders of other code
 
 
 class ForeignLatents:
     """Latents of a model that reads an 8 x 8 grid: model(batch, forward_features=True).
 
-    A batch is (words, 1, T, 8, 8): means of blocks at new_fs, electrodes G1 to G64 row by row,
-    zeros where there is none.
+    A batch is (words, 1, T, 8, 8): block means at new_fs, electrodes G1 to G64 row by row, zeros
+    for missing electrodes.
     """
 
     model_params: dict = {}
@@ -254,22 +255,22 @@ class ForeignLatents:
         self.config = read_ini(folder).ecog_data_config
         if params.get("untrained") or ":" not in str(params.get("model", "")):
             raise InputError(
-                f"{folder} holds a model of another code: give preprocessor_params.model="
-                "my_file.py:constructor, which makes the module of model.pth, and no untrained="
+                f"{folder} holds a model of other code: give preprocessor_params.model="
+                "my_file.py:constructor, which builds the module of model.pth, and no untrained="
             )
         sfreq = self.config.original_fs
         if montage.sfreq != sfreq:
             raise InputError(f"{folder} reads recordings at {sfreq:g} Hz, not {montage.sfreq:g} Hz")
         names = pd.Series(montage.names).str.partition(" ")[2]
         grid = pd.Index([f"G{number}" for number in range(1, 65)])
-        self.cells = grid.get_indexer(names)  # -1: not of the grid
+        self.cells = grid.get_indexer(names)  # -1: not on the grid
         on_grid = names[self.cells >= 0]
         if on_grid.empty or not on_grid.is_unique:
             raise InputError(
-                f"{folder} reads electrodes G1 to G64 of one person, and there are "
+                f"{folder} reads electrodes G1 to G64 of one person, not "
                 f"{', '.join(montage.names[:6])}: choose others with subjects= or channels="
             )
-        self.description = f"{folder}: {len(on_grid)} of 64 electrodes are there, others are zeros"
+        self.description = f"{folder}: {len(on_grid)} of 64 electrodes exist, the rest are zeros"
         self.model = load_function(params["model"], "preprocessor_params.model")(read_ini(folder))
         code = user_files(params["model"].partition(":")[0])
         self.key = files_in([str(folder), *map(str, code)])
@@ -278,19 +279,19 @@ class ForeignLatents:
             self.model.load_state_dict(state)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"{folder / 'model.pth'} is not the weights of {params['model']} "
-                f"({' '.join(str(error).split())[:160]})"
+                f"{folder / 'model.pth'} does not hold the weights of {params['model']}: change "
+                f"one of them ({' '.join(str(error).split())[:160]})"
             ) from None
         self.device = choose_device(device)
         self.model.to(self.device).eval()
 
     @torch.no_grad()
     def __call__(self, first, width):
-        """(words, latents): windows of `width` samples from rows `first` (people, words) on."""
+        """Return latents (words, latents) of `width` samples from rows `first` (people, words)."""
         step = int(self.config.original_fs // self.config.new_fs)
         if width % step:
             raise InputError(
-                f"a window of {width} samples is no number of blocks of {step}: take "
+                f"a window of {width} samples does not divide into blocks of {step}: use "
                 "config_setter=foundation_model, or another window="
             )
         size = self.params.get("foundation_model_batch_size", 64)

@@ -1,25 +1,25 @@
-"""What can be learned from brain recordings without a label? A masked autoencoder of electrodes.
+"""What can be learned from brain recordings without labels? A masked autoencoder of electrodes.
 
     python foundation.py                                        # embedded: minutes on two cores
     python foundation.py minutes=4                              # as many steps as fit
-    python foundation.py dataset=FOLDER montage=colin27_1005   # whatever MNE reads
+    python foundation.py dataset=FOLDER montage=colin27_1005    # files that MNE reads
     torchrun --standalone --nproc_per_node=4 foundation.py config/foundation_podcast.yaml
-    python foundation.py init_from=resume                       # go on after a stop, bit for bit
+    python foundation.py init_from=resume                       # continue after a stop, bit for bit
 
-A token is a patch of time of one electrode, which is its place, never its index. Most tokens are
-hidden. NeuralEncoder thinks on the visible ones; a small decoder fills in the others. R² of hidden
-patches on held-out stretches of every recording stands beside interpolation in time, the nearest
-electrodes, and ridge from the visible patches, under the same masks; each channel's mean is 0.
+A token is a patch of time of one electrode, known by its place, never its index. Most tokens are
+hidden: NeuralEncoder reads the visible ones, and a small decoder fills in the rest. The table
+compares R² of hidden patches on held-out stretches of every recording, relative to each channel's
+mean, with interpolation in time, the nearest electrodes, and ridge from the visible patches.
 
-decode.py and telepath.py take the latents, encoder(x, xyz, subject) -> (B, patches, n_embd), and so
-can you:
+decode.py and telepath.py use the latents, encoder(x, xyz, subject) -> (B, patches, n_embd). So can
+your code:
 
     encoder, recipe = model.load_encoder("out/foundation")
     y = resampled(recording.signal, recording.sfreq, recipe)  # data/recording.py: (T, C, F)
     centre, scale = robust_scale(y[rows of training])
     x = encoder_input(windows (N, T, C, F) of y, recipe, centre, scale)
     xyz = places(recording.names, recording.xyz, recording.good, recipe["grid"])
-    encoder(x, xyz, subject)               # number in recipe["subjects"], -1: a stranger
+    encoder(x, xyz, subject)               # index in recipe["subjects"]; -1: a new person
 
 He et al. 2022 (masked autoencoders); Tong et al. 2022 (tubes); Défossez et al. 2023 (electrodes as
 places).
@@ -54,70 +54,70 @@ MASKS = ("random", "tube", "span")
 
 
 def default(*values):
-    """The default of an option that is a list."""
+    """Return a dataclass field whose default is a list of values."""
     return field(default_factory=lambda: list(values))
 
 
 @dataclass
 class Config:
     # ---- recordings
-    dataset: list[str] = default("synthetic_podcast")  # under data/, prepared, or files of MNE
+    dataset: list[str] = default("synthetic_podcast")  # prepared sets, or folders that MNE reads
     subjects: list[str] = default()  # only these people; none: all
-    channels: str = ""  # regular expression, from a name's beginning: LG[AB]*; "": all
-    montage: str = ""  # MNE's montage for files without places: colin27_1005
-    grid: str = ""  # 8x8: channels G1 .. G64 sit on a grid whatever xyz says, and are all there is
-    sfreq: float = 32.0  # Hz, by block means
+    channels: str = ""  # regular expression that names start with: LG[AB]*; "": all
+    montage: str = ""  # MNE's montage for files without electrode places: colin27_1005
+    grid: str = ""  # 8x8: use only channels G1 .. G64, placed on a grid whatever xyz says
+    sfreq: float = 32.0  # Hz, after averaging blocks of samples
     bands: list[list[float]] = default()  # envelopes (Hz) instead of the signal: [[4,8],[70,150]]
-    clamp: float = 8.0  # cut beyond so many robust SD of the channel
+    clamp: float = 8.0  # clip at this many robust SD of the channel
     window: float = 0.5  # s
     patch: int = 4  # samples per token
-    # ---- splits: training, validation, test, a window apart, in each recording
-    val_share: float = 0.15  # of its time
-    test_share: float = 0.15
+    # ---- each recording is split into training, validation and test, one window apart
+    val_share: float = 0.15  # share of a recording's time
+    test_share: float = 0.15  # share of a recording's time
     # ---- masks
-    # random: patches; tube: electrodes, for the whole window; span: time, of all electrodes
-    masks: list[str] = default("random", "tube")  # they take turns
+    # random: patches; tube: electrodes, for the whole window; span: one stretch, all electrodes
+    masks: list[str] = default("random", "tube")  # micro-batches take them in turn
     mask_ratio: float = 0.75  # hidden share
     # ---- model
-    n_embd: int = 64  # of a latent
-    width: int = 64  # of the encoder
+    n_embd: int = 64  # values per latent
+    width: int = 64  # width of the encoder
     n_layer: int = 3
     n_head: int = 4
-    degree: int = 3  # of the Fourier code of places
-    decoder_width: int = 128  # of a patch's state
-    decoder_layers: int = 2  # how often hidden patches are guessed
-    latent_weight: float = 1.0  # of the second loss: all patches, linearly from the latents
+    degree: int = 3  # degree of the Fourier code of places
+    decoder_width: int = 128  # width of the decoder's state per patch
+    decoder_layers: int = 2  # rounds of guessing the hidden patches
+    latent_weight: float = 1.0  # weight of the second loss: a linear readout of all patches
     dropout: float = 0.0  # in the encoder
     # ---- optimiser
     batch_size: int = 64  # windows per micro-batch, all of one recording
     windows_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
     learning_rate: float = 2e-3  # AdamW's peak
     weight_decay: float = 0.05  # on matrices
-    grad_clip: float = 1.0  # total norm
+    grad_clip: float = 1.0  # maximum total norm
     max_iters: int = 4000  # optimiser steps
-    minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
-    warmup_iters: int = 100  # linear warm-up, then cosine to 0
+    minutes: float = 0.0  # replaces max_iters with the number of steps that fit
+    warmup_iters: int = 100  # steps of linear warm-up, then cosine to 0
     # ---- evaluation
     eval_interval: int = 250  # steps between validations
-    eval_windows: int = 256  # windows of each recording that are scored; 0: all
-    block: float = 5.0  # s: intervals are over blocks of so long
-    bootstraps: int = 1000
-    # penalties of ridge, chosen on validation windows
+    eval_windows: int = 256  # windows of each recording to score; 0: all
+    block: float = 5.0  # s, length of the blocks that the bootstrap resamples
+    bootstraps: int = 1000  # bootstrap samples
+    # ridge penalties to choose from on validation windows
     alphas: list[float] = default(0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
-    ridge_limit: int = 8192  # values of a window beyond which its ridge is left out
+    ridge_limit: int = 8192  # skip ridge where a window has more values
     # ---- run
     out_dir: str = "out/foundation"  # best.pt, results.csv, figures
-    init_from: Literal["scratch", "resume"] = "scratch"
+    init_from: Literal["scratch", "resume"] = "scratch"  # resume: continue after a stop
     overwrite: bool = False  # start over in a folder that holds a run
-    seed: int = 1337  # fixes everything
+    seed: int = 1337  # for weights, windows, masks, dropout and the bootstrap
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "float32"  # auto: bfloat16 where that is quicker
+    dtype: str = "float32"  # auto: bfloat16 where it is faster
     compile: bool = False  # compile the encoder's blocks
-    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50  # steps between lines
+    deterministic: bool = False  # bit-for-bit repeats on CUDA too, but slower
+    log_interval: int = 50  # steps between log lines
     save_interval: int = 500  # steps between checkpoints
     wandb_log: bool = False  # log to Weights & Biases
-    wandb_project: str = "nanocortex"  # its project
+    wandb_project: str = "nanocortex"  # project on Weights & Biases
 
     POSITIVE = (
         "dataset masks sfreq window patch clamp mask_ratio val_share test_share n_embd width "
@@ -129,19 +129,19 @@ class Config:
     def check(self):
         samples = self.samples
         if self.mask_ratio >= 1:
-            raise InputError(f"mask_ratio={self.mask_ratio}: something must stay visible")
+            raise InputError(f"mask_ratio={self.mask_ratio} hides everything: keep it below 1")
         if set(self.masks) - set(MASKS):
-            raise InputError(f"masks={','.join(self.masks)}: there are {', '.join(MASKS)}")
+            raise InputError(f"masks={','.join(self.masks)}: choose from {', '.join(MASKS)}")
         if samples < self.patch or samples % self.patch:
             raise InputError(
                 f"window={self.window:g} s has {samples} samples at sfreq={self.sfreq:g} Hz, which "
                 f"patch={self.patch} does not divide: change one of the three"
             )
         if "span" in self.masks and samples == self.patch:
-            raise InputError(f"masks=span needs shorter patches: patch={self.patch} is all time")
+            raise InputError(f"masks=span needs a patch shorter than the window ({self.patch})")
         for band in self.bands:
             if len(band) != 2 or not 0 < band[0] < band[1]:
-                raise InputError(f"bands={self.bands}: give pairs of Hz: [[4,8],[70,150]]")
+                raise InputError(f"bands={self.bands} must be pairs of Hz: [[4,8],[70,150]]")
         if not re.fullmatch(r"(\d+x\d+)?", self.grid):
             raise InputError(f"grid={self.grid} must be rows x columns: 8x8")
         if self.width % self.n_head:
@@ -149,12 +149,12 @@ class Config:
         try:
             re.compile(self.channels)
         except re.error as error:
-            problem = f"channels={self.channels} is no regular expression"
+            problem = f"channels={self.channels} is not a regular expression"
             raise InputError(f"{problem}: {error}") from None
 
     @property
     def samples(self):
-        """Of a window."""
+        """Samples per window."""
         return round(self.window * self.sfreq)
 
 
@@ -162,9 +162,9 @@ class Config:
 
 
 def find_recordings(run, name):
-    """Folders of the recordings that one entry of dataset= names.
+    """Return the folders of the recordings that one entry of dataset= names.
 
-    A folder of files that MNE reads is converted into out_dir/recordings, on rank 0, once.
+    Rank 0 converts a folder of files that MNE reads into out_dir/recordings, once.
     """
     folder = Path(name)
     prepared = (folder / "meta.yaml").exists() or (folder / "prepare.py").exists()
@@ -183,25 +183,25 @@ def find_recordings(run, name):
 
 
 def usable_channels(recording, config):
-    """(numbers, xyz) of the channels that match channels=, are good and have a place."""
+    """Return indices and xyz of the good channels that match channels= and have a place."""
     xyz = places(recording.names, recording.xyz, recording.good, config.grid)
-    asked = np.array([bool(re.match(config.channels, name)) for name in recording.names])
-    channels = np.flatnonzero(asked & np.isfinite(xyz).all(1))
+    matches = np.array([bool(re.match(config.channels, name)) for name in recording.names])
+    channels = np.flatnonzero(matches & np.isfinite(xyz).all(1))
     if not len(channels):
         raise InputError(
-            f"{recording.path}: of {', '.join(recording.names[:6])}, ... none is good, has a place "
-            f"and fits channels={config.channels} and grid={config.grid}: a grid takes the names "
-            "G1, G2, ...; give montage= for files of MNE"
+            f"{recording.path}: none of {', '.join(recording.names[:6])}, ... is good, has a place "
+            f"and matches channels={config.channels} and grid={config.grid}; a grid needs the "
+            "names G1, G2, ...; files that MNE reads may need montage="
         )
     return channels, xyz[channels]
 
 
 def clean_rows(recording, n_rows, sfreq):
-    """(n_rows,) bool: rows at sfreq that no BAD segment touches, and with which no epoch ends."""
+    """Mark the rows (n_rows,) at sfreq that touch no BAD segment and no seam between epochs."""
     seconds = recording.first_sample / recording.sfreq + np.arange(n_rows) / sfreq
     bad = recording.meta.get("bad_spans", [])
     clean = ~inside_spans(seconds, seconds + 1 / sfreq, bad)
-    if "epoch_samples" in recording.meta:  # one after the other: no window may hold a seam
+    if "epoch_samples" in recording.meta:  # concatenated epochs: no window may cross a seam
         edges = np.arange(n_rows + 1) * recording.sfreq / sfreq + 1e-6
         epoch = edges // recording.meta["epoch_samples"]
         clean &= epoch[1:] == epoch[:-1]
@@ -211,9 +211,9 @@ def clean_rows(recording, n_rows, sfreq):
 class Source:
     """One recording, resampled, scaled and split in time. Raises InputError if nothing is left.
 
-    signal (T, C, F) float32; names, xyz (C, 3) of its channels; centre, scale (C, F): robust, of
-    clean training time; mean (C, F) of what is scaled; spans {split: (begin, end)} in rows;
-    starts {split: first rows of windows}: in training all of them, else side by side.
+    signal (T, C, F) float32; names and xyz (C, 3) of its channels; centre and scale (C, F): robust,
+    of clean training time; mean (C, F) of the scaled signal; spans {split: (begin, end)} in rows;
+    starts {split: first rows of windows}, which overlap in training and nowhere else.
     """
 
     def __init__(self, recording, dataset, config):
@@ -228,13 +228,13 @@ class Source:
         self.split(clean, recording.path)
         end = self.spans["train"][1]
         train = signal[:end][clean[:end]]
-        # a channel may be flat or hold NaN although nobody marked it bad
+        # a channel may be flat or hold NaN although it is not marked bad
         varies = (train.std(0, dtype=float) > 1e-6 * np.abs(train).max(0)).all(1)
         varies &= np.isfinite(signal).all((0, 2))
         if varies.sum() < 2:
             raise InputError(
-                f"{recording.path}: {varies.sum()} of its {len(channels)} channels vary and are "
-                "free of NaN; it takes two to predict one from another"
+                f"{recording.path}: only {varies.sum()} of {len(channels)} channels vary and have "
+                "no NaN; predicting one from another needs two"
             )
         names = np.array(recording.names)[channels]
         self.names = names[varies].tolist()
@@ -249,7 +249,7 @@ class Source:
         self.mean = scaled.mean(0)
 
     def split(self, clean, path):
-        """Set spans and starts; clean (T,): the rows that a window may hold."""
+        """Set spans and starts; windows may only hold the rows in clean (T,)."""
         config = self.config
         width = config.samples
         end = len(clean)
@@ -263,23 +263,23 @@ class Source:
             starts = starts[n_bad[starts + width] == n_bad[starts]]
             if not len(starts):
                 raise InputError(
-                    f"window={config.window:g} s: {path} has {end / config.sfreq:.1f} s, of which "
-                    f"{clean.mean():.0%} are not BAD: too few for {split} windows"
+                    f"{path} has {end / config.sfreq:.1f} s, of which {clean.mean():.0%} are not "
+                    f"BAD: too few for {split} windows; shorten window={config.window:g}"
                 )
             self.starts[split] = starts
 
     def cut(self, starts):
-        """Windows (N, C, P * F * patch) that begin at some rows, in robust SD."""
+        """Cut windows (N, C, P * F * patch), in robust SD, that begin at some rows."""
         windows = self.signal[np.asarray(starts)[:, None] + np.arange(self.config.samples)]
         return encoder_input(windows, asdict(self.config), self.centre, self.scale)
 
     def centred(self, x):
-        """Windows (N, C, P * F * patch) less each channel's mean: (N, C, P, F * patch)."""
+        """Subtract each channel's mean: windows (N, C, P * F * patch) -> (N, C, P, F * patch)."""
         mean = np.repeat(self.mean, self.config.patch, axis=1)  # (C, F * patch)
         return x.reshape(len(x), len(mean), -1, mean.shape[1]) - mean[:, None]
 
     def facts(self):
-        """What the checkpoint says of it."""
+        """Return what the checkpoint stores about the recording."""
         return {
             "dataset": self.dataset,
             "name": self.name,
@@ -293,17 +293,17 @@ class Source:
 
 
 class Batch(NamedTuple):
-    """Windows of one recording, and what of them is visible."""
+    """Windows of one recording and their visible patches."""
 
     x: torch.Tensor  # (B, C, P * D), D = F * patch values in a patch
     visible: torch.Tensor  # (B, C, P) bool, equally many in each window
     xyz: torch.Tensor  # (C, 3)
     subject: torch.Tensor  # (B,)
-    electrodes: torch.Tensor  # (C,) numbers among all electrodes of all people
+    electrodes: torch.Tensor  # (C,) indices among all electrodes of all people
 
 
 class Corpus:
-    """All recordings of dataset=, and batches of them. recipe: what the checkpoint says of them."""
+    """All recordings of dataset= and batches of them; recipe is what a checkpoint stores."""
 
     def __init__(self, run, config):
         self.run = run
@@ -330,7 +330,7 @@ class Corpus:
         self.recipe["recordings"] = [source.facts() for source in self.sources]
 
     def load(self):
-        """The recordings as Sources. What cannot be used is named and left out."""
+        """Load recordings as Sources; leave out those that cannot be used, and print why."""
         config = self.config
         recordings = []
         for dataset in config.dataset:
@@ -338,11 +338,11 @@ class Corpus:
                 recordings.append((dataset, Recording(path)))
         for subject in config.subjects:
             if not any(is_subject(subject, recording) for _, recording in recordings):
-                raise InputError(f"subjects={subject}: nobody in dataset= is called so")
+                raise InputError(f"subjects={subject}: nobody in dataset= has that name")
         sources = []
         for dataset, recording in recordings:
-            asked = [is_subject(subject, recording) for subject in config.subjects]
-            if asked and not any(asked):
+            matches = [is_subject(subject, recording) for subject in config.subjects]
+            if matches and not any(matches):
                 continue
             try:
                 sources.append(Source(recording, dataset, config))
@@ -354,7 +354,7 @@ class Corpus:
         return sources
 
     def masked(self, source, starts, kind, rng):
-        """The Batch of some windows of a recording under masks of a kind."""
+        """Return a Batch of windows of a recording under masks of a kind."""
         shape = (len(starts), len(source.names), self.n_patches)
         visible = draw_mask(kind, shape, self.config.mask_ratio, rng)
         batch = Batch(
@@ -367,7 +367,7 @@ class Corpus:
         return Batch(*[tensor.to(self.run.device) for tensor in batch])
 
     def batch(self, step, micro):
-        """A training batch; recording, windows and masks are drawn from (seed, step, micro)."""
+        """Draw a training batch: its recording, windows and masks, keyed by (seed, step, micro)."""
         config = self.config
         rng = np.random.default_rng(key_seed(config.seed, step, micro, "windows"))
         source = self.sources[rng.choice(len(self.sources), p=self.share)]
@@ -376,18 +376,21 @@ class Corpus:
         return self.masked(source, starts, kind, rng)
 
     def held_out(self, split, source, kind, size=64):
-        """(starts, Batch) of all windows that are scored: the same, and masked alike, each time."""
+        """Yield (starts, Batch) of all windows to score: the same windows and masks every time."""
         rng = np.random.default_rng(key_seed(self.config.seed, split, source.name, kind))
         starts = source.starts[split]
         n = min(self.config.eval_windows or len(starts), len(starts))
         starts = starts[np.linspace(0, len(starts) - 1, n).astype(int)]
-        for some in np.split(starts, range(size, n, size)):
-            yield some, self.masked(source, some, kind, rng)
+        for part in np.split(starts, range(size, n, size)):
+            yield part, self.masked(source, part, kind, rng)
 
 
 def draw_mask(kind, shape, ratio, rng):
-    """What is visible, (B, C, P) bool: all but a share of the patches ('random'), of the electrodes
-    ('tube') or of the time, in one piece ('span'); something always is, and never all."""
+    """Draw what is visible, (B, C, P) bool, in each window.
+
+    The mask hides a share of the patches ('random'), of the electrodes ('tube') or of the time in
+    one piece ('span'), but never everything and never nothing.
+    """
     B, C, P = shape
     n = {"random": C * P, "tube": C, "span": P}[kind]
     n_hidden = min(max(round(ratio * n), 1), n - 1)
@@ -406,18 +409,18 @@ def draw_mask(kind, shape, ratio, rng):
 class MaskedAutoencoder(nn.Module):
     """NeuralEncoder on the visible patches, and two ways back to the signal.
 
-    The latents, means of its states over electrodes, must give every patch by a linear readout, so
-    that they hold what the electrodes know. The decoder, which is thrown away, reads the latents
-    and the visible patches, guesses the hidden ones, then reads its own guesses as if they had been
-    visible and corrects them, once a layer. The encoder knows electrodes by place, the decoder by
-    number: each electrode has weights of its own into it and out of it.
+    The latents average its states over electrodes. A linear readout must recover every patch from
+    them, so that they keep what the electrodes carry. The decoder, discarded after training, reads
+    the latents and the visible patches and guesses the hidden ones; each further layer reads those
+    guesses as if they were visible and corrects them. The encoder knows electrodes by place, the
+    decoder by index: every electrode has its own weights into it and out of it.
     """
 
     def __init__(self, shape, n_electrodes, n_patches, decoder_width, decoder_layers):
         super().__init__()
-        n_values = 16 * shape.patch  # about as many are visible at a time
+        n_values = 16 * shape.patch  # roughly how many are visible at a time
         weights = (n_electrodes, shape.patch, decoder_width)
-        width = n_patches * decoder_width  # of the whole window's state
+        width = n_patches * decoder_width  # the state of the whole window
         self.encoder = NeuralEncoder(shape)
         self.embed = nn.Parameter(torch.randn(weights) / n_values**0.5)
         self.seen = nn.Parameter(0.02 * torch.randn(n_electrodes, decoder_width))
@@ -427,15 +430,15 @@ class MaskedAutoencoder(nn.Module):
         for _ in range(decoder_layers):
             layers = [nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()]
             self.blocks.append(nn.Sequential(*layers, nn.Linear(width, width)))
-        # zeros: at first everything is guessed to be 0, the median
+        # zeros, so that every first guess is 0, the median
         self.readout = nn.Parameter(torch.zeros(weights))
         self.latent_readout = nn.Parameter(torch.zeros(n_electrodes, shape.patch, shape.n_embd))
 
     def latents(self, x, visible, xyz, subject):
-        """(B, P, n_embd), of the visible tokens alone."""
+        """Return latents (B, P, n_embd) of the visible tokens alone."""
         net = self.encoder.net
         B, C, P = visible.shape
-        index = visible.flatten(1).nonzero()[:, 1].view(B, -1, 1)  # of K of the C P tokens
+        index = visible.flatten(1).nonzero()[:, 1].view(B, -1, 1)  # K of the C P tokens
         tokens = net.tokenize(x, xyz, subject)[0].take_along_dim(index, 1)
         spots = net.spots(xyz, P).take_along_dim(index, 1)
         h = net.think(tokens, torch.ones_like(index[..., 0], dtype=torch.bool), spots)
@@ -443,7 +446,7 @@ class MaskedAutoencoder(nn.Module):
         return net.output(net.pool(states, visible.flatten(1), P))
 
     def decode(self, latents, patches, visible, electrodes):
-        """Guesses of all patches (B, C, P, D); the decoder never reads a hidden one."""
+        """Guess all patches (B, C, P, D) without reading a hidden one."""
         C, P = visible.shape[1:]
         embed = self.embed[electrodes].flatten(0, 1)  # (C D, decoder_width)
         readout = self.readout[electrodes].flatten(0, 1)
@@ -460,25 +463,27 @@ class MaskedAutoencoder(nn.Module):
         return guess
 
     def forward(self, x, visible, xyz, subject, electrodes):
-        """Arguments as in Batch -> losses (2,), of hidden patches, and of all from the latents;
-        guesses of all patches (B, C, P, D)."""
+        """Return losses (2,) and guesses of all patches (B, C, P, D); arguments as in Batch.
+
+        The losses are of hidden patches from the decoder, and of all patches from the latents.
+        """
         patches = cut_patches(x, self.encoder.config.patch)
         latents = self.latents(x, visible, xyz, subject)
         guess = self.decode(latents, patches, visible, electrodes)
         hidden_loss = (guess - patches).square()[~visible].mean()
-        field = torch.einsum("bpn,cdn->bcpd", latents, self.latent_readout[electrodes])
-        latent_loss = (field.float() - patches).square().mean()
+        linear = torch.einsum("bpn,cdn->bcpd", latents, self.latent_readout[electrodes])
+        latent_loss = (linear.float() - patches).square().mean()
         return torch.stack([hidden_loss, latent_loss]), guess
 
 
 def build(config, corpus):
-    """The autoencoder that the options and the recordings ask for."""
+    """Build the autoencoder for the options and the recordings."""
     torch.manual_seed(key_seed(config.seed, "model"))
     args = {"kind": "transformer", "tokens": "electrode", "reach": True}
     for name in ("n_embd", "width", "n_layer", "n_head", "degree", "dropout"):
         args[name] = getattr(config, name)
     args |= {"patch": corpus.patch_values, "subjects": len(corpus.recipe["subjects"])}
-    decoder = config.decoder_width, config.decoder_layers
+    decoder = (config.decoder_width, config.decoder_layers)
     shape = EncoderConfig(**args)
     model = MaskedAutoencoder(shape, corpus.n_electrodes, corpus.n_patches, *decoder)
     return model.to(corpus.run.device)
@@ -488,41 +493,41 @@ def build(config, corpus):
 
 
 def interpolate(x, visible, n_features):
-    """Each channel and feature over time, linearly between visible samples, flat beyond them."""
+    """Interpolate each channel and feature linearly over time, flat beyond the visible samples."""
     N, C, P, D = x.shape
     x = x.reshape(N, C, P, n_features, -1).transpose(0, 1, 3, 2, 4)  # (N, C, F, P, patch)
-    known = np.where(visible[:, :, None, :, None], x, np.nan).reshape(N * C * n_features, -1)
-    filled = pd.DataFrame(known.T).interpolate(limit_direction="both").fillna(0.0)
+    rows = np.where(visible[:, :, None, :, None], x, np.nan).reshape(N * C * n_features, -1)
+    filled = pd.DataFrame(rows.T).interpolate(limit_direction="both").fillna(0.0)
     filled = filled.to_numpy().T.reshape(x.shape)
     return filled.transpose(0, 1, 3, 2, 4).reshape(N, C, P, D)
 
 
 def neighbours(x, visible, xyz, k):
-    """The mean of the k nearest electrodes that are visible at that time; 0 without any."""
+    """Average the k nearest electrodes that are visible at that time; 0 if none is."""
     distance = cdist(xyz, xyz)
     np.fill_diagonal(distance, math.inf)
     order = distance.argsort(axis=1, kind="stable")[:, :-1]  # (C, C - 1)
     seen = visible[:, order]  # (N, C, C - 1, P)
-    taken = (seen & (seen.cumsum(2) <= k)).astype(x.dtype)
-    total = np.einsum("ncep,ncepd->ncpd", taken, x[:, order])
-    return total / np.maximum(taken.sum(2), 1)[..., None]
+    nearest = (seen & (seen.cumsum(2) <= k)).astype(x.dtype)
+    total = np.einsum("ncep,ncepd->ncpd", nearest, x[:, order])
+    return total / np.maximum(nearest.sum(2), 1)[..., None]
 
 
 def gram_matrix(source):
-    """(V, V) float64 of the training windows of a recording, of V = C P D values each."""
+    """Return the Gram matrix (V, V) float64 of training windows of V = C P D values each."""
     starts = source.starts["train"]
     starts = starts[:: math.ceil(len(starts) / 50_000)]
     gram = 0.0
-    for some in np.array_split(starts, math.ceil(len(starts) / 1024)):
-        x = source.centred(source.cut(some)).reshape(len(some), -1).astype(np.float64)
+    for part in np.array_split(starts, math.ceil(len(starts) / 1024)):
+        x = source.centred(source.cut(part)).reshape(len(part), -1).astype(np.float64)
         gram = gram + x.T @ x
     return gram
 
 
 def ridge(x, visible, gram, alpha):
-    """Hidden values from all visible ones of the window, by ridge over the training windows.
+    """Predict hidden values from all visible ones of the window, by ridge over training windows.
 
-    It is solved anew for every mask: one Gram matrix holds what each of them needs.
+    Every mask has its own solution, from one Gram matrix.
     """
     out = x.copy()
     for guess, mask in zip(out, visible):
@@ -534,12 +539,12 @@ def ridge(x, visible, gram, alpha):
 
 
 def squared_errors(guess, x, visible):
-    """(N,) sum over the hidden values of each window."""
+    """Sum squared errors over the hidden values of each window: (N,)."""
     return (np.square(guess - x) * ~visible[..., None]).sum((1, 2, 3), dtype=float)
 
 
 def best_on_validation(corpus, source, kind, candidates):
-    """The method(x, visible) with the least error on validation windows."""
+    """Return the candidate method(x, visible) with the least error on validation windows."""
     errors = np.zeros(len(candidates))
     for _, batch in corpus.held_out("val", source, kind):
         x = source.centred(batch.x.cpu().numpy())
@@ -550,7 +555,7 @@ def best_on_validation(corpus, source, kind, candidates):
 
 
 def baselines(corpus, source, kind, gram):
-    """{name: method(x, visible)} for a recording under a kind of mask."""
+    """Return {name: method(x, visible)} for a recording under a kind of mask."""
     config = corpus.config
     by_k = [partial(neighbours, xyz=source.xyz, k=k) for k in (1, 2, 3, 4, 6, 8)]
     methods = {
@@ -568,7 +573,7 @@ def baselines(corpus, source, kind, gram):
 
 @torch.no_grad()
 def model_guess(run, model, source, batch):
-    """The model's guesses (N, C, P, D), centred, and its loss from the latents."""
+    """Return the model's centred guesses (N, C, P, D) and its loss from the latents."""
     model.eval()
     with run.autocast():
         losses, guess = model(*batch)
@@ -577,8 +582,10 @@ def model_guess(run, model, source, batch):
 
 
 def score_windows(run, model, corpus, source, kind, split, methods=()):
-    """DataFrame, a row a window: start, latent (loss), and the squared errors of the model, of the
-    mean, and of {name: method}."""
+    """Return a DataFrame with one row per window.
+
+    Columns: start, latent (loss), and squared errors of the model, the mean and each method.
+    """
     parts = []
     for starts, batch in corpus.held_out(split, source, kind):
         x = source.centred(batch.x.cpu().numpy())
@@ -593,7 +600,7 @@ def score_windows(run, model, corpus, source, kind, split, methods=()):
 
 
 def validate(run, corpus, training):
-    """Log R² of hidden patches by mask; keep the model with the best, less the latents' loss."""
+    """Log R² of hidden patches by mask; save the model if R² minus the latents' loss is best."""
     start = time.time()
     numbers = {}
     score = 0.0
@@ -614,36 +621,36 @@ def validate(run, corpus, training):
 
 
 def report(run, model, corpus, config):
-    """results.csv, of the test windows and the model that validation chose; and the figures."""
+    """Score the test windows with the best model; write results.csv and figures."""
     state = run.load("best.pt")
     model.load_state_dict(state["model"])
-    run.print(f"step {state['step']} was chosen on validation: {run.out / 'best.pt'}")
+    run.print(f"step {state['step']} was chosen on validation data: {run.out / 'best.pt'}")
     tables: dict = {kind: [] for kind in config.masks}
     for number, source in enumerate(corpus.sources):
-        gram = None  # of one recording at a time: it may take half a gigabyte
+        gram = None  # one recording at a time: it may take half a gigabyte
         n_values = len(source.names) * corpus.n_patches * corpus.patch_values
         if n_values <= config.ridge_limit:
             gram = gram_matrix(source)
         else:
-            run.print(f"{source.name}: no ridge, {n_values:,} values are beyond ridge_limit=")
+            run.print(f"{source.name}: no ridge, {n_values:,} values exceed ridge_limit=")
         for kind, parts in tables.items():
             methods = baselines(corpus, source, kind, gram)
             part = score_windows(run, model, corpus, source, kind, "test", methods)
             block = (part["start"] / config.sfreq // config.block).astype(int)
             parts.append(part.assign(block=block, recording=number))
     for kind, parts in tables.items():
-        # a method that some recording is too large for counts for none
+        # drop a method unless it ran on every recording
         report_mask(run, config, kind, pd.concat(parts).dropna(axis=1), corpus.title)
     plot_curves(run.out / "loss.png", run.out / "log.jsonl", corpus.title)
     plot_reconstruction(run.out / "reconstruction.png", run, model, corpus)
 
 
 def report_mask(run, config, kind, table, data):
-    """Rows of results.csv for one kind of mask, and a line; intervals are over blocks of time."""
+    """Report one kind of mask in results.csv and a line; intervals resample blocks of time."""
     sums = table.drop(columns=["start", "latent"]).groupby(["recording", "block"]).sum()
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     draws = rng.integers(0, len(sums), (config.bootstraps, len(sums)))
-    errors = np.vstack([sums.sum(), sums.to_numpy()[draws].sum(1)])  # of all blocks; of drawn ones
+    errors = np.vstack([sums.sum(), sums.to_numpy()[draws].sum(1)])  # first row: all blocks
     errors = pd.DataFrame(errors, columns=sums.columns)
     r2 = 1 - errors.drop(columns="mean").div(errors["mean"], axis=0)
     for name in r2.columns.drop("encoder"):
@@ -651,7 +658,7 @@ def report_mask(run, config, kind, table, data):
     words = []
     for name, values in r2.items():
         low, high = values[1:].quantile([0.025, 0.975])
-        if len(sums) == 1:  # which says nothing about others
+        if len(sums) == 1:  # one block has no spread
             low, high = -math.inf, math.inf
         keys = {"mask": kind, "data": data, "set": "test", "method": name, "metric": "r2"}
         if name.startswith("r2 - "):
@@ -665,7 +672,7 @@ def report_mask(run, config, kind, table, data):
 
 
 def plot_curves(path, log, title):
-    """Both training losses, and R² of hidden validation patches."""
+    """Plot both training losses, and R² of hidden validation patches."""
     table = pd.read_json(log, lines=True).set_index("step")
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for axis, prefix in zip(axes, ("train_", "val_r2_")):
@@ -681,7 +688,7 @@ def plot_curves(path, log, title):
 
 
 def plot_reconstruction(path, run, model, corpus):
-    """The first test window of the first recording under each mask: electrodes over time."""
+    """Plot the first test window of the first recording under each mask: electrodes over time."""
     config = corpus.config
     source = corpus.sources[0]
     n_rows = len(config.masks)
@@ -707,15 +714,15 @@ def plot_reconstruction(path, run, model, corpus):
 
 # ---- the run
 
-UNSETTLED = 10**9  # max_iters until `minutes` has settled it
-WARM_UP = 3  # steps that are not measured
-# what a checkpoint fixes: its shape, its windows, and what its best model is the best by
+UNSETTLED = 10**9  # max_iters until `minutes` settles it
+WARM_UP = 3  # first steps, which are not timed
+# options that a resumed run must keep: model shape, windows, and the score that picks best.pt
 FIXED = "sfreq bands clamp window patch grid val_share test_share masks mask_ratio latent_weight"
 FIXED += " n_embd width n_layer n_head degree dropout decoder_width decoder_layers"
 
 
 def lr_share(step, config):
-    """Learning rate at a step as a share of its peak: linear warm-up, then cosine to 0."""
+    """Return the share of the peak learning rate at a step: linear warm-up, then cosine to 0."""
     warmup = min(config.warmup_iters, config.max_iters // 5)
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -724,7 +731,7 @@ def lr_share(step, config):
 
 
 class Training:
-    """Optimiser, counters, and what a checkpoint holds of them."""
+    """The optimiser and counters of a run, which a checkpoint saves."""
 
     def __init__(self, run, config, corpus, model):
         self.run = run
@@ -733,18 +740,18 @@ class Training:
         self.model = model
         per_step = config.windows_per_step or config.batch_size * run.world
         if per_step % (config.batch_size * run.world):
-            raise InputError(f"windows_per_step={per_step} is no multiple of batch_size x ranks")
+            raise InputError(f"windows_per_step={per_step}: give a multiple of batch_size x ranks")
         self.micros = range(run.rank, per_step // config.batch_size, run.world)
         matrices = [p for p in model.parameters() if p.dim() >= 2]
-        others = [p for p in model.parameters() if p.dim() < 2]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        vectors = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         rates = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
         fused = run.device.type != "mps"
         self.optimizer = torch.optim.AdamW(groups, **rates, betas=(0.9, 0.95), fused=fused)
         self.step = 0
         self.best = -math.inf
-        self.durations: list[float] = []  # s of steps, and of the last validation
-        self.validation = 0.0
+        self.durations: list[float] = []  # s per step
+        self.validation = 0.0  # s of the last validation
         if config.init_from == "resume":
             self.resume(run.load("ckpt.pt"))
         elif config.minutes:
@@ -758,14 +765,14 @@ class Training:
         saved = state["config"]
         for key in FIXED.split():
             now = getattr(self.config, key)
-            if saved.get(key, now) != now:  # an option that is new has no past
-                raise InputError(f"ckpt.pt has {key}={saved[key]}, the options say {now}")
+            if saved.get(key, now) != now:  # an older checkpoint may lack the option
+                raise InputError(f"ckpt.pt has {key}={saved[key]}, not {now}: keep that value")
         before = state["recording"]["recordings"]
         if not same_recordings(before, self.corpus.recipe["recordings"]):
             path = self.run.out / "ckpt.pt"
-            raise InputError(f"{path} is of other recordings than dataset= has now")
+            raise InputError(f"{path} has other recordings than dataset= now: start a new run")
         self.model.load_state_dict(state["model"])
-        groups = self.optimizer.state_dict()["param_groups"]  # as the options ask now
+        groups = self.optimizer.state_dict()["param_groups"]  # from the current options
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
         self.run.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
@@ -791,7 +798,7 @@ class Training:
 
 
 def same_recordings(before, now):
-    """Are the recordings of two recipes the same, with the same signals in them?"""
+    """Return whether two recipes hold the same recordings with the same signals."""
     if len(before) != len(now):
         return False
     for a, b in zip(before, now):
@@ -803,12 +810,12 @@ def same_recordings(before, now):
 
 
 def train_step(run, config, training):
-    """One optimiser step: mean losses (2,) of this rank, and the gradient's norm."""
+    """Take one optimiser step; return this rank's mean losses (2,) and the gradient norm."""
     model = training.model
     total = torch.zeros(2, device=run.device)
     for micro in training.micros:
         torch.manual_seed(key_seed(config.seed, training.step, micro, "dropout"))
-        if run.world > 1:  # gradients travel once a step
+        if run.world > 1:  # synchronise gradients once per step
             training.net.require_backward_grad_sync = micro == training.micros[-1]
         with run.autocast():
             losses, _ = training.net(*training.corpus.batch(training.step, micro))
@@ -818,7 +825,8 @@ def train_step(run, config, training):
     run.scaler.unscale_(training.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     if not run.scaler.is_enabled() and not norm.isfinite():
-        raise InputError(f"the gradient is not finite at step {training.step + 1}: lower the rate")
+        step = training.step + 1
+        raise InputError(f"the gradient is not finite at step {step}: lower learning_rate=")
     for group in training.optimizer.param_groups:
         group["lr"] = config.learning_rate * lr_share(training.step, config)
     run.scaler.step(training.optimizer)
@@ -829,7 +837,7 @@ def train_step(run, config, training):
 
 
 def settle(run, config, training):
-    """With `minutes`, settle max_iters once enough steps were measured."""
+    """With `minutes`, set max_iters once enough steps have been timed."""
     if config.max_iters != UNSETTLED:
         return
     durations = training.durations[WARM_UP:]
@@ -838,23 +846,23 @@ def settle(run, config, training):
         return
     step = measured / len(durations)
     elapsed = run.reduce(time.time() - run.start, "max")
-    left = 60 * config.minutes - elapsed - 10 * training.validation  # the last evaluation
-    n_steps = left / (step + training.validation / config.eval_interval)
+    remaining = 60 * config.minutes - elapsed - 10 * training.validation  # for the last evaluation
+    n_steps = remaining / (step + training.validation / config.eval_interval)
     config.max_iters = training.step + max(1, int(n_steps))
     run.save_config()
-    run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
+    run.print(f"minutes={config.minutes:g} sets max_iters={config.max_iters} on this machine")
 
 
 def describe(run, corpus, model):
-    """Say what is trained on what."""
+    """Print the recordings and the size of the encoder."""
     parts = []
     for source in corpus.sources:
         seconds = source.spans["train"][1] / corpus.config.sfreq
-        absent = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
-        parts.append(f"{source.name} {len(source.names)} electrodes{absent}, {seconds:.0f} s")
+        dropped = f" ({', '.join(source.left_out)} flat or with NaN)" * bool(source.left_out)
+        parts.append(f"{source.name} {len(source.names)} electrodes{dropped}, {seconds:.0f} s")
     run.print(f"{corpus.title}, training time: {'; '.join(parts)}")
     n_weights = sum(p.numel() for p in model.encoder.parameters())
-    run.print(f"encoder of {n_weights:,} parameters | {run.device} {str(run.dtype)[6:]}")
+    run.print(f"encoder: {n_weights:,} parameters | {run.device} {str(run.dtype)[6:]}")
 
 
 def main(config):
@@ -866,11 +874,11 @@ def main(config):
     if config.compile:
         for block in model.encoder.net.blocks:
             block.compile()
-    run.stopping()  # from here on a signal waits for the end of a step
+    run.stopping()  # from now on a signal takes effect after the current step
     if not training.step:
         validate(run, corpus, training)
     bar = run.progress(config.max_iters, training.step, "pretrain")
-    recent = []  # losses since the last line of the log: of all masks, not of one
+    recent = []  # losses since the last log line, averaged over all masks
     while training.step < config.max_iters and not run.stopped:
         start = time.time()
         losses, norm = train_step(run, config, training)

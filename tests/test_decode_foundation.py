@@ -88,7 +88,7 @@ def test_bad_segments_do_not_count_in_a_scale_and_slow_recordings_are_refused(po
         scales.append(reader.signal(reader.people[0])[2])
     assert np.allclose(scales[1], scales[0], rtol=0.2)
     slow = grid_recording(tmp_path / "slow", ["LGA1", "LGA2"], sfreq=32.0)
-    with pytest.raises(InputError, match="encoder reads 64 Hz and the recordings have 32 Hz"):
+    with pytest.raises(InputError, match="encoder reads 64 Hz but the recordings have 32 Hz"):
         EncoderInput(slow, params, "cpu")
     with pytest.raises(InputError, match="hold no patch"):
         reader(np.array([[0, 100]]), 10)
@@ -108,8 +108,8 @@ def test_pretrained_beside_untrained_and_raw_in_pairs(podcast, tmp_path, capsys)
     difference = (by_fold["ridge"] - by_fold["ridge, raw signal"]).mean()
     assert abs(pair.score - difference) < 1e-6 and pair.low < pair.score < pair.high
     said = capsys.readouterr().out
-    assert "mean of 2 untrained" in said and "known by name" in said
-    assert "sub-01 from 0 to 55 s" in said and "128 Hz are read as 64 Hz" in said
+    assert "mean of 2 untrained" in said and "matched by name" in said
+    assert "sub-01 from 0 to 55 s" in said and "from 128 to 64 Hz" in said
 
 
 def test_the_encoder_is_tuned_end_to_end(podcast, tmp_path):
