@@ -267,8 +267,8 @@ def epochs(name, given):
 UNUSABLE = [
     (no_place, {}, "channel E2 has no position"),
     (no_word, {}, "subject 02 has no events with a word"),
-    (one_picture, {}, "every word has one picture"),
-    (None, {"t_end": 0.004}, "no sample of 50 Hz"),
+    (one_picture, {}, "every word has only one picture"),
+    (None, {"t_end": 0.004}, "no sample at 50 Hz"),
     (epochs, {"t_end": 0.52, "jitter": 0.0}, "lies inside the recording or epoch"),
 ]
 
@@ -472,7 +472,7 @@ def test_negatives_are_unlike_the_word(given):
     assert np.isclose(shares[-1, i] / shares[-1, j], expected, rtol=1e-4)
     experiment.text.synonyms[words[0]] = words
     del experiment.negatives
-    with pytest.raises(InputError, match=f"no training word is unlike '{words[0]}'"):
+    with pytest.raises(InputError, match=f"no training word differs from '{words[0]}'"):
         experiment.negatives  # noqa: B018 (made when it is read)
 
 
@@ -631,7 +631,7 @@ def test_preferences_after_supervision(given, whole):
     assert "t_end: 0.4\n" in written and "patch: 5\n" in written and "lm.pt\n" in written
     assert "baseline: 0.0\n" in written
     for key, value in (("fusion", "prefix"), ("patch", 10), ("split_seed", 1)):
-        with pytest.raises(InputError, match=f"has {key}=.*, the options say {value}"):
+        with pytest.raises(InputError, match=f"has {key}=.*, not {value}"):
             T.main(a_config(given, out_dir=str(given / "other"), **options, **{key: value}))
     lines = (given / "dpo" / "log.jsonl").read_text().splitlines()
     losses = [json.loads(line)["train_loss"] for line in lines if "train_loss" in line]
@@ -665,7 +665,7 @@ def test_a_resumed_run_keeps_its_word_space_and_its_options(given, tmp_path, mon
     after = load_checkpoint(tmp_path / "ckpt.pt")
     assert not torch.equal(before["wte"], before["model"]["lm.transformer.wte.weight"])
     assert torch.equal(before["wte"], after["wte"]) and set(after["tokens"]) == {0, 2, 3}
-    with pytest.raises(InputError, match="has train=all, the options say encoder"):
+    with pytest.raises(InputError, match="has train=all, not encoder"):
         T.main(a_config(given, **options | {"train": "encoder"}))
 
 
@@ -742,8 +742,8 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     options = {"dataset": str(tmp_path / "eeg"), "encoder": f"pretrained:{tmp_path}"}
     experiment = prepared(given, **options)[2]
     notes = experiment.trials.notes[0]
-    assert "{'name': 40, 'position': 23, 'absent': 0}" in notes
-    assert "25 Hz of pretraining" in notes and "these are 50 Hz" in notes
+    assert "40 channels matched by name, 23 by position, 0 without a place" in notes
+    assert "pretrained at 25 Hz, read at 50 Hz" in notes
     assert np.allclose(experiment.trials.xyz[0, [3, 7]], place[[3, 7]], atol=1e-6)
     weights = experiment.model.encoder.state_dict()
     for name in ("net.blocks.0.mlp.c_fc.weight", "net.place"):
@@ -760,7 +760,7 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
     with pytest.raises(InputError, match="saw EEG of eeg that is held out here"):
         prepared(given, encoder=f"pretrained:{tmp_path / 'by'}")
     foundation_checkpoint(tmp_path, "elsewhere", [[4, 8], [8, 12]])
-    with pytest.raises(InputError, match="bands side by side"):
+    with pytest.raises(InputError, match="pretrained on bands"):
         prepared(given, **options)
 
 
@@ -769,10 +769,10 @@ def test_an_encoder_of_40_electrodes_loads_for_63(given, tmp_path):
 
 REFUSED = [  # more in tests/test_scripts.py
     ({"encoder": "some"}, "encoder must be .*transformer"),
-    ({"fusion": "cross", "train": "encoder"}, "never reads EEG"),
-    ({"prompt": ""}, "prompt= has no token"),
+    ({"fusion": "cross", "train": "encoder"}, "gates shut"),
+    ({"prompt": ""}, "prompt= is empty"),
     ({"max_new_tokens": 99}, "do not fit.*shorten prompt= or max_new_tokens="),
-    ({"init_from": "lm.pt"}, "no run of telepath.py"),
+    ({"init_from": "lm.pt"}, "is not from telepath.py"),
     ({"dataset": "long"}, "shorten the name 'long.*long' in .*long"),
 ]
 
