@@ -1,15 +1,15 @@
-"""The questions behind telepath.py, each a table with its null.
+"""The questions behind telepath.py, each answered by a table with its null.
 
-    python telepath_questions.py analysis=window        # does EEG before the picture matter, too?
+    python telepath_questions.py analysis=window        # does EEG before the picture also matter?
     python telepath_questions.py analysis=frozen        # does a fine-tuned GPT unlearn other names?
-    python telepath_questions.py analysis=generalise    # do objects carry over to unseen ones?
-    python telepath_questions.py analysis=architecture  # are there better architectures?
+    python telepath_questions.py analysis=generalise    # does training transfer to unseen objects?
+    python telepath_questions.py analysis=architecture  # which architecture is best?
     python telepath_questions.py analysis=tokens init_from=out/telepath   # after telepath.py
 
-The first four train small models of their own, a job each, dealt over ranks. `tokens` follows the
-neural tokens of a run through token space (trajectory.csv), compares neural queries with the keys
-of names (query_key.csv), and reads every layer through the head (logit_lens.csv). Every option of
-telepath.py counts here, too.
+The first four train small models, one per job; ranks share the jobs. `tokens` follows the neural
+tokens of a run through token space (trajectory.csv), compares neural queries with the keys of names
+(query_key.csv), and reads every layer through the head (logit_lens.csv). All options of telepath.py
+apply.
 
 nostalgebraist 2020 (logit lens).
 """
@@ -33,53 +33,53 @@ from data.recording import read_set
 from model import ENCODERS, load_checkpoint
 from telepath import measured, place, save_figure, score_names, score_rows, subset, top_k
 
-NULLS = 500  # shuffles of the words, for query-key and logit lens
+NULLS = 500  # shuffles of words, for query-key and logit lens
 SLICE = 0.1  # s of EEG, in analysis=window
 
 
 @dataclass
 class Config(telepath.Config):
     analysis: Literal["window", "frozen", "generalise", "architecture", "tokens"] = "window"
-    max_iters: int = 400  # optimiser steps of each model that is trained here
+    max_iters: int = 400  # optimiser steps per model
 
     RENAMED = telepath.Config.RENAMED | {"analysis_iters": "max_iters"}
 
     def check(self):
         super().check()
         if self.minutes:
-            raise InputError("minutes= is for telepath.py alone: give max_iters= here")
+            raise InputError("minutes= only works in telepath.py: give max_iters= here")
         if (self.analysis == "tokens") != (self.init_from != "scratch"):
-            problem = "analysis=tokens reads a run (init_from=out/telepath)"
-            raise InputError(f"{problem}, the others train models of their own")
+            problem = "only analysis=tokens reads a run, and it needs one (init_from=out/telepath)"
+            raise InputError(f"{problem}; the others train new models")
         if self.analysis in ("frozen", "generalise", "architecture") and not self.held_out_objects:
             raise InputError(f"analysis={self.analysis} needs held_out_objects= above 0")
 
 
-# ---- models of a job
+# ---- the models of a job
 
 
 def fresh(run, config, **options):
-    """Config and Experiment of a new model under changed options."""
+    """Return the Config and Experiment of a new model with some options changed."""
     config = replace(config, **options)
     return config, telepath.Experiment(run, config, config.dataset)
 
 
 def train_step(run, config, experiment, training):
-    """One step towards the names of what was seen."""
+    """Take one supervised step, towards the names of what was seen."""
     for batch in training.batches():
         training.backward(telepath.supervised_loss(run, config, experiment, batch)["loss"])
     training.update()
 
 
 def fit(run, config, experiment, ids):
-    """Train on some trials for config.max_iters steps, on this rank alone."""
+    """Train on the trials `ids` for config.max_iters steps, on this rank alone."""
     training = telepath.Training(run, config, experiment, ids, alone=True)
     for _ in range(config.max_iters):
         train_step(run, config, experiment, training)
 
 
 def top1(run, config, experiment, name, words=None, silenced=()):
-    """Closed-set top-1 of a set among `words` (all of the set's) beside shuffled EEG: a row."""
+    """Return a row: closed-set top-1 of a set among `words` (default: all), and of shuffled EEG."""
     table = experiment.trials.table
     ids = experiment.sets[name]
     words = sorted(words or set(table.word.iloc[ids]))
@@ -93,22 +93,22 @@ def top1(run, config, experiment, name, words=None, silenced=()):
 
 
 def error_bars(axis, part, x, label):
-    """Scores of a table over x, with their intervals."""
+    """Plot the scores of a table over x with their intervals."""
     errors = np.abs(part[["low", "high"]].T.to_numpy() - part.score.to_numpy())
     axis.errorbar(x, part.score, errors, fmt="-o", ms=4, capsize=2, label=label)
 
 
 # ---- window: does EEG from before or after the picture matter?
-# Models of slices, of growing windows, and of the whole one with a slice silenced.
+# Models of slices, of growing windows, and of the whole window with one slice silenced.
 
 
 def slices(config):
-    """Where slices of the window start, in s from picture onset."""
+    """Return where slices of the window start, in s from picture onset."""
     return np.arange(-2 * SLICE, config.t_end - SLICE / 2, SLICE).round(3).tolist()
 
 
 def window_jobs(run, config):
-    """One job a model, as of each _jobs function: {what its rows are known by}."""
+    """Return a job per model: the columns that identify its rows. (So does every _jobs.)"""
     jobs = []
     for start in slices(config):
         jobs.append({"kind": "slice", "start": start, "end": round(start + SLICE, 3)})
@@ -118,29 +118,29 @@ def window_jobs(run, config):
 
 
 def window_rows(run, config, job):
-    """Train a job's model and give its rows of results, as each _rows function does."""
+    """Train a job's model and return its rows of results. (So does every _rows function.)"""
     if job["kind"] != "silenced":
-        one, experiment = fresh(run, config, t_start=job["start"], t_end=job["end"])
-        fit(run, one, experiment, experiment.sets["train"])
-        return [top1(run, one, experiment, "trial")]
-    one, experiment = fresh(run, config)
-    fit(run, one, experiment, experiment.sets["train"])
+        config, experiment = fresh(run, config, t_start=job["start"], t_end=job["end"])
+        fit(run, config, experiment, experiment.sets["train"])
+        return [top1(run, config, experiment, "trial")]
+    config, experiment = fresh(run, config)
+    fit(run, config, experiment, experiment.sets["train"])
     trials = experiment.trials
     rows = []
     for start in slices(config):
         first, last = round(start * trials.sfreq), round((start + SLICE) * trials.sfreq)
         samples = np.flatnonzero((trials.offsets >= first) & (trials.offsets < last))
         if len(samples):
-            row = top1(run, one, experiment, "trial", silenced=samples)
+            row = top1(run, config, experiment, "trial", silenced=samples)
             rows.append({**row, "start": start, "end": round(start + SLICE, 3)})
     return rows
 
 
 def draw_window(table):
-    """The figure of a table of results, as of each draw_ function."""
+    """Return the figure of a table of results. (So does every draw_ function.)"""
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     labels = {"slice": "trained on these 100 ms", "growing": "trained from 0 to here"}
-    labels["silenced"] = "trained on all, these 100 ms silenced"
+    labels["silenced"] = "trained on the whole window, these 100 ms silenced"
     for kind, label in labels.items():
         part = table[table.kind == kind].sort_values("end")
         x = 1e3 * (part.end if kind == "growing" else (part.start + part.end) / 2)
@@ -149,40 +149,41 @@ def draw_window(table):
             axis.plot(x, part.shuffled, c="0.6", label="shuffled EEG")
     axis.axhline(table.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
     axis.axvline(0, c="0.8", zorder=0)
-    axis.set(xlabel="ms from the picture's onset", ylabel="closed-set top-1, trial set")
+    axis.set(xlabel="ms from picture onset", ylabel="closed-set top-1, trial set")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
 
-# ---- frozen: does fine-tuning a GPT make names that were not in training unsayable?
-# Probability, place and samples of held-out names, and the drift from the GPT on its own text.
+# ---- frozen: does fine-tuning make a GPT unable to say names that were not in training?
+# Probability, place and samples of held-out names, and drift from the original GPT on its own text.
 
 
 def frozen_jobs(run, config):
-    """Trained with a frozen GPT, and fine-tuned."""
+    """Return two jobs: a frozen and a fine-tuned GPT."""
     return [{"train": "encoder+expert"}, {"train": "all"}]
 
 
 def frozen_rows(run, config, job):
-    """What each GPT still knows of words that it was not trained on."""
-    one, experiment = fresh(run, config, train=job["train"])
+    """Measure what each GPT still knows of words that it was not trained on."""
+    config, experiment = fresh(run, config, train=job["train"])
     original = copy.deepcopy(experiment.model.lm).eval()
-    neutral = neutral_text(run, one, experiment, original)
-    training = telepath.Training(run, one, experiment, experiment.sets["train"], alone=True)
+    neutral = neutral_text(run, config, experiment, original)
+    training = telepath.Training(run, config, experiment, experiment.sets["train"], alone=True)
     rows = []
     for step in range(config.max_iters + 1):
         if step:
-            train_step(run, one, experiment, training)
+            train_step(run, config, experiment, training)
         if step % max(1, config.max_iters // 5) == 0 or step == config.max_iters:
-            drift = drift_on(neutral, original, experiment.model.lm, one)
+            drift = drift_on(neutral, original, experiment.model.lm, config)
             run.print(f"    step {step}: drift {drift['score']:.4f} nats")
-            for row in [*held_out_names(run, one, experiment), drift]:
+            for row in [*held_out_names(run, config, experiment), drift]:
                 rows.append({**row, "step": step, "data": experiment.trials.caption})
-    return [*rows, top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
+    rows.append(top1(run, config, experiment, "trial"))
+    return [*rows, top1(run, config, experiment, "object")]
 
 
 def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
-    """Text (n_texts, length) that the GPT itself writes."""
+    """Let the GPT write text (n_texts, length)."""
     text = experiment.text
     begin = text.prompt if text.tokenizer.eot is None else [text.tokenizer.eot]
     rows = lm.generate([begin] * n_texts, length, seed=key_seed(config.seed, "neutral"))
@@ -190,7 +191,7 @@ def neutral_text(run, config, experiment, lm, n_texts=8, length=48):
 
 
 def held_out_names(run, config, experiment):
-    """Rows: log-probability, place and sampled share of held-out names for EEG of their objects."""
+    """Return rows: log-probability, place and sampled share of held-out names, given their EEG."""
     trials, text = experiment.trials, experiment.text
     ids = subset(experiment.sets["object"], config)
     table = trials.table.iloc[ids]
@@ -198,9 +199,9 @@ def held_out_names(run, config, experiment):
     scores, _ = score_names(run, experiment, ids, trials.words)
     n_tokens = 1 + np.mean([len(text.ids[word]) for word in table.word])
     uniform = -math.log(experiment.model.lm.config.vocab_size) * n_tokens
-    own = np.arange(len(ids)), trials.word[ids]
-    values = {"log-probability": (scores[own], uniform)}
-    values["place among all names"] = (place(scores)[own], 0.5)
+    right_cells = (np.arange(len(ids)), trials.word[ids])
+    values = {"log-probability": (scores[right_cells], uniform)}
+    values["place among all names"] = (place(scores)[right_cells], 0.5)
     for metric, without_eeg in (("said", False), ("said without EEG", True)):
         answers = telepath.say(run, config, experiment, ids, without_eeg, temperature=1.0)
         _, right = telepath.right_answers(text, held_out, answers)
@@ -214,7 +215,7 @@ def held_out_names(run, config, experiment):
 
 @torch.no_grad()
 def drift_on(neutral, original, lm, config):
-    """KL (nats per token) from the original GPT on its own text: a row, interval over texts."""
+    """Return a row: KL (nats per token) from the original GPT on its own text."""
     p = original(neutral).logits.float().log_softmax(-1)
     q = lm(neutral).logits.float().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).mean(1).cpu().numpy()
@@ -222,11 +223,11 @@ def drift_on(neutral, original, lm, config):
 
 
 def draw_frozen(table):
-    """Probability, samples, ranks and drift, frozen beside fine-tuned."""
+    """Plot probability, place, samples and drift of the frozen and the fine-tuned GPT."""
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
     for axis, metric in zip(axes, ("log-probability", "place among all names", "said", "drift")):
-        for arm, label in (("encoder+expert", "frozen GPT"), ("all", "fine-tuned GPT")):
-            part = table[(table.metric == metric) & (table.train == arm)]
+        for train, label in (("encoder+expert", "frozen GPT"), ("all", "fine-tuned GPT")):
+            part = table[(table.metric == metric) & (table.train == train)]
             error_bars(axis, part, part.step, label)
         axis.set(xlabel="step", title=f"{metric} (held-out names)")
     axes[3].set_title("KL from the GPT, neutral text (nats)")
@@ -234,12 +235,12 @@ def draw_frozen(table):
     return figure
 
 
-# ---- generalise: do objects carry over to unseen ones?
-# Top-1 among equally many seen and unseen words, by how many words were trained on.
+# ---- generalise: does training transfer to unseen objects?
+# Top-1 among equally many seen and unseen words, by number of training words.
 
 
 def seen_and_unseen(config, experiment):
-    """Training words in the order in which jobs take them, held-out words, the lesser number."""
+    """Return training words in the order that jobs take them, held-out words, the lesser number."""
     rng = np.random.default_rng(key_seed(config.split_seed, "generalise"))
     seen = rng.permutation(experiment.train_words).tolist()
     unseen = sorted(set(experiment.trials.table.word.iloc[experiment.sets["object"]]))
@@ -247,25 +248,25 @@ def seen_and_unseen(config, experiment):
 
 
 def generalise_jobs(run, config):
-    """Numbers of words to train on."""
+    """Return jobs with growing numbers of training words."""
     seen, _, least = seen_and_unseen(config, fresh(run, config)[1])
     sizes = np.unique(np.geomspace(least, len(seen), 4).round().astype(int)).tolist()
     return pd.DataFrame({"trained": sizes}).to_dict("records")
 
 
 def generalise_rows(run, config, job):
-    """Seen and unseen words among ten, of each number."""
-    one, experiment = fresh(run, config)
+    """Score seen and unseen words after training on some words."""
+    config, experiment = fresh(run, config)
     seen, unseen, least = seen_and_unseen(config, experiment)
     ids = experiment.sets["train"]
     trained = experiment.trials.table.word.iloc[ids].isin(seen[: job["trained"]])
-    fit(run, one, experiment, ids[trained.to_numpy()])
-    of_seen = top1(run, one, experiment, "trial", seen[:least])
-    return [of_seen, top1(run, one, experiment, "object", unseen[:least])]
+    fit(run, config, experiment, ids[trained.to_numpy()])
+    seen_row = top1(run, config, experiment, "trial", seen[:least])
+    return [seen_row, top1(run, config, experiment, "object", unseen[:least])]
 
 
 def draw_generalise(table):
-    """Accuracy of seen and unseen words over their number."""
+    """Plot the accuracy of seen and unseen words over the number of training words."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, label in (("trial", "seen words"), ("object", "unseen words")):
         part = table[table.set == name].sort_values("trained")
@@ -276,11 +277,11 @@ def draw_generalise(table):
     return figure
 
 
-# ---- architecture: are there better encoders, fusions, positions, masks at equal steps?
+# ---- architecture: which encoder, fusion, positions and mask are best at equal steps?
 
 
 def architecture_jobs(run, config):
-    """What the options say, and each change of one of them."""
+    """Return jobs: the options as they are, and every change of a single one."""
     choices = {"encoder": ENCODERS, "fusion": ("expert", "prefix", "cross")}
     choices["text_positions"] = ("zero", "after_prefix")
     choices["prefix_attention"] = ("causal", "full")
@@ -295,22 +296,22 @@ def architecture_jobs(run, config):
 
 
 def architecture_rows(run, config, job):
-    """Scores of one encoder or fusion, and how many weights learned."""
-    one, experiment = fresh(run, config, **job)
-    fit(run, one, experiment, experiment.sets["train"])
-    learned = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
-    rows = [top1(run, one, experiment, "trial"), top1(run, one, experiment, "object")]
-    return [{**row, "learned": learned} for row in rows]
+    """Score one architecture, with its number of trained weights."""
+    config, experiment = fresh(run, config, **job)
+    fit(run, config, experiment, experiment.sets["train"])
+    n_trained = sum(p.numel() for p in experiment.model.parameters() if p.requires_grad)
+    rows = [top1(run, config, experiment, "trial"), top1(run, config, experiment, "object")]
+    return [{**row, "learned": n_trained} for row in rows]
 
 
 def draw_architecture(table):
-    """Scores of encoders and fusions, and how many weights they have."""
+    """Plot the scores of architectures, labelled with their numbers of trained weights."""
     labels = []
-    base = table.iloc[0]  # the options as they are
+    base = table.iloc[0]  # the options unchanged
     for row in table.to_dict("records"):
         keys = ("encoder", "fusion", "text_positions", "prefix_attention", "train")
         changed = [f"{key}={row[key]}" for key in keys if row[key] != base[key]]
-        labels.append(f"{', '.join(changed) or 'as it is'} ({row['learned'] / 1e6:.2f} M)")
+        labels.append(f"{', '.join(changed) or 'unchanged'} ({row['learned'] / 1e6:.2f} M)")
     table = table.assign(label=labels)
     size = (11, 0.16 * len(table) + 1.6)
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
@@ -320,16 +321,16 @@ def draw_architecture(table):
         axis.errorbar(part.score, part.label, xerr=errors, fmt="o", capsize=2)
         axis.plot(part.shuffled, part.label, "x", c="0.6", label="shuffled EEG")
         axis.axvline(part.chance.iloc[0], c="k", ls=":", lw=0.8, label="chance")
-        axis.set(xlabel=f"closed-set top-1, {name} set (parameters that learn)")
+        axis.set(xlabel=f"closed-set top-1, {name} set (trained parameters)")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 
 
-# ---- tokens: where do the neural tokens of a run go, and what do they ask for?
+# ---- tokens: where do the neural tokens of a run move, and what do they query?
 
 
 def analyse_tokens(run, config):
-    """Neural tokens through token space, query and key, and layers."""
+    """Write tables and figures on token space, queries and keys, and the logit lens."""
     experiment = telepath.Experiment(run, config, config.dataset)
     if not run.master:
         return
@@ -338,7 +339,7 @@ def analyse_tokens(run, config):
     last = load_checkpoint(telepath.checkpoint_path(config.init_from).parent / "ckpt.pt")
     tables = {"trajectory": trajectory(experiment, last["tokens"])}
     figures = {"trajectory": draw_way(tables["trajectory"], experiment.space)}
-    if experiment.model.fusion != "cross":  # there neural tokens never ask
+    if experiment.model.fusion != "cross":  # with cross-attention neural tokens have no queries
         tables["query_key"] = query_key(run, config, experiment, ids)
         figures["query_key"] = draw_query_key(tables["query_key"])
         tables["logit_lens"] = logit_lens(run, config, experiment, ids)
@@ -350,38 +351,38 @@ def analyse_tokens(run, config):
         run.print(f"{name}.csv and {name}.png in {run.out}")
 
 
-def trajectory(experiment, kept):
-    """Rows (step, trial, token): where the neural tokens of the probes were; kept: {step: tokens}.
+def trajectory(experiment, tokens_by_step):
+    """Return rows (step, trial, token) that locate the neural tokens of the probe trials.
 
-    nearest: the five nearest tokens by cleaned cosine; entropy: of their softmax (1.61 nats at
-    most); distance: 1 - cosine to the word's own embedding, others: mean to all other names; pc1,
-    pc2: on the first axes of the token embedding.
+    nearest: the five nearest tokens by cleaned cosine; entropy of their softmax (at most 1.61
+    nats); distance: 1 - cosine to the word's own embedding; others: its mean over all other names;
+    pc1, pc2: coordinates on the first axes of the token embedding.
     """
     space, text, words = experiment.space, experiment.text, experiment.trials.words
     vocabulary = space.clean(space.wte)
     names = experiment.points(words)
     parts = []
-    for step, probes in kept.items():
+    for step, probes in tokens_by_step.items():
         for trial, tokens in zip(telepath.probes(experiment), probes):
-            own = experiment.trials.word[trial]
-            away = 1 - space.clean(tokens) @ names.T  # (P, K)
+            word = experiment.trials.word[trial]
+            distance = 1 - space.clean(tokens) @ names.T  # (P, K)
             near = (space.clean(tokens) @ vocabulary.T).topk(5)
             p = (near.values / 0.1).softmax(-1)
-            at = (tokens - space.mean) @ space.axes
-            nearest = []  # side by side, as they are typed
+            pcs = (tokens - space.mean) @ space.axes
+            nearest = []  # joined by |, with special characters escaped
             for row in near.indices.tolist():
                 nearest.append("|".join(repr(text.tokenizer.decode([i]))[1:-1] for i in row))
             part = {"step": step, "trial": trial, "token": range(len(tokens))}
-            part |= {"word": words[own], "nearest": nearest}
-            part |= {"entropy": -(p * p.log()).sum(-1), "distance": away[:, own]}
-            part["others"] = (away.sum(1) - away[:, own]) / max(1, len(names) - 1)
-            parts.append(pd.DataFrame({**part, "pc1": at[:, 0], "pc2": at[:, 1]}))
+            part |= {"word": words[word], "nearest": nearest}
+            part |= {"entropy": -(p * p.log()).sum(-1), "distance": distance[:, word]}
+            part["others"] = (distance.sum(1) - distance[:, word]) / max(1, len(names) - 1)
+            parts.append(pd.DataFrame({**part, "pc1": pcs[:, 0], "pc2": pcs[:, 1]}))
     return pd.concat(parts, ignore_index=True)
 
 
 @torch.no_grad()
 def neural_states(run, experiment, ids):
-    """Input of every layer in the neural stream: n_layer tensors (N, P, C)."""
+    """Return the input of every layer in the neural stream: n_layer tensors (N, P, C)."""
     idx = torch.tensor([experiment.text.prompt], device=run.device)
     layers = []
     for _, n in telepath.neural_tokens(run, experiment, ids):
@@ -393,28 +394,28 @@ def neural_states(run, experiment, ids):
 
 
 def shuffled_words(config, experiment, ids):
-    """Numbers (N,) of the trials' words among the training words, and NULLS shuffles of them."""
+    """Return the trials' words (N,) as indices of training words, and NULLS shuffles of them."""
     table = experiment.trials.table.iloc[ids]
-    own = np.searchsorted(experiment.train_words, table.word)
-    return own, own[telepath.shuffles(telepath.strata(table), NULLS, config.seed)]
+    word = np.searchsorted(experiment.train_words, table.word)
+    return word, word[telepath.shuffles(telepath.strata(table), NULLS, config.seed)]
 
 
 @torch.no_grad()
 def query_key(run, config, experiment, ids):
-    """Do neural queries look for the key of the word that was seen?
+    """Test whether neural queries resemble the key of the word that was seen.
 
-    Rows (layer, head, key): cosine of the mean neural query with the key of the trial's word, less
-    the mean over all other names. Null: words shuffled; p_corrected against the largest |z| of all
-    rows. key 'context': the name read by the GPT after the prompt; 'embedding': its token embedding
-    alone. Causally neural tokens come before text: this is likeness, not attention paid.
+    Rows (layer, head, key): cosine of the mean neural query with the key of the trial's word, minus
+    the mean over all other names. The null shuffles words; p_corrected compares with the largest
+    |z| of all rows. The key is that of the name read after the prompt ('context') or of its token
+    embedding alone ('embedding'). Neural tokens precede text, so they cannot attend to these keys.
     """
     model, text, words = experiment.model, experiment.text, experiment.train_words
     states = neural_states(run, experiment, ids)
-    own, shuffled = shuffled_words(config, experiment, ids)
+    word, shuffled = shuffled_words(config, experiment, ids)
     in_context = name_states(run, model.lm, text, words)
     alone = mean_embeddings(model.lm, text, words)
     rows, nulls = [], []
-    for i, block in enumerate(model.lm.transformer.h[:-1]):  # nobody hears the last layer ask
+    for i, block in enumerate(model.lm.transformer.h[:-1]):  # nothing reads the last one's queries
         attention = block.attn
         if model.experts is not None and i >= model.first:
             attention = model.experts[i - model.first].attn
@@ -425,7 +426,7 @@ def query_key(run, config, experiment, ids):
             cosines = torch.einsum("nhd,khd->hnk", q, k).double().cpu().numpy()
             for head, cosine in enumerate(cosines):
                 others = (cosine.sum(1, keepdims=True) - cosine) / max(1, len(words) - 1)
-                row, null = against_shuffled(cosine - others, own, shuffled)
+                row, null = against_shuffled(cosine - others, word, shuffled)
                 rows.append({"layer": i, "head": head, "key": kind, **row})
                 nulls.append(null)
     table = pd.DataFrame(rows)
@@ -435,7 +436,7 @@ def query_key(run, config, experiment, ids):
 
 
 def name_states(run, lm, text, words):
-    """The last token of each name (K, C), read after the prompt, at every layer."""
+    """Return the state (K, C) of each name's last token, after the prompt, at every layer."""
     rows = [torch.tensor(text.prompt + text.ids[word]) for word in words]
     idx = pad_sequence(rows, batch_first=True).to(run.device)
     hidden = lm(idx, hidden=range(lm.config.n_layer)).hidden
@@ -444,15 +445,15 @@ def name_states(run, lm, text, words):
 
 
 def mean_embeddings(lm, text, words):
-    """The token embeddings of names, each a mean over its tokens: (K, C)."""
+    """Return each name's mean token embedding: (K, C)."""
     wte = lm.transformer.wte.weight
     return torch.stack([wte[text.ids[word]].mean(0) for word in words])
 
 
-def against_shuffled(values, own, shuffled):
-    """values (N, K) of the trials' own words beside shuffled ones: a row, and the null's z."""
+def against_shuffled(values, word, shuffled):
+    """Compare values (N, K) of the trials' words with shuffled words: a row, and the null's z."""
     each = np.arange(len(values))
-    mean = values[each, own].mean()
+    mean = values[each, word].mean()
     null = values[each, shuffled].mean(1)
     low, high = np.quantile(null, [0.025, 0.975])
     z = (mean - null.mean()) / (null.std() + 1e-12)
@@ -464,36 +465,36 @@ def against_shuffled(values, own, shuffled):
 
 @torch.no_grad()
 def logit_lens(run, config, experiment, ids):
-    """What would the head read off the neural tokens themselves, layer by layer?
+    """Read the neural tokens at every layer through the head.
 
     Rows (layer, token): place (0 best, 0.5 chance) of the seen word's tokens among those of all
-    training words, by mean logit, with its interval over objects. Null: words shuffled.
+    training words, by mean logit, with its interval over objects. The null shuffles words.
     """
     lm = experiment.model.lm
     names = mean_embeddings(lm, experiment.text, experiment.train_words)
-    own, shuffled = shuffled_words(config, experiment, ids)
+    word, shuffled = shuffled_words(config, experiment, ids)
     objects = experiment.trials.table.object.iloc[ids]
     rows = []
     for layer, n in enumerate(neural_states(run, experiment, ids)):
         logits = F.linear(lm.transformer.ln_f(n), names).double().cpu().numpy()  # (N, P, K)
-        logits = (logits - logits.mean(0)).round(5)  # what every trial says is no reading
+        logits = (logits - logits.mean(0)).round(5)  # keep only what differs between trials
         for token in range(logits.shape[1]):
             places = place(logits[:, token])
-            row, _ = against_shuffled(places, own, shuffled)
-            row |= measured(places[np.arange(len(own)), own], row["null"], objects, config)
+            row, _ = against_shuffled(places, word, shuffled)
+            row |= measured(places[np.arange(len(word)), word], row["null"], objects, config)
             rows.append({"layer": layer, "token": token, **row})
     return pd.DataFrame(rows)
 
 
 def draw_way(table, space):
-    """The first neural token on the plane of the embedding's first axes, and its distance."""
+    """Plot the first neural token on the embedding's first two axes, and its distance."""
     table = table[table.token == 0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     cloud = ((space.wte - space.mean) @ space.axes).numpy()[:: max(1, len(space.wte) // 3000)]
     left.scatter(*cloud.T, s=2, c="0.8", lw=0, rasterized=True)
     for word, part in table.groupby("word"):
-        way = left.plot(part.pc1, part.pc2, "-o", ms=2.5)[0]
-        left.annotate(word, part[["pc1", "pc2"]].iloc[-1], color=way.get_color())
+        line = left.plot(part.pc1, part.pc2, "-o", ms=2.5)[0]
+        left.annotate(word, part[["pc1", "pc2"]].iloc[-1], color=line.get_color())
         nearest = part.nearest.iloc[-1].split("|")[0].strip()
         right.plot(part.step, part.distance, "-o", ms=3, label=f"{word}: {nearest}")
     right.plot(table.groupby("step").others.mean(), c="k", ls=":", label="all other names, mean")
@@ -504,7 +505,7 @@ def draw_way(table, space):
 
 
 def draw_query_key(table):
-    """Likeness of neural queries and the key of the word, by layer and head; * corrected p < .05"""
+    """Plot the similarity of neural queries and keys by layer and head; * is corrected p < .05."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     limit = max(4, table.z.abs().max())
     for axis, kind in zip(axes, ("context", "embedding")):
@@ -521,14 +522,14 @@ def draw_query_key(table):
 
 
 def draw_lens(table):
-    """Place of the true word among all, read off each layer."""
+    """Plot the place of the seen word among all, read from each layer."""
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for layer, part in table.groupby("layer"):
         axis.plot(part.token, part.score, "-o", ms=4, label=f"before layer {layer}")
     null = table.groupby("token").agg({"null_low": "min", "null_high": "max"})
     axis.fill_between(null.index, null.null_low, null.null_high, color="0.85", label="shuffled")
     axis.invert_yaxis()
-    axis.set(xlabel="neural token, in time", ylabel="place of the seen word (0 best)")
+    axis.set(xlabel="neural token, in order of time", ylabel="place of the seen word (0 best)")
     axis.legend(fontsize=8, frameon=False)
     return figure
 
@@ -542,7 +543,7 @@ QUESTIONS = {
 
 
 def content_of(config):
-    """A hash of the weights and recordings that the options only name."""
+    """Hash the weights and recordings that the options name."""
     paths = [config.lm, f"{config.dataset}/meta.yaml"]
     for name in read_set(config.dataset)["recordings"]:
         paths.append(f"{config.dataset}/{name}")
@@ -561,13 +562,13 @@ def main(config):
         return run.close()
     run.content = content_of(config)
     make_jobs, work, draw = QUESTIONS[config.analysis]
-    done = run.rows()
-    for job in run.share(make_jobs(run, config)):  # a model each
-        same = done.reindex(columns=list(job)) == pd.Series(job)
+    saved_rows = run.rows()
+    for job in run.share(make_jobs(run, config)):  # one model per job
+        same = saved_rows.reindex(columns=list(job)) == pd.Series(job)
         if same.all(axis=1).any():
             continue
         run.print(job)
-        rows = work(run, config, job)  # all of them, or none: a job cut short is done again
+        rows = work(run, config, job)  # a job that was interrupted left no rows and runs again
         for row in rows:
             run.result(**{**job, **row})
     table = run.merge()

@@ -133,7 +133,7 @@ def test_shuffled_words_are_the_null():
 
 REFUSED = [
     ({"analysis": "tokens"}, "init_from=out/telepath"),
-    ({"init_from": "out/telepath"}, "models of their own"),
+    ({"init_from": "out/telepath"}, "train new models"),
     ({"analysis": "frozen", "held_out_objects": 0.0}, "held_out_objects"),
     ({"minutes": 2.0}, "max_iters"),
 ]
