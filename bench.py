@@ -1,13 +1,13 @@
-"""How much faster or leaner than an honest alternative, measured here and now.
+"""How much faster or leaner is our code than an honest alternative, on this machine?
 
     python bench.py                           # every claim that has a target on this machine
-    python bench.py claims=swap,generate      # one or some
+    python bench.py claims=swap,generate      # some of them
     python bench.py claims=swap dtype=float32 # as on a CPU without bfloat16
     python bench.py gpu=True                  # make gpu: tests and numbers of one GPU, docs/gpu.md
 
-A claim is one function: it runs ours and an alternative in turns, in one process and in the same
-precision where nothing else is said. The alternative is what a careful person writes first. The
-table at the end of this file says what is compared, and on which machines the target holds.
+A claim is one function. It runs our code and an alternative in turns, in one process and one
+precision unless its docstring says otherwise. The alternative is what a careful person would write
+first. The table at the end of this file lists the targets and the machines where they hold.
 """
 
 import copy
@@ -38,17 +38,17 @@ from data import InputError, write_aside
 from data.states import pool_tokens
 from model import GPT, EncoderConfig, GPTConfig, NeuralEncoder, NeuralGPT, lm_state, save_checkpoint
 
-# A script, or a rival, is imported by the claims that measure it: it takes time and memory.
+# Claims import the scripts and rivals that they measure, because imports take time and memory.
 
 
 @dataclass
 class Config:
-    claims: list[str] = field(default_factory=list)  # none: all that have a target here
-    gpu: bool = False  # instead: the tests marked gpu, and GPT-2 124M, into docs/gpu.md
+    claims: list[str] = field(default_factory=list)  # none: all that have a target on this machine
+    gpu: bool = False  # instead run the tests marked gpu and GPT-2 124M, and write docs/gpu.md
     out_dir: str = "out/bench"  # bench.md, the table
     seed: int = 1337
     device: str = "auto"  # cuda, cpu
-    dtype: str = "auto"  # float32 on a CPU with bfloat16: what a CPU without it would do
+    dtype: str = "auto"  # float32 on a CPU with bfloat16 acts like a CPU without it
 
     def check(self):
         check_keys(self.claims, [claim.__name__ for claim in CLAIMS], "claims")
@@ -59,7 +59,7 @@ class Config:
 
 @dataclass
 class Measured:
-    """Ours and the other's times (or another unit) turn by turn, ours[i] next to other[i]."""
+    """Measurements of our code and the alternative; ours[i] and other[i] ran in the same turn."""
 
     ours: list
     other: list
@@ -68,7 +68,7 @@ class Measured:
 
 
 def seconds(function):
-    """Wall time of one call, and what it returns."""
+    """Return the wall time of one call, and its result."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -79,21 +79,21 @@ def seconds(function):
 
 
 def in_turns(ours, other, turns, warm_up=1):
-    """Measured of two functions, and what each returned last."""
+    """Time two functions in turns; return Measured and the last result of each."""
     for _ in range(warm_up):
         ours()
         other()
     measured = Measured([], [])
     for _ in range(turns):
-        taken, a = seconds(ours)
-        measured.ours.append(taken)
-        taken, b = seconds(other)
-        measured.other.append(taken)
+        duration, a = seconds(ours)
+        measured.ours.append(duration)
+        duration, b = seconds(other)
+        measured.other.append(duration)
     return measured, a, b
 
 
 def peak_in_process(code):
-    """Peak memory (GB) of a process of its own that runs `code`: of the GPU, else resident."""
+    """Run `code` in a new process; return its peak GPU memory (GB), or resident without a GPU."""
     end = """
 import torch
 peak = torch.cuda.max_memory_allocated()
@@ -101,14 +101,14 @@ if not torch.cuda.is_available():
     peak = 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 print(peak / 1e9)
 """
-    done = subprocess.run([sys.executable, "-c", code + end], cwd=HERE, capture_output=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.decode())
-    return float(done.stdout.split()[-1])
+    process = subprocess.run([sys.executable, "-c", code + end], cwd=HERE, capture_output=True)
+    if process.returncode:
+        raise RuntimeError(process.stderr.decode())
+    return float(process.stdout.split()[-1])
 
 
 def peak_above(function):
-    """Peak resident memory (MB) during one call, above what was there before; Linux."""
+    """Return how far resident memory (MB) rises during one call; Linux only."""
     status = Path("/proc/self/status")
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
@@ -118,7 +118,7 @@ def peak_above(function):
 
 
 def random_tokens(run, rows, length, vocab_size):
-    """idx, targets (rows, length) with a language's word frequencies: there is much to learn."""
+    """Draw idx and targets (rows, length) with a language's word frequencies: easy to learn."""
     words = np.random.default_rng(0).zipf(1.2, 40 * rows * (length + 1))
     words = words[words < vocab_size][: rows * (length + 1)]
     batch = torch.as_tensor(words).view(rows, length + 1).to(run.device)
@@ -126,7 +126,7 @@ def random_tokens(run, rows, length, vocab_size):
 
 
 def optimisation_step(autocast, optimizer, loss_of):
-    """A function that makes one step of `optimizer` on loss_of(), and returns the loss."""
+    """Return a function that takes one optimiser step on loss_of() and returns the loss."""
 
     def step():
         with autocast():
@@ -140,7 +140,7 @@ def optimisation_step(autocast, optimizer, loss_of):
 
 
 class Words:
-    """A tokenizer whose texts are numbers: what encoding costs is left out on both sides."""
+    """A tokenizer of texts that are numbers, so that neither side pays for encoding."""
 
     eot = 0
 
@@ -149,7 +149,7 @@ class Words:
 
 
 def gpt2_model(**options):
-    """A GPT of the shape of GPT-2 124M."""
+    """Return a GPT in the shape of GPT-2 124M."""
     shape = {"block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
     return GPT(GPTConfig(**shape, gelu="tanh", **options))
 
@@ -158,7 +158,7 @@ def gpt2_model(**options):
 
 
 def plain_loss(model, idx, targets):
-    """The loss as one writes it first: fused attention of the library, the whole batch's logits."""
+    """Return the loss of a first version: the library's attention, logits of the whole batch."""
     B, T = idx.shape
     parts = model.transformer
     x = parts.wpe.add(parts.wte(idx), torch.arange(T, device=idx.device))
@@ -173,9 +173,9 @@ def plain_loss(model, idx, targets):
 
 
 def trainer(run, plain=False):
-    """A training step: compiled, in the run's precision, with chunked head and fused optimiser.
+    """Return a training step: compiled, in the run's precision, chunked head, fused optimiser.
 
-    plain: eager and in float32, as one writes it first.
+    With `plain`, return a first version: eager, in float32.
     """
     shape = {"block_size": 256, "vocab_size": 50304, "n_layer": 6, "n_head": 6, "n_embd": 384}
     model = GPT(GPTConfig(**shape, bias=False)).to(run.device)
@@ -199,7 +199,7 @@ def train_step(run):
 
 
 def train_memory(run):
-    """Peak memory of that step, a process each."""
+    """Peak memory of the two training steps of train_step, each in its own process."""
     measured = Measured([], [], unit="GB")
     with tempfile.TemporaryDirectory() as folder:
         options = f"out_dir={folder!r}, dtype={str(run.dtype)[6:]!r}"
@@ -213,7 +213,7 @@ def train_memory(run):
 
 def spatial_share(run):
     """The spatial loss alone, forward and backward, over the whole step: 12 layers x 784, 4 x 256
-    tokens, 5 windows a sheet of radius 5.
+    tokens, 5 windows of radius 5 per sheet.
     """
     shape = {"block_size": 256, "vocab_size": 50304, "n_layer": 12, "n_head": 16, "n_embd": 784}
     sheets = {"sheet": True, "radius": 5, "windows": 5, "alpha": 2.5}
@@ -235,7 +235,7 @@ def spatial_share(run):
         units, near = model.sheets(model.draw_windows(generator))
         losses = []
         for x, u in zip(taps, units.flatten(0, 1)):
-            x.grad = None  # to be written, not added to
+            x.grad = None  # so that backward writes and does not add
             losses.append(loss_of(x, u, near))
         sum(losses).backward()
 
@@ -246,8 +246,8 @@ def spatial_share(run):
 
 
 def swap(run):
-    """Pre-optimising a sheet of 784 units, radius 10, to the loss that 2,000 trial swaps with
-    recomputed correlations reach.
+    """Pre-optimising a sheet of 784 units, radius 10, to the loss of 2,000 trial swaps with
+    recomputed correlations, against those swaps.
     """
     n_units, n_trials = 784, 2000
     shape = {"block_size": 256, "vocab_size": 4096, "n_layer": 2, "n_head": 16}
@@ -265,29 +265,30 @@ def swap(run):
     for turn in range(3):
         start = positions.random_positions(1, n_units, turn)[0]
         recompute = partial(recomputing_swaps, x, start, sheet.cells, near, n_trials, turn)
-        taken, layout = seconds(recompute)
-        measured.other.append(taken)
+        duration, layout = seconds(recompute)
+        measured.other.append(duration)
         target = loss(layout)
 
         def ours(target=target):
             return positions.swap_sheet(positions.correlations(x), sheet, stop_loss=target)[0]
 
-        times = []
+        durations = []
         for _ in range(11):
-            taken, layout = seconds(ours)
-            times.append(taken)
-        measured.ours.append(statistics.median(times))
+            duration, layout = seconds(ours)
+            durations.append(duration)
+        measured.ours.append(statistics.median(durations))
         assert loss(layout) <= target + 1e-6, "ours did not reach the alternative's loss"
-    measured.note = f"loss {loss(start):.3f} at the start, {target:.3f} and {loss(layout):.3f}"
+    losses = f"alternative {target:.3f}, ours {loss(layout):.3f}"
+    measured.note = f"loss at the start {loss(start):.3f}, {losses}"
     return measured
 
 
 def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PLR0913
-    """The textbook: the window's loss from x (T, C) at each trial swap, kept unless it rises."""
+    """Swap as textbooks do: recompute a window's loss from x (T, C); undo swaps that raise it."""
     rng = np.random.default_rng(seed)
     n = cells.shape[1]
     lower = torch.tril_indices(n, n, -1)
-    lower = lower[0] * n + lower[1]  # of the flattened (n, n)
+    lower = lower[0] * n + lower[1]  # indices into the flattened (n, n)
     d = near.flatten()[lower]
     d = (d - d.mean()) / (d - d.mean()).norm()
 
@@ -298,8 +299,8 @@ def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PL
 
     layout = unit_at_cell.copy()
     for window in rng.permutation(len(cells))[: n_trials // 50]:
-        at = cells[window]
-        features = x[:, layout[at]]  # (T, n)
+        window_cells = cells[window]
+        features = x[:, layout[window_cells]]  # (T, n)
         least = loss(features)
         for _ in range(50):
             pair = rng.choice(n, 2, replace=False)
@@ -307,7 +308,7 @@ def recomputing_swaps(x, unit_at_cell, cells, near, n_trials, seed):  # noqa: PL
             new = loss(features)
             if new <= least:
                 least = new
-                layout[at[pair]] = layout[at[pair[::-1]]]
+                layout[window_cells[pair]] = layout[window_cells[pair[::-1]]]
             else:
                 features[:, pair] = features[:, pair[::-1].copy()]
     return layout
@@ -324,14 +325,14 @@ def minimal_pairs(run):
     texts = []
     for length in rng.integers(6, 17, 1000):
         texts.append(" ".join(map(str, rng.integers(1, 4096, length))))
-    given = {"model": model, "tokenizer": Words()}
-    lm = HiddenStates(given, run.device, run.dtype, bos=True, head=True)
+    parts = {"model": model, "tokenizer": Words()}
+    lm = HiddenStates(parts, run.device, run.dtype, bos=True, head=True)
     rows, _ = lm.encode(texts)
 
     def score(batch_tokens):
         return topography.sentence_scores(run, lm, rows, batch_tokens)
 
-    # a batch of one token at most: every sentence alone
+    # batches of at most one token hold a single sentence
     measured, together, alone = in_turns(partial(score, 2048), partial(score, 1), turns=5)
     assert np.abs(together - alone).max() < 0.02 * np.abs(alone).max(), "the scores differ"
     return measured
@@ -348,7 +349,7 @@ def generate(run):
     model = gpt2_model()
     with tempfile.TemporaryDirectory() as folder:
         export_gpt(model, folder)
-        theirs = GPT2LMHeadModel.from_pretrained(folder).to(run.device).eval()
+        hf_model = GPT2LMHeadModel.from_pretrained(folder).to(run.device).eval()
     model = model.to(run.device).eval()
     prompts = torch.as_tensor(np.random.default_rng(0).integers(0, 50257, (8, 16)))
     prompts = prompts.to(run.device)
@@ -357,7 +358,7 @@ def generate(run):
     @torch.no_grad()
     def other():
         mask = torch.ones_like(prompts)
-        return theirs.generate(prompts, attention_mask=mask, **options)[:, 16:].tolist()
+        return hf_model.generate(prompts, attention_mask=mask, **options)[:, 16:].tolist()
 
     def ours():
         return model.generate(prompts.tolist(), 128, temperature=0)
@@ -371,11 +372,11 @@ def generate(run):
 
 
 def probing(run, n_texts):
-    """A model of GPT-2's shape, texts of 24 tokens, and what is wanted of them."""
+    """Return two functions that pool the states of GPT-2's shape over texts of 24 tokens."""
     import probe
 
-    given = {"model": gpt2_model().to(run.device).eval(), "tokenizer": Words(), "name": "gpt2"}
-    model = probe.LMModel(given, run.device, run.dtype)
+    parts = {"model": gpt2_model().to(run.device).eval(), "tokenizer": Words(), "name": "gpt2"}
+    model = probe.LMModel(parts, run.device, run.dtype)
     texts = []
     for row in np.random.default_rng(0).integers(1, 50257, (n_texts, 24)):
         texts.append(" ".join(map(str, row)))
@@ -388,18 +389,18 @@ def probing(run, n_texts):
             return states.arrays["mean"][-1]
 
     def keep_all():
-        """The same batches; every state of every token is kept, and pooled afterwards."""
+        """Keep every state of every token of the same batches, then pool."""
         rows, _ = model.encode(texts)
-        kept = []
+        batches = []
         for first in range(0, len(rows), 1024 // 24):
             ids, real = model.pad(rows[first : first + 1024 // 24])
-            kept.append((model.states(ids, real, layers), real))
+            batches.append((model.states(ids, real, layers), real))
         pooled = {}
         for pooling in poolings:
             parts = []
-            for states, real in kept:
-                of_layers = [pool_tokens(states[n].float(), real, pooling) for n in layers]
-                parts.append(torch.stack(of_layers, 1).cpu())
+            for states, real in batches:
+                by_layer = [pool_tokens(states[n].float(), real, pooling) for n in layers]
+                parts.append(torch.stack(by_layer, 1).cpu())
             pooled[pooling] = torch.cat(parts)
         with tempfile.TemporaryDirectory() as folder:
             for pooling, array in pooled.items():
@@ -410,8 +411,8 @@ def probing(run, n_texts):
 
 
 def probe_pass(run):
-    """Pooled states of 12 layers by pooling on the fly, against a pass that keeps all states and
-    pools afterwards.
+    """Pooling the states of 12 layers on the fly, against a pass that keeps all states and pools
+    afterwards.
     """
     measured, a, b = in_turns(*probing(run, 300), turns=3)
     assert np.abs(a - b).max() < 1e-3 * np.abs(b).max(), "the pooled states differ"
@@ -420,7 +421,7 @@ def probe_pass(run):
 
 
 def probe_memory(run):
-    """Peak memory of those two passes above the model's."""
+    """Peak memory of the two passes of probe_pass above that of the model."""
     ours, other = probing(run, 300)
     ours()
     measured = Measured([], [], unit="MB")
@@ -431,7 +432,7 @@ def probe_memory(run):
 
 
 def probe_fit(run):
-    """LDA and ridge at 60 sites of 2,000 x 768 in closed form, against scikit-learn fit by fit."""
+    """LDA and ridge at 60 sites of 2,000 x 768 in closed form, against a scikit-learn fit each."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import RidgeClassifier
     from sklearn.preprocessing import StandardScaler
@@ -462,7 +463,7 @@ def probe_fit(run):
             scores[site] = (np.argmax(outputs, 2) == y[test]).mean(1)
         return scores
 
-    def theirs():
+    def sklearn_fits():
         scores = []
         for site in X[::every]:
             scaler = StandardScaler().fit(site[train])
@@ -470,15 +471,15 @@ def probe_fit(run):
             scores.append([c.fit(z, y[train]).score(z_test, y[test]) for c in classifiers])
         return np.array(scores)
 
-    measured, a, b = in_turns(ours, theirs, turns=3)
-    measured.other = [every * taken for taken in measured.other]
+    measured, a, b = in_turns(ours, sklearn_fits, turns=3)
+    measured.other = [every * duration for duration in measured.other]
     assert np.abs(a[::every] - b).max() < 0.011, "the scores differ"
     measured.note = f"11 penalties; scikit-learn on every {every}th site, times {every}"
     return measured
 
 
 def app_rerun(run):
-    """The app's rerun on 100,000 rows, over 1 s."""
+    """A rerun of the app on 100,000 rows, over 1 s."""
     from streamlit.testing.v1 import AppTest
 
     columns = {
@@ -500,9 +501,9 @@ def app_rerun(run):
         with mock.patch.object(sys, "argv", ["probe_app.py", f"out_dir={folder}"]):
             for _ in range(5):
                 app = AppTest.from_file(str(HERE / "probe_app.py"), default_timeout=120).run()
-                taken, app = seconds(app.selectbox(key="metric").set_value("mcc").run)
+                duration, app = seconds(app.selectbox(key="metric").set_value("mcc").run)
                 assert not app.exception and app.get("plotly_chart"), "the app failed"
-                measured.ours.append(taken)
+                measured.ours.append(duration)
                 measured.other.append(1.0)
     return measured
 
@@ -545,7 +546,7 @@ def lag_windows(run):
 
 
 def word_auc(run):
-    """1,000 words x 440 classes with 1,000 shifts, over 1 s."""
+    """AUC of 1,000 words x 440 classes with 1,000 shifts, over 1 s."""
     from sklearn.metrics import roc_auc_score
 
     import decode
@@ -556,15 +557,15 @@ def word_auc(run):
     orders = decode.circular(rng.random(1000), 1000, 5)
     measured = Measured([], [])
     for _ in range(5):
-        taken, aucs = seconds(partial(decode.word_auc, scores, y, orders))
-        measured.ours.append(taken)
+        duration, aucs = seconds(partial(decode.word_auc, scores, y, orders))
+        measured.ours.append(duration)
         measured.other.append(1.0)
     assert abs(aucs[0, 7] - roc_auc_score(y == 7, scores[:, 7])) < 1e-9
     return measured
 
 
 def decode_memory(run):
-    """Peak memory of decode.py on 183 electrodes, 5,136 words, 21 lags, over 4 GB."""
+    """Peak memory of decode.py on 183 electrodes, 5,136 words and 21 lags, over 4 GB."""
     from data.recording import write_recording, write_set
 
     n_electrodes, n_words, sfreq, minutes, width = 183, 5136, 512, 30, 1600
@@ -602,7 +603,7 @@ def decode_memory(run):
 
 
 def eeg_prepare(run):
-    """Preparing a BIDS recording, against loading and filtering the same file by MNE."""
+    """Preparing a BIDS recording, against loading and filtering the same file with MNE."""
     import mne
 
     from data.bids_eeg import prepare
@@ -623,12 +624,12 @@ def eeg_prepare(run):
         def ours():
             prepare.convert(Path(folder, "set"), root, config, source="bench", synthetic=True)
 
-        def theirs():
+        def load_and_filter():
             raw = mne.io.read_raw(f"{stem}_eeg.vhdr", preload=True, verbose="error")
             raw.filter(config.l_freq, config.h_freq, picks="all", verbose="error")
 
-        measured = in_turns(ours, theirs, turns=3)[0]
-    measured.note = "64 channels, 250 Hz, one person of 20 minutes; ours resamples and writes, too"
+        measured = in_turns(ours, load_and_filter, turns=3)[0]
+    measured.note = "64 channels, 250 Hz, 20 minutes of one person; ours also resamples and writes"
     return measured
 
 
@@ -636,7 +637,7 @@ def eeg_prepare(run):
 
 
 def neural_gpt(run):
-    """A frozen GPT of 6 layers x 384 with experts in each, and neural tokens (16, 36, 384)."""
+    """Return a GPT of 6 layers x 384 with experts in each, and neural tokens (16, 36, 384)."""
     torch.manual_seed(0)
     shape = {"block_size": 256, "vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_embd": 384}
     lm = GPT(GPTConfig(**shape, bias=False))
@@ -645,14 +646,14 @@ def neural_gpt(run):
 
 
 def expert_step(run):
-    """A step of the experts behind 36 neural tokens, against the same GPT unrouted."""
+    """A training step of the experts with 36 neural tokens, against the same GPT unrouted."""
     model, n = neural_gpt(run)
     plain = copy.deepcopy(model.lm)
     model.requires_grad_(False)
     model.experts.requires_grad_(True)
     plain.requires_grad_(False)
     plain.transformer.h.requires_grad_(True)
-    # as many weights learn: the last expert has no output projection and no MLP
+    # train equally many weights: the last expert has no output projection and no MLP
     for part in (plain.transformer.h[-1].attn.c_proj, plain.transformer.h[-1].mlp):
         part.requires_grad_(False)
     for block in plain.transformer.h:
@@ -662,25 +663,25 @@ def expert_step(run):
     idx = torch.randint(0, 4096, (16, n.size(1) + 2 + n_text), device=run.device)
 
     def step(model, states):
-        learned = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for p in model.parameters() if p.requires_grad]
         head = plain.transformer.wte.weight
 
         def loss_of():
             logits = (states() @ head.t()).float()
             return F.cross_entropy(logits.flatten(0, 1), idx[:, -n_text:].flatten())
 
-        n_learned.append(sum(p.numel() for p in learned))
-        return optimisation_step(run.autocast, torch.optim.AdamW(learned, lr=1e-5), loss_of)
+        n_trained.append(sum(p.numel() for p in trained))
+        return optimisation_step(run.autocast, torch.optim.AdamW(trained, lr=1e-5), loss_of)
 
-    n_learned = []
+    n_trained = []
     ours = step(model, lambda: model.trunk(n, idx[:, -n_text:]))
     other = step(plain, lambda: plain.trunk(idx)[0][:, -n_text:])
-    assert n_learned[0] == n_learned[1], n_learned
+    assert n_trained[0] == n_trained[1], n_trained
     return in_turns(ours, other, turns=15, warm_up=3)[0]
 
 
 def prefix_decode(run):
-    """A token behind a cached neural prefix, against the plain GPT behind as many tokens."""
+    """A token generated after a cached neural prefix, against plain GPT after as many tokens."""
     model, n = neural_gpt(run)
     model.eval()
     n_text, n_new = 8, 64
@@ -688,7 +689,7 @@ def prefix_decode(run):
     longer = list(range(1, n.size(1) + 2 + n_text + 1))
 
     def decode(row, **options):
-        """Seconds of each token after the first."""
+        """Return the seconds per token after the first."""
         with run.autocast():
             stream = model.lm.stream([row] * 16, n_new, temperature=0, **options)
             next(stream)  # reads the prompt
@@ -697,14 +698,14 @@ def prefix_decode(run):
     measured = Measured([], [])
     for turn in range(8):
         ours, other = decode(prompt, start=partial(model._start, n)), decode(longer)
-        if turn:  # the first warms up
+        if turn:  # the first is a warm-up
             measured.ours.append(ours)
             measured.other.append(other)
     return measured
 
 
 def loader_wait(run):
-    """Waiting for EEG with all augmentations on each trial, over 5 % of the step."""
+    """Waiting for EEG with every augmentation on each trial, over 5 % of a step."""
     import telepath
     from data.tokens import tokenizer_state
 
@@ -738,14 +739,14 @@ def loader_wait(run):
     steps(5)
     measured = Measured([], [])
     for _ in range(3):
-        taken, waited = seconds(partial(steps, 40))
+        duration, waited = seconds(partial(steps, 40))
         measured.ours.append(waited)
-        measured.other.append(0.05 * taken / 40)
+        measured.other.append(0.05 * duration / 40)
     return measured
 
 
 def mask_step(run):
-    """A pretraining step that encodes the visible quarter, against masking in place."""
+    """A pretraining step that encodes only the visible quarter, against masking in place."""
     import foundation
 
     torch.manual_seed(0)
@@ -766,7 +767,7 @@ def mask_step(run):
     visible = torch.as_tensor(visible, device=run.device)
 
     def in_place():
-        """The encoder on the full length, mask tokens for what is hidden, a linear head."""
+        """Run the encoder on all tokens, with mask tokens for hidden ones and a linear head."""
         net = full.encoder.net
         hidden = ~visible.flatten(1)
         tokens, present = net.tokenize(x * visible.repeat_interleave(16, 2), xyz, subject)
@@ -786,7 +787,7 @@ def mask_step(run):
 
 
 def fastfood(run):
-    """1,000 dimensions to 2^24 parameters and back, against the textbook butterfly."""
+    """Projecting 1,000 dimensions to 2^24 parameters and back, against the textbook butterfly."""
     import warp
 
     size, d = 2**24, 1000
@@ -818,7 +819,7 @@ def fastfood(run):
 
 
 def warp_step(run):
-    """A step of a 784-200-200-10 network in 750 dimensions, against one of the whole network."""
+    """A training step of a 784-200-200-10 network in 750 dimensions, against all its weights."""
     import warp
 
     torch.manual_seed(0)
@@ -834,13 +835,13 @@ def warp_step(run):
     for model in (wrapper, network):
         optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
 
-        def some(model=model, optimizer=optimizer):
+        def forty_steps(model=model, optimizer=optimizer):
             for _ in range(40):
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
 
-        steps.append(some)
+        steps.append(forty_steps)
     return in_turns(*steps, turns=9)[0]
 
 
@@ -862,9 +863,9 @@ else:
 
 
 def warp_memory(run):
-    """Peak memory of warping GPT-2 124M above running it, over its weights."""
+    """Peak memory of warping GPT-2 124M beyond that of running it, over its weights."""
     weights = 4 * sum(p.numel() for p in gpt2_model().parameters()) / 1e9
-    measured = Measured([], [], unit="GB", note="peak above plain inference, over the weights")
+    measured = Measured([], [], unit="GB", note="peak beyond plain inference, over the weights")
     for _ in range(2):
         peaks = [peak_in_process(WARPING.format(train=train)) for train in (True, False)]
         measured.ours.append(peaks[0] - peaks[1])
@@ -878,11 +879,11 @@ def warp_memory(run):
 def measure_gpu(run):
     """Run the tests marked gpu, train and generate with GPT-2 124M; write docs/gpu.md."""
     if run.device.type != "cuda":
-        raise InputError("make gpu needs a CUDA GPU, and torch finds none on this machine")
+        raise InputError("make gpu needs a CUDA GPU, but torch finds none on this machine")
     files = [f"tests/test_{name}.py" for name in ("gpu", "train", "scripts")]
     tests = [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-m", "gpu", *files]
-    done = subprocess.run(tests, cwd=HERE, capture_output=True, text=True)
-    print(done.stdout)
+    process = subprocess.run(tests, cwd=HERE, capture_output=True, text=True)
+    print(process.stdout)
     rows = [train_on_gpu(run, alpha=alpha) for alpha in (0, 2.5)]
     table = pd.DataFrame(rows).round(3)
     claims = [measure(run, claim) for claim in (generate, probe_pass, expert_step, prefix_decode)]
@@ -891,10 +892,10 @@ def measure_gpu(run):
 `make gpu` wrote this on {torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA
 {torch.version.cuda}, {time.strftime("%F")}.
 
-Tests marked `gpu`: {done.stdout.strip().splitlines()[-1].strip("= ")}.
+Tests marked `gpu`: {process.stdout.strip().splitlines()[-1].strip("= ")}.
 
 GPT-2 124M (12 layers x 784 units, 1,024 tokens), `python train.py config/train_gpt2.yaml` with
-embedded text and {run.dtype}; MFU is the share of the dense 16-bit peak of the data sheet.
+embedded text and {run.dtype}; MFU is the share of the data sheet's dense 16-bit peak.
 
 {markdown(table)}
 
@@ -902,12 +903,12 @@ embedded text and {run.dtype}; MFU is the share of the dense 16-bit peak of the 
 """
     write_aside(HERE / "docs/gpu.md", text)
     print(text)
-    if done.returncode:
-        raise InputError("the tests marked gpu failed: see above; docs/gpu.md says which")
+    if process.returncode:
+        raise InputError("tests marked gpu failed: see the output above")
 
 
 def train_on_gpu(run, alpha):
-    """A row of the table: 60 steps of two micro-batches by train.py in this process."""
+    """Run 60 steps of two micro-batches of train.py in this process; return a row of the table."""
     import train
 
     torch.cuda.empty_cache()
@@ -928,17 +929,17 @@ def train_on_gpu(run, alpha):
 # ---- the table
 
 
-# avx2: a CPU in float32; bf16: one that is quicker in bfloat16. For a kind that is absent there is
-# no claim.
+# avx2: a CPU in float32; bf16: a CPU that is faster in bfloat16. Claims have targets only for the
+# kinds of machine that they list.
 
 
 def on_cpus(target):
-    """{kind of machine: target} of a claim that holds on CPUs alone."""
+    """Return {kind of machine: target} of a claim that only holds on CPUs."""
     return {"avx2": target, "bf16": target}
 
 
 def everywhere(target):
-    """{kind of machine: target} of a claim that holds on every machine."""
+    """Return {kind of machine: target} of a claim that holds on every machine."""
     return {"avx2": target, "bf16": target, "cuda": target}
 
 
@@ -968,16 +969,16 @@ CLAIMS = {
 
 
 def kind_of_machine(run):
-    """cuda; a CPU is avx2 in float32, else bf16."""
+    """Return cuda, or avx2 for a CPU in float32, or bf16."""
     if run.device.type != "cpu":
         return run.device.type
     return "avx2" if run.dtype is torch.float32 else "bf16"
 
 
 def measure(run, claim):
-    """The row of a claim. ratio: how many times faster ours is (>=), ours over the other (<=)."""
+    """Return a claim's row. ratio: how many times faster ours is (>=), ours over the other (<=)."""
     result = claim(run)
-    target = CLAIMS[claim].get(kind_of_machine(run), "none here")
+    target = CLAIMS[claim].get(kind_of_machine(run), "none on this machine")
     ratios = np.array(result.ours) / np.array(result.other)
     if ">=" in str(CLAIMS[claim]):
         ratios = 1 / ratios
@@ -993,7 +994,7 @@ def measure(run, claim):
 
 
 def markdown(table):
-    """The lines of a DataFrame as a table of docs/bench.md."""
+    """Return a DataFrame as a Markdown table."""
     lines = [list(table), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -31,7 +31,7 @@ def test_ratios_are_turn_by_turn_and_in_the_direction_of_the_target(tmp_path, mo
 def test_claims_by_name_are_measured(tmp_path, capsys):
     bench.main(configure(bench.Config, ["claims=word_auc", f"out_dir={tmp_path}"]))
     table = (tmp_path / "bench.md").read_text()
-    assert "`word_auc`: 1,000 words" in table and len(table.splitlines()) == 3
+    assert "`word_auc`: AUC of 1,000 words" in table and len(table.splitlines()) == 3
 
 
 @pytest.mark.parametrize(
