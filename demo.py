@@ -2,11 +2,11 @@
 
     python demo.py                    # make demo: runs what is not finished, then writes the page
     python demo.py minutes=40         # train longer
-    python demo.py report_only=True   # the page again, from the results that are there
+    python demo.py report_only=True   # write the page again from existing results
 
 A topographic GPT and its twin without topography go through every experiment on embedded data.
-Stages, and what the page says about them, stand in config/demo.yaml. One measurement at the start
-settles how long models train and how large experiments are: the demo ends in time on any machine.
+config/demo.yaml lists the stages and what the page says about them. A measurement at the start sets
+training times and the size of experiments, so that the demo ends in time on any machine.
 """
 
 import json
@@ -41,17 +41,17 @@ from model import GPT, GPTConfig
 class Config:
     stages: list[dict] = field(default_factory=list)  # see config/demo.yaml
     sections: dict = field(default_factory=dict)  # what the page says about each script
-    minutes: float = 0.0  # for everything; 0: 10 where the machine has bfloat16, 17 elsewhere
-    report_only: bool = False  # run nothing, write the page from the results that are there
+    minutes: float = 0.0  # for everything; 0: 10 if the machine is faster in bfloat16, else 17
+    report_only: bool = False  # run nothing; write the page from existing results
     out_dir: str = "out/demo"  # report.html, overview.png, results.csv (the answers), logs/
-    seed: int = 1337  # of the page's own bootstrap; the scripts have theirs
-    dtype: str = "auto"  # of the models that train: bfloat16 where that is quicker; float32
+    seed: int = 1337  # for the page's own bootstrap; the scripts have theirs
+    dtype: str = "auto"  # for the models that train: bfloat16 where it is faster; float32
 
     def check(self):
         for stage in self.stages:
             if not {"name", "seconds", "run"} <= set(stage) or not isinstance(stage["run"], list):
                 raise InputError(
-                    f"option 'stages': each has a name, seconds and a list to run, not {stage}"
+                    f"option 'stages': give each a name, seconds and a list to run, not {stage}"
                 )
 
 
@@ -65,11 +65,11 @@ class Job:
     words: list  # script and options
     out: Path  # the folder it writes to
     inputs: list  # jobs whose folders it reads
-    pictures: dict  # {pattern of its files: caption}
+    pictures: dict  # {file pattern: caption}
 
     @property
     def command(self):
-        return shlex.join(self.words)  # as one can type it
+        return shlex.join(self.words)  # quoted for the shell
 
     @property
     def script(self):
@@ -77,12 +77,12 @@ class Job:
 
     @property
     def result(self):
-        """The file that the script writes last."""
+        """Return the file that the script writes last."""
         last = {"prepare.py": "meta.yaml", "sample.py": "samples.txt"}
         return self.out / last.get(self.script, "results.csv")
 
     def is_current(self):
-        """Was it last started with this command, and after what it reads was finished?"""
+        """Return whether its last start had this command and came after its inputs finished."""
         config = self.out / "config.yaml"
         if not config.exists():
             return self.script == "prepare.py"
@@ -96,7 +96,7 @@ class Job:
         return True
 
     def is_finished(self):
-        """Are its results and pictures there, and those of this very command?"""
+        """Return whether the results and pictures of exactly this command exist."""
         if not self.result.exists() or not self.is_current():
             return False
         started = self.out / "config.yaml"
@@ -106,13 +106,13 @@ class Job:
 
 
 def modified(path):
-    """When a file was written, in seconds."""
+    """Return when a file was written, in seconds."""
     return path.stat().st_mtime
 
 
 @dataclass
 class Stage:
-    """Jobs that run side by side, and the seconds that they should take."""
+    """Jobs that run in parallel, and the seconds that they should take."""
 
     name: str
     seconds: float
@@ -120,10 +120,10 @@ class Stage:
 
 
 def measure(run):
-    """How slow this machine is; 1: stages take the seconds of config/demo.yaml.
+    """Return how slow this machine is, relative to the seconds in config/demo.yaml.
 
-    A training step in float32 on half of the cores, which is what each of two jobs has. It is kept
-    in machine.json, so that a demo that continues has the same plan.
+    Times a training step in float32 on half of the cores, the share of each of two parallel jobs.
+    machine.json keeps the result, so that a continued demo follows the same plan.
     """
     file = run.out / "machine.json"
     if not file.exists():
@@ -142,33 +142,33 @@ def measure(run):
     return json.loads(file.read_text())["slowness"]
 
 
-REFERENCE = 0.57  # seconds
-STEPPING = 0.85  # share of a training run's time that its steps take; else it starts and validates
+REFERENCE = 0.57  # seconds of that step on the reference machine
+STEPPING = 0.85  # share of a training run's time for steps; the rest is start-up and validation
 
 
 def make_stages(run, config):
-    """The stages for this machine [Stage], and a sentence on how they were chosen.
+    """Return the stages for this machine, and a sentence on how they were chosen.
 
-    A stage takes its `seconds` times the slowness of the machine. Its `share` of the minutes that
-    are left goes into its commands as {minutes}, or as {steps}, which are the same for both models
-    (a step takes `step` seconds on the reference machine, in float32 `step_float32`). Where less
-    than half is left, commands get the options `small` and take about half as long.
+    A stage takes its `seconds` times the slowness of the machine. Its `share` of the remaining
+    minutes goes into its commands as {minutes}, or as {steps}, which are the same for both models
+    (a step takes `step` seconds on the reference machine, `step_float32` in float32). If less than
+    half of the time remains, commands get the options `small` and take about half as long.
     """
-    slowness = measured = measure(run)
+    slowness = step_slowness = measure(run)
     limit = config.minutes or (17 if run.dtype is torch.float32 else 10)
     fixed = slowness * sum(stage["seconds"] for stage in config.stages) / 60
     small = fixed > limit / 2
     if small:
         slowness /= 2
         fixed /= 2
-    left = max(limit - fixed, limit / 4)
+    remaining = max(limit - fixed, limit / 4)
     stages, jobs = [], []
     for stage in config.stages:
-        minutes = round(left * stage.get("share", 0), 1)
+        minutes = round(remaining * stage.get("share", 0), 1)
         step = stage.get("step", 1)
         if run.dtype is torch.float32:
             step = stage.get("step_float32", step)
-        steps = round(60 * minutes * STEPPING / (step * measured))
+        steps = round(60 * minutes * STEPPING / (step * step_slowness))
         fields = {"minutes": minutes, "steps": steps, "dtype": str(run.dtype).split(".")[-1]}
         first = len(jobs)
         for command in stage["run"]:
@@ -178,18 +178,18 @@ def make_stages(run, config):
             jobs.append(make_job(config, command, jobs))
         seconds = slowness * stage["seconds"] + 60 * minutes
         stages.append(Stage(stage["name"], seconds, jobs[first:]))
-    sentence = f"On this machine {left:.1f} minutes were left for training"
+    sentence = f"This machine had {remaining:.1f} minutes for training"
     if small:
         sentence += ", and the other experiments are smaller than on a faster one"
     return stages, sentence + "."
 
 
 def make_job(config, command, earlier):
-    """The Job of a command line. Raises InputError."""
+    """Return the Job of a command line. Raises InputError if its script does not exist."""
     words = shlex.split(command)
     script = HERE / words[0]
     if not script.is_file():
-        raise InputError(f"stages: there is no script {words[0]} (of '{command}')")
+        raise InputError(f"stages: no script {words[0]} exists: correct '{command}'")
     out = script.parent
     for word in words:
         if word.startswith("out_dir="):
@@ -203,23 +203,23 @@ def make_job(config, command, earlier):
 
 
 def start(job, threads, log):
-    """Start a job where it stopped, or anew if its command or what it reads has changed."""
+    """Resume a job, or start it over if its command or its inputs have changed."""
     words = list(job.words)
     if (job.out / "ckpt.pt").exists():
         words.append("init_from=resume" if job.is_current() else "overwrite=True")
     elif (job.out / "config.yaml").exists() and not job.is_current():
-        shutil.rmtree(job.out)  # rows of results do not know which weights they came from
+        shutil.rmtree(job.out)  # its rows of results may come from other weights
     return subprocess.Popen(
         [sys.executable, str(HERE / words[0]), *words[1:]],
         stdout=log,
         stderr=subprocess.STDOUT,
         env={"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,  # an interrupt reaches the demo alone, which ends its jobs
+        start_new_session=True,  # an interrupt reaches only the demo, which ends its jobs
     )
 
 
 class Log:
-    """logs/NAME.log: what a job prints, passed on line by line, without progress bars."""
+    """The log of a job in logs/NAME.log, printed line by line without progress bars."""
 
     def __init__(self, run, job):
         folder = run.out / "logs"
@@ -237,9 +237,9 @@ class Log:
 
 
 def run_jobs(run, jobs, update):
-    """Run jobs side by side, calling update() meanwhile.
+    """Run jobs in parallel, and call update() meanwhile.
 
-    Returns 0, or the exit status of the first that fails, which ends the others.
+    Returns 0, or the exit status of the first job that fails, which ends the others.
     """
     logs, processes = [], []
     statuses = [None]
@@ -258,7 +258,7 @@ def run_jobs(run, jobs, update):
     finally:
         for process in processes:
             if process.poll() is None:
-                process.terminate()  # scripts that train save at the end of their step
+                process.terminate()  # training scripts finish their step and save
         for process, log in zip(processes, logs):
             process.wait()
             log.pass_on("\n")
@@ -266,7 +266,7 @@ def run_jobs(run, jobs, update):
 
 
 def run_stages(run, stages):
-    """Run what is not finished, stage by stage. Returns the exit status."""
+    """Run the unfinished jobs, stage by stage. Returns the exit status."""
     todo = []
     for stage in stages:
         jobs = [job for job in stage.jobs if not job.is_finished()]
@@ -275,33 +275,33 @@ def run_stages(run, stages):
     total = sum(stage.seconds for stage in todo)
     run.print(f"{len(todo)} of {len(stages)} stages to go, about {total / 60:.0f} minutes in all")
     bar = run.progress(round(total), desc="demo")
-    done = 0
+    completed = 0  # seconds
     for stage in todo:
         begin = time.time()
         run.print(f"== {stage.name}: about {stage.seconds / 60:.1f} minutes")
 
-        def update(begin=begin, done=done, planned=stage.seconds):
-            bar.update(round(done + min(time.time() - begin, planned)) - bar.n)
+        def update(begin=begin, completed=completed, planned=stage.seconds):
+            bar.update(round(completed + min(time.time() - begin, planned)) - bar.n)
 
         status = run_jobs(run, stage.jobs, update)
         if status:
             run.print(
-                f"== {stage.name} ended with status {status}: what was finished is kept, "
-                "and the same command continues from here"
+                f"== {stage.name} ended with status {status}: finished jobs are kept, and the same "
+                "command continues from here"
             )
             return status if status > 0 else 128 - status
-        done += stage.seconds
+        completed += stage.seconds
     bar.close()
     return 0
 
 
-# ---- what the results say
+# ---- the results
 #
 # Each experiment becomes a table of rows: model (topographic, twin, or a control), what (a task, a
 # sheet, a fold ...), score, low, high, chance, n. Answers compare the two models over its rows.
 
 NAMES = ("topographic", "twin")
-QUESTIONS = {  # and what a positive and a negative difference mean
+QUESTIONS = {  # question: what a positive and what a negative difference mean
     "Did units get a place at all?": ("smoother maps", "rougher maps"),
     "What can be probed?": ("more can be probed", "less can be probed"),
     "How far must the model be warped?": ("further", "nearer"),
@@ -313,19 +313,19 @@ QUESTIONS = {  # and what a positive and a negative difference mean
 
 @dataclass
 class Answer:
-    """A measure of both models and their difference; each is (score, low, high), 95 %."""
+    """One measure for both models and their difference, each as (score, low, high), 95 %."""
 
     question: str
     measure: str
-    models: list  # of the topographic model and the twin
+    models: list  # the topographic model, the twin
     difference: tuple
     n: int
-    over: str  # what n counts, and the interval is over
+    over: str  # what n and the interval count
     chance: float
-    null: str  # chance and controls in words
+    null: str  # chance and controls as text
 
     def verdict(self):
-        """What the interval allows to say, and no more."""
+        """Return what the interval allows one to conclude, and no more."""
         _, low, high = self.difference
         if not math.isfinite(low + high):
             return "too few for an interval"
@@ -336,7 +336,7 @@ class Answer:
 
 
 def compare(question, measure, rows, over, difference=None):
-    """The Answer of a table of rows: over its rows, in pairs, unless a difference is given."""
+    """Return the Answer of a table: paired over its rows unless a difference is given."""
     means = rows.groupby("model", sort=False).score.mean()
     a, b = (rows[rows.model == name].set_index("what") for name in NAMES)
     if difference is None:
@@ -345,20 +345,20 @@ def compare(question, measure, rows, over, difference=None):
     nulls = [f"chance {chance:.3f}"]
     for name, mean in means.drop(list(NAMES)).items():
         nulls.append(f"{name} {mean:.3f}")
-    models = [own_interval(a), own_interval(b)]
+    models = [score_interval(a), score_interval(b)]
     n = len(a) if len(a) > 1 else int(a.n.iloc[0])
     return Answer(question, measure, models, difference, n, over, chance, "; ".join(nulls))
 
 
-def own_interval(rows):
-    """(score, low, high) of a single row; of several, over them."""
+def score_interval(rows):
+    """Return (score, low, high) of a single row, or the mean and its interval over several."""
     if len(rows) > 1:
         return mean_interval(rows.score)
     return tuple(rows[["score", "low", "high"]].iloc[0].astype(float))
 
 
 def mean_interval(values):
-    """(mean, low, high): 95 % of the t distribution over the values."""
+    """Return (mean, low, high): the 95 % interval of the t distribution."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), -math.inf, math.inf
@@ -366,7 +366,7 @@ def mean_interval(values):
 
 
 def group_interval(values, groups, seed):
-    """(mean, low, high) of trials: 95 % bootstrap over the groups that they belong to."""
+    """Return (mean, low, high) of trials: a 95 % bootstrap interval over their groups."""
     mean = float(np.mean(values))
     parts = pd.Series(np.asarray(values)).groupby(np.asarray(groups)).agg(["sum", "size"])
     if len(parts) < 2:
@@ -376,19 +376,20 @@ def group_interval(values, groups, seed):
         return sums.sum(axis) / sizes.sum(axis)
 
     options = {"paired": True, "method": "percentile", "n_resamples": 2000, "rng": seed}
-    drawn = scipy.stats.bootstrap(tuple(parts.to_numpy(float).T), ratio, **options)
-    return (mean, *drawn.confidence_interval)
+    result = scipy.stats.bootstrap(tuple(parts.to_numpy(float).T), ratio, **options)
+    return (mean, *result.confidence_interval)
 
 
 def unpaired(a, b):
-    """Difference of two (score, low, high) of independent samples."""
-    gap = a[0] - b[0]
-    low = math.hypot(a[0] - a[1], b[2] - b[0])
-    return gap, gap - low, gap + math.hypot(a[2] - a[0], b[0] - b[1])
+    """Return the difference (score, low, high) of two scores of independent samples."""
+    difference = a[0] - b[0]
+    below = math.hypot(a[0] - a[1], b[2] - b[0])
+    above = math.hypot(a[2] - a[0], b[0] - b[1])
+    return difference, difference - below, difference + above
 
 
 def rows_of(jobs, query, what, kind="", main=""):
-    """Rows of both models' results.csv. Where column `kind` is not `main`, it names a control."""
+    """Read rows of both models' results.csv; a `kind` other than `main` names a control."""
     parts = []
     for job, name in zip(jobs, NAMES):
         part = pd.read_csv(job.result, low_memory=False).query(query)
@@ -401,7 +402,7 @@ def rows_of(jobs, query, what, kind="", main=""):
 
 
 def show_train(jobs, config):
-    """(rows of the table, [lines of the overview]), as of each show_ function: losses."""
+    """Return a table of losses and its Answers, as every show_ function does for its script."""
     rows = rows_of(jobs, "metric == 'val_loss'", "metric").drop_duplicates("model", keep="last")
     difference = unpaired(*rows[["score", "low", "high"]].to_numpy())
     question = "What does place cost in language?"
@@ -410,13 +411,13 @@ def show_train(jobs, config):
 
 
 def show_init_pos(jobs, config):
-    """Spatial losses of the layouts; no line in the overview."""
+    """Return the spatial losses of the layouts, and no Answer."""
     rows = rows_of(jobs, "score == score", "layer")
     return rows.assign(model="swapped"), []
 
 
 def show_topography(jobs, config):
-    """Moran's I of the contrast maps, and minimal pairs."""
+    """Return Moran's I of the contrast maps, and minimal pairs."""
     table = pd.read_csv(jobs[0].result).query("blur == 0")
     table["model"] = table.model.replace("model", "topographic")
     table["what"] = table.contrast
@@ -435,7 +436,7 @@ def show_topography(jobs, config):
 
 
 def show_probe(jobs, config):
-    """Accuracies of the probes, by task."""
+    """Return the accuracies of probes by task."""
     query = "metric == 'accuracy' and (layer == 'best' or baseline == 'layer0')"
     rows = rows_of(jobs, query, "dataset", "baseline")
     rows["model"] = rows.model.replace({"random_init, topographic": "random weights"})
@@ -445,28 +446,28 @@ def show_probe(jobs, config):
 
 
 def show_warp(jobs, config):
-    """d_warp of both brains, and their mean."""
-    parts, gaps = [], []
+    """Return d_warp of both brains, and their mean."""
+    parts, differences = [], []
     for job, brain in zip(jobs, NAMES):
         table = pd.read_csv(job.result)
         part = table[table.measure == "d_warp absolute"].head(2)
         parts.append(part.assign(model=NAMES, what=f"brain grown from the {brain} model"))
-        gap = table[table.measure == "difference of log10(1 + d_warp)"].iloc[0]
-        gaps.append([-gap.score, -gap.high, -gap.low])  # it is twin less topographic
+        row = table[table.measure == "difference of log10(1 + d_warp)"].iloc[0]
+        differences.append([-row.score, -row.high, -row.low])  # the row is twin minus topographic
     rows = pd.concat(parts)
     values = ["score", "low", "high"]
     rows = rows.assign(chance=0.0, **np.log10(1 + rows[values].astype(float)))
     mean = rows.groupby("model", sort=False)[[*values, "chance", "n"]].mean().reset_index()
     mean["what"] = "mean of both brains"
     measure = "log10(1 + d_warp), mean of two brains (chance: no warp)"
-    difference = tuple(np.mean(gaps, 0))
+    difference = tuple(np.mean(differences, 0))
     question = "How far must the model be warped?"
     answer = compare(question, measure, mean, "draws of seeds and phrases", difference)
     return pd.concat([rows, mean]), [answer]
 
 
 def show_decode(jobs, config):
-    """Word AUC where words were planted."""
+    """Return the word AUC at the lag where words were planted."""
     query = "metric == 'auc' and fold != 'mean' and (lag == '300.0' or model == 'oracle')"
     rows = rows_of(jobs, query, "fold", "model", "ridge")
     measure = "word ROC-AUC at 300 ms, where words were planted (chance: shifted words)"
@@ -474,26 +475,26 @@ def show_decode(jobs, config):
 
 
 def show_telepath(jobs, config):
-    """EEG to words, ranked, by evaluation set."""
+    """Return the top-1 accuracy of EEG to words, by evaluation set."""
     rows = rows_of(jobs, "metric == 'top1'", "set", "control", "eeg")
     samples = []
     for job in jobs:
         table = pd.read_csv(job.out / "samples.csv", keep_default_na=False, dtype=str)
         samples.append(table.assign(right=table.ranked.str.split(" ").str[0] == table.word))
-    gap = samples[0].assign(gap=1.0 * samples[0].right - samples[1].right)
+    pairs = samples[0].assign(difference=1.0 * samples[0].right - samples[1].right)
     answers = []
     for name in ("trial", "object"):
-        part = gap[gap.set == name]
-        difference = group_interval(part.gap, part.object, config.seed)
+        part = pairs[pairs.set == name]
+        difference = group_interval(part.difference, part.object, config.seed)
         measure = f"EEG to words, top-1, set {name}"
-        of_set = rows[rows.set == name]
+        set_rows = rows[rows.set == name]
         question = "What can be decoded?"
-        answers.append(compare(question, measure, of_set, "trials of some objects", difference))
+        answers.append(compare(question, measure, set_rows, "trials of some objects", difference))
     return rows, answers
 
 
 def show_foundation(jobs, config):
-    """R² of hidden patches; no line in the overview."""
+    """Return R² of hidden patches, and no Answer."""
     rows = rows_of(jobs, "metric == 'r2' and set == 'test'", "mask")
     return rows.assign(model=rows.method), []
 
@@ -514,29 +515,29 @@ SHOW = {
 
 
 def show(score, low, high):
-    """A score and its interval as text; without an interval the score alone."""
+    """Format a score with its interval, if it has one."""
     if not math.isfinite(low + high):
         return f"{score:.3f}"
     return f"{score:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def html_table(table):
-    """A DataFrame as HTML that the template takes as it is."""
+    """Return a DataFrame as HTML that the template does not escape."""
     return Markup(table.to_html(index=False, border=0, na_rep="", float_format="{:.3f}".format))
 
 
 def side_by_side(rows):
-    """Rows of results as a table: a line for each `what`, a column for each model."""
+    """Lay rows of results out as an HTML table: a line per `what`, a column per model."""
     rows = rows.assign(shown=list(map(show, rows.score, rows.low, rows.high)))
-    rows["what"] = pd.Categorical(rows.what, rows.what.unique())  # in their own order
+    rows["what"] = pd.Categorical(rows.what, rows.what.unique())  # keeps their order
     models = list(dict.fromkeys(rows.model))
     table = rows.pivot_table("shown", "what", "model", "first", observed=True)[models]
-    others = rows.groupby("what", observed=True)[["chance", "n"]].first()
-    return html_table(table.join(others.astype({"n": int})).reset_index(names="score [95 %]"))
+    facts = rows.groupby("what", observed=True)[["chance", "n"]].first()
+    return html_table(table.join(facts.astype({"n": int})).reset_index(names="score [95 %]"))
 
 
 def describe(run, config, jobs):
-    """The section of a script as the template wants it, and its Answers."""
+    """Return a script's section for the template, and its Answers."""
     script = jobs[0].script
     text = config.sections[script]
     options = [yaml.safe_load((job.out / "config.yaml").read_text()) for job in jobs]
@@ -548,8 +549,8 @@ def describe(run, config, jobs):
     if script in SHOW:
         rows, answers = SHOW[script](jobs, config)
         section["table"] = side_by_side(rows)
-        said = rows.filter(["data", "dataset"]).to_string()
-        if "synthetic" in said or rows.get("synthetic", pd.Series(False)).any():
+        sources = rows.filter(["data", "dataset"]).to_string()
+        if "synthetic" in sources or rows.get("synthetic", pd.Series(False)).any():
             section["data"] = "synthetic"
     for job in jobs:
         for pattern, caption in job.pictures.items():
@@ -559,7 +560,7 @@ def describe(run, config, jobs):
 
 
 def draw_overview(answers, path):
-    """overview.png: a panel for each answer, both models with their intervals and the null."""
+    """Plot a panel per answer: both models with their intervals, and the null."""
     columns = min(4, len(answers))
     n_rows = math.ceil(len(answers) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.8 * n_rows), layout="constrained")
@@ -573,7 +574,7 @@ def draw_overview(answers, path):
         axis.set_title(answer.measure, fontsize=7, wrap=True)
         axis.set_xlabel(f"difference {show(*answer.difference)}", fontsize=8)
     title = (
-        "95 % intervals; dashed: chance or null; one seed of each; all but the text is synthetic"
+        "95 % intervals; dashed: chance or null; one seed per model; all but the text is synthetic"
     )
     figure.suptitle(title, fontsize=9)
     with aside(path) as file:
@@ -581,8 +582,8 @@ def draw_overview(answers, path):
 
 
 def report_answers(run, answers):
-    """results.csv and overview.png. Returns the table of answers for the page."""
-    (run.out / "results.part-0.jsonl").unlink(missing_ok=True)  # the table is the page's, too
+    """Write results.csv and overview.png. Returns the table of answers for the page."""
+    (run.out / "results.part-0.jsonl").unlink(missing_ok=True)  # drop rows of earlier pages
     lines = []
     for answer in answers:
         line = {"question": answer.question, "measure": answer.measure}
@@ -601,7 +602,7 @@ def report_answers(run, answers):
 
 
 def report(run, config, stages, plan):
-    """Write report.html, overview.png and results.csv from what is finished."""
+    """Write report.html, overview.png and results.csv from the finished jobs."""
     by_script = {}
     for stage in stages:
         for job in stage.jobs:
@@ -611,9 +612,9 @@ def report(run, config, stages, plan):
         unfinished = [job for job in jobs if not job.is_finished()]
         missing += unfinished
         if script in config.sections and not unfinished:
-            section, some = describe(run, config, jobs)
+            section, section_answers = describe(run, config, jobs)
             sections.append(section)
-            answers += some
+            answers += section_answers
     answers.sort(key=lambda answer: list(QUESTIONS).index(answer.question))
     verdicts = {}
     for answer in answers:
@@ -637,7 +638,9 @@ def report(run, config, stages, plan):
 
 def main(config):
     run = Run(config)
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal, too
+    signal.signal(
+        signal.SIGHUP, signal.getsignal(signal.SIGTERM)
+    )  # also stop when the terminal closes
     stages, plan = make_stages(run, config)
     status = 0
     if not config.report_only:
