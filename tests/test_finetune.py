@@ -145,7 +145,7 @@ def test_texts_pairs_and_cuts():
         ("abcdef", 4, ([256, 97, 98, 99], 3)),
     ):
         assert encode(TOKENIZER, text, size) == expected
-    for text, size, words in (("a\tb\tc", 32, "3 parts"), ("ab\tc", 3, "block_size=3")):
+    for text, size, words in (("a\tb\tc", 32, "3 tab"), ("ab\tc", 3, "block_size=3")):
         input_error(words, encode, TOKENIZER, text, size)
 
 
@@ -313,7 +313,7 @@ def test_long_texts_are_cut_and_counted_and_no_test_split_is_said(given, tmp_pat
         ({"against": ["nosuch"]}, "against=nosuch"),
         ({"mode": "last_k", "k": 3}, "k=3.*2 blocks"),
         ({"lm": "flat.pt", "alpha_scale": 1.0}, "alpha_scale=1.0.*alpha=0"),
-        ({"lm": "small.pt"}, "257 tokens and a model of 200"),
+        ({"lm": "small.pt"}, "257 tokens but a model of 200"),
         ({"texts_per_step": 20}, "texts_per_step=20.*8 x 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"epochs": 0.0}, "epochs"),

@@ -199,7 +199,7 @@ def test_files_that_mne_reads(tmp_path, capsys):
         raw = mne.io.RawArray(rng.normal(size=(len(channels), 6000)) * 1e-5, info, verbose="error")
         raw.set_annotations(mne.Annotations([20.0], [5.0], ["BAD_jump"]))
         raw.save(folder / f"sub-{name}_raw.fif", verbose="error")
-    with pytest.raises(InputError, match="may need montage="):
+    with pytest.raises(InputError, match="give montage="):
         corpus_of(folder, tmp_path / "a")
     options = ["montage=standard_1020", "masks=span,tube", "bands=[[4,8],[10,20]]"]
     corpus, run, config = corpus_of(folder, tmp_path / "b", *options)
