@@ -468,7 +468,11 @@ def sizes_tab(rows, choice):
     real = rows[rows.baseline == ""]
     if (real.layer == "best").any():
         real = real[real.layer == "best"]
-    title, metric = choice["title"], choice["metric"]
+    title = choice["title"]
+    metric = choice["metric"]
+    if real.duplicated(["model", "probe", "n_train"]).any():
+        st.info(f"There is no {metric} at a layer that validation texts chose: see Layers.")
+        return
     full = full_size(real)
     if full.groupby("model", observed=True).params.first().nunique() > 1:
         figure = size_figure(full, "params", "parameters", metric)
@@ -519,9 +523,8 @@ def choose_rows(bar, table):
     names = values_of(table.dataset)
     dataset = bar.selectbox("Dataset", names, key="dataset", bind="query-params")
     rows = table[table.dataset == dataset]
-    names = values_of(rows.metric)
-    index = names.index("accuracy") if "accuracy" in names else 0
-    metric = bar.selectbox("Metric", names, index=index, key="metric", bind="query-params")
+    names = sorted(rows.metric.unique(), key=lambda name: name not in ("accuracy", "pearson"))
+    metric = bar.selectbox("Metric", names, key="metric", bind="query-params")
     rows = rows[rows.metric == metric]
     real = rows[(rows.baseline == "") & (rows.layer != "best")]
     baselines = [name for name in DASHES if (rows.baseline == name).any()]
