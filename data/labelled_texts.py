@@ -169,7 +169,8 @@ def _load(path):
     try:
         return json.loads(read_text(path), object_pairs_hook=partial(_distinct, path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}): download it again") from None
+        cure = "download it again; a table is made a dataset by data/labelled/prepare.py"
+        raise InputError(f"{path} is not JSON ({error}): {cure}") from None
 
 
 def _distinct(path, pairs):
