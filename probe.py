@@ -474,11 +474,10 @@ class AttentionPool(MultiStepOpt):
 
 
 PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
-LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
     "LDA": LDA,
     "Ridge": Ridge,
-    "Logistic": sklearn_probe(LOGISTIC, logisticregression__C=PENALTIES),
+    "Logistic": sklearn_probe(LogisticRegression(max_iter=1000), logisticregression__C=PENALTIES),
     "SingleLayer": SingleLayer,
     "DoubleLayer": DoubleLayer,
     "GatedLayer": GatedLayer,
@@ -982,8 +981,8 @@ def keep_for_app(run, sites, name, folds, scores):
         for key in NO_SITE:
             about[key] = getattr(pooler, key)
         data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
-        meta = sites.dataset.meta
-        logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data.to_dict()}
+        log = {"metadata": sites.dataset.meta, "expdata": about, "data": data.to_dict()}
+        logs[f"experiment_{site}"] = log
         if run.config.keep_predictions and scores is not None:
             kept = scores[scores.site == site].drop(columns="site")
             label = sites.labels.loc[site].to_dict()
@@ -1166,7 +1165,7 @@ def plot_layers(out, table):
             handles, labels = ax.get_legend_handles_labels()
             legend |= dict(zip(labels, handles))
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4)
-        note = "; synthetic sentences" if rows.synthetic.any() else ""
+        note = "; synthetic data" if rows.synthetic.any() else ""
         figure.suptitle(f"{model}: what each layer knows (95 % bands){note}")
         with aside(out / f"layers_{slug(model)}.png") as file:
             figure.savefig(file, dpi=130, format="png")
@@ -1196,6 +1195,7 @@ def draw_panel(ax, rows, colours):
             ax.plot(part.layer, part.score, style, c="grey", lw=1, label=baseline)
     name = pooling.quantile_method or f"quantile {pooling['quantile']}"
     ax.set(xlabel=f"layer ({name})", ylabel=pooling.metric)
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 if __name__ == "__main__":

@@ -478,15 +478,13 @@ def sizes_tab(rows, choice):
         figure = size_figure(full, "params", "parameters", metric)
         show(figure, "model_size", f"{title}: size of the model")
     else:
-        command = "`python probe.py lm=gpt2,gpt2-medium`"
-        st.info(f"A curve over model sizes needs two models of different size: {command}.")
+        st.info("A curve over model sizes needs two models: `python probe.py lm=gpt2,gpt2-medium`.")
     many = real.groupby(["model", "probe"], observed=True).n_train.transform("nunique") > 1
     if many.any():
         figure = size_figure(real[many], "n_train", "training texts", metric)
         show(figure, "sample_size", f"{title}: number of training texts")
     else:
-        command = "`python probe.py train_sizes=100,300,1000`"
-        st.info(f"A curve over numbers of training texts needs several: {command}.")
+        st.info("A curve over training texts needs `python probe.py train_sizes=100,300,1000`.")
     st.caption("At the layer that validation texts chose. Bars are 95 % intervals.")
 
 
@@ -589,7 +587,7 @@ def app():
         st.info("This is the small example that comes with the code. Your own: `python probe.py`.")
     if rows.synthetic.any():
         note = " (synthetic data)"
-        st.caption(f"**{choice['dataset'][0]}** is synthetic: its sentences are written by rule.")
+        st.caption(f"**{choice['dataset'][0]}** is synthetic: made by rule.")
     choice["title"] = choice["dataset"][0] + note
     if choice["model"] and choice["probe"] and choice["pooling"]:
         draw_tabs(run, rows, choice, note)
