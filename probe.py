@@ -339,8 +339,7 @@ class SingleStepOpt:
 
     @one_thread
     def fit_sites(self, X, task, fit, choose, test):
-        """The rows to choose on pick the best of the grid, by squared error, and are learnt from,
-        too."""
+        """The rows to choose on pick the best parameters by squared error, and are learnt from."""
         targets = task.targets()[choose].numpy()
         grid = list(ParameterGrid(self.grid))
         sites = []
@@ -624,7 +623,7 @@ def auc(y, score):
 # a measure's ends, where they are not 0 and 1; selectivity is a difference of two scores
 BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1)}
 BOUNDS |= {"pearson": (-1, 1), "mcc": (-1, 1), "selectivity": (-2, 2)}
-# what chooses layers and thresholds, and is shown: any of a kind's measures
+# what chooses layers, and is shown: any of a kind's measures
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
@@ -698,9 +697,12 @@ def online_code(X, y, groups, n_classes, seed):
     """
     names, member = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(key_seed(seed, "online"))
-    order = np.argsort(rng.permutation(len(names))[member], kind="stable")
+    place = rng.permutation(len(names))[member]
+    order = np.argsort(place, kind="stable")
+    group_ends = np.flatnonzero(np.diff(place[order], append=-1)) + 1
     shares = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50, 100]) / 100
-    ends = np.unique(np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int)))
+    ends = np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int))
+    ends = np.unique(group_ends[np.searchsorted(group_ends, ends)])  # no group is parted
     bits = np.full((len(PENALTIES), len(y)), math.log2(n_classes))
     code_length = np.full(len(y), math.log2(n_classes))
     for start, end in pairwise(ends):
@@ -840,9 +842,9 @@ def measure_fold(make, X, task, fold_of, outer):
         thresholds = {"accuracy": np.nan}
         if task.kind == "binary":
             thresholds = best_thresholds(task.y[choose], chosen[g])
-        shown = thresholds.get(PRIMARY[task.kind], thresholds["accuracy"])
         validation = evaluator(task.y[choose], chosen[g], task.kind, thresholds)
-        row = {"site": g, "threshold": shown, "validation": validation[PRIMARY[task.kind]]}
+        row = {"site": g, "threshold": thresholds["accuracy"]}
+        row["validation"] = validation[PRIMARY[task.kind]]
         for metric, score in evaluator(task.y[test], tested[g], task.kind, thresholds).items():
             rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
     train = fit if isinstance(model, nn.Module) else np.concatenate([fit, choose])  # see fit_sites
@@ -942,14 +944,14 @@ def measure_compression(run, sites, keys):
 
 def measure_sizes(run, sites, make, keys):
     """The sample-size curve: whole groups at random, to leave about n texts to learn from."""
-    config = run.config
+    n_folds = run.config.n_folds
     task = sites.dataset.task
-    rng = np.random.default_rng(key_seed(config.seed, "size"))
+    rng = np.random.default_rng(key_seed(task.seed, "size"))
     groups = sites.dataset.groups
     sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
-    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / config.n_folds)
-    few = 4 * config.n_folds * max(task.n_labels, 1)
-    for n in config.train_sizes:
+    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / n_folds)
+    few = 4 * n_folds * max(task.n_labels, 1)
+    for n in run.config.train_sizes:
         part = replace(task, learn=task.learn & np.isin(groups, sizes.index[sizes <= n]))
         if n < few or part.fewest_folds() < 3:
             run.print(f"{sites.dataset.name}: {n} texts are too few for its labels or groups")
@@ -1098,11 +1100,10 @@ def unfinished(run, rows, model, dataset, probes):
     """The probes that lack their last row, the majority's, or their log, of an earlier run."""
     rows = rows.reindex(columns=["model", "dataset", "probe", "baseline"])
     rows = rows[(rows.model == model) & (rows.dataset == dataset) & (rows.baseline == "majority")]
-    todo = {}
-    for name, make in probes.items():
-        log = run.out / "logs" / f"{slug(model, dataset, name)}.json"
-        if name not in set(rows.probe) or not log.exists():
-            todo[name] = make
+    todo = dict(probes)
+    for name in rows.probe.unique():
+        if (run.out / "logs" / f"{slug(model, dataset, name)}.json").exists():
+            todo.pop(name, None)
     return todo
 
 

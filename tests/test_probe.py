@@ -495,6 +495,9 @@ def test_the_code_of_noise_is_no_shorter_than_uniform_and_that_of_a_rule_is():
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() > 0.98 * 400
     X[:, 3] += 6.0 * y
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() < 0.5 * 400
+    groups = np.arange(400) // 20  # whose labels can be told by knowing the group alone
+    bits = probe.online_code(10.0 * np.eye(20)[groups], groups % 2, groups, 2, 0)
+    assert np.ptp(bits.reshape(20, 20), axis=1).max() < 1e-6  # no block parts a group
 
 
 # ---- null and truth, on a stub whose hidden states are made by rule
