@@ -668,31 +668,25 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     assert (out / "texts/numbers.csv").exists() and list(out.glob("layers_*.png"))
 
 
-def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monkeypatch):
-    rows = [("LDA", "accuracy", 160), ("LDA", "accuracy", 60), ("Logistic", "accuracy", 160)]
-    rows += [("Logistic", "compression", 214)]  # it learns from every text
-    table = pd.DataFrame(rows, columns=["probe", "metric", "n_train"])
-    table = table.assign(model="m", dataset="d", baseline="", layer="1", layer_method="")
-    drawn = []
-    monkeypatch.setattr(probe, "draw_panel", lambda ax, part, colours: drawn.append(part))
-    probe.plot_layers(tmp_path, table.assign(synthetic=True))
-    assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
-
-
-def test_a_probe_has_one_colour_in_all_panels(tmp_path, monkeypatch):
-    rows = [("words", "LDA", "accuracy"), ("words", "SingleLayer", "accuracy")]
-    rows += [("ratings", "SingleLayer", "pearson")]
-    table = pd.DataFrame(rows, columns=["dataset", "probe", "metric"])
-    table = table.assign(model="m", baseline="", layer="1", layer_method="", synthetic=False)
-    table = table.assign(quantile="1.0", quantile_method="", n_train=9, score=0.5, low=0, high=1)
+def test_the_figure_shows_each_probe_at_all_texts_and_in_one_colour(tmp_path, monkeypatch):
+    rows = [
+        ("words", "LDA", "accuracy", 160, 0.5),
+        ("words", "LDA", "accuracy", 60, 0.4),
+        ("words", "SingleLayer", "accuracy", 120, 0.6),
+        ("words", "SingleLayer", "compression", 214, 3.0),  # it learns from every text
+        ("ratings", "SingleLayer", "pearson", 120, 0.7),
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "probe", "metric", "n_train", "score"])
+    table = table.assign(model="m", baseline="", layer="1", layer_method="", synthetic=True)
+    table = table.assign(quantile="1.0", quantile_method="", low=0, high=1)
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: drawn.append(self))
     probe.plot_layers(tmp_path, table)
-    colours = set()
-    for ax in drawn[0].axes:
-        colours |= {(line.get_label(), line.get_color()) for line in ax.lines}
-    assert colours == {("LDA", "C0"), ("SingleLayer", "C1")}
-    assert drawn[0].axes[1].get_xlabel() == "layer (quantile 1.0)"
+    words, ratings = drawn[0].axes
+    lines = [(line.get_label(), line.get_color(), *line.get_ydata()) for line in words.lines]
+    assert lines == [("LDA", "C0", 0.5), ("SingleLayer", "C1", 0.6)]
+    assert ratings.lines[0].get_color() == "C1" and "synthetic" in drawn[0].get_suptitle()
+    assert words.get_xlabel() == "layer (quantile 1.0)"
 
 
 def test_rows_of_one_text_count_once_and_sizes_that_cannot_be_are_said(tmp_path, capsys):
