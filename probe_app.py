@@ -112,10 +112,7 @@ def read_scores(run, path):
 
 
 def find_sites(folder, columns, choice):
-    """DataFrame of the files of a folder, whose names are these columns joined by '__'.
-
-    Those of the models, the dataset and the probes that are chosen.
-    """
+    """DataFrame of a folder's files, named by columns with '__' between, of what is chosen."""
     rows = []
     for path in sorted(folder.glob("*.npz")):
         names = path.stem.rsplit("__", len(columns) - 1)
