@@ -170,7 +170,7 @@ def test_every_format_gives_the_same_samples(tmp_path, kind):
     np.testing.assert_allclose(one.xyz[0], [-0.03, 0.08, 0], atol=1e-7)
     assert one.rows(one.events["onset"]).tolist() == [200, 600, 1000, 1800, 2200]
     assert (one.first_sample == 77) == (kind == "fif")
-    assert meta["dropped"] == one.meta["dropped"] == {"events without onset or word": 1}
+    assert one.meta["dropped"] == {"events without onset or word": 1}
 
 
 def test_real_recordings(tmp_path):
@@ -179,7 +179,7 @@ def test_real_recordings(tmp_path):
     assert len(one.signal) == 30_504 and np.isfinite(one.xyz).all() and not one.synthetic
     assert one.events["word"].value_counts().to_dict() == {"square": 80, "rt": 74}
     # 64 channels that jump between -1.5 and 1.8 mV, in a complete BIDS folder
-    with pytest.raises(InputError, match="a standard deviation of 0.0018 V .*leave it out"):
+    with pytest.raises(InputError, match="a standard deviation of 0.0018 V .*leave the file out"):
         convert(real("tiny_bids"), tmp_path / "out2", word_column="trial_type")
 
 
@@ -190,7 +190,7 @@ def test_real_recordings(tmp_path):
         (".V", "uV", 1, "of channels.tsv"),
         ("n/a", "microvolt", 1, "of channels.tsv"),
         ("mV", "µV", 1, "of channels.tsv"),  # no brain is a thousand times as large
-        ("uV", "mV", 0.01, "of the file, where channels.tsv says others"),  # both could be
+        ("uV", "mV", 0.01, "of the file, not those of channels.tsv"),  # both could be
         ("FIF", "µV", 1, ""),  # always in V
     ],
 )
@@ -211,8 +211,8 @@ def test_a_channel_in_another_unit_is_bad_and_named(tmp_path, capsys):
     good = samples()[:3]
     np.testing.assert_allclose(one.signal[:, :3], (good - good.mean(axis=0)).T, atol=2e-8)
     assert one.good.tolist() == [True, True, True, False]
-    said = capsys.readouterr().out
-    assert "of no brain's size and bad (say their units in channels.tsv): Oz" in said
+    output = capsys.readouterr().out
+    assert "no brain's size, marked bad (state units in channels.tsv): Oz" in output
 
 
 def test_a_gap_in_an_edf_stays_a_gap(tmp_path):
@@ -414,7 +414,7 @@ def test_raw_data_alone_is_found_and_told_apart(tmp_path):
     make_bids(root, "fif", subject="03", electrodes=False)
     make_bids(root, "fif", subject="03", stem="task-see_proc-sss", electrodes=False)
     for subject, words in (("02", "in two formats, or"), ("03", ".* raw and proc-: keep one")):
-        with pytest.raises(InputError, match=f"sub-{subject} is there {words}"):
+        with pytest.raises(InputError, match=f"sub-{subject} exists {words}"):
             reader.find_recordings(root, [subject])
 
 
@@ -509,10 +509,12 @@ def test_conversion_goes_on_where_it_was(tmp_path, capsys):
     np.testing.assert_allclose(mended.signal, samples(seed=5).T, atol=1e-9)
 
 
+BAD_OZ = {"channels": {"status": ["good"] * 3 + ["bad"]}}
+ALONE = {"data": samples()[:1], "names": ["Cz"]}
 ONE_ALIVE = samples() * [[1], [0], [0], [0]]
 FAR = b'{"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}'
 NAMED_ROWS = b"onset\tword\n1\t2.0\ta\n2\t3.0\tb\n"  # as R writes them
-TOO_LARGE = ["_eeg.edf: a standard deviation", "the right one"]
+TOO_LARGE = ["_eeg.edf: a standard deviation", "state the unit"]
 IN_MS = [10, 20, 4000, 6000, 8000, 10_000]  # the first two would lie inside
 IN_SAMPLES = [2, 4, 800, 1200, 1600, 2000]
 
@@ -524,7 +526,7 @@ IN_SAMPLES = [2, 4, 800, 1200, 1600, 2000]
         ({"events": {"word": ["n/a"] * 6}}, {}, {}, ["no event that can", "without onset"]),
         ({}, {}, {"word_column": "name"}, ["no column 'name'", "word_column", "onset, duration"]),
         ({}, {}, {"word_column": ""}, ["word_column and object_column are both empty"]),
-        ({"events": {"onset": list("1a2345")}}, {}, {}, ["onset 'a' in row 2 is no number"]),
+        ({"events": {"onset": list("1a2345")}}, {}, {}, ["onset 'a' in row 2 is not a number"]),
         ({"events": {"onset": IN_MS}}, {}, {}, ["4 of 5 onsets lie outside the 20 s", "in ms"]),
         ({"events": {"onset": IN_SAMPLES}}, {}, {}, ["3 of 5 onsets lie outside", "in samples"]),
         ({}, {"task-see_events.tsv": b"onset\tword\tword\n1\ta\tb\n"}, {}, ["columns 'word': re"]),
@@ -534,21 +536,23 @@ IN_SAMPLES = [2, 4, 800, 1200, 1600, 2000]
             {},
             ["events.tsv is not a CSV", "Length of header"],
         ),
-        ({}, {}, {"subjects": ["09"]}, ["no sub-09", "there are 01"]),
+        ({}, {}, {"subjects": ["09"]}, ["no sub-09", "it has 01"]),
         ({}, {}, {"task": "hear"}, ["no recording of eeg, meg or ieeg and task hear"]),
         ({"kind": ""}, {}, {}, ["sub-01", "no recording of eeg, meg or ieeg", "subjects="]),
         (
             {},
             {"task-see_eeg.json": b'{"RecordingDuration": 20}', "task-see_eeg.eeg": bytes(16_000)},
             {},
-            ["is 5 s long", "says 20", "torn"],
+            ["is 5 s long", "says 20", "truncated"],
         ),
         ({}, {"task-see_eeg.vhdr": b"Brain Vision\n"}, {}, ["task-see_eeg.vhdr cannot be read"]),
-        ({}, {"task-see_eeg.json": b"[]"}, {}, ["sub-01_task-see_eeg.json is no JSON object"]),
+        ({}, {"task-see_eeg.json": b"[]"}, {}, ["sub-01_task-see_eeg.json is not a JSON object"]),
         ({"channels": {"name": list("abcd")}}, {}, {}, ["does not name the channel 'Fp1'"]),
         ({"channels": {"type": "MISC"}}, {}, {}, ["no channel of type", "only misc"]),
         ({}, {"coordsystem.json": FAR}, {}, ["100 m from the head"]),
-        ({}, {}, {"reference": "M1,M2"}, ["reference=M1,M2", "has no 'M1'"]),
+        ({}, {}, {"reference": "M1,M2"}, ["reference=M1,M2", "has no good 'M1'"]),
+        (BAD_OZ, {}, {"reference": "Oz"}, ["reference=Oz: sub-01 has no good 'Oz'"]),
+        (ALONE, {}, {"reference": "average"}, ["has a single good channel: give reference=none"]),
         ({"data": ONE_ALIVE}, {}, {}, ["3 of 4 channels are bad (3 flat"]),
         ({"kind": "edf", "unit": ""}, {}, {}, TOO_LARGE),
         ({"kind": "edf", "unit": "", "channels": {"units": "V"}}, {}, {}, TOO_LARGE),
@@ -580,8 +584,9 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path, given, files, options, word
         (bids, {"montage": "mine"}, "montage='mine' is none of MNE's: .*colin27_1005"),
         (synthetic, {"repeats": 3}, "repeats=3"),
         (synthetic, {"objects": 2}, "objects=2: at least 10"),
+        (synthetic, {"dimensions": 60}, "dimensions=60: fewer than objects=60"),
         (things1, {}, "subjects= is missing"),
-        (things1, {"root": ".", "concepts": "nosuch"}, "concepts=nosuch is not there"),
+        (things1, {"root": ".", "concepts": "nosuch"}, "concepts=nosuch does not exist"),
         (things2, {}, "root=... must be the folder"),
     ],
 )
@@ -623,6 +628,26 @@ def test_a_folder_of_numbered_and_split_files(tmp_path, capsys):
     before = (made[0] / "signal.f32").stat().st_mtime_ns
     reader.convert_files(folder, tmp_path / "out")
     assert (made[0] / "signal.f32").stat().st_mtime_ns == before
+
+
+def test_files_are_read_again_when_they_or_their_sidecars_change(tmp_path):
+    """A header may stay as it is when its data change; places of the file's own stay, too."""
+    folder = tmp_path / "raw"
+    header = folder / "a.vhdr"
+    for seed in (0, 1):
+        synthetic.write_brainvision(header, samples(seed=seed), NAMES, 200.0, [0])
+        os.utime(header, ns=(0, 0))
+        (made,) = reader.convert_files(folder, tmp_path / "out", montage="colin27_1005")
+        one = recording.Recording(made)
+        np.testing.assert_allclose(one.signal, samples(seed=seed).T, atol=1e-10)
+    table = {"name": NAMES, "status": ["good"] * 3 + ["bad"]}
+    synthetic.write_table(folder / "channels.tsv", pd.DataFrame(table))
+    xyz = {"name": NAMES, "x": 0.0, "y": 0.0, "z": [0.07, 0.08, 0.09, 0.1]}
+    synthetic.write_table(folder / "electrodes.tsv", pd.DataFrame(xyz))
+    (made,) = reader.convert_files(folder, tmp_path / "out", montage="colin27_1005")
+    one = recording.Recording(made)
+    assert one.good.tolist() == [True, True, True, False]
+    np.testing.assert_allclose(one.xyz[:, 2], xyz["z"], atol=1e-7)
 
 
 def test_files_without_places_with_one_name_or_missing(tmp_path):
@@ -701,7 +726,7 @@ def test_eeg1_traps(tmp_path, release):
     assert meta["n_objects"] == 5 and meta["n_words"] == 4 and not meta["synthetic"]
     assert np.isfinite(one.xyz).all()
     slow = pd.DataFrame({"onset": ["0", "7", "14"]})
-    with pytest.raises(InputError, match="x.tsv: the column onset steps by 7, of no known unit"):
+    with pytest.raises(InputError, match="x.tsv: the column onset steps by 7, in no known unit"):
         things1.onsets_of(slow, "x.tsv", 200.0)
 
 
@@ -725,7 +750,7 @@ def test_eeg1_is_fetched(tmp_path):  # tests/test_fetch.py stops and goes on
         assert recording.complete(tmp_path / "out")
         prepare(things1, **options)
         assert server.sent["sub-01_task-rsvp_eeg.eeg"] == 64_000  # once
-        with pytest.raises(InputError, match="sub-51_task-rsvp_eeg.vhdr is not there"):
+        with pytest.raises(InputError, match="sub-51_task-rsvp_eeg.vhdr does not exist"):
             prepare(things1, **options | {"subjects": ["51"]})
 
 
@@ -753,6 +778,7 @@ def raw_eeg2(codes, sfreq=200.0):
 def make_eeg2(root, codes=(1, 6, 99999, 3)):
     root.mkdir(exist_ok=True)
     metadata(root)
+    (root / "sub-01.zip").touch()
     for session in ("ses-01", "ses-02"):
         folder = root / "sub-01" / session
         folder.mkdir(parents=True)
@@ -802,11 +828,15 @@ def test_eeg2_epochs_stand_one_after_the_other(tmp_path, cut):
     for i, row in enumerate(begin):
         epoch = epochs["training"][i // 2, i % 2]
         np.testing.assert_allclose(one.signal[row : row + length], epoch.T, rtol=1e-6)
-    found["preprocessed_eeg_data"][1, 0, 0, 0] = np.nan  # the second picture of the test
-    np.save(root / "sub-01/preprocessed_eeg_test.npy", found)
-    with pytest.raises(InputError, match="picture 1 holds NaN"):
-        prepare(things2, root=root, kind="preprocessed", out_dir=tmp_path / "again")
     assert one.events["image"].nunique() == 6 and one.events["word"].tolist()[-1] == "stove"
+    for changes, words in (
+        ({"times": np.arange(-200, 300, 10)}, "a rate of 0.1 Hz: .* times in s"),
+        ({"times": ["a"] * 50}, "times does not hold numbers"),
+        ({"preprocessed_eeg_data": np.full((2, 3, 4, length), np.nan)}, "picture 0 has NaN"),
+    ):
+        np.save(root / "sub-01/preprocessed_eeg_test.npy", found | changes)
+        with pytest.raises(InputError, match=words):
+            prepare(things2, root=root, kind="preprocessed", out_dir=tmp_path / "again")
 
 
 @pytest.mark.parametrize("protocol, order", [(2, "C"), (5, "F")])
@@ -847,6 +877,7 @@ def test_pickles_of_anything_else_are_refused_and_nothing_happens(tmp_path, monk
     assert not hasattr(np._core.multiarray._reconstruct, "a")
 
 
+SHORT_LISTS = {"train_img_concepts_THINGS": ["00001_ant"], "train_img_files": []}
 FLAT = np.concatenate([np.zeros((4, 4000)), raw_eeg2([1])[0]["raw_eeg_data"][4:]])
 SESSION = "sub-01/ses-01/raw_eeg_training.npy"
 
@@ -854,12 +885,17 @@ SESSION = "sub-01/ses-01/raw_eeg_training.npy"
 @pytest.mark.parametrize(
     "name, changes, words",
     [
-        ("image_metadata.npy", None, "image_metadata.npy is not there: fetch it"),
+        ("image_metadata.npy", None, "image_metadata.npy is missing: fetch it"),
         ("image_metadata.npy", {}, "lacks the key 'train_img_concepts"),
+        ("image_metadata.npy", SHORT_LISTS, "are not lists of one length"),
         (SESSION, {"raw_eeg_data": raw_eeg2([1, 7])[0]["raw_eeg_data"]}, "code 7 is none"),
         (SESSION, {"raw_eeg_data": raw_eeg2([])[0]["raw_eeg_data"]}, "no event in its stim"),
         (SESSION, {"raw_eeg_data": FLAT}, "4 flat"),
         (SESSION, {"ch_names": ["a"]}, "does not fit 1 channel names"),
+        (SESSION, {"raw_eeg_data": [["a"] * 9] * 5}, "raw_eeg_data does not hold numbers"),
+        (SESSION, {"raw_eeg_data": [[1.0], [2.0, 3.0]]}, "raw_eeg_data does not hold numbers"),
+        (SESSION, {"sfreq": "1 kHz"}, "sfreq does not hold numbers"),
+        (SESSION, {"sfreq": 0.2}, "a rate of 0.2 Hz: sfreq must be in Hz"),
         (SESSION, {"ch_types": ["eeg"] * 5}, "0 stim channels"),
         (SESSION, {"ch_names": ["E1", "E2", "E3", "E4", "s"]}, "no channel has a position"),
         (SESSION, "torn", "cannot be read .*torn"),

@@ -253,7 +253,7 @@ def test_bad_options_of_the_prepare_scripts(tmp_path, offline):  # noqa: F811
         (own, {"root": book}, "give its vocab.bpe with bpe=FILE"),
         (own, {"root": book, "val_fraction": 2.0}, "val_fraction"),
         (own, {"root": array, "tokenizer": "char"}, "array.json may be JSON or text: write one"),
-        (own, {"root": empty, "tokenizer": "char"}, "empty.txt holds no text: give another file"),
+        (own, {"root": empty, "tokenizer": "char"}, "empty.txt has no text: give another file"),
         (own, {"root": book, "bpe": "/no/file"}, "/no/file is missing"),
         (own, {"root": book, "bpe": book}, "book.txt is not GPT-2's BPE"),
         (own, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),
