@@ -483,9 +483,9 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
     rows = dict(zip(table["name"], xyz))
     _rename(raw, rows, notes)
     farthest = np.nanmax(np.abs(xyz), initial=0)
-    if farthest > 1:
+    if farthest > 0.5:  # a unit sphere is no head either
         cure = "state the unit of the positions (m, cm, mm) in coordsystem.json"
-        raise InputError(f"{electrodes}: an electrode {farthest:.0f} m from the head: {cure}")
+        raise InputError(f"{electrodes}: an electrode {farthest:.2f} m from the head: {cure}")
     places = {}
     for name, match in match_names(raw.ch_names, rows).items():  # fp1 is Fp1
         if np.isfinite(rows[match]).all():

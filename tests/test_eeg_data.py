@@ -513,6 +513,7 @@ BAD_OZ = {"channels": {"status": ["good"] * 3 + ["bad"]}}
 ALONE = {"data": samples()[:1], "names": ["Cz"]}
 ONE_ALIVE = samples() * [[1], [0], [0], [0]]
 FAR = b'{"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}'
+UNIT_SPHERE = b"name\tx\ty\tz\nCz\t0\t0\t1000\n"  # of 1 m, in mm
 NAMED_ROWS = b"onset\tword\n1\t2.0\ta\n2\t3.0\tb\n"  # as R writes them
 TOO_LARGE = ["_eeg.edf: a standard deviation", "state the unit"]
 IN_MS = [10, 20, 4000, 6000, 8000, 10_000]  # the first two would lie inside
@@ -549,7 +550,8 @@ IN_SAMPLES = [2, 4, 800, 1200, 1600, 2000]
         ({}, {"task-see_eeg.json": b"[]"}, {}, ["sub-01_task-see_eeg.json is not a JSON object"]),
         ({"channels": {"name": list("abcd")}}, {}, {}, ["does not name the channel 'Fp1'"]),
         ({"channels": {"type": "MISC"}}, {}, {}, ["no channel of type", "only misc"]),
-        ({}, {"coordsystem.json": FAR}, {}, ["100 m from the head"]),
+        ({}, {"coordsystem.json": FAR}, {}, ["100.00 m from the head"]),
+        ({}, {"electrodes.tsv": UNIT_SPHERE}, {}, ["1.00 m from the head"]),
         ({}, {}, {"reference": "M1,M2"}, ["reference=M1,M2", "has no good 'M1'"]),
         (BAD_OZ, {}, {"reference": "Oz"}, ["reference=Oz: sub-01 has no good 'Oz'"]),
         (ALONE, {}, {"reference": "average"}, ["has a single good channel: give reference=none"]),
