@@ -121,12 +121,7 @@ def sidecar(path, root, suffix):
 def find_recordings(root, subjects=(), task="", sensors=""):
     """Return [(name, path)] of the raw recordings in a BIDS folder, named sub-01 or sub-01_run-1.
     Raises InputError for subjects without a recording."""
-    root = Path(root)
-    all_subjects = [path.name[4:] for path in sorted(root.glob("sub-*")) if path.is_dir()]
-    all_subjects = [name for name in all_subjects if name != "emptyroom"]
-    if not all_subjects:
-        raise InputError(f"root={root} is no BIDS folder: give the one with sub-01, sub-02, ...")
-    subjects = [_find_subject(name, all_subjects, root) for name in subjects] or all_subjects
+    subjects = find_subjects(root, subjects)
     datatypes = {"": ("eeg", "meg", "ieeg"), "eeg": ("eeg", "meg"), "ieeg": ("ieeg",)}
     for datatype in datatypes.get(sensors, ("meg",)):
         paths = _find_paths(root, subjects, datatype, task)
@@ -141,21 +136,26 @@ def find_recordings(root, subjects=(), task="", sensors=""):
     return list(zip(_names(paths), paths))
 
 
-def _find_subject(name, all_subjects, root):
-    """Return the subject that 'sub-01', '01' or '1' means."""
-    name = str(name).removeprefix("sub-")
-    if name in all_subjects:
-        return name
-    matches = [subject for subject in all_subjects if subject.lstrip("0") == name.lstrip("0")]
-    if len(matches) != 1:
-        raise InputError(f"{root} has no sub-{name}; it has {', '.join(all_subjects)}")
-    return matches[0]
+def find_subjects(root, names=()):
+    """Return the subjects in a folder that names such as sub-01, 01 or 1 mean; all for no names."""
+    folders = [path.name for path in sorted(Path(root).glob("sub-*")) if path.is_dir()]
+    all_subjects = [name[4:] for name in folders if name != "sub-emptyroom"]
+    if not all_subjects:
+        raise InputError(f"root={root} is no BIDS folder: give the one with sub-01, sub-02, ...")
+    subjects = []
+    for name in names:
+        name = name.removeprefix("sub-")
+        matches = [subject for subject in all_subjects if subject.lstrip("0") == name.lstrip("0")]
+        if name not in all_subjects and len(matches) != 1:
+            raise InputError(f"{root} has no sub-{name}; it has {', '.join(all_subjects)}")
+        subjects.append(name if name in all_subjects else matches[0])
+    return subjects or all_subjects
 
 
 def _find_paths(root, subjects, datatype, task):
     """Return the recordings of one datatype; of a split FIF recording only the first part."""
     for subject in subjects:
-        for path in root.glob(f"sub-{subject}/**/*_{datatype}.*"):
+        for path in Path(root).glob(f"sub-{subject}/**/*_{datatype}.*"):
             check_content(path)  # mne-bids skips dangling links
     matches = mne_bids.find_matching_paths(
         root,
@@ -196,11 +196,10 @@ def _names(paths):
 
 
 def open_raw(path, root, sensors=""):
-    """Return an MNE Raw with one kind of sensors, and notes of what was changed.
+    """Return an MNE Raw with one kind of sensors, and notes of what was changed. Raises InputError.
 
     Types, units and bad channels come from channels.tsv, positions from electrodes.tsv. sensors: a
-    key of SENSORS, or "": that of the folder, else the first present. Data are loaded only where
-    necessary. Raises InputError.
+    key of SENSORS, or "" for that of the folder, else the first present.
     """
     path = Path(path)
     notes = {}
@@ -372,11 +371,9 @@ def _pick_sensors(raw, path, sensors, notes):
 
 
 def _set_units(raw, path, stated, notes):
-    """Scale a Raw to V, T or T/m, and mark channels bad whose size no brain produces.
-
-    The file's unit counts, unless it is missing or impossible: then `stated`, the (C,) units of
-    channels.tsv in V (NaN: none). Raises InputError where most channels have an impossible size.
-    """
+    """Scale a Raw to V, T or T/m: by the file's unit, or if that is missing or impossible, by
+    `stated`, the (C,) units of channels.tsv in V (NaN: none). Channels of a size that no brain
+    produces are bad; if most are, raises InputError."""
     _, low, high = SENSORS[notes["sensors"]]
     in_file = pd.Series(raw._orig_units, dtype=object).reindex(raw.ch_names).fillna("V").map(volts)
     ratio = np.ones(len(in_file))
@@ -510,19 +507,15 @@ class NoPlaces(InputError):
 def find_places(raw, montage, name, notes, required=True):
     """Use a montage if no channel has a position yet, and note the channels without one. Raises
     NoPlaces if no channel has a position and one is required."""
-    if montage not in ("", "none") and len(without_place(raw)) == len(raw.ch_names):
+    unknown = np.isnan(channel_positions(raw)).any(axis=1)
+    if unknown.all() and montage not in ("", "none"):
         set_places(raw, montage, notes)
-    notes["without_position"] = without_place(raw)
-    if required and len(notes["without_position"]) == len(raw.ch_names):
+        unknown = np.isnan(channel_positions(raw)).any(axis=1)
+    notes["without_position"] = np.array(raw.ch_names)[unknown].tolist()
+    if unknown.all() and required:
         names = ", ".join(raw.ch_names[:5])
         cure = "give montage= with these names, or add electrodes.tsv"
         raise NoPlaces(f"{name}: no channel has a position ({names}, ...): {cure}")
-
-
-def without_place(raw):
-    """Return the names of the channels without a position."""
-    unknown = np.isnan(channel_positions(raw)).any(axis=1)
-    return np.array(raw.ch_names)[unknown].tolist()
 
 
 # ---- bad segments
@@ -552,9 +545,10 @@ def take_segments(raw, table, columns, path):
         rows = table[name].fillna("").str.match(SEGMENT).to_numpy(bool)
         onset = numbers(table[rows], "onset", path)
         duration = numbers(table[rows], "duration", path) if "duration" in table else 0 * onset
-        known = onset.notna()
-        begin = onset[known] + raw.first_time
-        raw.annotations.append(begin, duration[known].fillna(0.0), table[name][rows][known])
+        has_onset = onset.notna()
+        begin = onset[has_onset] + raw.first_time
+        texts = table[name][rows][has_onset]
+        raw.annotations.append(begin, duration[has_onset].fillna(0.0), texts)
         marks |= rows
     return table[~marks]
 

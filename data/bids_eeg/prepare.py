@@ -23,7 +23,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, column, folder_of, options_of, write_aside
+from data import InputError, column, file_hash, folder_of, options_of, write_aside
 from data import raw as reader
 from data.recording import write_raw, write_set
 
@@ -329,6 +329,8 @@ def convert(folder, root, config, *, to_events=events_of, table=objects_of, **me
     wanted = (getattr(config, "task", ""), getattr(config, "sensors", ""))
     recordings = reader.find_recordings(root, config.subjects, *wanted)
     options = options_of(config, "root", "subjects")
+    if options.get("concepts"):  # of THINGS; the table may be edited
+        options["concepts"] = file_hash(config.concepts)
     one_meta = {"options": options, "source": meta["source"], "synthetic": meta["synthetic"]}
     (folder / "meta.yaml").unlink(missing_ok=True)
     events = {}

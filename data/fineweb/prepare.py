@@ -6,8 +6,7 @@
     python data/fineweb/prepare.py root=path/to/parquet     # from a local copy
 
 The sample of 10 billion tokens for the large runs. Files are fetched and tokenised one by one;
-after a stop the same command continues. A hash of its text assigns each document to a split, so
-none is in both.
+after a stop the same command continues. A hash of its text assigns each document to a split.
 """
 
 import sys

@@ -19,7 +19,6 @@ import platform
 import re
 import sys
 import sysconfig
-import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -61,9 +60,7 @@ class Config:
 
     def check(self):
         if self.vocab_size < 257:
-            raise InputError(
-                f"vocab_size={self.vocab_size} cannot hold 256 bytes and {T.ENDOFTEXT}"
-            )
+            raise InputError(f"vocab_size={self.vocab_size}: 256 bytes and end-of-text need 257")
 
 
 # ---- sources
@@ -107,14 +104,8 @@ def docstrings(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # other people's invalid escapes
             tree = ast.parse(Path(path).read_bytes())
-    except (
-        SyntaxError,
-        ValueError,
-        RecursionError,
-        MemoryError,
-        OSError,
-    ):  # OSError: dangling links
-        return None
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):
+        return None  # OSError: a dangling link
     return [units(text) for text in documentation(tree)]
 
 
@@ -286,16 +277,14 @@ def build(texts, folder, config, **meta):
         cure = "give a larger val_fraction or a smaller min_chars"
         raise InputError(f"{len(documents)} documents {problem}: {cure}")
     text = "".join(documents.values())
-    train = list(train.values())
-    val = list(val.values())
-    state = T.learn_bpe(train, config.vocab_size, f"pydocs-{config.vocab_size}")
+    state = T.learn_bpe(list(train.values()), config.vocab_size, f"pydocs-{config.vocab_size}")
     tokenizer = T.Tokenizer(state)
+    splits = {}
+    for name, part in (("train", train), ("val", val)):
+        splits[name] = token_arrays(list(part.values()), tokenizer, workers)
     return T.write_dataset(
         folder,
-        {
-            "train": token_arrays(train, tokenizer, workers),
-            "val": token_arrays(val, tokenizer, workers),
-        },
+        splits,
         state,
         documents={"train": len(train), "val": len(val)},
         corpus={
@@ -313,7 +302,6 @@ def main(config):
     folder = folder_of(config, __file__)
     if already_made(folder, options_of(config, "workers"), T.complete, config.overwrite):
         return
-    started = time.perf_counter()
     print(f"making {folder}: a minute or two", flush=True)
     files, versions, missing = sources()
     if missing:
@@ -323,7 +311,7 @@ def main(config):
         print(f"{len(bad)} files do not parse: {', '.join(bad[:3])}")
     source = "docstrings of what is installed, and pydoc_data.topics"
     meta = build(texts, folder, config, source=source, versions=versions, missing=missing)
-    print(f"{folder}: {meta['corpus']['words']:,} words, {time.perf_counter() - started:.0f} s")
+    print(f"{folder}: {meta['corpus']['words']:,} words")
     for name, entry in meta["splits"].items():
         n_documents = meta["documents"][name]
         print(f"{folder}: {name} {entry['tokens']:,} tokens in {n_documents:,} documents")

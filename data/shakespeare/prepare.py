@@ -66,7 +66,6 @@ def main(config):
         options=options,
         synthetic=False,
     )
-    print(f"{folder}: vocabulary of {meta['vocab_size']:,}")
     for split, entry in meta["splits"].items():
         print(f"{folder}: {split} {entry['tokens']:,} tokens")
 

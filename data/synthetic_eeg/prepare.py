@@ -556,8 +556,7 @@ def main(config):
         "subjects": truths,
     }
     write_yaml(folder / "meta.yaml", meta | {"options": options, "oracle": scores, "truth": truth})
-    print(f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}")
-    print("an oracle that knows the meanings, single trials:")
+    print(f"synthetic, gain {config.gain:g}; an oracle that knows the meanings, single trials:")
     print(pd.DataFrame(scores).to_string(index=False))
 
 
@@ -573,13 +572,8 @@ def read_people(folder, config, table):
 def write_people(root, config, table, pictures, average):
     """Write the BIDS dataset of all people; returns {sub-01: its truth}."""
     root.mkdir(parents=True, exist_ok=True)
-    write_json(
-        root / "dataset_description.json",
-        Name="synthetic EEG, made up",
-        BIDSVersion="1.9.0",
-        DatasetType="raw",
-        GeneratedBy=[{"Name": "data/synthetic_eeg/prepare.py"}],
-    )
+    facts = {"Name": "synthetic EEG", "BIDSVersion": "1.9.0", "DatasetType": "raw"}
+    write_json(root / "dataset_description.json", **facts)
     truths = {}
     for subject in range(1, config.subjects + 1):
         person = simulate(config, pictures, average, subject)

@@ -9,7 +9,6 @@ Parallel and resumable. Validation takes whole documents (by a hash of their tex
 both splits) or, of fewer than 100 text files, the end of each.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +82,7 @@ def main(config):
         synthetic=config.synthetic,
         **version,
     )
-    place = os.path.relpath(folder, Path(__file__).resolve().parents[2])
-    print(f"python train.py dataset={folder if place.startswith('..') else place}")
+    print(f"python train.py dataset={folder}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, folder_of, options_of, read_pickle
+from data import InputError, file_hash, folder_of, options_of, read_pickle
 from data import raw as reader
 from data.bids_eeg import prepare as bids
-from data.recording import channel_positions, read_meta, write_recording
+from data.recording import channel_positions, write_recording
 from data.things_eeg1.prepare import read_concepts, stretches, with_concepts
 
 TARGET = 99999  # the code of a catch trial
@@ -52,7 +52,9 @@ class Config:
 
     def check(self):
         bids.check_signal(self)
-        self.subjects = [s.removeprefix("sub-").zfill(2) for s in self.subjects]
+        if not self.root:
+            folder = "the folder with sub-01, sub-02, ... of THINGS-EEG2"
+            raise InputError(f"root= is missing: give {folder} (osf.io/3jk45, 8 GB a subject raw)")
 
 
 def read_dict(path, *keys):
@@ -67,8 +69,8 @@ def read_dict(path, *keys):
         raise InputError(f"{path} holds a {type(content).__name__} where a dictionary was expected")
     for key in keys:
         if key not in content:
-            keys = ", ".join(map(str, content))
-            raise InputError(f"{path} lacks the key '{key}', it has {keys}")
+            present = ", ".join(map(str, content))
+            raise InputError(f"{path} lacks the key '{key}', it has {present}")
     return content
 
 
@@ -104,8 +106,8 @@ def read_images(path):
             raise InputError(f"{path}: {concepts} and {files} are not lists of one length")
         objects = pd.Series(lists[concepts], dtype=str).str.partition("_")[2]  # 00001_aardvark
         table = pd.DataFrame({"object": objects, "word": objects.map(bids.word_of)})
-        images = list(map(str, lists[files]))
-        phases[phase] = table.assign(synonyms="", image=images, phase=phase)
+        table["image"] = list(map(str, lists[files]))
+        phases[phase] = table.assign(synonyms="", phase=phase)
     return phases
 
 
@@ -159,11 +161,8 @@ def convert_epochs(folder, path, images, config, **meta):
     times = as_numbers(session, "times", path).reshape(-1)
     expected = (len(images), len(names))
     if data.ndim != 4 or data.shape[::2] != expected or len(times) < data.shape[3]:
-        wanted = f"({len(images):,} pictures of image_metadata.npy, repeats, {len(names)} channels"
-        raise InputError(
-            f"{path}: preprocessed_eeg_data of shape {data.shape} is not {wanted}, at most "
-            f"{len(times)} times)"
-        )
+        wanted = f"({len(images):,} pictures, repeats, {len(names)} channels, {len(times)} times)"
+        raise InputError(f"{path}: preprocessed_eeg_data of shape {data.shape} is not {wanted}")
     for number, picture in enumerate(data):  # one at a time: the file is large
         if not np.isfinite(picture).all():
             raise InputError(f"{path}: picture {number} has NaN: leave the file out (subjects=)")
@@ -179,11 +178,10 @@ def convert_epochs(folder, path, images, config, **meta):
     reader.find_places(raw, config.montage, folder.name, {})
     channels = pd.DataFrame({"name": raw.ch_names})
     channels[["x", "y", "z"]] = channel_positions(raw)
-    meta |= {"epoch_tmin": tmin, "epoch_samples": length, "epochs": n * repeats}
+    meta |= {"epoch_tmin": tmin, "epoch_samples": length}
     blocks = (np.asarray(picture).transpose(0, 2, 1).reshape(-1, len(names)) for picture in data)
     write_recording(folder, blocks, channels, events, sfreq=sfreq, unit="a.u.", **meta)
-    span = f"{tmin:g} to {tmin + length / sfreq:g} s"
-    print(f"{folder.name}: {len(events):,} epochs of {span}, {len(names)} channels", flush=True)
+    print(f"{folder.name}: {n * repeats:,} epochs, {len(names)} channels", flush=True)
     return events
 
 
@@ -192,24 +190,15 @@ def convert_epochs(folder, path, images, config, **meta):
 
 def find_files(config):
     """Return [(subject, path)] of the training and test files of config.subjects."""
-    root = Path(config.root)
-    folders = filter(Path.is_dir, sorted(root.glob("sub-*")))  # not sub-01.zip
-    subjects = [path.name.removeprefix("sub-") for path in folders]
-    if not config.root or not subjects:
-        raise InputError(
-            f"root={config.root or '...'} must be the folder with sub-01, sub-02, ... of "
-            "THINGS-EEG2 (osf.io/3jk45, 8 GB a subject raw)"
-        )
     pattern = "ses-*/raw_eeg_*.npy" if config.kind == "raw" else "preprocessed_eeg_*.npy"
     files = []
-    for subject in config.subjects or subjects:
-        if subject not in subjects:
-            raise InputError(f"{root} has no sub-{subject}; it has {', '.join(subjects)}")
-        paths = sorted((root / f"sub-{subject}").glob(pattern))
+    for subject in reader.find_subjects(config.root, config.subjects):
+        folder = Path(config.root, f"sub-{subject}")
+        paths = sorted(folder.glob(pattern))
         paths = [path for path in paths if path.stem.endswith(("_training", "_test"))]
         if not paths:
             cure = "fetch it, leave the subject out with subjects=, or give another kind="
-            raise InputError(f"{root}/sub-{subject} has no {pattern}: {cure}")
+            raise InputError(f"{folder} has no {pattern}: {cure}")
         files += [(subject, path) for path in paths]
     return files
 
@@ -218,13 +207,14 @@ def main(config):
     folder = folder_of(config, __file__, config.kind)
     files = find_files(config)
     images = read_images(config.metadata or Path(config.root) / "image_metadata.npy")
+    options = options_of(config, "root", "subjects", "metadata")
     if config.concepts:
         concepts = read_concepts(config.concepts)
+        options["concepts"] = file_hash(config.concepts)  # it may be edited
         images = {phase: with_concepts(table, concepts) for phase, table in images.items()}
     convert = convert_continuous if config.kind == "raw" else convert_epochs
-    options = options_of(config, "root", "subjects", "metadata")
-    source = f"THINGS-EEG2, osf.io/3jk45, {config.kind} (Gifford et al. 2022)"
-    meta = {"source": source, "synthetic": False}
+    meta = {"source": f"THINGS-EEG2, osf.io/3jk45, {config.kind} (Gifford et al. 2022)"}
+    meta["synthetic"] = False
     (folder / "meta.yaml").unlink(missing_ok=True)
     events = {}
     for subject, path in files:
@@ -235,12 +225,9 @@ def main(config):
         recording = reader.converted(folder / name, options, config.overwrite)
         if recording:
             events[name] = recording.events
-        else:
-            one = {"subject": subject, "options": options, **meta}
-            events[name] = convert(folder / name, path, images[phase], config, **one)
-    if config.kind == "preprocessed":
-        one = read_meta(folder / name)
-        meta |= {key: one[key] for key in ("epoch_tmin", "epoch_samples")}
+            continue
+        one = {"subject": subject, "options": options, **meta}
+        events[name] = convert(folder / name, path, images[phase], config, **one)
     bids.finish(folder, events, **meta)
 
 
