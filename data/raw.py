@@ -472,11 +472,13 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
     table = table.drop_duplicates("name")
     facts = read_facts(coordsystem)
     prefix = "iEEG" if notes["sensors"] == "ieeg" else "EEG"
-    unit = str(facts.get(f"{prefix}CoordinateUnits", "m")).lower()
-    axes = np.eye(3) * METRES.get(unit, 1.0)
+    unit = METRES.get(str(facts.get(f"{prefix}CoordinateUnits")).lower(), 1.0)
+    landmark_unit = facts.get("AnatomicalLandmarkCoordinateUnits")
+    landmark_unit = METRES.get(str(landmark_unit).lower(), unit)
+    axes = np.eye(3)
     if facts.get(f"{prefix}CoordinateSystem") in NOSE_FIRST:
-        axes = axes @ [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
-    xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T
+        axes = np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1]])
+    xyz = np.stack([numbers(table, axis, electrodes) for axis in "xyz"], axis=1) @ axes.T * unit
     rows = dict(zip(table["name"], xyz))
     _rename(raw, rows, notes)
     farthest = np.nanmax(np.abs(xyz), initial=0)
@@ -493,7 +495,7 @@ def _read_electrodes(raw, electrodes, coordsystem, notes):
         place = stated.get(bids_name) if isinstance(stated, dict) else "n/a"
         place = pd.to_numeric(pd.Series(place), errors="coerce")
         if place.notna().sum() == 3:
-            landmarks[name] = axes @ place.to_numpy()
+            landmarks[name] = axes @ place.to_numpy() * landmark_unit
     if places:
         frame = "unknown" if len(landmarks) == 3 else "head"
         montage = mne.channels.make_dig_montage(places, coord_frame=frame, **landmarks)

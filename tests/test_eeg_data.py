@@ -144,8 +144,9 @@ def make_bids(root, kind="vhdr", subject="01", stem="task-see", sfreq=200.0, dat
     return root
 
 
-def coordinates(folder, system, **landmarks):
+def coordinates(folder, system, landmark_unit="mm", **landmarks):
     facts = {"EEGCoordinateSystem": system, "EEGCoordinateUnits": "mm"}
+    facts["AnatomicalLandmarkCoordinateUnits"] = landmark_unit
     facts["AnatomicalLandmarkCoordinates"] = landmarks
     synthetic.write_json(folder / f"{folder.parent.name}_coordsystem.json", **facts)
 
@@ -356,11 +357,14 @@ def test_positions_in_any_frame(tmp_path):
     root = make_bids(tmp_path / "b", names=["FP1", "CZ", "PZ", "OZ"])  # Fp1 in electrodes.tsv
     unknown = {"NAS": "n/a", "LPA": ["n/a"] * 3, "RPA": None}
     right = {"NAS": [0, 120, 5], "LPA": [-75, 20, 5], "RPA": [75, 20, 5]}  # at y = 20, z = 5
+    in_cm = {"landmark_unit": "cm", "NAS": [0, 12, 0.5]}
+    in_cm |= {"LPA": [-7.5, 2, 0.5], "RPA": [7.5, 2, 0.5]}
     front = {"NAS": [120, 0, 5], "LPA": [20, 75, 5], "RPA": [20, -75, 5]}
     for system, landmarks, place in (
         ("EEGLAB", {}, [-0.08, -0.03, 0]),
         ("EEGLAB", unknown, [-0.08, -0.03, 0]),
         ("CapTrak", right, [-0.03, 0.06, -0.005]),
+        ("CapTrak", in_cm, [-0.03, 0.06, -0.005]),
         ("EEGLAB", front, [-0.08, -0.05, -0.005]),
     ):
         coordinates(root / "sub-01/eeg", system, **landmarks)
