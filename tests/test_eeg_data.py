@@ -81,6 +81,11 @@ def write_edf(  # noqa: PLR0913
     path.write_bytes(header + body)
 
 
+def raw_array(data, names=NAMES, types="eeg", sfreq=200.0, first_sample=0):
+    info = mne.create_info(list(names), sfreq, types)
+    return mne.io.RawArray(data, info, first_sample, verbose="error")
+
+
 def write_set(path, data, sfreq, names):
     """EEGLAB's format; data: (C, T) in V."""
     channels = np.array([(n, "EEG") for n in names], dtype=[("labels", object), ("type", object)])
@@ -97,8 +102,7 @@ def write_format(path, data, sfreq, kind, names=NAMES, **options):
     if kind == "vhdr":
         synthetic.write_brainvision(path, data.astype(np.float32), names, sfreq, [0])
     elif kind == "fif":
-        info = mne.create_info(names, sfreq, "eeg")
-        raw = mne.io.RawArray(data, info, first_samp=77, verbose="error")
+        raw = raw_array(data, names, sfreq=sfreq, first_sample=77)
         raw.save(path.with_suffix(".fif"), verbose="error")
     elif kind == "set":
         write_set(path.with_suffix(".set"), data, sfreq, names)
@@ -174,11 +178,16 @@ def test_every_format_gives_the_same_samples(tmp_path, kind):
     assert one.meta["dropped"] == {"events without onset or word": 1}
 
 
-def test_real_recordings(tmp_path):
+def test_real_recordings(tmp_path, capsys):
     _, (one,) = convert(real("eeg_bids"), tmp_path / "out", word_column="trial_type")
     assert one.names[:3] == ["FPz", "EOG1", "F3"] and len(one.names) == 32 and one.unit == "V"
     assert len(one.signal) == 30_504 and np.isfinite(one.xyz).all() and not one.synthetic
     assert one.events["word"].value_counts().to_dict() == {"square": 80, "rt": 74}
+    (target,) = reader.convert_files(real("edf"), tmp_path / "edf", montage="colin27_1005")
+    one = recording.Recording(target)  # with dotted names
+    assert len(one.names) == 64 and one.names[:2] == ["FC5", "FC3"]
+    assert np.isfinite(one.xyz).all() and 123 < len(one.signal) / one.sfreq < 126
+    assert "renamed as in Fc5. → FC5" in capsys.readouterr().out
     # 64 channels that jump between -1.5 and 1.8 mV, in a complete BIDS folder
     with pytest.raises(InputError, match="a standard deviation of 0.0018 V .*leave the file out"):
         convert(real("tiny_bids"), tmp_path / "out2", word_column="trial_type")
@@ -257,8 +266,7 @@ def test_bad_segments_are_neither_words_nor_trials(tmp_path, capsys):
     marks = pd.DataFrame(rows, columns=["onset", "duration", "word"])
     events = pd.concat([events, marks]).astype(object).fillna("n/a")
     root = make_bids(tmp_path / "b", kind="", events=events)
-    info = mne.create_info(NAMES, 200.0, "eeg")
-    raw = mne.io.RawArray(samples(), info, first_samp=77, verbose="error")
+    raw = raw_array(samples(), first_sample=77)
     marks = ["bad jump", "badger", "bad", "bad"]  # the last is a word
     raw.set_annotations(mne.Annotations([6.9, 1.0, 18, 5], [1.0, 0.1, 1, 0], marks))
     raw.save(root / "sub-01/eeg/sub-01_task-see_eeg.fif", verbose="error")
@@ -450,12 +458,12 @@ def make_other(root, kind, raw, types=None):
 
 def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, capsys):
     types = ["mag"] * 6 + ["grad"] * 6 + ["eeg"] * 2
-    info = mne.create_info([f"M{i:02d}" for i in range(14)], 200.0, types)
     rng = np.random.default_rng(0)
-    for channel in info["chs"]:
-        channel["loc"][:3] = rng.normal(0, 0.08, 3)
     data = rng.normal(size=(14, 4000)) * np.repeat([1e-13, 5e-12, 1e-5], [6, 6, 2])[:, None]
-    folder = make_other(tmp_path / "b", "meg", mne.io.RawArray(data, info, verbose="error"))
+    raw = raw_array(data, [f"M{i:02d}" for i in range(14)], types)
+    for channel in raw.info["chs"]:
+        channel["loc"][:3] = rng.normal(0, 0.08, 3)
+    folder = make_other(tmp_path / "b", "meg", raw)
     (folder / "sub-01_acq-crosstalk_meg.fif").write_bytes(b"no raw data")
     _, (one,) = convert(tmp_path / "b", tmp_path / "out", bads="interpolate", reference="average")
     assert one.unit == "T" and set(one.channels["type"]) == {"mag"} and len(one.names) == 6
@@ -467,21 +475,19 @@ def test_meg_is_read_in_its_own_units_one_kind_of_sensors_at_a_time(tmp_path, ca
         convert(tmp_path / "b", tmp_path / "out3", sensors="ieeg")
 
 
-def contacts(*names):
-    return mne.io.RawArray(samples(), mne.create_info(names, 200.0, "eeg"), verbose="error")
-
-
 def test_contacts_do_not_take_the_places_of_the_scalp(tmp_path):
     """Shafts C and F have contacts C3 and F3; electrodes on the scalp are not the first choice."""
     for i, types in enumerate([None, ["SEEG", "SEEG", "EEG", "EEG"]]):
-        make_other(tmp_path / str(i), "ieeg", contacts("C3", "F3", "Cz", "Pz"), types)
+        raw = raw_array(samples(), ["C3", "F3", "Cz", "Pz"])
+        make_other(tmp_path / str(i), "ieeg", raw, types)
         with pytest.raises(InputError, match=r"no channel has a position \(C3, F3"):
             convert(tmp_path / str(i), tmp_path / "out")
 
 
 def test_ieeg_folders_are_read(tmp_path):
     types = ["SEEG", "SEEG", "SEEG", "ECG"]
-    folder = make_other(tmp_path / "b", "ieeg", contacts("LA1", "LA2", "LB1", "ECG"), types)
+    raw = raw_array(samples(), ["LA1", "LA2", "LB1", "ECG"])
+    folder = make_other(tmp_path / "b", "ieeg", raw, types)
     for space, shift in (("MNI152", 0), ("Other", 9)):
         xyz = pd.DataFrame({"name": ["LA1", "LA2", "LB1"], "x": [1 + shift, 2, 3], "y": 4, "z": 5})
         synthetic.write_table(folder / f"sub-01_space-{space}_electrodes.tsv", xyz)
@@ -611,9 +617,7 @@ def test_the_command_ends_with_one_sentence():
 def test_a_folder_of_numbered_and_split_files(tmp_path, capsys):
     folder = tmp_path / "raw"
     (folder / "derivatives").mkdir(parents=True)
-    info = mne.create_info(NAMES, 200.0, "eeg")
-    info.set_montage("colin27_1005")
-    raw = mne.io.RawArray(samples(), info, verbose="error")
+    raw = raw_array(samples()).set_montage("colin27_1005")
     for name in ("anna_raw.fif", "ben-1.fif", "ben-2.fif", "derivatives/anna_raw.fif"):
         raw.save(folder / name, verbose="error")
     raw.set_annotations(mne.Annotations([3.0], [1.0], ["BAD"]))
@@ -672,14 +676,6 @@ def test_files_without_places_with_one_name_or_missing(tmp_path):
     (folder / "emil.edf").symlink_to("../.git/annex/objects/emil.edf")
     with pytest.raises(InputError, match="emil.edf is a git-annex link"):
         reader.convert_files(folder, **options)
-
-
-def test_a_real_edf_with_dotted_names(tmp_path, capsys):
-    (target,) = reader.convert_files(real("edf"), tmp_path / "out", montage="colin27_1005")
-    one = recording.Recording(target)
-    assert len(one.names) == 64 and one.names[:2] == ["FC5", "FC3"]
-    assert np.isfinite(one.xyz).all() and 123 < len(one.signal) / one.sfreq < 126
-    assert "renamed as in Fc5. → FC5" in capsys.readouterr().out
 
 
 # ---- THINGS-EEG1
