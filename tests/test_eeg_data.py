@@ -19,7 +19,7 @@ from data.synthetic_eeg import prepare as synthetic
 from data.things_eeg1 import prepare as things1
 from data.things_eeg2 import prepare as things2
 from data.tokens import character_state, encoding, write_dataset
-from tests.helpers import prepare, real, refused
+from tests.helpers import prepare, real
 from tests.test_fetch import serve
 
 NAMES = ["Fp1", "Cz", "Pz", "Oz"]
@@ -563,7 +563,6 @@ TOO_LARGE = "_eeg.edf: a standard deviation .* is no brain's .* state the unit"
         ({"data": ONE_ALIVE}, "3 of 4 channels are bad .3 flat"),
         (NO_UNITS, TOO_LARGE),
         (NO_UNITS | {"channels": {"units": "V"}}, TOO_LARGE),
-        (NO_UNITS | {"channels": {"units": "n/a"}}, TOO_LARGE),
         ({"kind": "edf", "unit": ["uV", "uV", "", ""]}, TOO_LARGE),
         ({"kind": "fif", "data": samples() * 1e-6}, "is no brain's"),
     ],
@@ -591,6 +590,7 @@ def test_unreadable_data_are_refused(tmp_path, options, words):
 @pytest.mark.parametrize(
     "module, options, words",
     [
+        (bids, {"root": "/nonexistent"}, "no BIDS folder: give the one with sub-01"),
         (bids, {"sfreq": 50.0}, "h_freq=40 is above half of sfreq=50"),
         (bids, {"l_freq": 50.0}, "l_freq=50 is not below"),
         (bids, {"montage": "mine"}, "montage='mine' is none of MNE's: .*colin27_1005"),
@@ -605,10 +605,6 @@ def test_unreadable_data_are_refused(tmp_path, options, words):
 def test_bad_options_are_refused(module, options, words):
     with pytest.raises(InputError, match=words):
         prepare(module, **options)
-
-
-def test_the_command_ends_with_one_sentence():
-    refused("data/bids_eeg/prepare", "root=/nonexistent", says=["no BIDS folder"])
 
 
 # ---- a folder of files
