@@ -52,15 +52,13 @@ SEGMENT = re.compile(r"(BAD|EDGE)(?![A-Z])|(bad|edge)[_ ]|Bad[_ ]|boundary$|New 
 
 def read_tsv(path, *columns):
     """Return a BIDS table with these columns as stripped text, NaN for n/a and empty cells.
-    Quotation marks belong to the text unless the header starts with one."""
-    is_quoted = check_content(path).read_bytes()[:4].lstrip(b"\xef\xbb\xbf").startswith(b'"')
-    quoting = csv.QUOTE_MINIMAL if is_quoted else csv.QUOTE_NONE
+    Quotation marks belong to the text, unless they enclose a cell or the header has some."""
+    header = check_content(path).read_bytes().split(b"\n", 1)[0]
+    quoting = csv.QUOTE_MINIMAL if b'"' in header else csv.QUOTE_NONE
     options = {"sep": "\t", "dtype": str, "na_values": ["n/a", ""], "quoting": quoting}
     table = read_table(path, columns, **options)
     for name in table:
-        text = table[name].str.strip()
-        if text.dropna().str.fullmatch('".*"').all():
-            text = text.str.strip('"')
+        text = table[name].str.strip().str.replace('^"([^"]*)"$', r"\1", regex=True)
         table[name] = text.mask(text.isin(["n/a", ""]))
     return table
 
