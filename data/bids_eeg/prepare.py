@@ -96,29 +96,30 @@ def events_of(table, path, config, sfreq):
     Columns: onset, duration (s), object, word, synonyms, image, block, target, and category if
     the set has it. sfreq: Hz of the recording, for sets whose onsets count samples.
     """
-    columns = {}
-    for name in ("word", "object", "image", "synonyms", "category", "block", "target"):
-        source = getattr(config, f"{name}_column")
-        if source:
-            text = column(table, f"{path} ({name}_column=)", source).fillna("")
-            columns[name] = text.str.normalize("NFC")
-    if not columns.keys() & {"word", "object"}:
+    if not config.word_column and not config.object_column:
         raise InputError("word_column and object_column are both empty: name one of them")
-    nothing = pd.Series("", table.index)
-    objects = columns.get("object", columns.get("word"))
-    images = columns.get("image", nothing)
-    targets = columns.get("target", nothing).str.lower()
+
+    def texts(option):
+        name = getattr(config, option)
+        if not name:
+            return pd.Series("", table.index)
+        return column(table, f"{path} ({option}=)", name).fillna("").str.normalize("NFC")
+
+    words = texts("word_column")
+    objects = texts("object_column") if config.object_column else words
+    images = texts("image_column")
+    targets = texts("target_column").str.lower()
     events = pd.DataFrame({"onset": reader.numbers(table, "onset", path), "duration": 0.0})
     if "duration" in table:
         events["duration"] = reader.numbers(table, "duration", path).fillna(0.0)
     events["object"] = objects
-    events["word"] = columns["word"].map(spaced) if "word" in columns else objects.map(word_of)
-    events["synonyms"] = columns.get("synonyms", nothing).map(synonyms_of)
+    events["word"] = words.map(spaced) if config.word_column else objects.map(word_of)
+    events["synonyms"] = texts("synonyms_column").map(synonyms_of)
     events["image"] = images.where(images != "", objects)
-    events["block"] = columns.get("block", nothing)
+    events["block"] = texts("block_column")
     events["target"] = targets.isin(["1", "1.0", "true", "yes"]).astype(int)
-    if "category" in columns:
-        events["category"] = columns["category"]
+    if config.category_column:
+        events["category"] = texts("category_column")
     return events
 
 
