@@ -396,16 +396,9 @@ def write_bids(root, subject, person, table):
     write_table(folder / f"sub-{subject:02d}_electrodes.tsv", electrodes)
     coordinates = {"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}
     write_json(folder / f"sub-{subject:02d}_coordsystem.json", **coordinates)
-    write_json(
-        folder / f"{stem}_eeg.json",
-        TaskName="rsvp",
-        SamplingFrequency=RATE,
-        PowerLineFrequency=50,
-        EEGReference="average",
-        SoftwareFilters="n/a",
-        RecordingDuration=signal.shape[1] / RATE,
-        RecordingType="continuous",
-    )
+    facts = {"TaskName": "rsvp", "SamplingFrequency": RATE, "PowerLineFrequency": 50}
+    facts |= {"EEGReference": "average", "SoftwareFilters": "n/a", "RecordingType": "continuous"}
+    write_json(folder / f"{stem}_eeg.json", **facts, RecordingDuration=signal.shape[1] / RATE)
 
 
 def shown_events(events, table):
