@@ -499,7 +499,7 @@ IN_MS = "word,start,end\na,900,990\nb,1200,1300\n"
         ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
         ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
         (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
-        (COORDSYSTEM, "{", "no JSON"),
+        (COORDSYSTEM, "{", "not JSON"),
         (CHANNELS.format(n=1), "bad", "sub-01: each of its 22 electrodes is bad"),
     ],
 )
