@@ -67,12 +67,12 @@ TESTED = {"within": NAMES, "session": NAMES[:2], "subject": NAMES[2:]}
 def test_it_runs_by_the_benchmarks_splits(benchmark, tmp_path, split, capsys):
     given = options(benchmark, tmp_path, split=split)
     decode_neuroprobe.main(Config(**given))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     results = pd.read_csv(tmp_path / "results.csv")
     assert set(results.recording) == set(TESTED[split])
     assert results[["score", "chance", "low", "high", "n", "p"]].notna().all(axis=None)
     assert results[results.metric == "roc_auc"].score.mean() > 0.65  # loudness was planted
-    assert "shifted labels" in said and ("left out" in said) == (split != "within")
+    assert "shifted labels" in printed and ("left out" in printed) == (split != "within")
     file = next((tmp_path / "leaderboard").rglob("population_volume.json"))
     evaluation = json.loads(file.read_text())["evaluation_results"]
     names = {"sub_2_trial000": "btbank2_0", "sub_2_trial004": "btbank2_4"}
@@ -133,13 +133,13 @@ def test_contacts_of_other_places_are_not_mixed_up(benchmark, tmp_path):
         path.write_text(text)
     for split in ("session", "subject"):
         given = options(tmp_path / "set", tmp_path / "out", split=split)
-        with pytest.raises(InputError, match="have other contacts, or no region in common"):
+        with pytest.raises(InputError, match="have different contacts, or no region in common"):
             decode_neuroprobe.main(Config(**given))
 
 
 REFUSED = [
-    ({"task": "nosuch"}, "none of all, volume, speech"),
-    ({"subjects": ["sub_9"]}, "no recording to be tested"),
+    ({"task": "nosuch"}, "take all or one of volume, speech"),
+    ({"subjects": ["sub_9"]}, "no recording to test"),
     ({"window": 20.0}, "beyond the recording"),
     ({"dataset": "nosuch"}, "nosuch"),
 ]
