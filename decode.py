@@ -213,13 +213,14 @@ def make_target(run, config, podcast):
 
 def user_target(config, words):
     """Return (events, targets) of task=my_file.py:f(words, task_params), which returns a target for
-    each word, or a table with the columns start and target."""
+    each word, or a table with the columns start and target. Floats are numbers, two dimensions are
+    vectors, anything else is a class."""
     values = registry.resolve(config.task, TASKS, "task")(words.copy(), config.task_params)
     try:
         if isinstance(values, pd.DataFrame):
             words = values.astype({"start": float})
             values = values["target"].tolist()
-        values = np.asarray(values)
+        values = np.squeeze(np.asarray(values))  # one column holds numbers, not vectors
         if values.ndim not in (1, 2) or len(values) != len(words):
             raise ValueError(f"shape {values.shape} for {len(words)} words")
     except (KeyError, ValueError) as error:
@@ -347,9 +348,9 @@ def deal_words(labels, n_parts, seed):
     return [np.flatnonzero(np.isin(labels, part)) for part in np.array_split(words, n_parts)]
 
 
-def embargo(rows, others, start, seconds):
-    """Return the `rows` whose windows share no sample with a window of `others`."""
-    distance, _ = spatial.KDTree(start[others, None]).query(start[rows, None])
+def embargo(rows, protected, start, seconds):
+    """Return the `rows` whose windows share no sample with a window of `protected`."""
+    distance, _ = spatial.KDTree(start[protected, None]).query(start[rows, None])
     return rows[distance >= seconds - 1e-9]
 
 
@@ -728,8 +729,8 @@ class WordScorer:
         trained = pd.Series(labels[fold.train]).value_counts()
         self.vectors = means.loc[words].to_numpy()
         self.occurrences = unit(fold.Y[rows])
-        self.known = np.isin(spoken, words)
-        self.y = np.searchsorted(words, spoken[self.known])
+        self.has_vector = np.isin(spoken, words)
+        self.y = np.searchsorted(words, spoken[self.has_vector])
         self.n_trained = trained.reindex(words, fill_value=0).to_numpy()
         self.n_trained_of_rows = trained.reindex(spoken, fill_value=0).to_numpy()
         self.n_spoken = np.bincount(self.y, minlength=len(words))
@@ -742,8 +743,8 @@ class WordScorer:
             )
 
     def measure(self, words, pairs):
-        """Return f(kept, shifts) -> {metric: (1 + shifts,)} for the similarities of the known rows
-        to words (n, V), and of all rows to each other's embeddings (N, N)."""
+        """Return f(kept, shifts) -> {metric: (1 + shifts,)} for the similarities of rows with a
+        word vector to words (n, V), and of all rows to each other's embeddings (N, N)."""
         log_p = special.log_softmax(words, axis=1)
         weights = {"auc": 1, "auc_test": self.n_spoken}
         if self.n_trained.any():  # not in zero-shot folds
@@ -754,14 +755,14 @@ class WordScorer:
         pair_table["cosine"] = pairs
 
         def measure(kept, shifts):
-            y = self.y[kept[self.known]]
+            y = self.y[kept[self.has_vector]]
             orders = circular(shifts, len(y), self.gap)
-            each = np.ma.masked_invalid(word_auc(log_p[kept[self.known]], y, orders))
+            each = np.ma.masked_invalid(word_auc(log_p[kept[self.has_vector]], y, orders))
             values = {}
             for metric, weight in weights.items():
                 mean = np.ma.average(each, axis=1, weights=weight * self.counted)
                 values[metric] = mean.filled(np.nan)
-            values |= shifted_means(word_table, self.y, kept[self.known], orders)
+            values |= shifted_means(word_table, self.y, kept[self.has_vector], orders)
             orders = circular(shifts, kept.sum(), self.gap)
             return values | shifted_means(pair_table, np.arange(len(kept)), kept, orders)
 
@@ -832,7 +833,7 @@ def measure_of(out, rows, target, fold, config):
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
         mean = unit(out).mean(axis=1)  # its products are cosines, averaged over members
-        words = mean[scorer.known] @ scorer.vectors.T
+        words = mean[scorer.has_vector] @ scorer.vectors.T
         return scorer.measure(words, mean @ scorer.occurrences.T)
 
     def measure(kept, shifts):
@@ -884,8 +885,8 @@ def p_value(observed, null):
 def fdr_q(p):
     """Return Benjamini and Hochberg's q of p values, leaving NaN out."""
     q = np.full(np.shape(p), np.nan)
-    known = np.isfinite(p)
-    q[known] = stats.false_discovery_control(p[known])
+    finite = np.isfinite(p)
+    q[finite] = stats.false_discovery_control(p[finite])
     return q
 
 

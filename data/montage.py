@@ -179,9 +179,10 @@ class Windows:
     def content(self):
         """Return as text what windows depend on: signals, parameters, files they name, code."""
         config = self.config
-        signals = [person.recording.path / "signal.f32" for person in self.montage.people]
-        content = [self.montage.names, self.montage.checksums(), files_state(signals)]
-        content += [config.reference, self.width]
+        content = [self.montage.names, self.montage.checksums(), config.reference, self.width]
+        for person in self.montage.people:
+            content.append(files_state([person.recording.path / "signal.f32"]))
+            content.append(person.channels.tolist())  # of a Laplacian's neighbours, too
         content += [config.preprocess, config.preprocessor_params, file_hash(__file__)]
         if self.reader:
             content.append(self.reader.key)

@@ -566,6 +566,8 @@ def test_content_knows_words_and_signals(podcast, tmp_path):
     assert decode.content_of(*parts) != first
     os.utime(signal, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert decode.content_of(*parts) == first
+    given.montage.people[0].channels = given.montage.people[0].channels[1:]
+    assert decode.content_of(*parts) != first
 
 
 def test_a_target_of_classes_and_targets_of_numbers(podcast, tmp_path):
@@ -578,6 +580,8 @@ def test_a_target_of_classes_and_targets_of_numbers(podcast, tmp_path):
         table = finished(podcast, out, task=task, beside=["ridge"], **options)
         assert np.isfinite(table.score).all() and "corr" in table.index.unique("metric")
     assert table.loc[("ridge", "mse")].n.item() > 150  # events of the user's own
+    _, experiment = prepared(podcast, tmp_path / "column", task=f"{tmp_path}/mine.py:column")
+    assert experiment.target.kind == "number"
 
 
 def test_targets_of_the_other_tasks(podcast, tmp_path):
@@ -678,6 +682,9 @@ def wrong_target(words, params):
 
 def late(words, params):
     return np.where(words.word_idx > 180, "late", "early")
+
+def column(words, params):
+    return words[["word_idx"]].to_numpy(float)
 
 def complex_windows(data, params):
     return np.fft.rfft(data)
@@ -794,6 +801,24 @@ def of_one_word(podcast, folder):
     words = pd.read_csv(podcast / "words.csv", keep_default_na=False)
     words.assign(norm_word="same").to_csv(folder / "words.csv", index=False)
     return folder
+
+
+def test_a_transcript_of_ones_own_lacks_what_is_named(podcast, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(podcast, folder)
+    for old, new, task, sentence in (
+        ("content", "kind", "content", "set has no column 'content'"),
+        ("sentence", "line", "sentence_onset", "set has no column 'sentence'"),
+        (",0.02,", ",soon,", "embedding", "words.csv is not .*'soon'"),
+        ("start", "begin", "embedding", "words.csv has no column 'start'"),
+    ):
+        edit(folder / "words.csv", old, new)
+        with pytest.raises(InputError, match=sentence):
+            prepared(folder, tmp_path / "run", task=task)
+    (folder / "audio.f32").unlink()
+    shutil.copy(podcast / "words.csv", folder)
+    with pytest.raises(InputError, match="audio.f32 is missing"):
+        prepared(folder, tmp_path / "run", task="volume")
 
 
 def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):

@@ -58,7 +58,7 @@ class Config:
     # ---- where from and where to
     root: str = ""  # unpacked files of braintreebank.dev; "": $ROOT_DIR_BRAINTREEBANK
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # make it again if it exists
 
     def check(self):
         for name in self.recordings:

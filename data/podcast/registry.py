@@ -34,13 +34,13 @@ def register_model_constructor(name=None):
 register_data_preprocessor = register_config_setter = register_model_constructor
 
 
-def resolve(spec, known, option):
-    """Return what an option names: an entry of `known`, or a function as my_file.py:name."""
-    spec = known.get(spec, spec)
+def resolve(spec, choices, option):
+    """Return what an option names: an entry of `choices`, or a function as my_file.py:name."""
+    spec = choices.get(spec, spec)
     if not isinstance(spec, str):
         return spec
     if ":" not in spec:
-        raise InputError(f"{option}={spec}: give {', '.join(known)}, or my_file.py:name")
+        raise InputError(f"{option}={spec}: give {', '.join(choices)}, or my_file.py:name")
     sys.path += [str(Path(spec).resolve().parent), str(Path(__file__).parent)]
     return load_once(spec, option)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import InputError, read_table
+from data import InputError, check_content, column, read_table
 from data.recording import Recording, read_set
 
 
@@ -33,7 +33,12 @@ def read_podcast(folder, name):
             f"{folder / 'meta.yaml'} names no words: give a set with a transcript, as "
             "data/podcast/prepare.py makes them"
         )
-    words = read_table(folder / meta["words"], na_values={"start": [""], "end": [""]})
+    words = read_table(
+        folder / meta["words"],
+        ["word_idx", "word", "start"],
+        na_values={"start": [""], "end": [""]},
+        dtype={"start": float, "end": float},
+    )
     recordings = [Recording(folder / recording) for recording in meta["recordings"]]
     if meta["synthetic"] and "synthetic" not in name:
         name += ", synthetic"
@@ -75,20 +80,20 @@ def as_target(events, values, word):
         labels = events[word].to_numpy(str)
     if values.ndim == 2:
         kind = "vectors"
-        known = np.isfinite(values).all(axis=1) & (labels != "")
+        has_value = np.isfinite(values).all(axis=1) & (labels != "")
     elif values.dtype.kind == "f":
         kind = "number"
-        known = np.isfinite(values)
+        has_value = np.isfinite(values)
         values = values[:, None]
     else:
         kind = "classes"
-        known = ~np.isin(values.astype(str), ["", "nan", "None"])
+        has_value = ~np.isin(values.astype(str), ["", "nan", "None"])
     timed = np.isfinite(start)
-    kept = np.flatnonzero(timed & known)
+    kept = np.flatnonzero(timed & has_value)
     if len(kept) == 0:
         raise InputError("no word has an onset and a target: check task= and embedding=")
     kept = kept[np.argsort(start[kept], kind="stable")]
-    notes = {"without onset": (~timed).sum(), "without target": (timed & ~known).sum()}
+    notes = {"without onset": (~timed).sum(), "without target": (timed & ~has_value).sum()}
     if kind != "classes":
         return Target(kind, values[kept].astype(np.float32), start[kept], labels[kept], [], notes)
     names, values = np.unique(values[kept].astype(str), return_inverse=True)
@@ -110,16 +115,17 @@ def describe(podcast, montage, target):
 
 def content_words(podcast, window):
     """Content or function word."""
-    return podcast.words, podcast.words["content"]
+    return podcast.words, column(podcast.words, podcast.folder, "content")
 
 
 def part_of_speech(podcast, window):
-    return podcast.words, podcast.words["pos"]
+    return podcast.words, column(podcast.words, podcast.folder, "pos")
 
 
 def sentence_onsets(podcast, window):
     """First words of sentences against words at least half a second after one."""
-    words = podcast.words[podcast.words.sentence >= 0]  # -1: a word in no sentence
+    sentence = column(podcast.words, podcast.folder, "sentence")
+    words = podcast.words[sentence >= 0]  # -1: a word in no sentence
     first = words.start.groupby(words.sentence).transform("min")
     is_onset = words.start == first
     kept = is_onset | (words.start >= first + 0.5)
@@ -148,7 +154,8 @@ def volume(podcast, window):
             "audio_sfreq=100"
         )
     audio = podcast.meta["audio"]
-    power = np.square(np.fromfile(podcast.folder / audio["file"], "<f4").astype(float))
+    path = check_content(podcast.folder / audio["file"])
+    power = np.square(np.fromfile(path, "<f4").astype(float))
     width = max(1, round(window * audio["sfreq"]))
     power = power[: len(power) // width * width].reshape(-1, width).mean(axis=1)
     start = (np.arange(len(power)) + 0.5) * width / audio["sfreq"]
