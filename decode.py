@@ -162,10 +162,8 @@ def load_podcast(run, config):
     podcast = read_podcast(run.dataset(config.dataset), config.dataset)
     if config.word not in podcast.words:
         raise InputError(f"word={config.word} is not a column: take {', '.join(podcast.words)}")
-    chosen = choose_electrodes(
-        podcast.recordings, config.subjects, config.channels, config.electrodes
-    )
-    montage = Montage(chosen, config.reference)
+    which = config.subjects, config.channels, config.electrodes
+    montage = Montage(choose_electrodes(podcast.recordings, *which), config.reference)
     if montage.gaps:
         run.print(f"left out, constant or with missing samples (NaN): {', '.join(montage.gaps)}")
     return podcast, montage
@@ -212,9 +210,8 @@ def make_target(run, config, podcast):
 
 
 def user_target(config, words):
-    """Return (events, targets) of task=my_file.py:f(words, task_params), which returns a target for
-    each word, or a table with the columns start and target. Floats are numbers, two dimensions are
-    vectors, anything else is a class."""
+    """Return (events, targets) of task=my_file.py:f(words, task_params): a target for each word, or
+    a table with start and target. Floats are numbers, rows are vectors, all else is a class."""
     values = registry.resolve(config.task, TASKS, "task")(words.copy(), config.task_params)
     try:
         if isinstance(values, pd.DataFrame):
@@ -234,9 +231,8 @@ def user_target(config, words):
 def word_vectors(run, config, podcast, name):
     """Return the vectors (words, D) float32 of one entry of embedding=, NaN where unknown.
 
-    lm: hidden states of lm= at layer= as it reads the transcript; static: its token embeddings;
-    arbitrary: a random vector for each word type; else released features (gpt2-xl) or a file
-    (GloVe).
+    lm: hidden states at layer=; static: token embeddings; arbitrary: a random vector per word type;
+    else released features (gpt2-xl) or a file (GloVe).
     """
     words = podcast.words
     features = podcast.meta.get("features", {})
@@ -249,9 +245,8 @@ def word_vectors(run, config, podcast, name):
     if name == "static":
         return vectors.static_vectors(HiddenStates(config.lm, run.device), spoken)
     if name in features:
-        return vectors.released_features(
-            podcast.folder, podcast.meta, name, config.layer, words.word_idx
-        )
+        meta = podcast.meta
+        return vectors.released_features(podcast.folder, meta, name, config.layer, words.word_idx)
     if Path(name).is_file():
         return vectors.look_up(labels, name)
     raise InputError(
@@ -300,9 +295,8 @@ def content_of(config, windows, target, rows):
 class Fold:
     """One split of the events into train, val and test (row numbers).
 
-    shifts: (n_shifts,) in [0, 1), how far the null shifts the test words; gap: by how many words at
-    least, so that windows do not overlap. Y: the fold's target, (N, D) or classes (N,); projection:
-    the (mean, components, scale) that made it.
+    shifts: (n_shifts,) in [0, 1), how far the null shifts the test words, at least `gap` words. Y:
+    the fold's target, (N, D) or classes (N,), made by projection: (mean, components, scale).
     """
 
     number: int
@@ -518,8 +512,7 @@ class Decoder(nn.Module):
             )
 
     def set_scale(self, x):
-        """Fit the z-scores to training words x: per channel if x is (words, channels, time), else
-        per feature."""
+        """Fit z-scores to training words x, per channel of (words, channels, time) or feature."""
         axes = (0, 2) if x.ndim == 3 else 0
         scale, mean = torch.std_mean(x.cpu().double(), axes, correction=0, keepdim=True)
         self.mean.copy_(mean[0])
@@ -638,8 +631,7 @@ def fit_ridge(x, y, fold):
 
 
 def fit_logistic(x, y, fold):
-    """Return the same three of scikit-learn's logistic regression on training words, C chosen on
-    validation words."""
+    """Return the same of scikit-learn's logistic regression on training words, C by validation."""
     basis = np.eye(x.shape[1], dtype=x.dtype)
     if x.shape[1] > len(fold.train):  # the solution lies in the span of the training rows
         basis = np.linalg.qr(x[fold.train].T)[0]
@@ -846,10 +838,13 @@ def measure_of(out, rows, target, fold, config):
     return measure
 
 
-def primary_score(out, target, fold, config):
-    """Return the PRIMARY metric of outputs (words, members, D) for the validation events."""
-    measure = measure_of(out, fold.val, target, fold, config)
-    return measure(np.ones(len(out), bool), NO_SHIFTS)[PRIMARY[target.kind]][0]
+def fit_and_score(spec, x, target, fold, config):
+    """Fit a decoder and return it with its test scores; the row val is PRIMARY on validation."""
+    decoder, out = fit_decoder(spec, x, target, fold, config)
+    table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
+    val = measure_of(out, fold.val, target, fold, config)(np.ones(len(out), bool), NO_SHIFTS)
+    table.loc["val", "score"] = val[PRIMARY[target.kind]][0]
+    return decoder, table
 
 
 def evaluate(out, target, fold, config):
@@ -1168,9 +1163,7 @@ def main(config):
     run = Run(config)
     podcast, montage = load_podcast(run, config)
     target = make_target(run, config, podcast)
-    if config.config_setter:
-        setter = registry.resolve(config.config_setter, SETTERS, "config_setter")
-        registry.call_setter(setter, config, montage, target)  # changes config
+    registry.call_setter(config, SETTERS, montage, target)  # may change config
     inputs = make_inputs(run, config, montage)  # may add to config.model_params
     decoders = {name: (name, "") for name in [config.model, *config.beside]}  # (spec, input)
     if config.untrained:
@@ -1190,12 +1183,10 @@ def main(config):
             tables = {}
             for name, (spec, source) in decoders.items():
                 x = X[source].to(run.device)
-                decoder, val = fit_decoder(spec, x, target, fold, config)
+                decoder, table = fit_and_score(spec, x, target, fold, config)
+                tables[lag, fold.number, name] = table
                 if bar.n == 0 and decoder.n_members > 1:  # a user may have meant something else
                     run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
-                table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
-                table.loc["val", "score"] = primary_score(val, target, fold, config)
-                tables[lag, fold.number, name] = table
                 if config.save_models and name == config.model:
                     facts = {"lag": float(lag), "val": float(table.score["val"])}
                     save_decoder(run, config, decoder, fold, target, montage, facts)

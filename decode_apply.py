@@ -46,20 +46,23 @@ def same_electrodes(path, state, reference):
         folders = [folders[0] / name for name in read_set(path)["recordings"]]
     electrodes = pd.Series(state["electrodes"]).str.split(" ", n=1, expand=True)
     people = electrodes.groupby(0, sort=False)[1]
+    by_name = {folder.name: folder for folder in folders}
     chosen = []
     for person, names in people:
-        same_person = [folder for folder in folders if folder.name == person]
         if len(folders) == len(people) == 1:
-            same_person = folders  # another recording of the only person
-        recordings = [Recording(folder) for folder in same_person]
-        available = pd.Index(recordings[0].names if recordings else [])
-        missing = names[~names.isin(available)]
+            by_name = {person: folders[0]}  # another recording of the only person
+        if person not in by_name:
+            raise InputError(
+                f"recording={path} has no {person}, whose electrodes the decoders read"
+            )
+        recording = Recording(by_name[person])
+        missing = names[~names.isin(np.array(recording.names)[recording.good])]
         if len(missing):
             raise InputError(
-                f"recording={path} lacks electrodes of {person} that the decoders read: "
+                f"recording={path} lacks good electrodes of {person} that the decoders read: "
                 f"{', '.join(missing[:5])}"
             )
-        chosen.append((recordings[0], available.get_indexer(names)))
+        chosen.append((recording, pd.Index(recording.names).get_indexer(names)))
     montage = Montage(chosen, reference)
     if montage.gaps or montage.sfreq != state["sfreq"]:
         raise InputError(
@@ -78,6 +81,13 @@ def scores_of(decode, state, X, model_params):
     shape, output_dim = X.shape[1:], state["output_dim"]
     decoder = decode.Decoder(state["spec"], model_params, shape, output_dim, state["target"])
     decoder.load_state_dict(state["weights"])
+    z = ((X - decoder.mean) / decoder.scale).transpose(0, 1).flatten(1)  # (channels, ...)
+    sd, size = z.std(dim=1).median(), z.square().mean(dim=1).median().sqrt()
+    if sd < 0.1 or size > 10:
+        raise InputError(
+            f"recording=: its z-scores have SD {sd:.2g} and root mean square {size:.2g}, not about "
+            "1 as in training: prepare it in the same unit, with the same kind of signal"
+        )
     out = decode.predict(decoder, X)  # (events, members, D)
     if state["target"] == "vectors":
         scores = decode.unit(out).mean(axis=1) @ state["vectors"].numpy().T

@@ -71,10 +71,8 @@ class Config:
 
 
 def fit_banded_ridge(spaces, Y, fold, seed):
-    """Fit ridge with one penalty per feature space [(words, features)].
-
-    Return the test predictions, validation R2, and what each space adds to the test correlation.
-    """
+    """Fit ridge with one penalty per space (words, features): test predictions, validation R2, and
+    what each space adds to the test correlation."""
     X = np.concatenate(spaces, axis=1)
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
@@ -111,10 +109,8 @@ def encode_fold(spaces, Y, fold, config):
 
 
 def correlations(a, b, orders):
-    """Correlate a's columns (n, targets) with b's, reordered by orders (P, n): (P, targets).
-
-    The orders are circular, so one FFT gives them all. A constant column has correlation 0.
-    """
+    """Correlate a's columns (n, targets) with b's, reordered by orders (P, n): (P, targets), 0 for
+    a constant column. The orders are circular, so one FFT gives them all."""
     steps = orders[:, 0]
     a = (a - a.mean(axis=0)) / np.maximum(a.std(axis=0), 1e-12)
     b = (b - b.mean(axis=0)) / np.maximum(b.std(axis=0), 1e-12)
@@ -130,11 +126,8 @@ def correlations(a, b, orders):
 
 
 def table_of(r, n, columns):
-    """Add score, low, high, chance, p, q, p_max, n of r (1 + P, targets) to a table of columns.
-
-    Intervals are Fisher's z, as if words were independent; q is FDR; p_max is family-wise, against
-    the largest r of each shift.
-    """
+    """Tabulate r (1 + P, targets) next to columns: score, low, high (Fisher's z, as if words were
+    independent), chance, p, q (FDR), p_max (family-wise, against each shift's largest r), n."""
     half = 1.96 / math.sqrt(max(n - 3, 1))
     z = np.arctanh(np.clip(r[0], -0.999999, 0.999999))
     table = pd.DataFrame({**columns, "score": r[0]})
@@ -146,8 +139,7 @@ def table_of(r, n, columns):
 
 
 def at_chosen_lags(arrays, lags, n_electrodes):
-    """Return r (1 + P, electrodes) at the lag that validation words choose for each electrode and
-    fold, and the median of these lags."""
+    """Return r (1 + P, electrodes) at the lags that validation words choose, and median lags."""
     scores = []
     chosen = []
     for r, val in zip(arrays["r"], arrays["val"]):

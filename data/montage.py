@@ -63,8 +63,8 @@ class Montage:
         return np.stack([person.recording.rows(start) for person in self.people])
 
     def inside(self, first, width):
-        """Return (events,), whether the windows of `width` samples from rows `first` (people,
-        events) lie inside everybody's recording and outside segments marked BAD."""
+        """Return (events,), whether windows of `width` from rows `first` (people, events) are whole
+        and outside segments marked BAD."""
         inside = np.ones(first.shape[1], bool)
         for person, begins in zip(self.people, first):
             recording = person.recording
@@ -99,10 +99,8 @@ class Montage:
         return np.concatenate(parts, axis=1)
 
     def spectra(self, first, width, segment, highest):
-        """Return (events, electrodes * frequencies, segments) float32, the log power of windows.
-
-        segment: s, Hann windows that overlap by half; highest: Hz.
-        """
+        """Return (events, electrodes * frequencies, segments) float32, the log power up to
+        `highest` (Hz) in Hann windows of `segment` (s) that overlap by half."""
         size = max(4, min(width, round(segment * self.sfreq)))
         parts = []
         for begin in range(0, first.shape[1], 256):
@@ -242,11 +240,8 @@ def laplacian(names):
 
 
 def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
-    """Return [(Recording, numbers of its good channels)] of the chosen people and electrodes.
-
-    subjects: see choose_people; channels: a regular expression for the start of a name; electrodes:
-    a CSV with the columns subject and elec.
-    """
+    """Return [(Recording, numbers of its good channels)] of the chosen people and electrodes, see
+    decode.py's options of these names."""
     try:
         pattern = re.compile(channels)
     except re.error as error:

@@ -106,8 +106,8 @@ def _write_signal(path, blocks, n_channels):
 
 
 def write_raw(folder, raw, events, block_s=30.0, **meta):
-    """Write all channels of an MNE Raw with types, positions (m), bads and first sample, and return
-    the recording's meta. meta: subject, source, synthetic and any other keys."""
+    """Write all channels of an MNE Raw with types, positions (m), bads and first sample, as
+    write_recording does; meta: without sfreq and unit."""
     units = {SENSOR_UNITS.get(kind, "V") for kind in raw.get_channel_types()}
     if len(units) > 1:
         units = " and ".join(sorted(units))
@@ -403,9 +403,8 @@ def encoder_input(windows, recipe, centre, scale):
 
 
 def named_places(names, xyz, recipe):
-    """Return positions (C, 3) in m, filling NaN with the mean position that channels of the same
-    name had in pretraining, and counts {name: pretraining had the name, position: only a position
-    is known, absent: neither}."""
+    """Fill NaN in positions (C, 3), in m, with the mean of channels of that name in pretraining.
+    Also count {name: in pretraining, position: with a position only, absent: without either}."""
     pretrained = {}
     for recording in recipe["recordings"]:
         for name, place in zip(recording["channels"], recording["xyz"]):

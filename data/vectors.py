@@ -15,11 +15,7 @@ from data import InputError, check_content, read_table
 
 
 def look_up(words, path):
-    """Return (words, D) float32 from a text file, NaN for a word that it lacks.
-
-    A contraction is looked up whole, then as the mean of the tokens that GloVe splits it into (do
-    n't, it 's), then without the apostrophe.
-    """
+    """Return (words, D) float32 from a text file, NaN for a word that it lacks, see spellings."""
     wanted = set()
     for word in set(words):
         wanted.update(*spellings(word))
@@ -28,22 +24,18 @@ def look_up(words, path):
         raise InputError(f"{path} has a vector for none of the words: give another file")
     unknown = np.full_like(next(iter(vectors.values())), np.nan)
 
+    @functools.cache
     def vector_of(word):
         for tokens in spellings(word):
             if vectors.keys() >= set(tokens):
                 return np.mean([vectors[token] for token in tokens], axis=0)
         return unknown
 
-    return once_per_word(vector_of, words)
-
-
-def once_per_word(vector_of, words):
-    """Return (words, D), vector_of(word) for each word, computed once per word type."""
-    return np.stack(list(map(functools.cache(vector_of), words)))
+    return np.stack([vector_of(word) for word in words])
 
 
 def spellings(word):
-    """Return the lists of tokens that may stand for a word in a file, the best first."""
+    """Return lists of tokens whose mean stands for a word: itself, GloVe's (do n't, it 's), its."""
     forms = [[word]]
     cut = word.find("n't") if word.endswith("n't") else word.find("'")
     if cut > 0:
@@ -53,10 +45,8 @@ def spellings(word):
 
 
 def read_vectors(path, wanted):
-    """Return {token: (D,) float32} for the tokens in `wanted` that a file has.
-
-    The first line may hold sizes. Tokens may contain spaces, so lines are split from the right.
-    """
+    """Return {token: (D,) float32} for the tokens in `wanted` that a file has. Its first line may
+    hold sizes; tokens may contain spaces, so lines are split from the right."""
     vectors = {}
     try:
         with open(check_content(path), encoding="utf-8-sig") as file:
@@ -126,29 +116,21 @@ def static_vectors(lm, words):
     else:
         table = lm.model.transformer.wte  # ours
     weights = table.weight.detach().float().cpu().numpy()
-
-    def vector_of(word):
+    vectors = {}
+    for word in set(words):
         (row,), _ = lm.encode([" " + word])
         start, end = np.transpose(lm.offsets(" " + word))
-        return weights[np.array(row)[end > start]].mean(axis=0)
-
-    return once_per_word(vector_of, words)
+        vectors[word] = weights[np.array(row)[end > start]].mean(axis=0)
+    return np.stack([vectors[word] for word in words])
 
 
 def contextual_vectors(lm, words, layer):
-    """Return (words, D) float32, lm's hidden states as it reads the transcript.
-
-    Each word is read after half a context or more, and its tokens are averaged. layer: as in
-    Hugging Face, 0 for the embeddings, -1 for the last.
-    """
+    """Return (words, D) float32, the mean of lm's states over each word's tokens, read after half a
+    context or more. layer: as in Hugging Face, 0 for the embeddings, -1 for the last."""
     (layer,) = lm.layers([layer])
     n_special = len(lm.encode(["a"])[0][0]) - 1
-
-    @functools.cache
-    def count_tokens(word):
-        return len(lm.encode([" " + word])[0][0]) - n_special
-
-    total = np.cumsum([0, *map(count_tokens, words)])
+    n_tokens = {word: len(lm.encode([" " + word])[0][0]) - n_special for word in set(words)}
+    total = np.cumsum([0, *map(n_tokens.get, words)])
     room = min(lm.max_length, 1024) - n_special
     vectors = np.full((len(words), lm.width), np.nan, np.float32)
     begin = new = 0  # words from `begin` on are read, from `new` on for the first time
@@ -178,10 +160,9 @@ def states_of_words(lm, words, layer):
 
 
 def project(values, train, n_dims):
-    """Project values (N, D') on principal components of the rows `train`.
+    """Project values (N, D') on n_dims principal components of the rows `train` (0: keep them all).
 
-    Return Y (N, n_dims) float32, scaled by one number, and (mean, components, scale). With n_dims
-    0, all dimensions are kept as they are.
+    Return Y (N, n_dims) float32, scaled by one number, and (mean, components, scale).
     """
     mean = values[train].mean(axis=0, dtype=np.float64)
     components = np.eye(values.shape[1])
@@ -197,10 +178,9 @@ def project(values, train, n_dims):
 
 def arbitrary_vectors(words, n_dims, seed):
     """Return (words, n_dims) float32, uniform in (-1, 1), keyed by the word alone."""
-
-    def vector_of(word):
+    vectors = {}
+    for word in set(words):
         digest = hashlib.sha256(repr((seed, "arbitrary", str(word))).encode()).digest()
         rng = np.random.default_rng(int.from_bytes(digest[:8], "little") >> 1)
-        return rng.uniform(-1, 1, n_dims).astype(np.float32)
-
-    return once_per_word(vector_of, words)
+        vectors[word] = rng.uniform(-1, 1, n_dims).astype(np.float32)
+    return np.stack([vectors[word] for word in words])

@@ -49,9 +49,7 @@ def prepared(podcast, out, **options):
     with closing(Run(config)) as run:
         podcast, montage = decode.load_podcast(run, config)
         target = decode.make_target(run, config, podcast)
-        if config.config_setter:
-            setter = registry.resolve(config.config_setter, decode.SETTERS, "config_setter")
-            registry.call_setter(setter, config, montage, target)
+        registry.call_setter(config, decode.SETTERS, montage, target)
         inputs = decode.make_inputs(run, config, montage)
         target, rows = decode.keep_words(target, inputs[""], config)
         seconds = inputs[""].width / montage.sfreq
@@ -631,8 +629,19 @@ def test_saved_decoders_read_a_new_recording(podcast, tmp_path, capsys):
     assert (table.best == table.norm_word).mean() > 0.3  # of 12
     decode.main(Config(**apply, recording=str(podcast)))
     assert "trained on this very recording" in capsys.readouterr().out
-    with pytest.raises(InputError, match="lacks electrodes of sub-0"):
+    for unit in (1e6, 1e-6):
+        signal *= unit
+        signal.flush()
+        with pytest.raises(
+            InputError, match="not about 1 as in training: prepare it in the same unit"
+        ):
+            decode.main(Config(**apply, recording=str(other)))
+        signal /= unit
+    with pytest.raises(InputError, match="has no sub-02, whose electrodes"):
         decode.main(Config(**apply, recording=str(other / "sub-01")))
+    edit(other / "sub-01/channels.csv", "LGA2,ecog,0.05,0.01,0.01,good", "LGA2,ecog,,,,bad")
+    with pytest.raises(InputError, match="lacks good electrodes of sub-01 .*: LGA2"):
+        decode.main(Config(**apply, recording=str(other)))
     with pytest.raises(InputError, match="holds no decoder"):
         decode.main(Config(apply=str(tmp_path), recording=str(other)))
 

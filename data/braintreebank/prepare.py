@@ -155,8 +155,7 @@ COLUMNS = {
 
 
 def task_rows(task, words, silences):
-    """Return the rows with label 1 and with label 0, of `words` (label 0 of onset and speech: of
-    `silences`)."""
+    """Return the rows with label 1 and label 0, the latter of `silences` for onset and speech."""
     if task == "speech":
         return np.arange(len(words)), np.arange(len(silences))
     values = column(words, f"the word table for the task {task}", COLUMNS[task]).to_numpy()
@@ -179,12 +178,7 @@ def task_rows(task, words, silences):
 
 def make_windows(words, silences, settings):
     """Return the windows of all tasks in the package's order: task, item, onset (s), label, and
-    their part (train, val, test) in each split.
-
-    The package's seed draws equally many of both classes, which alternate, a 1 first. Within a
-    session, folds are contiguous, and the first half of the held-out fold is for validation. Across
-    sessions and people, another recording is for training; `across` is this recording's part.
-    """
+    their part (train, val, test) in each split, by the rules in readme.md."""
     tables = []
     for task in TASKS:
         rng = np.random.RandomState(settings["NEUROPROBE_GLOBAL_RANDOM_SEED"])

@@ -55,10 +55,8 @@ def preprocess_neural_data(data, preprocessor_params):
 
 
 class UserFunction:
-    """The reader (see Windows in data/montage.py) for preprocess=my_file.py:f.
-
-    f(windows (words, electrodes, samples), preprocessor_params) returns an array (words, ...).
-    """
+    """The reader (see Windows in data/montage.py) for preprocess=my_file.py:f, which turns (windows
+    (words, electrodes, samples), preprocessor_params) into an array (words, ...)."""
 
     model_params: dict = {}
 
@@ -101,13 +99,14 @@ def neural_conv(experiment_config, raws, df_word, word_embeddings):
     return experiment_config
 
 
-def call_setter(setter, config, montage, target):
-    """Let a config setter, f(config, raws, words, embeddings) -> config, change options.
-
-    It gets podcast-benchmark's nested config and the recordings as MNE Raws.
-    """
+def call_setter(config, choices, montage, target):
+    """Let config_setter=, a function f(config, raws, words, embeddings) -> config, change options:
+    config is podcast-benchmark's nested one, raws are MNE's."""
+    if not config.config_setter:
+        return
     import mne
 
+    setter = resolve(config.config_setter, choices, "config_setter")
     raws = []
     for person in montage.people:
         recording = person.recording

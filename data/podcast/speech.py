@@ -29,16 +29,11 @@ def read_podcast(folder, name):
     """Read the Podcast in a prepared folder that the user called `name`."""
     meta = read_set(folder)
     if "words" not in meta:
-        raise InputError(
-            f"{folder / 'meta.yaml'} names no words: give a set with a transcript, as "
-            "data/podcast/prepare.py makes them"
-        )
-    words = read_table(
-        folder / meta["words"],
-        ["word_idx", "word", "start"],
-        na_values={"start": [""], "end": [""]},
-        dtype={"start": float, "end": float},
-    )
+        cure = "give a set with a transcript, as data/podcast/prepare.py makes them"
+        raise InputError(f"{folder / 'meta.yaml'} names no words: {cure}")
+    times = {"start": float, "end": float}
+    options = {"dtype": times, "na_values": dict.fromkeys(times, [""])}
+    words = read_table(folder / meta["words"], ["word_idx", "word", "start"], **options)
     recordings = [Recording(folder / recording) for recording in meta["recordings"]]
     if meta["synthetic"] and "synthetic" not in name:
         name += ", synthetic"
@@ -140,19 +135,15 @@ def surprisal(podcast, window):
             nats = -np.log(tokens.true_prob.clip(lower=1e-12))
             nats = nats.groupby(tokens.word_idx).sum(skipna=False)
             return podcast.words, podcast.words.word_idx.map(nats).to_numpy(float)
-    raise InputError(
-        f"task=surprisal: {podcast.folder} has no token probabilities (true_prob): prepare it "
-        "with features=gpt2-xl"
-    )
+    cure = "prepare it with features=gpt2-xl"
+    raise InputError(f"task=surprisal: {podcast.folder} has no true_prob of tokens: {cure}")
 
 
 def volume(podcast, window):
     """Loudness (dB) of the audio in consecutive steps as long as the window (s)."""
     if "audio" not in podcast.meta:
-        raise InputError(
-            f"task=volume: {podcast.folder} has no loudness of its audio: prepare it with "
-            "audio_sfreq=100"
-        )
+        cure = "prepare it with audio_sfreq=100"
+        raise InputError(f"task=volume: {podcast.folder} has no loudness of its audio: {cure}")
     audio = podcast.meta["audio"]
     path = check_content(podcast.folder / audio["file"])
     power = np.square(np.fromfile(path, "<f4").astype(float))
