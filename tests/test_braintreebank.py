@@ -256,14 +256,14 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
             folds.append(("across", across[0], (2, 4)))
         for column, fold, train in folds:
             for part in ("val", "test", "train"):
-                theirs = fold[f"{part}_dataset"]
+                package_part = fold[f"{part}_dataset"]
                 if part == "train" and train:  # all items of another recording
                     expected = windows[train][task]
-                    assert len(theirs) == len(expected)
-                    assert items_of(theirs, 10) == windows_of(expected, 10), (task, train)
+                    assert len(package_part) == len(expected)
+                    assert items_of(package_part, 10) == windows_of(expected, 10), (task, train)
                 else:
                     expected = np.flatnonzero(ours[column] == part)
-                    assert np.array_equal(indices_of(theirs), expected), (task, column, part)
+                    assert np.array_equal(indices_of(package_part), expected), (task, column, part)
 
 
 def odd_tables(root, folder):

@@ -142,12 +142,12 @@ def test_early_stopping_keeps_the_best_epoch(podcast, tmp_path):
     options = {"epochs": 30, "patience": 2, "learning_rate": 0.05, "batch_size": 64}
     config, experiment = prepared(podcast, tmp_path, **options)
     X = torch.as_tensor(windows_at(experiment, 300.0))
-    given = "ensemble_pitom_model", X, experiment.target, experiment.folds[0], config
-    decoder, val = decode.fit_decoder(*given)
-    again, same_val = decode.fit_decoder(*given)
+    arguments = "ensemble_pitom_model", X, experiment.target, experiment.folds[0], config
+    decoder, val = decode.fit_decoder(*arguments)
+    again, same_val = decode.fit_decoder(*arguments)
     assert decoder.best_epoch == again.best_epoch < 28 and np.array_equal(val, same_val)
     config.epochs = decoder.best_epoch  # training that ends there gives the same
-    then, val_then = decode.fit_decoder(*given)
+    then, val_then = decode.fit_decoder(*arguments)
     assert then.best_epoch == decoder.best_epoch and np.allclose(val_then, val, atol=1e-6)
 
 
@@ -405,12 +405,12 @@ def test_other_metrics_are_scikit_learns():
     identity = np.arange(50)[None]
     metrics = decode.measure_classes(logits, y, ["a", "b", "c"], identity)
     p = torch.tensor(logits).softmax(1).numpy()
-    said = logits.argmax(1)
+    predicted = logits.argmax(1)
     expected = {
         "roc_auc": sklearn.metrics.roc_auc_score(y, p, multi_class="ovr"),
-        "f1": sklearn.metrics.f1_score(y, said, average="macro"),
-        "accuracy": sklearn.metrics.accuracy_score(y, said),
-        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(y, said),
+        "f1": sklearn.metrics.f1_score(y, predicted, average="macro"),
+        "accuracy": sklearn.metrics.accuracy_score(y, predicted),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(y, predicted),
         "cross_entropy": sklearn.metrics.log_loss(y, p),
     }
     for metric, value in expected.items():
@@ -553,18 +553,18 @@ def test_a_stopped_run_goes_on_where_it_was_and_few_shifts_are_told(podcast, tmp
 
 
 def test_content_knows_words_and_signals(podcast, tmp_path):
-    config, given = prepared(podcast, tmp_path)
-    parts = config, given.inputs[""], given.target, given.rows
+    config, experiment = prepared(podcast, tmp_path)
+    parts = config, experiment.inputs[""], experiment.target, experiment.rows
     first = decode.content_of(*parts)
-    renamed = dataclasses.replace(given.target, labels=np.roll(given.target.labels, 1))
-    assert decode.content_of(config, given.inputs[""], renamed, given.rows) != first
-    signal = given.montage.people[0].recording.path / "signal.f32"
+    renamed = dataclasses.replace(experiment.target, labels=np.roll(experiment.target.labels, 1))
+    assert decode.content_of(config, experiment.inputs[""], renamed, experiment.rows) != first
+    signal = experiment.montage.people[0].recording.path / "signal.f32"
     before = signal.stat()
     os.utime(signal, (1, 1))  # made again
     assert decode.content_of(*parts) != first
     os.utime(signal, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert decode.content_of(*parts) == first
-    given.montage.people[0].channels = given.montage.people[0].channels[1:]
+    experiment.montage.people[0].channels = experiment.montage.people[0].channels[1:]
     assert decode.content_of(*parts) != first
 
 

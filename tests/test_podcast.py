@@ -94,10 +94,10 @@ def test_a_subject_is_its_fif_file(made):
 
 def test_words_keep_what_is_odd_and_events_have_every_onset(made):
     meta, words = read_set(made), read_words(made)
-    given = read_words(made, "raw/stimuli/podcast_transcript.csv")
-    assert words["word"].tolist() == given["word"].tolist()
-    assert words["word_idx"].tolist() == list(range(len(given)))
-    np.testing.assert_array_equal(words["start"], given["start"])
+    transcript = read_words(made, "raw/stimuli/podcast_transcript.csv")
+    assert words["word"].tolist() == transcript["word"].tolist()
+    assert words["word_idx"].tolist() == list(range(len(transcript)))
+    np.testing.assert_array_equal(words["start"], transcript["start"])
     facts = meta["transcript"]
     assert facts["without_onset"] == 3 == words["start"].isna().sum()
     assert facts["sentences_by"] == "full stops"
@@ -345,14 +345,14 @@ def test_loudness_is_in_the_named_electrodes_a_tenth_of_a_second_later(made):
     for name, truth in planted["subjects"].items():
         recording = Recording(made / name)
         time = (np.arange(len(recording.signal)) + recording.first_sample) / recording.sfreq
-        found = {}
+        r = {}
         for lag in (0.1, 0.3):
             heard = np.interp(time - 0.005 - lag, np.arange(len(audio)) / 100, audio)
             heard = np.broadcast_to(heard[:, None], recording.signal.shape)
-            found[lag] = correlations(heard, recording.signal)
+            r[lag] = correlations(heard, recording.signal)
         carries = np.isin(recording.names, truth["volume_electrodes"])
-        assert found[0.1][carries].min() > 0.15 and np.abs(found[0.1][~carries]).max() < 0.15
-        assert np.abs(found[0.3][carries]).max() < 0.3 < found[0.1].max()
+        assert r[0.1][carries].min() > 0.15 and np.abs(r[0.1][~carries]).max() < 0.15
+        assert np.abs(r[0.3][carries]).max() < 0.3 < r[0.1].max()
 
 
 def subject_of(config):

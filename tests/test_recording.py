@@ -46,9 +46,9 @@ META = {"subject": "1", "source": "a test", "synthetic": True}
 
 
 def write(folder, **changes):
-    given = {"signal": np.zeros((10, 2), "f4"), "channels": pd.DataFrame({"name": ["a", "b"]})}
-    given |= {"events": pd.DataFrame({"onset": [0.0]}), "sfreq": 10.0, "unit": "V"}
-    return recording.write_recording(folder, **given | META | changes)
+    arguments = {"signal": np.zeros((10, 2), "f4"), "channels": pd.DataFrame({"name": ["a", "b"]})}
+    arguments |= {"events": pd.DataFrame({"onset": [0.0]}), "sfreq": 10.0, "unit": "V"}
+    return recording.write_recording(folder, **arguments | META | changes)
 
 
 @pytest.mark.parametrize(
