@@ -70,7 +70,7 @@ class Config:
     bins: int = 10  # per window
     spectrum_segment: float = 0.1  # s, Hann windows that overlap by half
     spectrum_max: float = 200.0  # Hz
-    preprocess: str = ""  # instead of both: my_file.py:function(windows, preprocessor_params)
+    preprocess: str = ""  # instead of represent=: my_file.py:function(windows, preprocessor_params)
     preprocessor_params: dict = field(default_factory=dict)  # for preprocess=
     untrained: int = 0  # copies of the pretrained encoder with random weights, as controls
     # ---- target
@@ -1006,13 +1006,15 @@ def job_file(run, lag, fold):
 
 
 def unfinished(run, config, jobs):
-    """Return the jobs (lag, fold) whose scores or decoder are still missing."""
+    """Return the jobs (lag, fold) whose scores or decoder are missing, or empty."""
     if config.save_models:
         run.own_folder("models", "lag_*_fold_*.pt")
     todo = []
     for lag, fold in jobs:
-        is_saved = not config.save_models or model_file(run, lag, fold).exists()
-        if not (is_saved and job_file(run, lag, fold).exists()):
+        files = [job_file(run, lag, fold)]
+        if config.save_models:
+            files.append(model_file(run, lag, fold))
+        if not all(file.is_file() and file.stat().st_size for file in files):
             todo.append((lag, fold))
     if len(todo) < len(jobs):
         run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from zipfile import is_zipfile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -260,7 +261,7 @@ def main(config):
 
     files = [decode.job_file(run, "all", fold).with_suffix(".npz") for fold in folds]
     shared = run.share(folds)
-    todo = [fold for fold in shared if not files[fold.number].exists()]
+    todo = [fold for fold in shared if not is_zipfile(files[fold.number])]  # missing, or torn
     if len(todo) < len(shared):
         run.print(f"{len(shared) - len(todo)} folds of an earlier run are reused")
     if todo:

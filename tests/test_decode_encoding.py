@@ -52,6 +52,10 @@ def test_a_gap_changes_no_other_electrode_and_runs_go_on(podcast, tmp_path, caps
     assert set(hurt.index[hurt.q < 0.05]) == PLANTED
     first = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
     assert "n_shifts=15 is too few" in capsys.readouterr().out
+    next(tmp_path.glob("few/jobs/*/*.npz")).write_bytes(b"")  # as after a full disk
+    again = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
+    pd.testing.assert_frame_equal(again, first)
+    assert "2 folds of an earlier run are reused" in capsys.readouterr().out
     monkeypatch.setattr(decode_encoding, "encode_fold", None)
     again = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
     pd.testing.assert_frame_equal(again, first)
