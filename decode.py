@@ -375,8 +375,7 @@ def fit_target(fold, target, config):
 
 
 class EnsemblePitomModel(nn.Module):
-    """Convolutional decoder of Goldstein et al. 2022: (words, input_channels, bins) -> (words,
-    num_models, output_dim).
+    """Decoder of Goldstein et al. 2022: (words, input_channels, bins) -> (words, num_models, D).
 
     Each member is one group of every convolution; the published ensemble has 10 members of 128
     filters. reg, reg_head: L2 penalty on the convolutions and on the head.
@@ -818,10 +817,8 @@ def measure_numbers(out, y, orders):
 
 
 def measure_of(out, rows, target, fold, config):
-    """Return f(kept, shifts) -> {metric: (1 + shifts,)} for outputs (rows, members, D).
-
-    kept: (rows,) bool, which rows count; shifts: see circular.
-    """
+    """Return f(kept, shifts) -> {metric: (1 + shifts,)} for outputs (rows, members, D); kept:
+    (rows,) bool, which rows count; shifts: see circular."""
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
         mean = unit(out).mean(axis=1)  # its products are cosines, averaged over members
@@ -853,10 +850,8 @@ def evaluate(out, target, fold, config):
 
 
 def with_intervals(measure, fold):
-    """Return a DataFrame with a row per metric: FACTS, then the score of each shift.
-
-    The 95 % intervals are a jackknife over ten stretches of the test events.
-    """
+    """Return a DataFrame with a row per metric: FACTS, then the score of each shift. The 95 %
+    intervals are a jackknife over ten stretches of the test events."""
     rows = np.arange(len(fold.test))
     table = pd.DataFrame(measure(rows >= 0, fold.shifts)).T.rename_axis("metric")
     parts = []
@@ -948,10 +943,8 @@ SETTERS = {
 
 
 def make_inputs(run, config, montage):
-    """Return {name: Windows}: '' for every decoder; untrained twins and the raw signal for ridge.
-
-    A reader of preprocess= may add to config.model_params.
-    """
+    """Return {name: Windows}: '' for every decoder; untrained twins and the raw signal for ridge. A
+    reader of preprocess= may add to config.model_params."""
     cache = run.out.parent / "cache"
     inputs = {"": make_windows(config, montage, cache)}
     for k in range(1, config.untrained + 1):
@@ -1065,10 +1058,8 @@ def worth_of_pretraining(chosen):
 
 
 def summarise(scores):
-    """Average over folds: a row per model, metric and lag, with 95 % t intervals over folds.
-
-    q is FDR over lags; p_max is family-wise, against the best lag of each shift.
-    """
+    """Average over folds, per model, metric and lag, with 95 % t intervals over folds, q (FDR over
+    lags) and p_max (family-wise, against the best lag of each shift)."""
     scores = scores[scores.metric != "val"].drop(columns="fold")
     groups = scores.groupby(["model", "metric", "lag"], sort=False, dropna=False)
     means = groups.mean()

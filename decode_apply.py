@@ -73,11 +73,8 @@ def same_electrodes(path, state, reference):
 
 
 def scores_of(decode, state, X, model_params):
-    """Return a saved decoder's scores for windows X as a DataFrame (events, names).
-
-    Scores are cosines with each word's vector, class probabilities, or the number itself; decode is
-    the module decode.py.
-    """
+    """Return a saved decoder's scores for windows X as a DataFrame (events, names): cosines with
+    word vectors, class probabilities, or the number itself. decode: the module decode.py."""
     shape, output_dim = X.shape[1:], state["output_dim"]
     decoder = decode.Decoder(state["spec"], model_params, shape, output_dim, state["target"])
     decoder.load_state_dict(state["weights"])

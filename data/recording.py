@@ -206,8 +206,7 @@ def read_meta(folder):
 
 
 def read_set(folder):
-    """Read meta.yaml of a dataset: Recording(folder / name) opens each of its 'recordings'; a set
-    of speech also has 'words', the table of its transcript."""
+    """Read meta.yaml of a dataset; in a set of speech 'words' is the table of the transcript."""
     return load_meta(folder, "recordings", SET_FORMAT, ("recordings", "synthetic"))
 
 

@@ -214,8 +214,7 @@ def clean(name):
 
 
 def read_contacts(root, person, settings, electrodes):
-    """Return the contacts to keep: name, type, status, series (number in the file), x, y, z (m, on
-    a standard cortex) and region."""
+    """Return the contacts to keep, with their number in the file (series), place (m) and region."""
     subject = f"sub_{person}"
     labels = read_json(root / "electrode_labels" / subject / "electrode_labels.json")
     corrupted = read_json(root / "corrupted_elec.json").get(subject, [])

@@ -104,9 +104,8 @@ def main(config):
     options = options_of(config, "podcast")
     if already_made(folder, options, complete_encoding, config.overwrite):
         return
-    podcast = Path(
-        config.podcast or os.path.relpath(Path(__file__).resolve().parents[1] / "podcast")
-    )
+    prepared = Path(__file__).resolve().parents[1] / "podcast"
+    podcast = Path(config.podcast or os.path.relpath(prepared))
     about = read_set(podcast)
     recordings = [Recording(podcast / name) for name in about["recordings"]]
     recordings = choose_people(recordings, config.subjects)

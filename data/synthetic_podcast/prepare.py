@@ -206,11 +206,8 @@ def responses(onset, amplitude, samples, lag_ms):
 
 
 def nonlinear_parts(rng, onset, channels, samples):
-    """Yield (name, (samples, C)) for each of PARTS, see readme.md.
-
-    All are functions of a few processes that a person's electrodes share: linear ones for the
-    drives and the rhythm, a different one per electrode for the other parts.
-    """
+    """Yield (name, (samples, C)) for each of PARTS, functions of a few processes that a person's
+    electrodes share: linear for the drives and the rhythm, else another per electrode."""
     from scipy.signal import lfilter
 
     count = len(channels)
