@@ -1,4 +1,4 @@
-"""When, where and how well can a word that somebody hears be read from electrodes in the brain?
+"""When, where and how well can heard words be decoded from electrodes in the brain?
 
     python decode.py                                            # embedded: made-up electrodes
     python decode.py config/decode_podcast.yaml                 # Podcast ECoG (make neural-conv)
@@ -9,12 +9,12 @@
     python decode.py apply=out/decode recording=PATH            # saved decoders on a new recording
     torchrun --standalone --nproc_per_node=4 decode.py config/decode_podcast.yaml
 
-A window of the recording around each word's onset + lag goes in, the word's embedding comes out,
-and predictions for held-out words are scored against the embeddings of all words, lag by lag.
-Whatever is fitted or chosen (z-scores, PCA, alpha, epoch, lag) is fitted on training words and
-chosen on validation words; no test window shares a sample with theirs. The null shifts the words.
+At each lag a decoder maps the window around a word's onset + lag to the word's embedding, and its
+predictions for held-out words are scored against the embeddings of all words. Nothing is fitted or
+chosen on test words: z-scores and PCA come from training words, alpha, epoch and lag from
+validation words, and no test window shares a sample with theirs. The null shifts the words.
 
-decode_encoding.py asks the reverse; decode_neuroprobe.py runs the Neuroprobe benchmark.
+decode_encoding.py goes the other way; decode_neuroprobe.py runs the Neuroprobe benchmark.
 Goldstein et al. 2022 (Nat Neurosci 25:369, the decoder); Zada et al. 2025 (Sci Data 12:1135).
 """
 
@@ -40,19 +40,12 @@ import torch.nn as nn
 import yaml
 from himalaya.ridge import solve_ridge_cv_svd, solve_ridge_svd
 from scipy import spatial, special, stats
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from configurator import (
-    InputError,
-    Run,
-    check_keys,
-    configure,
-    key_seed,
-    load_function,
-)
+from configurator import InputError, Run, check_keys, configure, key_seed, load_function
 from convert import HiddenStates
-from data import file_hash, vectors, write_aside
+from data import file_hash, read_table, vectors, write_aside
 from data.montage import Montage, Windows, choose_electrodes
 from data.podcast import benchmark_yaml, registry
 from data.podcast.speech import TASKS, as_target, describe, read_podcast
@@ -64,56 +57,56 @@ class Config:
     # ---- recording
     dataset: str = "synthetic_podcast"  # name under data/, or a prepared folder (data/recording.py)
     subjects: list[str] = field(default_factory=list)  # sub-03 or 3; none: all, side by side
-    channels: str = ""  # regular expression, from a name's beginning: LG[AB]*
-    electrodes: str = ""  # CSV with columns subject and elec
+    channels: str = ""  # regular expression for the start of a channel's name: LG[AB]*
+    electrodes: str = ""  # CSV with the columns subject and elec
     reference: Literal["none", "laplacian"] = "none"  # laplacian: minus the shaft's neighbours
     # ---- windows
     min_lag: float = -400.0  # ms from a word's onset to the middle of its window
-    max_lag: float = 1000.0  # ms, itself left out
+    max_lag: float = 1000.0  # ms, not included
     lag_step: float = 100.0  # ms
     lags: list[float] = field(default_factory=list)  # ms, instead of the three above
     window: float = 0.2  # s
     represent: Literal["bins", "spectrum"] = "bins"  # bin means, or log power over time
-    bins: int = 10  # of a window
-    spectrum_segment: float = 0.1  # s of a Hann window, half overlapping
+    bins: int = 10  # per window
+    spectrum_segment: float = 0.1  # s, Hann windows that overlap by half
     spectrum_max: float = 200.0  # Hz
-    preprocess: str = ""  # instead: my_file.py:function(windows, preprocessor_params)
-    preprocessor_params: dict = field(default_factory=dict)  # for it
-    untrained: int = 0  # twins of a pretrained encoder with random weights, beside it
+    preprocess: str = ""  # instead of represent=: my_file.py:function(windows, preprocessor_params)
+    preprocessor_params: dict = field(default_factory=dict)  # for preprocess=
+    untrained: int = 0  # copies of the pretrained encoder with random weights, as controls
     # ---- target
     task: str = "embedding"  # or content, pos, sentence_onset, surprisal, volume, my_file.py:f
     task_params: dict = field(default_factory=dict)  # for my_file.py:f(words, task_params)
     # a set's features (gpt2-xl), lm, static, arbitrary, or a file of vectors (GloVe)
     embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])
-    layer: int = 24  # of features that have layers, and of lm=
-    lm: str = "out/train"  # embedding=lm: its contextual embeddings; static: those of its tokens
+    layer: int = 24  # of lm=, and of features that have layers
+    lm: str = "out/train"  # embedding=lm: its hidden states; static: its token embeddings
     pca: int = 16  # dimensions, fitted on training words; 0: all
-    word: str = "norm_word"  # column of words.csv that says which words are the same
+    word: str = "norm_word"  # column of words.csv that tells word types apart
     # ---- decoders
     # a name in DECODERS (pitom_model, foundation_mlp, ridge, ...), or my_file.py:f
     model: str = "ensemble_pitom_model"
-    model_params: dict = field(default_factory=dict)  # for model=; those of beside= keep theirs
-    beside: list[str] = field(default_factory=lambda: ["ridge"])  # others, on the same windows
+    model_params: dict = field(default_factory=dict)  # for model= only
+    beside: list[str] = field(default_factory=lambda: ["ridge"])  # more decoders, same windows
     controls: list[str] = field(default_factory=lambda: ["mean", "unigram", "preceding", "oracle"])
     config_setter: str = ""  # neural_conv, foundation_model or my_file.py:f (podcast/registry.py)
     # ---- training
     batch_size: int = 32  # words
     epochs: int = 60  # at most
-    learning_rate: float = 1e-3  # of AdamW
+    learning_rate: float = 1e-3  # for AdamW
     weight_decay: float = 1e-4
-    patience: int = 10  # epochs without a better cosine of the validation words, whatever the loss
-    loss: str = "mse"  # of embeddings, a name in LOSSES: mse, cosine
+    patience: int = 10  # epochs without a better validation cosine, whatever the loss
+    loss: str = "mse"  # for embeddings, a name in LOSSES: mse, cosine
     # ---- folds and scores
     n_folds: int = 5  # each word is tested once
-    fold_type: Literal["sequential", "zero_shot"] = "sequential"  # in time, or by word
-    min_count: int = 5  # of a word whose AUC counts: in training, in zero_shot folds in the test
+    fold_type: Literal["sequential", "zero_shot"] = "sequential"  # split by time, or by word type
+    min_count: int = 5  # training words a type needs for its AUC to count; zero_shot: test words
     n_shifts: int = 1000  # circular shifts of the words: the null
-    save_models: bool = True  # models/, for apply=
+    save_models: bool = True  # in models/, for apply=
     # ---- saved decoders on a new recording
     apply: str = ""  # out folder of a finished run
     recording: str = ""  # folder of a prepared recording, or of a set with the same people
     # ---- run
-    out_dir: str = "out/decode"  # tables, figures, models; a stopped run goes on
+    out_dir: str = "out/decode"  # tables, figures, models; run again to continue
     seed: int = 1337
     device: str = "auto"  # cuda, mps, cpu
 
@@ -137,46 +130,46 @@ class Config:
         if self.untrained and self.preprocess != "foundation_model_preprocessing_fn":
             raise InputError("untrained= needs preprocess=foundation_model_preprocessing_fn")
         if bool(self.apply) != bool(self.recording):
-            raise InputError("apply= and recording= go together: the run folder, the recording")
+            raise InputError("give both apply= (a finished run's folder) and recording=")
 
 
 FDR = 0.05  # false discovery rate, over lags or over electrodes
-VAL_SHARE = 0.25  # of the words that are not tested
-ALPHAS = 10.0 ** np.arange(-1, 9, dtype=np.float32)  # of ridge, chosen on validation words
+VAL_SHARE = 0.25  # of the words outside the test fold
+ALPHAS = 10.0 ** np.arange(-1, 9, dtype=np.float32)  # for ridge, chosen on validation words
 FOUNDATION = Path(__file__).with_name("decode_foundation.py")  # pretrained encoders
-APPLY = Path(__file__).with_name("decode_apply.py")  # by its path, since it imports this script
+APPLY = Path(__file__).with_name("decode_apply.py")
 
 
 def check_folds_and_lags(config):
-    """What decode_encoding.py checks, too."""
+    """Refuse a single fold, or no lag at all; decode_encoding.py calls this, too."""
     if config.n_folds < 2:
         raise InputError(f"n_folds={config.n_folds}: give at least 2, so that each word is tested")
     if not all_lags(config):
-        raise InputError("min_lag, max_lag and lag_step hold no lag: max_lag itself is left out")
+        raise InputError("no lag lies from min_lag up to max_lag, which is not included")
 
 
 def all_lags(config):
-    """Lags in ms, as numpy.arange has them: the end is left out."""
+    """Return the lags in ms, ascending and each once, without max_lag itself."""
     lags = config.lags or np.arange(config.min_lag, config.max_lag, config.lag_step).tolist()
-    return list(dict.fromkeys(lags))  # one that is named twice would count twice
+    return sorted(set(lags))
 
 
 # ---- recordings and words
 
 
 def load_podcast(run, config):
-    """(Podcast, Montage) of dataset=, with the chosen people and electrodes. Raises InputError."""
+    """Return the Podcast of dataset= and the Montage of the chosen people and electrodes."""
     podcast = read_podcast(run.dataset(config.dataset), config.dataset)
     if config.word not in podcast.words:
-        raise InputError(f"word={config.word} is no column, only {', '.join(podcast.words)}")
-    names = config.subjects, config.channels, config.electrodes
-    montage = Montage(choose_electrodes(podcast.recordings, *names), config.reference)
+        raise InputError(f"word={config.word} is not a column: take {', '.join(podcast.words)}")
+    which = config.subjects, config.channels, config.electrodes
+    montage = Montage(choose_electrodes(podcast.recordings, *which), config.reference)
     if montage.gaps:
-        run.print(f"left out, with missing samples (NaN) or constant: {', '.join(montage.gaps)}")
+        run.print(f"left out, constant or with missing samples (NaN): {', '.join(montage.gaps)}")
     return podcast, montage
 
 
-# What preprocess= may be beside my_file.py:function(windows, preprocessor_params).
+# preprocess= is one of these, or my_file.py:function(windows, preprocessor_params)
 PREPROCESSORS = {
     "preprocess_neural_data": registry.preprocess_neural_data,  # Windows makes these bins itself
     "foundation_model_preprocessing_fn": f"{FOUNDATION}:frozen_latents",
@@ -185,15 +178,19 @@ PREPROCESSORS = {
 
 
 def make_windows(config, montage, cache):
-    """Windows (data/montage.py): bins, spectra, or what preprocess= makes of them."""
-    reader = None
-    spec, params = config.preprocess, config.preprocessor_params
-    if spec not in ("", "preprocess_neural_data"):
-        function = registry.resolve(spec, PREPROCESSORS, "preprocess")
-        if spec in PREPROCESSORS:
-            reader = function(montage, params, config.device)
-        else:
-            reader = registry.UserFunction(spec, function, montage, params)
+    """Return the Windows (data/montage.py): bins, spectra, or the output of preprocess=."""
+    spec = config.preprocess
+    params = config.preprocessor_params
+    if params and not spec:
+        raise InputError("preprocessor_params= needs preprocess=, whose parameters they are")
+    if spec in ("", "preprocess_neural_data"):
+        check_keys(params, ["num_average_samples"], "preprocessor_params")
+        return Windows(montage, config, cache)
+    function = registry.resolve(spec, PREPROCESSORS, "preprocess")
+    if spec in PREPROCESSORS:
+        reader = function(montage, params, config.device)
+    else:
+        reader = registry.UserFunction(spec, function, montage, params)
     return Windows(montage, config, cache, reader)
 
 
@@ -201,32 +198,41 @@ def make_windows(config, montage, cache):
 
 
 def make_target(run, config, podcast):
-    """The Target of task=. A user's f(words, task_params) gives a target a word, or a table with
-    start and target. Raises InputError."""
+    """Return the Target of task=."""
     events = podcast.words
     if config.task == "embedding":
         values = word_vectors(run, config, podcast, config.embedding[0])
     elif config.task in TASKS:
         events, values = TASKS[config.task](podcast, config.window)
     else:
-        values = registry.resolve(config.task, TASKS, "task")(events.copy(), config.task_params)
-        if isinstance(values, pd.DataFrame):
-            events = values
-            check_keys(["start", "target"], events, f"task={config.task}")
-            values = np.stack(list(events.target))
-        if np.ndim(values) not in (1, 2) or len(values) != len(events):
-            raise InputError(
-                f"task={config.task} returned shape {np.shape(values)} for {len(events)} words: "
-                "return a target a word, or a table with start and target"
-            )
+        events, values = user_target(config, events)
     return as_target(events, values, config.word)
 
 
-def word_vectors(run, config, podcast, name):
-    """(words, D) float32, NaN where there is none, of one entry of embedding=.
+def user_target(config, words):
+    """Return (events, targets) of task=my_file.py:f(words, task_params): a target for each word, or
+    a table with start and target. Floats are numbers, rows are vectors, all else is a class."""
+    values = registry.resolve(config.task, TASKS, "task")(words.copy(), config.task_params)
+    try:
+        if isinstance(values, pd.DataFrame):
+            words = values.astype({"start": float})
+            values = values["target"].tolist()
+        values = np.squeeze(np.asarray(values))  # one column holds numbers, not vectors
+        if values.ndim not in (1, 2) or len(values) != len(words):
+            raise ValueError(f"shape {values.shape} for {len(words)} words")
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"task={config.task} returned what cannot be decoded ({error}): return a target for "
+            "each word, or a table with the columns start (s) and target"
+        ) from None
+    return words, values
 
-    lm: states of lm= at layer= as it reads the transcript; static: its embeddings of tokens;
-    arbitrary: a random vector a word; released features of the set (gpt2-xl), or a file (GloVe).
+
+def word_vectors(run, config, podcast, name):
+    """Return the vectors (words, D) float32 of one entry of embedding=, NaN where unknown.
+
+    lm: hidden states at layer=; static: token embeddings; arbitrary: a random vector per word type;
+    else released features (gpt2-xl) or a file (GloVe).
     """
     words = podcast.words
     features = podcast.meta.get("features", {})
@@ -239,18 +245,18 @@ def word_vectors(run, config, podcast, name):
     if name == "static":
         return vectors.static_vectors(HiddenStates(config.lm, run.device), spoken)
     if name in features:
-        parts = name, config.layer, words.word_idx
-        return vectors.released_features(podcast.folder, podcast.meta, *parts)
+        meta = podcast.meta
+        return vectors.released_features(podcast.folder, meta, name, config.layer, words.word_idx)
     if Path(name).is_file():
         return vectors.look_up(labels, name)
     raise InputError(
         f"embedding={name} is neither lm, static or arbitrary, nor one of the set's features "
-        f"({', '.join(features)}), nor a file of vectors (glove.6B.50d.txt, say)"
+        f"({', '.join(features)}), nor a file of word vectors such as glove.6B.50d.txt"
     )
 
 
 def keep_words(target, windows, config):
-    """(target, rows (people, words)) of the words whose windows are recorded at every lag."""
+    """Return the target and rows (people, words) of the words with a whole window at every lag."""
     lags = all_lags(config)
     rows = windows.montage.rows(target.start)
     inside = np.ones(len(target.start), bool)
@@ -258,24 +264,24 @@ def keep_words(target, windows, config):
         inside &= windows.montage.inside(windows.first(rows, lag), windows.width)
     if inside.sum() < 10 * config.n_folds:
         raise InputError(
-            f"{inside.sum()} words have their window in the recording, clear of BAD segments, at "
-            f"every lag from {min(lags):g} to {max(lags):g} ms, too few for {config.n_folds} "
-            "folds: narrow min_lag= and max_lag=, or window="
+            f"only {inside.sum()} words have their windows inside the recording and outside BAD "
+            f"segments at every lag from {lags[0]:g} to {lags[-1]:g} ms, too few for "
+            f"{config.n_folds} folds: narrow min_lag= and max_lag=, or window="
         )
-    target = target.only(inside, "with a window outside or BAD at some lag")
+    target = target.only(inside, "with a window outside the recording or in a BAD segment")
     one_word = target.kind == "vectors" and len(set(target.labels)) < 2
     if one_word or (target.values == target.values[0]).all():
         raise InputError(
-            f"all {len(target.start)} events are one word, or have one target, so that there is "
-            "nothing to tell apart: look at the transcript, word= and embedding="
+            f"all {len(target.start)} events are the same word, or have the same target: check the "
+            "transcript, word= and embedding="
         )
     return target, rows[:, inside]
 
 
 def content_of(config, windows, target, rows):
-    """A hash of what a result depends on and options do not hold: recordings, files, code."""
+    """Hash what results depend on besides the options: recordings, files, code."""
     values = target.values.tobytes()
-    if {"lm", "static"} & set(config.embedding):  # computed: known by files, not to the last bit
+    if {"lm", "static"} & set(config.embedding):  # the model's files: its states vary in rounding
         values = repr(registry.files_in([config.lm])).encode()
     content = windows.content() + file_hash(vectors.__file__)
     content = content.encode() + rows.tobytes() + values + repr(list(target.labels)).encode()
@@ -287,11 +293,10 @@ def content_of(config, windows, target, rows):
 
 @dataclass
 class Fold:
-    """One split of the events: fitted on train, chosen on val, scored once on test (row numbers).
+    """One split of the events into train, val and test (row numbers).
 
-    shifts: (n_shifts,) in [0, 1), how far the null shifts the test words, `gap` words at least,
-    which is how many share a window. Y: the target as this fold's decoders see it, (N, D) or
-    classes (N,); projection: the mean, components and scale that made it.
+    shifts: (n_shifts,) in [0, 1), how far the null shifts the test words, at least `gap` words. Y:
+    the fold's target, (N, D) or classes (N,), made by projection: (mean, components, scale).
     """
 
     number: int
@@ -305,7 +310,7 @@ class Fold:
 
 
 def make_folds(config, start, labels, seconds):
-    """Folds of events in the order of time: start (N,) s, labels (N,), length of a window."""
+    """Return the folds of events in order of time: start (N,) in s, labels (N,), window in s."""
     everyone = np.arange(len(start))
     tests = np.array_split(everyone, config.n_folds)
     if config.fold_type == "zero_shot":
@@ -323,8 +328,8 @@ def make_folds(config, start, labels, seconds):
         train = embargo(train, val, start, seconds)
         if min(len(train), len(val), len(test)) < 4:
             raise InputError(
-                f"fold {k} of {len(start)} events has {len(train)} to train, {len(val)} to "
-                f"validate and {len(test)} to test: take fewer n_folds or a smaller window"
+                f"fold {k} of {len(start)} events has {len(train)} training, {len(val)} validation "
+                f"and {len(test)} test events: set a smaller n_folds= or window="
             )
         shifts = np.random.default_rng(key_seed(config.seed, "shift", k)).random(config.n_shifts)
         folds.append(Fold(k, train, val, test, shifts, gap))
@@ -332,19 +337,19 @@ def make_folds(config, start, labels, seconds):
 
 
 def deal_words(labels, n_parts, seed):
-    """Rows of labels in n_parts parts, no word in two of them."""
+    """Split the rows of labels into n_parts lists, each word type in one of them."""
     words = np.random.default_rng(seed).permutation(np.unique(labels))
     return [np.flatnonzero(np.isin(labels, part)) for part in np.array_split(words, n_parts)]
 
 
-def embargo(rows, others, start, seconds):
-    """Those of `rows` whose windows share no sample with a window of `others`."""
-    distance, _ = spatial.KDTree(start[others, None]).query(start[rows, None])
+def embargo(rows, protected, start, seconds):
+    """Return the `rows` whose windows share no sample with a window of `protected`."""
+    distance, _ = spatial.KDTree(start[protected, None]).query(start[rows, None])
     return rows[distance >= seconds - 1e-9]
 
 
 def fit_target(fold, target, config):
-    """Set fold.Y: the target as this fold's decoders see it. The PCA is of its training words."""
+    """Set fold.Y and fold.projection, whose PCA is fitted on the fold's training words."""
     if target.kind != "classes":
         n_dims = config.pca if target.kind == "vectors" else 0
         fold.Y, fold.projection = vectors.project(target.values, fold.train, n_dims)
@@ -355,28 +360,28 @@ def fit_target(fold, target, config):
         if len(classes) < 2:
             raise InputError(
                 f"task={config.task}: the {part} events of fold {fold.number} are all "
-                f"'{target.names[classes[0]]}': take fewer n_folds, or another task"
+                f"'{target.names[classes[0]]}': set a smaller n_folds=, or another task="
             )
 
 
 # ---- decoders
 
 # A decoder is a torch module: (words, *input_shape) -> (words, output_dim), or (words, members,
-# output_dim), an ensemble, of which the mean is trained and cosines are averaged. input_shape is
-# (electrodes, bins), or what represent= and preprocess= make. Its __init__ gets what it names of
-# model_params, input_shape, input_channels (the first of it) and output_dim; a constructor in a
-# user's file gets all in one dictionary. The module may have penalty(), added to the loss, and
-# norm_output, which is set to whether the target is an embedding.
+# output_dim) for an ensemble, trained on the members' mean and scored by their mean cosine.
+# input_shape is (electrodes, bins), or the shape that represent= or preprocess= makes. __init__ may
+# name model_params, input_shape, input_channels (its first number) and output_dim; a constructor in
+# my_file.py gets them all in one dictionary. The module may have penalty(), which is added to the
+# loss, and norm_output, which is set to whether the target is an embedding.
 
 
 class EnsemblePitomModel(nn.Module):
-    """Convolutional decoder of Goldstein et al. 2022: an ensemble, whose outputs the loss averages.
+    """Decoder of Goldstein et al. 2022: (words, input_channels, bins) -> (words, num_models, D).
 
-    (words, input_channels, bins) -> (words, num_models, output_dim). A member is one group of every
-    convolution; published are 10 members of 128 filters. reg, reg_head: L2 on convolutions, head.
+    Each member is one group of every convolution; the published ensemble has 10 members of 128
+    filters. reg, reg_head: L2 penalty on the convolutions and on the head.
     """
 
-    norm_output = True  # layer norm, then tanh, as published; off where the target is no embedding
+    norm_output = True  # layer norm, then tanh, as published, for embeddings only
 
     def __init__(
         self,
@@ -421,9 +426,9 @@ PitomModel = functools.partial(EnsemblePitomModel, 1)  # one member
 
 
 class MLP(nn.Module):
-    """(words, ...) -> (words, output_dim); layer_sizes begin with inputs and end with outputs."""
+    """(words, ...) -> (words, output_dim); layer_sizes include the inputs and the outputs."""
 
-    norm_output = True  # layer norm at the end; off where the target is no embedding
+    norm_output = True  # layer norm at the end, for embeddings only
 
     def __init__(self, layer_sizes=None, input_shape=(), output_dim=50, dropout=0.2):
         super().__init__()
@@ -440,7 +445,7 @@ class MLP(nn.Module):
 
 
 def linear_decoder(input_shape=(), output_dim=50):
-    """(words, ...) -> (words, output_dim), for the closed forms: they set its weights."""
+    """(words, ...) -> (words, output_dim); closed forms set its weights."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(input_shape), output_dim))
 
 
@@ -450,19 +455,18 @@ DECODERS = {
     "foundation_mlp": MLP,
     "foundation_finetune": f"{FOUNDATION}:FineTune",
     "ridge": linear_decoder,
-    "linear": linear_decoder,
     "logistic": linear_decoder,
 }
 
 
 def build_network(spec, model_params, input_shape, output_dim):
-    """The module of a decoder, see DECODERS. Raises InputError."""
+    """Construct the module of a decoder."""
     constructor = registry.resolve(spec, DECODERS, "model")
     params = {
         "input_shape": list(input_shape),
         "input_channels": input_shape[0],
         "output_dim": output_dim,
-        "embedding_dim": output_dim,  # podcast-benchmark's name of it
+        "embedding_dim": output_dim,  # podcast-benchmark's name for it
         **model_params,
     }
     if spec not in DECODERS:
@@ -473,7 +477,7 @@ def build_network(spec, model_params, input_shape, output_dim):
 
 
 class Decoder(nn.Module):
-    """A network behind the z-scores of its inputs: (words, *input_shape) -> (words, members, D)."""
+    """A network with z-scored inputs: (words, *input_shape) -> (words, members, output_dim)."""
 
     def __init__(self, spec, model_params, input_shape, output_dim, kind):
         super().__init__()
@@ -492,22 +496,22 @@ class Decoder(nn.Module):
             raise
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise InputError(
-                f"model={spec} cannot read {list(input_shape)} inputs a word, electrodes first "
-                f"({' '.join(str(error).split())}): set bins=, window= or model_params=, or mend it"
+                f"model={spec} cannot read {list(input_shape)} inputs per word, electrodes first "
+                f"({' '.join(str(error).split())}): set bins=, window= or model_params=, or fix it"
             ) from None
         if out.ndim != 3 or out.shape[::2] != (3, output_dim):
             raise InputError(
-                f"model={spec} returned shape {tuple(out.shape)} for 3 words: "
-                f"(words, {output_dim}) or (words, members, {output_dim}) is wanted"
+                f"model={spec} returned shape {tuple(out.shape)} for 3 words: return "
+                f"(words, {output_dim}) or (words, members, {output_dim})"
             )
         self.n_members = out.shape[1]
         if not torch.allclose(out[1], alone[0], rtol=1e-2, atol=1e-3):
             raise InputError(
-                f"model={spec} mixes the words of a batch: words come first in (words, ...)"
+                f"model={spec} mixes the words of a batch: the first dimension must stay the words"
             )
 
     def set_scale(self, x):
-        """z-scores of training words x (words, ...): a channel's where there is time, else all."""
+        """Fit z-scores to training words x, per channel of (words, channels, time) or feature."""
         axes = (0, 2) if x.ndim == 3 else 0
         scale, mean = torch.std_mean(x.cpu().double(), axes, correction=0, keepdim=True)
         self.mean.copy_(mean[0])
@@ -522,18 +526,18 @@ class Decoder(nn.Module):
 
 
 def fit_decoder(spec, X, target, fold, config):
-    """(Decoder, its outputs for the validation words); X: (words, ...), a tensor."""
+    """Return the fitted Decoder and its validation outputs; X: tensor (words, *input_shape)."""
     output_dim = len(target.names) or fold.Y.shape[1]
     params = config.model_params if spec == config.model else {}
     torch.manual_seed(key_seed(config.seed, spec, fold.number))
     decoder = Decoder(spec, params, X.shape[1:], output_dim, target.kind).to(X.device)
-    if config.preprocess != "foundation_model_input":  # which has units of its own
+    if config.preprocess != "foundation_model_input":  # which is scaled as in pretraining
         decoder.set_scale(X[fold.train])
     if spec not in CLOSED_FORM:
         train(decoder, X, target, fold, config)
         return decoder, predict(decoder, X[fold.val])
     if spec == "logistic" and target.kind != "classes":
-        raise InputError("model=logistic is for classes (task=content, say): take ridge")
+        raise InputError("model=logistic is for classes such as task=content: take ridge")
     x = ((X - decoder.mean) / decoder.scale).flatten(1).cpu().numpy()
     y = np.eye(output_dim, dtype=np.float32)[fold.Y] if target.kind == "classes" else fold.Y
     weights, offset, val = CLOSED_FORM[spec](x, y, fold)
@@ -544,10 +548,10 @@ def fit_decoder(spec, X, target, fold, config):
 
 
 def train(decoder, X, target, fold, config):
-    """AdamW; the weights of the epoch that is best for the validation words stay."""
+    """Train with AdamW and keep the weights of the best epoch on the validation words."""
     y = torch.as_tensor(fold.Y, device=X.device)
     weights = None
-    if target.kind == "classes":  # all classes count the same
+    if target.kind == "classes":  # all classes weigh the same
         counts = torch.bincount(y[fold.train], minlength=decoder.output_dim).clamp_min(1)
         weights = len(fold.train) / (decoder.output_dim * counts)
     optimizer = torch.optim.AdamW(
@@ -568,7 +572,7 @@ def train(decoder, X, target, fold, config):
             optimizer.step()
         score = validation_score(predict(decoder, X[fold.val]), fold.Y[fold.val], target.kind)
         if not math.isfinite(score):
-            raise InputError(f"model={decoder.spec} diverges: try a smaller learning_rate")
+            raise InputError(f"model={decoder.spec} diverges: set a smaller learning_rate=")
         if score > best:
             best = score
             decoder.best_epoch = epoch
@@ -579,16 +583,15 @@ def train(decoder, X, target, fold, config):
 
 
 def cosine_distance(out, y):
-    """1 - cosine of predictions and targets (words, D), their mean."""
+    """Return 1 - the mean cosine of predictions and targets (words, D)."""
     return (1 - F.cosine_similarity(out, y)).mean()
 
 
-# Of embeddings (words, D): what is predicted, the members' mean, and what is right.
-LOSSES = {"mse": F.mse_loss, "cosine": cosine_distance}
+LOSSES = {"mse": F.mse_loss, "cosine": cosine_distance}  # of predicted and true embeddings
 
 
 def loss_of(out, y, kind, config=None, weights=None):
-    """Loss of the members' mean: out (words, members, D), y (words, D) or classes (words,)."""
+    """Return the loss of the members' mean: out (words, members, D), y (words, D) or (words,)."""
     mean = out.mean(dim=1)
     if kind == "classes":
         return F.cross_entropy(mean, y, weights)
@@ -598,7 +601,7 @@ def loss_of(out, y, kind, config=None, weights=None):
 
 
 def validation_score(out, y, kind):
-    """What training stops by, larger is better: the members' mean cosine, or minus the loss."""
+    """Return the early-stopping score: the members' mean cosine, or minus the loss."""
     if kind == "vectors":
         return float((unit(out) * unit(y)[:, None]).sum(axis=-1).mean())
     return -float(loss_of(torch.as_tensor(out), torch.as_tensor(y), kind))
@@ -606,16 +609,16 @@ def validation_score(out, y, kind):
 
 @torch.no_grad()
 def predict(decoder, X):
-    """(words, members, output_dim), an array, of a tensor X (words, ...)."""
+    """Return the outputs (words, members, output_dim) for a tensor X (words, ...) as an array."""
     decoder.eval()
     return torch.cat([decoder(x) for x in X.split(512)]).float().cpu().numpy()
 
 
 def fit_ridge(x, y, fold):
-    """(weights, offset, predictions for the validation words) of himalaya's ridge.
+    """Return the weights, offset and validation predictions of himalaya's ridge.
 
-    An output's alpha is the one by which a fit on training words predicts the validation words
-    best: those predictions. The weights are fitted on both.
+    Each output has the alpha with which a fit on training words predicts the validation words best;
+    these are the validation predictions. The weights are refitted on both.
     """
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
@@ -626,16 +629,8 @@ def fit_ridge(x, y, fold):
     return weights, offset, x[fold.val] @ trained + intercept
 
 
-def fit_least_squares(x, y, fold):
-    """As fit_ridge, without a penalty."""
-    rows = np.concatenate([fold.train, fold.val])
-    fit = LinearRegression().fit(x[rows], y[rows])
-    trained = LinearRegression().fit(x[fold.train], y[fold.train])
-    return fit.coef_.T, fit.intercept_, trained.predict(x[fold.val])
-
-
 def fit_logistic(x, y, fold):
-    """scikit-learn's logistic regression of training words, its C chosen on validation words."""
+    """Return the same of scikit-learn's logistic regression on training words, C by validation."""
     basis = np.eye(x.shape[1], dtype=x.dtype)
     if x.shape[1] > len(fold.train):  # the solution lies in the span of the training rows
         basis = np.linalg.qr(x[fold.train].T)[0]
@@ -646,11 +641,11 @@ def fit_logistic(x, y, fold):
         fit = LogisticRegression(C=C, max_iter=2000, class_weight="balanced")
         fit.fit(x[fold.train], labels[fold.train])
         coef, intercept = fit.coef_, fit.intercept_
-        if len(fit.classes_) == 2:  # scikit-learn gives the second one's
+        if len(fit.classes_) == 2:  # scikit-learn returns the second class only
             coef, intercept = np.concatenate([0 * coef, coef]), np.append(0, intercept)
         weights = np.zeros((x.shape[1], y.shape[1]))
         weights[:, fit.classes_] = coef.T
-        offset = np.full(y.shape[1], -30.0)  # a class that no training word has
+        offset = np.full(y.shape[1], -30.0)  # for a class without training words
         offset[fit.classes_] = intercept
         logits = x[fold.val] @ weights + offset
         score = validation_score(logits[:, None], labels[fold.val], "classes")
@@ -660,7 +655,7 @@ def fit_logistic(x, y, fold):
     return best_fit
 
 
-CLOSED_FORM = {"ridge": fit_ridge, "linear": fit_least_squares, "logistic": fit_logistic}
+CLOSED_FORM = {"ridge": fit_ridge, "logistic": fit_logistic}
 
 
 # ---- scores
@@ -669,18 +664,18 @@ CLOSED_FORM = {"ridge": fit_ridge, "linear": fit_least_squares, "logistic": fit_
 PRIMARY = {"vectors": "auc", "classes": "roc_auc", "number": "corr"}  # chooses the lag
 LOWER_IS_BETTER = ["perplexity", "occ_perplexity", "mse", "cross_entropy"]
 NO_SHIFTS = np.zeros(0)
-FACTS = ["score", "low", "high", "chance", "n"]  # columns of scores; the others: a shift each
+FACTS = ["score", "low", "high", "chance", "n"]  # the other columns of scores are shifts
 
 
 def unit(x):
-    """Vectors of length 1 (a vector of zeros stays)."""
+    """Scale vectors to length 1, zeros excepted."""
     return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def circular(shifts, n, gap):
-    """(1 + P, n) orders of n words: as they are, then shifted in a circle, by at least `gap` words.
+    """Return orders (1 + P, n) of n words: unchanged, then shifted in a circle by `gap` or more.
 
-    shifts: (P,) in [0, 1). A shift keeps what neighbouring words have in common.
+    shifts: (P,) in [0, 1). Unlike a shuffle, a shift keeps the autocorrelation.
     """
     gap = min(gap, n // 4)
     steps = gap + (shifts * max(1, n - 2 * gap)).astype(int)
@@ -688,11 +683,11 @@ def circular(shifts, n, gap):
 
 
 def word_auc(scores, y, orders):
-    """ROC-AUC of every class against the rest, for each reordering of the labels: (P, V).
+    """Return the ROC-AUC of each class against the rest under each order of the labels: (P, V).
 
-    scores: (N, V) of items for classes; y: (N,) classes; orders: (P, N), item i counting as one of
-    class y[orders[p, i]]. NaN where a class is absent or alone. No reordering changes the ranks:
-    AUC = (sum of the class's ranks - n (n + 1) / 2) / (n (N - n)), tied items sharing their rank.
+    scores: (N, V) of items for classes; y: (N,) classes; orders: (P, N), in which item i has class
+    y[orders[p, i]]. NaN where a class is absent or the only one. Orders leave the ranks unchanged:
+    AUC = (sum of the class's ranks - n (n + 1) / 2) / (n (N - n)), where ties share their rank.
     """
     N, V = scores.shape
     ranks = stats.rankdata(scores, axis=0)
@@ -705,16 +700,16 @@ def word_auc(scores, y, orders):
 
 
 def word_means(Y, labels, rows):
-    """DataFrame with a row a word: the mean of its unit vectors among the rows."""
+    """Return a DataFrame with the mean unit vector of each word type over the rows."""
     return pd.DataFrame(unit(Y[rows])).groupby(labels[rows]).mean()
 
 
 class WordScorer:
-    """Scores predicted vectors of some rows (a fold's validation or test words) as words.
+    """Score predicted vectors for some rows, a fold's validation or test words.
 
-    A word's vector is the mean of its unit embeddings over training words (in zero-shot folds over
-    the rows themselves); candidates are the words of the rows that have one. For 2AFC, cosine and
-    metrics that begin with occ_, candidates are the embeddings of the rows themselves.
+    Candidates are the word types among the rows, each with its mean unit embedding over training
+    words (zero-shot folds: over the rows). For 2AFC, cosine and the metrics occ_*, candidates are
+    the embeddings of the rows themselves.
     """
 
     def __init__(self, fold, rows, labels, config):
@@ -725,8 +720,8 @@ class WordScorer:
         trained = pd.Series(labels[fold.train]).value_counts()
         self.vectors = means.loc[words].to_numpy()
         self.occurrences = unit(fold.Y[rows])
-        self.known = np.isin(spoken, words)
-        self.y = np.searchsorted(words, spoken[self.known])
+        self.has_vector = np.isin(spoken, words)
+        self.y = np.searchsorted(words, spoken[self.has_vector])
         self.n_trained = trained.reindex(words, fill_value=0).to_numpy()
         self.n_trained_of_rows = trained.reindex(spoken, fill_value=0).to_numpy()
         self.n_spoken = np.bincount(self.y, minlength=len(words))
@@ -734,13 +729,13 @@ class WordScorer:
         self.gap = fold.gap
         if not self.counted.any():
             raise InputError(
-                f"fold {fold.number}: no word is heard min_count={config.min_count} times: take a "
-                "smaller min_count=, or fewer n_folds"
+                f"fold {fold.number}: no word occurs min_count={config.min_count} times: set a "
+                "smaller min_count= or n_folds="
             )
 
     def measure(self, words, pairs):
-        """f(kept, shifts) -> {metric: (1 + shifts,)} of similarities to words (n, V), rows known
-        alone, and to the rows (N, N)."""
+        """Return f(kept, shifts) -> {metric: (1 + shifts,)} for the similarities of rows with a
+        word vector to words (n, V), and of all rows to each other's embeddings (N, N)."""
         log_p = special.log_softmax(words, axis=1)
         weights = {"auc": 1, "auc_test": self.n_spoken}
         if self.n_trained.any():  # not in zero-shot folds
@@ -751,14 +746,14 @@ class WordScorer:
         pair_table["cosine"] = pairs
 
         def measure(kept, shifts):
-            y = self.y[kept[self.known]]
+            y = self.y[kept[self.has_vector]]
             orders = circular(shifts, len(y), self.gap)
-            each = np.ma.masked_invalid(word_auc(log_p[kept[self.known]], y, orders))
+            each = np.ma.masked_invalid(word_auc(log_p[kept[self.has_vector]], y, orders))
             values = {}
             for metric, weight in weights.items():
                 mean = np.ma.average(each, axis=1, weights=weight * self.counted)
                 values[metric] = mean.filled(np.nan)
-            values |= shifted_means(word_table, self.y, kept[self.known], orders)
+            values |= shifted_means(word_table, self.y, kept[self.has_vector], orders)
             orders = circular(shifts, kept.sum(), self.gap)
             return values | shifted_means(pair_table, np.arange(len(kept)), kept, orders)
 
@@ -766,17 +761,17 @@ class WordScorer:
 
 
 def rank_table(scores):
-    """{metric: (rows, candidates)}: what each candidate would score if it were the right one."""
+    """Return {metric: (rows, candidates)}, what each candidate would score if it were right."""
     lowest = stats.rankdata(-scores, method="min", axis=1)
     tied = stats.rankdata(-scores, method="max", axis=1) - lowest + 1
     table = {"perplexity": -special.log_softmax(scores, axis=1)}
-    for k in (1, 5, 10):  # ties share, as if they were broken at random
+    for k in (1, 5, 10):  # as if ties were broken at random
         table[f"top{k}"] = np.clip((k + 1 - lowest) / tied, 0, 1)
     return table
 
 
 def shifted_means(table, right, kept, orders):
-    """{metric: (P,)}: mean over the rows `kept` of a table's candidate `right`, reordered."""
+    """Return {metric: (P,)}, means of the table over the rows `kept`, `right` reordered."""
     rows = np.flatnonzero(kept)
     right = right[rows][orders]
     values = {}
@@ -788,7 +783,7 @@ def shifted_means(table, right, kept, orders):
 
 
 def measure_classes(out, y, names, orders):
-    """{metric: (P,)} of outputs (n, K) for classes y (n,), reordered by orders (P, n)."""
+    """Return {metric: (P,)} of outputs (n, K) for classes y (n,), reordered by orders (P, n)."""
     log_p = special.log_softmax(out, axis=1)
     auc = word_auc(log_p, y, orders)
     one_hot = np.eye(len(names))
@@ -813,7 +808,7 @@ def measure_classes(out, y, names, orders):
 
 
 def measure_numbers(out, y, orders):
-    """{metric: (P,)} of numbers out (n,) for y (n,), reordered by orders (P, n)."""
+    """Return {metric: (P,)} of outputs (n,) for numbers y (n,), reordered by orders (P, n)."""
     y = y[orders]
     a, b = out - out.mean(), y - y.mean(axis=1, keepdims=True)
     mse = np.square(y - out).mean(axis=1)
@@ -822,14 +817,12 @@ def measure_numbers(out, y, orders):
 
 
 def measure_of(out, rows, target, fold, config):
-    """f(kept, shifts) -> {metric: (1 + shifts,)} of outputs (rows, members, D) for some rows.
-
-    kept: (rows,) bool, those that count; shifts: of the words, see circular.
-    """
+    """Return f(kept, shifts) -> {metric: (1 + shifts,)} for outputs (rows, members, D); kept:
+    (rows,) bool, which rows count; shifts: see circular."""
     if target.kind == "vectors":
         scorer = WordScorer(fold, rows, target.labels, config)
         mean = unit(out).mean(axis=1)  # its products are cosines, averaged over members
-        words = mean[scorer.known] @ scorer.vectors.T
+        words = mean[scorer.has_vector] @ scorer.vectors.T
         return scorer.measure(words, mean @ scorer.occurrences.T)
 
     def measure(kept, shifts):
@@ -842,22 +835,23 @@ def measure_of(out, rows, target, fold, config):
     return measure
 
 
-def primary_score(out, target, fold, config):
-    """The metric of PRIMARY for outputs (words, members, D) of the validation events."""
-    measure = measure_of(out, fold.val, target, fold, config)
-    return measure(np.ones(len(out), bool), NO_SHIFTS)[PRIMARY[target.kind]][0]
+def fit_and_score(spec, x, target, fold, config):
+    """Fit a decoder and return it with its test scores; the row val is PRIMARY on validation."""
+    decoder, out = fit_decoder(spec, x, target, fold, config)
+    table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
+    val = measure_of(out, fold.val, target, fold, config)(np.ones(len(out), bool), NO_SHIFTS)
+    table.loc["val", "score"] = val[PRIMARY[target.kind]][0]
+    return decoder, table
 
 
 def evaluate(out, target, fold, config):
-    """with_intervals of outputs (words, members, D) for the test events."""
+    """Score outputs (words, members, D) for the test events, see with_intervals."""
     return with_intervals(measure_of(out, fold.test, target, fold, config), fold)
 
 
 def with_intervals(measure, fold):
-    """A row a metric of measure(kept, shifts) on the test events: FACTS, then every shift's score.
-
-    95 % intervals: jackknife over ten stretches of the test events.
-    """
+    """Return a DataFrame with a row per metric: FACTS, then the score of each shift. The 95 %
+    intervals are a jackknife over ten stretches of the test events."""
     rows = np.arange(len(fold.test))
     table = pd.DataFrame(measure(rows >= 0, fold.shifts)).T.rename_axis("metric")
     parts = []
@@ -871,36 +865,36 @@ def with_intervals(measure, fold):
 
 
 def p_value(observed, null):
-    """One-sided p of observed (...) under null (P, ...), NaN where either is not a number."""
+    """Return the one-sided p of observed (...) under null (P, ...), NaN where either has a NaN."""
     observed = np.asarray(observed)
-    as_good = null >= observed - 1e-8 * np.abs(observed)  # ties count, whatever their rounding
+    as_good = null >= observed - 1e-8 * np.abs(observed)  # ties, but for rounding
     p = (1 + as_good.sum(axis=0)) / (len(null) + 1)
     return np.where(np.isfinite(observed) & np.isfinite(null).all(axis=0), p, np.nan)
 
 
 def fdr_q(p):
-    """q of p values (Benjamini and Hochberg); NaN stays NaN and does not count."""
+    """Return Benjamini and Hochberg's q of p values, leaving NaN out."""
     q = np.full(np.shape(p), np.nan)
-    known = np.isfinite(p)
-    q[known] = stats.false_discovery_control(p[known])
+    finite = np.isfinite(p)
+    q[finite] = stats.false_discovery_control(p[finite])
     return q
 
 
 def say_few_shifts(run, p, q, n_shifts):
-    """Say where p cannot be small enough for FDR, however good a score is."""
+    """Report when n_shifts is so small that no p could pass FDR."""
     if np.any((p <= 1 / (n_shifts + 1)) & (q >= FDR)):
         n = np.isfinite(p).sum()
         run.print(
-            f"n_shifts={n_shifts} is too few: p cannot be below 1/{n_shifts + 1}, which does not "
-            f"pass FDR {FDR:g} over {n} tests; give n_shifts={math.ceil(n / FDR)}"
+            f"n_shifts={n_shifts} is too few: the smallest p, 1/{n_shifts + 1}, does not pass "
+            f"FDR {FDR:g} over {n} tests; set n_shifts={math.ceil(n / FDR)}"
         )
 
 
-# ---- controls, which read no brain
+# ---- controls, which do not see the brain
 
 
 def mean_vector(target, fold, config):
-    """The mean of the training words, whatever is heard (of classes, their frequencies)."""
+    """Always predict the training mean, or the training frequencies of classes."""
     y = fold.Y[fold.train]
     guess = unit(y).mean(axis=0) if target.kind == "vectors" else y.mean(axis=0)
     if target.kind == "classes":
@@ -909,7 +903,7 @@ def mean_vector(target, fold, config):
 
 
 def most_frequent_words(target, fold, config):
-    """Always guesses the most frequent training words, whatever is heard."""
+    """Always predict the most frequent training words."""
     scorer = WordScorer(fold, fold.test, target.labels, config)
     words = np.tile(np.log(scorer.n_trained + 0.5), (len(scorer.y), 1))
     pairs = np.tile(np.log(scorer.n_trained_of_rows + 0.5), (len(fold.test), 1))
@@ -918,7 +912,7 @@ def most_frequent_words(target, fold, config):
 
 
 def preceding_words(target, fold, config):
-    """Ridge on the embeddings of the three words before."""
+    """Predict each word by ridge from the embeddings of the three words before it."""
     x = np.zeros((len(fold.Y), 3, fold.Y.shape[1]), np.float32)
     for k in (1, 2, 3):
         x[k:, k - 1] = fold.Y[:-k]
@@ -928,7 +922,7 @@ def preceding_words(target, fold, config):
 
 
 def oracle(target, fold, config):
-    """The true embedding: the scorer's ceiling."""
+    """Predict the true embedding: the ceiling of the scores."""
     return evaluate(fold.Y[fold.test][:, None], target, fold, config)
 
 
@@ -938,10 +932,9 @@ CONTROLS = {
     "preceding": preceding_words,
     "oracle": oracle,
 }
-FOR_ALL_TARGETS = ["mean"]  # the others are for vectors
 
 
-# ---- what is fitted at every lag
+# ---- the sweep over lags and folds
 
 SETTERS = {
     "neural_conv": registry.neural_conv,
@@ -950,10 +943,8 @@ SETTERS = {
 
 
 def make_inputs(run, config, montage):
-    """{name: Windows}: '' for all decoders; for ridge alone, untrained twins, windows as they are.
-
-    An encoder of preprocess= adds its own to model_params.
-    """
+    """Return {name: Windows}: '' for every decoder; untrained twins and the raw signal for ridge. A
+    reader of preprocess= may add to config.model_params."""
     cache = run.out.parent / "cache"
     inputs = {"": make_windows(config, montage, cache)}
     for k in range(1, config.untrained + 1):
@@ -961,7 +952,8 @@ def make_inputs(run, config, montage):
         twin = replace(config, preprocessor_params=params)
         inputs[f", untrained {k}"] = make_windows(twin, montage, cache)
     if config.untrained:
-        inputs[", raw signal"] = make_windows(replace(config, preprocess=""), montage, cache)
+        raw = replace(config, preprocess="", preprocessor_params={})
+        inputs[", raw signal"] = make_windows(raw, montage, cache)
     reader = inputs[""].reader
     if reader:
         run.print(reader.description)
@@ -970,10 +962,10 @@ def make_inputs(run, config, montage):
 
 
 def save_decoder(run, config, decoder, fold, target, montage, facts):
-    """models/lag_L_fold_K.pt for decode_apply.py: weights and z-scores, PCA, words, electrodes."""
-    of_words = pd.DataFrame()
+    """Write models/lag_L_fold_K.pt for decode_apply.py."""
+    means = pd.DataFrame()
     if target.kind == "vectors":
-        of_words = word_means(fold.Y, target.labels, fold.train)
+        means = word_means(fold.Y, target.labels, fold.train)
     mean, components, scale = fold.projection
     state = {
         "kind": "decoder",
@@ -981,8 +973,8 @@ def save_decoder(run, config, decoder, fold, target, montage, facts):
         "weights": decoder.state_dict(),
         "output_dim": decoder.output_dim,
         "target": target.kind,
-        "names": target.names or of_words.index.tolist() or ["value"],
-        "vectors": torch.tensor(of_words.to_numpy(np.float32)),
+        "names": target.names or means.index.tolist() or ["value"],
+        "vectors": torch.tensor(means.to_numpy(np.float32)),
         "pca": {"mean": torch.as_tensor(mean), "components": torch.as_tensor(components)},
         "scale": scale,
         "electrodes": montage.names,
@@ -995,48 +987,51 @@ def save_decoder(run, config, decoder, fold, target, montage, facts):
 
 
 def model_file(run, lag, fold):
-    """Where the decoder of a lag (ms) and fold is kept, for apply=."""
+    """Return the path of the decoder of a lag (ms) and fold."""
     return run.out / "models" / f"lag_{lag:g}_fold_{fold.number}.pt"
 
 
 def job_file(run, lag, fold):
-    """Where the scores of a lag and fold are kept: a stopped run goes on, ranks share the work."""
+    """Return the path of the scores of a lag and fold, which a restarted run reuses."""
     folder = run.out / "jobs" / run.options_hash()
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"lag_{str(lag).removesuffix('.0')}_fold_{fold.number}.csv"
 
 
 def unfinished(run, config, jobs):
-    """Those of the jobs (lag, fold) whose scores, or decoder, are not there yet."""
+    """Return the jobs (lag, fold) whose scores or decoder are missing, or empty."""
     if config.save_models:
         run.own_folder("models", "lag_*_fold_*.pt")
     todo = []
     for lag, fold in jobs:
-        is_saved = not config.save_models or model_file(run, lag, fold).exists()
-        if not (is_saved and job_file(run, lag, fold).exists()):
+        files = [job_file(run, lag, fold)]
+        if config.save_models:
+            files.append(model_file(run, lag, fold))
+        if not all(file.is_file() and file.stat().st_size for file in files):
             todo.append((lag, fold))
     if len(todo) < len(jobs):
         run.print(f"{len(jobs) - len(todo)} lags and folds of an earlier run are reused")
     return todo
 
 
-# ---- report, of scores with columns lag, fold, model, metric, FACTS and those of the shifts
+# ---- report: scores have the columns lag, fold, model, metric, FACTS and one per shift
 
 
 def write_results(run, table, **keys):
-    """Rows of results.csv: those of a table with score, chance, low, high and n."""
+    """Add the rows of a table with score, chance, low, high and n to results.csv."""
     for row in table.to_dict("records"):
         run.result(**row, **keys)
 
 
 def all_scores(run, config, target, folds):
-    """The scores of every job, and of the controls, whose lag is NaN."""
-    jobs = itertools.product(all_lags(config), folds)
-    parts = [pd.read_csv(job_file(run, lag, fold)) for lag, fold in jobs]
+    """Return the scores of every job, and of the controls, whose lag is NaN."""
+    parts = []
+    for lag, fold in itertools.product(all_lags(config), folds):
+        parts.append(read_table(job_file(run, lag, fold), na_values=[""]))
     controls = config.controls
     if target.kind != "vectors":
-        controls = [name for name in controls if name in FOR_ALL_TARGETS]
-        run.print(f"task={config.task}: controls are {', '.join(controls)}; others are for vectors")
+        controls = [name for name in controls if name == "mean"]
+        run.print(f"task={config.task}: no control but mean; the others need word vectors")
     for fold, name in itertools.product(folds, controls):
         scores = CONTROLS[name](target, fold, config).reset_index()
         parts.append(scores.assign(model=name, lag=np.nan, fold=fold.number))
@@ -1044,14 +1039,14 @@ def all_scores(run, config, target, folds):
 
 
 def at_chosen_lags(scores):
-    """(scores at the lags that validation words choose, those lags by model and fold)."""
+    """Return the scores at the lags that validation words choose, and these lags."""
     val = scores[scores.metric == "val"]
     lags = val.loc[val.groupby(["model", "fold"]).score.idxmax(), ["model", "fold", "lag"]]
     return scores.merge(lags).assign(lag="chosen"), lags
 
 
 def worth_of_pretraining(chosen):
-    """Rows for `chosen`: ridge on a pretrained encoder less ridge on each twin, fold by fold."""
+    """Return scores of ridge on the pretrained encoder minus ridge on each twin, fold by fold."""
     scores = chosen.pivot(index=["fold", "metric"], columns="model", values="score")
     twins = scores.filter(like="ridge, untrained")
     if twins.shape[1] > 1:
@@ -1063,10 +1058,8 @@ def worth_of_pretraining(chosen):
 
 
 def summarise(scores):
-    """Means over folds: a row a model, metric and lag, with 95 % t intervals over folds.
-
-    q is FDR over lags, p_max family-wise: against the best lag of every shift.
-    """
+    """Average over folds, per model, metric and lag, with 95 % t intervals over folds, q (FDR over
+    lags) and p_max (family-wise, against the best lag of each shift)."""
     scores = scores[scores.metric != "val"].drop(columns="fold")
     groups = scores.groupby(["model", "metric", "lag"], sort=False, dropna=False)
     means = groups.mean()
@@ -1086,7 +1079,7 @@ def summarise(scores):
 
 
 def report(run, config, podcast, target, folds):
-    """Tables, the figure and the closing lines, when every job is done."""
+    """Write the tables and the figure, and print the closing lines."""
     scores = all_scores(run, config, target, folds)
     chosen, lags = at_chosen_lags(scores)
     if config.untrained:
@@ -1109,8 +1102,8 @@ def report(run, config, podcast, target, folds):
     closing = closing[closing.metric == metric].set_index("model")[columns[3:]].round(3)
     closing["lags (ms)"] = lags.lag.map("{:g}".format).groupby(lags.model).agg(" ".join)
     run.print(
-        f"{metric} at the lag that each fold's validation words chose, and of controls; n = {n:,}, "
-        f"chance: shifted words\n{closing.to_string(na_rep='')}"
+        f"{metric} at the lag that each fold's validation words chose, and of the controls; "
+        f"n = {n:,}, chance: shifted words\n{closing.to_string(na_rep='')}"
     )
     for _, part in table[(table.metric == metric) & table.lag.notna()].groupby("model"):
         say_few_shifts(run, part.p, part.q, config.n_shifts)
@@ -1119,12 +1112,12 @@ def report(run, config, podcast, target, folds):
     run.print(f"lags.png, lags.csv, results.csv in {run.out}")
 
 
-PLOTTED = ["auc", "top1", "two_afc", "cosine"]  # of vectors; then of classes, and of numbers
+PLOTTED = ["auc", "top1", "two_afc", "cosine"]  # for vectors; then for classes and numbers
 PLOTTED += ["roc_auc", "balanced_accuracy", "f1", "cross_entropy", "corr", "r2", "mse"]
 
 
 def plot_lags(path, table, title, planted):
-    """lags.png: metrics over lag, the null's band, what is significant; controls are dotted."""
+    """Plot the metrics over lag with the first model's null; controls are dotted."""
     metrics = [metric for metric in PLOTTED if metric in set(table.metric)]
     colors = {model: f"C{i}" for i, model in enumerate(table.model.unique())}
     figure, axes = plt.subplots(1, len(metrics), layout="constrained", squeeze=False)
@@ -1136,7 +1129,7 @@ def plot_lags(path, table, title, planted):
                 axis.axhline(part.score.iloc[0], ls=":", color=color, label=model)
                 continue
             if color == "C0":
-                band = {"color": "0.85", "lw": 0, "label": "95 % of shifts"}
+                band = {"color": "0.85", "lw": 0, "label": f"95 % of shifts, {model}"}
                 axis.fill_between(part.lag, part.null_low, part.null_high, **band)
             bars = [part.score - part.low, part.high - part.score]
             axis.errorbar(part.lag, part.score, bars, capsize=2, color=color, label=model)
@@ -1157,22 +1150,14 @@ def plot_lags(path, table, title, planted):
 # ---- main
 
 
-def say_members(run, bar, name, decoder):
-    """Say with the first job that outputs (words, members, dimensions) count as an ensemble."""
-    if bar.n == 0 and decoder.n_members > 1:
-        run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
-
-
 def main(config):
     if config.apply:
         return load_function(f"{APPLY}:apply_decoders", "apply")(config)
     run = Run(config)
     podcast, montage = load_podcast(run, config)
     target = make_target(run, config, podcast)
-    if config.config_setter:
-        setter = registry.resolve(config.config_setter, SETTERS, "config_setter")
-        registry.call_setter(setter, config, montage, target)  # changes config
-    inputs = make_inputs(run, config, montage)  # "": everyone's; may add to model_params
+    registry.call_setter(config, SETTERS, montage, target)  # may change config
+    inputs = make_inputs(run, config, montage)  # may add to config.model_params
     decoders = {name: (name, "") for name in [config.model, *config.beside]}  # (spec, input)
     if config.untrained:
         decoders |= {f"ridge{name}": ("ridge", name) for name in inputs}
@@ -1181,7 +1166,7 @@ def main(config):
     for fold in folds:
         fit_target(fold, target, config)
     run.print(describe(podcast, montage, target))
-    run.content = content_of(config, inputs[""], target, rows)  # rows of other content do not count
+    run.content = content_of(config, inputs[""], target, rows)
     jobs = run.share(itertools.product(all_lags(config), folds))
     todo = unfinished(run, config, jobs)
     bar = run.progress(len(todo), desc="lags and folds")
@@ -1191,11 +1176,10 @@ def main(config):
             tables = {}
             for name, (spec, source) in decoders.items():
                 x = X[source].to(run.device)
-                decoder, val = fit_decoder(spec, x, target, fold, config)
-                say_members(run, bar, name, decoder)
-                table = evaluate(predict(decoder, x[fold.test]), target, fold, config)
-                table.loc["val", "score"] = primary_score(val, target, fold, config)
+                decoder, table = fit_and_score(spec, x, target, fold, config)
                 tables[lag, fold.number, name] = table
+                if bar.n == 0 and decoder.n_members > 1:  # a user may have meant something else
+                    run.print(f"{name}: an ensemble of {decoder.n_members} members, averaged")
                 if config.save_models and name == config.model:
                     facts = {"lag": float(lag), "val": float(table.score["val"])}
                     save_decoder(run, config, decoder, fold, target, montage, facts)

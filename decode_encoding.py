@@ -5,9 +5,9 @@
     python decode_encoding.py embedding=gpt2-xl,lm                     # two feature spaces, banded
     torchrun --standalone --nproc_per_node=5 decode_encoding.py        # ranks share the folds
 
-Ridge (himalaya) predicts the mean of each window around a word's onset + lag; with several feature
-spaces each has a penalty of its own (banded ridge), and the correlation is split among them.
-Alphas and lags are chosen on validation words; the null shifts the words in a circle.
+Ridge (himalaya) predicts the mean of each window around a word's onset + lag. Several feature
+spaces each get their own penalty (banded ridge), and the correlation is split among them. Alphas
+and lags are chosen on validation words; the null shifts the words in a circle.
 
 Huth et al. 2016 (Nature 532:453); Dupre la Tour et al. 2022 (NeuroImage 264:119728, himalaya).
 """
@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from zipfile import is_zipfile
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -36,29 +37,29 @@ class Config:
     # ---- recording, as in decode.py
     dataset: str = "synthetic_podcast"  # name under data/, or a prepared folder (data/recording.py)
     subjects: list[str] = field(default_factory=list)  # sub-03 or 3; none: all, side by side
-    channels: str = ""  # regular expression, from a name's beginning: LG[AB]*
-    electrodes: str = ""  # CSV with columns subject and elec
+    channels: str = ""  # regular expression for the start of a channel's name: LG[AB]*
+    electrodes: str = ""  # CSV with the columns subject and elec
     reference: Literal["none", "laplacian"] = "none"  # laplacian: minus the shaft's neighbours
     # ---- windows
     min_lag: float = -400.0  # ms from a word's onset to the middle of its window
-    max_lag: float = 1000.0  # ms, itself left out
+    max_lag: float = 1000.0  # ms, not included
     lag_step: float = 100.0  # ms
     lags: list[float] = field(default_factory=list)  # ms, instead of the three above
     window: float = 0.2  # s, whose mean is predicted
     # ---- features
     embedding: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # as in decode.py
-    layer: int = 24  # of features that have layers, and of lm=
-    lm: str = "out/train"  # embedding=lm: its contextual embeddings; static: those of its tokens
+    layer: int = 24  # of lm=, and of features that have layers
+    lm: str = "out/train"  # embedding=lm: its hidden states; static: its token embeddings
     pca: int = 16  # dimensions of each space, fitted on training words; 0: all
-    word: str = "norm_word"  # column of words.csv that says which words are the same
+    word: str = "norm_word"  # column of words.csv that tells word types apart
     # ---- folds and scores
     n_folds: int = 5  # each word is tested once
-    fold_type: Literal["sequential", "zero_shot"] = "sequential"  # in time, or by word
+    fold_type: Literal["sequential", "zero_shot"] = "sequential"  # split by time, or by word type
     n_shifts: int = 1000  # circular shifts of the words: the null
     # ---- run
-    out_dir: str = "out/encoding"  # encoding.csv, electrodes.csv, figures; a stopped run goes on
+    out_dir: str = "out/encoding"  # encoding.csv, electrodes.csv, figures; run again to continue
     seed: int = 1337
-    device: str = "auto"  # of the model of embedding=lm; ridge runs on the CPU
+    device: str = "auto"  # for embedding=lm; ridge runs on the CPU
 
     POSITIVE = "lag_step n_shifts embedding"
     SIGNED = "max_lag"
@@ -71,8 +72,8 @@ class Config:
 
 
 def fit_banded_ridge(spaces, Y, fold, seed):
-    """Ridge on feature spaces [(words, features)], each with a penalty of its own: predictions for
-    the test words, R2 of the validation words, and the correlation that each space contributes."""
+    """Fit ridge with one penalty per space (words, features): test predictions, validation R2, and
+    what each space adds to the test correlation."""
     X = np.concatenate(spaces, axis=1)
     rows = np.concatenate([fold.train, fold.val])
     n = len(fold.train)
@@ -92,7 +93,7 @@ def fit_banded_ridge(spaces, Y, fold, seed):
 
 
 def encode_fold(spaces, Y, fold, config):
-    """{name: array} of a fold: r (1 + shifts, targets), val (targets,), alone (spaces, targets)."""
+    """Return {r: (1 + shifts, targets), val: (targets,), alone: (spaces, targets), if several}."""
     features = [vectors.project(space, fold.train, config.pca)[0] for space in spaces]
     sd = Y[fold.train].std(axis=0)
     y = ((Y - Y[fold.train].mean(axis=0)) / np.where(sd > 0, sd, 1)).astype(np.float32)
@@ -109,10 +110,8 @@ def encode_fold(spaces, Y, fold, config):
 
 
 def correlations(a, b, orders):
-    """(P, targets): correlation of a's columns (n, targets) with b's, reordered by orders (P, n).
-
-    The orders are circular, so that an FFT gives them all; a constant column correlates with none.
-    """
+    """Correlate a's columns (n, targets) with b's, reordered by orders (P, n): (P, targets), 0 for
+    a constant column. The orders are circular, so one FFT gives them all."""
     steps = orders[:, 0]
     a = (a - a.mean(axis=0)) / np.maximum(a.std(axis=0), 1e-12)
     b = (b - b.mean(axis=0)) / np.maximum(b.std(axis=0), 1e-12)
@@ -128,11 +127,8 @@ def correlations(a, b, orders):
 
 
 def table_of(r, n, columns):
-    """DataFrame of columns and score, low, high, chance, p, q, p_max, n of r (1 + P, targets).
-
-    Intervals are Fisher's z, words as independent; q is FDR, p_max family-wise (against the
-    largest r of every shift).
-    """
+    """Tabulate r (1 + P, targets) next to columns: score, low, high (Fisher's z, as if words were
+    independent), chance, p, q (FDR), p_max (family-wise, against each shift's largest r), n."""
     half = 1.96 / math.sqrt(max(n - 3, 1))
     z = np.arctanh(np.clip(r[0], -0.999999, 0.999999))
     table = pd.DataFrame({**columns, "score": r[0]})
@@ -144,7 +140,7 @@ def table_of(r, n, columns):
 
 
 def at_chosen_lags(arrays, lags, n_electrodes):
-    """(r (1 + P, electrodes), median lag): each at the lag that its validation words choose."""
+    """Return r (1 + P, electrodes) at the lags that validation words choose, and median lags."""
     scores = []
     chosen = []
     for r, val in zip(arrays["r"], arrays["val"]):
@@ -156,7 +152,7 @@ def at_chosen_lags(arrays, lags, n_electrodes):
 
 
 def report(run, config, podcast, montage, arrays, n):
-    """Tables, figures and the closing lines."""
+    """Write the tables and figures, and print the closing lines."""
     lags = all_lags(config)
     names = montage.names
     r = np.mean(arrays["r"], axis=0)  # (1 + P, lags * electrodes)
@@ -187,23 +183,25 @@ def report(run, config, podcast, montage, arrays, n):
     best = electrodes.sort_values("score").iloc[-1]
     run.print(
         f"{(electrodes.p_max < FDR).sum()} of {len(names)} electrodes follow the embeddings "
-        f"(family-wise {FDR:g}; FDR {FDR:g}: {(electrodes.q < FDR).sum()}); the best, "
-        f"{best.electrode}, with r = {best.score:.3f} [{best.low:.3f}, {best.high:.3f}] at "
-        f"{best.lag:g} ms (shifted words {best.chance:.3f}), n = {n:,} words taken as independent"
+        f"(family-wise {FDR:g}; FDR {FDR:g}: {(electrodes.q < FDR).sum()}); the best is "
+        f"{best.electrode}, r = {best.score:.3f} [{best.low:.3f}, {best.high:.3f}] at "
+        f"{best.lag:g} ms (shifted words {best.chance:.3f}), n = {n:,} words, as if independent"
     )
     decode.say_few_shifts(run, electrodes.p, electrodes.q, config.n_shifts)
     run.print(f"encoding.png, electrodes.png, encoding.csv, electrodes.csv in {run.out}")
 
 
 def plot_encoding(path, lags, r, threshold, planted, title):
-    """encoding.png: correlation of every electrode at every lag, and its mean; r (L, E)."""
+    """Plot the correlation of each electrode at each lag, r (L, E), and its mean."""
     figure, (image_axis, axis) = plt.subplots(
         2, 1, figsize=(7.5, 6.5), layout="constrained", sharex=True, height_ratios=[1.4, 1]
     )
     limit = max(np.abs(r).max(), 1e-6)
     order = np.argsort(-r.max(axis=0))
-    step = lags[1] - lags[0] if len(lags) > 1 else 100
-    edges = np.append(lags, lags[-1] + step) - step / 2
+    lags = np.array(lags)  # maybe not evenly spaced
+    half = np.ptp(lags) / max(2 * len(lags) - 2, 1) or 50  # ms, of an average column
+    middles = (lags[1:] + lags[:-1]) / 2
+    edges = np.concatenate([[lags[0] - half], middles, [lags[-1] + half]])
     colors = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     image = image_axis.pcolormesh(edges, np.arange(len(order) + 1), r[:, order].T, **colors)
     figure.colorbar(image, ax=image_axis, label="held-out correlation")
@@ -224,7 +222,7 @@ def plot_encoding(path, lags, r, threshold, planted, title):
 
 
 def plot_electrodes(path, table, title):
-    """electrodes.png: the electrodes in their places (mm), seen from three sides."""
+    """Plot the electrodes at their positions (mm), seen from three sides."""
     figure, axes = plt.subplots(1, 3, layout="constrained", figsize=(12, 4.2))
     table = table.sort_values("score")
     limit = max(table.score.abs().max(), 1e-6)
@@ -262,10 +260,10 @@ def main(config):
     run.content = decode.content_of(config, windows, target, rows)
 
     files = [decode.job_file(run, "all", fold).with_suffix(".npz") for fold in folds]
-    mine = run.share(folds)
-    todo = [fold for fold in mine if not files[fold.number].exists()]
-    if len(todo) < len(mine):
-        run.print(f"{len(mine) - len(todo)} folds of an earlier run are reused")
+    shared = run.share(folds)
+    todo = [fold for fold in shared if not is_zipfile(files[fold.number])]  # missing, or torn
+    if len(todo) < len(shared):
+        run.print(f"{len(shared) - len(todo)} folds of an earlier run are reused")
     if todo:
         offsets = [windows.first(0, lag) for lag in all_lags(config)]
         Y = montage.bin_means(rows, offsets, [0, windows.width]).squeeze(-1)

@@ -1,14 +1,14 @@
-"""Neuroprobe's binary tasks (arXiv 2509.21671), by the splits that its package fixes.
+"""Decode Neuroprobe's binary tasks (arXiv 2509.21671) with the splits that its package fixes.
 
-    python data/braintreebank/prepare.py root=PATH                                    # once before
+    python data/braintreebank/prepare.py root=PATH                                  # first, once
     python decode_neuroprobe.py                               # Laplacian-referenced spectrograms
     python decode_neuroprobe.py split=session                 # from another film of the same person
     python decode_neuroprobe.py task=speech subjects=sub_1_trial001
     python decode_neuroprobe.py config/decode_neuroprobe_encoder.yaml       # a pretrained encoder
 
-15 tasks on the second after a word's onset in films, 12 recordings. A row of results.csv is a
-recording, task and fold; leaderboard/ gets a JSON file a task in the leaderboard's form. Nothing
-here chooses a window or a split; validation windows choose the penalty or the epoch.
+15 tasks on the second after word onsets in films, 12 recordings. results.csv has a row per
+recording, task and fold; leaderboard/ has a JSON file per task in the leaderboard's format. The
+benchmark fixes windows and splits; validation windows choose the penalty or the epoch.
 """
 
 import hashlib
@@ -36,14 +36,14 @@ from data.recording import Recording, read_set
 class Config:
     dataset: str = "braintreebank"  # name under data/, or a folder of data/braintreebank/prepare.py
     subjects: list[str] = field(default_factory=list)  # people or recordings to test; none: all
-    task: str = "all"  # or one of the set's
-    # what is trained on: the film itself, another of the same person, or another person
+    task: str = "all"  # or one of the tasks
+    # train on the same film, on another film of the same person, or on another person
     split: Literal["within", "session", "subject"] = "within"
     # ---- windows, as in decode.py
-    window: float = 1.0  # s from the onset on, the benchmark's
+    window: float = 1.0  # s from the onset, as the benchmark has it
     represent: Literal["bins", "spectrum"] = "spectrum"  # bin means, or log power over time
-    bins: int = 128  # of a window
-    spectrum_segment: float = 0.25  # s of a Hann window, half overlapping
+    bins: int = 128  # per window
+    spectrum_segment: float = 0.25  # s, Hann windows that overlap by half
     spectrum_max: float = 150.0  # Hz
     reference: Literal["none", "laplacian"] = "laplacian"  # minus the shaft's neighbours
     preprocess: str = ""  # instead: as in decode.py
@@ -58,7 +58,7 @@ class Config:
     patience: int = 10  # epochs without improvement on the validation windows
     # ---- run
     n_shifts: int = 1000  # circular shifts of the labels: the null
-    out_dir: str = "out/neuroprobe"  # results.csv, leaderboard/; a stopped run goes on
+    out_dir: str = "out/neuroprobe"  # results.csv, leaderboard/; run again to continue
     seed: int = 1337
     device: str = "auto"  # cuda, mps, cpu
 
@@ -81,10 +81,9 @@ SPLITS = {"within": "Within-Session", "session": "Cross-Session", "subject": "Cr
 
 
 class Benchmark:
-    """The prepared set: its recordings and tables of windows, opened when they are needed.
+    """The prepared set: its recordings and tables of windows, opened when needed.
 
-    recordings: {name: Recording}; sources: {recording to be tested: the one it is trained on};
-    tasks: names.
+    recordings: {name: Recording}; sources: {test recording: training recording}; tasks: names.
     """
 
     def __init__(self, run, config):
@@ -92,9 +91,9 @@ class Benchmark:
         self.folder = run.dataset(config.dataset)
         meta = read_set(self.folder)
         if "tasks" not in meta:
-            raise InputError(f"{self.folder}: no tasks; take one of data/braintreebank/prepare.py")
+            raise InputError(f"{self.folder} has no tasks: data/braintreebank/prepare.py makes it")
         if config.task not in ["all", *meta["tasks"]]:
-            raise InputError(f"task={config.task} is none of all, {', '.join(meta['tasks'])}")
+            raise InputError(f"task={config.task}: take all or one of {', '.join(meta['tasks'])}")
         self.tasks = meta["tasks"] if config.task == "all" else [config.task]
         self.recordings = {}
         for name in meta["recordings"]:
@@ -102,23 +101,22 @@ class Benchmark:
                 self.recordings[name] = Recording(self.folder / name)
         self.sources = {}
         for name, recording in self.recordings.items():
-            asked = [is_subject(subject, recording) for subject in config.subjects]
-            if asked and not any(asked):
+            if config.subjects and not any(is_subject(s, recording) for s in config.subjects):
                 continue
             source = self.source(name, meta["across_people"])
             if source:
                 self.sources[name] = source
             else:
-                run.print(f"split={config.split}: nothing to train {name} on, left out")
+                run.print(f"split={config.split}: {name} is left out, with nothing to train on")
         if not self.sources:
             raise InputError(
-                f"split={config.split} subjects={config.subjects}: {self.folder} leaves no "
-                f"recording to be tested; it has {', '.join(self.recordings)}"
+                f"split={config.split} subjects={config.subjects}: no recording to test is left in "
+                f"{self.folder}, which has {', '.join(self.recordings)}"
             )
-        self.opened = {}  # recordings whose windows are being cut
+        self.opened = {}  # {recording: its Windows}
 
     def source(self, name, across_people):
-        """The recording that one is trained on, None where it is not prepared."""
+        """Return the name of the training recording, None if it is not prepared."""
         for other, recording in self.recordings.items():
             same_person = recording.subject == self.recordings[name].subject
             fits = {"within": other == name, "session": other != name and same_person}
@@ -128,33 +126,33 @@ class Benchmark:
         return None
 
     def table(self, name, task):
-        """The windows of a task in a recording, in the order of time: onset, label, splits."""
+        """Return a task's windows in a recording in order of time: onset, label, splits."""
         table = read_table(self.folder / name / "neuroprobe.csv")
         return table[table.task == task].sort_values("onset", kind="stable")
 
     def windows(self, name, onset):
-        """((N, channels, ...) float32, regions by channel) of windows that begin at onsets."""
+        """Return windows (N, channels, ...) that begin at onsets, and the channels' regions."""
         recording = self.recordings[name]
         if name not in self.opened:
             if len(self.opened) > 1:
-                self.opened.clear()  # a recording and what trains it, not all
+                self.opened.clear()  # keep a recording and its training recording only
             montage = Montage([(recording, np.flatnonzero(recording.good))], self.config.reference)
             if montage.gaps:
-                self.run.print(f"left out, with missing samples (NaN) or constant: {montage.gaps}")
+                self.run.print(f"left out, constant or with missing samples (NaN): {montage.gaps}")
             cache = self.run.out.parent / "cache"
             self.opened[name] = decode.make_windows(self.config, montage, cache)
         windows = self.opened[name]
         rows = windows.montage.rows(onset)
         if not windows.montage.inside(rows, windows.width).all():
-            raise InputError(f"{name}: windows of {self.config.window} s go beyond the recording")
+            raise InputError(f"{name}: windows of {self.config.window} s end beyond the recording")
         names = pd.Series(windows.montage.names).str.partition(" ")[2]
-        x = windows.at(rows, 500 * self.config.window)  # from the onset on
+        x = windows.at(rows, 500 * self.config.window)  # ms to the middle
         return x, recording.channels.set_index("name").region[names]
 
     def inputs(self, name, task):
-        """(windows (N, ...), [table], number of the first test window) for a recording and task.
+        """Return windows (N, ...), their tables, and where this recording's own windows begin.
 
-        What it is trained on comes first, where it is another recording.
+        The training recording comes first, where it is another one.
         """
         tables = []
         parts = []
@@ -169,15 +167,16 @@ class Benchmark:
             same = parts[0][1].index.equals(parts[1][1].index)  # equal counts are not enough
         if not same or arrays[0].size == 0:
             raise InputError(
-                f"split={self.config.split}: {self.sources[name]} and {name} have other contacts, "
-                "or no region in common: take preprocess= an encoder that makes the same of all"
+                f"split={self.config.split}: {self.sources[name]} and {name} have different "
+                "contacts, or no region in common: set preprocess= to an encoder that maps all "
+                "electrodes to the same features"
             )
         x = np.concatenate(arrays)
         return x, tables, len(x) - len(tables[-1])
 
 
 def means_of_regions(one, other):
-    """Windows of two people as means over the brain regions that both have, (N, regions, ...).
+    """Average the windows of two people over the brain regions that both have: (N, regions, ...).
 
     Contacts have no counterpart in another person. one, other: (windows, regions of channels).
     """
@@ -191,7 +190,7 @@ def means_of_regions(one, other):
 
 
 def make_folds(tables, first, config):
-    """Folds of a recording and task, by the columns of its table; `first`: see Benchmark.inputs."""
+    """Return the folds of a recording and task; `first`: its first row, see Benchmark.inputs."""
     table = tables[-1]
     onset = table.onset.to_numpy()
     gap = int(np.ceil(config.window / max(np.median(np.diff(onset)), 1e-3))) + 1
@@ -213,7 +212,7 @@ def make_folds(tables, first, config):
 
 
 def score_task(run, config, benchmark, name, task):
-    """Rows of results.csv for a recording and task, written when all folds are done."""
+    """Score all folds of a recording and task, then write their rows of results.csv."""
     X, tables, first = benchmark.inputs(name, task)
     X = torch.as_tensor(X, device=run.device)
     rows = []
@@ -238,7 +237,7 @@ def score_task(run, config, benchmark, name, task):
 
 
 def write_leaderboard(folder, description, name, results):
-    """A JSON file a task in the leaderboard's form; author and the like are left to the user."""
+    """Write a JSON file per task in the leaderboard's format; the user fills in the author."""
     folder.mkdir(parents=True, exist_ok=True)
     for task, part in results.groupby("task", sort=False):
         evaluation = {}
@@ -259,7 +258,7 @@ def write_leaderboard(folder, description, name, results):
 
 
 def report(run, config, results, n_expected):
-    """leaderboard/ of what is done so far, and the closing lines."""
+    """Write leaderboard/ from the results so far, and print the closing lines."""
     inputs = config.preprocess or config.represent
     description = f"{config.model} on {inputs}, reference {config.reference}"
     folder = run.out / "leaderboard" / SPLITS[config.split]
@@ -269,18 +268,18 @@ def report(run, config, results, n_expected):
     by_task = each.rename(columns={"chance": "shifted labels"}).groupby("task", sort=False).mean()
     run.print(f"mean test ROC-AUC over recordings:\n{by_task.round(3).to_string()}")
     by_recording = each.groupby("recording").score.mean()
-    half = by_recording.sem() * stats.t.ppf(0.975, len(by_recording) - 1)  # nan: of one recording
+    half = by_recording.sem() * stats.t.ppf(0.975, len(by_recording) - 1)  # nan for one recording
     run.print(
         f"{SPLITS[config.split]}, {description}: mean test ROC-AUC {by_recording.mean():.3f} "
         f"± {half:.3f} over recordings, shifted labels {each.chance.mean():.3f}, {len(each)} of "
-        f"{n_expected} recordings x tasks, {auc.n.sum():,} test windows, "
-        f"{auc.test_near_train.sum():,.0f} of which share samples with a training window (the "
-        "split is the benchmark's)"
+        f"{n_expected} recordings x tasks, {auc.n.sum():,} test windows, of which "
+        f"{auc.test_near_train.sum():,.0f} share samples with a training window (the benchmark's "
+        "own splits)"
     )
     column = list(SPLITS).index(config.split)
     published = ", ".join(f"{model} {scores[column]:.3f}" for model, scores in LEADERBOARD.items())
-    run.print(f"its leaderboard, mean over all rows: {published}")
-    run.print(f"{folder}: one JSON a task, author and organization left for you; {run.out}")
+    run.print(f"leaderboard, mean over all rows: {published}")
+    run.print(f"{folder}: one JSON per task, add author and organization; {run.out}")
 
 
 def main(config):

@@ -49,7 +49,7 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 from torch.nn import functional as F
 
-from configurator import InputError, Run, check, check_keys, configure, key_seed
+from configurator import InputError, Run, check, check_keys, configure, key_seed, load_function
 from convert import HiddenStates
 from data import aside, file_hash, write_aside
 from data.labelled_texts import LabelledTexts
@@ -84,7 +84,7 @@ class Config:
     max_texts: int = 0  # of a dataset, the first ones; 0: all
     force_classification: bool = False  # round the labels of a regression to 0 and 1
     # ---- probes
-    probe: list[str] = default("LDA", "Logistic")  # or Ridge, SingleLayer, QDA, ...: see PROBES
+    probe: list[str] = default("LDA", "Logistic")  # of PROBES below, or my_file.py:constructor
     split: Literal["given", "cv"] = "given"  # train and test as given, or all texts in folds
     n_folds: int = 5  # outer folds
     n_seeds: int = 1  # repetitions with other folds
@@ -104,7 +104,7 @@ class Config:
     POSITIVE = "batch_tokens n_seeds"
 
     def check(self):
-        check_keys(self.probe, PROBES, "probe")
+        check_keys([probe for probe in self.probe if ":" not in probe], PROBES, "probe")
         check_keys(self.baselines, BASELINES, "baselines")
         if self.n_folds < 3:
             raise InputError(f"n_folds={self.n_folds}: to test, to choose and to learn takes three")
@@ -216,22 +216,12 @@ class LMModel(HiddenStates):
         digest = hashlib.sha256(facts.encode("utf-8", "replace"))
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(sums_of_bits(tensor))
+            # sums of its bits where it lies: hashing gigabytes would take as long as a pass
+            bits = tensor.contiguous().view(-1).view(torch.uint8)
+            words = F.pad(bits, (0, -len(bits) % 8192)).view(torch.int64).view(-1, 1024)
+            for axis in (0, 1):
+                digest.update(words.sum(axis).cpu().numpy())
         return digest.hexdigest()
-
-
-def sums_of_bits(tensor):
-    """A checksum, in bytes: sums over rows and columns of a tensor's bits.
-
-    Made where the tensor lies; hashing gigabytes of weights would take as long as a pass.
-    """
-    bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if bits.storage_offset() % 8:
-        bits = bits.clone()
-    whole = len(bits) // 8192 * 8192
-    words = bits[:whole].view(torch.int64).view(-1, 1024)
-    sums = (words.sum(0), words.sum(1), bits[whole:])
-    return b"".join([part.cpu().numpy().tobytes() for part in sums])
 
 
 # ---- probes: fit_sites(X, task, fit, choose, test) learns from the rows `fit` of X (G, N, H) at
@@ -349,8 +339,7 @@ class SingleStepOpt:
 
     @one_thread
     def fit_sites(self, X, task, fit, choose, test):
-        """The rows to choose on pick the best of the grid, by squared error, and are learnt from,
-        too."""
+        """The rows to choose on pick the best parameters by squared error, and are learnt from."""
         targets = task.targets()[choose].numpy()
         grid = list(ParameterGrid(self.grid))
         sites = []
@@ -484,11 +473,10 @@ class AttentionPool(MultiStepOpt):
 
 
 PENALTIES = [1e-3, 1e-2, 1e-1]  # C of logistic regression
-LOGISTIC = LogisticRegression(max_iter=1000)
 PROBES = {
     "LDA": LDA,
     "Ridge": Ridge,
-    "Logistic": sklearn_probe(LOGISTIC, logisticregression__C=PENALTIES),
+    "Logistic": sklearn_probe(LogisticRegression(max_iter=1000), logisticregression__C=PENALTIES),
     "SingleLayer": SingleLayer,
     "DoubleLayer": DoubleLayer,
     "GatedLayer": GatedLayer,
@@ -500,19 +488,28 @@ PROBES = {
 }
 
 
-def name_of(probe):
-    """Name of a probe that is given by its name or by its constructor."""
-    return probe if isinstance(probe, str) else probe(4).name or probe.__name__
+def constructors(probes):
+    """{name: constructor} of names in PROBES, of my_file.py:constructor, and of constructors."""
+    names = []
+    makers = []
+    for probe in probes:
+        make = probe
+        if isinstance(probe, str):
+            make = PROBES.get(probe) or load_function(probe, "probe")
+        makers.append(make)
+        names.append(probe if probe in PROBES else make(4).name or type(make(4)).__name__)
+    check_distinct(names, "probe")
+    return dict(zip(names, makers))
 
 
-def build(probe, width, task):
+def build(make, width, task):
     """A probe of this input size, with an output for each class where it can have them."""
-    make = PROBES.get(probe, probe)
     if task.kind == "multi" and "output_size" in inspect.signature(make).parameters:
-        return make(width, output_size=task.targets().size(1))
+        return make(width, output_size=task.n_labels)
     model = make(width)
-    if task.kind == "multi" and isinstance(model, MultiStepOpt):
-        raise InputError(f"the probe {make.__name__} has no output_size: it takes two classes only")
+    if task.kind == "multi" and isinstance(model, nn.Module):
+        name = type(model).__name__
+        raise InputError(f"the probe {name} has no output_size: it takes two classes only")
     return model
 
 
@@ -544,6 +541,8 @@ class Task:
     """A row is a text, or one of a text's tokens."""
 
     kind: str
+    n_labels: int  # 0 of a regression
+    text: np.ndarray  # (N,) which text a row is, or is of
     y: np.ndarray  # (N,) classes or values, or (N, V) values
     learn: np.ndarray  # (N,) bool: rows that may be learnt from
     judge: np.ndarray  # (N,) bool: rows that are scored
@@ -552,7 +551,7 @@ class Task:
 
     def take(self, index):
         """The task of rows that belong to the texts `index`."""
-        rows = {key: getattr(self, key)[index] for key in ("y", "learn", "judge")}
+        rows = {key: getattr(self, key)[index] for key in ("text", "y", "learn", "judge")}
         return replace(self, folds=[fold[index] for fold in self.folds], **rows)
 
     def targets(self):
@@ -560,7 +559,16 @@ class Task:
         y = torch.as_tensor(self.y)
         if self.kind == "regression":
             return y.float().view(len(y), -1)
-        return F.one_hot(y.long()).float()
+        return F.one_hot(y.long(), self.n_labels).float()
+
+    def fewest_folds(self):
+        """In how many folds of what may be learnt the rarest label occurs; two are left out."""
+        y = self.y if self.n_labels else np.zeros(len(self.y), int)
+        fewest = math.inf
+        for folds in self.folds:
+            pairs = pd.DataFrame({"y": y, "fold": folds})[self.learn].drop_duplicates()
+            fewest = min(fewest, np.bincount(pairs.y, minlength=max(self.n_labels, 1)).min())
+        return fewest
 
 
 def make_task(dataset, config):
@@ -583,7 +591,9 @@ def make_task(dataset, config):
     if fewest < config.n_folds:
         few = f"a label, or the test, has only {fewest} texts or groups of equal ones"
         raise InputError(f"{dataset.name}: {few}: give fewer n_folds=, or split=cv")
-    task = Task(dataset.kind, dataset.y, ~test, judge, [], config.seed)
+    n_labels = len(dataset.label_names or [])
+    texts = np.arange(len(dataset))
+    task = Task(dataset.kind, n_labels, texts, dataset.y, ~test, judge, [], config.seed)
     for repetition in range(config.n_seeds):
         seed = key_seed(config.seed, repetition) % 2**31
         splitter = StratifiedGroupKFold(config.n_folds, shuffle=True, random_state=seed)
@@ -591,6 +601,9 @@ def make_task(dataset, config):
         for fold, (_, rows) in enumerate(splitter.split(folds, strata, dataset.groups)):
             folds[rows] = fold
         task.folds.append(folds)
+    if task.fewest_folds() < 3:
+        few = "the texts to learn from have a label in too few groups, or not at all"
+        raise InputError(f"{dataset.name}: {few}: give more texts, or leave that label out")
     return task
 
 
@@ -607,39 +620,10 @@ def auc(y, score):
     return metrics.roc_auc_score(y, score) if 0 < np.mean(y) < 1 else 0.5
 
 
-def f1(y, said):
-    """Of class 1; of several classes the mean over those that occur."""
-    if said.dtype == bool:
-        return metrics.f1_score(y, said)
-    return metrics.f1_score(y, said, labels=np.unique(y), average="macro")
-
-
-# What measures scores, (y, score), and what measures decisions, (y, the class that is said)
-OF_SCORES = {
-    "mse": metrics.mean_squared_error,
-    "r2": metrics.r2_score,
-    "pearson": pearson,
-    "auc": auc,
-}
-OF_CLASSES = {
-    "accuracy": metrics.accuracy_score,
-    "balanced_accuracy": metrics.balanced_accuracy_score,
-    "mcc": metrics.matthews_corrcoef,
-    "f1": f1,
-}
-MEASURES = {
-    "regression": ["mse", "r2", "pearson"],
-    "multi": ["accuracy", "balanced_accuracy", "f1"],
-    "binary": ["mse", "accuracy", "balanced_accuracy", "mcc", "f1", "auc"],
-}
-BOUNDS = {
-    "mse": (0, np.inf),
-    "r2": (-np.inf, 1),
-    "pearson": (-1, 1),
-    "mcc": (-1, 1),
-    "selectivity": (-2, 2),  # a difference of two scores
-}  # of all others 0 and 1
-# what chooses layers and thresholds, and is shown: any of a kind's measures
+# a measure's ends, where they are not 0 and 1; selectivity is a difference of two scores
+BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1)}
+BOUNDS |= {"pearson": (-1, 1), "mcc": (-1, 1), "selectivity": (-2, 2)}
+# what chooses layers, and is shown: any of a kind's measures
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
@@ -655,22 +639,34 @@ def best_thresholds(y, score):
     return {"accuracy": cuts[np.argmax(tp - fp)], "f1": cuts[np.argmax(f1)]}
 
 
-def one_measure(metric, y, score, kind="binary", thresholds=None):
-    """One measure of scores (n,), or (n, K) of several classes.
-
-    Of two classes, score >= threshold says 1: the metric's own threshold, else that of accuracy.
-    """
-    if metric in OF_SCORES:
-        return OF_SCORES[metric](y, score)
-    if kind == "multi":
-        return OF_CLASSES[metric](y, score.argmax(1))
-    thresholds = thresholds or {"accuracy": 0.5}
-    return OF_CLASSES[metric](y, score >= thresholds.get(metric, thresholds["accuracy"]))
-
-
 def evaluator(y, score, kind="binary", thresholds=None):
-    """{metric: measure} of scores, all that there are of this kind."""
-    return {metric: one_measure(metric, y, score, kind, thresholds) for metric in MEASURES[kind]}
+    """{metric: measure} of scores (n,), or (n, K) of several classes; an entry more is one more.
+
+    Of two classes, score >= threshold says 1. F1 is that of class 1, or the mean over those there.
+    """
+    if kind == "regression":
+        return {
+            "mse": metrics.mean_squared_error(y, score),
+            "r2": metrics.r2_score(y, score),
+            "pearson": pearson(y, score),
+        }
+    if kind == "multi":
+        said = score.argmax(1)
+        return {
+            "accuracy": metrics.accuracy_score(y, said),
+            "balanced_accuracy": metrics.balanced_accuracy_score(y, said),
+            "f1": metrics.f1_score(y, said, labels=np.unique(y), average="macro"),
+        }
+    thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
+    said = score >= thresholds["accuracy"]
+    return {
+        "mse": metrics.mean_squared_error(y, score),
+        "accuracy": metrics.accuracy_score(y, said),
+        "balanced_accuracy": metrics.balanced_accuracy_score(y, said),
+        "mcc": metrics.matthews_corrcoef(y, said),
+        "f1": metrics.f1_score(y, score >= thresholds["f1"]),
+        "auc": auc(y, score),
+    }
 
 
 def chance_measures(task, test):
@@ -701,9 +697,12 @@ def online_code(X, y, groups, n_classes, seed):
     """
     names, member = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(key_seed(seed, "online"))
-    order = np.argsort(rng.permutation(len(names))[member], kind="stable")
+    place = rng.permutation(len(names))[member]
+    order = np.argsort(place, kind="stable")
+    group_ends = np.flatnonzero(np.diff(place[order], append=-1)) + 1
     shares = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50, 100]) / 100
-    ends = np.unique(np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int)))
+    ends = np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int))
+    ends = np.unique(group_ends[np.searchsorted(group_ends, ends)])  # no group is parted
     bits = np.full((len(PENALTIES), len(y)), math.log2(n_classes))
     code_length = np.full(len(y), math.log2(n_classes))
     for start, end in pairwise(ends):
@@ -795,7 +794,7 @@ def read_sites(model, dataset, poolers, config):
 # ---- measuring
 
 
-def measure(sites, probe, task):
+def measure(sites, make, task):
     """Two DataFrames: a row for each site, repetition, fold and measure; and one for each score.
 
     Scores of texts in the test (of several classes the likeliest one) are those of the first
@@ -807,12 +806,10 @@ def measure(sites, probe, task):
     for X, index in sites.batches():
         part = task.take(index)
         n = len(np.unique(index[part.judge]))
-        texts_per_row = len(np.unique(index)) / len(index)
         for repetition, fold_of in enumerate(part.folds):
             for fold in range(fold_of.max() + 1):
-                table, test, tested = measure_fold(probe, X, part, fold_of, fold)
+                table, test, tested = measure_fold(make, X, part, fold_of, fold)
                 tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
-                tables[-1]["n_train"] *= texts_per_row
                 if repetition == 0 and tested.ndim == 2:
                     about = {"index": index[test], "y": part.y[test], "fold": fold}
                     for g, score in enumerate(tested):
@@ -822,7 +819,7 @@ def measure(sites, probe, task):
     return folds, pd.concat(scores) if scores else None
 
 
-def measure_fold(probe, X, task, fold_of, outer):
+def measure_fold(make, X, task, fold_of, outer):
     """Measures of each of G sites in one outer fold, the rows of its test, and their scores.
 
     The next fold is to choose on, the others are learnt from. `validation` is the primary measure
@@ -834,7 +831,7 @@ def measure_fold(probe, X, task, fold_of, outer):
     choose = np.flatnonzero(task.learn & (fold_of == inner))
     test = np.flatnonzero(task.judge & (fold_of == outer))
     torch.manual_seed(key_seed(task.seed, outer))
-    model = build(probe, X.size(-1), task)
+    model = build(make, X.size(-1), task)
     scores = model.fit_sites(X, task, fit, choose, test)
     if scores.shape[2] == 1:
         scores = scores[:, :, 0]
@@ -845,15 +842,14 @@ def measure_fold(probe, X, task, fold_of, outer):
         thresholds = {"accuracy": np.nan}
         if task.kind == "binary":
             thresholds = best_thresholds(task.y[choose], chosen[g])
-        shown = thresholds.get(PRIMARY[task.kind], thresholds["accuracy"])
-        row = {"site": g, "threshold": shown}
-        given = task.kind, thresholds
-        row["validation"] = one_measure(PRIMARY[task.kind], task.y[choose], chosen[g], *given)
-        for metric, score in evaluator(task.y[test], tested[g], *given).items():
+        validation = evaluator(task.y[choose], chosen[g], task.kind, thresholds)
+        row = {"site": g, "threshold": thresholds["accuracy"]}
+        row["validation"] = validation[PRIMARY[task.kind]]
+        for metric, score in evaluator(task.y[test], tested[g], task.kind, thresholds).items():
             rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
-    # the epoch of a torch probe is chosen on rows that it does not learn from
-    n_train = len(fit) if isinstance(model, MultiStepOpt) else len(fit) + len(choose)
-    ratio = task.learn.sum() / n_folds / n_train
+    train = fit if isinstance(model, nn.Module) else np.concatenate([fit, choose])  # see fit_sites
+    n_train = len(np.unique(task.text[train]))
+    ratio = len(np.unique(task.text[task.learn])) / n_folds / n_train
     table = pd.DataFrame(rows).assign(fold=outer, n_train=n_train, ratio=ratio)
     return table, test, tested.argmax(2) if task.kind == "multi" else tested
 
@@ -883,7 +879,7 @@ def chosen_by_validation(folds):
 
 
 def write_rows(run, folds, keys):
-    """A row of each measure for each site; of the primary one, also for the site that is chosen.
+    """A row of each measure for each site, and for the site that is chosen in each fold.
 
     p is corrected over all sites, and tests nothing for a baseline.
     """
@@ -891,7 +887,7 @@ def write_rows(run, folds, keys):
         rows = [statistics(of_site) for _, of_site in part.groupby("site")]
         for row, p in zip(rows, holm([row["p"] for row in rows])):
             row["p_holm"] = p
-        if metric in PRIMARY.values() and len(rows) > 1:
+        if len(rows) > 1:
             best = {**NO_SITE, "layer": "best", "quantile": "best"}
             rows.append(statistics(chosen_by_validation(part).assign(**best)))
         for row in rows:
@@ -911,11 +907,15 @@ def print_best(run, folds, keys):
     )
 
 
-def measure_control(run, sites, probe, keys):
+def measure_control(run, sites, make, keys):
     """Control task and selectivity, both labels learnt and judged where texts share their words."""
     task = replace(sites.dataset.task, judge=sites.dataset.task.learn)
-    real, _ = measure(sites, probe, task)
-    control, _ = measure(sites, probe, replace(task, y=control_labels(sites.dataset, task.seed)))
+    control_task = replace(task, y=control_labels(sites.dataset, task.seed))
+    if control_task.fewest_folds() < 3:
+        run.print(f"{sites.dataset.name}: a label is too rare for a control task: it is left out")
+        return
+    real, _ = measure(sites, make, task)
+    control, _ = measure(sites, make, control_task)
     write_rows(run, control, {**keys, "baseline": "control"})
     gain = real.assign(metric="selectivity", score=real.score - control.score, chance=0.0)
     write_rows(run, gain[real.metric == PRIMARY[task.kind]], {**keys, "baseline": ""})
@@ -926,35 +926,37 @@ def measure_compression(run, sites, keys):
     task = sites[""].dataset.task
     if task.kind == "regression":
         return
-    n_classes = task.targets().size(1)
     for baseline, part in sites.items():
         for pooler, label in zip(part.poolers, part.labels.to_dict("records")):
             X, index = part.vectors(pooler)
             learn = task.learn[index]
             texts = index[learn]
             groups = part.dataset.groups[texts]
-            bits = online_code(X[learn], task.y[texts], groups, n_classes, task.seed)
-            spread = 1.96 * bits.std() * math.sqrt(len(bits))
+            bits = online_code(X[learn], task.y[texts], groups, task.n_labels, task.seed)
+            bits = pd.Series(bits).groupby(texts).sum()  # 'concat' makes several rows of a text
+            spread = 1.96 * bits.std(ddof=0) * math.sqrt(len(bits))
             sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
-            score, low, high = len(bits) * math.log2(n_classes) / sums.clip(1e-9)
+            score, low, high = len(texts) * math.log2(task.n_labels) / sums.clip(1e-9)
             about = {**keys, **label, "probe": "Logistic", "baseline": baseline}
             about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
             run.result(score, 1.0, low, high, len(bits), **about)
 
 
-def measure_sizes(run, sites, probe, keys):
+def measure_sizes(run, sites, make, keys):
     """The sample-size curve: whole groups at random, to leave about n texts to learn from."""
-    config = run.config
+    n_folds = run.config.n_folds
     task = sites.dataset.task
-    rng = np.random.default_rng(key_seed(config.seed, "size"))
+    rng = np.random.default_rng(key_seed(task.seed, "size"))
     groups = sites.dataset.groups
     sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
-    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / config.n_folds)
-    few = 4 * config.n_folds * task.targets().size(1)
-    for n in config.train_sizes:
-        if few <= n < 0.9 * sizes.max():
-            learn = task.learn & np.isin(groups, sizes.index[sizes <= n])
-            folds, _ = measure(sites, probe, replace(task, learn=learn))
+    sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / n_folds)
+    few = 4 * n_folds * max(task.n_labels, 1)
+    for n in run.config.train_sizes:
+        part = replace(task, learn=task.learn & np.isin(groups, sizes.index[sizes <= n]))
+        if n < few or part.fewest_folds() < 3:
+            run.print(f"{sites.dataset.name}: {n} texts are too few for its labels or groups")
+        elif n < 0.9 * sizes.max():
+            folds, _ = measure(sites, make, part)
             write_rows(run, folds, {**keys, "baseline": ""})
 
 
@@ -981,8 +983,8 @@ def keep_for_app(run, sites, name, folds, scores):
         for key in NO_SITE:
             about[key] = getattr(pooler, key)
         data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
-        meta = sites.dataset.meta
-        logs[f"experiment_{site}"] = {"metadata": meta, "expdata": about, "data": data.to_dict()}
+        log = {"metadata": sites.dataset.meta, "expdata": about, "data": data.to_dict()}
+        logs[f"experiment_{site}"] = log
         if run.config.keep_predictions and scores is not None:
             kept = scores[scores.site == site].drop(columns="site")
             label = sites.labels.loc[site].to_dict()
@@ -996,10 +998,12 @@ def keep_projections(run, sites):
     if not run.config.keep_predictions:
         return
     dataset = sites.dataset
-    if dataset.y.ndim == 1:
-        names = np.array(dataset.label_names)[dataset.y] if dataset.label_names else dataset.y
-        table = pd.DataFrame({"text": dataset.texts, "label": names}).rename_axis("index")
-        write_aside(run.out / "texts" / f"{slug(dataset.name)}.csv", table.to_csv())
+    table = pd.DataFrame({"text": dataset.texts, "label": ""}).rename_axis("index")
+    if dataset.label_names:
+        table["label"] = np.array(dataset.label_names)[dataset.y]
+    elif dataset.y.ndim == 1:
+        table["label"] = dataset.y
+    write_aside(run.out / "texts" / f"{slug(dataset.name)}.csv", table.to_csv())
     for pooler, label in zip(sites.poolers, sites.labels.to_dict("records")):
         if pooler.cacheable and not label["layer_method"] and len(pooler.quantiles) < 2:
             X, index = sites.vectors(pooler)
@@ -1010,14 +1014,6 @@ def keep_projections(run, sites):
                 np.savez(file, **arrays, explained=pca.explained_variance_ratio_)
 
 
-def make_folders(run):
-    """Folders for what the app reads beside results.csv."""
-    (run.out / "texts").mkdir(exist_ok=True)
-    run.own_folder("logs", "*__*.json")
-    run.own_folder("predictions", "*__*.npz")
-    run.own_folder("projections", "*__*.npz")
-
-
 # ---- the experiment
 
 
@@ -1025,12 +1021,14 @@ def main(config, lms=None, datasets=None, probes=None):
     """Every probe of every model on every dataset. Returns the results as a DataFrame."""
     run = Run(config)
     lms = lms or config.lm
-    probes = probes or config.probe
-    check_distinct(list(map(name_of, probes)), "probe")
+    probes = constructors(probes or config.probe)
     datasets = load_datasets(run, config, datasets or config.dataset)
     check_distinct([dataset.name for dataset in datasets], "dataset")
     run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
-    make_folders(run)
+    (run.out / "texts").mkdir(exist_ok=True)
+    run.own_folder("logs", "*__*.json")
+    run.own_folder("predictions", "*__*.npz")
+    run.own_folder("projections", "*__*.npz")
     rows = run.rows()
     for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
         model = LMModel(lm, run.device, run.dtype)
@@ -1040,21 +1038,21 @@ def main(config, lms=None, datasets=None, probes=None):
             continue
         pooled = read_sites(model, dataset, all_poolers(config, model), config)
         keep_projections(run, pooled[""])
-        for probe in todo:
+        for probe, make in todo.items():
             sites = pooled
-            if getattr(PROBES.get(probe, probe), "attention", False):
+            if getattr(make(4), "attention", False):
                 sites = read_sites(model, dataset, None, config)  # every token
-            keys = {"model": model.name, "dataset": dataset.name, "probe": name_of(probe)}
+            keys = {"model": model.name, "dataset": dataset.name, "probe": probe}
             keys |= {"params": model.params, "synthetic": bool(dataset.meta.get("synthetic"))}
             for baseline, part in sites.items():  # the model, its random twin, its embeddings
-                folds, scores = measure(part, probe, dataset.task)
+                folds, scores = measure(part, make, dataset.task)
                 write_rows(run, folds, {**keys, "baseline": baseline})
                 print_best(run, folds, {**keys, "baseline": baseline})
                 if not baseline:
                     of_model = folds
-                    keep_for_app(run, part, keys["probe"], folds, scores)
-            if probe == usable[0]:
-                measure_once(run, config, sites[""], pooled, probe, keys)
+                    keep_for_app(run, part, probe, folds, scores)
+            if probe == next(iter(usable)):
+                measure_once(run, sites[""], pooled, make, keys)
             # what the commonest label gets; written last: the probe is done
             majority = of_model[of_model.site == 0].assign(score=of_model.chance, **NO_SITE)
             write_rows(run, majority, {**keys, "baseline": "majority"})
@@ -1066,13 +1064,13 @@ def main(config, lms=None, datasets=None, probes=None):
     return table
 
 
-def measure_once(run, config, sites, pooled, probe, keys):
+def measure_once(run, sites, pooled, make, keys):
     """What is measured with the first probe alone: controls, and scores over training texts."""
-    if "control" in config.baselines:
-        measure_control(run, sites, probe, keys)
-    if "compression" in config.baselines:
+    if "control" in run.config.baselines:
+        measure_control(run, sites, make, keys)
+    if "compression" in run.config.baselines:
         measure_compression(run, pooled, keys)
-    measure_sizes(run, sites, probe, keys)
+    measure_sizes(run, sites, make, keys)
 
 
 def hash_content(run, lms, datasets):
@@ -1102,11 +1100,10 @@ def unfinished(run, rows, model, dataset, probes):
     """The probes that lack their last row, the majority's, or their log, of an earlier run."""
     rows = rows.reindex(columns=["model", "dataset", "probe", "baseline"])
     rows = rows[(rows.model == model) & (rows.dataset == dataset) & (rows.baseline == "majority")]
-    todo = []
-    for probe in probes:
-        log = run.out / "logs" / f"{slug(model, dataset, name_of(probe))}.json"
-        if name_of(probe) not in set(rows.probe) or not log.exists():
-            todo.append(probe)
+    todo = dict(probes)
+    for name in rows.probe.unique():
+        if (run.out / "logs" / f"{slug(model, dataset, name)}.json").exists():
+            todo.pop(name, None)
     return todo
 
 
@@ -1114,14 +1111,12 @@ def usable_probes(run, dataset, probes):
     """Those that can answer: classifiers do no regression, and only ridge does several columns."""
     if dataset.kind != "regression":
         return probes
-    usable = []
-    for probe in probes:
-        if dataset.y.ndim == 1 and not PROBES.get(probe, probe)(4).discrete_targets:
-            usable.append(probe)
-    usable = usable or ["Ridge"]
+    usable = {}
+    if dataset.y.ndim == 1:
+        usable = {name: make for name, make in probes.items() if not make(4).discrete_targets}
+    usable = usable or {"Ridge": Ridge}
     if usable != probes:
-        names = ", ".join(map(name_of, usable))
-        run.print(f"{dataset.name} is a regression: it is probed by {names}")
+        run.print(f"{dataset.name} is a regression: it is probed by {', '.join(usable)}")
     return usable
 
 
@@ -1138,7 +1133,7 @@ def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), **opti
     config = Config(**options, poolers=list(map(asdict, poolers)))
     config.probe = [probe for probe in classifiers if isinstance(probe, str)]
     check(config)
-    config.probe = [name_of(probe) for probe in classifiers]
+    config.probe = list(constructors(classifiers))
     config.lm = []
     for model in model_names:
         config.lm.append(model.get("name", "") if isinstance(model, dict) else str(model))
@@ -1158,6 +1153,8 @@ def plot_layers(out, table):
     table = table[table.n_train == usual]
     table = table.assign(layer=pd.to_numeric(table.layer, errors="coerce"))
     for model, rows in table.groupby("model"):
+        colours = {probe: f"C{i}" for i, probe in enumerate(rows.probe.unique())}
+        legend = {}
         panels = list(rows.groupby("dataset", sort=False))
         n_columns = min(len(panels), 3)
         n_rows = -(-len(panels) // n_columns)
@@ -1165,18 +1162,18 @@ def plot_layers(out, table):
         figure = plt.figure(figsize=size, layout="constrained")
         for number, (dataset, part) in enumerate(panels, start=1):
             ax = figure.add_subplot(n_rows, n_columns, number, title=dataset)
-            draw_panel(ax, part)
-        figure.legend(
-            *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4
-        )
-        note = "; synthetic sentences" if rows.synthetic.any() else ""
+            draw_panel(ax, part, colours)
+            handles, labels = ax.get_legend_handles_labels()
+            legend |= dict(zip(labels, handles))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4)
+        note = "; synthetic data" if rows.synthetic.any() else ""
         figure.suptitle(f"{model}: what each layer knows (95 % bands){note}")
         with aside(out / f"layers_{slug(model)}.png") as file:
             figure.savefig(file, dpi=130, format="png")
         plt.close(figure)
 
 
-def draw_panel(ax, rows):
+def draw_panel(ax, rows, colours):
     """One dataset: the probes in colour, and the baselines of the first one."""
     real = rows[(rows.baseline == "") & rows.layer.notna()]
     if real.empty:  # joined layers alone
@@ -1188,8 +1185,8 @@ def draw_panel(ax, rows):
     drawn |= (rows["quantile"] == "attention") | rows.baseline.isin(["layer0", "majority"])
     rows = rows[drawn].sort_values("layer")
     for probe, part in rows[rows.baseline == ""].groupby("probe", sort=False):
-        ax.plot(part.layer, part.score, "o-", ms=3, label=probe)
-        ax.fill_between(part.layer, part.low, part.high, alpha=0.13)
+        ax.plot(part.layer, part.score, "o-", ms=3, c=colours[probe], label=probe)
+        ax.fill_between(part.layer, part.low, part.high, color=colours[probe], alpha=0.13, lw=0)
     first = rows[rows.probe == real.probe.iloc[0]]
     for baseline, style in STYLES.items():
         part = first[first.baseline == baseline]
@@ -1197,7 +1194,9 @@ def draw_panel(ax, rows):
             ax.axhline(part.score.iloc[0], ls=style, c="grey", lw=1, label=baseline)
         elif len(part):
             ax.plot(part.layer, part.score, style, c="grey", lw=1, label=baseline)
-    ax.set(xlabel="layer", ylabel=real.metric.iloc[0])
+    name = pooling.quantile_method or f"quantile {pooling['quantile']}"
+    ax.set(xlabel=f"layer ({name})", ylabel=pooling.metric)
+    ax.xaxis.get_major_locator().set_params(integer=True)
 
 
 if __name__ == "__main__":

@@ -112,10 +112,7 @@ def read_scores(run, path):
 
 
 def find_sites(folder, columns, choice):
-    """DataFrame of the files of a folder, whose names are these columns joined by '__'.
-
-    Those of the models, the dataset and the probes that are chosen.
-    """
+    """DataFrame of a folder's files, named by columns with '__' between, of what is chosen."""
     rows = []
     for path in sorted(folder.glob("*.npz")):
         names = path.stem.rsplit("__", len(columns) - 1)
@@ -468,21 +465,23 @@ def sizes_tab(rows, choice):
     real = rows[rows.baseline == ""]
     if (real.layer == "best").any():
         real = real[real.layer == "best"]
-    title, metric = choice["title"], choice["metric"]
+    title = choice["title"]
+    metric = choice["metric"]
+    if real.duplicated(["model", "probe", "n_train"]).any():
+        st.info(f"There is no {metric} at a layer that validation texts chose: see Layers.")
+        return
     full = full_size(real)
     if full.groupby("model", observed=True).params.first().nunique() > 1:
         figure = size_figure(full, "params", "parameters", metric)
         show(figure, "model_size", f"{title}: size of the model")
     else:
-        command = "`python probe.py lm=gpt2,gpt2-medium`"
-        st.info(f"A curve over model sizes needs two models of different size: {command}.")
+        st.info("A curve over model sizes needs two models: `python probe.py lm=gpt2,gpt2-medium`.")
     many = real.groupby(["model", "probe"], observed=True).n_train.transform("nunique") > 1
     if many.any():
         figure = size_figure(real[many], "n_train", "training texts", metric)
         show(figure, "sample_size", f"{title}: number of training texts")
     else:
-        command = "`python probe.py train_sizes=100,300,1000`"
-        st.info(f"A curve over numbers of training texts needs several: {command}.")
+        st.info("A curve over training texts needs `python probe.py train_sizes=100,300,1000`.")
     st.caption("At the layer that validation texts chose. Bars are 95 % intervals.")
 
 
@@ -519,9 +518,8 @@ def choose_rows(bar, table):
     names = values_of(table.dataset)
     dataset = bar.selectbox("Dataset", names, key="dataset", bind="query-params")
     rows = table[table.dataset == dataset]
-    names = values_of(rows.metric)
-    index = names.index("accuracy") if "accuracy" in names else 0
-    metric = bar.selectbox("Metric", names, index=index, key="metric", bind="query-params")
+    names = sorted(rows.metric.unique(), key=lambda name: name not in ("accuracy", "pearson"))
+    metric = bar.selectbox("Metric", names, key="metric", bind="query-params")
     rows = rows[rows.metric == metric]
     real = rows[(rows.baseline == "") & (rows.layer != "best")]
     baselines = [name for name in DASHES if (rows.baseline == name).any()]
@@ -586,7 +584,7 @@ def app():
         st.info("This is the small example that comes with the code. Your own: `python probe.py`.")
     if rows.synthetic.any():
         note = " (synthetic data)"
-        st.caption(f"**{choice['dataset'][0]}** is synthetic: its sentences are written by rule.")
+        st.caption(f"**{choice['dataset'][0]}** is synthetic: made by rule.")
     choice["title"] = choice["dataset"][0] + note
     if choice["model"] and choice["probe"] and choice["pooling"]:
         draw_tabs(run, rows, choice, note)

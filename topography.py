@@ -737,7 +737,8 @@ def compare_runs(run, config):
             results = pd.read_csv(Path(folder) / "results.csv")
             loss = results[results.metric == "val_loss"].score.iloc[-1]
         except (OSError, LookupError, AttributeError):
-            raise InputError(f"sweep={folder} is not a finished run of train.py") from None
+            files = "config.yaml or results.csv is not from one"
+            raise InputError(f"sweep={folder} is not a finished run of train.py: {files}") from None
         lm = load_model(folder, run)
         if not hasattr(lm.model, "unit_at_cell"):
             raise InputError(f"sweep={folder} has no sheets (positions=none): leave it out")

@@ -1,7 +1,7 @@
-"""Downloads over https: told before they start, continued where they stopped, checked at the end.
+"""Downloads over https: announced beforehand, resumed after a stop, and checked at the end.
 
 files = [look_up(url, path), ...]            # RemoteFile with its size, or None
-download(files, folder)                      # free disk first, then file by file
+download(files, folder)                      # checks the disk, then fetches file by file
 """
 
 import http.client
@@ -24,7 +24,7 @@ NETWORK_ERRORS = (OSError, http.client.HTTPException)  # the errors of urllib ar
 
 @dataclass
 class RemoteFile:
-    """A file to fetch: its URL, where it goes, its bytes, and its md5 or sha1 ('': unknown)."""
+    """A file to fetch: its URL, local path, size in bytes, and md5 or sha1 ('': unknown)."""
 
     url: str
     path: Path
@@ -33,48 +33,42 @@ class RemoteFile:
 
 
 def request(url, start=None, stop=None, method="GET"):
-    """The answer to a request for the bytes [start, stop) of a URL, or for all of it."""
-    headers = {}
+    """Request the bytes [start, stop) of a URL, or all of it; returns the response."""
+    message = urllib.request.Request(url, method=method)
     if start is not None:
-        headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-    return urllib.request.urlopen(
-        urllib.request.Request(url, headers=headers, method=method), timeout=60
-    )
-
-
-def unreachable(url, error):
-    reason = getattr(error, "reason", error)
-    cure = "try again with a network connection, or give root= a local copy"
-    return InputError(f"{url} cannot be reached ({reason}): {cure}")
+        message.add_header("Range", f"bytes={start}-{'' if stop is None else stop - 1}")
+    return urllib.request.urlopen(message, timeout=60)
 
 
 def look_up(url, path, checksum=""):
-    """RemoteFile of a URL, None where there is none. InputError where it cannot be reached."""
+    """Return the RemoteFile of a URL, None if it does not exist. Raises InputError offline."""
     try:
         with request(url, method="HEAD") as response:
-            size = int(response.headers["Content-Length"])
+            size = response.headers["Content-Length"]
             etag = response.headers.get("ETag", "").strip('"')
+        if not size:
+            raise OSError("the server does not tell the file's size")
     except NETWORK_ERRORS as error:
-        if getattr(error, "code", 0) in (403, 404):  # 403: a bucket that has no such file
+        if getattr(error, "code", 0) in (403, 404):  # 403: a bucket without this file
             return None
-        raise unreachable(url, error) from None
-    is_md5 = re.fullmatch("[0-9a-f]{32}", etag)  # the tag of a file uploaded in parts is not
-    return RemoteFile(url, Path(path), size, checksum or (etag if is_md5 else ""))
+        reason = getattr(error, "reason", error)
+        cure = "try again with a network connection, or give root= a local copy"
+        raise InputError(f"{url} cannot be reached ({reason}): {cure}") from None
+    is_md5 = re.fullmatch("[0-9a-f]{32}", etag)  # the tag of a file uploaded in parts is none
+    return RemoteFile(url, Path(path), int(size), checksum or (etag if is_md5 else ""))
 
 
 def need(url, path, checksum=""):
-    """RemoteFile of a URL, which must be there."""
+    """Return the RemoteFile of a URL. Raises InputError if it does not exist."""
     file = look_up(url, path, checksum)
     if file is None:
-        raise InputError(f"{url} is not there: give root= a local copy, or url= another place")
+        raise InputError(f"{url} does not exist: give root= a local copy, or another url=")
     return file
 
 
 def download(files, folder, times=2.1):
-    """Fetch RemoteFiles into a folder one by one; those that are there stay.
-
-    times: disk that is needed in the end, in sizes of the download.
-    """
+    """Fetch RemoteFiles one by one, skipping complete ones. times: disk space that the dataset
+    needs in the end, as a multiple of the download."""
     files = [file for file in files if size_of(file.path) != file.size]
     if not files:
         return
@@ -84,7 +78,7 @@ def download(files, folder, times=2.1):
     print(f"{len(files)} files, {size / 1e9:.2f} GB, into {folder} ({free / 1e9:.0f} GB free)")
     if times * size > free:
         raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free where about {times * size / 1e9:.1f} GB are "
+            f"{folder} has {free / 1e9:.1f} GB free, but about {times * size / 1e9:.1f} GB are "
             f"needed: choose fewer subjects=, or use a larger disk"
         )
     with tqdm(total=size, unit="B", unit_scale=True, disable=None) as progress:
@@ -94,8 +88,8 @@ def download(files, folder, times=2.1):
 
 
 def fetch(file, progress=None, tries=5, pause=1.0):
-    """Fetch one RemoteFile, continuing PATH.part where an earlier attempt left off; it gets its
-    name when size and checksum are right. Raises InputError otherwise."""
+    """Fetch one RemoteFile, continuing an earlier PATH.part, which is renamed once size and
+    checksum are right. Raises InputError otherwise."""
     part = file.path.with_name(f"{file.path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     progress = progress or tqdm(disable=True)
@@ -112,24 +106,24 @@ def fetch(file, progress=None, tries=5, pause=1.0):
         except NETWORK_ERRORS as error:
             reason = getattr(error, "reason", error)
     if size_of(part) != file.size:
-        came = f"{size_of(part):,} of {file.size:,} bytes came ({reason})"
+        received = f"received {size_of(part):,} of {file.size:,} bytes ({reason})"
         cure = "run the same command again to continue, or give root= a local copy"
-        raise InputError(f"{file.url}: {came}; {cure}")
+        raise InputError(f"{file.url}: {received}; {cure}")
     kind = "md5" if len(file.checksum) == 32 else "sha1"
     if file.checksum and file_hash(part, kind) != file.checksum:
         part.unlink()
         raise InputError(
-            f"{file.url} came damaged, or is another version ({kind} differs), and was removed: "
+            f"{file.url} arrived damaged, or is another version ({kind} differs), and was removed: "
             "run the same command again, or give root= a local copy"
         )
     os.replace(part, file.path)
 
 
 def _append(url, part, progress):
-    """Append what is missing of a URL to a file."""
+    """Append the missing bytes of a URL to a file."""
     start = size_of(part) or None
     with request(url, start) as response, open(part, "ab") as file:
-        if start and response.status != 206:  # a server without ranges sends everything again
+        if start and response.status != 206:  # a server without ranges sends everything
             file.truncate(0)
         while block := response.read(1 << 20):
             file.write(block)
@@ -141,7 +135,7 @@ def size_of(path):
 
 
 class RemoteReader(io.RawIOBase):
-    """A RemoteFile as a read-only file object that fetches the bytes that are asked for."""
+    """A read-only file object that fetches only the requested bytes of a RemoteFile."""
 
     def __init__(self, file):
         self.file = file
@@ -167,7 +161,7 @@ class RemoteReader(io.RawIOBase):
         with request(self.file.url, self.position, self.position + count) as response:
             content = response.read()
         if response.status != 206 or len(content) != count:
-            raise OSError(f"{len(content):,} bytes came where {count:,} were asked for")
+            raise OSError(f"received {len(content):,} of {count:,} requested bytes")
         buffer[:count] = content
         self.position += count
         return count

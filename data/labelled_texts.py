@@ -10,8 +10,6 @@ The four parts are matched by key; each may be a list, whose keys are the places
 
 import copy
 import json
-from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -167,18 +165,10 @@ def _load(path):
         command = f"python data/probing/get_data.py -data_save_path {path.parent}"
         raise InputError(f"no dataset {path}: write it with {command}")
     try:
-        return json.loads(read_text(path), object_pairs_hook=partial(_distinct, path))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}): download it again") from None
-
-
-def _distinct(path, pairs):
-    """The dict of an object in a JSON file. Raises InputError where it has a key twice."""
-    keys = Counter(key for key, _ in pairs)
-    if len(keys) < len(pairs):
-        twice = keys.most_common(1)[0][0]
-        raise InputError(f"{path} has the key '{twice}' twice in one place: number sentences anew")
-    return dict(pairs)
+        cure = "download it again; a table is made a dataset by data/labelled/prepare.py"
+        raise InputError(f"{path} is not JSON ({error}): {cure}") from None
 
 
 def _frame(raw, where):

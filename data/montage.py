@@ -1,4 +1,4 @@
-"""Recordings side by side, as if their electrodes were one person's, and windows cut from them."""
+"""Put the electrodes of recordings side by side, as if of one person, and cut windows from them."""
 
 import hashlib
 import re
@@ -13,23 +13,22 @@ from data.recording import Recording
 
 @dataclass
 class Person:
-    """One recording, the numbers of its channels, and what mixes them, (electrodes, channels)."""
+    """A recording, the numbers of its channels, and their mixing (electrodes, channels), if any."""
 
     recording: Recording
     channels: np.ndarray
     mixing: np.ndarray | None = None
 
     def mixed(self, windows):
-        """Windows (..., channels, time) as (..., electrodes, time)."""
+        """Mix windows (..., channels, time) into (..., electrodes, time)."""
         return windows if self.mixing is None else self.mixing @ windows
 
 
 class Montage:
     """The chosen electrodes of one or more recordings.
 
-    people: a Person each; names: 'sub-01 LGA1' and so on, one an electrode; sfreq: Hz; xyz:
-    (electrodes, 3) in m; gaps: electrodes that were left out since samples are missing or all the
-    same.
+    people: list of Person; names: one per electrode, such as 'sub-01 LGA1'; sfreq: Hz; xyz:
+    (electrodes, 3) in m; gaps: electrodes left out because they are constant or lack samples.
     """
 
     def __init__(self, chosen, reference="none"):
@@ -60,12 +59,12 @@ class Montage:
             raise InputError(f"every electrode is constant or has NaN: {', '.join(self.gaps[:5])}")
 
     def rows(self, start):
-        """(people, events): the row of each person's signal at `start` (s)."""
+        """Return rows (people, events) of each person's signal at `start` (s)."""
         return np.stack([person.recording.rows(start) for person in self.people])
 
     def inside(self, first, width):
-        """(events,) whether windows of `width` from rows `first` (people, events) on are whole, and
-        clear of segments that were marked BAD."""
+        """Return (events,), whether windows of `width` from rows `first` (people, events) are whole
+        and outside segments marked BAD."""
         inside = np.ones(first.shape[1], bool)
         for person, begins in zip(self.people, first):
             recording = person.recording
@@ -76,7 +75,7 @@ class Montage:
         return inside
 
     def samples(self, first, width):
-        """(events, electrodes, width) float32 from rows `first` (people, events) on."""
+        """Return (events, electrodes, width) float32 from rows `first` (people, events) on."""
         parts = []
         for person, begins in zip(self.people, first):
             windows = np.empty((len(begins), len(person.channels), width), np.float32)
@@ -86,7 +85,7 @@ class Montage:
         return np.concatenate(parts, axis=1)
 
     def bins(self, first, width, n_bins):
-        """(events, electrodes, bins) float32: means over parts of the windows of samples()."""
+        """Return (events, electrodes, bins) float32, means over parts of the same windows."""
         edges = np.round(np.linspace(0, width, n_bins + 1)).astype(int)
         parts = []
         for person, begins in zip(self.people, first):
@@ -100,10 +99,8 @@ class Montage:
         return np.concatenate(parts, axis=1)
 
     def spectra(self, first, width, segment, highest):
-        """(events, electrodes * frequencies, segments) float32: log power of windows.
-
-        segment: s of a Hann window, half overlapping; highest: Hz, from the first above 0 on.
-        """
+        """Return (events, electrodes * frequencies, segments) float32, the log power up to
+        `highest` (Hz) in Hann windows of `segment` (s) that overlap by half."""
         size = max(4, min(width, round(segment * self.sfreq)))
         parts = []
         for begin in range(0, first.shape[1], 256):
@@ -111,13 +108,13 @@ class Montage:
             f, _, power = scipy.signal.spectrogram(x, self.sfreq, "hann", size, size // 2)
             kept = (f > 0) & (f <= highest)
             if not kept.any():
-                raise InputError(f"spectrum_max={highest:g} is below {f[1]:g} Hz, the lowest")
+                raise InputError(f"spectrum_max={highest:g} Hz: give at least {f[1]:g} Hz")
             power = np.log(np.maximum(power[:, :, kept], np.finfo(np.float32).tiny))
             parts.append(power.reshape(len(x), -1, power.shape[-1]).astype(np.float32))
         return np.concatenate(parts)
 
     def bin_means(self, rows, offsets, edges):
-        """(lags, events, electrodes, bins): lag_windows of everyone."""
+        """Return (lags, events, electrodes, bins), see lag_windows."""
         parts = []
         for person, row in zip(self.people, rows):
             windows = lag_windows(person.recording.signal, person.channels, row, offsets, edges)
@@ -127,16 +124,16 @@ class Montage:
         return np.concatenate(parts, axis=2)
 
     def checksums(self):
-        """What makers of recordings say of their content, one a person."""
+        """Return the checksum in each recording's meta.yaml."""
         return [person.recording.meta.get("sha256") for person in self.people]
 
 
 class Windows:
-    """Windows around events at a lag, as decoders read them: bins, spectra, or what a reader makes.
+    """Windows around events at a lag: bins, spectra, or a reader's features.
 
-    config has window, bins, represent, ..., as in decode.py. A reader(first, width) gives an array
-    (events, ...) for windows from rows `first` (people, events) on; its key names what it depends
-    on beside the recordings and preprocessor_params.
+    config has window, bins, represent, ... as in decode.py. reader(first, width) returns an array
+    (events, ...) for windows from rows `first` (people, events) on; reader.key names what this
+    depends on besides the recordings and preprocessor_params.
     """
 
     def __init__(self, montage, config, cache, reader=None):
@@ -145,7 +142,7 @@ class Windows:
         self.n_bins = config.bins
         if config.preprocess == "preprocess_neural_data":  # bins, counted in samples
             step = config.preprocessor_params.get("num_average_samples", 32)
-            if self.width % step:
+            if not isinstance(step, int) or step < 1 or self.width % step:
                 raise InputError(f"num_average_samples={step} does not divide {self.width} samples")
             self.n_bins = self.width // step
         if self.width < self.n_bins:
@@ -153,11 +150,11 @@ class Windows:
             raise InputError(f"window={config.window} s has {size}: too few for {self.n_bins} bins")
 
     def first(self, rows, lag):
-        """Row of the first sample of each window, for events at `rows` and a lag (ms)."""
+        """Return the first row of each window for events at `rows` and a lag (ms)."""
         return rows + round(self.montage.sfreq * (lag / 1000 - self.config.window / 2))
 
     def at(self, rows, lag):
-        """(events, ...) float32 at a lag (ms), for events at rows (people, events)."""
+        """Return (events, ...) float32 for events at `rows` (people, events) and a lag (ms)."""
         first = self.first(rows, lag)
         if self.reader:
             return self.read(first)
@@ -167,7 +164,7 @@ class Windows:
         return self.montage.spectra(first, self.width, *spectrum)
 
     def read(self, first):
-        """What the reader makes of every window; kept on disk by content, since it may be slow."""
+        """Return the reader's features, cached on disk by content since they may be slow."""
         key = hashlib.sha256(self.content().encode() + first.tobytes()).hexdigest()[:20]
         path = self.cache / f"{key}.npy"
         if not path.is_file():
@@ -178,11 +175,12 @@ class Windows:
         return np.load(path)
 
     def content(self):
-        """What windows depend on, as text: signals, parameters, the files they name, code."""
+        """Return as text what windows depend on: signals, parameters, files they name, code."""
         config = self.config
-        signals = [person.recording.path / "signal.f32" for person in self.montage.people]
-        content = [self.montage.names, self.montage.checksums(), files_state(signals)]
-        content += [config.reference, self.width]
+        content = [self.montage.names, self.montage.checksums(), config.reference, self.width]
+        for person in self.montage.people:
+            content.append(files_state([person.recording.path / "signal.f32"]))
+            content.append(person.channels.tolist())  # of a Laplacian's neighbours, too
         content += [config.preprocess, config.preprocessor_params, file_hash(__file__)]
         if self.reader:
             content.append(self.reader.key)
@@ -190,7 +188,7 @@ class Windows:
 
 
 def usable_channels(signal):
-    """(channels,) whether every sample is finite (else a channel's sum is not) and some differ."""
+    """Return (channels,), whether all samples are finite (or their sum is not) and some differ."""
     total = np.zeros(signal.shape[1])
     varies = np.zeros(signal.shape[1], bool)
     for begin in range(0, len(signal), 1 << 16):
@@ -201,18 +199,18 @@ def usable_channels(signal):
 
 
 def lag_windows(signal, channels, rows, offsets, edges):
-    """Bin means of windows at many lags, by differences of cumulative sums: (L, N, C, B) float32.
+    """Return bin means at many lags from differences of cumulative sums: (L, N, C, B) float32.
 
-    signal: (T, C'); channels: (C,) of it; rows: (N,) of the events; offsets: (L,) samples from an
-    event to its window's first; edges: (B + 1,) of the bins, in samples of the window.
+    signal: (T, C'); channels: (C,); rows: (N,) of the events; offsets: (L,) samples from an event
+    to the start of its window; edges: (B + 1,) of the bins, in samples of the window.
     """
     windows = np.empty((len(offsets), len(rows), len(channels), len(edges) - 1), np.float32)
     at = rows[:, None] + np.asarray(edges)
     widths = np.diff(edges)[:, None]
-    for begin in range(0, len(channels), 16):  # the sums are float64: a few channels at a time
+    for begin in range(0, len(channels), 16):  # a few at a time: the sums are float64
         some = channels[begin : begin + 16]
         sums = np.zeros((len(signal) + 1, len(some)))
-        for first in range(0, len(signal), 8192):  # as much as a cache holds: four times as fast
+        for first in range(0, len(signal), 8192):  # fits the cache: four times as fast
             block = signal[first : first + 8192, some].astype(np.float64)
             block[0] += sums[first]
             np.cumsum(block, axis=0, out=sums[first + 1 : first + 1 + len(block)])
@@ -223,8 +221,8 @@ def lag_windows(signal, channels, rows, offsets, edges):
 
 
 def laplacian(names):
-    """(C, C) mixing: each contact minus the mean of its neighbours on the shaft, if it has any:
-    those with the same letters and the number before or after; LA01 is beside LA2."""
+    """Return the mixing (C, C): each contact minus the mean of its neighbours on the shaft, if any,
+    which have the same letters and the number before or after; LA01 is next to LA2."""
     place = {}
     for i, name in enumerate(names):
         shaft, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
@@ -242,17 +240,8 @@ def laplacian(names):
 
 
 def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
-    """[(Recording, numbers of its good channels)] of some people. Raises InputError.
-
-    subjects: sub-03, 3 or nyu_ids, none for all; channels: a regular expression, from a name's
-    start.
-    """
-    for asked in subjects:
-        if not any(is_subject(asked, recording) for recording in recordings):
-            there = ", ".join(recording.path.name for recording in recordings)
-            cure = f"its prepare.py adds people with subjects={asked}"
-            folder = recordings[0].path.parent
-            raise InputError(f"subjects: {folder} has no {asked}, only {there}; {cure}")
+    """Return [(Recording, numbers of its good channels)] of the chosen people and electrodes, see
+    decode.py's options of these names."""
     try:
         pattern = re.compile(channels)
     except re.error as error:
@@ -260,10 +249,12 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
     if electrodes:
         table = read_table(electrodes, ["subject", "elec"], dtype=str)
     chosen = []
-    for recording in recordings:
-        if subjects and not any(is_subject(asked, recording) for asked in subjects):
-            continue
-        wanted = recording.good & [bool(pattern.match(name)) for name in recording.names]
+    shafts = set()
+    for recording in choose_people(recordings, subjects):
+        wanted = recording.good.copy()
+        for i, name in enumerate(recording.names):
+            wanted[i] &= pattern.match(name) is not None
+            shafts.add(re.sub(r"\d+$", "", name))
         if electrodes:
             listed = [is_subject(subject, recording) for subject in table.subject]
             wanted &= np.isin(recording.names, table.elec[listed])
@@ -271,20 +262,26 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
             chosen.append((recording, np.flatnonzero(wanted)))
     if not chosen:
         asked = f"channels={channels} electrodes={electrodes}"
-        raise InputError(f"{asked} leave no electrode: there are {', '.join(shafts(recordings))}")
+        raise InputError(f"{asked} leave no electrode: take {', '.join(sorted(shafts))}")
     return chosen
 
 
-def shafts(recordings):
-    """The names of all channels without their numbers."""
-    names = set()
-    for recording in recordings:
-        names.update(re.sub(r"\d+$", "", name) for name in recording.names)
-    return sorted(names)
+def choose_people(recordings, subjects):
+    """Return the recordings of the subjects (sub-03, 3 or nyu_ids), all if none is named."""
+    chosen = []
+    for asked in subjects:
+        matches = [recording for recording in recordings if is_subject(asked, recording)]
+        if not matches:
+            available = ", ".join(recording.path.name for recording in recordings)
+            cure = f"its prepare.py adds people with subjects={asked}"
+            folder = recordings[0].path.parent
+            raise InputError(f"subjects: {folder} has no {asked}, only {available}; {cure}")
+        chosen += matches
+    return [recording for recording in recordings if recording in chosen or not subjects]
 
 
 def is_subject(asked, recording):
-    """Whether 'sub-03', '3', '03' or an nyu_id means this recording."""
+    """Tell whether 'sub-03', '3', '03' or an nyu_id names this recording."""
     digits = re.sub(r"\D", "", recording.subject).lstrip("0")
     names = {recording.subject, recording.path.name, str(recording.meta.get("nyu_id", ""))}
     return str(asked) in (names | {digits, digits.zfill(2)}) - {""}

@@ -1,22 +1,22 @@
-"""Brains of every kind as plain files: a continuous signal, its channels, and what happened when.
+"""Recordings of every kind as plain files: a continuous signal, its channels and its events.
 
-A dataset is a folder with one folder a recording; scripts cut windows from it at any lag and width:
+A dataset is a folder with one folder per recording; scripts cut windows at any lag and width:
 
-    NAME/signal.f32     (T, C) float32, little-endian, time-major, no header: a memmap reads it
-    NAME/channels.csv   a row a channel: name, type, x, y, z (m, empty where unknown), status (good
+    NAME/signal.f32     (T, C) float32, little-endian, time-major, without header, for a memmap
+    NAME/channels.csv   a row per channel: name, type, x, y, z (m, empty if unknown), status (good
                         or bad), and whatever the prepare script adds
-    NAME/events.csv     a row an event, in any order: onset (s, finite), duration (s), then what the
-                        task has (word, object, ...)
+    NAME/events.csv     a row per event, in any order: onset (s, finite), duration (s), and the
+                        task's columns (word, object, ...)
     NAME/meta.yaml      format, samples, sfreq (Hz), unit, subject, first_sample, source, synthetic,
                         and whatever the prepare script adds
-    meta.yaml           format, recordings (their names), synthetic, and whatever the prepare script
-                        adds; written last, so a folder that has it is complete
+    meta.yaml           format, recordings (names), synthetic, and whatever the prepare script adds;
+                        written last, so that a folder with it is complete
 
-Onsets run on the recording's own clock, whose sample `first_sample` is row 0 of the signal (MNE's
-first_samp): an event at `onset` seconds is at row round(sfreq * onset) - first_sample. It may lie
-outside the signal, as when a film goes on after the amplifier has stopped.
+Onsets run on the recording's own clock, on which row 0 of the signal is sample `first_sample`
+(MNE's first_samp): an event at `onset` seconds is at row round(sfreq * onset) - first_sample. It
+may lie outside the signal, as when a film continues after the amplifier has stopped.
 
-The last part prepares signals for a pretrained NeuralEncoder (foundation.py shows how).
+The last part prepares signals for a pretrained NeuralEncoder, see foundation.py.
 """
 
 import hashlib
@@ -43,28 +43,28 @@ FORMAT = "recording-1"
 SET_FORMAT = "recordings-1"
 CHANNEL_COLUMNS = ["name", "type", "x", "y", "z", "status"]
 TEXT_COLUMNS = ["name", "word", "norm_word", "object", "image", "synonyms", "category", "phase"]
-PIECE = 2**21  # samples that are filtered at once
-SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # all other types are in V
+PIECE = 2**21  # samples to filter at once
+SENSOR_UNITS = {"mag": "T", "grad": "T/m"}  # other types: V
 
 
 # ---- writing
 
 
 def write_recording(folder, signal, channels, events, first_sample=0, **meta):
-    """Write one recording block by block; returns its meta. Raises InputError.
+    """Write one recording block by block and return its meta.
 
     signal: (T, C) array, or an iterable of (t, C) blocks.
-    channels: DataFrame with name and, where known, type, x, y, z (m), status.
-    events: DataFrame with onset (s) and, where known, duration (s).
-    meta: sfreq (Hz), unit ('V', 'a.u.', ...), subject, source (where it is from), synthetic, and
-        any other keys of plain types. An older meta.yaml goes first, the new one comes last.
+    channels: DataFrame with name and, if known, type, x, y, z (m), status.
+    events: DataFrame with onset (s) and, if known, duration (s).
+    meta: sfreq (Hz), unit ('V', 'a.u.', ...), subject, source, synthetic, and any other keys of
+        plain types. An old meta.yaml is removed first, the new one is written last.
     """
     folder = Path(folder)
     channels = check_channels(channels, folder / "channels.csv")
     events = check_events(events, folder / "events.csv")
     sfreq = meta.pop("sfreq")
     if not np.isfinite(sfreq) or sfreq <= 0:
-        raise InputError(f"{folder}: sfreq={sfreq} is no sampling rate in Hz")
+        raise InputError(f"{folder}: sfreq={sfreq} is not a sampling rate in Hz")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.yaml").unlink(missing_ok=True)
     if hasattr(signal, "ndim"):
@@ -89,15 +89,15 @@ def write_recording(folder, signal, channels, events, first_sample=0, **meta):
 
 
 def _write_signal(path, blocks, n_channels):
-    """Write blocks (t, C) one after the other; returns how many samples, and their sha256."""
+    """Write blocks (t, C) and return the number of samples and their sha256."""
     samples = 0
     digest = hashlib.sha256()
     with aside(path) as file:
         for block in blocks:
             block = np.ascontiguousarray(block, dtype="<f4")
             if block.ndim != 2 or block.shape[1] != n_channels:
-                wanted = f"(time, {n_channels} channels)"
-                raise InputError(f"{path}: a block of shape {block.shape}, not {wanted}")
+                expected = f"(time, {n_channels} channels)"
+                raise InputError(f"{path}: a block has shape {block.shape}, not {expected}")
             content = memoryview(block).cast("B")
             file.write(content)
             digest.update(content)
@@ -106,12 +106,12 @@ def _write_signal(path, blocks, n_channels):
 
 
 def write_raw(folder, raw, events, block_s=30.0, **meta):
-    """Write all channels of an MNE Raw with its types, places (m), bads and first sample; returns
-    the recording's meta. meta: subject, source, synthetic and more keys."""
+    """Write all channels of an MNE Raw with types, positions (m), bads and first sample, as
+    write_recording does; meta: without sfreq and unit."""
     units = {SENSOR_UNITS.get(kind, "V") for kind in raw.get_channel_types()}
     if len(units) > 1:
         units = " and ".join(sorted(units))
-        raise InputError(f"{folder}: channels in {units} cannot stand in one recording")
+        raise InputError(f"{folder}: one recording cannot hold channels in {units}: pick one kind")
     places = channel_positions(raw)
     status = np.where(np.isin(raw.ch_names, raw.info["bads"]), "bad", "good")
     channels = pd.DataFrame({"name": raw.ch_names, "type": raw.get_channel_types()})
@@ -132,7 +132,7 @@ def write_raw(folder, raw, events, block_s=30.0, **meta):
 
 
 def channel_positions(raw):
-    """(C, 3) positions (m) of an MNE Raw's channels, NaN where unknown."""
+    """Return the positions (C, 3) in m of an MNE Raw's channels, NaN if unknown."""
     places = np.array([ch["loc"][:3] for ch in raw.info["chs"]], dtype=float).reshape(-1, 3)
     places[~places.any(axis=1)] = np.nan  # MNE's zeros mean unknown
     places[~np.isfinite(places).all(axis=1)] = np.nan
@@ -140,7 +140,7 @@ def channel_positions(raw):
 
 
 def write_set(folder, recordings, *, synthetic, **meta):
-    """Complete a dataset: meta.yaml with the names of its recordings, all written; returns it."""
+    """Complete a dataset of written recordings with its meta.yaml, and return its content."""
     if not recordings:
         raise InputError(f"{folder}: a dataset needs at least one recording")
     for name in recordings:
@@ -162,10 +162,10 @@ class Recording:
     """One recording, opened and checked.
 
     signal: (T, C) float32 memmap, read-only; channels, events: DataFrames; names: list of C channel
-    names; xyz: (C, 3) in m, NaN where unknown; good: (C,) bool; sfreq (Hz), unit, subject,
+    names; xyz: (C, 3) in m, NaN if unknown; good: (C,) bool; sfreq (Hz), unit, subject,
     first_sample, synthetic; meta: all of meta.yaml; path: its folder.
 
-    Raises InputError when a file is missing, damaged, or not as long as meta.yaml says.
+    Raises InputError if a file is missing, damaged, or not as long as meta.yaml says.
     """
 
     def __init__(self, path):
@@ -189,30 +189,29 @@ class Recording:
         expected = 4 * samples * n_channels
         size = check_content(file).stat().st_size
         if size != expected or size == 0:
-            wanted = f"{samples:,} samples of {n_channels} channels take {expected:,}"
-            raise InputError(f"{file} is {size:,} bytes long where {wanted}{remedy(self.path)}")
+            needed = f"{samples:,} samples of {n_channels} channels take {expected:,}"
+            raise InputError(f"{file} has {size:,} bytes, but {needed}{remedy(self.path)}")
         return np.memmap(file, "<f4", mode="r", shape=(samples, n_channels))
 
     def rows(self, onset):
-        """Row of the signal (int64, maybe outside it) for onsets in s."""
+        """Return the rows of the signal (int64, maybe outside it) for onsets in s."""
         samples = np.round(np.asarray(onset, dtype=float) * self.sfreq).astype(np.int64)
         return samples - self.first_sample
 
 
 def read_meta(folder):
-    """meta.yaml of one recording as a dict. Raises InputError where it is none of ours."""
+    """Read meta.yaml of one recording as a dict."""
     keys = ("samples", "sfreq", "unit", "subject", "first_sample", "synthetic")
     return load_meta(folder, "recording", FORMAT, keys)
 
 
 def read_set(folder):
-    """meta.yaml of a dataset: Recording(folder / name) opens each of its 'recordings'; a set of
-    speech also has 'words', the table of its transcript."""
+    """Read meta.yaml of a dataset; in a set of speech 'words' is the table of the transcript."""
     return load_meta(folder, "recordings", SET_FORMAT, ("recordings", "synthetic"))
 
 
 def complete(folder):
-    """Whether the folder holds a whole dataset: every recording opens."""
+    """Tell whether the folder holds a whole dataset, of which every recording opens."""
     try:
         for name in read_set(folder)["recordings"]:
             Recording(Path(folder) / name)
@@ -222,7 +221,7 @@ def complete(folder):
 
 
 def made_recordings(folder, options):
-    """Names of a whole dataset's recordings, [] without one. InputError for other options."""
+    """Return the names of a whole dataset's recordings, or []; refuse other options."""
     if not complete(folder):
         return []
     meta = read_set(folder)
@@ -231,14 +230,14 @@ def made_recordings(folder, options):
 
 
 def _read_csv(path):
-    """(table, path); only an empty number is missing: 'null', 'NA' and '007' may be words."""
+    """Return (table, path); only empty numbers are missing: 'null', 'NA' and '007' may be words."""
     missing = dict.fromkeys(("x", "y", "z", "onset", "duration"), [""])
     table = read_table(path, na_values=missing, dtype=dict.fromkeys(TEXT_COLUMNS, str))
     return table, path
 
 
 def check_channels(table, path):
-    """A table of channels with every column the format has, these first. Raises InputError."""
+    """Return a table of channels with all columns of the format, these first."""
     table = pd.DataFrame(table).reset_index(drop=True)
     table["name"] = column(table, path, "name").astype(str)
     defaults = {"type": "eeg", "x": np.nan, "y": np.nan, "z": np.nan, "status": "good"}
@@ -247,12 +246,12 @@ def check_channels(table, path):
             table[name] = default
     problem = ""
     if not len(table):
-        problem = "there is no channel"
+        problem = "the table has no channel"
     elif table["name"].duplicated().any():
         twice = table["name"][table["name"].duplicated()].iloc[0]
-        problem = f"the channel name {twice!r} stands there twice"
+        problem = f"two channels have the name {twice!r}"
     elif not table["status"].isin(["good", "bad"]).all():
-        problem = f"status is good or bad, not all of {sorted(set(table['status']))}"
+        problem = f"status must be good or bad, not {', '.join(map(str, set(table['status'])))}"
     if problem:
         raise InputError(f"{path}: {problem}")
     for axis in "xyz":
@@ -261,13 +260,13 @@ def check_channels(table, path):
 
 
 def check_events(table, path):
-    """A table of events with finite onsets and a duration, these first. Raises InputError."""
+    """Return a table of events with finite onsets and a duration, these first."""
     table = pd.DataFrame(table).reset_index(drop=True)
     table["onset"] = _numbers(table, "onset", path)
     wrong = np.flatnonzero(~np.isfinite(table["onset"].to_numpy()))
     if len(wrong):
         raise InputError(
-            f"{path}: the onset in row {wrong[0] + 1} is not a finite number of seconds; drop such "
+            f"{path}: the onset in row {wrong[0] + 1} is not a finite number of seconds: drop such "
             f"events ({len(wrong)} of {len(table)})"
         )
     if "duration" not in table:
@@ -279,30 +278,30 @@ def _numbers(table, name, path):
     try:
         return column(table, path, name).astype(float)
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {name} is a number ({error})") from None
+        raise InputError(f"{path}: {name} must be a number ({error})") from None
 
 
-# ---- input of a pretrained encoder
-# Its recipe is a dict: sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid.
+# ---- input for a pretrained encoder
+# recipe: a dict of sfreq (Hz), window (s), patch (samples), bands (Hz), clamp, grid
 
 
 def resampled(signal, sfreq, recipe, channels=None):
-    """A continuous signal (T, C') at recipe['sfreq'] by block means: (T', C, F) float32.
+    """Resample a signal (T, C') to recipe['sfreq'] by block means: (T', C, F) float32.
 
-    channels: numbers of the C channels wanted, all by default. The F features of a channel are the
+    channels: numbers of the C channels wanted, default all. A channel's F features are the
     envelopes of recipe['bands'], or the signal itself. Row i begins i / recipe['sfreq'] s after row
-    0. A file is read piece by piece: hours take little memory. Raises InputError for a slow signal.
+    0. Files are read piece by piece, so that hours take little memory.
     """
     target = recipe["sfreq"]
     bands = recipe["bands"]
     if target > sfreq:
-        raise InputError(f"sfreq={target:g} Hz is more than the {sfreq:g} Hz of the recording")
+        raise InputError(f"sfreq={target:g} Hz is above the recording's {sfreq:g} Hz")
     for _, high in bands:
         if high >= sfreq / 2:
             raise InputError(f"bands: {high:g} Hz is not below half of the recording's {sfreq:g}")
     if channels is None:
         channels = np.arange(signal.shape[1])
-    # Blocks differ by a sample where the ratio of the rates is no integer.
+    # blocks differ by a sample if the ratio of the rates is no integer
     n_blocks = int(len(signal) * target / sfreq + 1e-9)
     edges = np.round(np.arange(n_blocks + 1) * sfreq / target).astype(int)
     out = np.empty((n_blocks, len(channels), max(1, len(bands))), np.float32)
@@ -313,7 +312,7 @@ def resampled(signal, sfreq, recipe, channels=None):
             x = _read_rows(signal, some[0], some[-1])[:, channels]
             out[first : first + step, :, 0] = _block_means(x, some - some[0])
         return out
-    group = max(1, 2**25 // len(signal))  # channels that are in memory at once
+    group = max(1, 2**25 // len(signal))  # channels in memory at once
     for first in range(0, len(channels), group):
         for c, x in enumerate(_read_channels(signal, channels[first : first + group], edges[-1])):
             for f, band in enumerate(bands):
@@ -322,13 +321,13 @@ def resampled(signal, sfreq, recipe, channels=None):
 
 
 def _block_means(x, edges):
-    """Means (n, ...) of x (T, ...) between n + 1 edges."""
+    """Return the means (n, ...) of x (T, ...) between n + 1 edges."""
     sums = np.add.reduceat(x.astype(np.float64, copy=False), edges[:-1], axis=0)
     return (sums.T / np.diff(edges)).T
 
 
 def _read_rows(signal, start, stop):
-    """Rows of a signal. A mapped file is read instead: its pages would stay in memory."""
+    """Return rows of a signal. A memmap's file is read, since mapped pages would stay in memory."""
     if isinstance(signal, np.memmap) and os.path.getsize(signal.filename) == signal.nbytes:
         width = signal.shape[1]
         offset = int(start) * width * signal.itemsize
@@ -338,7 +337,7 @@ def _read_rows(signal, start, stop):
 
 
 def _read_channels(signal, channels, stop, step=1 << 16):
-    """Some channels of the first `stop` rows of a signal, (C, stop) float32."""
+    """Return some channels of the first `stop` rows of a signal, (C, stop) float32."""
     out = np.empty((len(channels), stop), np.float32)
     for start in range(0, stop, step):
         rows = _read_rows(signal, start, min(start + step, stop))
@@ -347,7 +346,7 @@ def _read_channels(signal, channels, stop, step=1 << 16):
 
 
 def _envelope(x, sfreq, low, high):
-    """Envelope of a channel x (T,); a very long one in pieces that share 30 cycles of the band."""
+    """Return a channel's envelope, from pieces that overlap by 30 cycles of the band."""
     margin = int(30 * sfreq / low)
     out = np.empty(len(x))
     for start in range(0, len(x), PIECE):
@@ -359,7 +358,7 @@ def _envelope(x, sfreq, low, high):
 
 
 def envelope(x, sfreq, low, high):
-    """Amplitude of a band (Hz) of x (T, C): Butterworth of order 4, zero phase, Hilbert."""
+    """Return the Hilbert amplitude of x (T, C) in a band (Hz): Butterworth, order 4, zero phase."""
     import scipy.fft
     import scipy.signal
 
@@ -370,15 +369,15 @@ def envelope(x, sfreq, low, high):
 
 
 def robust_scale(x):
-    """(median, robust SD), each (C, F), over the first axis of x (T', C, F); the robust SD is the
-    interquartile range / 1.349, a Gaussian's SD, or 1 if nothing varies."""
+    """Return the median and robust SD (C, F) over the first axis of x (T', C, F); the robust SD is
+    the interquartile range / 1.349, which is a Gaussian's SD, or 1 for a constant."""
     low, centre, high = np.percentile(x, [25, 50, 75], axis=0)
     return centre, np.where(high > low, (high - low) / 1.349, 1.0)
 
 
 def places(names, xyz, good, grid=""):
-    """Positions (C, 3) in m as an encoder takes them, NaN (absent) for a bad channel. grid='8x8'
-    puts the channels G1 .. G64 on a grid, row by row, 10 mm apart, whatever xyz says."""
+    """Return positions (C, 3) in m for an encoder, NaN (absent) for bad channels. grid='8x8' puts
+    channels G1 .. G64 on a grid, row by row, 10 mm apart, whatever xyz is."""
     xyz = np.array(xyz, dtype=float)
     if grid:
         n_rows, n_columns = map(int, grid.split("x"))
@@ -392,9 +391,9 @@ def places(names, xyz, good, grid=""):
 
 
 def encoder_input(windows, recipe, centre, scale):
-    """Windows (N, T, C, F) of resampled() signals as a NeuralEncoder takes them: (N, C, P * F *
-    patch) float32, in units of `scale` about `centre` (C, F), cut at recipe['clamp']; the features
-    of a patch side by side. Samples beyond the last whole patch are left out."""
+    """Turn windows (N, T, C, F) of resampled() signals into a NeuralEncoder's input (N, C, P * F *
+    patch) float32: in units of `scale` about `centre` (C, F), clipped at recipe['clamp'], a patch's
+    features side by side, without the samples after the last whole patch."""
     N, T, C, F = windows.shape
     patch = recipe["patch"]
     x = np.clip((windows - centre) / scale, -recipe["clamp"], recipe["clamp"]).astype(np.float32)
@@ -403,18 +402,18 @@ def encoder_input(windows, recipe, centre, scale):
 
 
 def named_places(names, xyz, recipe):
-    """Positions (C, 3) in m: where xyz is NaN, the mean place that channels of its name had in
-    pretraining; and counts {name: known by name, position: by its place only, absent: neither}."""
-    known = {}
+    """Fill NaN in positions (C, 3), in m, with the mean of channels of that name in pretraining.
+    Also count {name: in pretraining, position: with a position only, absent: without either}."""
+    pretrained = {}
     for recording in recipe["recordings"]:
         for name, place in zip(recording["channels"], recording["xyz"]):
             if np.isfinite(place).all():
-                known.setdefault(name, []).append(place)
+                pretrained.setdefault(name, []).append(place)
     xyz = np.array(xyz, dtype=float)
     for i, name in enumerate(names):
-        if name in known and not np.isfinite(xyz[i]).all():
-            xyz[i] = np.mean(known[name], 0)
+        if name in pretrained and not np.isfinite(xyz[i]).all():
+            xyz[i] = np.mean(pretrained[name], 0)
     placed = np.isfinite(xyz).all(1)
-    named = np.array([name in known for name in names], dtype=bool)
+    named = np.array([name in pretrained for name in names], dtype=bool)
     counts = {"name": placed & named, "position": placed & ~named, "absent": ~placed}
-    return xyz, {how: int(which.sum()) for how, which in counts.items()}
+    return xyz, {key: int(mask.sum()) for key, mask in counts.items()}

@@ -9,8 +9,7 @@ one folder for each model, list of texts and poolings.
     done           how many texts are finished, from the shortest: a killed pass goes on from there
 
 The folder's name is a hash of weights, token ids, what is pooled, and this file: whoever edits a
-pooling gets a new folder. Each text goes through the model once; its states are pooled while the
-model runs, and only the pooled vectors are kept.
+pooling gets a new folder. A folder whose files are torn is filled anew.
 """
 
 import fcntl
@@ -43,15 +42,11 @@ def token_at(lengths, quantile):
 
 
 def pool_tokens(x, real, pooling):
-    """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H)."""
+    """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H), float32."""
     if pooling in REDUCE:
-        return REDUCE[pooling](x, real[:, :, None])
-    return x[torch.arange(len(x), device=x.device), column_of(real, pooling)]
-
-
-def column_of(real, quantile):
-    """Columns (B,) of a quantile's tokens among the real (B, T) ones."""
-    return real.int().argmax(1) + token_at(real.sum(1), float(quantile))
+        return REDUCE[pooling](x.float(), real[:, :, None])
+    columns = real.int().argmax(1) + token_at(real.sum(1), float(pooling))
+    return x[torch.arange(len(x), device=x.device), columns].float()
 
 
 @dataclass
@@ -129,10 +124,10 @@ class PoolToken:
         states = outputs["hidden_states"]
         layers = []
         for layer in self.layers(len(states) - 1):
-            x = states[layer].float()
+            x = states[layer]
             if self.cacheable:
                 x = torch.stack([pool_tokens(x, real, pooling) for pooling in self.poolings], 1)
-            layers.append(x)
+            layers.append(x.float())
         keep = self._unequal(real.sum(1)) if self.cacheable else real
         return self._combine(torch.stack(layers, 1), keep)
 
@@ -198,10 +193,11 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
     lengths = np.array(list(map(len, rows)))
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another job that wants the same waits, then reads
-        if not (folder / "done").exists():
-            if truncated:
-                limit = f"longer than its {model.max_length} tokens and were cut"
-                print(f"{model.name}: {truncated} of {len(rows)} texts are {limit}")
+        try:
+            done = int((folder / "done").read_text())
+            open_arrays(folder, poolings)
+        except (OSError, ValueError, EOFError):  # not there, or torn
+            done = 0
             shape = (len(rows), len(layers), model.width)
             for name in poolings:
                 np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)
@@ -210,19 +206,24 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
             meta |= {"width": model.width, "dtype": dtype, "truncated": truncated}
             write_aside(folder / "meta.json", json.dumps(meta))
             write_aside(folder / "done", "0")
-        if int((folder / "done").read_text()) < len(rows):
-            fill(model, rows, layers, poolings, folder, batch_tokens)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in poolings}
-    return States(arrays, lengths, layers, model.n_layer)
+            if truncated:
+                limit = f"longer than its {model.max_length} tokens and were cut"
+                print(f"{model.name}: {truncated} of {len(rows)} texts are {limit}")
+        if done < len(rows):
+            fill(model, rows, layers, poolings, folder, batch_tokens, done)
+    return States(open_arrays(folder, poolings), lengths, layers, model.n_layer)
 
 
-def fill(model, rows, layers, poolings, folder, batch_tokens):
-    """Run the unfinished texts, the shortest first, and write each batch as soon as it is pooled.
+def open_arrays(folder, poolings):
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in poolings}
+
+
+def fill(model, rows, layers, poolings, folder, batch_tokens, start):
+    """Run the texts from `start`, the shortest first; write each batch as soon as it is pooled.
 
     The arrays are opened anew for each batch: what is written does not stay in memory.
     """
     order = np.argsort(list(map(len, rows)), kind="stable")
-    start = int((folder / "done").read_text())
     bar = tqdm(total=len(rows), initial=start, desc=model.name, mininterval=5)
     while start < len(rows):
         stop = start + 1
@@ -250,17 +251,10 @@ def pool_batch(model, rows, layers, poolings):
     ids, real = model.pad(rows)
     shape = (len(poolings), len(rows), len(layers), model.width)
     pooled = torch.empty(shape, device=ids.device)
-    quantiles = [pooling for pooling in poolings if pooling not in REDUCE]
-    columns = {quantile: column_of(real, quantile) for quantile in quantiles}
-    texts = torch.arange(len(rows), device=ids.device)
 
     def take(layer, state):
         for number, pooling in enumerate(poolings):
-            if pooling in REDUCE:
-                x = REDUCE[pooling](state.float(), real[:, :, None])
-            else:
-                x = state[texts, columns[pooling]]
-            pooled[number, :, layers.index(layer)] = x
+            pooled[number, :, layers.index(layer)] = pool_tokens(state, real, pooling)
 
     model.run(ids, real, layers, take)
     return pooled.cpu().numpy()

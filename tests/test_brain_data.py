@@ -28,7 +28,7 @@ def netcdf(path, values, dims=("presentation", "neuroid"), name="data", fill=np.
     """A file as xarray lays it out with the NetCDF4 library.
 
     coords: dimension={coordinate: array}. Each dimension is a scale; coordinates are attached to
-    theirs, and named in an attribute of the array.
+    their dimension's scale, and named in an attribute of the array.
     """
     with h5py.File(path, "w", track_order=True) as file:
 
@@ -385,11 +385,11 @@ def test_nsd_bad_metadata(tmp_path, column, value, sentence):
 def test_digits_are_scikit_learns(tmp_path):
     prepare(digits, out_dir=tmp_path)
     data = Encoding(tmp_path)
-    given = load_digits()
+    expected = load_digits()
     pixels = np.stack([np.asarray(Image.open(path)) for path in data.inputs()])
-    assert np.array_equal(np.round(pixels / 255 * 16), given.images)
-    assert data.stimuli.label.astype(int).tolist() == given.target.tolist()
-    assert data.responses.argmax(1).tolist() == given.target.tolist()
+    assert np.array_equal(np.round(pixels / 255 * 16), expected.images)
+    assert data.stimuli.label.astype(int).tolist() == expected.target.tolist()
+    assert data.responses.argmax(1).tolist() == expected.target.tolist()
     shares = pd.crosstab(data.stimuli.label, data.stimuli.split, normalize="index")
     assert np.allclose(shares[["train", "val", "test"]], [0.6, 0.2, 0.2], atol=0.01)
 

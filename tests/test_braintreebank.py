@@ -256,14 +256,30 @@ def test_labels_and_splits_equal_the_packages(package, person, trial):
             folds.append(("across", across[0], (2, 4)))
         for column, fold, train in folds:
             for part in ("val", "test", "train"):
-                theirs = fold[f"{part}_dataset"]
+                package_part = fold[f"{part}_dataset"]
                 if part == "train" and train:  # all items of another recording
                     expected = windows[train][task]
-                    assert len(theirs) == len(expected)
-                    assert items_of(theirs, 10) == windows_of(expected, 10), (task, train)
+                    assert len(package_part) == len(expected)
+                    assert items_of(package_part, 10) == windows_of(expected, 10), (task, train)
                 else:
                     expected = np.flatnonzero(ours[column] == part)
-                    assert np.array_equal(indices_of(theirs), expected), (task, column, part)
+                    assert np.array_equal(indices_of(package_part), expected), (task, column, part)
+
+
+def odd_tables(root, folder):
+    """{what: copy of the tree in which it has the wrong type}, text for numbers, say."""
+    copies = {}
+    for what in ("rms", "is_onset", "labels"):
+        copies[what] = shutil.copytree(
+            root, folder / what, ignore=shutil.ignore_patterns("*.h5"), dirs_exist_ok=True
+        )
+    for what in ("rms", "is_onset"):
+        path = copies[what] / "transcripts/venom/features.csv"
+        table = pd.read_csv(path, index_col=0).astype({what: object})
+        table.loc[3, what] = "loud"
+        table.to_csv(path)
+    (copies["labels"] / "electrode_labels/sub_2/electrode_labels.json").write_text("[1, 2]")
+    return copies
 
 
 def test_bad_input_is_a_sentence(tree, tmp_path):
@@ -282,7 +298,11 @@ def test_bad_input_is_a_sentence(tree, tmp_path):
         copies[content] = tmp_path / f"package {len(copies)}"
         shutil.copytree(package, copies[content])
         (copies[content] / "config.py").write_text(content)
+    odd = odd_tables(root, tmp_path)
     for options, sentence in (
+        ({"root": odd["rms"], "recordings": ["btbank2_0"]}, "_2_trial000: a table .*float: 'loud'"),
+        ({"root": odd["is_onset"], "recordings": ["btbank2_0"]}, "task onset have the same label"),
+        ({"root": odd["labels"], "recordings": ["btbank2_0"]}, "does not hold what neuroprobe"),
         ({"package": tmp_path / "none"}, "braintreebank_features_time_alignment"),
         ({"recordings": ["btbank9_9"]}, "no btbank9_9.*btbank2_0"),
         ({"root": tmp_path}, "features.csv is missing"),

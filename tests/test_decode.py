@@ -49,9 +49,7 @@ def prepared(podcast, out, **options):
     with closing(Run(config)) as run:
         podcast, montage = decode.load_podcast(run, config)
         target = decode.make_target(run, config, podcast)
-        if config.config_setter:
-            setter = registry.resolve(config.config_setter, decode.SETTERS, "config_setter")
-            registry.call_setter(setter, config, montage, target)
+        registry.call_setter(config, decode.SETTERS, montage, target)
         inputs = decode.make_inputs(run, config, montage)
         target, rows = decode.keep_words(target, inputs[""], config)
         seconds = inputs[""].width / montage.sfreq
@@ -144,12 +142,12 @@ def test_early_stopping_keeps_the_best_epoch(podcast, tmp_path):
     options = {"epochs": 30, "patience": 2, "learning_rate": 0.05, "batch_size": 64}
     config, experiment = prepared(podcast, tmp_path, **options)
     X = torch.as_tensor(windows_at(experiment, 300.0))
-    given = "ensemble_pitom_model", X, experiment.target, experiment.folds[0], config
-    decoder, val = decode.fit_decoder(*given)
-    again, same_val = decode.fit_decoder(*given)
+    arguments = "ensemble_pitom_model", X, experiment.target, experiment.folds[0], config
+    decoder, val = decode.fit_decoder(*arguments)
+    again, same_val = decode.fit_decoder(*arguments)
     assert decoder.best_epoch == again.best_epoch < 28 and np.array_equal(val, same_val)
     config.epochs = decoder.best_epoch  # training that ends there gives the same
-    then, val_then = decode.fit_decoder(*given)
+    then, val_then = decode.fit_decoder(*arguments)
     assert then.best_epoch == decoder.best_epoch and np.allclose(val_then, val, atol=1e-6)
 
 
@@ -201,9 +199,9 @@ def test_spectra_are_the_log_power_of_every_electrode(podcast, tmp_path):
 
 def test_windows_outside_or_in_bad_segments_are_left_out(podcast, tmp_path, capsys):
     config, experiment = prepared(podcast, tmp_path, lags=[-800.0, 900.0])
-    n_outside = experiment.target.notes["with a window outside or BAD at some lag"]
-    said = capsys.readouterr().out
-    assert "1 without onset" in said and f"{n_outside} with a window outside" in said
+    n_outside = experiment.target.notes["with a window outside the recording or in a BAD segment"]
+    printed = capsys.readouterr().out
+    assert "1 without onset" in printed and f"{n_outside} with a window outside" in printed
     assert n_outside >= 4
     windows = experiment.inputs[""]
     for lag in config.lags:  # of which each has the same words
@@ -235,8 +233,8 @@ def test_an_electrode_with_missing_samples_is_named_and_left_out(podcast, tmp_pa
     hurt = hurt_copy(podcast, tmp_path / "hurt")
     _, whole = prepared(podcast, tmp_path / "a", reference="laplacian")
     _, experiment = prepared(hurt, tmp_path / "b", reference="laplacian")
-    said = "left out, with missing samples (NaN) or constant: sub-01 LGA4, sub-01 LGB4\n"
-    assert said in capsys.readouterr().out
+    line = "left out, constant or with missing samples (NaN): sub-01 LGA4, sub-01 LGB4\n"
+    assert line in capsys.readouterr().out
     gaps = ["sub-01 LGA4", "sub-01 LGB4"]
     assert experiment.montage.names == [n for n in whole.montage.names if n not in gaps]
     X = windows_at(experiment, 300.0)
@@ -254,8 +252,8 @@ def test_word_vectors_of_tokens_of_files_and_arbitrary(podcast, tmp_path):
     for name, text in texts.items():
         path = tmp_path / f"{name}.txt"
         path.write_text("".join(text))
-        found = vectors.look_up(["the", "don't", "it's", "zebra"], path)
-        assert np.allclose(found[:3], [[1, 2], [2, 1], [5, 5]]) and np.isnan(found[3]).all(), name
+        Y = vectors.look_up(["the", "don't", "it's", "zebra"], path)
+        assert np.allclose(Y[:3], [[1, 2], [2, 1], [5, 5]]) and np.isnan(Y[3]).all(), name
     path.write_text("the 1 b\n")
     with pytest.raises(InputError, match="odd.txt is not a text file of word vectors"):
         vectors.look_up(["the"], path)
@@ -407,12 +405,12 @@ def test_other_metrics_are_scikit_learns():
     identity = np.arange(50)[None]
     metrics = decode.measure_classes(logits, y, ["a", "b", "c"], identity)
     p = torch.tensor(logits).softmax(1).numpy()
-    said = logits.argmax(1)
+    predicted = logits.argmax(1)
     expected = {
         "roc_auc": sklearn.metrics.roc_auc_score(y, p, multi_class="ovr"),
-        "f1": sklearn.metrics.f1_score(y, said, average="macro"),
-        "accuracy": sklearn.metrics.accuracy_score(y, said),
-        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(y, said),
+        "f1": sklearn.metrics.f1_score(y, predicted, average="macro"),
+        "accuracy": sklearn.metrics.accuracy_score(y, predicted),
+        "balanced_accuracy": sklearn.metrics.balanced_accuracy_score(y, predicted),
         "cross_entropy": sklearn.metrics.log_loss(y, p),
     }
     for metric, value in expected.items():
@@ -435,7 +433,7 @@ def test_shifts_are_circular_and_leave_the_neighbours_out():
     assert (np.sort(orders, 1) == np.arange(50)).all() and (orders[0] == np.arange(50)).all()
 
 
-def test_closed_forms_are_scikit_learns_at_what_validation_words_choose():
+def test_ridge_is_scikit_learns_with_the_alpha_that_validation_words_choose():
     rng = np.random.default_rng(3)
     x, noise = rng.normal(size=(80, 12)).astype(np.float32), rng.normal(size=(80, 3))
     y = (x[:, :3] * [1, 0.3, 0] + noise).astype(np.float32)
@@ -448,9 +446,6 @@ def test_closed_forms_are_scikit_learns_at_what_validation_words_choose():
         again = sklearn.linear_model.Ridge(best).fit(x[:60], y[:60, t])
         assert np.allclose(test[:, t], again.predict(x[60:]), atol=1e-3)
         assert np.allclose(val[:, t], fits[best].predict(x[40:60]), atol=1e-3)
-    weights, offset, _ = decode.fit_least_squares(x, y, fold)
-    plain = sklearn.linear_model.LinearRegression().fit(x[:60], y[:60]).predict(x[60:])
-    assert np.allclose(x[60:] @ weights + offset, plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -472,7 +467,7 @@ def test_a_wide_logistic_regression_is_the_same_in_the_span_of_its_rows(n_classe
 
 def test_p_values_are_uniform_where_nothing_is_planted():
     """20 experiments of noise through ridge, folds, scorer and shifts."""
-    found = []
+    p_values = []
     for seed in range(20):
         rng = np.random.default_rng(seed)
         n, config = 240, Config(n_folds=3, n_shifts=199, min_count=3, pca=0)
@@ -489,8 +484,8 @@ def test_p_values_are_uniform_where_nothing_is_planted():
             out = decode.predict(decoder, X[fold.test])
             scores.append(decode.evaluate(out, target, fold, config).loc["auc"])
         mean = pd.concat(scores, axis=1).mean(axis=1)
-        found.append(decode.p_value(mean.score, mean.drop(decode.FACTS).to_numpy()))
-    assert scipy.stats.kstest(found, "uniform").pvalue > 0.05, sorted(found)
+        p_values.append(decode.p_value(mean.score, mean.drop(decode.FACTS).to_numpy()))
+    assert scipy.stats.kstest(p_values, "uniform").pvalue > 0.05, sorted(p_values)
 
 
 def test_p_of_nan_is_nan():
@@ -520,29 +515,20 @@ def test_it_finds_what_was_planted_and_nothing_else(podcast, tmp_path, capsys):
     assert np.isfinite(results[["score", "chance", "low", "high", "n"]]).all(axis=None)
     assert results.data.str.contains("synthetic").all()
     assert (tmp_path / "run/lags.png").exists()
-    said = capsys.readouterr().out
-    assert "the lag that each fold's validation words chose" in said and "too few" not in said
-    assert "ensemble_pitom_model: an ensemble of 2 members" in said and said.count("members") == 1
+    printed = capsys.readouterr().out
+    assert "the lag that each fold's validation words chose" in printed
+    assert "too few" not in printed and printed.count("members") == 1
+    assert "ensemble_pitom_model: an ensemble of 2 members" in printed
 
 
-def test_scores_do_not_depend_on_units_or_on_the_order_of_electrodes(
-    podcast, tmp_path, monkeypatch
-):
-    options = {"lags": [300.0], "model": "ridge", "beside": [], "controls": []}
-    before = finished(podcast, tmp_path / "before", **options)
-    choose = decode.choose_electrodes
-
-    def changed(*args):
-        chosen = choose(*args)
-        for i, (recording, channels) in enumerate(chosen):
-            recording.signal = np.asarray(recording.signal) * np.float32(1e6)
-            chosen[i] = recording, np.random.default_rng(i).permutation(channels)
-        return chosen
-
-    monkeypatch.setattr(decode, "choose_electrodes", changed)
-    after = finished(podcast, tmp_path / "after", **options)
-    auc = [table.loc[("ridge", "auc")].score for table in (before, after)]
-    assert np.allclose(*auc, atol=1e-3)
+def test_predictions_do_not_depend_on_units_or_on_the_order_of_electrodes(podcast, tmp_path):
+    config, experiment = prepared(podcast, tmp_path, model="ridge")
+    X = torch.as_tensor(windows_at(experiment, 300.0))
+    predictions = []
+    for x in (X, 1e6 * X[:, torch.randperm(14)]):
+        fold = experiment.folds[0]
+        predictions.append(decode.fit_decoder("ridge", x, experiment.target, fold, config)[1])
+    assert np.allclose(*predictions, atol=1e-3)
 
 
 def test_a_stopped_run_goes_on_where_it_was_and_few_shifts_are_told(podcast, tmp_path, capsys):
@@ -551,23 +537,26 @@ def test_a_stopped_run_goes_on_where_it_was_and_few_shifts_are_told(podcast, tmp
     files = list((tmp_path / "jobs").rglob("*.csv"))
     assert len(files) == 6
     files.pop().unlink()
+    files.pop().write_bytes(b"")  # as after a full disk
     times = [path.stat().st_mtime_ns for path in files]
     pd.testing.assert_frame_equal(finished(podcast, tmp_path, n_shifts=20, **RIDGE), whole)
     assert [path.stat().st_mtime_ns for path in files] == times
 
 
 def test_content_knows_words_and_signals(podcast, tmp_path):
-    config, given = prepared(podcast, tmp_path)
-    parts = config, given.inputs[""], given.target, given.rows
+    config, experiment = prepared(podcast, tmp_path)
+    parts = config, experiment.inputs[""], experiment.target, experiment.rows
     first = decode.content_of(*parts)
-    renamed = dataclasses.replace(given.target, labels=np.roll(given.target.labels, 1))
-    assert decode.content_of(config, given.inputs[""], renamed, given.rows) != first
-    signal = given.montage.people[0].recording.path / "signal.f32"
+    renamed = dataclasses.replace(experiment.target, labels=np.roll(experiment.target.labels, 1))
+    assert decode.content_of(config, experiment.inputs[""], renamed, experiment.rows) != first
+    signal = experiment.montage.people[0].recording.path / "signal.f32"
     before = signal.stat()
     os.utime(signal, (1, 1))  # made again
     assert decode.content_of(*parts) != first
     os.utime(signal, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert decode.content_of(*parts) == first
+    experiment.montage.people[0].channels = experiment.montage.people[0].channels[1:]
+    assert decode.content_of(*parts) != first
 
 
 def test_a_target_of_classes_and_targets_of_numbers(podcast, tmp_path):
@@ -577,9 +566,11 @@ def test_a_target_of_classes_and_targets_of_numbers(podcast, tmp_path):
     assert table.loc[("logistic", "roc_auc")].score.item() > 0.55  # the planted vectors say it
     for task in ("volume", f"{tmp_path}/mine.py:events"):
         out = tmp_path / task[-6:]
-        table = finished(podcast, out, task=task, beside=["linear"], **options)
+        table = finished(podcast, out, task=task, beside=["ridge"], **options)
         assert np.isfinite(table.score).all() and "corr" in table.index.unique("metric")
-    assert table.loc[("linear", "mse")].n.item() > 150  # events of the user's own
+    assert table.loc[("ridge", "mse")].n.item() > 150  # events of the user's own
+    _, experiment = prepared(podcast, tmp_path / "column", task=f"{tmp_path}/mine.py:column")
+    assert experiment.target.kind == "number"
 
 
 def test_targets_of_the_other_tasks(podcast, tmp_path):
@@ -623,14 +614,25 @@ def test_saved_decoders_read_a_new_recording(podcast, tmp_path, capsys):
     finished(podcast, tmp_path / "run", save_models=True, **RIDGE)
     apply = {"apply": str(tmp_path / "run"), "device": "cpu"}
     decode.main(configure(Config, [f"{k}={v}" for k, v in apply.items()] + [f"recording={other}"]))
-    assert "3 decoders, of 300, 300, 300 ms" in capsys.readouterr().out
+    assert "3 decoders, at 300, 300, 300 ms" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "run/applied/scores.csv")
     assert {"onset", "norm_word", "best", "score worda"} <= set(table)
     assert (table.best == table.norm_word).mean() > 0.3  # of 12
     decode.main(Config(**apply, recording=str(podcast)))
     assert "trained on this very recording" in capsys.readouterr().out
-    with pytest.raises(InputError, match="lacks electrodes of sub-0"):
+    for unit in (1e6, 1e-6):
+        signal *= unit
+        signal.flush()
+        with pytest.raises(
+            InputError, match="not about 1 as in training: prepare it in the same unit"
+        ):
+            decode.main(Config(**apply, recording=str(other)))
+        signal /= unit
+    with pytest.raises(InputError, match="has no sub-02, whose electrodes"):
         decode.main(Config(**apply, recording=str(other / "sub-01")))
+    edit(other / "sub-01/channels.csv", "LGA2,ecog,0.05,0.01,0.01,good", "LGA2,ecog,,,,bad")
+    with pytest.raises(InputError, match="lacks good electrodes of sub-01 .*: LGA2"):
+        decode.main(Config(**apply, recording=str(other)))
     with pytest.raises(InputError, match="holds no decoder"):
         decode.main(Config(apply=str(tmp_path), recording=str(other)))
 
@@ -681,6 +683,18 @@ def wrong_target(words, params):
 def late(words, params):
     return np.where(words.word_idx > 180, "late", "early")
 
+def column(words, params):
+    return words[["word_idx"]].to_numpy(float)
+
+def complex_windows(data, params):
+    return np.fft.rfft(data)
+
+def ragged(words, params):
+    return [[1.0, 2.0]] * (len(words) - 1) + [[1.0]]
+
+def text_starts(words, params):
+    return events(words, params).astype({"start": str}).replace("5.0", "five")
+
 def events(words, params):
     import pandas as pd
     return pd.DataFrame(dict(start=np.arange(5, 95, 0.5), target=np.tile([0.5, 1.5, 2.0], 60)))
@@ -716,10 +730,17 @@ def test_a_nested_yaml_of_podcast_benchmark_runs(podcast, tmp_path):
 
 # ---- bad input
 
+BINS = {"preprocess": "preprocess_neural_data"}
 REFUSED = [
-    ({"task": "contnt"}, ["task=contnt is none of", "content"]),
-    ({"preprocess": "bins"}, ["preprocess=bins is none of", "neural_data"]),
-    ({"config_setter": "neural"}, ["config_setter=neural is none of", "neural_conv"]),
+    ({"task": "contnt"}, ["task=contnt: give embedding, content"]),
+    ({"preprocess": "bins"}, ["preprocess=bins: give preprocess_neural_data"]),
+    ({"config_setter": "neural"}, ["config_setter=neural: give neural_conv"]),
+    ({"preprocessor_params": {"num_average_samples": 4}}, ["needs preprocess="]),
+    ({**BINS, "preprocessor_params": {"num_avg": 13}}, ["no key 'num_avg'"]),
+    (
+        {**BINS, "preprocessor_params": {"num_average_samples": 0}},
+        ["=0 does not divide 26 samples"],
+    ),
     ({"layer": 3}, ["no layer-3", "layer-24"]),
     ({"embedding": ["nosuch.txt"]}, ["neither lm, static", "gpt2-xl"]),
     ({"electrodes": "no.csv"}, ["no.csv"]),
@@ -727,7 +748,7 @@ REFUSED = [
     ({"bins": 4}, ["[14, 4] inputs", "bins="]),
     ({"model_params": {"num_model": 2}}, ["num_model'", "num_models"]),
     ({"task": "mine.py:late"}, ["fold 0 are all 'late'"]),
-    ({"word": "lemma"}, ["no column", "norm_word"]),
+    ({"word": "lemma"}, ["not a column", "norm_word"]),
     ({"min_count": 500}, ["fold 0", "min_count=500"]),
     ({"model": "ridge", "task": "surprisal", "beside": ["logistic"]}, ["is for classes"]),
     ({"n_folds": 1}, ["n_folds=1"]),
@@ -736,14 +757,20 @@ REFUSED = [
     ({"apply": "out/decode"}, ["recording="]),
     ({"untrained": 2}, ["foundation_model_preprocessing_fn"]),
     ({"dataset": "wordless"}, ["names no words"]),
-    ({"dataset": "same", "embedding": ["arbitrary"]}, ["are one word, or have one target"]),
-    ({"dataset": "same"}, ["are one word, or have one target"]),
+    (
+        {"dataset": "same", "embedding": ["arbitrary"]},
+        ["are the same word, or have the same target"],
+    ),
+    ({"dataset": "same"}, ["are the same word, or have the same target"]),
     ({"model": "mine.py:wrong_model"}, ["returned shape (", "(words, 6)"]),
     ({"model": "mine.py:no_model"}, ["cannot read", "'int' object"]),
     ({"model": "mine.py:mixing"}, ["mixes the words of a batch"]),
     ({"model": "mine.py:nosuch"}, ["nosuch", "my_file.py:name"]),
-    ({"preprocess": "mine.py:wrong_windows"}, ["first dimension must stay the words"]),
-    ({"task": "mine.py:wrong_target"}, ["returned shape (7,)"]),
+    ({"preprocess": "mine.py:wrong_windows"}, ["returned float32 of shape (14, 26) for 219 words"]),
+    ({"preprocess": "mine.py:complex_windows"}, ["returned complex", "real numbers"]),
+    ({"task": "mine.py:wrong_target"}, ["returned what", "shape (7,) for 222 words"]),
+    ({"task": "mine.py:ragged"}, ["returned what", "a target for each word"]),
+    ({"task": "mine.py:text_starts"}, ["returned what", "five"]),
 ]
 
 
@@ -774,6 +801,24 @@ def of_one_word(podcast, folder):
     words = pd.read_csv(podcast / "words.csv", keep_default_na=False)
     words.assign(norm_word="same").to_csv(folder / "words.csv", index=False)
     return folder
+
+
+def test_a_transcript_of_ones_own_lacks_what_is_named(podcast, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(podcast, folder)
+    for old, new, task, sentence in (
+        ("content", "kind", "content", "set has no column 'content'"),
+        ("sentence", "line", "sentence_onset", "set has no column 'sentence'"),
+        (",0.02,", ",soon,", "embedding", "words.csv is not .*'soon'"),
+        ("start", "begin", "embedding", "words.csv has no column 'start'"),
+    ):
+        edit(folder / "words.csv", old, new)
+        with pytest.raises(InputError, match=sentence):
+            prepared(folder, tmp_path / "run", task=task)
+    (folder / "audio.f32").unlink()
+    shutil.copy(podcast / "words.csv", folder)
+    with pytest.raises(InputError, match="audio.f32 is missing"):
+        prepared(folder, tmp_path / "run", task="volume")
 
 
 def test_electrodes_by_table_with_any_of_a_persons_names(podcast, tmp_path):

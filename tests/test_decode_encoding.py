@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from test_decode import PLANTED, hurt_copy, of_one_word
 
 import decode
@@ -22,7 +24,7 @@ def encoded(dataset, out, **options):
 
 def test_it_finds_lag_and_electrodes_and_splits_the_spaces(podcast, tmp_path, capsys):
     spaces = {"embedding": ["gpt2-xl", "arbitrary"], "n_shifts": 200}
-    electrodes = encoded(podcast, tmp_path, lags=[-300.0, 0.0, 300.0, 600.0], **spaces)
+    electrodes = encoded(podcast, tmp_path, lags=[-300.0, 600.0, 0.0, 300.0], **spaces)
     table = pd.read_csv(tmp_path / "encoding.csv")
     significant = table[table.p_max < 0.05]
     assert set(significant.electrode) == PLANTED and set(significant.lag) == {300.0}
@@ -44,12 +46,16 @@ def test_a_gap_changes_no_other_electrode_and_runs_go_on(podcast, tmp_path, caps
     assert "too few" not in capsys.readouterr().out
     hurt = hurt_copy(podcast, tmp_path / "set")
     hurt = encoded(hurt, tmp_path / "hurt", lags=[300.0], n_shifts=300)
-    assert "constant: sub-01 LGA4, sub-01 LGB4" in capsys.readouterr().out
+    assert "(NaN): sub-01 LGA4, sub-01 LGB4" in capsys.readouterr().out
     assert set(whole.index) - set(hurt.index) == {"sub-01 LGA4", "sub-01 LGB4"}
     assert np.allclose(hurt.score, whole.loc[hurt.index, "score"], atol=1e-5)
     assert set(hurt.index[hurt.q < 0.05]) == PLANTED
     first = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
     assert "n_shifts=15 is too few" in capsys.readouterr().out
+    next(tmp_path.glob("few/jobs/*/*.npz")).write_bytes(b"")  # as after a full disk
+    again = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
+    pd.testing.assert_frame_equal(again, first)
+    assert "2 folds of an earlier run are reused" in capsys.readouterr().out
     monkeypatch.setattr(decode_encoding, "encode_fold", None)
     again = encoded(podcast, tmp_path / "few", lags=[300.0], n_shifts=15)
     pd.testing.assert_frame_equal(again, first)
@@ -66,8 +72,19 @@ def test_correlations_of_shifted_words_are_numpys():
         assert np.isclose(r[p, 599], np.corrcoef(a[:, 599], b[order, 599])[0, 1], atol=1e-6)
 
 
+def test_the_columns_of_the_heat_map_lie_around_their_lags(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "pcolormesh", lambda axis, edges, *rest, **style: drawn.append(edges))
+    monkeypatch.setattr(Figure, "colorbar", lambda *args, **options: None)
+    for lags in ([-300.0, 0.0, 100.0, 700.0], [300.0]):
+        r = np.zeros((len(lags), 2))
+        decode_encoding.plot_encoding(tmp_path / "a.png", lags, r, 0.1, np.nan, "")
+        assert (drawn[-1][:-1] < lags).all() and (lags < drawn[-1][1:]).all()
+    assert decode.all_lags(Config(lags=[300.0, -300.0, 300.0])) == [-300.0, 300.0]
+
+
 REFUSED = [
-    ({"dataset": "same", "embedding": ["arbitrary"]}, "are one word, or have one target"),
+    ({"dataset": "same", "embedding": ["arbitrary"]}, "are the same word, or have the same target"),
     ({"embedding": ["nosuch"]}, "neither lm, static"),
     ({"window": 0.0}, "window=0.0 s"),
     ({"lag_step": 0.0, "lags": []}, "lag_step"),

@@ -56,8 +56,8 @@ def benchmark(tmp_path_factory):
 
 
 def options(benchmark, out, **changes):
-    given = {"dataset": str(benchmark), "out_dir": str(out), "task": "volume", "n_shifts": 50}
-    return {**given, "spectrum_max": 60.0, "device": "cpu", **changes}
+    settings = {"dataset": str(benchmark), "out_dir": str(out), "task": "volume", "n_shifts": 50}
+    return {**settings, "spectrum_max": 60.0, "device": "cpu", **changes}
 
 
 TESTED = {"within": NAMES, "session": NAMES[:2], "subject": NAMES[2:]}
@@ -65,14 +65,14 @@ TESTED = {"within": NAMES, "session": NAMES[:2], "subject": NAMES[2:]}
 
 @pytest.mark.parametrize("split", TESTED)
 def test_it_runs_by_the_benchmarks_splits(benchmark, tmp_path, split, capsys):
-    given = options(benchmark, tmp_path, split=split)
-    decode_neuroprobe.main(Config(**given))
-    said = capsys.readouterr().out
+    settings = options(benchmark, tmp_path, split=split)
+    decode_neuroprobe.main(Config(**settings))
+    printed = capsys.readouterr().out
     results = pd.read_csv(tmp_path / "results.csv")
     assert set(results.recording) == set(TESTED[split])
     assert results[["score", "chance", "low", "high", "n", "p"]].notna().all(axis=None)
     assert results[results.metric == "roc_auc"].score.mean() > 0.65  # loudness was planted
-    assert "shifted labels" in said and ("left out" in said) == (split != "within")
+    assert "shifted labels" in printed and ("left out" in printed) == (split != "within")
     file = next((tmp_path / "leaderboard").rglob("population_volume.json"))
     evaluation = json.loads(file.read_text())["evaluation_results"]
     names = {"sub_2_trial000": "btbank2_0", "sub_2_trial004": "btbank2_4"}
@@ -81,27 +81,27 @@ def test_it_runs_by_the_benchmarks_splits(benchmark, tmp_path, split, capsys):
     assert len(folds) == (2 if split == "within" else 1)
     assert {"train_accuracy", "train_roc_auc", "test_accuracy", "test_roc_auc"} <= set(folds[0])
     rows = (tmp_path / "results.part-0.jsonl").read_text()
-    decode_neuroprobe.main(Config(**given))  # everything is there
+    decode_neuroprobe.main(Config(**settings))  # everything is there
     assert (tmp_path / "results.part-0.jsonl").read_text() == rows
 
 
 def test_other_labels_or_signals_are_tested_again(benchmark, tmp_path):
     data = shutil.copytree(benchmark, tmp_path / "set")
-    given = options(data, tmp_path / "out", subjects=[NAMES[0]])
+    settings = options(data, tmp_path / "out", subjects=[NAMES[0]])
     rows = tmp_path / "out/results.part-0.jsonl"
     sizes = []
     for file in ("meta.yaml", "neuroprobe.csv", "signal.f32"):
         (data / NAMES[0] / file).write_bytes((data / NAMES[0] / file).read_bytes())
-        decode_neuroprobe.main(Config(**given))
+        decode_neuroprobe.main(Config(**settings))
         sizes.append(len(rows.read_text().splitlines()))
     assert sizes == [sizes[0], 2 * sizes[0], 3 * sizes[0]]
 
 
 def test_voltages_and_trained_decoders(benchmark, tmp_path):
-    given = {"represent": "bins", "bins": 16, "subjects": [NAMES[0]], "epochs": 3}
+    settings = {"represent": "bins", "bins": 16, "subjects": [NAMES[0]], "epochs": 3}
     for model in ("logistic", "pitom_model"):
         out = tmp_path / model
-        decode_neuroprobe.main(Config(**options(benchmark, out, model=model, **given)))
+        decode_neuroprobe.main(Config(**options(benchmark, out, model=model, **settings)))
         results = pd.read_csv(out / "results.csv")
         assert np.isfinite(results.score).all() and set(results.recording) == {NAMES[0]}
 
@@ -113,11 +113,11 @@ def test_a_frozen_encoder_reads_people_with_other_electrodes(benchmark, tmp_path
     save_encoder(tmp_path, recipe, **shape, n_layer=1, n_head=2, patch=16)
     scores = []
     for untrained in (0, 1):
-        given = {"split": "subject", "preprocess": "foundation_model_preprocessing_fn"}
+        settings = {"split": "subject", "preprocess": "foundation_model_preprocessing_fn"}
         params = {"model_dir": str(tmp_path), "untrained": untrained}
         out = tmp_path / str(untrained) / "out"
-        given |= {"preprocessor_params": params, "reference": "none"}
-        decode_neuroprobe.main(Config(**options(benchmark, out, **given)))
+        settings |= {"preprocessor_params": params, "reference": "none"}
+        decode_neuroprobe.main(Config(**options(benchmark, out, **settings)))
         scores.append(pd.read_csv(out / "results.csv").set_index("metric").score.roc_auc)
     assert scores[0] != scores[1]
 
@@ -132,14 +132,14 @@ def test_contacts_of_other_places_are_not_mixed_up(benchmark, tmp_path):
             text = text.replace(old, new)
         path.write_text(text)
     for split in ("session", "subject"):
-        given = options(tmp_path / "set", tmp_path / "out", split=split)
-        with pytest.raises(InputError, match="have other contacts, or no region in common"):
-            decode_neuroprobe.main(Config(**given))
+        settings = options(tmp_path / "set", tmp_path / "out", split=split)
+        with pytest.raises(InputError, match="have different contacts, or no region in common"):
+            decode_neuroprobe.main(Config(**settings))
 
 
 REFUSED = [
-    ({"task": "nosuch"}, "none of all, volume, speech"),
-    ({"subjects": ["sub_9"]}, "no recording to be tested"),
+    ({"task": "nosuch"}, "take all or one of volume, speech"),
+    ({"subjects": ["sub_9"]}, "no recording to test"),
     ({"window": 20.0}, "beyond the recording"),
     ({"dataset": "nosuch"}, "nosuch"),
 ]

@@ -1,8 +1,9 @@
-"""data/fetch.py: what is fetched is whole; a stop continues; `serve` is for other tests, too."""
+"""data/fetch.py: downloads are complete and can be resumed. Other tests use `serve`, too."""
 
 import hashlib
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -16,8 +17,8 @@ BODY = bytes(range(256)) * 100
 
 @contextmanager
 def serve(root):
-    """A folder behind http, as S3 serves it. Attributes: url; cut: bytes after which every answer
-    ends; ranges: whether it knows them; sent: {name: bytes}; asked: number of requests."""
+    """Serve a folder as S3 does. Attributes: url; cut: bytes after which every response ends;
+    ranges: whether they are supported; sent: {name: bytes}; asked: number of requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -70,17 +71,17 @@ def test_a_broken_fetch_continues_where_it_stopped(server, tmp_path):
     file = downloads.look_up(f"{server.url}/a", tmp_path / "x")
     assert (file.size, file.checksum) == (len(BODY), hashlib.md5(BODY).hexdigest())
     server.cut = file.size // 3 + 1
-    with pytest.raises(InputError, match="bytes came .* run the same command again"):
+    with pytest.raises(InputError, match="received .* bytes .* run the same command again"):
         downloads.fetch(file, tries=1, pause=0)
     part = tmp_path / "x.part"
     assert not file.path.exists() and part.stat().st_size == server.cut
     downloads.fetch(file, tries=3, pause=0)
-    assert file.path.read_bytes() == BODY and server.sent["a"] == file.size  # not a byte twice
+    assert file.path.read_bytes() == BODY and server.sent["a"] == file.size  # no byte twice
     file.path.unlink()
-    part.write_bytes(BODY)  # all of it came, and the process was killed then
+    part.write_bytes(BODY)  # complete when the process was killed
     downloads.fetch(file, pause=0)
     assert file.path.read_bytes() == BODY and server.sent["a"] == file.size
-    server.cut, server.ranges = None, False  # a server without ranges: everything again
+    server.cut, server.ranges = None, False  # a server without ranges sends everything
     part.write_bytes(BODY[:1000])
     downloads.fetch(file, pause=0)
     assert file.path.read_bytes() == BODY
@@ -89,24 +90,29 @@ def test_a_broken_fetch_continues_where_it_stopped(server, tmp_path):
 @pytest.mark.parametrize("checksum", ["", hashlib.sha1(b"another").hexdigest()])
 def test_damage_and_other_versions_are_removed(server, tmp_path, checksum):
     file = downloads.look_up(f"{server.url}/a", tmp_path / "x", checksum)
-    if not checksum:  # the server's own, of a part of something else
+    if not checksum:  # the server has one, and the part is of another file
         (tmp_path / "x.part").write_bytes(b"\0" * 1000)
-    with pytest.raises(InputError, match="came damaged, or is another version"):
+    with pytest.raises(InputError, match="arrived damaged, or is another version"):
         downloads.fetch(file, pause=0)
     assert not file.path.exists() and not (tmp_path / "x.part").exists()
 
 
-def test_what_is_missing_unreachable_or_too_large_is_said(server, tmp_path, monkeypatch):
+def test_missing_unreachable_and_too_large_files_are_reported(server, tmp_path, monkeypatch):
     assert downloads.look_up(f"{server.url}/none", tmp_path / "x") is None
-    with pytest.raises(InputError, match="/none is not there"):
+    with pytest.raises(InputError, match="/none does not exist"):
         downloads.need(f"{server.url}/none", tmp_path / "x")
     with pytest.raises(InputError, match="cannot be reached .* give root= a local copy"):
         downloads.look_up("http://127.0.0.1:9/a", tmp_path / "x")
+    response = nullcontext(SimpleNamespace(headers=Message()))
+    monkeypatch.setattr(downloads, "request", lambda *_, **__: response)
+    with pytest.raises(InputError, match="does not tell the file's size"):
+        downloads.look_up(f"{server.url}/a", tmp_path / "x")
+    monkeypatch.undo()
     files = [downloads.need(f"{server.url}/a", tmp_path / "x")]
     monkeypatch.setattr(downloads.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="choose fewer subjects="):
         downloads.download(files, tmp_path)
     monkeypatch.undo()
     downloads.download(files, tmp_path)
-    downloads.download(files, tmp_path)  # is there
+    downloads.download(files, tmp_path)  # skips it
     assert server.sent["a"] == len(BODY)

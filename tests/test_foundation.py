@@ -255,13 +255,16 @@ def test_a_run_goes_on_only_as_it_was_and_one_block_says_nothing(tmp_path, monke
 
 def test_minutes_settle_the_number_of_steps(podcast, tmp_path, monkeypatch):
     monkeypatch.setattr(foundation, "report", lambda *args: None)
-    options = [*TINY, f"dataset={podcast}", f"out_dir={tmp_path}", "minutes=0.02"]
-    foundation.main(configure(Config, [*options, "eval_interval=100"]))
+    options = [option for option in TINY if not option.startswith("max_iters")]
+    options += [f"dataset={podcast}", f"out_dir={tmp_path}", "eval_interval=100"]
+    foundation.main(configure(Config, [*options, "minutes=0.02"]))
     n_steps = load_checkpoint(tmp_path / "ckpt.pt")["config"]["max_iters"]
     assert 1 < n_steps < 10**5
     assert f"max_iters: {n_steps}\n" in (tmp_path / "config.yaml").read_text()
     for minutes, expected in ((0.02, n_steps), (0.03, foundation.UNSETTLED)):
-        corpus, run, config = corpus_of(podcast, tmp_path, "init_from=resume", f"minutes={minutes}")
+        config = configure(Config, [*options, "init_from=resume", f"minutes={minutes}"])
+        run = Run(config)
+        corpus = Corpus(run, config)
         foundation.Training(run, config, corpus, build(config, corpus))
         assert config.max_iters == expected
         run.close()

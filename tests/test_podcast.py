@@ -94,10 +94,10 @@ def test_a_subject_is_its_fif_file(made):
 
 def test_words_keep_what_is_odd_and_events_have_every_onset(made):
     meta, words = read_set(made), read_words(made)
-    given = read_words(made, "raw/stimuli/podcast_transcript.csv")
-    assert words["word"].tolist() == given["word"].tolist()
-    assert words["word_idx"].tolist() == list(range(len(given)))
-    np.testing.assert_array_equal(words["start"], given["start"])
+    transcript = read_words(made, "raw/stimuli/podcast_transcript.csv")
+    assert words["word"].tolist() == transcript["word"].tolist()
+    assert words["word_idx"].tolist() == list(range(len(transcript)))
+    np.testing.assert_array_equal(words["start"], transcript["start"])
     facts = meta["transcript"]
     assert facts["without_onset"] == 3 == words["start"].isna().sum()
     assert facts["sentences_by"] == "full stops"
@@ -210,7 +210,7 @@ def test_sentences_of_a_table(tmp_path):
     numbers, rule = podcast.number_sentences(words, podcast.Config(sentences=str(path)))
     assert list(numbers) == [-1, 0, 1, 1, 0, -1, 2, -1] and rule.startswith("table ")
     path.write_text("sentence_onset,sentence_offset\n100,101\n")
-    with pytest.raises(InputError, match="no word of the transcript"):
+    with pytest.raises(InputError, match="none of them holds a word"):
         podcast.number_sentences(words, podcast.Config(sentences=str(path)))
 
 
@@ -223,7 +223,7 @@ def test_a_word_of_several_tokens_has_the_tag_of_its_first(tmp_path):
     path.write_text("onset\tclass\n0.001\t4\n0.5\t1\n0.5\t3\n")  # by onset alone
     assert podcast.parts_of_speech(words, path) == ["other", "verb", "verb", ""]
     path.write_text("word\tstart\tpos\nelsewhere\t3.1\tNN\n")
-    with pytest.raises(InputError, match="knows no word of the transcript"):
+    with pytest.raises(InputError, match="has no word of the transcript"):
         podcast.parts_of_speech(words, path)
     path.write_text("word\tstart\nI\t0\n")
     with pytest.raises(InputError, match="no column 'pos_class' or 'class' or 'pos', only word"):
@@ -345,14 +345,14 @@ def test_loudness_is_in_the_named_electrodes_a_tenth_of_a_second_later(made):
     for name, truth in planted["subjects"].items():
         recording = Recording(made / name)
         time = (np.arange(len(recording.signal)) + recording.first_sample) / recording.sfreq
-        found = {}
+        r = {}
         for lag in (0.1, 0.3):
             heard = np.interp(time - 0.005 - lag, np.arange(len(audio)) / 100, audio)
             heard = np.broadcast_to(heard[:, None], recording.signal.shape)
-            found[lag] = correlations(heard, recording.signal)
+            r[lag] = correlations(heard, recording.signal)
         carries = np.isin(recording.names, truth["volume_electrodes"])
-        assert found[0.1][carries].min() > 0.15 and np.abs(found[0.1][~carries]).max() < 0.15
-        assert np.abs(found[0.3][carries]).max() < 0.3 < found[0.1].max()
+        assert r[0.1][carries].min() > 0.15 and np.abs(r[0.1][~carries]).max() < 0.15
+        assert np.abs(r[0.3][carries]).max() < 0.3 < r[0.1].max()
 
 
 def subject_of(config):
@@ -432,7 +432,7 @@ def test_subjects_can_be_added_and_nothing_is_made_twice(tree, tmp_path, capsys,
     prepare(tree, tmp_path / "b", subjects=[1])
     text = (tree / "stimuli/podcast_transcript.csv").read_text()
     replace(tree, "stimuli/podcast_transcript.csv", text.replace("the", "thy", 1))
-    with pytest.raises(InputError, match="another transcript"):
+    with pytest.raises(InputError, match="a different transcript"):
         prepare(tree, tmp_path / "b", subjects=[2])
     (out / "sub-01/meta.yaml").unlink()  # a damaged set is made again, whole
     assert prepare(tree, out, subjects=[2])["recordings"] == ["sub-02"] and complete(out)
@@ -446,7 +446,7 @@ def test_a_subject_without_the_file(tree, tmp_path):
     first = tree / FIF.format(n=1)
     path = tree / FIF.format(n=2)
     for content, sentence in (
-        (None, "no .*sub-02.* signal=highgamma is there for sub-01"),
+        (None, "no .*sub-02.* signal=highgamma exists for sub-01"),
         ("link", "git-annex link whose content is missing"),
         ("/annex/objects/MD5E-s1--0.fif\n", "pointer whose content is missing"),
     ):
@@ -460,7 +460,7 @@ def test_a_subject_without_the_file(tree, tmp_path):
     path.unlink()
     assert prepare(tree, out)["recordings"] == ["sub-01"]  # nobody named: those who have it
     first.unlink()
-    with pytest.raises(InputError, match="signal=highgamma is there for nobody"):
+    with pytest.raises(InputError, match="signal=highgamma exists for nobody"):
         prepare(tree, tmp_path / "b")
 
 
@@ -474,7 +474,7 @@ def test_signals_that_are_torn_or_in_microvolts(tree, made, tmp_path):
     path.unlink()
     raw = mne.io.read_raw_fif(made / "raw" / FIF.format(n=1), preload=True, verbose="error")
     raw.apply_function(lambda x: 1e6 * x).save(path, verbose="error")
-    with pytest.raises(InputError, match="V is no brain's: save it in V"):
+    with pytest.raises(InputError, match="V is too large for a brain: save it in V"):
         prepare(tree, tmp_path / "a", subjects=[1], **BARE)
     assert not (tmp_path / "a/meta.yaml").exists()
 
@@ -488,19 +488,19 @@ IN_MS = "word,start,end\na,900,990\nb,1200,1300\n"
     "name, content, sentence",
     [
         (WORDS, "word,onset\na,1\n", "no column 'start', only word"),
-        (WORDS, "word,start,end\na,soon,2\n", "'start' holds no numb"),
+        (WORDS, "word,start,end\na,soon,2\n", "podcast_transcript.csv is not .*'soon'"),
         (WORDS, "word,start,end\na,,\nb,n/a,nan\n", "no word has an"),
-        (WORDS, "word,start,end\na,1,2\n", "different snapshots"),
+        (WORDS, "word,start,end\na,1,2\n", "take both from the same snapshot"),
         (WORDS, IN_MS, "transcript.csv: a word every 300 s .column 'start'.: are they in ms"),
         (WORDS, "word,start,end\na,1,2\nb,2,1\n", "csv: 'b' in row 2 is from 2.0 to 1.0 s"),
         (WORDS, "word,start,end\na,inf,2\n", "'a' .* from inf to 2.0"),
         ("stimuli/gpt2-xl/transcript.tsv", "\tword_idx\n0\t0\n", "shape .* for 1 tokens"),
-        ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "no whole HDF5"),
-        ("stimuli/podcast.wav", b"RIFF", "no whole WAV"),
+        ("stimuli/gpt2-xl/features.hdf5", b"\x89HDF\r\n\x1a\n torn", "not a whole HDF5"),
+        ("stimuli/podcast.wav", b"RIFF", "not a whole WAV"),
         ("participants.tsv", "who\nme\n", "no column 'participant_id'"),
-        (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "in nobody's head"),
-        (COORDSYSTEM, "{", "no JSON"),
-        (CHANNELS.format(n=1), "bad", "sub-01: each of its 22 electrodes is bad"),
+        (COORDSYSTEM, '{"iEEGCoordinateUnits": "m"}', "outside any head"),
+        (COORDSYSTEM, "{", "not JSON"),
+        (CHANNELS.format(n=1), "bad", "sub-01: all 22 electrodes are marked bad"),
     ],
 )
 def test_damaged_files(tree, tmp_path, name, content, sentence):
@@ -518,7 +518,7 @@ def test_damaged_files(tree, tmp_path, name, content, sentence):
         ({"subjects": [2], "layers": [7]}, "no layer 7, only 0, 24"),
         ({"features": ["glove"]}, "leave 'glove' out of features="),
         ({"root": "/nothing"}, "holds no copy of ds005574"),
-        ({"root": ""}, "subjects=3 say"),  # nothing is fetched unasked
+        ({"root": ""}, "such as subjects=3"),  # nothing is fetched unasked
     ],
 )
 def test_options_that_lead_nowhere(tree, tmp_path, monkeypatch, options, sentence):

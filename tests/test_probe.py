@@ -1,6 +1,7 @@
 """probe.py against plain oracles and scikit-learn, on models of a few thousand weights; null and
 truth on a stub whose states are made by rule."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -162,6 +163,17 @@ def test_nothing_is_computed_twice_and_a_killed_pass_goes_on(lm, tmp_path, monke
     assert sum(seen) == 2 * len(TEXTS)
 
 
+def test_a_torn_cache_is_made_again(lm, tmp_path, monkeypatch):
+    seen = count_texts(lm, monkeypatch)
+    first = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path).arrays["1.0"].copy()
+    for name, n_bytes in (("1.0.npy", 500), ("1.0.npy", 0), ("done", 0)):
+        path = next(tmp_path.glob(f"*/{name}"))
+        path.write_bytes(path.read_bytes()[:n_bytes])
+        seen.clear()
+        again = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path).arrays["1.0"]
+        assert sum(seen) == len(TEXTS) and np.array_equal(again, first), name
+
+
 def test_long_texts_are_cut_and_states_beyond_float16_refused(tmp_path, capsys):
     lm = listened_to(gpt(block_size=8))
     states = probe.pooled_states(lm, TEXTS, [3], ["1.0"], tmp_path)
@@ -299,7 +311,6 @@ def test_bad_data_is_refused(tmp_path):
     good = json.dumps(data_json({"0": "a", "1": "b"}, {"0": 0, "1": 1}))
     (tmp_path / "good.json").write_text(good, encoding="utf-8-sig")
     assert len(NLPDataset(tmp_path / "good.json")) == 2  # its byte order mark is no text
-    (tmp_path / "twice.json").write_text(good.replace('"1"', '"0"'))
     broken.write_text(good[:-9])
     keys = data_json({"0": "a", "1": "b"}, {"0": 1, "2": 0})
     splits = [data_json(["a", "b"], [0, 1]) for _ in range(2)]
@@ -307,7 +318,6 @@ def test_bad_data_is_refused(tmp_path):
     splits[1]["data"]["splits"] = ["train", None]
     refusals = [
         ("broken.json is not JSON", broken),
-        ("has the key '0' twice", tmp_path / "twice.json"),
         ("get_data.py", tmp_path / "none.json"),
         ("sentence 1 is empty", data_json(["a", " "], [0, 1])),
         ("all 2 labels are the same", data_json(["a", "b"], [1, 1])),
@@ -359,6 +369,17 @@ def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch
     assert names == ["mine/one", "mine/two", "mine/two", "mine/one"]
 
 
+def test_a_label_that_some_folds_cannot_learn_is_refused():
+    raw = data_json([f"text {i}" for i in range(60)], [0, 1] * 25 + [2] * 10)
+    raw["data"]["groups"] = [f"{i if i < 50 else 'alike'}" for i in range(60)]
+    with pytest.raises(InputError, match="a label in too few groups"):
+        probe.make_task(NLPDataset(raw), probe.Config())
+    del raw["data"]["groups"]
+    raw["data"]["splits"] = ["train"] * 30 + ["test"] * 30  # 2 is in the test alone
+    with pytest.raises(InputError, match="or not at all"):
+        probe.make_task(NLPDataset(raw), probe.Config())
+
+
 # ---- probes against scikit-learn
 
 
@@ -388,7 +409,7 @@ def test_lda_and_ridge_are_those_of_scikit_learn(K):
 
 def test_torch_probes_of_all_sites_are_each_alone():
     X, y = sites(n=80)
-    task = probe.Task("binary", y, None, None, [], 0)
+    task = probe.Task("binary", 2, None, y, None, None, [], 0)
     rows = [np.arange(0, 50), np.arange(50, 65), np.arange(65, 80)]
 
     def fitted(X):
@@ -400,6 +421,18 @@ def test_torch_probes_of_all_sites_are_each_alone():
     together = fitted(X)
     for g in range(3):
         assert np.abs(together[g] - fitted(X[g : g + 1])[0]).max() < 1e-4
+
+
+def test_probes_of_ones_own_have_names(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from probe import DoubleLayer\n\n\nclass Wide(DoubleLayer):\n    pass\n"
+    )
+    spec = f"{tmp_path / 'mine.py'}:Wide"
+    assert configure(probe.Config, [f"probe=LDA,{spec}"]).probe == ["LDA", spec]
+    makers = probe.constructors(["LDA", spec, functools.partial(probe.DoubleLayer, hidden=3)])
+    assert list(makers) == ["LDA", "Wide", "DoubleLayer"] and makers["LDA"] is probe.LDA
+    with pytest.raises(InputError, match="no .*mine.py:Deep"):
+        probe.constructors([spec.replace("Wide", "Deep")])
 
 
 def test_attention_pooling_looks_only_at_real_tokens():
@@ -426,7 +459,7 @@ def test_thresholds_are_the_best_there_are():
 
 def test_a_constant_answer_scores_as_the_majority():
     y = np.array([1] * 70 + [0] * 30)
-    task = probe.Task("binary", y, y >= 0, y >= 0, [], 0)
+    task = probe.Task("binary", 2, None, y, y >= 0, y >= 0, [], 0)
     chance = probe.chance_measures(task, np.arange(100))
     for value in (0.0, 0.7):
         score = np.full(100, value)
@@ -462,6 +495,9 @@ def test_the_code_of_noise_is_no_shorter_than_uniform_and_that_of_a_rule_is():
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() > 0.98 * 400
     X[:, 3] += 6.0 * y
     assert probe.online_code(X, y, np.arange(400), 2, 0).sum() < 0.5 * 400
+    groups = np.arange(400) // 20  # whose labels can be told by knowing the group alone
+    bits = probe.online_code(10.0 * np.eye(20)[groups], groups % 2, groups, 2, 0)
+    assert np.ptp(bits.reshape(20, 20), axis=1).max() < 1e-6  # no block parts a group
 
 
 # ---- null and truth, on a stub whose hidden states are made by rule
@@ -528,7 +564,9 @@ def test_a_planted_feature_is_found_at_its_layer_and_nowhere_else(tmp_path):
         assert auc.loc["2", "p_holm"] < 0.001 and auc.loc["2", "score"] > 0.9
         others = auc.drop("2")
         assert (others.p_holm > 0.05).all() and (others.score < 0.65).all()
-        best = table[(table.probe == name) & (table.layer == "best")].iloc[0]
+        best = table[
+            (table.probe == name) & (table.layer == "best") & (table.metric == "auc")
+        ].iloc[0]
         assert best.score > 0.85 and best.chance == 0.5
     table = stub_run(tmp_path / "shuffled", stub, stub_data(), shuffle_labels=True)
     assert scores_of(table, "auc", layer="2").score.item() < 0.7
@@ -541,7 +579,8 @@ def p_values(seed, cache):
     config = probe.Config(cache=str(cache))
     lm = LMModel(stub_model(Stub(layer=2, seed=seed)))
     layers = probe.Sites(lm, data, [PoolToken(i) for i in (1, 2, 3)], config)
-    folds, _ = probe.measure(layers, "LDA", probe.make_task(data, config))
+    folds, _ = probe.measure(layers, probe.LDA, probe.make_task(data, config))
+    folds = folds[folds.metric == "auc"]
     return [probe.statistics(part)["p"] for _, part in folds.groupby("site")]
 
 
@@ -549,7 +588,7 @@ def test_nothing_is_found_in_shuffled_labels(tmp_path, monkeypatch):
     """20 seeds: p of one site is uniform, and the family-wise p finds no more than it may."""
 
     def auc_alone(y, score, *kind):
-        return {"auc": roc_auc_score(y, score)}
+        return {"auc": roc_auc_score(y, score), "accuracy": 0.0}
 
     monkeypatch.setattr(probe, "evaluator", auc_alone)
     p = np.array([p_values(seed, tmp_path) for seed in range(20)])
@@ -632,15 +671,38 @@ def test_baselines_stand_beside_the_score_and_the_app_gets_its_files(tmp_path):
     assert (out / "texts/numbers.csv").exists() and list(out.glob("layers_*.png"))
 
 
-def test_the_figure_shows_each_probe_at_its_full_number_of_texts(tmp_path, monkeypatch):
-    rows = [("LDA", "accuracy", 160), ("LDA", "accuracy", 60), ("Logistic", "accuracy", 160)]
-    rows += [("Logistic", "compression", 214)]  # it learns from every text
-    table = pd.DataFrame(rows, columns=["probe", "metric", "n_train"])
-    table = table.assign(model="m", dataset="d", baseline="", layer="1", layer_method="")
+def test_the_figure_shows_each_probe_at_all_texts_and_in_one_colour(tmp_path, monkeypatch):
+    rows = [
+        ("words", "LDA", "accuracy", 160, 0.5),
+        ("words", "LDA", "accuracy", 60, 0.4),
+        ("words", "SingleLayer", "accuracy", 120, 0.6),
+        ("words", "SingleLayer", "compression", 214, 3.0),  # it learns from every text
+        ("ratings", "SingleLayer", "pearson", 120, 0.7),
+    ]
+    table = pd.DataFrame(rows, columns=["dataset", "probe", "metric", "n_train", "score"])
+    table = table.assign(model="m", baseline="", layer="1", layer_method="", synthetic=True)
+    table = table.assign(quantile="1.0", quantile_method="", low=0, high=1)
     drawn = []
-    monkeypatch.setattr(probe, "draw_panel", lambda ax, part: drawn.append(part))
-    probe.plot_layers(tmp_path, table.assign(synthetic=True))
-    assert drawn[0][["probe", "n_train"]].to_numpy().tolist() == [["LDA", 160], ["Logistic", 160]]
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **options: drawn.append(self))
+    probe.plot_layers(tmp_path, table)
+    words, ratings = drawn[0].axes
+    lines = [(line.get_label(), line.get_color(), *line.get_ydata()) for line in words.lines]
+    assert lines == [("LDA", "C0", 0.5), ("SingleLayer", "C1", 0.6)]
+    assert ratings.lines[0].get_color() == "C1" and "synthetic" in drawn[0].get_suptitle()
+    assert words.get_xlabel() == "layer (quantile 1.0)"
+
+
+def test_rows_of_one_text_count_once_and_sizes_that_cannot_be_are_said(tmp_path, capsys):
+    sentences = [text + " 7" * (i % 3) for i, text in enumerate(stub_data().texts)]
+    data = NLPDataset(data_json(sentences, stub_data().y.tolist()))
+    data.groups = np.arange(200) // 40
+    poolers = [PoolToken(1, "1.0"), PoolToken(1, "all", None, "concat")]
+    options = {"poolers": poolers, "quantiles": [], "train_sizes": [60]}
+    table = stub_run(tmp_path, Stub(1, n_layer=1), data, baselines=["compression"], **options)
+    assert set(scores_of(table, "accuracy").n_train) == {160}
+    compression = scores_of(table, "compression").set_index("quantile_method")
+    assert (compression.n == 200).all()
+    assert "60 texts are too few" in capsys.readouterr().out
 
 
 def test_responses_of_brains_are_columns(tmp_path, capsys):
@@ -651,7 +713,9 @@ def test_responses_of_brains_are_columns(tmp_path, capsys):
     about = {"modality": "fMRI", "species": "human", "source": "a test", "synthetic": True}
     write_encoding(tmp_path / "brains", stimuli, responses, **about)
     options = {"classifiers": ["LDA"], "baselines": ["layer0", "control"]}
+    options |= {"keep_predictions": True}
     table = stub_run(tmp_path, Stub(1, n_layer=1), str(tmp_path / "brains"), **options)
+    assert (tmp_path / "out/texts/brains.csv").exists()  # the app shows them in the projection
     score = scores_of(table, "pearson").set_index("layer").score
     assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
     assert "is a regression: it is probed by Ridge" in capsys.readouterr().out

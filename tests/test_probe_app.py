@@ -48,7 +48,7 @@ def rows_of(rng, common, model, probe):
         add(layer, "1.0", 0.1, n_train=8)
     add(0, "all", chance + 0.01, baseline="layer0", quantile_method="mean")
     add("", "", chance, baseline="majority")
-    for n in (8, 16, 48):
+    for n in (8, 16, 48) if common["metric"] != "auc" else ():
         add("best", "best", chance + 0.01 * np.log(n), n_train=n)
     return rows
 
@@ -222,6 +222,8 @@ def test_size_curves(start):
     assert np.allclose(values(line["y"]), 0.5 + 0.01 * np.log([8, 16, 48]))
     good(app.multiselect(key="model").set_value(["tiny"]).run())
     assert "two models" in app.info[0].value
+    app = start(dataset="grammar/polarity", metric="auc", view="Sizes")  # of no chosen layer
+    assert "no auc at a layer" in app.info[0].value and not app.get("plotly_chart")
 
 
 def test_address_holds_the_state(start):

@@ -6,6 +6,7 @@ import json
 import tarfile
 import zipfile
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -255,43 +256,30 @@ def test_files_as_their_makers_publish_them(tmp_path):
     assert read(tmp_path, "blimp_passive_1")[0]["size"] == 2_000
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(get_data, "unreachable", {})
-    (tmp_path / "remote").mkdir()
-    (tmp_path / "remote/file.zip").write_bytes(bytes(range(256)) * 20)
-    with serve(tmp_path / "remote") as serving:
-        yield serving
-
-
-def test_a_download_is_resumed_and_checked(server, tmp_path):
-    url = f"{server.url}/file.zip"
-    path = tmp_path / "file.zip"
-    content = (tmp_path / "remote/file.zip").read_bytes()
+def test_a_download_is_noted_and_not_asked_for_again(tmp_path, monkeypatch, capsys):
+    """data/fetch.py continues and checks it; GitHub's archives have no length and come at once."""
+    remote = tmp_path / "remote"
+    (remote / "archive").mkdir(parents=True)
+    for name in ("file.zip", "archive/master.zip"):
+        (remote / name).write_bytes(name.encode() * 100)
     notes = {}
-    server.cut = 1000
-    with pytest.raises(InputError, match="does not come whole"):
-        get_data.download(url, path, notes)
-    assert not path.exists() and (tmp_path / "file.zip.part").stat().st_size == 3000
-    get_data.download(url, path, notes)  # two more breaks, and on to the end
-    assert path.read_bytes() == content and not list(tmp_path.glob("*.part"))
-    assert server.asked == 6 and server.sent["file.zip"] == len(content)  # not a byte twice
-    get_data.download(url, path, notes)  # noted with its checksum: not asked for again
-    assert server.asked == 6
-    path.write_bytes(b"other")
-    server.cut, server.ranges = None, False
-    (tmp_path / "file.zip.part").write_bytes(content[:1000])
-    get_data.download(url, path, notes)  # a server without ranges begins again
-    assert path.read_bytes() == content
-
-
-def test_no_network_is_one_sentence(server, tmp_path, monkeypatch, capsys):
-    with pytest.raises(InputError, match="HTTP 403.*root="):
-        get_data.download(f"{server.url}/other.zip", tmp_path / "other.zip", {})
+    with serve(remote) as server:
+        for name in ("file.zip", "archive/master.zip"):
+            path = tmp_path / "downloads" / Path(name).name
+            get_data.download(f"{server.url}/{name}", path, notes)
+            asked = server.asked
+            get_data.download(f"{server.url}/{name}", path, notes)
+            assert server.asked == asked and path.read_bytes() == name.encode() * 100
+        path.write_bytes(b"other")  # of another version: fetched anew
+        get_data.download(f"{server.url}/archive/master.zip", path, notes)
+        assert path.read_bytes() == b"archive/master.zip" * 100
+        for name in ("none.zip", "archive/none.zip"):
+            with pytest.raises(InputError, match="root="):
+                get_data.download(f"{server.url}/{name}", tmp_path / "none.zip", notes)
     nowhere = "http://127.0.0.1:9/"
     urls = {"sst2": {"SST-2.zip": nowhere}, "cola": {"CoLA.zip": nowhere}}
     monkeypatch.setattr(get_data, "URLS", urls)
     with pytest.raises(InputError, match="sst2, cola could not be had .* root="):
         run(tmp_path, sets=["sst2", "cola"])
-    assert capsys.readouterr().out.count("not reachable") == 2
+    assert capsys.readouterr().out.count("cannot be reached") == 2
     assert not list(tmp_path.glob("*.json"))

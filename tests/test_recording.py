@@ -36,7 +36,7 @@ def test_a_raw_comes_back_with_places_bads_and_first_sample(tmp_path):
     assert read.rows([2.0, 0.5]).tolist() == [300, 0]  # the clock starts before row 0
     assert recording.complete(tmp_path / "s")
     assert recording.read_set(tmp_path / "s")["recordings"] == ["sub-1"]
-    with pytest.raises(InputError, match="channels in T and T/m cannot stand in one recording"):
+    with pytest.raises(InputError, match="cannot hold channels in T and T/m"):
         recording.write_raw(tmp_path / "r", make_raw("mag", "grad"), events, **META)
     recording.write_raw(tmp_path / "r", make_raw("grad", "grad"), events, **META)
     assert recording.Recording(tmp_path / "r").unit == "T/m"
@@ -46,20 +46,20 @@ META = {"subject": "1", "source": "a test", "synthetic": True}
 
 
 def write(folder, **changes):
-    given = {"signal": np.zeros((10, 2), "f4"), "channels": pd.DataFrame({"name": ["a", "b"]})}
-    given |= {"events": pd.DataFrame({"onset": [0.0]}), "sfreq": 10.0, "unit": "V"}
-    return recording.write_recording(folder, **given | META | changes)
+    arguments = {"signal": np.zeros((10, 2), "f4"), "channels": pd.DataFrame({"name": ["a", "b"]})}
+    arguments |= {"events": pd.DataFrame({"onset": [0.0]}), "sfreq": 10.0, "unit": "V"}
+    return recording.write_recording(folder, **arguments | META | changes)
 
 
 @pytest.mark.parametrize(
     "part, value, words",
     [
         ("events", {"onset": [0.0, np.nan]}, "row 2 is not a finite number"),
-        ("events", {"onset": ["a"]}, "onset is a number"),
+        ("events", {"onset": ["a"]}, "onset must be a number"),
         ("events", {"word": ["a"]}, "no column 'onset'"),
-        ("channels", {"name": ["a", "a"]}, "'a' stands there twice"),
-        ("channels", {"name": ["a", "b"], "status": "x"}, "not all of .'x'"),
-        ("channels", {"name": ["a", "b"], "x": ["left", "0"]}, "x is a number"),
+        ("channels", {"name": ["a", "a"]}, "two channels have the name 'a'"),
+        ("channels", {"name": ["a", "b"], "status": "x"}, "must be good or bad, not x"),
+        ("channels", {"name": ["a", "b"], "x": ["left", "0"]}, "x must be a number"),
         ("channels", {"label": ["a"]}, "no column 'name'"),
         ("signal", np.zeros((10, 3)), "2 channels"),
         ("sfreq", 0, "sfreq=0"),
@@ -78,7 +78,7 @@ def test_damage_is_a_sentence(tmp_path):
         recording.Recording(tmp_path / "none")
     write(tmp_path / "r")
     (tmp_path / "r/signal.f32").write_bytes(b"\0" * 79)
-    with pytest.raises(InputError, match="79 bytes long where 10 samples of 2 channels take 80"):
+    with pytest.raises(InputError, match="has 79 bytes, but 10 samples of 2 channels take 80"):
         recording.Recording(tmp_path / "r")
     (tmp_path / "r/signal.f32").unlink()
     with pytest.raises(InputError, match="signal.f32 is missing"):

@@ -185,6 +185,10 @@ def test_classes_with_few_texts_are_left_out(tmp_path):
     prepare(labelled, root=path, out_dir=tmp_path / "out")
     assert read_meta(tmp_path / "out")["tasks"]["label"]["labels"] == ["animal", "food"]
     assert set(read_task(tmp_path / "out", "label")["label"]) == {"animal", "food"}
+    binary = tmp_path / "binary.csv"
+    binary.write_text("text,label\n" + "".join(f"word{i},{i % 2}\n" for i in range(40)))
+    prepare(labelled, root=binary, out_dir=tmp_path / "binary")
+    assert read_meta(tmp_path / "binary")["tasks"]["label"]["labels"] == ["0", "1"]
     for options, sentence in (
         ({"text": "Word"}, "no column 'Word', only text, label"),
         ({"root": tmp_path / "none.csv"}, "does not exist: give a table"),

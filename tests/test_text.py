@@ -20,7 +20,7 @@ from data.fineweb import prepare as fineweb
 from data.openwebtext import prepare as openwebtext
 from data.pydocs import prepare as pydocs
 from data.shakespeare import prepare as shakespeare
-from data.text import prepare as own
+from data.text import prepare as mytext
 from data.tokens import ENDOFTEXT, Tokenizer, Tokens, complete, tokenizer_state
 
 # ---- documents into shards
@@ -83,7 +83,7 @@ def test_every_document_once_with_its_end(corpus, tmp_path, kind, capsys):
     assert (meta["documents"], meta["characters"]) == (90, sum(map(len, rows)))
     assert len(meta["splits"]["train"]["shards"]) > 3 and complete(tmp_path / "out")
     assert not (tmp_path / "out/unfinished").exists() and not list(tmp_path.glob("out/*.tmp*"))
-    assert "GB are free" in capsys.readouterr().out  # said first
+    assert "GB are free" in capsys.readouterr().out  # first
     tokens = Tokens(tmp_path / "out", "train")
     across = len(tokens.tokens.parts[0]) - 3
     assert np.array_equal(tokens.windows([across], 6)[0], tokens.tokens[:][across : across + 6])
@@ -95,12 +95,12 @@ def test_workers_and_stops_do_not_show(corpus, tmp_path, monkeypatch):
     make_shards(tmp_path / "two", folders["parquet"], workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     tokenise = T._tokenise
-    made = []
+    done = []
 
     def dies(folder, name, *rest):
-        if len(made) == 4:
+        if len(done) == 4:
             raise KeyboardInterrupt
-        made.append(name)
+        done.append(name)
         return tokenise(folder, name, *rest)
 
     three = tmp_path / "three"
@@ -110,12 +110,12 @@ def test_workers_and_stops_do_not_show(corpus, tmp_path, monkeypatch):
     input_error("no finished token dataset", Tokens, three, "train")
     with pytest.raises(InputError, match="begun from other files or with other options"):
         make_shards(three, folders["jsonl"])
-    first = list(made)
-    made.clear()
-    monkeypatch.setattr(T, "_tokenise", lambda *given: made.append(given[1]) or tokenise(*given))
+    first = list(done)
+    done.clear()
+    monkeypatch.setattr(T, "_tokenise", lambda *args: done.append(args[1]) or tokenise(*args))
     (three / "train_00000-00009.bin.tmp-7").write_bytes(b"torn")
     make_shards(three, folders["parquet"])
-    assert made and not set(first) & set(made)
+    assert done and not set(first) & set(done)
     assert files_of(three) == files_of(tmp_path / "one")
     make_shards(three, folders["text"], overwrite=True)
     assert files_of(three).keys() != files_of(tmp_path / "one").keys() and complete(three)
@@ -151,7 +151,7 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, capsys):
     options = {"root": str(tmp_path / "half.jsonl"), "workers": 1, "val_fraction": 0.2}
     for i, tokenizer in enumerate(["char", str(tmp_path / "bytes")]):
         folder = tmp_path / f"out{i}"
-        own.main(own.Config(**options, tokenizer=tokenizer, out_dir=str(folder)))
+        mytext.main(mytext.Config(**options, tokenizer=tokenizer, out_dir=str(folder)))
         assert documents_of(folder, "train")[0] == "broken \ufffd emoji 0"
         assert "60 documents with half a character replaced" in capsys.readouterr().out
 
@@ -215,7 +215,7 @@ def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
 NO_NETWORK = {"TIKTOKEN_CACHE_DIR": "/nowhere", "HF_HUB_OFFLINE": "1"}
 
 
-def test_ones_own_text_in_one_command(tmp_path):
+def test_a_users_text_in_one_command(tmp_path):
     book = "\n".join(texts(200))
     (tmp_path / "book.txt").write_text(book)
     options = {"root": str(tmp_path / "book.txt"), "tokenizer": "char"}
@@ -228,9 +228,9 @@ def test_ones_own_text_in_one_command(tmp_path):
     [train] = documents_of(tmp_path / "d", "train")
     [val] = documents_of(tmp_path / "d", "val")
     assert train + val == book and train.endswith("\n") and 0.08 < len(val) / len(book) < 0.12
-    input_error("made with val_fraction=0.1", checked, own, **options, val_fraction=0.2)
+    input_error("made with val_fraction=0.1", checked, mytext, **options, val_fraction=0.2)
     (tmp_path / "book.txt").write_text(book[::-1])
-    checked(own, **options, val_fraction=0.1)
+    checked(mytext, **options, val_fraction=0.1)
     [train] = documents_of(tmp_path / "d", "train")
     assert book[::-1].startswith(train)
 
@@ -248,20 +248,20 @@ def test_bad_options_of_the_prepare_scripts(tmp_path, offline):  # noqa: F811
     (tmp_path / "array.json").write_text('[{"text": "a"}]')
     (tmp_path / "empty.txt").touch()
     for script, options, words in (
-        (own, {}, "root= is missing"),
-        (own, {"root": "/no/such"}, "root=/no/such does not exist"),
-        (own, {"root": book}, "give its vocab.bpe with bpe=FILE"),
-        (own, {"root": book, "val_fraction": 2.0}, "val_fraction"),
-        (own, {"root": array, "tokenizer": "char"}, "array.json may be JSON or text: write one"),
-        (own, {"root": empty, "tokenizer": "char"}, "empty.txt holds no text: give another file"),
-        (own, {"root": book, "bpe": "/no/file"}, "/no/file is missing"),
-        (own, {"root": book, "bpe": book}, "book.txt is not GPT-2's BPE"),
-        (own, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),
-        (own, {"root": str(tmp_path), "files": "*.tex"}, r"holds no \*.tex files"),
+        (mytext, {}, "root= is missing"),
+        (mytext, {"root": "/no/such"}, "root=/no/such does not exist"),
+        (mytext, {"root": book}, "give its vocab.bpe with bpe=FILE"),
+        (mytext, {"root": book, "val_fraction": 2.0}, "val_fraction"),
+        (mytext, {"root": array, "tokenizer": "char"}, "array.json may be JSON or text: write"),
+        (mytext, {"root": empty, "tokenizer": "char"}, "empty.txt has no text: give another"),
+        (mytext, {"root": book, "bpe": "/no/file"}, "/no/file is missing"),
+        (mytext, {"root": book, "bpe": book}, "book.txt is not GPT-2's BPE"),
+        (mytext, {"root": book, "tokenizer": "/no/set"}, "/no/set does not exist"),
+        (mytext, {"root": str(tmp_path), "files": "*.tex"}, r"holds no \*.tex files"),
         (fineweb, {}, "bpe=FILE"),
         (openwebtext, {"workers": -1}, "workers"),
         (shakespeare, {"root": "no/such/file"}, "no/such/file is missing"),
-        (pydocs, {"vocab_size": 256}, "vocab_size=256 cannot hold"),
+        (pydocs, {"vocab_size": 256}, "vocab_size=256: 256 bytes and end-of-text need 257"),
     ):
         input_error(words, checked, script, **options, out_dir=str(tmp_path / "out"))
 
@@ -397,25 +397,25 @@ def modules(tmp_path):
 def test_the_corpus_does_not_depend_on_order_or_workers(modules, tmp_path):
     written = []
     for workers, files in ((1, modules), (2, modules[::-1])):
-        found, bad = pydocs.read(files, workers)
+        documents, bad = pydocs.read(files, workers)
         assert [Path(path).name for path in bad] == ["torn.py"]
         folder = tmp_path / str(workers)
-        pydocs.build(found, folder, pydocs.Config(workers=workers, **SMALL))
+        pydocs.build(documents, folder, pydocs.Config(workers=workers, **SMALL))
         written.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert written[0] == written[1] and len(written[0]) == 4
 
 
-def test_nothing_is_said_twice_nor_on_both_sides(modules):
-    found, _ = pydocs.read(modules, 1)
-    train, val = pydocs.split(pydocs.clean(found), 0.2)
+def test_no_text_repeats_within_or_across_splits(modules):
+    documents, _ = pydocs.read(modules, 1)
+    train, val = pydocs.split(pydocs.clean(documents), 0.2)
     assert len(train) > len(val) > 5
     assert not train.keys() & val.keys()
-    said = set()
+    seen = set()
     for name, text in (train | val).items():
         assert text.startswith(name + "\n") and "print" not in text and "placeholder" not in text
         for _, piece, words in pydocs.units(text):
-            assert len(words) < pydocs.SHORT or words not in said, piece
-            said.add(words)
+            assert len(words) < pydocs.SHORT or words not in seen, piece
+            seen.add(words)
 
 
 def test_docstrings_come_in_source_order_and_what_does_not_parse_is_left_out(tmp_path):
@@ -424,10 +424,10 @@ def test_docstrings_come_in_source_order_and_what_does_not_parse_is_left_out(tmp
         '"""Module."""\nadd_newdoc("a", """\nAttached text.\n""")\n'
         'def f():\n    "First."\n    class G:\n        "Within."\nclass H:\n    "Last."\n'
     )
-    found = []
-    for pieces in pydocs.docstrings(path):
-        found += [piece for _, piece, _ in pieces]
-    assert found == ["Module.", "Attached text.", "First.", "Within.", "Last."]
+    texts = []
+    for units in pydocs.docstrings(path):
+        texts += [piece for _, piece, _ in units]
+    assert texts == ["Module.", "Attached text.", "First.", "Within.", "Last."]
     path.write_text('"""torn')
     (tmp_path / "deep.py").write_text("-" * 100_000 + "1")
     (tmp_path / ".#lock.py").symlink_to("nobody@nowhere")

@@ -1,13 +1,13 @@
-"""BrainTreebank (Wang et al. 2024, arXiv 2411.08343): ten people with depth electrodes watch films;
-with the tasks and splits of Neuroprobe (arXiv 2509.21671).
+"""BrainTreebank (Wang et al. 2024, arXiv 2411.08343), ten people with depth electrodes who watch
+films, with the tasks and splits of Neuroprobe (arXiv 2509.21671).
 
-    pip install neuroprobe            # its word tables and constants are read, its code is not run
+    pip install neuroprobe            # for its word tables and constants; its code is not run
     python data/braintreebank/prepare.py root=path/to/braintreebank    # the benchmark's recordings
     python data/braintreebank/prepare.py root=... recordings=btbank1_0,btbank5_0 out_dir=out/btb
 
-Writes one recording a film and person (data/recording.py), every word and every stretch without
-speech as its events, and for the benchmark's recordings neuroprobe.csv: the labelled windows of 15
-binary tasks, and which split has each. A recording is never in memory as a whole.
+Writes one recording per film and person (data/recording.py) whose events are words and stretches
+without speech, and for the benchmark's recordings neuroprobe.csv, the labelled windows of 15 binary
+tasks with their splits. Recordings are read piece by piece.
 """
 
 import ast
@@ -32,7 +32,7 @@ from data.recording import made_recordings, write_recording, write_set
 EMBEDDED = False  # must be downloaded
 SFREQ = 2048
 RECORDING = re.compile(r"(?:sub_|btbank)(\d+)_(?:trial)?(\d+)")
-# Neuroprobe's tasks. Those that tell the upper quarter of a column from its lower one:
+# Neuroprobe's tasks that contrast the upper and the lower quarter of a column
 QUARTERS = {
     "volume": "rms",
     "delta_volume": "delta_rms",
@@ -52,32 +52,30 @@ TASKS += ["local_flow", "frame_brightness", "face_num"]
 class Config:
     # sub_1_trial001, or btbank1_1; none: the benchmark's
     recordings: list[str] = field(default_factory=list)
-    # the benchmark's contacts, or every contact that carries brain
+    # the benchmark's contacts, or every contact in the brain
     electrodes: Literal["lite", "all"] = "lite"
-    package: str = ""  # folder of neuroprobe, or of a clone; "": where it is installed
+    package: str = ""  # folder of neuroprobe, or of a clone; "": the installed package
     # ---- where from and where to
     root: str = ""  # unpacked files of braintreebank.dev; "": $ROOT_DIR_BRAINTREEBANK
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # make it again if it exists
 
     def check(self):
         for name in self.recordings:
             if not RECORDING.fullmatch(name):
-                raise InputError(f"recordings={name}: give names such as sub_1_trial001, btbank1_1")
+                raise InputError(f"recordings={name}: give names like sub_1_trial001 or btbank1_1")
 
 
-# ---- what the package fixes
+# ---- the package
 
 
 def find_package(package):
-    """Folder of the neuroprobe package, installed or given; a clone has it one level down."""
+    """Return the folder of the neuroprobe package; a clone has it one level down."""
     if not package:
         spec = importlib.util.find_spec("neuroprobe")
         if spec is None:
-            cure = "pip install neuroprobe, or give package= a clone of it"
-            raise InputError(
-                f"word tables, tasks and splits come with the package neuroprobe: {cure}"
-            )
+            cure = "pip install neuroprobe, or set package= to a clone"
+            raise InputError(f"word tables and splits come from the package neuroprobe: {cure}")
         package = Path(spec.origin).parent
     for folder in (Path(package), Path(package) / "neuroprobe"):
         if (folder / "braintreebank_features_time_alignment").is_dir():
@@ -89,40 +87,40 @@ class Settings(dict):
     """The constants of the package's config.py by name."""
 
     def __missing__(self, key):
-        raise InputError(f"config.py of neuroprobe has no {key}: this reads its version 0.1")
+        raise InputError(f"config.py of neuroprobe has no {key}: install version 0.1")
 
 
 def read_settings(package):
-    """Settings of the package, whose config.py is parsed and not run."""
+    """Parse the package's config.py, without running it, into Settings."""
     path = package / "config.py"
     try:
         statements = ast.parse(check_content(path).read_text(encoding="utf-8")).body
     except SyntaxError as error:
-        raise InputError(f"{path} is no Python ({error}): give package= a whole copy") from None
+        raise InputError(f"{path} is no Python ({error}): set package= to a whole copy") from None
     settings = Settings()
     for statement in statements:
         try:
             target = statement.targets[0]
             value = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
-            continue  # an import; a path, or a name for something above
+            continue  # an import, a path, or another name for a constant
         if isinstance(target, ast.Name):
             settings[target.id] = value
         elif isinstance(target, ast.Tuple):
             for name, item in zip(target.elts, value):
                 settings[name.id] = item
-        # others, such as os.environ["..."] = "...", set no constant
+        # others, such as os.environ["..."] = "...", set no constants
     return settings
 
 
 def read_columns(path):
-    """A table whose empty cells are missing, except in the columns of text: a word may be NA."""
+    """Read a table whose empty cells are missing, except in columns of text: a word may be NA."""
     columns = read_table(path, nrows=0).columns.difference(["text", "full_word"])
     return read_table(path, na_values=dict.fromkeys(columns, ["", "nan", "NaN"]))
 
 
 def read_word_tables(root, package, film, person, trial):
-    """(words with the film's own columns, silences); est_idx and est_end_idx are samples."""
+    """Return words with the film's own columns, and silences; est_idx, est_end_idx are samples."""
     stem = package / "braintreebank_features_time_alignment" / f"subject{person}_trial{trial}"
     words = read_columns(f"{stem}_words_df.csv")
     silences = read_columns(f"{stem}_nonverbal_df.csv")
@@ -139,7 +137,7 @@ def read_word_tables(root, package, film, person, trial):
 
 
 def share_below(values):
-    """Share of all values below each; NaN is above nothing, as the package's comparison has it."""
+    """Return the share of all values below each; 0 for NaN, as in the package's comparison."""
     values = np.asarray(values, float)
     share = np.searchsorted(np.sort(values), values) / len(values)
     return np.where(np.isnan(values), 0.0, share)
@@ -157,12 +155,10 @@ COLUMNS = {
 
 
 def task_rows(task, words, silences):
-    """(rows of words whose label is 1, rows whose label is 0) of a task; in onset and speech the
-    label 0 belongs to rows of `silences`."""
+    """Return the rows with label 1 and label 0, the latter of `silences` for onset and speech."""
     if task == "speech":
         return np.arange(len(words)), np.arange(len(silences))
-    place = f"the word table of the task {task}"
-    values = column(words, place, COLUMNS[task]).to_numpy()
+    values = column(words, f"the word table for the task {task}", COLUMNS[task]).to_numpy()
     if task == "onset":
         return np.flatnonzero(values == 1), np.arange(len(silences))
     if task in QUARTERS:
@@ -181,18 +177,15 @@ def task_rows(task, words, silences):
 
 
 def make_windows(words, silences, settings):
-    """DataFrame of every task's windows: task, item, onset (s), label, and their part (train, val,
-    test) in each split, in the package's order.
-
-    Both classes are drawn to the same size by the package's seed, then dealt in turn, a 1 first.
-    Within a session the items are cut into contiguous folds; of the one left out the first half
-    validates. Across sessions and people another recording trains; `across` has this one's part.
-    """
+    """Return the windows of all tasks in the package's order: task, item, onset (s), label, and
+    their part (train, val, test) in each split, by the rules in readme.md."""
     tables = []
     for task in TASKS:
         rng = np.random.RandomState(settings["NEUROPROBE_GLOBAL_RANDOM_SEED"])
         positive, negative = task_rows(task, words, silences)
         n = min(len(positive), len(negative), settings["NEUROPROBE_LITE_MAX_SAMPLES"] // 2)
+        if n == 0:
+            raise ValueError(f"all windows of the task {task} have the same label")
         positive = np.sort(rng.choice(positive, size=n, replace=False))
         negative = np.sort(rng.choice(negative, size=n, replace=False))
         negative_table = silences if task in ("onset", "speech") else words
@@ -216,13 +209,12 @@ def make_windows(words, silences, settings):
 
 
 def clean(name):
-    """A contact's name without the marks * and #."""
+    """Remove the marks * and # from a contact's name."""
     return re.sub(r"[*#]", "", name)
 
 
 def read_contacts(root, person, settings, electrodes):
-    """The contacts that are kept: name, type, status, series (their number in the file), x, y, z
-    (m, on a standard cortex) and region."""
+    """Return the contacts to keep, with their number in the file (series), place (m) and region."""
     subject = f"sub_{person}"
     labels = read_json(root / "electrode_labels" / subject / "electrode_labels.json")
     corrupted = read_json(root / "corrupted_elec.json").get(subject, [])
@@ -245,13 +237,13 @@ def read_contacts(root, person, settings, electrodes):
 
 
 def by_contact(table):
-    """A table of contacts by their clean names, the first row of each."""
+    """Index a table of contacts by clean name, keeping the first row of each."""
     table = table.set_index(table["Electrode"].map(clean))
     return table[~table.index.duplicated()]
 
 
 def make_events(words, silences):
-    """One event a word and a stretch without speech: onset, duration (s), kind, word."""
+    """Return an event per word and per stretch without speech: onset, duration (s), kind, word."""
     text = words["text"] if "text" in words else words["full_word"]
     words = words.assign(kind="word", word=text)
     table = pd.concat([words, silences.assign(kind="silence", word="")], ignore_index=True)
@@ -261,7 +253,7 @@ def make_events(words, silences):
 
 
 def make_recording(root, folder, recording, channels, events, **meta):
-    """Write one recording from its HDF5 file, thirty seconds at a time. Returns its meta."""
+    """Write one recording from its HDF5 file, thirty seconds at a time, and return its meta."""
     import h5py
 
     path = root / f"{recording}.h5"
@@ -280,7 +272,7 @@ def make_recording(root, folder, recording, channels, events, **meta):
 
 
 def read_blocks(series, name, step=30 * SFREQ):
-    """(T, contacts) blocks of thirty seconds."""
+    """Yield blocks (T, contacts) of thirty seconds."""
     for start in tqdm(range(0, len(series[0]), step), name, leave=False, disable=None):
         yield np.stack([one[start : start + step] for one in series], axis=1)
 
@@ -289,7 +281,7 @@ def read_blocks(series, name, step=30 * SFREQ):
 
 
 def chosen_recordings(config, settings):
-    """{sub_1_trial001: (1, 1), ...} of recordings=, or of the benchmark."""
+    """Return {sub_1_trial001: (1, 1), ...} for recordings=, or for the benchmark."""
     films = settings["BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING"]
     pairs = [RECORDING.fullmatch(name).groups() for name in config.recordings]
     chosen = {}
@@ -302,22 +294,30 @@ def chosen_recordings(config, settings):
 
 
 def prepare(root, folder, recording, pair, package, settings, config):
-    """Write one recording, and its labelled windows where the benchmark has it."""
+    """Write one recording, and its labelled windows if it is in the benchmark."""
     person, trial = pair
     film = settings["BRAINTREEBANK_SUBJECT_TRIAL_MOVIE_NAME_MAPPING"][f"btbank{person}_{trial}"]
-    words, silences = read_word_tables(root, package, film, person, trial)
-    channels = read_contacts(root, person, settings, config.electrodes)
+    windows = pd.DataFrame()
+    try:
+        words, silences = read_word_tables(root, package, film, person, trial)
+        channels = read_contacts(root, person, settings, config.electrodes)
+        events = make_events(words, silences)
+        if pair in map(tuple, settings["NEUROPROBE_LITE_SUBJECT_TRIALS"]):
+            windows = make_windows(words, silences, settings)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{recording}: a table in {root} or {package} does not hold what neuroprobe 0.1 reads "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:160]}): fetch it again"
+        ) from None
     facts = {"subject": f"sub_{person}", "film": film, "trial": trial}
-    events = make_events(words, silences)
-    made = make_recording(root, folder, recording, channels, events, **facts)
-    n_windows = 0
-    if pair in [tuple(lite) for lite in settings["NEUROPROBE_LITE_SUBJECT_TRIALS"]]:
-        windows = make_windows(words, silences, settings)
+    meta = make_recording(root, folder, recording, channels, events, **facts)
+    if len(windows):
         write_aside(folder / recording / "neuroprobe.csv", windows.to_csv(index=False))
-        n_windows = len(windows)
     print(
-        f"{recording}: {film}, {made['samples'] / SFREQ:.0f} s, {len(channels)} contacts, "
-        f"{len(words):,} words, {len(silences):,} silences, {n_windows:,} labelled windows",
+        f"{recording}: {film}, {meta['samples'] / SFREQ:.0f} s, {len(channels)} contacts, "
+        f"{len(words):,} words, {len(silences):,} silences, {len(windows):,} labelled windows",
         flush=True,
     )
 
@@ -333,15 +333,14 @@ def main(config):
     kept = made_recordings(folder, options)
     todo = {recording: pair for recording, pair in chosen.items() if recording not in kept}
     if not todo:
-        print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
+        print(f"{folder} already has {', '.join(kept)} (overwrite=True makes them again)")
         return
-    where = config.root or os.environ.get("ROOT_DIR_BRAINTREEBANK", "")
-    if not where:
-        raise InputError("give root=, the folder of what braintreebank.dev offers, unpacked")
-    root = Path(where)
+    root = config.root or os.environ.get("ROOT_DIR_BRAINTREEBANK", "")
+    if not root:
+        raise InputError("give root=, the folder of the unpacked files of braintreebank.dev")
     train = f"{settings['DS_DM_TRAIN_SUBJECT_ID']}_trial{settings['DS_DM_TRAIN_TRIAL_ID']:03}"
-    for recording, pair in todo.items():  # a stopped run goes on with the next
-        prepare(root, folder, recording, pair, package, settings, config)
+    for recording, pair in todo.items():  # a stopped run continues with the next
+        prepare(Path(root), folder, recording, pair, package, settings, config)
         kept = sorted({*kept, recording})
         write_set(
             folder,

@@ -25,8 +25,6 @@ from data.stimuli import complete, read_meta, read_task, to_number, write_tasks
 
 EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
 HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
-
-
 PAIR = ["sentence1", "sentence2"]
 ENTAILS = ["entailment", "not_entailment"]
 

@@ -665,7 +665,6 @@ class Paradigm:
     term: str
     field: str = "morphology"
     local: bool = True  # wrong by what stands before the word (BLiMP's one_prefix_method)
-    same_word: bool = True  # right and wrong are forms of one word (BLiMP's lexically_identical)
 
 
 SUBJECT_VERB = "subject_verb_agreement"
@@ -686,11 +685,11 @@ PARADIGMS = {
     "determiner_noun_agreement_determiner": Paradigm(determiner, DETERMINER_NOUN, local=False),
     "quantifier_noun_agreement": Paradigm(quantifier_noun, "quantifiers", "semantics"),
     "reflexive_number_agreement": Paradigm(reflexive_number, "anaphor_agreement"),
-    "reflexive_person_agreement": Paradigm(reflexive_person, "anaphor_agreement", same_word=False),
+    "reflexive_person_agreement": Paradigm(reflexive_person, "anaphor_agreement"),
     "pronoun_case": Paradigm(pronoun_case, "case", local=False),
     "auxiliary_verb_form": Paradigm(verb_form, "verb_form"),
-    "transitive_verb": Paradigm(transitivity, "argument_structure", "syntax", False, False),
-    "npi_ever": Paradigm(polarity_item, "npi_licensing", "semantics", False, False),
+    "transitive_verb": Paradigm(transitivity, "argument_structure", "syntax", local=False),
+    "npi_ever": Paradigm(polarity_item, "npi_licensing", "semantics", local=False),
 }
 
 
@@ -736,10 +735,7 @@ def blimp_pair(good, bad, place, paradigm):
     return pair | {
         "field": paradigm.field,
         "linguistics_term": paradigm.term,
-        "simple_LM_method": True,
         "one_prefix_method": paradigm.local,
-        "two_prefix_method": False,
-        "lexically_identical": paradigm.same_word,
     }
 
 

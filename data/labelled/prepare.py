@@ -30,7 +30,7 @@ EMBEDDED = False  # needs a table of yours
 class Config:
     root: str = ""  # the table
     text: str = "text"  # its column of words or sentences
-    label: str = "label"  # its column of classes, or of numbers (then the task is a regression)
+    label: str = "label"  # its column of classes, or of ratings: more than two numbers
     group: str = ""  # its column of what no split tears apart; "": spellings of the same text
     least: int = 10  # classes with fewer texts are left out
     val: float = 0.1  # of the groups
@@ -65,7 +65,7 @@ def read_labels(config):
     kept = (rows["text"].str.strip() != "") & (rows["label"].str.strip() != "")
     numbers = rows["label"].map(to_number)
     kind = "classification"
-    if np.isfinite(numbers[kept]).mean() > 0.5:
+    if np.isfinite(numbers[kept]).mean() > 0.5 and numbers[kept].nunique() > 2:
         kind = "regression"
         rows["label"] = numbers
         kept &= np.isfinite(numbers)

@@ -16,7 +16,7 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
-from data import InputError, already_made, embedded, folder_of, load_meta, write_aside, write_yaml
+from data import InputError, already_made, embedded, folder_of, write_aside, write_yaml
 from data.stimuli import read_task
 
 EMBEDDED = True  # made from data/grammar, offline: scripts may start this on first use
@@ -123,16 +123,12 @@ def read_sentences(grammar):
 
 
 def is_complete(folder):
-    try:
-        load_meta(folder, "localizer", FORMAT)
-    except InputError:
-        return False
-    return (folder / "localizer.csv").is_file()
+    return (folder / "meta.yaml").is_file() and (folder / "localizer.csv").is_file()
 
 
 def main(config):
     folder = folder_of(config, __file__)
-    made_of = {"seed": config.seed, "items": config.items}
+    made_of = {"format": FORMAT, "seed": config.seed, "items": config.items}
     if already_made(folder, {}, is_complete, config.overwrite, **made_of):
         return
     sentences = read_sentences(embedded("grammar"))
@@ -142,7 +138,7 @@ def main(config):
     table = make(sentences, config.items, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "localizer.csv", table.to_csv(index=False))
-    meta = {"format": FORMAT, "synthetic": True, **made_of, "stimuli": len(table)}
+    meta = {**made_of, "synthetic": True, "stimuli": len(table)}
     write_yaml(folder / "meta.yaml", meta)
     print(f"{folder}: {len(table)} stimuli, {table['condition'].nunique()} conditions")
 

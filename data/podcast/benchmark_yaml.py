@@ -1,13 +1,13 @@
-"""Settings of podcast-benchmark (nested YAML, command line, ini files) as options of decode.py.
+"""Translate podcast-benchmark's settings (nested YAML, command line, ini) into decode.py's options.
 
     model_constructor_name: ensemble_pitom_model            model: ensemble_pitom_model
     model_params: {num_models: 10}                    ->    model_params: {num_models: 10}
     training_params: {early_stopping_patience: 10}          patience: 10
     data_params: {window_width: 0.625}                      window: 0.625
 
-`command_line` translates what stands on the command line, `translate` a dictionary of settings.
-`experiment_config` and `settings_of` are the way there and back for config setters, which read and
-change the nested form. `read_ini` reads the experiment_config.ini beside a foundation model.
+`command_line` translates a command line, `translate` a dictionary of settings. Config setters read
+and change the nested form, which `experiment_config` makes and `settings_of` reads back. `read_ini`
+reads the experiment_config.ini of a foundation model.
 """
 
 import ast
@@ -21,10 +21,9 @@ import yaml
 
 from data import InputError, read_yaml
 
-GROUPS = ("training_params", "data_params")  # of settings; all others stand alone
+GROUPS = ("training_params", "data_params")  # other settings are in no group
 
-# The benchmark's name of a setting: the option of decode.py, and the default that it has there
-# (None: decode.py's own).
+# the benchmark's setting: (decode.py's option, the benchmark's default or None for decode.py's)
 SETTINGS = {
     "model_constructor_name": ("model", ""),
     "config_setter_name": ("config_setter", ""),
@@ -57,7 +56,7 @@ SETTINGS = {
     "data_params.word_column": ("word", None),
 }
 
-# Values of a setting that decode.py calls differently.
+# values of a setting: decode.py's names for them
 VALUES = {
     "data_root": {"data": "podcast"},
     "embedding_type": {"gpt-2xl": "gpt2-xl", "glove": "data/glove/glove.6B.50d.txt"},
@@ -65,7 +64,7 @@ VALUES = {
     "loss_name": {"mse": "mse", "cosine_dist": "cosine"},
 }
 
-# Settings of later versions of the benchmark that decode.py knows only one value of.
+# settings of later versions of the benchmark for which decode.py has only this value
 ONLY = {
     "top_k": ([1, 5, 10], "decode.py reports top-1, top-5 and top-10"),
     "losses": (["mse"], "choose one loss with loss_name"),
@@ -76,21 +75,21 @@ ONLY = {
     "shuffle_targets": (False, "n_shifts= shifts the words for the null"),
     "use_high_gamma": (True, "data/podcast/prepare.py signal=broadband prepares the other signal"),
     "do_drop_bads": (True, "data/podcast/prepare.py leaves bad electrodes out"),
-    "model_dir": ("models", "models are kept in out_dir"),
+    "model_dir": ("models", "models are saved in out_dir"),
 }
 
 
-# ---- from theirs to ours
+# ---- from the benchmark's settings to options
 
 
 def is_benchmark(settings):
-    """Whether a dictionary, as YAML holds it, is of podcast-benchmark and not ours."""
+    """Tell whether the content of a YAML file is podcast-benchmark's rather than ours."""
     marks = {"model_constructor_name", "config_setter_name", "trial_name", *GROUPS}
     return isinstance(settings, dict) and not marks.isdisjoint(settings)
 
 
 def flat(settings, path):
-    """Nested settings as {training_params.batch_size: 32, ...}; what is None is left out."""
+    """Flatten nested settings to {training_params.batch_size: 32, ...}, leaving None out."""
     values = {}
     for key, value in settings.items():
         if key not in GROUPS:
@@ -104,10 +103,10 @@ def flat(settings, path):
 
 
 def translate(settings, path, defaults=True):
-    """Options of decode.py for settings of podcast-benchmark, nested or flat. Raises InputError.
+    """Return decode.py's options for settings of podcast-benchmark, nested or flat.
 
-    path: where they stand, for messages; defaults: whether what is left out takes the benchmark's
-    own default (a whole file), or is left to decode.py (settings on the command line).
+    path: their source, for messages; defaults: whether missing settings take the benchmark's
+    defaults, as in a file, or stay decode.py's, as on the command line.
     """
     settings = flat(settings, path)
     if defaults:
@@ -127,7 +126,7 @@ def translate(settings, path, defaults=True):
         if key not in SETTINGS:
             nearest = difflib.get_close_matches(key, SETTINGS, 1) or SETTINGS
             hint = f"did you mean {' or '.join(nearest)}?"
-            raise InputError(f"{place} is not a setting that decode.py can express: {hint}")
+            raise InputError(f"{place} is not a setting that decode.py has: {hint}")
         value = value_of(name, value, place)
         if name == "trial_name":
             value = f"{folder}/{value or 'decode'}"
@@ -136,7 +135,7 @@ def translate(settings, path, defaults=True):
 
 
 def value_of(name, value, place):
-    """A value as decode.py has it; folders, features and files keep their own names."""
+    """Return decode.py's value of a setting; folders, features and files keep their names."""
     names = VALUES.get(name, {})
     if isinstance(value, str):
         value = names.get(value, value)
@@ -153,11 +152,10 @@ def value_of(name, value, place):
 
 
 def command_line(argv):
-    """The command line with what is podcast-benchmark's as options of decode.py: its YAML files
-    (PATH, --config PATH, --config=PATH), dotted settings (--training_params.batch_size=64),
-    trial_name=.
+    """Replace podcast-benchmark's arguments with decode.py's options: YAML files (PATH, --config
+    PATH, --config=PATH), dotted settings (--training_params.batch_size=64), trial_name=.
 
-    A dotted setting overrides the files; without a file it changes nothing but what it names.
+    Dotted settings override files; without a file they set only what they name.
     """
     settings = {}
     source = "command line"
@@ -167,15 +165,15 @@ def command_line(argv):
         if argument == "--config":
             continue
         argument = argument.removeprefix("--config=")
-        found = settings_in(argument)
-        if not found:
+        argument_settings = settings_in(argument)
+        if not argument_settings:
             arguments.append(argument)
             continue
         if "=" not in argument:
             source = argument
         if position is None:
             position = len(arguments)
-        settings |= found
+        settings |= argument_settings
     if position is None:
         return arguments
     translated = []
@@ -186,12 +184,12 @@ def command_line(argv):
 
 
 def settings_in(argument):
-    """The flat settings that one argument gives; none where it is not theirs."""
+    """Return the flat settings in one argument, {} if it is not podcast-benchmark's."""
     if "=" not in argument:
         try:
             content = read_yaml(Path(argument).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError):
-            return {}  # configure says what is wrong with it
+            return {}  # configure reports what is wrong
         return flat(content, argument) if is_benchmark(content) else {}
     key, _, text = argument.removeprefix("--").partition("=")
     group, dot, _ = key.partition(".")
@@ -203,11 +201,11 @@ def settings_in(argument):
         return {key: text}
 
 
-# ---- what config setters read and change
+# ---- for config setters
 
 
 def experiment_config(options):
-    """The benchmark's nested configuration with the values of our options, for a config setter."""
+    """Return the benchmark's nested configuration with the values of our options."""
     groups = {group: SimpleNamespace() for group in GROUPS}
     for key, (option, _) in SETTINGS.items():
         group, _, name = key.partition(".")
@@ -215,9 +213,9 @@ def experiment_config(options):
             value = options[option]
             if name == "embedding_type":
                 value = value[0]
-            theirs = {ours: theirs for theirs, ours in VALUES.get(name, {}).items()}
-            if isinstance(value, str):
-                value = theirs.get(value, value)
+            for benchmark_value, our_value in VALUES.get(name, {}).items():
+                if value == our_value:
+                    value = benchmark_value
             setattr(groups[group], name, value)
     return SimpleNamespace(
         model_constructor_name=options["model"],
@@ -229,12 +227,12 @@ def experiment_config(options):
 
 
 def settings_of(experiment, option):
-    """What a config setter (`option`) gave back, as translate(defaults=False) takes it."""
+    """Return the settings in what a config setter (`option`) returned."""
     settings = {}
     for group in ("model_params", *GROUPS):
         values = getattr(experiment, group, None)
         if values is None:
-            raise InputError(f"{option} must return the configuration it was given")
+            raise InputError(f"{option} must return the configuration that it received")
         settings[group] = dict(values if isinstance(values, dict) else vars(values))
     return settings
 
@@ -243,8 +241,8 @@ def settings_of(experiment, option):
 
 
 def read_ini(folder):
-    """experiment_config.ini of a foundation model as nested namespaces with lower-case names, such
-    as ini.ecog_data_config.sample_length (s), original_fs and new_fs (Hz), which must be there."""
+    """Read experiment_config.ini as nested namespaces with lower-case names, such as
+    ini.ecog_data_config.sample_length (s), original_fs and new_fs (Hz), which it must have."""
     path = Path(folder) / "experiment_config.ini"
     parser = configparser.ConfigParser()
     try:

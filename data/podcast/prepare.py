@@ -1,14 +1,14 @@
-"""Podcast ECoG (Zada et al. 2025, Sci Data 12:1135; OpenNeuro ds005574): nine people, 1,330
+"""Prepare Podcast ECoG (Zada et al. 2025, Sci Data 12:1135; OpenNeuro ds005574): nine people, 1,330
 electrodes, half an hour of one podcast.
 
-    python data/podcast/prepare.py subjects=3                # fetched: high gamma of sub-03 (1 GB)
-    python data/podcast/prepare.py subjects=1,2,3            # more can be added later
-    python data/podcast/prepare.py root=path/to/ds005574     # from a local copy, every subject
+    python data/podcast/prepare.py subjects=3                # fetch high gamma of sub-03 (1 GB)
+    python data/podcast/prepare.py subjects=1,2,3            # add more later
+    python data/podcast/prepare.py root=path/to/ds005574     # from a local copy, all subjects
     python data/podcast/prepare.py root=... sentences=all_sentences_podcast.csv pos=tags.csv
 
-Writes one recording a subject (data/recording.py), the transcript, the released features with
-their tokens, and the loudness of the audio. Nothing is cut, averaged or scaled here: windows, lags
-and z-scores are the scripts'.
+Writes one recording per subject (data/recording.py), the transcript, the released features with
+their tokens, and the loudness of the audio. Nothing is cut, averaged or scaled here; the scripts do
+that.
 """
 
 import io
@@ -31,15 +31,15 @@ from data.fetch import NETWORK_ERRORS, RemoteReader, download, look_up
 from data.raw import METRES, clock_spans, inside_spans, read_json, sd_within_seconds
 from data.recording import made_recordings, write_recording, write_set
 
-EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
+EMBEDDED = False  # must be downloaded, so no script starts this by itself
 BUCKET = "https://s3.amazonaws.com/openneuro.org/ds005574"
-BRAIN_TYPES = ("ecog", "seeg", "dbs")  # the other channels are scalp, triggers, hearts and silence
+BRAIN_TYPES = ("ecog", "seeg", "dbs")  # not scalp, trigger, heart or empty channels
 MISSING = ["", "n/a", "N/A", "nan", "NaN"]
 POS_CLASSES = ("noun", "verb", "adjective", "adverb", "other")  # pos_class 0 to 4 of the benchmark
 TOKEN_COLUMNS = ["word_idx", "token_id", "token", "true_prob", "rank", "entropy", "top_pred"]
 ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "st", "jr", "sr", "vs", "etc", "e.g", "i.e", "u.s"}
 
-# English words of the closed classes, auxiliaries included; all others are content words.
+# English closed-class words, auxiliaries included; all others are content words
 FUNCTION_WORDS = """
 a an the this that these those each every either neither some any no all both half such what which
 whose whatever whichever another other i me my mine myself you your yours yourself yourselves he him
@@ -59,20 +59,20 @@ FUNCTION_WORDS = set(FUNCTION_WORDS.split())
 @dataclass
 class Config:
     subjects: list[int] = field(default_factory=list)  # 1 to 9; none: all of the local copy
-    # envelope of 70-200 Hz, or the cleaned recording before it
+    # the envelope of 70-200 Hz, or the cleaned recording that it was made from
     signal: Literal["highgamma", "broadband"] = "highgamma"
-    space: str = "MNI152NLin2009aSym"  # of the electrode positions
+    space: str = "MNI152NLin2009aSym"  # for electrode positions
     features: list[str] = field(default_factory=lambda: ["gpt2-xl"])  # folders under stimuli/
-    layers: list[int] = field(default_factory=lambda: [24])  # of features that have layers
+    layers: list[int] = field(default_factory=lambda: [24])  # for features that have layers
     sentences: str = ""  # CSV with sentence_onset and sentence_offset; "": full stops, or pauses
-    pause: float = 0.4  # s of silence that end a sentence where there are no full stops
+    pause: float = 0.4  # s of silence that end a sentence in a transcript without full stops
     pos: str = ""  # CSV or TSV with start or onset, and pos, class or pos_class; "": none
     audio_sfreq: int = 100  # Hz of the loudness; 0: no audio
     # ---- where from and where to
     root: str = ""  # local copy; "": $PODCAST_ROOT, or else fetched into ds005574/ in out_dir
     url: str = BUCKET  # where to fetch from
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # make it again if it exists
 
     POSITIVE = "pause"
 
@@ -81,14 +81,14 @@ class Config:
 
 
 def signal_names(subject, kind):
-    """Paths that a subject's signal may have (older snapshots called the task differently)."""
+    """Return the paths that a subject's signal has in newer and older snapshots."""
     description = "_desc-highgamma" if kind == "highgamma" else ""
     stem = f"derivatives/ecogprep/{subject}/ieeg/{subject}_task"
     return [f"{stem}-{task}{description}_ieeg.fif" for task in ("podcast", "monkey")]
 
 
 def wanted_files(subjects, config):
-    """(required, optional): lists of the paths that each file may have, features.hdf5 apart."""
+    """Return lists of the possible paths of each file, required and optional, but features.hdf5."""
     required = [["participants.tsv"], ["stimuli/podcast_transcript.csv"]]
     optional = [["dataset_description.json"]]
     for name in config.features:
@@ -104,7 +104,7 @@ def wanted_files(subjects, config):
 
 
 def find(root, names):
-    """The first of these paths under root that is there, with its content; None without any."""
+    """Return the first of these paths under root that exists, or None."""
     for name in names:
         if os.path.lexists(root / name):
             return check_content(root / name)
@@ -112,7 +112,7 @@ def find(root, names):
 
 
 def need(root, names, remedy="complete the copy, or leave root= out to fetch what is missing"):
-    """The first of these paths under root that is there, with its content."""
+    """Return the first of these paths under root that exists, or raise InputError."""
     path = find(root, names)
     if path is None:
         raise InputError(f"{root} has no {' or '.join(names)}: {remedy}")
@@ -120,7 +120,7 @@ def need(root, names, remedy="complete the copy, or leave root= out to fetch wha
 
 
 def local_root(root):
-    """The folder that holds the tree: root itself, or data/ or ds005574/ inside it."""
+    """Return the folder with the tree: root itself, or ds005574/ or data/ inside it."""
     for folder in (Path(root), Path(root) / "ds005574", Path(root) / "data"):
         if (folder / "participants.tsv").exists() or (folder / "stimuli").exists():
             return folder
@@ -128,24 +128,18 @@ def local_root(root):
 
 
 def read_columns(path, columns, numeric=()):
-    """DataFrame of a CSV or TSV that must have `columns`; n/a is missing in `numeric` ones only."""
+    """Read a CSV or TSV that must have `columns`; n/a counts as missing in `numeric` ones only."""
     separator = "\t" if str(path).endswith(".tsv") else ","
     missing = dict.fromkeys(numeric, MISSING)
-    kinds = {"word": str, "name": str}
-    table = read_table(path, columns, sep=separator, na_values=missing, dtype=kinds)
-    for name in table.columns.intersection(numeric):
-        try:
-            table[name] = table[name].astype(float)
-        except ValueError as error:
-            raise InputError(f"{path}: column '{name}' holds no numbers ({error})") from None
-    return table
+    kinds = {"word": str, "name": str, **dict.fromkeys(numeric, float)}
+    return read_table(path, columns, sep=separator, na_values=missing, dtype=kinds)
 
 
 # ---- fetching
 
 
 def fetch_missing(root, subjects, config):
-    """Fetch what the subjects need and is not there; of features.hdf5 only the chosen layers."""
+    """Fetch the subjects' missing files, and only the chosen layers of features.hdf5."""
     required, optional = wanted_files(subjects, config)
     files = []
     for names in required + optional:
@@ -166,7 +160,7 @@ def fetch_missing(root, subjects, config):
 
 
 def fetch_layers(path, url, layers):
-    """Fetch the chosen layers of a remote features.hdf5 and add them to the local one."""
+    """Add the chosen layers of a remote features.hdf5 to the local one."""
     import h5py
 
     content = {}
@@ -185,7 +179,7 @@ def fetch_layers(path, url, layers):
                 print(f"{url}: {key}, {file[key].nbytes / 1e6:.0f} MB", flush=True)
                 content[key] = file[key][:]
     except NETWORK_ERRORS as error:
-        cure = f"run the same command again, or fetch it by hand to {path}"
+        cure = f"run the command again, or download it to {path}"
         raise InputError(f"{url} cannot be read in parts ({error}): {cure}") from None
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as file:
@@ -198,8 +192,8 @@ def fetch_layers(path, url, layers):
 
 
 def read_words(path, config):
-    """(transcript, a row a word: word_idx, word, start, end (s), norm_word, sentence (-1: in none),
-    pos, content; a dictionary of facts)."""
+    """Return the transcript, a row per word with word_idx, word, start, end (s), norm_word,
+    sentence (-1: none), pos and content, and a dictionary of facts about it."""
     table = read_columns(path, ["word", "start", "end"], numeric=("start", "end"))
     words = table[["word", "start", "end"]].copy()
     words.insert(0, "word_idx", np.arange(len(words)))
@@ -223,7 +217,7 @@ def read_words(path, config):
 
 
 def check_times(words, path):
-    """Refuse times that are not in s, and words that end before they start."""
+    """Refuse times that are not in s and words that end before they start."""
     step = words["start"].sort_values().diff().median()
     if step > 5:
         cure = "are they in ms, or in samples? They must be in s"
@@ -231,18 +225,18 @@ def check_times(words, path):
     wrong = np.isinf(words["start"]) | np.isinf(words["end"]) | (words["end"] < words["start"])
     if wrong.any():
         word, start, end = words.loc[wrong.idxmax(), ["word", "start", "end"]]
-        found = f"'{word}' in row {wrong.idxmax() + 1} is from {start} to {end} s"
-        raise InputError(f"{path}: {found}: correct it, or leave out a time that is unknown")
+        times = f"'{word}' in row {wrong.idxmax() + 1} is from {start} to {end} s"
+        raise InputError(f"{path}: {times}: correct it, or leave an unknown time empty")
 
 
 def normalised(word):
-    """Lower case without outer punctuation; what stands inside stays: don't, twenty-one."""
+    """Lower a word and strip its outer punctuation: don't and twenty-one stay whole."""
     return re.sub(r"^[^\w]+|[^\w]+$", "", str(word).lower().replace("’", "'"))
 
 
 def content_class(word):
-    """'function' for a normalised word of a closed class (of a contraction, its first part: don't,
-    it's), 'content' for others, '' for none."""
+    """Return 'function' for a normalised closed-class word or a contraction that begins with one
+    (it's), 'content' for others, '' for ''."""
     if not word:
         return ""
     stem = word.removesuffix("n't").split("'")[0]
@@ -251,8 +245,8 @@ def content_class(word):
 
 
 def number_sentences(words, config):
-    """(number of each word's sentence, by which rule): a table's, or full stops, or pauses: the
-    release has full stops on two of 5,136 words, so `pause` decides where they are rarer."""
+    """Return each word's sentence number and the rule: a table, full stops, or, if these are as
+    rare as in the release (two in 5,136 words), pauses."""
     if config.sentences:
         return sentences_of_table(words, config.sentences), f"table {config.sentences}"
     is_end = words["word"].str.contains(r"[.?!][\"'”’)\]]*$")
@@ -266,39 +260,39 @@ def number_sentences(words, config):
 
 
 def sentences_of_table(words, path, tolerance=1e-3):
-    """Number of the sentence that each word is in, by onset (the later of two); -1: in none."""
+    """Return each word's sentence number, the later if two overlap, -1 for none."""
     columns = ["sentence_onset", "sentence_offset"]
     table = read_columns(path, columns, columns).dropna(subset=columns)
     onsets, offsets = table[columns].sort_values("sentence_onset", kind="stable").to_numpy().T
     starts = words["start"].to_numpy()[:, None]
     inside = (starts >= onsets - tolerance) & (starts <= offsets + tolerance)  # (words, sentences)
     if not inside.any():
-        raise InputError(f"sentences={path}: no word of the transcript is in any of them")
+        raise InputError(f"sentences={path}: none of them holds a word of the transcript")
     last = len(onsets) - 1 - inside[:, ::-1].argmax(1)
     return np.where(inside.any(1), last, -1)
 
 
 def parts_of_speech(words, path):
-    """Part of speech of each word out of another table of the same podcast, '' where unknown; by
-    onset (to 10 ms) and word, where it has words. Of a word's rows (tokens) the first counts."""
+    """Look up each word's part of speech by onset (to 10 ms) and, in a table with words, by word:
+    '' if unknown, the first of several rows (tokens)."""
     table = read_columns(path, [], numeric=("start", "onset"))
     onsets = column(table, f"pos={path}", "start", "onset")
     tags = column(table, f"pos={path}", "pos_class", "class", "pos").astype(str)
     if set(tags) <= set("01234"):
         tags = tags.map(dict(zip("01234", POS_CLASSES)))
-    known = {}
+    tag_of = {}
     for key, tag in zip(word_keys(table, onsets), tags):
-        known.setdefault(key, tag)
+        tag_of.setdefault(key, tag)
     if "word" not in table:
         words = words[["start"]]
-    matched = [known.get(key, "") for key in word_keys(words, words["start"])]
+    matched = [tag_of.get(key, "") for key in word_keys(words, words["start"])]
     if not any(matched):
-        raise InputError(f"pos={path} knows no word of the transcript at its onset")
+        raise InputError(f"pos={path} has no word of the transcript at its onset")
     return matched
 
 
 def word_keys(table, onsets):
-    """(normalised word, '' where the table has none; onset in 10 ms) of each row."""
+    """Return (normalised word, or '' without words; onset in 10 ms) for each row."""
     onsets = onsets.fillna(-1).mul(100).round().astype(int)
     words = table["word"].map(normalised) if "word" in table else [""] * len(table)
     return zip(words, onsets)
@@ -308,19 +302,19 @@ def word_keys(table, onsets):
 
 
 def layer_keys(file, path, layers):
-    """Names of the wanted datasets of a features.hdf5: `layers`, or all where it has no layers."""
+    """Return the datasets of a features.hdf5 to read: `layers`, or all if it has no layers."""
     available = [int(key.removeprefix("layer-")) for key in file if key.startswith("layer-")]
     if not available:
         return sorted(file)
     missing = set(layers) - set(available)
     if missing:
-        there = ", ".join(map(str, sorted(available)))
-        raise InputError(f"{path} has no layer {min(missing)}, only {there}: choose with layers=")
+        layers = ", ".join(map(str, sorted(available)))
+        raise InputError(f"{path} has no layer {min(missing)}, only {layers}: choose with layers=")
     return [f"layer-{layer}" for layer in layers]
 
 
 def read_features(root, name, layers, words):
-    """(tokens, {key: (tokens, dims) float32}) of released features; tokens: TOKEN_COLUMNS."""
+    """Return tokens (TOKEN_COLUMNS) and {key: (tokens, dims) float32} of released features."""
     import h5py
 
     cure = f"leave '{name}' out of features=, or complete the copy"
@@ -332,7 +326,7 @@ def read_features(root, name, layers, words):
         same = table["word"].map(normalised) == words["norm_word"].loc[table["word_idx"]].array
     if (~same).sum() > 0.01 * len(table):
         problem = f"{(~same).sum()} of {len(table)} rows are not the transcript's words"
-        raise InputError(f"{path}: {problem}: they are of different snapshots")
+        raise InputError(f"{path}: {problem}: take both from the same snapshot")
     path = need(root, [f"stimuli/{name}/features.hdf5"], cure)
     arrays = {}
     try:
@@ -340,7 +334,7 @@ def read_features(root, name, layers, words):
             for key in layer_keys(file, path, layers):
                 arrays[key] = np.asarray(file[key], np.float32)
     except OSError as error:
-        raise InputError(f"{path} is no whole HDF5 file ({error}): fetch it again") from None
+        raise InputError(f"{path} is not a whole HDF5 file ({error}): fetch it again") from None
     for key, array in arrays.items():
         if array.ndim != 2 or len(array) != len(table):
             raise InputError(f"{path}: {key} has shape {array.shape} for {len(table)} tokens")
@@ -348,13 +342,13 @@ def read_features(root, name, layers, words):
 
 
 def loudness(path, sfreq):
-    """(n,) float32: root mean square of the audio (full scale 1), [k, k + 1) / sfreq s each."""
+    """Return (n,) float32, the audio's root mean square (full scale 1) in [k, k + 1) / sfreq s."""
     from scipy.io import wavfile
 
     try:
         rate, audio = wavfile.read(path, mmap=True)  # (T,) or (T, channels)
     except Exception as error:  # scipy raises whatever its parser stumbles over
-        raise InputError(f"{path} is no whole WAV file ({error}): fetch it again") from None
+        raise InputError(f"{path} is not a whole WAV file ({error}): fetch it again") from None
     if sfreq > rate:
         raise InputError(f"audio_sfreq={sfreq} is above the {rate} Hz of {path}")
     n_values = int(len(audio) * sfreq / rate)
@@ -374,26 +368,26 @@ def loudness(path, sfreq):
 
 
 def subject_ids(root, numbers, signal):
-    """(subjects such as sub-03, {nyu_id: subject}): those asked for, or all that have a signal."""
+    """Return the subjects asked for (sub-03), or all with a signal, and {nyu_id: subject}."""
     table = read_columns(need(root, ["participants.tsv"]), ["participant_id"])
-    known = table["participant_id"].astype(str).tolist()
+    participants = table["participant_id"].astype(str).tolist()
     available = []
-    for subject in known:
+    for subject in participants:
         if any((root / name).is_file() for name in signal_names(subject, signal)):
             available.append(subject)
-    subjects = [f"sub-{number:02d}" for number in numbers] or available or known[:1]
-    there = ", ".join(available) or "nobody"
+    subjects = [f"sub-{number:02d}" for number in numbers] or available or participants[:1]
+    remedy = f"signal={signal} exists for {', '.join(available) or 'nobody'}"
     for subject in subjects:
-        need(root, signal_names(subject, signal), f"signal={signal} is there for {there}")
+        need(root, signal_names(subject, signal), remedy)
     nyu_ids = {}
     if "nyu_id" in table:
-        nyu_ids = dict(zip(table["nyu_id"].astype(str), known))
+        nyu_ids = dict(zip(table["nyu_id"].astype(str), participants))
     return subjects, nyu_ids
 
 
 def read_channels(root, subject, raw, space):
-    """channels.tsv with a row for every brain channel of a Raw, and its position (m); bad is what
-    the table or the file says is bad."""
+    """Read channels.tsv for the brain channels of a Raw, with positions (m); bad ones are marked in
+    the table or in the file."""
     path = need(root, [f"{subject}/ieeg/{subject}_task-podcast_channels.tsv"])
     table = read_columns(path, ["name", "type", "status"])
     table = table.drop_duplicates("name").set_index("name").reindex(raw.ch_names)
@@ -407,7 +401,7 @@ def read_channels(root, subject, raw, space):
 
 
 def read_positions(root, subject, space):
-    """x, y, z (m) by name, of electrodes.tsv: in mm, as BIDS has them, unless a sidecar says."""
+    """Read x, y, z (m) by name from electrodes.tsv, in the sidecar's unit, or else guessed."""
     stem = f"{subject}/ieeg/{subject}_space-{space}"
     path = find(root, [f"{stem}_electrodes.tsv"])
     if path is None:
@@ -418,7 +412,7 @@ def read_positions(root, subject, space):
     farthest = table.abs().max(axis=None)
     scale = METRES.get(unit, 1e-3 if farthest > 1 else 1.0)
     if farthest * scale > 0.3:
-        problem = f"an electrode {farthest * scale:.2f} m from the origin is in nobody's head"
+        problem = f"an electrode lies {farthest * scale:.2f} m from the origin, outside any head"
         raise InputError(f"{path}: {problem}: correct the unit in the sidecar ({unit or 'none'})")
     return table * scale
 
@@ -427,10 +421,10 @@ def read_positions(root, subject, space):
 
 
 def open_signal(path):
-    """MNE Raw of a derivative (FIF, in V)."""
+    """Open a derivative (FIF, in V) as an MNE Raw."""
     import mne
 
-    with open(path, "rb") as file:  # MNE reads a torn file in silence: the last tag is missing
+    with open(path, "rb") as file:  # MNE reads a torn file silently: check the last tag
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4))
         whole = file.read() == b"\xff" * 4
     try:
@@ -441,19 +435,19 @@ def open_signal(path):
         raise InputError(f"{path} is not a whole FIF file: fetch it again")
     sd = np.nanmedian(sd_within_seconds(raw))
     if sd > 1e-2:
-        raise InputError(f"{path}: a standard deviation of {sd:.2g} V is no brain's: save it in V")
+        raise InputError(f"{path}: an SD of {sd:.2g} V is too large for a brain: save it in V")
     return raw
 
 
 def signal_blocks(raw, names, label, seconds=30):
-    """(T, channels) blocks of a Raw in V, its channels in the order of `names`."""
+    """Yield blocks (T, channels) of a Raw in V, channels in the order of `names`."""
     step = round(seconds * raw.info["sfreq"])
     for start in tqdm(range(0, raw.n_times, step), label, leave=False, disable=None):
         yield raw.get_data(names, start, min(start + step, raw.n_times), verbose="error").T
 
 
 def word_events(words, raw):
-    """(one event a word that is heard, {reason: how many words were dropped})."""
+    """Return an event per word that is heard, and {reason: number of words dropped}."""
     heard = words[words["start"].notna()]
     duration = (heard["end"] - heard["start"]).clip(lower=0).fillna(0)
     events = pd.DataFrame({"onset": heard["start"], "duration": duration})
@@ -470,12 +464,12 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
     channels = read_channels(root, subject, raw, config.space)
     kept = channels[channels["status"] == "good"]
     if not len(kept):
-        raise InputError(f"{subject}: each of its {len(channels)} electrodes is bad, says {path}")
+        raise InputError(f"{subject}: all {len(channels)} electrodes are marked bad ({path})")
     events, dropped_words = word_events(words, raw)
     sfreq = float(raw.info["sfreq"])
     rows = np.round(events["onset"] * sfreq) - raw.first_samp
     located = int(kept["x"].notna().sum())
-    made = write_recording(
+    meta = write_recording(
         folder / subject,
         signal_blocks(raw, kept["name"].tolist(), path.name),
         kept,
@@ -495,9 +489,9 @@ def make_recording(root, folder, subject, words, nyu_ids, config):
         bad_spans=clock_spans(raw),
     )
     print(
-        f"{subject}: {len(kept)} of {len(channels)} electrodes ({len(made['bad_electrodes'])} bad, "
-        f"{located} located), {made['samples'] / sfreq:.0f} s at {sfreq:g} Hz, "
-        f"{made['events_outside']} words outside",
+        f"{subject}: {len(kept)} of {len(channels)} electrodes ({len(meta['bad_electrodes'])} bad, "
+        f"{located} located), {meta['samples'] / sfreq:.0f} s at {sfreq:g} Hz, "
+        f"{meta['events_outside']} words outside",
         flush=True,
     )
 
@@ -507,16 +501,16 @@ def is_synthetic(root):
 
 
 def find_tree(folder, kept, config):
-    """(the tree of ds005574, the subjects to make, {nyu_id: subject}): a local copy or fetched."""
-    where = config.root or os.environ.get("PODCAST_ROOT", "")
-    if where:
-        root = local_root(where)
+    """Return the tree (local or fetched), the subjects to make, and {nyu_id: subject}."""
+    local = config.root or os.environ.get("PODCAST_ROOT", "")
+    if local:
+        root = local_root(local)
     else:
         root = folder / "ds005574"
         subjects = [f"sub-{number:02d}" for number in config.subjects]
         if not subjects and not kept:
-            cure = "give it (1 to 9, 0.3 to 1 GB each), or root= a local copy of ds005574"
-            raise InputError(f"subjects= says whom to fetch, subjects=3 say: {cure}")
+            cure = "give 1 to 9 (0.3 to 1 GB each), or set root= to a local copy of ds005574"
+            raise InputError(f"subjects= must name whom to fetch, such as subjects=3: {cure}")
         if set(subjects) <= set(kept):
             return root, [], {}
         root.mkdir(parents=True, exist_ok=True)
@@ -526,8 +520,9 @@ def find_tree(folder, kept, config):
 
 
 def write_stimuli(root, folder, words, config):
-    """Write the transcript, the features and the audio; returns their part of the set's meta."""
-    tables, arrays = {"words.csv": words}, {}
+    """Write the transcript, features and audio, and return their part of the set's meta."""
+    tables = {"words.csv": words}
+    arrays = {}
     meta = {"words": "words.csv", "tokens": {}, "features": {}, "arrays": {}}
     for name in config.features:
         tokens, layers = read_features(root, name, config.layers, words)
@@ -535,7 +530,7 @@ def write_stimuli(root, folder, words, config):
         meta["tokens"][name] = file
         tables[file] = tokens
         for key, array in layers.items():
-            bits = 16 if np.abs(array).max(initial=0) < 6e4 else 32  # half precision holds it
+            bits = 16 if np.abs(array).max(initial=0) < 6e4 else 32  # the range of float16
             file = f"{name}_{key}.f{bits}"
             arrays[file] = array.astype(f"<f{bits // 8}")
             meta["features"].setdefault(name, {})[key] = file
@@ -547,7 +542,7 @@ def write_stimuli(root, folder, words, config):
             "file": "audio.f32",
             "sfreq": config.audio_sfreq,
             "samples": len(arrays["audio.f32"]),
-            "what": "root mean square, full scale 1; sample k is of [k, k + 1) / sfreq s on the "
+            "what": "root mean square, full scale 1; sample k covers [k, k + 1) / sfreq s on the "
             "clock of the onsets",
         }
     for name, table in tables.items():
@@ -563,15 +558,15 @@ def main(config):
     kept = [] if config.overwrite else made_recordings(folder, options)
     root, subjects, nyu_ids = find_tree(folder, kept, config)
     if not subjects:
-        print(f"{folder} has {', '.join(kept)} already (overwrite=True makes them again)")
+        print(f"{folder} already has {', '.join(kept)} (overwrite=True makes them again)")
         return
     words, facts = read_words(need(root, ["stimuli/podcast_transcript.csv"]), config)
     folder.mkdir(parents=True, exist_ok=True)
     if not kept:
         (folder / "meta.yaml").unlink(missing_ok=True)
     elif (folder / "words.csv").read_text(encoding="utf-8") != words.to_csv(index=False):
-        cure = "give overwrite=True to make all of it again, or another out_dir"
-        raise InputError(f"{folder} was made with another transcript than {root} has: {cure}")
+        cure = "set overwrite=True to make all of it again, or another out_dir="
+        raise InputError(f"{folder} was made with a different transcript than {root} has: {cure}")
     meta = write_stimuli(root, folder, words, config)
     for subject in subjects:
         make_recording(root, folder, subject, words, nyu_ids, config)

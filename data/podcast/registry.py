@@ -1,10 +1,10 @@
-"""podcast-benchmark's registry: decorators, so that a file that was made for it can be loaded as
-it is, and what it has registered itself.
+"""podcast-benchmark's registry: its decorators, so that files written for it load unchanged, and
+its own preprocessor and config setter.
 
-    @registry.register_model_constructor("name")    # or without a name: the function's own
+    @registry.register_model_constructor("name")    # default: the function's own name
     def constructor(model_params): ...
 
-model=my_file.py:name finds it (`resolve`); nothing else is registered.
+model=my_file.py:name finds it; there is no other register.
 """
 
 import functools
@@ -22,7 +22,7 @@ from data.podcast.benchmark_yaml import experiment_config, settings_of, translat
 
 
 def register_model_constructor(name=None):
-    """A decorator that lets a function be found under a name in its file."""
+    """Return a decorator that makes a function known by `name` in its file."""
 
     def register(function):
         function.__globals__[name or function.__name__] = function
@@ -34,32 +34,29 @@ def register_model_constructor(name=None):
 register_data_preprocessor = register_config_setter = register_model_constructor
 
 
-def resolve(spec, known, option):
-    """What an option names: one of `known`, or my_file.py:name, which may import its neighbours."""
-    spec = known.get(spec, spec)
+def resolve(spec, choices, option):
+    """Return what an option names: an entry of `choices`, or a function as my_file.py:name."""
+    spec = choices.get(spec, spec)
     if not isinstance(spec, str):
         return spec
     if ":" not in spec:
-        raise InputError(f"{option}={spec} is none of {', '.join(known)}, and no my_file.py:name")
+        raise InputError(f"{option}={spec}: give {', '.join(choices)}, or my_file.py:name")
     sys.path += [str(Path(spec).resolve().parent), str(Path(__file__).parent)]
     return load_once(spec, option)
 
 
-load_once = functools.cache(load_function)  # code of a user's file names the run's jobs, once
+load_once = functools.cache(load_function)  # a run keeps to the code that it has hashed
 
 
 def preprocess_neural_data(data, preprocessor_params):
-    """Means of num_average_samples, (words, electrodes, bins); decode.py makes them by itself."""
+    """Average every num_average_samples: (words, electrodes, bins). decode.py uses its Windows."""
     step = preprocessor_params.get("num_average_samples", 32)
     return data.reshape(data.shape[0], data.shape[1], -1, step).mean(-1)
 
 
 class UserFunction:
-    """The reader (see data/montage.py's Windows) of preprocess=my_file.py:f.
-
-    f(windows (words, electrodes, samples), preprocessor_params) gives an array whose first
-    dimension is still the words.
-    """
+    """The reader (see Windows in data/montage.py) for preprocess=my_file.py:f, which turns (windows
+    (words, electrodes, samples), preprocessor_params) into an array (words, ...)."""
 
     model_params: dict = {}
 
@@ -67,24 +64,25 @@ class UserFunction:
         self.spec = spec
         self.function = function
         self.montage = montage
-        self.description = f"preprocess={spec}, of windows of {len(montage.names)} electrodes"
+        self.description = f"preprocess={spec} reads windows of {len(montage.names)} electrodes"
         names = pd.Series(montage.names).str.partition(" ")[2].tolist()
         self.params = {"ch_names": names, "sfreq": montage.sfreq, **params}
         self.key = files_in([*params.values(), *map(str, user_files(spec.partition(":")[0]))])
 
     def __call__(self, first, width):
         array = self.function(self.montage.samples(first, width), self.params)
-        array = torch.as_tensor(array).detach().cpu().float().numpy()
-        if array.ndim < 2 or len(array) != first.shape[1] or not np.isfinite(array).all():
+        array = torch.as_tensor(array).detach().cpu().numpy()
+        is_usable = array.ndim > 1 and not np.iscomplexobj(array) and np.isfinite(array).all()
+        if not is_usable or len(array) != first.shape[1]:
             raise InputError(
-                f"preprocess={self.spec} returned shape {array.shape} for {first.shape[1]} words: "
-                "its first dimension must stay the words, with finite features behind it"
+                f"preprocess={self.spec} returned {array.dtype} of shape {array.shape} for "
+                f"{first.shape[1]} words: return finite real numbers, (words, ...)"
             )
-        return array
+        return array.astype(np.float32)
 
 
 def files_in(values):
-    """(path, size, time of change) of every file that values name: a new file, new content."""
+    """Return (path, size, time of change) of all files that the values name."""
     files = []
     for value in values:
         if isinstance(value, str) and value:
@@ -95,20 +93,20 @@ def files_in(values):
 
 
 def neural_conv(experiment_config, raws, df_word, word_embeddings):
-    """The setter of that name: how many channels there are."""
+    """Set model_params["input_channels"], as podcast-benchmark's setter of that name."""
     n_channels = sum(len(raw.ch_names) for raw in raws)
     experiment_config.model_params["input_channels"] = n_channels
     return experiment_config
 
 
-def call_setter(setter, config, montage, target):
-    """Let a config setter, f(config, raws, words, embeddings) -> config, set options.
-
-    It sees podcast-benchmark's nested config and the recordings as MNE has them; what it leaves
-    alone stays as it is.
-    """
+def call_setter(config, choices, montage, target):
+    """Let config_setter=, a function f(config, raws, words, embeddings) -> config, change options:
+    config is podcast-benchmark's nested one, raws are MNE's."""
+    if not config.config_setter:
+        return
     import mne
 
+    setter = resolve(config.config_setter, choices, "config_setter")
     raws = []
     for person in montage.people:
         recording = person.recording

@@ -1,7 +1,7 @@
-"""A prepared podcast: what was said and heard, and what can be read out of it beside embeddings.
+"""A prepared podcast, and the decoding targets other than embeddings.
 
-A task gives (events, target of each): events is a DataFrame with start (s); a target that is NaN or
-'' is unknown.
+A task returns (events, a target for each): events is a DataFrame with start (s); targets that are
+NaN or '' are unknown.
 """
 
 from dataclasses import dataclass, field, replace
@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data import InputError, read_table
+from data import InputError, check_content, column, read_table
 from data.recording import Recording, read_set
 
 
 @dataclass
 class Podcast:
-    """A prepared set of speech: words.csv, its recordings, and what figures call the data."""
+    """A prepared set of speech: words.csv, its recordings, and its name in figures (source)."""
 
     folder: Path
     meta: dict
@@ -26,14 +26,14 @@ class Podcast:
 
 
 def read_podcast(folder, name):
-    """The Podcast of a prepared folder that the user called `name`. Raises InputError."""
+    """Read the Podcast in a prepared folder that the user called `name`."""
     meta = read_set(folder)
     if "words" not in meta:
-        raise InputError(
-            f"{folder / 'meta.yaml'} names no words: decode.py reads sets of speech with a "
-            "transcript, as data/podcast/prepare.py makes them"
-        )
-    words = read_table(folder / meta["words"], na_values={"start": [""], "end": [""]})
+        cure = "give a set with a transcript, as data/podcast/prepare.py makes them"
+        raise InputError(f"{folder / 'meta.yaml'} names no words: {cure}")
+    times = {"start": float, "end": float}
+    options = {"dtype": times, "na_values": dict.fromkeys(times, [""])}
+    words = read_table(folder / meta["words"], ["word_idx", "word", "start"], **options)
     recordings = [Recording(folder / recording) for recording in meta["recordings"]]
     if meta["synthetic"] and "synthetic" not in name:
         name += ", synthetic"
@@ -42,11 +42,11 @@ def read_podcast(folder, name):
 
 @dataclass
 class Target:
-    """What is read out of the recordings: one row an event, in the order of time.
+    """What to decode: one row per event, in order of time.
 
-    kind: vectors, values (N, D) float32; classes, values (N,) int64; or number, (N, 1) float32.
-    start: (N,) s; labels: (N,) which events are the same word; names: of the classes; notes:
-    {reason: how many events were left out for it}.
+    kind: vectors, with values (N, D) float32; classes, (N,) int64; or number, (N, 1) float32.
+    start: (N,) s; labels: (N,) word types; names: of the classes; notes: {reason: number of events
+    left out}.
     """
 
     kind: str
@@ -57,16 +57,16 @@ class Target:
     notes: dict = field(default_factory=dict)
 
     def only(self, kept, reason):
-        """The target of the events `kept` (N,) bool; the others are counted under `reason`."""
+        """Return the target of the events `kept` (N,) bool, counting the rest under `reason`."""
         notes = {**self.notes, reason: int((~kept).sum())}
         values, start, labels = self.values[kept], self.start[kept], self.labels[kept]
         return replace(self, values=values, start=start, labels=labels, notes=notes)
 
 
 def as_target(events, values, word):
-    """A Target of values, one an event; events without an onset or a value are left out.
+    """Make a Target of a value per event, leaving out events without an onset or a value.
 
-    events: DataFrame with start (s) and, where they are words, the column `word`.
+    events: DataFrame with start (s) and, for words, the column `word`.
     """
     values = np.asarray(values)
     start = events.start.to_numpy(float)
@@ -75,20 +75,20 @@ def as_target(events, values, word):
         labels = events[word].to_numpy(str)
     if values.ndim == 2:
         kind = "vectors"
-        known = np.isfinite(values).all(axis=1) & (labels != "")
+        has_value = np.isfinite(values).all(axis=1) & (labels != "")
     elif values.dtype.kind == "f":
         kind = "number"
-        known = np.isfinite(values)
+        has_value = np.isfinite(values)
         values = values[:, None]
     else:
         kind = "classes"
-        known = ~np.isin(values.astype(str), ["", "nan", "None"])
+        has_value = ~np.isin(values.astype(str), ["", "nan", "None"])
     timed = np.isfinite(start)
-    kept = np.flatnonzero(timed & known)
+    kept = np.flatnonzero(timed & has_value)
     if len(kept) == 0:
-        raise InputError("no word has an onset and a target: look at task= and embedding=")
+        raise InputError("no word has an onset and a target: check task= and embedding=")
     kept = kept[np.argsort(start[kept], kind="stable")]
-    notes = {"without onset": (~timed).sum(), "without target": (timed & ~known).sum()}
+    notes = {"without onset": (~timed).sum(), "without target": (timed & ~has_value).sum()}
     if kind != "classes":
         return Target(kind, values[kept].astype(np.float32), start[kept], labels[kept], [], notes)
     names, values = np.unique(values[kept].astype(str), return_inverse=True)
@@ -96,11 +96,11 @@ def as_target(events, values, word):
 
 
 def describe(podcast, montage, target):
-    """What is decoded from what, in a sentence."""
+    """Return a sentence that says what is decoded from what."""
     left_out = [f"{n} {reason}" for reason, n in target.notes.items() if n]
     return (
         f"{podcast.source}: {len(montage.names)} electrodes of {len(montage.people)} people, "
-        f"{len(target.start):,} events at every lag, {len(set(target.labels)):,} types "
+        f"{len(target.start):,} events at each lag, {len(set(target.labels)):,} types "
         f"({', '.join(left_out) or 'none'} left out)"
     )
 
@@ -110,16 +110,17 @@ def describe(podcast, montage, target):
 
 def content_words(podcast, window):
     """Content or function word."""
-    return podcast.words, podcast.words["content"]
+    return podcast.words, column(podcast.words, podcast.folder, "content")
 
 
 def part_of_speech(podcast, window):
-    return podcast.words, podcast.words["pos"]
+    return podcast.words, column(podcast.words, podcast.folder, "pos")
 
 
 def sentence_onsets(podcast, window):
-    """First words of sentences, against words that begin at least half a second after one."""
-    words = podcast.words[podcast.words.sentence >= 0]  # -1: a word in no sentence
+    """First words of sentences against words at least half a second after one."""
+    sentence = column(podcast.words, podcast.folder, "sentence")
+    words = podcast.words[sentence >= 0]  # -1: a word in no sentence
     first = words.start.groupby(words.sentence).transform("min")
     is_onset = words.start == first
     kept = is_onset | (words.start >= first + 0.5)
@@ -127,28 +128,25 @@ def sentence_onsets(podcast, window):
 
 
 def surprisal(podcast, window):
-    """-ln of a word's probability, of all its tokens, under the model of the set's features."""
+    """-ln of the probability of a word's tokens under the model of the set's features."""
     for file in podcast.meta.get("tokens", {}).values():
         tokens = read_table(podcast.folder / file, na_values={"true_prob": [""]})
         if "true_prob" in tokens:
             nats = -np.log(tokens.true_prob.clip(lower=1e-12))
             nats = nats.groupby(tokens.word_idx).sum(skipna=False)
             return podcast.words, podcast.words.word_idx.map(nats).to_numpy(float)
-    raise InputError(
-        f"task=surprisal: {podcast.folder} has no probabilities of tokens (true_prob): prepare it "
-        "with features=gpt2-xl"
-    )
+    cure = "prepare it with features=gpt2-xl"
+    raise InputError(f"task=surprisal: {podcast.folder} has no true_prob of tokens: {cure}")
 
 
 def volume(podcast, window):
-    """Loudness (dB) of the audio in steps as wide as the window (s), one after the other."""
+    """Loudness (dB) of the audio in consecutive steps as long as the window (s)."""
     if "audio" not in podcast.meta:
-        raise InputError(
-            f"task=volume: {podcast.folder} has no loudness of its audio: prepare it with "
-            "audio_sfreq=100"
-        )
+        cure = "prepare it with audio_sfreq=100"
+        raise InputError(f"task=volume: {podcast.folder} has no loudness of its audio: {cure}")
     audio = podcast.meta["audio"]
-    power = np.square(np.fromfile(podcast.folder / audio["file"], "<f4").astype(float))
+    path = check_content(podcast.folder / audio["file"])
+    power = np.square(np.fromfile(path, "<f4").astype(float))
     width = max(1, round(window * audio["sfreq"]))
     power = power[: len(power) // width * width].reshape(-1, width).mean(axis=1)
     start = (np.arange(len(power)) + 0.5) * width / audio["sfreq"]

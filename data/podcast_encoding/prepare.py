@@ -1,14 +1,14 @@
-"""The podcast as stimuli with responses: a word with the words before it, and the mean high gamma
-of every electrode around a lag.
+"""Turn the podcast into stimuli with responses: each word with the words before it, and the mean
+high gamma of each electrode around a lag.
 
-    python data/podcast/prepare.py subjects=3                       # first: the recordings
+    python data/podcast/prepare.py subjects=3                       # first, the recordings
     python data/podcast_encoding/prepare.py                         # 200 ms around 300 ms
     python data/podcast_encoding/prepare.py podcast=path/to/prepared lag=0.15 width=0.1 context=16
     python warp.py dataset=podcast_encoding models=gpt2 layers=6
 
-There are no embeddings: a model reads the text itself. The podcast was heard once, so there are no
-repeats and no ceilings. Neighbouring words share their sound and their brain: a stretch of the
-story is one group, which no split tears apart.
+Models read the text itself. The podcast was heard once, so no response has repeats or a ceiling.
+Neighbouring words share sound and brain activity, so a stretch of the story is one group, which
+stays in one split.
 """
 
 import os
@@ -22,7 +22,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository's shared files
 from configurator import configure
 from data import InputError, already_made, column, folder_of, options_of
-from data.montage import choose_electrodes
+from data.montage import choose_people
 from data.recording import Recording, read_set
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
@@ -31,21 +31,21 @@ EMBEDDED = False  # needs data/podcast, which must be downloaded
 
 @dataclass
 class Config:
-    podcast: str = ""  # prepared podcast; "": data/podcast beside this folder
-    subjects: list[str] = field(default_factory=list)  # recordings of it; none: all
-    lag: float = 0.3  # s from the onset of a word to the middle of the window
+    podcast: str = ""  # prepared podcast; "": data/podcast
+    subjects: list[str] = field(default_factory=list)  # none: all
+    lag: float = 0.3  # s from a word's onset to the middle of the window
     width: float = 0.2  # s, of the window
-    context: int = 32  # words before a word that are read with it
-    block: float = 30.0  # s of story that are one group
+    context: int = 32  # words read before each word
+    block: float = 30.0  # s of story per group
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # make it again if it exists
 
     POSITIVE = "width block"
     SIGNED = "lag"
 
 
 def heard_words(recording):
-    """One row a word that was heard, in the order of the transcript: word_idx, word, onset."""
+    """Return a row per heard word in the transcript's order: word_idx, word, onset."""
     events = recording.events
     path = recording.path / "events.csv"
     word_idx = column(events, path, "word_idx").astype(int)
@@ -55,8 +55,8 @@ def heard_words(recording):
 
 
 def mean_responses(recording, onset, lag, width):
-    """((words, C) mean of the signal in [onset + lag - width/2, onset + lag + width/2), in SD of
-    each channel over the recording; (words,) whether the window lies inside; (C,) SD)."""
+    """Return z-scored means (words, C) of the signal in [onset + lag - width/2, onset + lag +
+    width/2), whether the windows lie inside (words,), and the channels' SD (C,)."""
     signal = recording.signal
     start = recording.rows(onset + lag - width / 2)
     stop = np.maximum(recording.rows(onset + lag + width / 2), start + 1)
@@ -77,8 +77,8 @@ def mean_responses(recording, onset, lag, width):
 
 
 def read_podcast(recordings, config):
-    """(words, (words, electrodes) responses, table of electrodes, with ok: whether they have a
-    signal, (words,) in everybody's)."""
+    """Return the words, responses (words, electrodes), a table of electrodes with ok (whether they
+    have a signal), and whether each word's window lies inside every recording (words,)."""
     words = heard_words(recordings[0])
     responses = []
     units = []
@@ -86,9 +86,9 @@ def read_podcast(recordings, config):
     for recording in recordings:
         heard = heard_words(recording)
         if not words[["word_idx", "word"]].equals(heard[["word_idx", "word"]]):
-            cure = "choose those who heard the same with subjects="
+            cure = "choose people who heard the same with subjects="
             first = recordings[0].path.name
-            raise InputError(f"{recording.path} heard other words than {first}: {cure}")
+            raise InputError(f"{recording.path} has other words than {first}: {cure}")
         onset = heard["onset"].to_numpy()
         means, is_inside, sd = mean_responses(recording, onset, config.lag, config.width)
         responses.append(means[:, recording.good])
@@ -104,12 +104,11 @@ def main(config):
     options = options_of(config, "podcast")
     if already_made(folder, options, complete_encoding, config.overwrite):
         return
-    podcast = Path(
-        config.podcast or os.path.relpath(Path(__file__).resolve().parents[1] / "podcast")
-    )
-    about = read_set(podcast)  # says how to make it where it is not there
+    prepared = Path(__file__).resolve().parents[1] / "podcast"
+    podcast = Path(config.podcast or os.path.relpath(prepared))
+    about = read_set(podcast)
     recordings = [Recording(podcast / name) for name in about["recordings"]]
-    recordings = [recording for recording, _ in choose_electrodes(recordings, config.subjects)]
+    recordings = choose_people(recordings, config.subjects)
     words, responses, units, inside = read_podcast(recordings, config)
     if not inside.any():
         window = f"lag={config.lag}, width={config.width} (s)"

@@ -8,14 +8,12 @@
 One data-json file a task: {data: {sentences: {"0": ...}, labels: {"0": ...}}, name, link, topic,
 task, size, average length, multiple, type, n_categories, labels: {"0": name, ...}, language};
 readme.md says what each key means. Archives are read where they lie and never unpacked, so no path
-in them can lead anywhere. A download is resumed where it stopped, written aside and renamed; a set
-that cannot be had stops no other.
+in them can lead anywhere. A set that cannot be had stops no other.
 """
 
 import csv
 import gzip
 import hashlib
-import http.client
 import io
 import json
 import os
@@ -26,8 +24,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,7 +34,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
-from data import InputError, file_hash, read_yaml, write_aside, write_yaml
+from data import InputError, aside, fetch, file_hash, read_yaml, write_aside, write_yaml
 from data.stimuli import complete, read_meta, read_pairs, read_task
 
 HERE = Path(__file__).resolve().parent
@@ -193,55 +189,21 @@ def pick_columns(frame, name, columns):
     return frame[columns]
 
 
-unreachable = {}  # host: why it does not answer, so that each is waited for once
-
-
 def download(url, path, notes):
-    """Fetch url to path, unless a file with the checksum in `notes` is there.
-
-    Goes on with PATH.part, checks the length that the server gives, renames, notes the checksum.
-    Raises InputError when it cannot be had.
-    """
+    """Fetch url to path, unless a file with the checksum in `notes` is there. Raises InputError."""
     if path.exists() and notes.get(path.name, {}).get("sha256") == file_hash(path):
         return
-    host = url.split("/")[2]
-    if host in unreachable:
-        raise InputError(f"{url} is not reachable ({unreachable[host]})")
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(3):
+    path.unlink(missing_ok=True)
+    if "/archive/" in url:  # GitHub packs it anew and says no length: it cannot be continued
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if fetch_rest(url, part):
-                break
-            reason = "the connection broke off"
-        except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code}"
-            if error.code == 416:  # what is there is longer than the file
-                part.unlink()
-            elif error.code < 500:
-                raise InputError(f"{url} is not to be had ({reason}): give root= a copy") from None
-        except urllib.error.URLError as error:
-            unreachable[host] = error.reason
-            raise InputError(f"{url} is not reachable ({error.reason})") from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
+            with fetch.request(url) as answer, aside(path) as file:
+                shutil.copyfileobj(answer, file)
+        except fetch.NETWORK_ERRORS as error:
+            raise fetch.unreachable(url, error) from None
     else:
-        raise InputError(f"{url} does not come whole ({reason}): start again, which goes on")
-    os.replace(part, path)
+        fetch.download([fetch.need(url, path)], path.parent)
     notes[path.name] = {"url": url, "bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def fetch_rest(url, part):
-    """Append to `part` what it lacks of url; whether it is as long as the server says."""
-    start = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        if answer.status != 206:  # the server begins again
-            start = 0
-        with open(part, "ab" if start else "wb") as file:
-            shutil.copyfileobj(answer, file)
-        length = answer.headers["Content-Length"]
-    return length is None or part.stat().st_size == start + int(length)
 
 
 # ---- the sets: each function gives the Tables of a source that lies in `root`
@@ -450,8 +412,6 @@ def fetch_from_hub(name, folder):
     from huggingface_hub import snapshot_download
 
     about = HUB[name]
-    if "hub" in unreachable:
-        raise InputError(f"{about['repo']} could not be had from the hub ({unreachable['hub']})")
     patterns = [f"{about['config']}/{split}/*.parquet" for split in about["splits"]]
     options = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
     try:
@@ -460,8 +420,6 @@ def fetch_from_hub(name, folder):
         )
     except Exception as error:  # the client has many: no network, no such proxy, moved, no disk
         reason = type(error).__name__
-        if re.search("Connect|Offline|LocalEntry", reason):
-            unreachable["hub"] = reason
         raise InputError(f"{about['repo']} could not be had from the hub ({reason})") from None
 
 

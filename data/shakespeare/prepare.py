@@ -2,7 +2,7 @@
 
     python data/shakespeare/prepare.py                      # dataset=shakespeare/char
     python data/shakespeare/prepare.py tokenizer=gpt2       # dataset=shakespeare/gpt2
-    python data/shakespeare/prepare.py root=input.txt       # from a local copy (any text will do)
+    python data/shakespeare/prepare.py root=input.txt       # a local copy, or any other text
 
 The text comes from github.com/karpathy/char-rnn (public domain); the first 90 % of its characters
 are for training, the rest for validation.
@@ -20,7 +20,7 @@ from data import already_made, check_content, folder_of
 from data import tokens as T
 from data.fetch import download, need
 
-EMBEDDED = False  # downloaded, so only on the user's own command
+EMBEDDED = False  # downloaded only when the user runs this
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 
@@ -28,18 +28,19 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 class Config:
     tokenizer: Literal["char", "gpt2"] = "char"  # a token per character, or GPT-2's BPE
     root: str = ""  # a local copy of the text, or the folder with input.txt; "": download
-    bpe: str = ""  # GPT-2's vocab.bpe or rank file; "": tiktoken's cache, or by download
-    out_dir: str = ""  # "": the folder named like the tokenizer, beside this script
-    overwrite: bool = False  # make it again although it is there
+    bpe: str = ""  # GPT-2's vocab.bpe or rank file; "": tiktoken's cache or a download
+    out_dir: str = ""  # "": the folder named after the tokenizer, next to this script
+    overwrite: bool = False  # make it again even if it exists
 
 
 def get_text(root, folder):
-    """(text, where it came from). Raises InputError without file or network, or for other bytes."""
+    """Return the text and its source. Raises InputError."""
     if root:
         path = Path(root) / "input.txt" if Path(root).is_dir() else Path(root)
         source = f"local copy {path.name}"
     else:
-        path, source = folder / "download/input.txt", URL
+        path = folder / "download/input.txt"
+        source = URL
         download([need(URL, path)], folder)
     return T.decode_text(path, check_content(path).read_bytes()), source
 
@@ -65,7 +66,6 @@ def main(config):
         options=options,
         synthetic=False,
     )
-    print(f"{folder}: vocabulary of {meta['vocab_size']:,}")
     for split, entry in meta["splits"].items():
         print(f"{folder}: {split} {entry['tokens']:,} tokens")
 

@@ -1,16 +1,16 @@
-"""Made-up EEG of people who are shown objects five times a second, with a known answer.
+"""Synthetic EEG of people who see five objects per second, with a known answer.
 
     python data/synthetic_eeg/prepare.py
     python data/synthetic_eeg/prepare.py gain=0 out_dir=data/synthetic_eeg/null  # the null
 
-The files are real BIDS and BrainVision files, read like anybody's. What is planted: each object is
-a noun that is frequent in data/pydocs' training text, its meaning 8 numbers out of that text's
-co-occurrences (PPMI and SVD; no language model has a part in it). Each number drives one dipole
-with a response of its own latency, in a sphere model with the person's own places, orientations and
-latencies. What is not about the object: the same evoked response to every picture, 1/f background
-of 150 dipoles, alpha, blinks, mains, a bad channel. Responses overlap, as they do at 200 ms from
-picture to picture. An oracle that knows the meanings (noise normalisation and ridge) says how much
-of them can be read. The null is the same brains with nothing about the object in them.
+The files are real BIDS and BrainVision files and are read as such. Each object is a frequent noun
+of data/pydocs' training text; its meaning is 8 numbers from that text's co-occurrences (PPMI and
+SVD, no language model). Each number drives one dipole with its own latency, in a sphere model with
+each person's own places, orientations and latencies. Unrelated to the object are the evoked
+response to every picture, the 1/f background of 150 dipoles, alpha, blinks, mains and a bad
+channel. Responses overlap, since pictures follow each other after 200 ms. An oracle that knows the
+meanings (noise normalisation and ridge) measures how much of them can be read. The null has the
+same brains without any response to the object.
 """
 
 import json
@@ -32,7 +32,7 @@ from data import InputError, already_made, embedded, folder_of, options_of, toke
 from data.bids_eeg import prepare as bids
 from data.recording import Recording, complete, read_set
 
-EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
+EMBEDDED = True  # made offline from data/pydocs: scripts may run this on first use
 
 CHANNELS = """
 Fp1 Fp2 F7 F3 Fz F4 F8 FC5 FC1 FC2 FC6 T7 C3 Cz C4 T8 CP5 CP1 CP2 CP6 P7 P3 Pz P4 P8 PO7 PO3 POz PO4
@@ -40,13 +40,13 @@ PO8 O1 O2
 """
 CHANNELS = CHANNELS.split()
 RATE = 200.0  # Hz of the raw files
-SOA = 0.2  # s from picture to picture
+SOA = 0.2  # s from one picture to the next
 CATCH = 0.03  # share of catch trials
 BACKGROUND = 10.0  # µV, rms of the 1/f background
 WINDOW = (0.05, 0.55)  # s after onset that the oracle reads
-# P1, N1 and P2 to any picture: peak and width (s), size (V)
+# P1, N1 and P2 of every picture: peak and width (s), size (V)
 EVOKED = ((0.1, 0.02, 4e-6), (0.17, 0.025, -6e-6), (0.25, 0.05, 4e-6))
-# Other right answers, for those of the text's nouns that are chosen.
+# Other right answers for the nouns that may be chosen.
 WORDS = """
 function=routine|procedure value=quantity|amount number=figure|numeral name=title|designation
 file=document method=technique string=text graph=network output=outcome model=prototype
@@ -63,26 +63,26 @@ template=stencil page=sheet|leaf package=parcel|bundle iteration=repetition|pass
 sample=specimen
 """
 SYNONYMS = dict(pair.split("=") for pair in WORDS.split())
-# Frequent nouns that nobody could be shown.
+# Frequent nouns that no picture could show.
 NOT_SHOWN = {"end", "start", "case", "form", "way", "mean", "future", "default"}
 
 
 @dataclass
 class Config:
-    out_dir: str = ""  # "": this folder; the raw files go to raw/ in it
-    pydocs: str = ""  # prepared data/pydocs, "": the one beside this folder (made where missing)
+    out_dir: str = ""  # "": this folder; the raw files go to its raw/
+    pydocs: str = ""  # prepared data/pydocs, "": the one next to this folder (made if missing)
     seed: int = 0  # fixes everything
     # ---- what is shown
-    objects: int = 60  # nouns, the most frequent ones
-    homographs: int = 2  # of them have a second object of the same name (tree1, tree2)
+    objects: int = 60  # the most frequent nouns
+    homographs: int = 2  # how many of them have a second object of the same name (tree1, tree2)
     images: int = 6  # pictures of each object; a block shows one picture of every object
-    repeats: int = 10  # times that a picture is shown, twice in a block
-    # ---- who looks at it
+    repeats: int = 10  # how often a picture is shown, twice per block
+    # ---- who sees it
     subjects: int = 4
     gain: float = 4.0  # µV at the best electrode for one SD of a dimension of meaning; 0: the null
     dimensions: int = 8  # of meaning
     own: float = 0.3  # how far a person's generators are from the average: angle (rad), place, size
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # make it again even if it exists
 
     def check(self):
         least = {"objects": 10, "images": 2, "repeats": 2, "subjects": 1, "dimensions": 2}
@@ -91,13 +91,15 @@ class Config:
                 raise InputError(f"{name}={getattr(self, name)}: at least {lowest}")
         if self.repeats % 2:
             raise InputError(f"repeats={self.repeats}: an even number, two in each block")
+        if self.dimensions >= self.objects:
+            raise InputError(f"dimensions={self.dimensions}: fewer than objects={self.objects}")
 
 
 # ---- meaning
 
 
 def read_words(pydocs):
-    """data/pydocs' training text, lower-case, as (N,) numbers, and (V,) words and marks."""
+    """Return data/pydocs' training text in lower case as (N,) numbers, and its (V,) words."""
     enc = tokens.encoding(tokens.tokenizer_state(pydocs))
     ids = tokens.Tokens(pydocs, "train").tokens.tolist()
     text = enc.decode_bytes(ids).decode("utf-8", "replace").lower()
@@ -105,9 +107,9 @@ def read_words(pydocs):
 
 
 def nouns(ids, names, n):
-    """The n most frequent singular nouns of a text, by their use: after an article, before what
-    ends a noun phrase, with a plural."""
-    number = {name: i for i, name in enumerate(names)}
+    """Return the n most frequent singular nouns of a text: words that follow an article, precede
+    the end of a noun phrase, and have a plural."""
+    number = dict(zip(names, range(len(names))))
     counts = np.bincount(ids)
 
     def is_one_of(words):
@@ -118,22 +120,22 @@ def nouns(ids, names, n):
     framed = np.zeros(len(ids), dtype=bool)
     framed[1:-1] = after[:-2] & before[2:]
     share = np.bincount(ids[framed], minlength=len(names)) / counts
-    found = []
+    words = []
     for word, i in number.items():
         plural = number.get(f"{word}s")
         if plural is None or counts[plural] < 0.08 * counts[i] or counts[i] < 3e-5 * len(ids):
             continue
         if 3 <= len(word) <= 9 and word not in NOT_SHOWN and share[i] > 0.12:
-            found.append(word)
-    found.sort(key=lambda word: (-counts[number[word]], word))
-    if len(found) < n:
-        raise InputError(f"objects={n}: the text has only {len(found)} frequent nouns")
-    return found[:n]
+            words.append(word)
+    words.sort(key=lambda word: (-counts[number[word]], word))
+    if len(words) < n:
+        raise InputError(f"objects={n}: the text has only {len(words)} frequent nouns")
+    return words[:n]
 
 
 def meanings(ids, names, things, dimensions, reach=5, context=2000):
-    """(things, dimensions) of unit variance: PPMI with words up to `reach` away (the most frequent
-    ones, Levy, Goldberg & Dagan 2015), then SVD."""
+    """Return (things, dimensions) of unit variance: SVD of the PPMI with the most frequent words up
+    to `reach` words away (Levy, Goldberg & Dagan 2015)."""
     counts = np.bincount(ids)
     is_word = np.array([name.isalpha() for name in names])
     contexts = np.argsort(-counts * is_word, kind="stable")[:context]
@@ -141,7 +143,8 @@ def meanings(ids, names, things, dimensions, reach=5, context=2000):
     column[contexts] = np.arange(len(contexts))
     row = np.full(len(names), -1)
     row[np.searchsorted(names, things)] = np.arange(len(things))
-    rows, columns = row[ids], column[ids]
+    rows = row[ids]
+    columns = column[ids]
     pairs = np.zeros(len(things) * len(contexts))
     for away in range(1, reach + 1):
         for thing, other in ((rows[away:], columns[:-away]), (rows[:-away], columns[away:])):
@@ -149,36 +152,36 @@ def meanings(ids, names, things, dimensions, reach=5, context=2000):
             cell = thing[both] * len(contexts) + other[both]
             pairs += np.bincount(cell, minlength=len(pairs))
     pairs = pairs.reshape(len(things), len(contexts))
-    expected = counts[contexts].astype(float) ** 0.75  # smoothed, as there
+    expected = counts[contexts].astype(float) ** 0.75  # smoothed as in the paper
     expected /= expected.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
         pmi = np.log(pairs / pairs.sum(1, keepdims=True) / expected)
         ppmi = np.nan_to_num(np.maximum(0, pmi), posinf=0, neginf=0)
     u, _, v = np.linalg.svd(ppmi - ppmi.mean(0), full_matrices=False)
     largest = np.abs(v[:dimensions]).argmax(1)
-    u = u[:, :dimensions] * np.sign(v[np.arange(dimensions), largest])  # the same sign everywhere
+    u = u[:, :dimensions] * np.sign(v[np.arange(dimensions), largest])  # fixes the sign
     return (u - u.mean(0)) / u.std(0)
 
 
 def make_objects(ids, names, config, rng):
-    """objects.csv, and the meaning of every picture (objects, images, dimensions)."""
+    """Return objects.csv and the meaning of every picture (objects, images, dimensions)."""
     words = nouns(ids, names, config.objects)
     vectors = meanings(ids, names, words, config.dimensions)
     tree = scipy.cluster.hierarchy.linkage(vectors, "ward")
     clusters = scipy.cluster.hierarchy.fcluster(tree, 6, "maxclust")
     table = pd.DataFrame({"object": words, "word": words, "synonyms": ""})
     for i, word in enumerate(words):
-        others = SYNONYMS.get(word, "").split("|")
-        table.loc[i, "synonyms"] = "|".join(s for s in others if s and s not in words)
-    first, second = table[: config.homographs], table[: config.homographs].copy()
-    table.loc[first.index, "object"] = first["word"] + "1"
+        synonyms = SYNONYMS.get(word, "").split("|")
+        table.loc[i, "synonyms"] = "|".join(s for s in synonyms if s and s not in words)
+    second = table[: config.homographs].copy()
+    table.loc[second.index, "object"] = second["word"] + "1"
     second["object"] = second["word"] + "2"  # the other kind of tree
-    moved = [v + 0.5 * rng.standard_normal(len(v)) for v in vectors[: config.homographs]]
     table = pd.concat([table, second], ignore_index=True)
-    vectors = np.concatenate([vectors, np.reshape(moved, (-1, config.dimensions))])
+    first = vectors[: config.homographs]
+    vectors = np.concatenate([vectors, first + 0.5 * rng.standard_normal(first.shape)])
     clusters = np.concatenate([clusters, clusters[: config.homographs]])
     table["category"] = ""
-    for cluster in set(clusters):  # called by its most central word
+    for cluster in set(clusters):  # named after its most central word
         members = np.flatnonzero(clusters == cluster)
         distance = np.square(vectors[members] - vectors[members].mean(0)).sum(1)
         table.loc[members, "category"] = table["word"][members[distance.argmin()]]
@@ -194,7 +197,7 @@ def make_objects(ids, names, config, rng):
 
 
 def noise_1f(rng, n, samples, exponent=1.0):
-    """(n, samples) float32 of unit variance with a 1/f^exponent power spectrum."""
+    """Return (n, samples) float32 of unit variance with a 1/f^exponent power spectrum."""
     frequency = np.arange(samples // 2 + 1, dtype=np.float32)
     amplitude = np.zeros_like(frequency)
     amplitude[1:] = frequency[1:] ** (-exponent / 2)
@@ -206,8 +209,7 @@ def noise_1f(rng, n, samples, exponent=1.0):
 
 
 def head(scale):
-    """A head of this size: places (C, 3) of CHANNELS (m), gain (C, sources, 3) in V/Am of its
-    forward model, and the sources' places (S, 3) in m."""
+    """Return a head's channels (C, 3) in m, gain (C, S, 3) in V/Am and sources (S, 3) in m."""
     info = mne.create_info(CHANNELS, 100.0, "eeg")
     info.set_montage(mne.channels.make_standard_montage("colin27_1005"))
     places = {ch["ch_name"]: scale * ch["loc"][:3] for ch in info["chs"]}
@@ -221,7 +223,7 @@ def head(scale):
 
 
 def generators(config, rng):
-    """The average person's (posterior) place, axis, latency (s) and width (s) of each dimension."""
+    """Return the average (posterior) place, axis, latency (s) and width (s) of each dimension."""
     n = config.dimensions
     sideways = rng.uniform(-0.05, 0.05, n)
     backwards = rng.uniform(-0.07, -0.02, n)
@@ -236,20 +238,24 @@ def generators(config, rng):
 
 
 def schedule(config, n_objects, n_images, rng):
-    """(events, seconds): what is shown when. A block shows one picture of every object twice, so
-    repeats stand apart from an object's other pictures. Columns of events: onset (s, on a sample),
-    block, object, image (numbers, -1 for catch trials), target."""
-    events, start = [], 2.0
+    """Return the events of a session and its duration (s).
+
+    A block shows one picture of every object twice, so each of an object's pictures has its own
+    blocks. Columns: onset (s, on a sample), block, object, image (-1 for catch trials), target.
+    """
+    events = []
+    start = 2.0
     rounds = [rng.permutation(n_images) for _ in range(config.repeats // 2)]
     for block, image in enumerate(np.concatenate(rounds)):
-        first, second = rng.permutation(n_objects), rng.permutation(n_objects)
+        first = rng.permutation(n_objects)
+        second = rng.permutation(n_objects)
         while first[-1] == second[0]:
             second = rng.permutation(n_objects)
         shown = [(int(thing), int(image), 0) for thing in [*first, *second]]
         for _ in range(round(CATCH * len(shown))):
             shown.insert(int(rng.integers(len(shown) + 1)), (-1, -1, 1))
-        for i, what in enumerate(shown):
-            events.append((start + SOA * i, block, *what))
+        for i, trial in enumerate(shown):
+            events.append((start + SOA * i, block, *trial))
         start += SOA * len(shown) + 2.0
     events = pd.DataFrame(events, columns=["onset", "block", "object", "image", "target"])
     events["onset"] = np.round(events["onset"] * RATE).astype(int) / RATE
@@ -257,7 +263,7 @@ def schedule(config, n_objects, n_images, rng):
 
 
 def respond(weight, peak, width, events, samples):
-    """(samples,) sum of a Gaussian response (s) to each event, times its weight."""
+    """Return (samples,) the sum of a Gaussian response (s) to each event, times its weight."""
     time = np.arange(0, 0.8, 1 / RATE)
     rows = np.round(events["onset"].to_numpy() * RATE).astype(int)
     impulses = np.zeros(samples)
@@ -267,11 +273,12 @@ def respond(weight, peak, width, events, samples):
 
 
 def simulate(config, pictures, average, subject):
-    """One person's session: (signal (C, T) in V, places (C, 3) in m, status, events, truth)."""
+    """Return one session: signal (C, T) in V, places (C, 3) in m, status, events, truth."""
     rng = np.random.default_rng([config.seed, 1, subject])
     places, lead, sources = head(rng.uniform(0.95, 1.05))
     events, seconds = schedule(config, *pictures.shape[:2], rng)
-    samples, n = round(seconds * RATE), config.dimensions
+    samples = round(seconds * RATE)
+    n = config.dimensions
     axis = average["axis"] + config.own * rng.standard_normal((n, 3))
     place = average["place"] + 0.01 * config.own * rng.standard_normal((n, 3))
     latency = average["latency"] + 0.05 * config.own * rng.standard_normal(n)
@@ -309,8 +316,8 @@ def simulate(config, pictures, average, subject):
 
 def add_background(signal, lead, posterior, rng):
     """Add 1/f activity of 150 dipoles and two alpha rhythms to a signal (C, T)."""
-    samples, n_sources = signal.shape[1], lead.shape[1]
-    chosen = lead[:, rng.choice(n_sources, 150)]
+    samples = signal.shape[1]
+    chosen = lead[:, rng.choice(lead.shape[1], 150)]
     maps = np.einsum("csi,si->cs", chosen, rng.standard_normal((150, 3))).astype(np.float32)
     maps /= np.linalg.norm(maps, axis=0).mean()
     background = maps @ noise_1f(rng, 150, samples)
@@ -326,7 +333,7 @@ def add_background(signal, lead, posterior, rng):
 def add_artefacts(signal, places, seconds, rng):
     """Add blinks, mains at 50 Hz and sensor noise to a signal (C, T)."""
     samples = signal.shape[1]
-    lids = np.exp(-np.linalg.norm(places - [0, 0.1, 0.0], axis=1) / 0.03)  # falls off from the eyes
+    lids = np.exp(-np.linalg.norm(places - [0, 0.1, 0.0], axis=1) / 0.03)  # decays from the eyes
     pauses = rng.exponential(4.0, round(seconds / 4)) * RATE + RATE
     blinks = np.zeros(samples)
     blinks[np.minimum(samples - 1, np.cumsum(pauses).astype(int))] = 1
@@ -342,8 +349,8 @@ def add_artefacts(signal, places, seconds, rng):
 
 
 def write_brainvision(path, signal, names, sfreq, positions):
-    """Write path.vhdr, .vmrk and .eeg (BrainVision Core Data Format 1.0). signal: (C, T) in V, kept
-    as float32 µV; positions: samples of the markers."""
+    """Write path.vhdr, .vmrk and .eeg (BrainVision Core Data Format 1.0). signal: (C, T) in V,
+    stored as float32 µV; positions: samples of the markers."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     common = f"[Common Infos]\nCodepage=UTF-8\nDataFile={path.stem}.eeg\n"
@@ -374,9 +381,10 @@ def write_json(path, **facts):
 
 
 def write_bids(root, subject, person, table):
-    """One person's files of a BIDS dataset. person: as of `simulate`; table: objects.csv."""
+    """Write one person's BIDS files. person: from `simulate`; table: objects.csv."""
     signal, places, status, events, _ = person
-    folder, stem = root / f"sub-{subject:02d}/eeg", f"sub-{subject:02d}_task-rsvp"
+    folder = root / f"sub-{subject:02d}/eeg"
+    stem = f"sub-{subject:02d}_task-rsvp"
     rows = shown_events(events, table)
     write_brainvision(folder / f"{stem}_eeg", signal, CHANNELS, RATE, rows["sample"])
     write_table(folder / f"{stem}_events.tsv", rows.replace("", "n/a"))
@@ -388,46 +396,33 @@ def write_bids(root, subject, person, table):
     write_table(folder / f"sub-{subject:02d}_electrodes.tsv", electrodes)
     coordinates = {"EEGCoordinateSystem": "CapTrak", "EEGCoordinateUnits": "m"}
     write_json(folder / f"sub-{subject:02d}_coordsystem.json", **coordinates)
-    write_json(
-        folder / f"{stem}_eeg.json",
-        TaskName="rsvp",
-        SamplingFrequency=RATE,
-        PowerLineFrequency=50,
-        EEGReference="average",
-        SoftwareFilters="n/a",
-        EEGChannelCount=len(CHANNELS),
-        RecordingDuration=signal.shape[1] / RATE,
-        RecordingType="continuous",
-        Manufacturer="synthetic",
-    )
+    facts = {"TaskName": "rsvp", "SamplingFrequency": RATE, "PowerLineFrequency": 50}
+    facts |= {"EEGReference": "average", "SoftwareFilters": "n/a", "RecordingType": "continuous"}
+    write_json(folder / f"{stem}_eeg.json", **facts, RecordingDuration=signal.shape[1] / RATE)
 
 
 def shown_events(events, table):
-    """events.tsv of a schedule's events, whose objects are rows of objects.csv."""
-    seen = (events["target"] == 0).to_numpy()
-    shown = table.iloc[events["object"]].reset_index(drop=True)  # -1, the last, for catch trials
-    for column in ("word", "synonyms", "category"):
-        shown[column] = shown[column].where(seen, "n/a")
-    name = shown["object"].where(seen, "catch")
-    image = name + "_" + (events["image"] + 1).astype(str).str.zfill(2) + ".jpg"
-    rows = pd.DataFrame({"onset": events["onset"], "duration": 0.1, "object": name})
-    return rows.assign(
-        word=shown["word"],
-        synonyms=shown["synonyms"],
-        image=image.where(seen, "catch.jpg"),
-        category=shown["category"],
-        block=events["block"] + 1,
-        target=events["target"],
-        sample=np.round(events["onset"] * RATE).astype(int),
-    )
+    """Return events.tsv of scheduled events, whose objects are rows of objects.csv."""
+    is_catch = events["target"] == 1
+    rows = table.iloc[events["object"]].reset_index(drop=True)  # -1, the last, for catch trials
+    rows = rows[["object", "word", "synonyms", "category"]].mask(is_catch, "n/a")
+    rows["object"] = rows["object"].mask(is_catch, "catch")
+    number = (events["image"] + 1).astype(str).str.zfill(2)
+    rows["image"] = (rows["object"] + "_" + number + ".jpg").mask(is_catch, "catch.jpg")
+    rows["block"] = events["block"] + 1
+    rows["target"] = events["target"]
+    rows["sample"] = np.round(events["onset"] * RATE).astype(int)
+    rows.insert(0, "onset", events["onset"])
+    rows.insert(1, "duration", 0.1)
+    return rows
 
 
 # ---- the oracle
 
 
 def whitener(windows, kind):
-    """Multivariate noise normalisation (Guggenmos, Sterzer & Cichy 2018), (C, C): the inverse root
-    of the covariance of windows (N, C, T) around the mean of each kind (N,) of trials."""
+    """Return the inverse root (C, C) of the covariance of windows (N, C, T) around the mean of each
+    kind (N,) of trials: multivariate noise normalisation (Guggenmos, Sterzer & Cichy 2018)."""
     from sklearn.covariance import ledoit_wolf
 
     kinds, number = np.unique(kind, return_inverse=True)
@@ -435,19 +430,19 @@ def whitener(windows, kind):
     rest = windows - means[number]
     rest = rest.transpose(0, 2, 1).reshape(-1, windows.shape[1])
     values, vectors = np.linalg.eigh(ledoit_wolf(rest[::7])[0])
-    values = np.maximum(values, values.max() * 1e-6)  # an average reference has one direction less
+    values = np.maximum(values, values.max() * 1e-6)  # an average reference removes one direction
     return vectors / np.sqrt(values) @ vectors.T
 
 
 def apart(rows, held, length):
-    """(N,) which windows of `length` samples from `rows` share none with a held-out one."""
+    """Return (N,) which windows of `length` samples from `rows` do not overlap a held-out one."""
     return np.abs(rows[:, None] - rows[held]).min(1, initial=length) >= length
 
 
 @dataclass
 class Trials:
-    """One person's trials: features x (N, V), word (N,), and of each whether it may train (clear),
-    shows a picture held out with its block (last), or a held-out word (new)."""
+    """One person's trials: features x (N, V), word (N,), and masks (N,) of those that may train
+    (clear), show the picture held out with its blocks (last), or a held-out word (new)."""
 
     x: np.ndarray
     word: np.ndarray
@@ -457,23 +452,24 @@ class Trials:
 
 
 def read_trials(recording, held_words):
-    """Whitened windows of all trials of a Recording as Trials; 50 samples a second are kept."""
+    """Return the whitened windows of a Recording as Trials, at 50 samples per second."""
     events = recording.events[recording.events["target"] == 0]
     rows = recording.rows(events["onset"] + WINDOW[0])
     length = round((WINDOW[1] - WINDOW[0]) * recording.sfreq)
     samples = np.arange(0, length, max(1, round(recording.sfreq / 50)))
     windows = recording.signal[rows[:, None] + samples].transpose(0, 2, 1) * 1e6  # (N, C, T) µV
-    image = events["image"].str[-6:-4].astype(int).to_numpy()
+    image = events["image"].str.extract(r"_(\d+)\.", expand=False).astype(int).to_numpy()
     word = events["word"].to_numpy()
-    last, new = image == image.max(), np.isin(word, held_words)
-    clear = apart(rows, last | new, length)  # held-out words stand among the others in every block
+    last = image == image.max()
+    new = np.isin(word, held_words)
+    clear = apart(rows, last | new, length)  # every block has held-out words among the others
     white = whitener(windows[clear], word[clear])
     x = np.einsum("cd,ndt->nct", white, windows).reshape(len(windows), -1)
     return Trials(x, word, clear, last & ~new, new)
 
 
 def fit_ridge(people, truth):
-    """Ridge from the clear trials of some people to the meanings of their words."""
+    """Fit ridge from people's clear trials to the meanings of their words."""
     from sklearn.linear_model import Ridge
 
     x = np.concatenate([trials.x[trials.clear] for trials in people])
@@ -482,7 +478,7 @@ def fit_ridge(people, truth):
 
 
 def rank_words(model, trials, which, truth, among):
-    """DataFrame of word and rank of the right one `among` words, for some trials; 0 is best."""
+    """Return a table of each trial's word and its rank `among` words, 0 the best."""
     candidates = truth.loc[among].to_numpy()
     centred = candidates - candidates.mean(0)
     predicted = model.predict(trials.x[which]) - candidates.mean(0)
@@ -493,16 +489,16 @@ def rank_words(model, trials, which, truth, among):
 
 
 def oracle(folder):
-    """What a ridge that is told the true meanings reads from single trials, as rows of a table.
+    """Return what ridge on the true meanings decodes from single trials, a row per test set.
 
-    {set, top1, low, high, top5, chance, n}: on pictures it was not trained on (whole blocks), on
-    the last person (trained on the others), on held-out words (ranked among themselves) and on
-    both. Training trials share no sample with a test trial; low and high: 95 % interval over words.
+    Columns: set, top1, low, high (95 % interval over words), top5, chance, n. The sets are unseen
+    pictures (whole blocks), held-out words (ranked among themselves), the last person (trained on
+    the others), and both. No training trial overlaps a test trial.
     """
     table = pd.read_csv(folder / "objects.csv", keep_default_na=False)
     dimensions = [column for column in table if re.fullmatch(r"s\d+", column)]
     truth = table.groupby("word", sort=False)[dimensions].mean()
-    held = truth.index[3::6]  # every sixth word; homographs stand first and are not among them
+    held = truth.index[3::6]  # every sixth word; none of the homographs, which come first
     known = truth.index.difference(held, sort=False)
     names = read_set(folder)["recordings"]
     people = [read_trials(Recording(folder / name), held) for name in names]
@@ -518,13 +514,12 @@ def oracle(folder):
         for model, trials in models:
             which = trials.new if "object" in name else trials.last
             parts.append(rank_words(model, trials, which, truth, among))
-        if parts and sum(map(len, parts)):
-            rows.append({"set": name, **score_ranks(pd.concat(parts)), "chance": 1 / len(among)})
+        rows.append({"set": name, **score_ranks(pd.concat(parts)), "chance": 1 / len(among)})
     return rows
 
 
 def score_ranks(ranks):
-    """Top-1 with its interval over words, and top-5, of a table of word and rank."""
+    """Return top-1 with its interval over words, and top-5, of a table of word and rank."""
     hits = (ranks["rank"] == 0).groupby(ranks["word"]).agg(["sum", "size"]).to_numpy()
     drawn = np.random.default_rng(0).integers(len(hits), size=(1000, len(hits)))
     sums = hits[drawn].sum(1)
@@ -554,13 +549,12 @@ def main(config):
         "subjects": truths,
     }
     write_yaml(folder / "meta.yaml", meta | {"options": options, "oracle": scores, "truth": truth})
-    print(f"{folder}: synthetic; {len(table)} objects, gain {config.gain:g}")
-    print("an oracle that knows the meanings, single trials:")
+    print(f"synthetic, gain {config.gain:g}; an oracle that knows the meanings, single trials:")
     print(pd.DataFrame(scores).to_string(index=False))
 
 
 def read_people(folder, config, table):
-    """Convert the BIDS dataset like anybody's; returns the meta of the set."""
+    """Convert the BIDS dataset like any other; returns the meta of the set."""
     columns = ("object", "image", "synonyms", "category", "block", "target")
     options = {f"{name}_column": name for name in columns}
     reading = bids.Config(**options, montage="none", overwrite=True)
@@ -569,15 +563,10 @@ def read_people(folder, config, table):
 
 
 def write_people(root, config, table, pictures, average):
-    """The BIDS dataset of all people; returns {sub-01: its truth}."""
+    """Write the BIDS dataset of all people; returns {sub-01: its truth}."""
     root.mkdir(parents=True, exist_ok=True)
-    write_json(
-        root / "dataset_description.json",
-        Name="synthetic EEG, made up",
-        BIDSVersion="1.9.0",
-        DatasetType="raw",
-        GeneratedBy=[{"Name": "data/synthetic_eeg/prepare.py"}],
-    )
+    facts = {"Name": "synthetic EEG", "BIDSVersion": "1.9.0", "DatasetType": "raw"}
+    write_json(root / "dataset_description.json", **facts)
     truths = {}
     for subject in range(1, config.subjects + 1):
         person = simulate(config, pictures, average, subject)

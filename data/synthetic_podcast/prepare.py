@@ -1,16 +1,16 @@
-"""A made-up listening experiment in the very files of Podcast ECoG, with a truth that is known:
+"""Simulate a listening experiment in the file formats of Podcast ECoG, with a known ground truth:
 which electrodes carry the words, and when.
 
     python data/synthetic_podcast/prepare.py                           # two people, 7.5 minutes
-    python data/synthetic_podcast/prepare.py gain=0 out_dir=data/null  # with nothing planted
+    python data/synthetic_podcast/prepare.py gain=0 out_dir=data/null  # nothing planted
     python data/synthetic_podcast/prepare.py lag_ms=150 subjects=4 seed=1 out_dir=data/other
 
-Words are drawn independently from a Zipf distribution; each has a vector z, its type's plus a
-jitter of its own. Latent sources, each at an electrode, carry noise (1/f-like), and some of them
-w·z for 0.1 s around `lag_ms` after a word's onset, or the loudness of the audio `volume_lag_ms`
-later. Neighbouring electrodes mix sources. `nonlinear` adds what linear estimates of an electrode
-from the others miss (readme.md says what). Files are written as OpenNeuro ds005574 has them and
-read by data/podcast/prepare.py, awkward cases included.
+Words are drawn independently from a Zipf distribution; each has a vector z, its type's plus jitter.
+Latent sources, one per electrode, carry 1/f-like noise. Some also carry w·z for 0.1 s around
+`lag_ms` after a word's onset, others the loudness of the audio, `volume_lag_ms` late. Neighbouring
+electrodes mix sources. `nonlinear` adds what linear estimates of one electrode from the others miss
+(see readme.md). The files have the layout of OpenNeuro ds005574, awkward cases included, and are
+read by data/podcast/prepare.py.
 """
 
 import json
@@ -29,16 +29,16 @@ from data import InputError, check_options, folder_of, options_of
 from data.podcast import prepare as podcast
 from data.recording import complete, read_set
 
-EMBEDDED = True  # made up, offline: scripts may start this on first use
+EMBEDDED = True  # needs no download, so scripts start this on first use
 
 SFREQ, AUDIO_RATE = 512, 8000
 VOLTS = 1e-5  # mean of a high-gamma envelope
-SWING = 0.1  # SD of the background as a share of it
-KERNEL_MS = 100  # how long a word's response lasts, the lag in its middle
-SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # what an electrode picks up, by squared distance on its grid
-LAYER, DIMS, SEMANTIC = 24, 64, 16  # the features: layer, width, dimensions that hold z
+SWING = 0.1  # SD of the background, relative to the mean
+KERNEL_MS = 100  # duration of a word's response, centred on the lag
+SPREAD = {0: 1.0, 1: 0.6, 2: 0.35}  # weight of sources by squared distance on the grid
+LAYER, DIMS, SEMANTIC = 24, 64, 16  # of the features: layer, width, dimensions of z
 
-# What `nonlinear` adds: SD of each part at nonlinear=1, in SD of the background.
+# what `nonlinear` adds: SD of each part at nonlinear=1, in SD of the background
 PARTS = {
     "drives": 2.0,
     "gating": 1.5,
@@ -48,11 +48,11 @@ PARTS = {
     "harmonics": 0.7,
 }
 N_DRIVES, DRIVE_S = 3, 0.08  # shared processes, and their time constant
-BURST_AT = 1.3  # SD of a mixture of drives from which a burst is on
+BURST_AT = 1.3  # threshold of a burst, in SD of a mixture of drives
 FIELD_WIDTH = 0.6  # of the moving source, in SD of the two drives that move it
-RHYTHM_HZ, RESET_S = 4.0, 0.1  # the rhythm starts anew so long after each word's onset
+RHYTHM_HZ, RESET_S = 4.0, 0.1  # the rhythm restarts this long after each word's onset
 
-# Word types from frequent to rare; the first `vocabulary` of them are spoken.
+# word types from frequent to rare, of which the first `vocabulary` are spoken
 TYPES = """
 the:function and:function a:function time:noun to:function I:function know:verb of:function
 it:function people:noun say:verb that:function old:adjective in:function you:function house:noun
@@ -85,16 +85,16 @@ class Config:
     subjects: int = 2  # people
     minutes: float = 7.5  # of audio
     vocabulary: int = 40  # word types
-    electrodes: int = 32  # of the first person; every further one has 6 fewer, down to 8
+    electrodes: int = 32  # of the first person; each further person has 6 fewer, at least 8
     gain: float = 2.0  # of a word's response, in SD of the noise at its source; 0: no words
-    lag_ms: float = 300.0  # when a word's response has its middle, after the onset
+    lag_ms: float = 300.0  # from a word's onset to the middle of its response
     volume_gain: float = 1.0  # of the loudness, likewise; 0: none
-    volume_lag_ms: float = 100.0  # how late it follows the audio
-    jitter: float = 0.5  # of a word's vector about its type's, in SD of the types
-    nonlinear: float = 0.0  # strength of what a linear estimate misses; 1: as PARTS has it
-    seed: int = 0  # another seed, another experiment
-    out_dir: str = ""  # "": this folder; the raw files go into raw/ in it
-    overwrite: bool = False  # make it again although it is there
+    volume_lag_ms: float = 100.0  # from the audio to the loudness response
+    jitter: float = 0.5  # of a word's vector around its type's, in SD of the types
+    nonlinear: float = 0.0  # strength of what a linear estimate misses; 1: as in PARTS
+    seed: int = 0
+    out_dir: str = ""  # "": this folder; the raw files go into its raw/
+    overwrite: bool = False  # make it again if it exists
 
     POSITIVE = "subjects"
     SIGNED = "lag_ms volume_lag_ms"
@@ -105,15 +105,15 @@ class Config:
         if self.electrodes < 8:
             raise InputError(f"electrodes={self.electrodes}: give at least 8")
         if self.minutes < 0.5:
-            raise InputError(f"minutes={self.minutes}: the awkward cases need half a minute")
+            raise InputError(f"minutes={self.minutes}: give at least 0.5")
 
 
-# ---- what is said
+# ---- the audio
 
 
 def make_transcript(config):
-    """Words in order: type (rank), word as printed, start, end (s, NaN where unknown), and onset,
-    the true one; share is the frequency of the type."""
+    """Return the words in order: type (rank), word as printed, start, end (s, NaN if unknown),
+    onset (the true start) and share (the type's frequency)."""
     rng = np.random.default_rng(key_seed(config.seed, "transcript"))
     share = 1 / np.arange(1, config.vocabulary + 1)
     share /= share.sum()
@@ -123,8 +123,8 @@ def make_transcript(config):
     types = rng.choice(config.vocabulary, n, p=share)
     odd = rng.choice(np.arange(10, n - 10, 3), 12, replace=False)
     onset[odd[:4]] = onset[odd[:4] - 1]  # two speakers at once,
-    onset[odd[4:8]] = onset[odd[4:8] - 1] - 0.12  # or a word that began before the one before it
-    duration = rng.uniform(0.12, 0.24, n)  # says nothing about the type
+    onset[odd[4:8]] = onset[odd[4:8] - 1] - 0.12  # or a word that began before its predecessor
+    duration = rng.uniform(0.12, 0.24, n)  # independent of the type
     is_last = rng.random(n) < 1 / 8
     is_first = np.concatenate([[True], is_last[:-1]])
     marks = rng.random(n)
@@ -148,8 +148,8 @@ def make_transcript(config):
 
 
 def make_vectors(table, config):
-    """(words, SEMANTIC) vectors z: of the type, in which its part of speech has a share, plus a
-    jitter of each word's own; about unit variance over types."""
+    """Return vectors z (words, SEMANTIC): the part of speech contributes to the type's vector, to
+    which each word adds jitter. The variance over types is about 1."""
     rng = np.random.default_rng(key_seed(config.seed, "vectors"))
     parts = {}
     for part in ("function", "noun", "verb", "adjective", "adverb"):
@@ -160,9 +160,9 @@ def make_vectors(table, config):
 
 
 def make_audio(table, config):
-    """(T,) audio in [-1, 1] at AUDIO_RATE, and its envelope (t,) at SFREQ.
+    """Return the audio (T,) in [-1, 1] at AUDIO_RATE and its envelope (t,) at SFREQ.
 
-    Each word is a burst of noise, as loud as chance has it.
+    Each word is a burst of noise of random loudness.
     """
     rng = np.random.default_rng(key_seed(config.seed, "audio"))
     seconds = config.minutes * 60
@@ -177,11 +177,11 @@ def make_audio(table, config):
     return np.clip(amplitude * rng.normal(size=len(amplitude)), -1, 1), envelope
 
 
-# ---- what a brain makes of it
+# ---- the brain
 
 
 def background(rng, samples, sources):
-    """(samples, sources) noise with a spectrum like 1/f: AR(1) of three time constants."""
+    """Return 1/f-like noise (samples, sources): the sum of three AR(1) processes."""
     from scipy.signal import lfilter
 
     noise = np.zeros((samples, sources), np.float32)
@@ -194,8 +194,8 @@ def background(rng, samples, sources):
 
 
 def responses(onset, amplitude, samples, lag_ms):
-    """(samples, sources): each word's amplitude (words, sources) as a boxcar of KERNEL_MS around
-    lag_ms after its onset, which never reaches beyond."""
+    """Return (samples, sources): each word's amplitude (words, sources) as a boxcar within
+    KERNEL_MS around lag_ms after its onset."""
     first = np.ceil((lag_ms - KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
     last = np.floor((lag_ms + KERNEL_MS / 2) / 1000 * SFREQ).astype(int)
     steps = np.zeros((samples + 1, amplitude.shape[1]))
@@ -206,11 +206,8 @@ def responses(onset, amplitude, samples, lag_ms):
 
 
 def nonlinear_parts(rng, onset, channels, samples):
-    """(name, (samples, C)) of each of PARTS, which the readme describes.
-
-    All are functions of a few processes that a person's electrodes share. The drives and the rhythm
-    are shared linearly; of the others each electrode has a function of its own.
-    """
+    """Yield (name, (samples, C)) for each of PARTS, functions of a few processes that a person's
+    electrodes share: linear for the drives and the rhythm, else another per electrode."""
     from scipy.signal import lfilter
 
     count = len(channels)
@@ -226,7 +223,7 @@ def nonlinear_parts(rng, onset, channels, samples):
     grid = (channels["type"] == "ecog").to_numpy()
     place = channels[["y", "z"]].to_numpy()
     low, high = place[grid].min(0), place[grid].max(0)
-    place = (place - low) / (high - low) * 3 - 1.5  # where on the grid a drive of so many SD is
+    place = (place - low) / (high - low) * 3 - 1.5  # in SD of the drives
     distance = (drives[:, :1] - place[:, 0]) ** 2 + (drives[:, 1:2] - place[:, 1]) ** 2
     yield "moving", np.exp(-distance / (2 * FIELD_WIDTH**2)) * grid
     seconds = np.arange(samples) / SFREQ
@@ -239,13 +236,13 @@ def nonlinear_parts(rng, onset, channels, samples):
 
 
 def random_directions(rng, count):
-    """(N_DRIVES, count) weights of random mixtures of the drives, of unit variance."""
+    """Return weights (N_DRIVES, count) of random mixtures of the drives, of unit variance."""
     weights = rng.normal(size=(N_DRIVES, count))
     return weights / np.linalg.norm(weights, axis=0)
 
 
 def standardized(x):
-    """Zero mean and unit variance over time, float32; what never varies stays 0."""
+    """Return x as float32 with zero mean and unit variance over time, 0 if constant."""
     x = x.astype(np.float32)
     x -= x.mean(0, dtype=np.float64).astype(np.float32)
     sd = x.std(0, dtype=np.float64).astype(np.float32)
@@ -253,8 +250,8 @@ def standardized(x):
 
 
 def make_montage(rng, number, config):
-    """(channels, distance) of person `number`: a DataFrame with name, type, x, y, z (mm), and the
-    squared distance of electrodes, (C, C): a square grid, and a shaft far from it."""
+    """Return channels of person `number`, a DataFrame with name, type, x, y, z (mm), and their
+    squared distances (C, C): a square grid, and a shaft far from it."""
     count = max(8, config.electrodes - 6 * (number - 1))
     depth = 4 if count >= 16 else 0
     n_grid = count - depth
@@ -274,8 +271,8 @@ def make_montage(rng, number, config):
 
 
 def make_subject(number, table, z, envelope, config):
-    """(channels, signal (T, C) in units of the background, {word, volume: names of the electrodes
-    that carry it}) of one person."""
+    """Return one person's channels, signal (T, C) in SD of the background, and the names of the
+    electrodes that carry {word: ..., volume: ...}."""
     rng = np.random.default_rng(key_seed(config.seed, "subject", number))
     channels, distance = make_montage(rng, number, config)
     n_grid = int((channels["type"] == "ecog").sum())
@@ -318,9 +315,9 @@ def write_tsv(path, table):
 
 
 def write_subject(root, number, table, z, envelope, config):
-    """One person's files; returns what is planted in them.
+    """Write one person's files and return what is planted in them.
 
-    The first one's recorder was started late, every other one's stopped early.
+    The first person's recorder started late, everybody else's stopped early.
     """
     import mne
 
@@ -330,7 +327,7 @@ def write_subject(root, number, table, z, envelope, config):
     names = channels["name"].tolist()
     planted = carriers["word"] + carriers["volume"]
     clean = [name for name in names[:-1] if name not in planted]
-    bad = clean[len(clean) // 2] if clean else names[0]  # one that carries nothing, if there is one
+    bad = clean[len(clean) // 2] if clean else names[0]  # carries nothing, if possible
     drift = 40 * np.sin(2 * np.pi * 0.37 * np.arange(len(signal)) / SFREQ)
     signal[:, names.index(bad)] = drift + 20 * rng.standard_normal(len(signal))
     start = 0
@@ -341,7 +338,7 @@ def write_subject(root, number, table, z, envelope, config):
         signal = signal[: -round(3.1 * SFREQ)]
     volts = (VOLTS * (1 + SWING * signal)).T
     info = mne.create_info(names, SFREQ, channels["type"].tolist())
-    if number > 1:  # the first one's is only in channels.tsv
+    if number > 1:  # the first person's is marked in channels.tsv only
         info["bads"] = [bad]
     folder = root / "derivatives" / "ecogprep" / subject / "ieeg"
     folder.mkdir(parents=True, exist_ok=True)
@@ -358,7 +355,7 @@ def write_subject(root, number, table, z, envelope, config):
 
 
 def write_sidecars(stem, channels, bad):
-    """channels.tsv, electrodes.tsv and coordsystem.json, odd where the real ones are."""
+    """Write channels.tsv, electrodes.tsv and coordsystem.json with the real ones' oddities."""
     table = channels[["name"]].assign(
         type=channels["type"].str.upper(),
         units="V",
@@ -368,11 +365,11 @@ def write_sidecars(stem, channels, bad):
         status=np.where(channels["name"] == bad, "bad", "good"),
         status_description=np.where(channels["name"] == bad, "noisy psd", "n/a"),
     )
-    # in the table, not in the derivative
+    # a channel of the table that the derivative lacks
     table.loc[len(table)] = ["EKG1", "ECG", "V", 0, 256, SFREQ, "good", "n/a"]
     write_tsv(f"{stem}_task-podcast_channels.tsv", table)
     electrodes = channels[["name", "x", "y", "z"]].round(2)
-    electrodes.loc[len(electrodes) - 1, ["x", "y", "z"]] = np.nan  # nobody found it in the scan
+    electrodes.loc[len(electrodes) - 1, ["x", "y", "z"]] = np.nan  # not found in the scan
     space = f"{stem}_space-MNI152NLin2009aSym"
     write_tsv(f"{space}_electrodes.tsv", electrodes)
     system = {"iEEGCoordinateSystem": "MNI152NLin2009aSym", "iEEGCoordinateUnits": "mm"}
@@ -380,7 +377,7 @@ def write_sidecars(stem, channels, bad):
 
 
 def make_tokens(rng, table):
-    """The rows of a released transcript.tsv: a made-up tokenizer's tokens with probabilities."""
+    """Return the rows of transcript.tsv: a made-up tokenizer's tokens with probabilities."""
     share = table.groupby("type")["share"].first()
     ranks = share.rank(ascending=False, method="first").astype(int) - 1
     entropy = float(-(share * np.log(share)).sum())
@@ -395,7 +392,7 @@ def make_tokens(rng, table):
                 token = f"Ġ{token}"
                 prob = float(np.clip(row.share * np.exp(rng.normal(0, 0.3)), 1e-4, 0.9))
                 guess = (ranks[row.type], prob, f"Ġ{WORDS[0][0]}", entropy + rng.normal(0, 0.1))
-            else:  # the later pieces are all but sure
+            else:  # later pieces are nearly certain
                 guess = (0, float(rng.uniform(0.7, 0.99)), token, 0.3)
             token_id = token_ids.setdefault(token, len(token_ids) + 1000)
             rows.append((i, row.word, row.start, row.end, token, token_id, *guess))
@@ -404,8 +401,8 @@ def make_tokens(rng, table):
 
 
 def write_features(folder, table, z, config):
-    """transcript.tsv and features.hdf5 as the release has them for GPT-2 XL: a row a token, the
-    words' vectors in one layer, and a layer that knows nothing."""
+    """Write transcript.tsv and features.hdf5 like GPT-2 XL's: a row per token, the words' vectors
+    in one layer, noise in another."""
     import h5py
 
     rng = np.random.default_rng(key_seed(config.seed, "features"))
@@ -420,7 +417,7 @@ def write_features(folder, table, z, config):
 
 
 def make_tree(root, config):
-    """Everything under root; dataset_description.json marks it synthetic and holds the truth."""
+    """Write everything under root; dataset_description.json marks it synthetic, with the truth."""
     table = make_transcript(config)
     z = make_vectors(table, config)
     audio, envelope = make_audio(table, config)
@@ -464,7 +461,7 @@ def main(config):
     if complete(folder) and not config.overwrite:
         made_with = read_set(folder).get("planted", {}).get("made_with")
         check_options(folder, made_with, options_of(config))
-        print(f"{folder} is there already (overwrite=True makes it again)")
+        print(f"{folder} exists already (overwrite=True makes it again)")
         return
     raw = folder / "raw"
     (folder / "meta.yaml").unlink(missing_ok=True)

@@ -1,15 +1,14 @@
-"""Your own text for train.py: a text file, a folder of them, JSONL or parquet, of any size.
+"""Your own text for train.py: text files, JSONL or parquet, of any size.
 
     python data/text/prepare.py root=books/      # then: python train.py dataset=text/books
     python data/text/prepare.py root=posts.jsonl column=body     # one JSON object a line
     python data/text/prepare.py root=paper/ files='*.tex' tokenizer=char
-    python data/text/prepare.py root=notes.txt tokenizer=data/pydocs     # to go on from its model
+    python data/text/prepare.py root=notes.txt tokenizer=data/pydocs  # to continue its model
 
-Parallel and resumable. Of many documents, some are kept for validation as a whole (by a hash of
-their text, so none is on both sides); of few text files, the end of each.
+Parallel and resumable. Validation takes whole documents (by a hash of their text, so none is in
+both splits) or, of fewer than 100 text files, the end of each.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,31 +18,31 @@ from configurator import configure
 from data import InputError, already_made, files_state, folder_of, options_of
 from data import tokens as T
 
-EMBEDDED = False  # it is the user's own
-FEW = 100  # text files: fewer than this lend their ends to validation, not some of themselves
+EMBEDDED = False  # the user's own
+FEW = 100  # of fewer text files, validation takes the ends
 
 
 @dataclass
 class Config:
     root: str = ""  # text, JSONL or parquet file, or a folder of them
-    files: str = ""  # which of a folder's files, '*.tex' say; "": parquet, else JSONL, else text
-    column: str = "text"  # where the text is in JSONL and parquet
-    tokenizer: str = "gpt2"  # gpt2 (BPE), char, or a dataset folder whose tokenizer is taken
-    bpe: str = ""  # GPT-2's vocab.bpe or rank file; "": tiktoken's cache, or by download
-    val_fraction: float = 0.05  # for validation
+    files: str = ""  # pattern such as '*.tex'; "": a folder's parquet, else JSONL, else text files
+    column: str = "text"  # with the text, in JSONL and parquet
+    tokenizer: str = "gpt2"  # gpt2 (BPE), char, or the folder of a dataset with the tokenizer
+    bpe: str = ""  # GPT-2's vocab.bpe or rank file; "": tiktoken's cache or a download
+    val_fraction: float = 0.05  # share for validation
     shard_mb: int = 450  # text per shard in megabytes
     workers: int = 0  # processes; 0: one per core
-    name: str = ""  # of the dataset, data/text/NAME; "": that of root
-    out_dir: str = ""  # a folder elsewhere
-    synthetic: bool = False  # the text is made up: figures and tables will say so
-    overwrite: bool = False  # make it again although it is there, or was begun otherwise
+    name: str = ""  # NAME of the dataset data/text/NAME; "": that of root
+    out_dir: str = ""  # "": data/text/NAME
+    synthetic: bool = False  # whether figures and tables must say so
+    overwrite: bool = False  # make it again, even if it exists or was started with other options
 
     POSITIVE = "shard_mb val_fraction"
     SHARES = "val_fraction"
 
     def check(self):
         if not self.root:
-            raise InputError("root= is missing: give a file of text, or a folder of them")
+            raise InputError("root= is missing: give a text file, or a folder of them")
 
 
 def tokenizer_of(config, files, name):
@@ -56,7 +55,7 @@ def tokenizer_of(config, files, name):
         for text in T.documents(path, column=config.column):
             characters.update(T.replace_lone_surrogates(text or ""))
     if not characters:
-        raise InputError(f"root={config.root} holds no text: give another file or folder")
+        raise InputError(f"root={config.root} has no text: give another file or folder")
     return T.character_state(characters, f"{name}-char")
 
 
@@ -83,8 +82,7 @@ def main(config):
         synthetic=config.synthetic,
         **version,
     )
-    place = os.path.relpath(folder, Path(__file__).resolve().parents[2])
-    print(f"python train.py dataset={folder if place.startswith('..') else place}")
+    print(f"python train.py dataset={folder}")
 
 
 if __name__ == "__main__":
