@@ -386,11 +386,7 @@ class Corpus:
 
 
 def draw_mask(kind, shape, ratio, rng):
-    """Draw what is visible, (B, C, P) bool, in each window.
-
-    The mask hides a share of the patches ('random'), of the electrodes ('tube') or of the time in
-    one piece ('span'), but never everything and never nothing.
-    """
+    """Draw what is visible, (B, C, P) bool, in each window; never everything, never nothing."""
     B, C, P = shape
     n = {"random": C * P, "tube": C, "span": P}[kind]
     n_hidden = min(max(round(ratio * n), 1), n - 1)
@@ -463,10 +459,7 @@ class MaskedAutoencoder(nn.Module):
         return guess
 
     def forward(self, x, visible, xyz, subject, electrodes):
-        """Return losses (2,) and guesses of all patches (B, C, P, D); arguments as in Batch.
-
-        The losses are of hidden patches from the decoder, and of all patches from the latents.
-        """
+        """Map a Batch to losses (2,), decoder's and latents', and guesses (B, C, P, D)."""
         patches = cut_patches(x, self.encoder.config.patch)
         latents = self.latents(x, visible, xyz, subject)
         guess = self.decode(latents, patches, visible, electrodes)
@@ -582,10 +575,7 @@ def model_guess(run, model, source, batch):
 
 
 def score_windows(run, model, corpus, source, kind, split, methods=()):
-    """Return a DataFrame with one row per window.
-
-    Columns: start, latent (loss), and squared errors of the model, the mean and each method.
-    """
+    """Return one row per window: start, latent (loss), squared errors of model, mean, methods."""
     parts = []
     for starts, batch in corpus.held_out(split, source, kind):
         x = source.centred(batch.x.cpu().numpy())
@@ -825,8 +815,9 @@ def train_step(run, config, training):
     run.scaler.unscale_(training.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     if not run.scaler.is_enabled() and not norm.isfinite():
-        step = training.step + 1
-        raise InputError(f"the gradient is not finite at step {step}: lower learning_rate=")
+        raise InputError(
+            f"step {training.step + 1}: the gradient is not finite; lower learning_rate="
+        )
     for group in training.optimizer.param_groups:
         group["lr"] = config.learning_rate * lr_share(training.step, config)
     run.scaler.step(training.optimizer)

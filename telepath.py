@@ -261,9 +261,8 @@ class Trials:
             self.notes.append(f"{rec.path.name}: {listed} flat or with nan, left out")
         unplaced = names[rec.good & ~np.isfinite(rec.xyz).all(1)]
         if len(unplaced):
-            problem = f"channel {unplaced[0]} has no position x, y, z (m)"
             remedy = "prepare it with montage=colin27_1005, or mark it bad"
-            raise InputError(f"{rec.path}: {problem}: {remedy}")
+            raise InputError(f"{rec.path}: channel {unplaced[0]} has no position x, y, z: {remedy}")
         if rec.sfreq != self.sfreq or not rec.good.any():
             raise InputError(f"{rec.path} has another rate, or no good channel: prepare it again")
 
@@ -946,8 +945,7 @@ class Training:
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         if not scaler.is_enabled() and not norm.isfinite():
-            step = self.step + 1
-            raise InputError(f"the gradient is not finite at step {step}: lower learning_rate=")
+            raise InputError(f"step {self.step + 1}: the gradient is not finite; lower both rates")
         config = self.config
         warmup = min(config.warmup_iters, config.max_iters // 5)
         done = (self.step - warmup) / max(1, config.max_iters - warmup)

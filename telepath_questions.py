@@ -413,14 +413,14 @@ def query_key(run, config, experiment, ids):
     states = neural_states(run, experiment, ids)
     word, shuffled = shuffled_words(config, experiment, ids)
     in_context = name_states(run, model.lm, text, words)
-    alone = mean_embeddings(model.lm, text, words)
+    no_context = mean_embeddings(model.lm, text, words)
     rows, nulls = [], []
     for i, block in enumerate(model.lm.transformer.h[:-1]):  # nothing reads the last one's queries
         attention = block.attn
         if model.experts is not None and i >= model.first:
             attention = model.experts[i - model.first].attn
         q = attention.qkv(block.ln_1(states[i]))[0].mean(2)  # (N, H, hd), over neural tokens
-        for kind, h in (("context", in_context[i]), ("embedding", alone)):
+        for kind, h in (("context", in_context[i]), ("embedding", no_context)):
             k = block.attn.qkv(block.ln_1(h)[:, None])[1][:, :, 0]  # (K, H, hd)
             q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
             cosines = torch.einsum("nhd,khd->hnk", q, k).double().cpu().numpy()

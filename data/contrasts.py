@@ -90,10 +90,8 @@ def find_contrasts(conditions, wanted=(), data=""):
         for condition in re.split("[>+]", contrast):
             n = (conditions == condition).sum()
             if n < 4:
-                shortage = f"condition '{condition}' has {n} stimuli but needs at least 4"
-                raise InputError(
-                    f"contrast '{contrast}': {shortage}; conditions: {', '.join(names)}"
-                )
+                need = f"condition '{condition}' has {n} stimuli but needs at least 4"
+                raise InputError(f"contrast '{contrast}': {need}; conditions: {', '.join(names)}")
         left, right = contrast.split(">")
         a = np.flatnonzero(np.isin(conditions, left.split("+")))
         b = np.flatnonzero(np.isin(conditions, right.split("+")))
