@@ -815,9 +815,7 @@ def train_step(run, config, training):
     run.scaler.unscale_(training.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     if not run.scaler.is_enabled() and not norm.isfinite():
-        raise InputError(
-            f"step {training.step + 1}: the gradient is not finite; lower learning_rate="
-        )
+        raise InputError(f"step {training.step + 1}: no finite gradient; lower learning_rate=")
     for group in training.optimizer.param_groups:
         group["lr"] = config.learning_rate * lr_share(training.step, config)
     run.scaler.step(training.optimizer)

@@ -945,7 +945,7 @@ class Training:
         scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
         if not scaler.is_enabled() and not norm.isfinite():
-            raise InputError(f"step {self.step + 1}: the gradient is not finite; lower both rates")
+            raise InputError(f"step {self.step + 1}: no finite gradient; lower learning_rate=")
         config = self.config
         warmup = min(config.warmup_iters, config.max_iters // 5)
         done = (self.step - warmup) / max(1, config.max_iters - warmup)
