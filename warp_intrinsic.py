@@ -144,21 +144,16 @@ def load_network(run, config, study, candidate, weights):
     return Loaded(network, x, features)
 
 
-def plot_functions(run, config, study, cells, load):
+def plot_functions(run, config, study, cells):
     """The target, each candidate (a row) and what a warp of d dimensions makes of it (a column)."""
     fitted = {}
     for cell in cells:
         if cell.seed == 0:
-            _, predicted, truth = warp.fit_cell(run, config, study, cell, load)
+            _, predicted, truth = warp.read_cell(run, config, study, cell)
             fitted[cell.candidate.name, cell.d] = predicted
     dims = [d for d in config.dims if d]
-    figure, axes = plt.subplots(
-        nrows=len(FUNCTIONS),
-        ncols=len(dims),
-        figsize=(2.1 * len(dims), 2.2 * len(FUNCTIONS)),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (2.1 * len(dims), 2.2 * len(FUNCTIONS))
+    figure, axes = plt.subplots(len(FUNCTIONS), len(dims), figsize=size, squeeze=False)
     x = study.stimuli[study.tested, 0]
     for name, row in zip(FUNCTIONS, axes):
         for d, axis in zip(dims, row):
@@ -170,7 +165,7 @@ def plot_functions(run, config, study, cells, load):
             axis.set_title(f"{name}, d = {d}: R² {r2:.2f}", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)
     figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
-    warp.save(figure, run.out / "simulation.png")
+    figure.savefig(run.out / "simulation.png", dpi=130)
 
 
 def main(config):
@@ -182,10 +177,10 @@ def main(config):
     load = lru_cache(1)(partial(load_network, run, config, study))
     warp.fit_all(run, config, [study], cells, load)
     if run.master:
-        scores = warp.score_cells(run, config, study, cells, load)
+        scores = warp.score_cells(run, config, study, cells)
         warp.report_d_warp(run, config, study, scores)
         if config.task == "functions":
-            plot_functions(run, config, study, cells, load)
+            plot_functions(run, config, study, cells)
     warp.close(run, config)
 
 

@@ -1,4 +1,4 @@
-"""warp.py against dense algebra, scikit-learn and naive loops; planted warps are found."""
+"""warp.py against dense algebra, scikit-learn and naive loops; it must find planted warps."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.spatial
 import torch
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LinearRegression, Ridge
 from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -204,6 +204,22 @@ def test_ridge_is_that_of_scikit_learn(p):
         assert np.allclose(predicted[:, v], refitted.predict(test), atol=1e-4)
 
 
+def test_ols_does_not_predict_from_rounding():
+    """Layer-normed features sum to 0: one direction of them is float32 noise."""
+    x, study = make_study(p=10)
+    x = torch.cat([x, -x.sum(1, keepdim=True)], 1)
+    fold = study.folds[0]
+    predictions = []
+    for features in (x, x + 1e-7 * torch.randn(x.shape, generator=torch.manual_seed(0))):
+        f = [features[fold[part]] for part in W.PARTS]
+        readout = W.OLSReadout(Config(head_dims=0), study, fold, f[0])
+        predictions.append(readout.test(*f))
+    assert np.allclose(*predictions, atol=1e-3)
+    rows = np.concatenate([fold["train"], fold["val"]])
+    expected = LinearRegression().fit(x[rows, :10], study.y[rows]).predict(x[fold["test"], :10])
+    assert np.allclose(predictions[0], expected, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("reader", "kind"),
     [("text", W.RSA), ("module", W.CKA), ("module", W.RidgeReadout), ("module", W.SGDReadout)],
@@ -368,10 +384,13 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     lm.touch()
     config = Config(lm=str(lm), models=["lm", "gpt2"])
 
+    class run:
+        out = tmp_path
+
     def files(study, **options):
-        given = replace(config, **options)
-        cells = W.list_cells(given, W.make_candidates(given))
-        return {W.file_name(given, study, cell, 0, 0.1) for cell in cells}
+        changed = replace(config, **options)
+        cells = W.list_cells(changed, W.make_candidates(changed))
+        return {W.fit_path(run, changed, study, cell, 0, 0.1).name for cell in cells}
 
     before = files(study)
     assert files(study, draws=7, reach=0.5) == before
@@ -391,7 +410,7 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     states = set()
     for file in ("model.safetensors", "tokenizer.json", "best.pt"):
         (tmp_path / file).touch()
-        states.add(W.stamps(Config(), W.Candidate("", model=str(tmp_path))))
+        states.add(W.make_candidates(Config(models=[str(tmp_path)]))[0].state)
     assert len(states) == 3  # a folder is known by all its files
 
 
@@ -461,6 +480,16 @@ def make():
     return module, lambda files: torch.randn(len(files), 3, 8, 8, generator=torch.manual_seed(1))
 def bare():
     return nn.Linear(2, 2)
+def pixels():
+    return nn.Sequential(nn.Identity()), lambda files: [[0.0, 1.0]] * len(files)
+def nan():
+    return nn.Sequential(nn.Identity()), lambda files: [[float("nan")]] * len(files)
+def short():
+    return nn.Sequential(nn.Linear(2, 2)), lambda files: torch.ones(3, 2)
+def unused():
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    module.forward = module["a"].forward
+    return module, lambda files: torch.ones(len(files), 2)
 """
 
 
@@ -514,10 +543,20 @@ def test_vision_and_own_models_are_read(tmp_path):
         assert torch.allclose(w(loaded.inputs), f, atol=1e-5)
         assert not any(module.training for module in loaded.reader.modules())
     assert w.D == 3 * 5 * 9 + 5 + 10  # what lies above the layer is no part of theta
-    with pytest.raises(InputError, match="no layer 'layer9'"):
-        load(tmp_path / "vit", "layer9")
-    with pytest.raises(InputError, match="must return"):
-        load(f"{own}:bare", "")
+    loaded = load(f"{own}:pixels", "0")  # without parameters: linear scores only
+    assert loaded.features.tolist() == [[0, 1]] * 4
+    with pytest.raises(InputError, match="d=8 .* 0 parameters"):
+        FastfoodWrapper(loaded.reader, 8)
+    for model, layer, sentence in (
+        (tmp_path / "vit", "layer9", "no layer 'layer9'"),
+        ("lm", "1", "'c' is a language model"),
+        (f"{own}:bare", "0", "must return"),
+        (f"{own}:nan", "0", "features of 'c' are NaN"),
+        (f"{own}:short", "0", r"\(3, 2\) for 4 stimuli"),
+        (f"{own}:unused", "b", "does not use 'b'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            load(model, layer)
 
 
 def test_texts_are_pooled_over_their_own_tokens(tmp_path):
@@ -543,11 +582,13 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
     # nor over what is read before a stimulus
     lm = HiddenStates({"model": small_gpt(block_size=6), "tokenizer": TOKENIZER}, bos=True)
     reader = W.TextReader(lm, ["1"], "mean")
-    inputs = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
+    inputs, n_cut = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
     ids, _, own = inputs.unbind(1)
     pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, own)]
     assert pooled == [b"cd", b"xyz", b"efg"]
-    assert bytes(ids[2, 1:].tolist()).startswith(b"d efg"[-5:])  # too long: the beginning goes
+    assert n_cut == 1 and bytes(ids[2, 1:].tolist()) == b"d efg"  # too long: the beginning goes
+    inputs, n_cut = reader.encode(["x" * 9 + "ab"], None)  # and without spaces, too
+    assert n_cut == 1 and bytes(inputs[0, 0, 1:].tolist()) == b"xxxab"
 
 
 # ---- the script
@@ -695,7 +736,7 @@ def make():
 """
 
 
-def test_fits_of_an_edited_file_are_made_again(made, tmp_path, warp):
+def test_fits_are_made_again_when_files_are_edited_or_torn(made, tmp_path, warp):
     file = tmp_path / "mine.py"
     given = options(made, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
     n_fits = []
@@ -705,6 +746,11 @@ def test_fits_of_an_edited_file_are_made_again(made, tmp_path, warp):
         n_fits.append(len(list((tmp_path / "out/fits").iterdir())))
     assert n_fits == [1, 1, 2]
     assert len(table(tmp_path / "out")) == 1
+    for path in (tmp_path / "out/fits").iterdir():
+        path.write_bytes(path.read_bytes()[:200])  # torn: fitted again
+    warp(*given)
+    readable = [W.read_fit(path) is not None for path in (tmp_path / "out/fits").iterdir()]
+    assert sorted(readable) == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -738,11 +784,11 @@ def test_nan_is_no_score_and_a_rate_that_diverges_costs_that_rate(made, tmp_path
 def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp, capsys):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 3)) + str(i) for i in range(60)]
-    units = pd.DataFrame({"subject": np.repeat(["A", "B", "C"], 4)})
+    units = pd.DataFrame({"subject": np.repeat(["A", "B", "C", ""], 3)})  # no person "all of them"
     folder = brain(tmp_path / "words", rng.standard_normal((60, 12)), words, units=units)
     more = {"subject": "each", "dims": 0, "n_folds": 5, "full": False, "seeds": 1, "shuffles": 99}
     warp(*options(made, tmp_path / "out", dataset=folder, models="lm,random", **more))
-    assert "reliable= asks published ceilings alone" in capsys.readouterr().out
+    assert "reliable= uses published ceilings only" in capsys.readouterr().out
     rows = table(tmp_path / "out")
     assert len(rows) == 2 * 4 and set(rows.subject) == {"A", "B", "C", "mean"}
     assert (rows.n[rows.subject != "mean"] == 60).all() and rows.p.between(0.01, 1).all()
@@ -783,6 +829,7 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
     cases = [
         ({"layers": "attn"}, "layers=attn"),
         ({"dataset": brain(tmp_path / "few", y[:20])}, "too few stimuli"),
+        ({"dataset": good, "n_folds": 1}, "too few stimuli"),
         ({"dataset": good, "roi": "V1"}, "roi=V1"),
         ({"dataset": good, "subject": "M15"}, "subject=M15"),
         ({"models": "nosuch.py:make"}, "nosuch.py"),

@@ -69,7 +69,7 @@ def test_headers_that_do_not_fit_and_words_of_several_words(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, and 3 in line 2"),
+        ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, but 3 in line 2"),
         ("word v0 v1\na 1.5 2\nb 1\n", "line 3: 2 fields"),
         ("word v0\na 1.5\nb high\n", "line 3: the response 'high' is not a number"),
         ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number.*decimal points"),
@@ -130,7 +130,7 @@ def test_one_person_of_a_folder(tmp_path, capsys):
 
 def test_different_words_are_refused_or_counted(tmp_path, capsys):
     tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table([*WORDS[1:], "salt"], 1)}
-    with pytest.raises(InputError, match="'Apple' .* table of 1 and not.*words=shared for the 5"):
+    with pytest.raises(InputError, match="'Apple' .* table of 1 but not.*words=shared for the 5"):
         make(tmp_path, tables)
     data = make(tmp_path, tables, words="shared")
     assert data.stimuli.text.tolist() == WORDS[1:]
@@ -154,14 +154,14 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     content = "word v0 v1 v2 v3\na 1.5 0 NA 1\nb 2 0 1 3\nb 2 0 1 3\nc 3 0 1 nan\nd 4 0 2 5\n"
     data = make(tmp_path, {"t.txt": content})
     assert data.stimuli.text.tolist() == list("abcd") and data.units.column.tolist() == ["v0"]
-    copies = "1 rows that copy another row of their word to the digit"
+    copies = "1 rows identical to another row of their word"
     assert data.meta["left_out"] == ["2 units with gaps", copies, "1 units that never vary"]
     data = make(tmp_path, {}, missing="presentations", overwrite=True)
     assert data.stimuli.text.tolist() == ["b", "d"] and len(data.responses) == 2
     assert data.units.column.tolist() == ["v0", "v2", "v3"]
     with pytest.raises(InputError, match="no unit varies over its 2 rows"):
         make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
-    with pytest.raises(InputError, match="is 1e.39, no number of float32"):
+    with pytest.raises(InputError, match="is 1e.39, not a finite float32"):
         make(tmp_path, {"t.txt": "word v0\na 1e39\nb 1\n"}, overwrite=True)
 
 
