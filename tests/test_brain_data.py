@@ -235,7 +235,7 @@ def test_bad_options(tmp_path):
     for module, options, sentence in (
         (brainscore, {"root": tmp_path}, "assy_Tuckute2024_language.nc is missing"),
         (brainscore, {"context": -2}, "context=-2"),
-        (nsd, {}, "local copy only"),
+        (nsd, {}, "local copy"),
     ):
         with pytest.raises(InputError, match=sentence):
             prepare(module, **options)

@@ -110,8 +110,8 @@ def test_fastfood_is_as_good_as_normal():
 
 
 def small_gpt(seed=0, scale=1.0, **options):
-    given = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    model = GPT(GPTConfig(**{**given, **options}), seed=seed).eval()
+    sizes = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**{**sizes, **options}), seed=seed).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
@@ -138,19 +138,17 @@ def test_no_warp_is_the_model_and_a_merged_one_a_copy(kind):
 
 
 def test_tied_heads_stay_tied():
-    transformers = pytest.importorskip("transformers")
-    shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50, bias=False))
+    model[1].weight = model[0].weight
     w = FastfoodWrapper(model, 20)
-    assert sum(p.numel() for p in model.parameters()) == w.D
     with torch.no_grad():
         w.z.normal_()
     state = w.merge()
-    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+    assert w.D == 800 and torch.equal(state["0.weight"], state["1.weight"])
     idx = torch.randint(0, 50, (2, 5))
-    logits = w(idx).logits
+    logits = w(idx)
     model.load_state_dict(state)
-    assert torch.allclose(model(idx).logits, logits, atol=1e-6)
+    assert torch.allclose(model(idx), logits, atol=1e-6)
 
 
 def test_evaluation_mode_and_buffers_are_kept():
@@ -162,11 +160,11 @@ def test_evaluation_mode_and_buffers_are_kept():
 
 def test_groups_are_whole_names():
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("layer1", "layer10", "rest")})
-    given = [["layer1"], ["layer10"]]
-    w = FastfoodWrapper(model, 12, given)
+    two_groups = [["layer1"], ["layer10"]]
+    w = FastfoodWrapper(model, 12, two_groups)
     assert [group for *_, group in w.parts] == [0, 1, -1]
     wrong = [([["layer"]], 12, "layer1"), ([["layer1"], ["layer1"]], 12, "two groups")]
-    wrong += [(given, 2, "2 scales"), (None, 61, "60 parameters")]
+    wrong += [(two_groups, 2, "2 scales"), (None, 61, "60 parameters")]
     for groups, d, words in wrong:
         with pytest.raises(InputError, match=words):
             FastfoodWrapper(model, d, groups)
@@ -279,13 +277,12 @@ def test_cka_is_the_formula_and_distances_are_those_of_scipy():
     a, b = k.numpy(), l.numpy()
     assert np.isclose(W.CKA.similarity(k, l), naive(a, b) / np.sqrt(naive(a, a) * naive(b, b)))
     assert np.isclose(W.CKA.similarity(k, k), 1)
-    found = [float(W.CKA.similarity(gram(32, 20), gram(32, 20))) for _ in range(60)]
-    assert abs(np.mean(found)) < 0.04  # the biased one is near 0.4 here
+    of_noise = [float(W.CKA.similarity(gram(32, 20), gram(32, 20))) for _ in range(60)]
+    assert abs(np.mean(of_noise)) < 0.04  # the biased one is near 0.4 here
     x = rng.standard_normal((10, 6))
-    for ours, theirs, scale in (("correlation", "correlation", 1), ("euclidean", "sqeuclidean", 6)):
-        expected = scipy.spatial.distance.pdist(x, theirs) / scale
-        expected = scipy.spatial.distance.squareform(expected)
-        assert np.allclose(W.RSA.compare(Config(rdm=ours), torch.from_numpy(x)), expected)
+    for rdm, metric, scale in (("correlation", "correlation", 1), ("euclidean", "sqeuclidean", 6)):
+        expected = scipy.spatial.distance.cdist(x, x, metric) / scale
+        assert np.allclose(W.RSA.compare(Config(rdm=rdm), torch.from_numpy(x)), expected)
 
 
 def test_weighted_scores_are_those_of_the_resampled_set():
@@ -339,8 +336,8 @@ def test_groups_are_tested_once_and_never_split():
             assert sum(map(len, parts)) == 30 and not set.intersection(*parts)
         tested = np.concatenate([fold["test"] for fold in folds])
         assert len(tested) == len(set(tested)) == (90 if n_folds else 24)
-    own = np.repeat(["train", "test"], [60, 30])
-    (fold,) = W.make_folds(Config(), group, own)
+    split = np.repeat(["train", "test"], [60, 30])
+    (fold,) = W.make_folds(Config(), group, split)
     assert list(fold["test"]) == list(range(60, 90)) and len(fold["val"]) == 12
     batches = W.draw_batches(Config(exact=False, batch_size=25), np.arange(100, 160), draw=0)
     seen = [next(batches).numpy() for _ in range(8)]
@@ -472,7 +469,7 @@ def test_the_null_is_ridge_on_shuffled_responses():
 
 # ---- models
 
-OWN = """
+OWN_MODELS = """
 import torch, torch.nn as nn
 def make():
     torch.manual_seed(0)
@@ -493,7 +490,7 @@ def unused():
 """
 
 
-class HereRun:
+class CPURun:
     device = torch.device("cpu")
 
     def progress(total, desc):
@@ -526,11 +523,11 @@ def test_vision_and_own_models_are_read(tmp_path):
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
     own = tmp_path / "own.py"
-    own.write_text(OWN)
+    own.write_text(OWN_MODELS)
 
     def load(model, layer, pool="mean"):
-        given = stimuli("image", files), candidate_of(model, layer), 0
-        return W.load_candidate(HereRun, Config(pool=pool), *given)
+        study, candidate = stimuli("image", files), candidate_of(model, layer)
+        return W.load_candidate(CPURun, Config(pool=pool), study, candidate, 0)
 
     block = "layers.1" if "layers.1" in dict(vit.named_modules()) else "encoder.layer.1"
     cases = [(tmp_path / "resnet", "encoder.stages.1", "flatten", 8 * 4)]
@@ -570,21 +567,21 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     texts = ["a b", "c", "a b c b"]
     for pool in ("mean", "last"):
-        given = stimuli("text", texts), candidate_of(tmp_path, "1"), 0
-        loaded = W.load_candidate(HereRun, Config(pool=pool), *given)
+        study, candidate = stimuli("text", texts), candidate_of(tmp_path, "1")
+        loaded = W.load_candidate(CPURun, Config(pool=pool), study, candidate, 0)
         f = W.read_features(loaded.reader, loaded.inputs, range(3), 2)
         for i, text in enumerate(texts):
-            own = [5 + "abc".index(word) for word in text.split()]
-            states = bert(torch.tensor([[2, *own, 3]]), output_hidden_states=True).hidden_states[1]
-            own = states[0, 1 : 1 + len(own)]
-            expected = own.mean(0) if pool == "mean" else own[-1]
+            ids = [5 + "abc".index(word) for word in text.split()]
+            states = bert(torch.tensor([[2, *ids, 3]]), output_hidden_states=True).hidden_states[1]
+            states = states[0, 1 : 1 + len(ids)]
+            expected = states.mean(0) if pool == "mean" else states[-1]
             assert torch.allclose(f[i], expected, atol=1e-5)
-    # nor over what is read before a stimulus
+    # nor over their context
     lm = HiddenStates({"model": small_gpt(block_size=6), "tokenizer": TOKENIZER}, bos=True)
     reader = W.TextReader(lm, ["1"], "mean")
     inputs, n_cut = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
-    ids, _, own = inputs.unbind(1)
-    pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, own)]
+    ids, _, inside = inputs.unbind(1)
+    pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, inside)]
     assert pooled == [b"cd", b"xyz", b"efg"]
     assert n_cut == 1 and bytes(ids[2, 1:].tolist()) == b"d efg"  # too long: the beginning goes
     inputs, n_cut = reader.encode(["x" * 9 + "ab"], None)  # and without spaces, too
@@ -614,18 +611,18 @@ SWEEP |= {"shuffles": 19, "draws": 50, "shuffled": False, "device": "cpu"}
 
 
 def options(made, out, **more):
-    given = {"lm": made / "lm.pt", "planted_stimuli": made / "phrases", "models": "lm"}
-    given |= {"layers": 2, "out_dir": out, **SWEEP, **more}
-    return [f"{key}={value}" for key, value in given.items()]
+    values = {"lm": made / "lm.pt", "planted_stimuli": made / "phrases", "models": "lm"}
+    values |= {"layers": 2, "out_dir": out, **SWEEP, **more}
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 @pytest.fixture
 def warp():
-    """A run of a script in this process, which is quicker; signals are given back."""
+    """Run a script in this process, which is quicker, and restore signal handlers."""
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def call(*given, script=W):
-        script.main(configure(script.Config, [str(argument) for argument in given]))
+    def call(*arguments, script=W):
+        script.main(configure(script.Config, list(map(str, arguments))))
 
     yield call
     for number, handler in old.items():
@@ -662,7 +659,7 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
         cell = W.Cell(candidate_of("lm"), d, seed=0, weights=0, shuffles=1, shuffle=shuffle)
         fits = []
         for rate in (0.02, 0.05) if d else (0.0,):
-            fits.append(W.run_fit(HereRun, config, dealt, cell, 0, rate, loaded))
+            fits.append(W.run_fit(CPURun, config, dealt, cell, 0, rate, loaded))
         best = max(fits, key=lambda fit: fit["validation"])
         return W.Objective.score_all(config, best["evidence"], dealt.y[folds[0]["test"]])
 
@@ -677,7 +674,7 @@ def test_candidates_lie_on_the_line_that_they_name(made):
     study = stimuli("text", ["ab", "abc"])
 
     def theta(draw=0, **fields):
-        loaded = W.load_candidate(HereRun, config, study, candidate_of("lm", "2", **fields), draw)
+        loaded = W.load_candidate(CPURun, config, study, candidate_of("lm", "2", **fields), draw)
         return flat(p for p in loaded.reader.parameters() if p.requires_grad)
 
     lm, teacher, random = theta(), theta(toward="teacher"), theta(toward="random")
@@ -690,16 +687,16 @@ def test_candidates_lie_on_the_line_that_they_name(made):
 def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
     """tests/test_scripts.py stops sweeps at their results, and shares them among ranks."""
     more = {"seeds": 2, "shuffled": True, "models": "lm,random"}
-    real = W.run_fit
+    run_fit = W.run_fit
     fits = []  # cell and learning rate
 
-    def counted(*given):
-        fits.append((given[3], given[5]))
+    def count_fit(run, config, study, cell, number, rate, loaded):
+        fits.append((cell, rate))
         if len(fits) == 8:
             raise KeyboardInterrupt
-        return real(*given)
+        return run_fit(run, config, study, cell, number, rate, loaded)
 
-    monkeypatch.setattr(W, "run_fit", counted)
+    monkeypatch.setattr(W, "run_fit", count_fit)
     with pytest.raises(KeyboardInterrupt):
         warp(*options(made, tmp_path, **more))
     assert not (tmp_path / "results.csv").exists()

@@ -3,8 +3,9 @@
     python data/digits/prepare.py
     python warp.py dataset=digits models=my_file.py:constructor layers=...
 
-The only images made offline. A response is 1 for the image's digit and 0 for the others. Grey levels
-0 to 16 are stored as 0 to 255 (times 255/16, rounded), without loss. The split is 60/20/20.
+The only images made offline. A response is 1 for the image's digit and 0 for the others. Grey
+levels 0 to 16 are stored as 0 to 255 (times 255/16, rounded), without loss. The split is 60/20/20
+of each digit.
 """
 
 import sys

@@ -42,7 +42,7 @@ class Config:
 
     def check(self):
         if not self.root or not Path(self.root).is_dir():
-            cure = f"give the folder of your copy with {self.voxels} and {self.metadata}"
+            cure = f"give the folder of your local copy with {self.voxels} and {self.metadata}"
             root = self.root or "(nothing)"
             raise InputError(f"root={root} is not a folder: {cure} (naturalscenesdataset.org)")
 
