@@ -189,9 +189,10 @@ def make_candidates(config):
             fields = {"name": fields, **SHORT_NAMES.get(fields, {"model": fields})}
         check_keys(fields, ["name", "model", "layers", "toward", "share"], "models")
         layers = np.ravel(fields.get("layers", config.layers))  # a list, or a single one
-        fields = {"name": fields.get("model", "lm"), **fields, "layers": tuple(map(str, layers))}
-        path = config.lm if fields.get("model", "lm") == "lm" else fields["model"]
-        candidate = Candidate(**fields, state=path_state(path))
+        model = fields.get("model", "lm")
+        state = path_state(config.lm if model == "lm" else model)
+        fields = {"name": model, **fields, "layers": tuple(map(str, layers)), "state": state}
+        candidate = Candidate(**fields)
         if candidate.toward not in ("", "teacher", "random"):
             wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
             raise InputError(f"models: {wrong}")
@@ -412,9 +413,9 @@ class FastfoodWrapper(nn.Module):
 
 
 def make_bundles(originals, layer_groups, projection):
-    """Return [({name: parameter}, number of its group or -1)]: tensors that share a projection.
+    """Return [({name: parameter}, number of its group or -1)], bundles that share a projection.
 
-    Neighbours in one group share one, up to CHUNK parameters: few transforms instead of many small.
+    They hold up to CHUNK parameters of a group: few transforms instead of many small ones.
     """
     limit = {"identity": 2**62, "fastfood_tensor": 0}.get(projection, CHUNK)
     group_of = find_groups(originals, layer_groups)
@@ -497,13 +498,12 @@ def read_studies(run, config, name):
         people = [person for person in data.units["subject"].unique() if person] or [""]
     studies = []
     for person in people:
-        studies.append(read_brain(config, name, data, person))
+        study = read_brain(config, name, data, person)
+        studies.append(study)
         n_units = data.select_units(person, config.roi).sum()
-        n_out = n_units - studies[-1].y.shape[1]
+        n_out = n_units - study.y.shape[1]
         if n_out:
-            run.print(
-                f"{studies[-1].name}: {n_out} of {n_units} units never vary or are unreliable"
-            )
+            run.print(f"{study.name}: {n_out} of {n_units} units left out, constant or unreliable")
     return studies
 
 
@@ -550,16 +550,16 @@ def choose_units(config, data, person, folds):
         wanted = f"varies and has a ceiling (R2, training stimuli) above {config.reliable}"
         raise InputError(f"{data.path}: none of {len(good)} units {wanted}: lower reliable=")
     units[units] = good
-    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
+    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)[good]
     if np.isnan(ceiling).any():
         return units, 1.0
-    return units, float(np.median(ceiling[good]))
+    return units, float(np.median(ceiling))
 
 
 def make_folds(config, group, split):
-    """Return [{train, val, test: rows}]: one split, or n_folds that test every group once.
+    """Return [{train, val, test: rows}]: n_folds that test every group once, or one split.
 
-    Without n_folds a dataset's own split is kept. Groups are ordered by a hash of their names.
+    The latter is the dataset's own, if it has one. Groups are ordered by a hash of their names.
     """
     names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
     n_val = round(config.val_share * len(names))
@@ -587,8 +587,7 @@ def make_folds(config, group, split):
 def noise_ceiling(y, stimulus):
     """Return (V,) the highest R2 against mean responses, from single ones y (P, V).
 
-    s² / (s² + n² / R): n² the variance within stimuli, s² the rest of the variance, R repeats. NaN
-    without repeats.
+    s² / (s² + n² / R): n² is the variance within stimuli, s² the rest, R repeats; NaN without them.
     """
     by_stimulus = pd.DataFrame(y).groupby(stimulus)
     repeats = by_stimulus.size().to_numpy()
@@ -733,6 +732,8 @@ def load_candidate(run, config, study, candidate, weights):
     load = load_module
     if study.kind == "text" and ".py:" not in candidate.model:
         load = load_language_model
+        if config.pool == "flatten":
+            raise InputError("pool=flatten is for images: texts have different lengths")
     seed = key_seed(config.seed, "model", candidate.model, weights)
     reader, inputs = load(run, config, study, candidate, seed)
     # parameters above the layers that are read change no feature and are no part of theta
@@ -746,7 +747,7 @@ def load_candidate(run, config, study, candidate, weights):
     if candidate.toward == "teacher":
         move_toward_teacher(config, reader, candidate.share)
     bar = run.progress(len(inputs), desc=f"{candidate.name} reads")
-    features = read_features(reader, inputs, np.arange(len(inputs)), config.batch_size, bar)
+    features = read_features(reader, inputs, range(len(inputs)), config.batch_size, bar)
     if not features.isfinite().all():
         raise InputError(f"models: some features of '{candidate.name}' are NaN or infinite")
     return Loaded(reader, inputs, features)
@@ -763,7 +764,7 @@ def load_language_model(run, config, study, candidate, seed):
     reader = TextReader(lm, candidate.layers, config.pool)
     inputs, n_cut = reader.encode(study.stimuli, study.pieces)
     if n_cut:
-        texts = f"{n_cut} of {len(inputs)} texts are longer than its {lm.max_length} tokens"
+        texts = f"{n_cut} of {len(inputs)} texts exceed its {lm.max_length} tokens"
         run.print(f"{candidate.name}: {texts} and lose their beginning")
     return reader, inputs
 
@@ -978,21 +979,16 @@ class RidgeReadout(Objective):
 
 
 class OLSReadout(RidgeReadout):
-    """Ordinary least squares, of minimum norm where features are collinear.
-
-    Those of a layer norm are, but for float32 rounding, which must not become a predictor.
-    """
+    """Ordinary least squares, of minimum norm where features are collinear."""
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())  # no penalty in the loss
-        return torch.linalg.pinv(x, rtol=max(x.shape) * torch.finfo(torch.float32).eps) @ y
+        rtol = max(x.shape) * torch.finfo(torch.float32).eps  # rounding must not become a predictor
+        return torch.linalg.pinv(x, rtol=rtol) @ y
 
 
 class PLSReadout(RidgeReadout):
-    """Partial least squares with 25 components, as in Brain-Score's vision benchmarks.
-
-    It is OLS where head_dims leaves no more than 25 features.
-    """
+    """Partial least squares, 25 components as in Brain-Score; OLS if there are no more features."""
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())  # no penalty in the loss
@@ -1145,10 +1141,7 @@ def list_cells(config, candidates):
 
 
 def fit_all(run, config, studies, cells, load):
-    """Make the fits that have no file yet; ranks share them.
-
-    load(candidate, weights) returns the Loaded candidate.
-    """
+    """Make the fits that have no file; ranks share them. load: (candidate, weights) -> Loaded."""
     (run.out / "fits").mkdir(exist_ok=True)
     fits = []
     for cell, study in itertools.product(cells, studies):
@@ -1448,10 +1441,7 @@ def score_cells(run, config, study, cells):
 
 
 def make_curves(config, scores):
-    """Return {name: DataFrame (1 + B, d)}: mean scores over draws of P, then B bootstrap draws.
-
-    The bootstrap resamples draws of P and test stimuli.
-    """
+    """Return {name: DataFrame (1 + B, d)}: mean scores, then B bootstrap draws of P and stimuli."""
     curves = {}
     for name, rows in scores.groupby("name", sort=False):
         draws = rows.pivot(index="seed", columns="d", values="draws").ffill()  # one if without P
@@ -1528,10 +1518,10 @@ def report_d_warp(run, config, study, scores):
 
 
 def report_people(run, dataset, people):
-    """Write the mean over people of the scores at d = 0 as rows of results.
+    """Write the mean scores over people (each from score_cells) at d = 0 as rows of results.
 
-    people: what score_cells returns for each. p: of the mean, under shuffles of stimuli that are
-    the same for all; p_people: of a t-test of each person's score less the mean of its null.
+    p: of the mean, under shuffles that are the same for all; p_people: of a t-test of each person's
+    score minus the mean of its null.
     """
     zeros = pd.concat(people).query("d == 0 and seed == 0 and control == 'none'")
     for name, zero in zeros.groupby("model", sort=False):
@@ -1540,8 +1530,8 @@ def report_people(run, dataset, people):
         test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
         low, high = np.array(test.confidence_interval()) + nulls.mean()
         columns = {"measure": "score", "model": name, "dataset": dataset, "subject": "mean", "d": 0}
-        columns |= {"control": "none", "p": p_value(scores.mean(), nulls.mean(0))}
-        columns["p_people"] = test.pvalue
+        p = p_value(scores.mean(), nulls.mean(0))
+        columns |= {"control": "none", "p": p, "p_people": test.pvalue}
         run.result(scores.mean(), nulls.mean(), low, high, len(people), **columns)
 
 
@@ -1647,7 +1637,7 @@ def main(config):
     candidates = make_candidates(config)
     cells = list_cells(config, candidates)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
-    content = [candidate.state for candidate in candidates]
+    content = list(map(asdict, candidates))
     for studies in datasets.values():
         content += [study.content for study in studies]
     run.content = hash_options({"content": content})[:6]  # rows of other content are not reused

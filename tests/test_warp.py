@@ -368,9 +368,15 @@ def test_noise_ceilings_are_the_planted_ones_and_units_of_low_ceiling_are_left_o
     texts = [f"t{i}" for i in range(90)]
     brain(tmp_path / "published", y, texts, units=ceilings)
     brain(tmp_path / "repeats", noisy, texts, presentations=presentations)
-    for name, kept in (("published", [0, 1]), ("repeats", [0, 2])):
+    brain(tmp_path / "some", y, texts, units=pd.DataFrame({"ceiling": [0.4, 0.6, 0.01, ""]}))
+    # a ceiling that only a constant unit lacks is not missed
+    for name, kept, ceiling in (
+        ("published", [0, 1], 1.0),
+        ("repeats", [0, 2], 0.99),
+        ("some", [0, 1], 0.5**0.5),
+    ):
         study = W.read_brain(Config(reliable=0.3), name, W.Encoding(tmp_path / name), "")
-        assert study.y.shape == (90, 2)
+        assert study.y.shape == (90, 2) and np.isclose(study.ceiling, ceiling, atol=0.01)
         expected = y[:, kept] / y[:, kept].std()
         assert np.allclose(study.y / study.y.std(), expected, atol=0.6)
 
@@ -825,6 +831,7 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
     good = brain(tmp_path / "good", y)
     cases = [
         ({"layers": "attn"}, "layers=attn"),
+        ({"pool": "flatten"}, "pool=flatten is for images"),
         ({"dataset": brain(tmp_path / "few", y[:20])}, "too few stimuli"),
         ({"dataset": good, "n_folds": 1}, "too few stimuli"),
         ({"dataset": good, "roi": "V1"}, "roi=V1"),
