@@ -1,4 +1,4 @@
-"""data/stimuli.py: what is written is read again, and what must not be there is refused."""
+"""data/stimuli.py: datasets are read as they were written, and bad input is refused."""
 
 import json
 

@@ -196,9 +196,9 @@ def test_ridge_is_that_of_scikit_learn(p):
     fitted = [Ridge(alpha).fit(train, study.y[fold["train"]]) for alpha in config.alphas]
     errors = [((model.predict(val) - study.y[fold["val"]]) ** 2).mean(0) for model in fitted]
     predicted = W.RidgeReadout(config, study, fold, f[0]).test(*f)
-    others = np.concatenate([fold["train"], fold["val"]])
+    rows = np.concatenate([fold["train"], fold["val"]])
     for v, alpha in enumerate(np.array(config.alphas)[np.argmin(errors, axis=0)]):
-        refitted = Ridge(alpha).fit(np.concatenate([train, val]), study.y[others, v])
+        refitted = Ridge(alpha).fit(np.concatenate([train, val]), study.y[rows, v])
         assert np.allclose(predicted[:, v], refitted.predict(test), atol=1e-4)
 
 
@@ -346,7 +346,7 @@ def test_groups_are_tested_once_and_never_split():
 
 
 def brain(folder, y, texts=None, **tables):
-    """A made-up brain, its responses y (P, V), as a dataset."""
+    """A tiny-up brain, its responses y (P, V), as a dataset."""
     if texts is None:
         texts = [f"{'abcdefgh'[i % 8]}{i}" for i in range(len(y))]
     about = {"modality": "fMRI", "species": "human", "source": "made up", "synthetic": True}
@@ -528,8 +528,8 @@ def test_vision_and_own_models_are_read(tmp_path):
     for name, model in (("resnet", resnet), ("vit", vit)):
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
-    own = tmp_path / "own.py"
-    own.write_text(OWN_MODELS)
+    own_file = tmp_path / "own.py"
+    own_file.write_text(OWN_MODELS)
 
     def load(model, layer, pool="mean"):
         study, candidate = stimuli("image", files), candidate_of(model, layer)
@@ -537,7 +537,7 @@ def test_vision_and_own_models_are_read(tmp_path):
 
     block = "layers.1" if "layers.1" in dict(vit.named_modules()) else "encoder.layer.1"
     cases = [(tmp_path / "resnet", "encoder.stages.1", "flatten", 8 * 4)]
-    cases += [(tmp_path / "vit", block, "first", 16), (f"{own}:make", "2", "mean", 5)]
+    cases += [(tmp_path / "vit", block, "first", 16), (f"{own_file}:make", "2", "mean", 5)]
     for model, layer, pool, width in cases:
         loaded = load(model, layer, pool)
         f = W.read_features(loaded.reader, loaded.inputs, range(4), 3)
@@ -546,17 +546,17 @@ def test_vision_and_own_models_are_read(tmp_path):
         assert torch.allclose(w(loaded.inputs), f, atol=1e-5)
         assert not any(module.training for module in loaded.reader.modules())
     assert w.D == 3 * 5 * 9 + 5 + 10  # what lies above the layer is no part of theta
-    loaded = load(f"{own}:pixels", "0")  # without parameters: linear scores only
+    loaded = load(f"{own_file}:pixels", "0")  # without parameters: linear scores only
     assert loaded.features.tolist() == [[0, 1]] * 4
     with pytest.raises(InputError, match="d=8 .* 0 parameters"):
         FastfoodWrapper(loaded.reader, 8)
     for model, layer, sentence in (
         (tmp_path / "vit", "layer9", "no layer 'layer9'"),
         ("lm", "1", "'c' is a language model"),
-        (f"{own}:bare", "0", "must return"),
-        (f"{own}:nan", "0", "features of 'c' are NaN"),
-        (f"{own}:short", "0", r"\(3, 2\) for 4 stimuli"),
-        (f"{own}:unused", "b", "does not use 'b'"),
+        (f"{own_file}:bare", "0", "must return"),
+        (f"{own_file}:nan", "0", "features of 'c' are NaN"),
+        (f"{own_file}:short", "0", r"\(3, 2\) for 4 stimuli"),
+        (f"{own_file}:unused", "b", "does not use 'b'"),
     ):
         with pytest.raises(InputError, match=sentence):
             load(model, layer)
@@ -598,7 +598,7 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def tiny(tmp_path_factory):
     """A folder with a tiny language model and phrases."""
     folder = tmp_path_factory.mktemp("warp")
     state = lm_state(small_gpt(seed=1, scale=4.0))
@@ -616,8 +616,8 @@ SWEEP = {"steps": 3, "learning_rates": 0.02, "dims": "0,4,16", "seeds": 1, "eval
 SWEEP |= {"shuffles": 19, "draws": 50, "shuffled": False, "device": "cpu"}
 
 
-def options(made, out, **more):
-    values = {"lm": made / "lm.pt", "planted_stimuli": made / "phrases", "models": "lm"}
+def options(tiny, out, **more):
+    values = {"lm": tiny / "lm.pt", "planted_stimuli": tiny / "phrases", "models": "lm"}
     values |= {"layers": 2, "out_dir": out, **SWEEP, **more}
     return [f"{key}={value}" for key, value in values.items()]
 
@@ -675,8 +675,8 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
     assert score(16, shuffle=1) < 0.5
 
 
-def test_candidates_lie_on_the_line_that_they_name(made):
-    config = Config(lm=str(made / "lm.pt"), planted_warp=0.5, layers=["2"])
+def test_candidates_lie_on_the_line_that_they_name(tiny):
+    config = Config(lm=str(tiny / "lm.pt"), planted_warp=0.5, layers=["2"])
     study = stimuli("text", ["ab", "abc"])
 
     def theta(draw=0, **fields):
@@ -690,7 +690,7 @@ def test_candidates_lie_on_the_line_that_they_name(made):
     assert not torch.equal(theta(draw=1, toward="random"), random)
 
 
-def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
+def test_a_stopped_sweep_goes_on(tiny, tmp_path, warp, monkeypatch):
     """tests/test_scripts.py stops sweeps at their results, and shares them among ranks."""
     more = {"seeds": 2, "shuffled": True, "models": "lm,random"}
     run_fit = W.run_fit
@@ -704,10 +704,10 @@ def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
 
     monkeypatch.setattr(W, "run_fit", count_fit)
     with pytest.raises(KeyboardInterrupt):
-        warp(*options(made, tmp_path, **more))
+        warp(*options(tiny, tmp_path, **more))
     assert not (tmp_path / "results.csv").exists()
     stopped = fits[7]
-    warp(*options(made, tmp_path, **more))
+    warp(*options(tiny, tmp_path, **more))
     assert fits[8] == stopped and len(fits) == len(set(fits)) + 1  # no other is made again
     rows = table(tmp_path, "n > 0")
     assert rows[["score", "chance", "low", "high", "n"]].notna().all().all()
@@ -721,7 +721,7 @@ def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
     # other options of the analysis, and more draws, fit nothing again
     n_done = len(fits)
     other = {**more, "common_share": 0.5, "draws": 20, "learning_rates": "0.02,0.05"}
-    warp(*options(made, tmp_path, **other))
+    warp(*options(tiny, tmp_path, **other))
     assert {rate for _, rate in fits[n_done:]} == {0.05}
     assert (table(tmp_path, "measure == 'd_warp absolute'").n == 20).all()
 
@@ -739,19 +739,19 @@ def make():
 """
 
 
-def test_fits_are_made_again_when_files_are_edited_or_torn(made, tmp_path, warp):
+def test_fits_are_made_again_when_files_are_edited_or_torn(tiny, tmp_path, warp):
     file = tmp_path / "mine.py"
-    given = options(made, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
+    argv = options(tiny, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
     n_fits = []
     for code in (CONSTRUCTOR, CONSTRUCTOR + "# a comment", CONSTRUCTOR.replace("17", "13")):
         file.write_text(code)
-        warp(*given)
+        warp(*argv)
         n_fits.append(len(list((tmp_path / "out/fits").iterdir())))
     assert n_fits == [1, 1, 2]
     assert len(table(tmp_path / "out")) == 1
     for path in (tmp_path / "out/fits").iterdir():
         path.write_bytes(path.read_bytes()[:200])  # torn: fitted again
-    warp(*given)
+    warp(*argv)
     readable = [W.read_fit(path) is not None for path in (tmp_path / "out/fits").iterdir()]
     assert sorted(readable) == [False, True]
 
@@ -766,31 +766,31 @@ def test_fits_are_made_again_when_files_are_edited_or_torn(made, tmp_path, warp)
     ],
     ids=str,
 )
-def test_every_objective_runs(made, tmp_path, warp, more):
-    warp(*options(made, tmp_path, **{"dims": "0,16", "full": False, "common": 0.5, **more}))
+def test_every_objective_runs(tiny, tmp_path, warp, more):
+    warp(*options(tiny, tmp_path, **{"dims": "0,16", "full": False, "common": 0.5, **more}))
     fits = table(tmp_path)
     assert fits.score.between(-0.5, 1).all() and set(fits.d) == {0, 16}
     assert fits.n.iloc[0] > (100 if "n_folds" in more else 20)
 
 
-def test_nan_is_no_score_and_a_rate_that_diverges_costs_that_rate(made, tmp_path, warp, capsys):
+def test_nan_is_no_score_and_a_rate_that_diverges_costs_that_rate(tiny, tmp_path, warp, capsys):
     x = np.eye(6)
     x[0, 1] = np.nan
     assert np.isnan(W.RSA.score(Config(), x, np.eye(6), np.ones((1, 6)))).all()
     assert W.RSA.score(Config(), np.ones((6, 6)), np.eye(6), np.ones((1, 6))) == 0
     assert np.isnan(W.p_value(np.nan, np.zeros(9))) and W.p_value(1.0, np.zeros(9)) == 0.1
-    warp(*options(made, tmp_path, learning_rates="0.02,1e25", dims="0,16", full=False, common=0.5))
+    warp(*options(tiny, tmp_path, learning_rates="0.02,1e25", dims="0,16", full=False, common=0.5))
     assert "learning rate 1e+25 diverged" in capsys.readouterr().out
     assert table(tmp_path, "d == 16 and measure == 'score'").learning_rate.item() == 0.02
 
 
-def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp, capsys):
+def test_every_person_of_words_and_brains_is_scored(tiny, tmp_path, warp, capsys):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 3)) + str(i) for i in range(60)]
     units = pd.DataFrame({"subject": np.repeat(["A", "B", "C", ""], 3)})  # no person "all of them"
     folder = brain(tmp_path / "words", rng.standard_normal((60, 12)), words, units=units)
     more = {"subject": "each", "dims": 0, "n_folds": 5, "full": False, "seeds": 1, "shuffles": 99}
-    warp(*options(made, tmp_path / "out", dataset=folder, models="lm,random", **more))
+    warp(*options(tiny, tmp_path / "out", dataset=folder, models="lm,random", **more))
     assert "reliable= uses published ceilings only" in capsys.readouterr().out
     rows = table(tmp_path / "out")
     assert len(rows) == 2 * 4 and set(rows.subject) == {"A", "B", "C", "mean"}
@@ -798,20 +798,20 @@ def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp, capsys
     assert not rows.p_people[rows.subject == "mean"].isna().any()
 
 
-def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
+def test_a_published_set_goes_through_its_config(tiny, tmp_path, warp):
     path, _ = tuckute(tmp_path, n=60)
     prepare(brainscore, root=path, out_dir=tmp_path)
-    given = options(made, tmp_path / "out", dataset=tmp_path / "Tuckute2024", head_dims=4)
-    warp("config/warp_tuckute.yaml", *given)
+    argv = options(tiny, tmp_path / "out", dataset=tmp_path / "Tuckute2024", head_dims=4)
+    warp("config/warp_tuckute.yaml", *argv)
     fits = table(tmp_path / "out")
     assert set(fits.d) == {0, 4, 16, fits.D.max()} and (fits.roi == "lang_LH_netw").all()
     assert (fits.ceiling == 1).all() and not fits.synthetic.any()  # one repeat: raw
 
 
 def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
-    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
-    given += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
-    warp(*given, f"out_dir={tmp_path}", script=warp_intrinsic)
+    argv = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
+    argv += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
+    warp(*argv, f"out_dir={tmp_path}", script=warp_intrinsic)
     fits = table(tmp_path).sort_values("d")
     assert fits.D.iloc[-1] == 6310 and fits.score.iloc[-1] > 0.93 and fits.score.iloc[0] < 0.65
     assert fits.score[:3].is_monotonic_increasing and (fits.chance < 0.15).all()
@@ -819,14 +819,14 @@ def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
 
 
 def test_the_simulation_bends_functions(tmp_path, warp):
-    given = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
-    warp("config/warp_simulation.yaml", *given, f"out_dir={tmp_path}", script=warp_intrinsic)
+    argv = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
+    warp("config/warp_simulation.yaml", *argv, f"out_dir={tmp_path}", script=warp_intrinsic)
     r2 = table(tmp_path).pivot(index="model", columns="d", values="score")
     assert len(r2) == 3 and r2[60].min() > 0.6 > r2[0].max() and (r2[60] > r2[4]).all()
     assert (tmp_path / "simulation.png").exists()
 
 
-def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
+def test_bad_input_ends_with_a_sentence(tiny, tmp_path, warp):
     y = np.random.default_rng(0).standard_normal((120, 3))
     good = brain(tmp_path / "good", y)
     cases = [
@@ -850,4 +850,4 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
     ]
     for i, (more, sentence) in enumerate(cases):
         with pytest.raises(InputError, match=sentence):
-            warp(*options(made, tmp_path / f"out{i}", **more))
+            warp(*options(tiny, tmp_path / f"out{i}", **more))

@@ -42,9 +42,9 @@ class Config:
 
     def check(self):
         if not self.root or not Path(self.root).is_dir():
-            cure = f"give the folder of your local copy with {self.voxels} and {self.metadata}"
+            cure = f"give the folder of your local copy of {self.voxels} and {self.metadata}"
             root = self.root or "(nothing)"
-            raise InputError(f"root={root} is not a folder: {cure} (naturalscenesdataset.org)")
+            raise InputError(f"root={root} does not exist, or is a file: {cure}")
 
 
 def read_metadata(path):
@@ -101,9 +101,9 @@ def main(config):
         lacks = f"lacks {len(unknown):,} stimuli of {assembly.path}, {unknown[0]} first"
         raise InputError(f"{root / config.metadata} {lacks}: do the files belong together?")
     rows, columns, left_out = without_gaps(y, config.missing, str(assembly.path))
-    for name, given in (("roi", config.roi), ("subject", config.subject)):
+    for name, value in (("roi", config.roi), ("subject", config.subject)):
         if name not in units:
-            units[name] = given
+            units[name] = value
     stimulus, shown = pd.factorize(ids[rows])
     stimuli = describe_stimuli(metadata, shown, root / config.metadata)
     images = Path(config.images or root)

@@ -169,14 +169,14 @@ def combine(tables, config):
 
 def check_words(person, frame, shared, people, words):
     """Report or refuse the rows of one person's table that other tables lack."""
-    others = frame.index.difference(shared, sort=False)
+    extra = frame.index.difference(shared, sort=False)
     names = ", ".join(people)
     if len(shared) < 2:
         raise InputError(f"the tables of {names} share {len(shared)} rows, but 2 are needed")
-    if len(others) and words == "shared":
-        print(f"{person}: {len(others)} of {len(frame)} rows left out because others lack them")
-    elif len(others):
-        word, repeat = others[0]
+    if len(extra) and words == "shared":
+        print(f"{person}: {len(extra)} of {len(frame)} rows left out because others lack them")
+    elif len(extra):
+        word, repeat = extra[0]
         problem = f"'{word}' is in the table of {person} but not in all others"
         if repeat:
             problem = f"'{word}' has more rows in the table of {person} than in others"
