@@ -520,6 +520,8 @@ def read_brain(config, name, data, person):
     units, ceiling = choose_units(config, data, person, folds)
     y = data.mean_responses(units)
     y = y / (y[folds[0]["train"]].std(0).mean() or 1.0)  # one scale for all units
+    if config.objective == "rsa" and config.rdm == "correlation" and y.shape[1] < 3:
+        raise InputError(f"{data.path}: rdm=correlation needs 3 units or more: give rdm=euclidean")
     regions = sorted(set(data.units["roi"][units]) - {""})
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
@@ -1503,7 +1505,8 @@ def report_d_warp(run, config, study, scores):
     of_name = scores.drop_duplicates("name").set_index("name")[["model", "control"]]
     for (name, kind), values in d_warp.items():
         columns = {**shared, **of_name.loc[name], "measure": f"d_warp {kind}"}
-        columns["state"] = "censored" if np.isinf(values[0]) else "reached"
+        censored = np.isinf(values[0]) or values[0] == config.dims[0] > 0
+        columns["state"] = "censored" if censored else "reached"
         value, *draws = values.clip(max=last)
         run.result(value, last, *interval(draws), config.draws, **columns)
     for a, b in itertools.combinations(of_name.query("control == 'none'").index, 2):
@@ -1537,7 +1540,7 @@ def report_people(run, dataset, people):
 
 def make_table(config, rows):
     """Return a table of each model's scores (means over draws) and d_warp, with intervals."""
-    last = max(config.dims)
+    first, last = config.dims[0], config.dims[-1]
     what = rows["d"].map("score at {:.0f}".format)
     what = what.mask(rows["projection"] == "none", "score at all")
     what = what.where(rows["measure"] == "score", rows["measure"])
@@ -1548,8 +1551,10 @@ def make_table(config, rows):
     words = means.map("{:.4g}".format)
     is_d_warp = words.index.get_level_values("what").str.startswith("d_warp")
     words[is_d_warp] = words[is_d_warp].mask(means >= last, f"> {last:,}")
+    if 0 < first < last:
+        words[is_d_warp] = words[is_d_warp].mask(means <= first, f"<= {first:,}")
     table = (words["score"] + " [" + words["low"] + ", " + words["high"] + "]").unstack()
-    if config.dims[0] == 0:
+    if first == 0:
         # the first draw has all the shuffles
         zero = groups[["chance", "p"]].first().xs("score at 0", level="what")
         zero = zero.map("{:.4g}".format)

@@ -440,6 +440,10 @@ def test_d_warp_of_known_curves():
     expected = W.crossing(DIMS, [0.5, 0.7, 0.8, 0.8], 0.5 + 0.9 * 0.3)
     assert np.isclose(d_warp["near", "relative"][0], expected)
     assert ("never", "relative") not in d_warp
+    row = {"dataset": "x", "subject": "all", "model": "m", "control": "none", "d": 0}
+    row |= {"measure": "d_warp absolute", "projection": "fastfood", "score": 9, "low": 9}
+    table = W.make_table(Config(dims=DIMS[1:]), pd.DataFrame([{**row, "high": 999}]))
+    assert table["d_warp absolute"].item() == "<= 9 [<= 9, > 999]"
 
 
 def test_the_null_is_ridge_on_shuffled_responses():
@@ -825,6 +829,7 @@ def test_bad_input_ends_with_a_sentence(tiny, tmp_path, warp):
         ({"pool": "flatten"}, "pool=flatten is for images"),
         ({"dataset": brain(tmp_path / "few", y[:20])}, "too few stimuli"),
         ({"dataset": good, "n_folds": 1}, "too few stimuli"),
+        ({"dataset": brain(tmp_path / "one", y[:, :1]), "objective": "rsa"}, "needs 3 units"),
         ({"dataset": good, "roi": "V1"}, "roi=V1"),
         ({"dataset": good, "subject": "M15"}, "subject=M15"),
         ({"models": "nosuch.py:make"}, "nosuch.py"),
