@@ -194,8 +194,8 @@ def make_candidates(config):
         fields = {"name": model, **fields, "layers": tuple(map(str, layers)), "state": state}
         candidate = Candidate(**fields)
         if candidate.toward not in ("", "teacher", "random"):
-            wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
-            raise InputError(f"models: {wrong}")
+            toward = f"toward teacher or random, not '{candidate.toward}'"
+            raise InputError(f"models: '{candidate.name}' must go {toward}")
         if candidate.name in [earlier.name for earlier in candidates]:
             raise InputError(f"models: two are called '{candidate.name}': give each a name")
         if ".py:" in candidate.model:
@@ -341,14 +341,14 @@ class FastfoodWrapper(nn.Module):
         wrapper(x).sum().backward()
         model.load_state_dict(wrapper.merge())
 
-    Its own parameters are z (d - m,), starting at 0, and the m scales, starting at 1. Warped are
-    the model's parameters that require a gradient (tied ones once), by functional_call; buffers and
-    the train/eval mode stay as they are. Move the model to its device first.
+    Its parameters are z (d - m,), from 0, and the m scales, from 1. It warps the model's parameters
+    that require a gradient (tied ones once) by functional_call; buffers and the train/eval mode do
+    not change. Move the model to its device first.
 
     layer_groups: lists of names of modules or parameters, each with one learned scale that counts
-    in d (Aghajanyan et al. 2020); what is in no list moves with scale 1. projection: fastfood,
-    blocks as large as d, columns of norm 1 over all parameters; fastfood_tensor, the published one,
-    a transform as large as each tensor, which crops z for small tensors; dense; identity.
+    in d (Aghajanyan et al. 2020); all others have scale 1. projection: fastfood, blocks as large as
+    d, columns of norm 1 over all parameters; fastfood_tensor, the published one, a transform per
+    tensor, which crops z for small tensors; dense; identity.
     """
 
     def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
@@ -1490,7 +1490,7 @@ def measure_d_warp(config, curves):
             levels["relative"] = start + config.reach * (curve[ALL] - start)
         for kind, level in levels.items():
             crossings = map(partial(crossing, config.dims), scores, level)
-            d_warp[name, kind] = np.array(list(crossings))
+            d_warp[name, kind] = np.fromiter(crossings, float)
     return common[0], d_warp
 
 
@@ -1609,7 +1609,7 @@ def plot_training(scores):
             label = "all parameters" if fit.d == ALL else f"d = {fit.d:g}"
             axis.plot(steps, best, ".-", label=label)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("step")
+        axis.set_xlabel("step, first draw of P")
     axes[0, 0].set_ylabel("best validation score")
     axes[0, 0].legend(fontsize=7, frameon=False)  # the first candidate has every d
     return figure
@@ -1625,13 +1625,12 @@ def plot(run, config, study, scores, curves, d_warp, level):
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
     folder.mkdir(exist_ok=True)
-    figure = plot_curves(config, scores, curves, d_warp, level)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(folder / "curves.png", dpi=130)
-    figure = plot_training(scores)
-    figure.suptitle(f"training curves, first draw; {title}", fontsize=9)
-    figure.savefig(folder / "training.png", dpi=130)
-    plt.close("all")
+    figures = {"curves": plot_curves(config, scores, curves, d_warp, level)}
+    figures["training"] = plot_training(scores)
+    for name, figure in figures.items():
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
 
 
 # ---- the experiment
