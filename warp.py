@@ -72,7 +72,6 @@ HEAD_STEPS = 500  # of head=sgd, before any warp
 CHUNK = 2**18  # parameters that one Fastfood chunk makes: fits into a CPU's cache
 FACTOR_BITS = 6  # the Walsh-Hadamard transform multiplies by dense 64 x 64 factors
 PARTS = ["train", "val", "test"]
-plt.rcParams["figure.constrained_layout.use"] = True
 
 # candidates of the embedded run, on the line through lm and the planted teacher; random weights
 SHORT_NAMES = {
@@ -1125,7 +1124,7 @@ class Cell:
 
 def list_cells(config, candidates):
     """Return the Cells of a study: all candidates, and the first one on shuffled responses."""
-    dims = [*config.dims, ALL] if config.full else config.dims
+    dims = config.dims + [ALL] * config.full
     cells = []
     for candidate, seed, d in itertools.product(candidates, range(config.seeds), dims):
         weights = seed if candidate.toward == "random" else 0
@@ -1554,8 +1553,7 @@ def make_table(config, rows):
     if 0 < first < last:
         words[is_d_warp] = words[is_d_warp].mask(means <= first, f"<= {first:,}")
     table = (words["score"] + " [" + words["low"] + ", " + words["high"] + "]").unstack()
-    if first == 0:
-        # the first draw has all the shuffles
+    if first == 0:  # the first draw has all the shuffles
         zero = groups[["chance", "p"]].first().xs("score at 0", level="what")
         zero = zero.map("{:.4g}".format)
         table = table.assign(null=zero["chance"], p=zero["p"])
@@ -1587,8 +1585,11 @@ def plot_curves(config, scores, curves, d_warp, level):
         marker = "^" if np.isinf(value) else "o"
         right.plot(first, ends[2], marker, color=color, ms=9, label=name)
     left.axhline(level, ls="--", c="0.5", lw=1, label=f"level {level:.2f}")
-    left.axhline(scores["null"].iloc[0].mean(), ls=":", c="0.5", lw=1, label="chance")
-    left.set_xticks([*x, end], [*config.dims, "all"])
+    null = scores["null"].iloc[0].mean()
+    left.axhline(null, ls=":", c="0.5", lw=1, label="first model, shuffled")
+    left.set_xticks(x, config.dims)
+    if config.full:
+        left.set_xticks([*x, end], [*config.dims, "all"])
     left.set(xlabel="dimensions of the warp, d", ylabel="test score")
     left.set_title("isotonic fit, draws of P, 95 % band", fontsize=10)
     right.set_yticks(x, config.dims)
@@ -1628,6 +1629,7 @@ def plot(run, config, study, scores, curves, d_warp, level):
     figures = {"curves": plot_curves(config, scores, curves, d_warp, level)}
     figures["training"] = plot_training(scores)
     for name, figure in figures.items():
+        figure.set_layout_engine("constrained")
         figure.suptitle(title, fontsize=10)
         figure.savefig(folder / f"{name}.png", dpi=130)
         plt.close(figure)

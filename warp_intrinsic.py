@@ -165,6 +165,7 @@ def plot_functions(run, config, study, cells):
             axis.set_title(f"{name}, d = {d}: R² {r2:.2f}", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)
     figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
+    figure.set_layout_engine("constrained")
     figure.savefig(run.out / "simulation.png", dpi=130)
 
 

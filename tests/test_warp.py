@@ -722,24 +722,13 @@ def test_a_stopped_sweep_goes_on(tiny, tmp_path, warp, monkeypatch):
     assert (table(tmp_path, "measure == 'd_warp absolute'").n == 20).all()
 
 
-CONSTRUCTOR = """
-import torch
-
-def numbers(text):
-    return [sum(map(ord, text[i::4])) % 17 / 17 for i in range(4)]
-
-def make():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh())
-    return model, lambda texts: torch.tensor([numbers(text) for text in texts])
-"""
-
-
 def test_fits_are_made_again_when_files_are_edited_or_torn(tiny, tmp_path, warp):
     file = tmp_path / "mine.py"
-    argv = options(tiny, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
+    more = {"models": f"{file}:make", "layers": 2, "head_dims": 4, "dims": 0, "full": False}
+    argv = options(tiny, tmp_path / "out", **more)
     n_fits = []
-    for code in (CONSTRUCTOR, CONSTRUCTOR + "# a comment", CONSTRUCTOR.replace("17", "13")):
+    edited = OWN_MODELS.replace("manual_seed(1)", "manual_seed(2)")
+    for code in (OWN_MODELS, OWN_MODELS + "# a comment", edited):
         file.write_text(code)
         warp(*argv)
         n_fits.append(len(list((tmp_path / "out/fits").iterdir())))
