@@ -1436,8 +1436,8 @@ def score_cells(run, config, study, cells):
         row |= {"p": p_value(score, null), **study.meta}
         run.result(score, null.mean(), *interval(draws), len(truth), **row)
         name = cell.candidate.name + " (shuffled responses)" * (cell.shuffle > 0)
-        arrays = {"draws": draws, "null": null, "curve": fit["curve"]}
-        rows.append({**row, "name": name, "d": cell.d, "score": score, **arrays})
+        row |= {"name": name, "d": cell.d, "score": score}
+        rows.append({**row, "draws": draws, "null": null, "curve": fit["curve"]})
     return pd.DataFrame(rows)
 
 

@@ -4,8 +4,7 @@
     python warp.py dataset=digits models=my_file.py:constructor layers=...
 
 The only images made offline. A response is 1 for the image's digit and 0 for the others. Grey
-levels 0 to 16 are stored as 0 to 255 (times 255/16, rounded), without loss. The split is 60/20/20
-of each digit.
+levels 0 to 16 are stored as round(level * 255 / 16), without loss. Each digit is split 60/20/20.
 """
 
 import sys
