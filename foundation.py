@@ -61,7 +61,7 @@ def default(*values):
 @dataclass
 class Config:
     # ---- recordings
-    dataset: list[str] = default("synthetic_podcast")  # prepared sets, or folders that MNE reads
+    dataset: list[str] = default("synthetic_podcast")  # prepared sets, or folders in formats of MNE
     subjects: list[str] = default()  # only these people; none: all
     channels: str = ""  # regular expression that names start with: LG[AB]*; "": all
     montage: str = ""  # MNE's montage for files without electrode places: colin27_1005

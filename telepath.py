@@ -113,7 +113,7 @@ class Config:
     beta: float = 0.1  # dpo: weight of the reference
     batch_size: int = 16  # trials per micro-batch
     trials_per_step: int = 0  # over all ranks; 0: one micro-batch per rank
-    learning_rate: float = 1e-3  # AdamW's peak, of the encoder
+    learning_rate: float = 1e-3  # AdamW's peak, for the encoder
     expert_lr: float = 3e-4  # peak for experts, cross-attention and, with train=all, the GPT
     max_iters: int = 1500  # optimiser steps
     minutes: float = 0.0  # replaces max_iters with the number of steps that fit
