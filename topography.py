@@ -458,6 +458,11 @@ def show_contrast(run, config, models, contrast):
     return rows
 
 
+def half_interval(scores):
+    """Return half of the 95 % interval of a mean: Student's t, as sheets are few."""
+    return scipy.stats.sem(scores) * scipy.stats.t.ppf(0.975, len(scores) - 1)
+
+
 def report_moran(run, config, sheets, contrast, fwhm=0.0):
     """Report Moran's I of one contrast in one model; return the means over sheets."""
     a = contrast.a
@@ -470,7 +475,7 @@ def report_moran(run, config, sheets, contrast, fwhm=0.0):
     for name, score, chance, h in zip(sheets.names, scores, null.mean(0), half):
         run.result(score, chance, score - h, score + h, len(a) + len(b), sheet=name, **keys)
     mean = scores.mean()
-    h = 1.96 * scores.std(ddof=1) / np.sqrt(len(scores))
+    h = half_interval(scores)
     row = {"score": mean, "chance": null.mean(), "low": mean - h, "high": mean + h}
     run.result(**row, n=len(scores), sheet="mean", **keys)
     nulls = f"{null.mean():.3f} with shuffled positions"
@@ -752,7 +757,7 @@ def compare_runs(run, config):
             null.append(positions.moran(contrast_map(x, c.a, c.b, rng.permuted(layout, axis=1))))
         score = np.mean(scores)
         n = np.size(scores)
-        half = 1.96 * np.std(scores, ddof=1) / np.sqrt(n)
+        half = half_interval(np.ravel(scores))
         keys = {"measure": "moran", "model": folder, "contrast": "mean", "sheet": "mean"}
         keys |= {"blur": 0.0, "data": data, "spatial": kind, "alpha": alpha, "val_loss": loss}
         run.result(score, np.mean(null), score - half, score + half, n, **keys)
