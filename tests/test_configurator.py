@@ -401,7 +401,7 @@ def test_a_users_file_does_not_get_anothers_neighbour(tmp_path, monkeypatch):
             "import my_neighbour\n\n\ndef get():\n    return my_neighbour.name\n"
         )
     assert load_function(f"{tmp_path}/a/mine.py:get", "model")() == "a"
-    with pytest.raises(InputError, match="b/my_neighbour.py has the same name as .*a/my_neighbour.py"):
+    with pytest.raises(InputError, match="b/my_neighbour.py has the same name as .*neighbour.py"):
         load_function(f"{tmp_path}/b/mine.py:get", "model")
 
 
