@@ -521,7 +521,7 @@ def test_other_layouts_and_a_trained_model(dataset, whole, tmp_path):
     laid_out(dataset, tmp_path, scheme="identity")
     identity = positions.load_positions(str(tmp_path / "identity-1x64.npz"), 1, 64)
     assert (identity == np.arange(64)).all()
-    with pytest.raises(InputError, match="identity-1x64.npz is there already.*overwrite=True"):
+    with pytest.raises(InputError, match="identity-1x64.npz already exists.*overwrite=True"):
         laid_out(dataset, tmp_path, scheme="identity")
     input_error("samples", laid_out, dataset, tmp_path, samples=1)
     laid_out(dataset, tmp_path, scheme="swap", lm=str(whole), radius=2)
