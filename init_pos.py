@@ -178,8 +178,8 @@ def report_layer(run, config, sheet, seen, layer):
     seen_chance = losses_of(sheet, seen, layer.random).mean()
     seen_loss = losses_of(sheet, seen, layer.unit_at_cell).mean()
     run.print(
-        f"{layer.name:<14} spatial loss: random {seen_chance:.4f}, {config.scheme} {seen_loss:.4f}; "
-        f"on unseen text: random {chance:.4f}, {config.scheme} {losses.mean():.4f}"
+        f"{layer.name:<14} spatial loss {seen_loss:.4f} (random {seen_chance:.4f}), "
+        f"on unseen text {losses.mean():.4f} (random {chance:.4f})"
     )
     low, high = np.percentile(losses, [2.5, 97.5])
     numbers = np.round([losses.mean(), chance, low, high], 6)

@@ -127,7 +127,7 @@ BAD = [
 ]
 BAD_FILES = [
     ("seed: [1", "not a YAML file"),
-    ("seed: 1\nmore: {a: 1, a: 2}\n", "the key 'a' stands twice"),
+    ("seed: 1\nmore: {a: 1, a: 2}\n", "the key 'a' occurs twice"),
     ("- 1\n", "key: value"),
     ("seed: high\n", "must be int"),
     ("text: {a: 1}\n", "must be str"),

@@ -456,7 +456,7 @@ def test_what_is_there_is_left_alone(modules, tmp_path, monkeypatch, capsys):
     pydocs.main(config)
     before = (folder / "meta.yaml").stat().st_mtime_ns
     pydocs.main(config)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert (folder / "meta.yaml").stat().st_mtime_ns == before
     input_error("overwrite=True", pydocs.main, pydocs.Config(out_dir=str(folder), seed=1, **SMALL))
     (folder / "val.bin").write_bytes(b"torn")
