@@ -613,7 +613,7 @@ def test_positions_of_topolm(tmp_path, write_topolm, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     assert np.array_equal(load_positions(str(folder), 1, 64), layouts[:2])  # of the first layers
     input_error("lacks layer.2.attn.pkl", load_positions, str(folder), 3, 64)
-    input_error("the model has 2 layers x 100 units", load_positions, str(folder), 2, 100)
+    input_error("but the model has 2 layers x 100 units", load_positions, str(folder), 2, 100)
     monkeypatch.setattr(positions, "places_of", lambda cells, side: np.zeros((len(cells), 2)))
     assert np.array_equal(load_positions(str(folder), 2, 64), layouts)  # whatever our grid is
 
