@@ -1,15 +1,15 @@
-"""Foreign formats, in and out: models, checkpoints, tokenizers and positions of other projects.
+"""Read and write models, checkpoints, tokenizers and positions of other projects.
 
-- load_lm: any GPT-2 as our GPT, with equal logits and equal token ids: a run folder or checkpoint
-  of ours, nanoGPT's or TopoLM's, a Hugging Face name or folder. export_gpt writes such a folder.
-- HiddenStates: any causal or masked language model of transformers, or ours, as a batch of texts
-  goes through it: hidden states layer by layer, or logits.
-- load_positions: where units lie on their sheets, from our .npz or TopoLM's pickles.
+- load_lm: any GPT-2 as our GPT, with equal logits and equal token ids, from a run folder or
+  checkpoint (ours, nanoGPT's, TopoLM's), or a Hugging Face name or folder. export_gpt writes one.
+- HiddenStates: hidden states, layer by layer, or logits of any causal or masked language model of
+  transformers, or of ours.
+- load_positions: the positions of units on their sheets, from our .npz or TopoLM's pickles.
 
-    python convert.py lm=out/train out_dir=out/hf   # a model of ours as a Hugging Face folder
+    python convert.py lm=out/train out_dir=out/hf   # save our model as a Hugging Face folder
 
-transformers and scipy are imported where they are used: they take a second, and a model of ours
-does without them.
+transformers and scipy are imported where they are needed: they take a second, and our own models do
+without them.
 """
 
 import copy
@@ -49,19 +49,20 @@ from model import GPT, VERSION, GPTConfig, lm_from, load_checkpoint, patch_check
 
 @dataclass
 class Config:
-    lm: str = "out/train"  # what load_lm takes
-    out_dir: str = "out/hf"  # the folder that export_gpt writes
+    lm: str = "out/train"  # run folder, checkpoint, Hugging Face name or folder
+    out_dir: str = "out/hf"  # Hugging Face folder to write
 
 
 class NotOurGPT(InputError):
-    """A model of transformers that our GPT cannot be; HiddenStates takes it as it is."""
+    """A model of transformers that does not fit our GPT; HiddenStates uses it as it is."""
 
 
 def load_lm(spec, **options):
-    """(GPT, Tokenizer) of a language model, with the logits and token ids of its origin.
+    """Load (GPT, Tokenizer) with the logits and token ids of the original language model.
 
-    spec: a run folder or checkpoint of ours, nanoGPT's or TopoLM's, a Hugging Face GPT-2 name or
-    folder. options set fields of GPTConfig that the weights leave open (alpha, dropout, windows).
+    spec: a run folder or checkpoint (ours, nanoGPT's, TopoLM's), or the Hugging Face name or folder
+    of a GPT-2. options set fields of GPTConfig that the weights leave open (alpha, dropout,
+    windows).
     """
     path = find_checkpoint(spec)
     if path is None:
@@ -71,7 +72,7 @@ def load_lm(spec, **options):
 
 
 def find_checkpoint(spec):
-    """The .pt file that a spec means, or None where it is something for transformers."""
+    """Return the .pt file that a spec stands for, or None if transformers should load it."""
     path = Path(spec)
     candidates = [path]
     if path.suffix != ".pt":
@@ -84,28 +85,29 @@ def find_checkpoint(spec):
     for file in candidates:
         if os.path.lexists(file):
             return check_content(file)
-    raise InputError(f"lm: no language model at {spec}: give a run (python train.py) or a name")
+    remedy = "give a run of python train.py, or a Hugging Face name"
+    raise InputError(f"lm: no language model at {spec}: {remedy}")
 
 
 # ---- hidden states of any language model
 
 
 class _Deepest(Exception):
-    """Ends a pass: the deepest layer asked for has been read."""
+    """Raised to end a pass at the deepest layer that is needed."""
 
 
 class HiddenStates:
     """A causal or masked language model, read layer by layer.
 
-    lm: what load_lm takes; any other causal or masked model of transformers (name, folder, GGUF
-    file); or {"model": ..., "tokenizer": ...}, the model being ours, one of transformers, or
-    anything that takes input_ids and returns hidden_states. dtype: precision of the pass, a
-    torch.dtype or its name. padding_side: "left" becomes "right" where left pads would change the
-    states. bos: begin each text with the tokenizer's first token. head: load the head, for logits.
+    lm: anything for load_lm; another causal or masked model of transformers (name, folder, GGUF
+    file); or {"model": ..., "tokenizer": ...} with a model of ours, of transformers, or any that
+    takes input_ids and returns hidden_states. dtype: precision of the pass, a torch.dtype or its
+    name. padding_side: "left" becomes "right" where left pads would change the states. bos: start
+    each text with the tokenizer's first token. head: load the head, for logits.
 
-    Layer 0 is what enters the first block (the embeddings), n_layer what leaves the last one,
+    Layer 0 is the input of the first block (the embeddings), n_layer the output of the last one
     after the final norm. Attributes: name, model, tokenizer, causal, n_layer, width, max_length
-    (of a text, special tokens counted), params, padding_side.
+    (of a text, including special tokens), params, padding_side.
     """
 
     def __init__(
@@ -117,8 +119,8 @@ class HiddenStates:
         if isinstance(lm, dict):
             model = lm["model"]
             self.tokenizer = lm["tokenizer"]
-            named = getattr(getattr(model, "config", None), "name_or_path", "")
-            name = lm.get("name") or named or type(model).__name__
+            hub_name = getattr(getattr(model, "config", None), "name_or_path", "")
+            name = lm.get("name") or hub_name or type(model).__name__
         else:
             try:
                 model, self.tokenizer = load_lm(lm)
@@ -135,7 +137,7 @@ class HiddenStates:
     # -- texts
 
     def write_first_token(self):
-        """From now on begin texts with the tokenizer's first token, where it does not itself."""
+        """Start all later texts with the tokenizer's first token, unless the tokenizer does."""
         if self.foreign_tokenizer:
             row = self.tokenizer("a")["input_ids"]
             plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -146,23 +148,23 @@ class HiddenStates:
             if self.first is not None:
                 self.room = self.max_length - 1
                 return
-        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave bos out")
+        raise InputError(f"bos: the tokenizer of {self.name} has no first token: leave out bos")
 
     def encode(self, texts):
-        """Token ids of each text, special tokens included, cut to max_length; how many were cut."""
+        """Return token ids of each text, cut to max_length, and how many texts were cut."""
         rows = []
         n_cut = 0
         for text in texts:
             row = self._row(text)
             if not row:
-                place = f"text {len(rows)} of {len(texts)}"
-                raise InputError(f"{place} is empty ({text!r} has no token): leave it out")
+                number = f"text {len(rows)} of {len(texts)}"
+                raise InputError(f"{number} is empty ({text!r} has no tokens): leave it out")
             if len(row) > self.max_length:
                 row = self._row(text, truncation=True, max_length=self.room)[: self.max_length]
                 n_cut += 1
             if max(row) >= self.vocab_size:
                 problem = f"{self.vocab_size:,} tokens, but {text[:40]!r} has token {max(row)}"
-                raise InputError(f"{self.name} knows {problem}: give the model its own tokenizer")
+                raise InputError(f"{self.name} has {problem}: give the model its own tokenizer")
             rows.append(row)
         return rows, n_cut
 
@@ -177,9 +179,9 @@ class HiddenStates:
         return row
 
     def offsets(self, text):
-        """Characters (start, end) of the text that each token of encode([text]) covers.
+        """Return the characters (start, end) that each token of encode([text]) covers.
 
-        Spaces at either end of a token are left out; special tokens cover nothing (start == end).
+        Excludes spaces at either end of a token; special tokens cover nothing (start == end).
         """
         text = replace_lone_surrogates(text)
         if not self.foreign_tokenizer:
@@ -188,7 +190,8 @@ class HiddenStates:
             options = {"truncation": True, "max_length": self.room}
             spans = self.tokenizer(text, return_offsets_mapping=True, **options)["offset_mapping"]
         else:
-            raise InputError(f"the tokenizer of {self.name} does not tell where its tokens begin")
+            problem = "does not report where tokens begin: give a model with a fast one"
+            raise InputError(f"the tokenizer of {self.name} {problem}")
         if len(self.encode([text])[0][0]) > len(spans):
             spans = [(0, 0), *spans]
         trimmed = []
@@ -200,11 +203,11 @@ class HiddenStates:
         return trimmed
 
     def pad(self, rows):
-        """ids (B, T) and real (B, T), bool, of token lists, padded on padding_side."""
+        """Pad token lists on padding_side: return ids (B, T), and real (B, T), False for pads."""
         rows = list(map(torch.tensor, rows))
         options = {"batch_first": True, "padding_side": self.padding_side}
         fill = getattr(self.tokenizer, "pad_token_id", None) or 0
-        if fill >= self.vocab_size:  # the tokenizer's alone; the model does not read pads anyway
+        if fill >= self.vocab_size:  # unknown to the model, which ignores pads anyway
             fill = 0
         ids = pad_sequence(rows, padding_value=fill, **options)
         real = pad_sequence(list(map(torch.ones_like, rows)), **options).bool()
@@ -213,9 +216,9 @@ class HiddenStates:
     # -- the pass
 
     def run(self, ids, real, layers, take):
-        """Call take(layer, state (B, T, width)) for each of layers as ids (B, T) pass through.
+        """Call take(layer, state (B, T, width)) for each of `layers` while ids (B, T) pass through.
 
-        No state is held, and the pass ends at the deepest layer.
+        Keeps no states, and stops at the deepest layer.
         """
         wanted = set(layers)
         if self.blocks is None:
@@ -250,26 +253,26 @@ class HiddenStates:
                 handle.remove()
 
     def states(self, ids, real, layers=None):
-        """{layer: state (B, T, width)} of ids (B, T); all layers where none are named."""
+        """Return {layer: state (B, T, width)} of ids (B, T), by default for all layers."""
         states = {}
         self.run(ids, real, self.layers(layers or ()), states.__setitem__)
         return states
 
     def logits(self, ids, real):
-        """Logits (B, T, vocab) of ids (B, T); a model of transformers has them with head=True."""
+        """Return logits (B, T, vocab) of ids (B, T); models of transformers need head=True."""
         return self._call(self.model, ids, real).logits
 
-    def layers(self, asked):
-        """Sorted layer numbers, negative ones counted from the last; all where none is asked."""
-        asked = list(asked) or range(self.n_layer + 1)
-        for layer in asked:
+    def layers(self, numbers):
+        """Return sorted layer numbers, with negative ones counted from the end; [] means all."""
+        numbers = list(numbers) or range(self.n_layer + 1)
+        for layer in numbers:
             if not -self.n_layer - 1 <= layer <= self.n_layer:
-                layers = f"there are 0 (embeddings) to {self.n_layer}"
-                raise InputError(f"{self.name} has no layer {layer}: {layers}")
-        return sorted({layer % (self.n_layer + 1) for layer in asked})
+                remedy = f"give 0 (embeddings) to {self.n_layer}"
+                raise InputError(f"{self.name} has no layer {layer}: {remedy}")
+        return sorted({layer % (self.n_layer + 1) for layer in numbers})
 
     def random_twin(self, seed):
-        """The same architecture and tokenizer, new random weights: what the shape alone gives."""
+        """Return the same architecture and tokenizer with new random weights, as a control."""
         twin = copy.copy(self)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -277,7 +280,7 @@ class HiddenStates:
                 model = GPT(self.model.config, seed=seed)
             elif hasattr(self.model, "config"):
                 model = type(self.model)(self.model.config)
-            else:  # a module of the user's own
+            else:  # a user's module
                 model = copy.deepcopy(self.model)
                 for module in model.modules():
                     if hasattr(module, "reset_parameters"):
@@ -290,32 +293,32 @@ class HiddenStates:
         return twin
 
     def _call(self, model, ids, real, **options):
-        """The model's output, told of the pads."""
+        """Return the model's output, given which tokens are pads."""
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if self.is_gpt:
                 return model(ids, **options)
-            told = {"attention_mask": real.long(), "use_cache": False}
+            inputs = {"attention_mask": real.long(), "use_cache": False}
             if self.padding_side == "left":
-                told["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
-            for key in told.keys() & self.accepts:
-                options[key] = told[key]
+                inputs["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+            for key in inputs.keys() & self.accepts:
+                options[key] = inputs[key]
             return model(input_ids=ids, **options)
 
     def _output_states(self, ids, real):
-        """All hidden states as the model itself returns them: n_layer + 1 of them."""
+        """Return all n_layer + 1 hidden states as the model itself returns them."""
         if self.is_gpt:
             layers = range(self.model.config.n_layer + 1)
             return [*self._call(self.model, ids, real, hidden=layers).hidden.values()]
         return self._call(self.base, ids, real, output_hidden_states=True).hidden_states
 
-    # -- what kind of model it is, by what it does
+    # -- what kind of model it is, by how it behaves
 
     @torch.no_grad()
     def _attach(self, model, padding_side):
-        """Find its sizes, its blocks, whether it looks ahead, on which side it may be padded."""
+        """Find the model's sizes and blocks, whether it is causal, and how to pad it."""
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             kind = f"an encoder and a decoder ({model.config.model_type})"
-            raise InputError(f"{self.name} has {kind}: give a causal or a masked language model")
+            raise InputError(f"{self.name} has {kind}: give a causal or masked language model")
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.is_gpt = isinstance(model, GPT)
         self.base = getattr(model, "base_model", model)  # without its head
@@ -327,36 +330,36 @@ class HiddenStates:
         real = torch.ones_like(ids, dtype=torch.bool)
         states = self._output_states(ids, real)
         if any(state.shape[:-1] != ids.shape for state in states):
-            raise InputError(f"{self.name}: some of its layers have no state for each token")
+            remedy = "give a model that does not merge tokens"
+            raise InputError(f"{self.name}: some layers lack a state for each token: {remedy}")
         if not all(state.isfinite().all() for state in states):
-            cure = "its weights are damaged, or dtype= is too narrow for them"
-            raise InputError(f"{self.name}: some of its hidden states are NaN or infinite: {cure}")
+            cause = "its weights are damaged, or dtype= is too narrow for them"
+            raise InputError(f"{self.name}: some hidden states are NaN or infinite: {cause}")
         self.n_layer = len(states) - 1
         self.width = states[-1].size(-1)
         # does a later token change an earlier state?
         self.causal = all(nearly_equal(state[0, :2], state[1, :2], 1e-5) for state in states)
         self.blocks = self._find_blocks(ids, real, states)
         if not self._ignores_pads():
-            beside = "the states of a text change with the texts beside it"
-            raise InputError(f"{self.name} reads the padding: {beside}")
+            problem = "reads the padding, so a text's states depend on the rest of its batch"
+            raise InputError(f"{self.name} {problem}: give another model")
         if padding_side == "left" and self.causal and not self.is_gpt:
             self.padding_side = "left"
             if not self._ignores_pads():
                 self.padding_side = "right"
 
     def _find_blocks(self, ids, real, states):
-        """The blocks whose hooks capture the states that the model returns, or None."""
+        """Return the blocks whose hooks capture the states that the model returns, or None."""
         for module in self.base.modules():
             if isinstance(module, nn.ModuleList) and len(module) == self.n_layer:
                 self.blocks = module
                 captured = self.states(ids, real)
-                given = enumerate(states)
-                if all(nearly_equal(captured.get(i), state, 1e-5) for i, state in given):
+                if all(nearly_equal(captured.get(i), states[i], 1e-5) for i in range(len(states))):
                     return module
         return None
 
     def _ignores_pads(self):
-        """Are the states of a short text beside a longer one those that it has alone?"""
+        """Return whether a text has equal states alone and in a batch with a longer one."""
         together, real = self.pad([[1, 2, 3], [3, 2, 1, 3, 2]])
         batch = self._output_states(together, real)
         single = self._output_states(*self.pad([[1, 2, 3]]))
@@ -365,7 +368,7 @@ class HiddenStates:
 
 
 def nearly_equal(a, b, tolerance):
-    """Do two states agree but for rounding, measured by their size?"""
+    """Return whether two states agree up to rounding, relative to their size."""
     if not isinstance(a, torch.Tensor) or a.shape != b.shape:
         return False
     scale = b.float().square().mean().sqrt().clamp_min(1e-6)
@@ -373,26 +376,26 @@ def nearly_equal(a, b, tolerance):
 
 
 def byte_spans(tokenizer, text):
-    """Characters (start, end) that each token of our Tokenizer covers."""
+    """Return the characters (start, end) that each token of our Tokenizer covers."""
     n_bytes = [len(character.encode()) for character in text]
     character_of = np.repeat(np.arange(len(text)), n_bytes)  # of each byte
     spans = []
-    at = 0
+    start = 0
     for token in tokenizer.encode(text):
-        end = at + len(tokenizer.core.decode_single_token_bytes(token))
-        spans.append((int(character_of[at]), int(character_of[end - 1]) + 1))
-        at = end
+        end = start + len(tokenizer.core.decode_single_token_bytes(token))
+        spans.append((int(character_of[start]), int(character_of[end - 1]) + 1))
+        start = end
     return spans
 
 
 def text_config(model):
-    """The config of a model, or of the part that reads text; None without one."""
+    """Return the config of a model, or of its text part; None if it has none."""
     config = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def longest_text(model, tokenizer):
-    """How many tokens the model can read, special ones counted; 10 ** 9 where nothing limits it."""
+    """Return how many tokens, including special ones, the model can read; 10 ** 9 if unlimited."""
     config = text_config(model)
     limits = [10**9, getattr(tokenizer, "model_max_length", None)]
     for name in ("max_position_embeddings", "max_seq_len"):
@@ -402,26 +405,26 @@ def longest_text(model, tokenizer):
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
             limits.append(module.num_embeddings)
-            if module.padding_idx is not None:  # RoBERTa's kind counts from there
+            if module.padding_idx is not None:  # RoBERTa's positions start after it
                 limits.append(module.num_embeddings - module.padding_idx - 1)
     return min(int(limit) for limit in limits if limit and limit > 0)
 
 
 def load_from_transformers(name, dtype, head):
-    """(model, tokenizer) of a causal or masked language model of transformers."""
+    """Load (model, tokenizer) of a causal or masked language model of transformers."""
     import transformers
 
     Auto = transformers.AutoModel
     config = from_hub(transformers.AutoConfig, name)
-    if head and not config.is_encoder_decoder:  # which HiddenStates refuses
+    if head and not config.is_encoder_decoder:  # HiddenStates refuses encoder-decoders
         names = transformers.models.auto.modeling_auto
         causal = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
         Auto = transformers.AutoModelForCausalLM
         masked = config.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        if masked and causal not in (config.architectures or []):  # BERT's kind can be either
+        if masked and causal not in (config.architectures or []):  # models like BERT can be either
             Auto = transformers.AutoModelForMaskedLM
     if dtype != torch.float32:
-        dtype = "auto"  # as the file has it; the pass is in autocast
+        dtype = "auto"  # as in the file; the pass uses autocast
     return load_weights(Auto, name, dtype=dtype), hub_tokenizer(name)
 
 
@@ -430,7 +433,7 @@ def load_from_transformers(name, dtype, head):
 
 @cache
 def hub_answers():
-    """Is the Hugging Face hub within reach? Asked once: transformers would try for each file."""
+    """Return whether the Hugging Face hub is reachable; cached, or every file would cost a try."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -441,9 +444,9 @@ def hub_answers():
 
 
 def from_hub(Auto, name, **options):
-    """Auto.from_pretrained(name, ...) of transformers for a name, a folder or a GGUF file.
+    """Call Auto.from_pretrained of transformers with a name, a folder or a GGUF file.
 
-    Over torn and foreign files transformers stumbles in nearly any way: all are one InputError.
+    Raises InputError for anything that transformers raises on damaged or foreign files.
     """
     folder = Path(name)
     ggufs = sorted(folder.glob("*.gguf"))
@@ -451,45 +454,47 @@ def from_hub(Auto, name, **options):
         ggufs = [folder]
         folder = folder.parent
     for file in folder.glob("*"):
-        if file.suffix in (".json", ".txt", ".model"):  # weights may lie there in other forms
+        if file.suffix in (".json", ".txt", ".model"):  # not weights, which may have other copies
             check_content(file)
     if folder.is_dir():
         if len(ggufs) == 1 and not (folder / "config.json").exists():
             options["gguf_file"] = ggufs[0].name
-        trouble = f"{name} holds nothing that transformers can read as {Auto.__name__}"
+        problem = f"{name} holds nothing that transformers can read as {Auto.__name__}"
     else:
         options["local_files_only"] = not hub_answers()
-        trouble = f"no model '{name}' here, and none to be had from the Hugging Face hub"
+        problem = f"the model '{name}' is neither here nor available from the Hugging Face hub"
     try:
         return Auto.from_pretrained(str(folder), **options)
     except Exception as error:
         for file in folder.glob("*"):
             check_content(file)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise InputError(f"{trouble} ({reason}): give a model's name or whole folder") from None
+        remedy = "give the name or the complete folder of a model"
+        raise InputError(f"{problem} ({reason}): {remedy}") from None
 
 
 def hub_tokenizer(name):
-    """The tokenizer of a Hugging Face model; without its files transformers makes an empty one."""
+    """Load the tokenizer of a Hugging Face model."""
     import transformers
 
     tokenizer = from_hub(transformers.AutoTokenizer, name)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers made an empty one
         cure = "copy tokenizer.json, or vocab.json and merges.txt, there"
         raise InputError(f"{name} holds no tokenizer: {cure}")
     return tokenizer
 
 
 def load_weights(Auto, name, **options):
-    """The model, all of whose weights the files must hold: transformers draws missing ones."""
+    """Load a model, and refuse missing weights, which transformers would draw at random."""
     import transformers
 
-    transformers.logging.set_verbosity_error()  # no table of the weights that it has no use for
+    transformers.logging.set_verbosity_error()  # no table of unused weights
     model, report = from_hub(Auto, name, output_loading_info=True, **options)
     for key in sorted(report["missing_keys"]):
-        if "pooler" not in key:  # which no state comes from
+        if "pooler" not in key:  # it changes no hidden state
             kind = type(model).__name__
-            raise InputError(f"{name} lacks weights of {kind} ({key}): torn, or without head")
+            cause = "the file is incomplete, or saved without the head"
+            raise InputError(f"{name} lacks weights of {kind} ({key}): {cause}")
     return model
 
 
@@ -497,7 +502,7 @@ GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 
 
 def gpt_from_hub(name, **options):
-    """Hugging Face GPT-2 weights as our GPT with equal logits, an export's sheets included."""
+    """Load Hugging Face's GPT-2 as our GPT with equal logits, including the sheets of an export."""
     import transformers
 
     shape = gpt_shape(from_hub(transformers.AutoConfig, name), name)
@@ -507,19 +512,19 @@ def gpt_from_hub(name, **options):
     args = {**exported.get("model_args", {}), **shape}
     args["norm"] = float(args.get("norm", "inf"))  # JSON has no infinity
     biased = any(value.any() for key, value in weights.items() if key.endswith(".bias"))
-    args["bias"] = biased or args.get("bias", True)  # trained on elsewhere, biases may have come
+    args["bias"] = biased or args.get("bias", True)  # training elsewhere may have added biases
     model = GPT(GPTConfig(**{**args, **options}), exported.get("unit_at_cell"))
     state = {}
     for key in model.state_dict().keys() & weights.keys():
         state[key] = transpose_conv1d(key, weights[key])
     model.load_state_dict(state, strict=False)
     if not same_logits(model, hub_model):
-        raise NotOurGPT(f"'{name}' is a GPT-2 variant: our GPT gives other logits with its weights")
+        raise NotOurGPT(f"'{name}' is a GPT-2 variant: with its weights our logits differ")
     return model
 
 
 def gpt_shape(config, name):
-    """Fields of GPTConfig from the config of a Hugging Face GPT-2."""
+    """Return fields of GPTConfig from the config of a Hugging Face GPT-2."""
     if config.model_type != "gpt2":
         raise NotOurGPT(f"'{name}' is a {config.model_type} model, not GPT-2")
     plain = {
@@ -537,18 +542,18 @@ def gpt_shape(config, name):
 
 
 def exported_facts(name):
-    """nanocortex.json of a folder that export_gpt wrote; {} where there is none."""
+    """Read nanocortex.json of a folder that export_gpt wrote; {} for other folders."""
     path = Path(name) / "nanocortex.json"
     if not path.is_file():
         return {}
     try:
         return patch_checkpoint({"version": 1, **json.loads(path.read_text())})
     except (ValueError, TypeError):
-        raise InputError(f"{path} is torn or not ours: export the model again") from None
+        raise InputError(f"{path} is damaged or not ours: export the model again") from None
 
 
 def transpose_conv1d(name, weight):
-    """A weight of GPT-2 from our form to Hugging Face's, which has some as (in, out), or back."""
+    """Convert a weight between our (out, in) and the (in, out) of Hugging Face's Conv1D."""
     if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
         return weight.t()
     return weight
@@ -556,7 +561,7 @@ def transpose_conv1d(name, weight):
 
 @torch.no_grad()
 def same_logits(model, hub_model):
-    """Do our GPT and a GPT-2 of transformers give the same logits for some tokens?"""
+    """Return whether our GPT and one of transformers give the same logits for some tokens."""
     length = min(16, model.config.block_size)
     ids = torch.arange(2 * length).view(2, length) * 7 % model.config.vocab_size
     training = model.training
@@ -566,11 +571,10 @@ def same_logits(model, hub_model):
 
 
 def export_gpt(model, folder, tokenizer=None):
-    """Write our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
+    """Save our GPT (on the CPU) as a Hugging Face GPT-2 folder (safetensors) with equal logits.
 
-    nanocortex.json beside the weights holds what that format has no place for: our options, the
-    units' positions, the tokenizer's state. Raises InputError for a model that is more than a
-    GPT-2.
+    nanocortex.json next to the weights adds what that format lacks: our options, the units'
+    positions, the tokenizer's state. Raises InputError for a model that is more than a GPT-2.
     """
     import transformers
 
@@ -585,17 +589,18 @@ def export_gpt(model, folder, tokenizer=None):
     weights = {"lm_head.weight": model.transformer.wte.weight}
     for key, value in hub_model.state_dict().items():
         if key.endswith(".bias") and not c.bias:
-            weights[key] = torch.zeros_like(value)  # no bias here is a bias of zero there
+            weights[key] = torch.zeros_like(value)  # Hugging Face's GPT-2 always has biases
     for key, value in model.state_dict().items():
         if key != "unit_at_cell":
             weights[key] = transpose_conv1d(key, value)
     try:
         hub_model.load_state_dict(weights)
-        reason = "" if same_logits(model, hub_model) else "its weights give other logits"
+        reason = "" if same_logits(model, hub_model) else "its logits would differ"
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
     if reason:
-        raise InputError(f"this GPT has no Hugging Face GPT-2 form ({reason}): keep its checkpoint")
+        problem = f"this GPT cannot be saved as a Hugging Face GPT-2 ({reason})"
+        raise InputError(f"{problem}: keep its checkpoint")
     hub_model.save_pretrained(folder)
     extra = {"version": VERSION, "model_args": {**asdict(c), "norm": str(c.norm)}}
     if c.sheet:
@@ -611,7 +616,7 @@ def export_gpt(model, folder, tokenizer=None):
 
 
 def model_card(model):
-    """README.md of an exported model."""
+    """Return README.md of an exported model."""
     c = model.config
     topography = ", topography" if c.sheet else ""
     return f"""---
@@ -619,10 +624,11 @@ library_name: transformers
 pipeline_tag: text-generation
 tags: [gpt2{topography}]
 ---
-A GPT-2 written by nanoCortex: {c.n_layer} layers x {c.n_embd} units, {model.n_params():,}
-parameters without positions. Spatial loss: {c.alpha if c.sheet else 0:g} times that of every
-sublayer; `nanocortex.json` says where on its sheet each unit lies (`unit_at_cell`). It writes what
-its training text makes likely, true or not, and has been tested for nothing.
+A GPT-2 trained with nanoCortex: {c.n_layer} layers x {c.n_embd} units, {model.n_params():,}
+parameters without position embeddings. Weight of each sheet's spatial loss:
+{c.alpha if c.sheet else 0:g}; `nanocortex.json` holds the positions of units on their sheets
+(`unit_at_cell`). The model writes what its training text makes likely, true or not, and has not
+been tested for any use.
 """
 
 
@@ -630,7 +636,7 @@ its training text makes likely, true or not, and has been tested for nothing.
 
 
 def tokenizer_state_from_hub(name):
-    """State of our Tokenizer with the ids that the tokenizer of a Hugging Face GPT-2 gives."""
+    """Return the state of our Tokenizer with the same ids as that of a Hugging Face GPT-2."""
     tokenizer = hub_tokenizer(name)
     if getattr(tokenizer, "is_fast", False):
         form, special = tokenizer_form(tokenizer.backend_tokenizer)
@@ -646,17 +652,17 @@ def tokenizer_state_from_hub(name):
                 return state
         except InputError:  # tokens that no merges make
             pass
-    raise NotOurGPT(f"the tokenizer of '{name}' is not GPT-2's byte-level BPE to the letter")
+    raise NotOurGPT(f"the tokenizer of '{name}' is not exactly GPT-2's byte-level BPE")
 
 
-# GPT-2's pre-tokenizer has two spellings
+# tokenizer.json may spell GPT-2's pre-tokenizer in two ways
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
 SPLIT = {"type": "Split", "pattern": {"Regex": GPT2_PATTERN}, "behavior": "Isolated"}
 SPELLED_OUT = [{**SPLIT, "invert": False}, {**LEVEL, "use_regex": False}]
 
 
 def tokenizer_form(fast):
-    """What decides the ids of a tokenizers.Tokenizer, as plain values; its special tokens."""
+    """Return all that decides a tokenizers.Tokenizer's ids, as plain values; its special tokens."""
     form = json.loads(fast.to_str().replace('"trim_offsets":false', '"trim_offsets":true'))
     if form["pre_tokenizer"] == {**LEVEL, "use_regex": True}:
         form["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": SPELLED_OUT}
@@ -668,25 +674,25 @@ def tokenizer_form(fast):
         vocabulary[token["content"]] = token["id"]
         if token["special"]:
             special[token["content"]] = token["id"]
-        else:  # found in texts before anything is merged
+        else:  # matched in texts before any merges
             words.append(token["content"])
     rules = [model.get("dropout"), model.get("merges"), form["normalizer"], form["pre_tokenizer"]]
     return {"rules": [model["type"], *rules, words], "vocabulary": vocabulary}, special
 
 
 def fast_tokenizer(state):
-    """The tokenizers.Tokenizer with the ids of a tokenizer state.
+    """Return the tokenizers.Tokenizer with the ids of a tokenizer state.
 
-    But '<|endoftext|>' in a text is plain text for ours, and the token there.
+    It reads '<|endoftext|>' in a text as the token, while our Tokenizer reads it as plain text.
     """
     ranks = ranks_of(state)
-    cutters = tokenizers.pre_tokenizers
-    split = cutters.Split(tokenizers.Regex(state["pattern"]), "isolated")
-    level = cutters.ByteLevel(add_prefix_space=False, use_regex=False)
+    splitters = tokenizers.pre_tokenizers
+    split = splitters.Split(tokenizers.Regex(state["pattern"]), "isolated")
+    level = splitters.ByteLevel(add_prefix_space=False, use_regex=False)
     merges = []
     if state["pattern"] == CHARACTERS and any(bytes([b]) not in ranks for b in range(256)):
         vocab = {token.decode(): rank for token, rank in ranks.items()}
-        cut = split
+        pre_tokenizer = split
         decoder = tokenizers.decoders.Fuse()
     else:
         character_of = {byte: character for character, byte in BYTE_OF.items()}
@@ -696,24 +702,24 @@ def fast_tokenizer(state):
             if len(token) > 1:
                 parts = last_merge(token, ranks)
                 merges.append(tuple("".join(map(character_of.get, part)) for part in parts))
-        cut = cutters.Sequence([split, level])
+        pre_tokenizer = splitters.Sequence([split, level])
         decoder = tokenizers.decoders.ByteLevel()
     bpe = tokenizers.models.BPE({**vocab, **state["special_tokens"]}, merges)
     fast = tokenizers.Tokenizer(bpe)
-    fast.pre_tokenizer = cut
+    fast.pre_tokenizer = pre_tokenizer
     fast.decoder = decoder
     return fast
 
 
 def last_merge(token, ranks):
-    """The two parts that byte-pair encoding joins last to make a token (bytes)."""
+    """Return the two parts that byte-pair encoding joins last to make a token (bytes)."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        at = joined.index(min(joined))
-        if joined[at] >= ranks[token]:
-            raise InputError(f"the token {token!r} is not made by merging two others: no BPE")
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        pair_ranks = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        first = pair_ranks.index(min(pair_ranks))
+        if pair_ranks[first] >= ranks[token]:
+            raise InputError(f"this is not a BPE: no merge makes the token {token!r}")
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts
 
 
@@ -721,23 +727,23 @@ def last_merge(token, ranks):
 
 
 def adopt_checkpoint(state, path):
-    """A checkpoint of nanoGPT (ckpt.pt) or TopoLM (ckpt-N.pt) as the state of one of ours.
+    """Convert a checkpoint of nanoGPT (ckpt.pt) or TopoLM (ckpt-N.pt) to the state of one of ours.
 
-    Shapes are read from the weights; the optimiser's state stays behind. TopoLM's positions are
-    not in its checkpoint: they are taken from position files beside it or in a folder there.
+    Takes shapes from the weights and drops the optimiser's state. TopoLM's positions come from
+    files next to its checkpoint or in a subfolder.
     """
     foreign_args = state.get("model_args", {})
     weights = {}
     for key, value in state.get("model", {}).items():
         if not key.endswith((".attn.bias", ".attn.masked_bias")):  # nanoGPT's causal mask
-            # torch.compile and DistributedDataParallel leave prefixes
+            # torch.compile and DistributedDataParallel add prefixes
             weights[key.replace("module.", "").replace("_orig_mod.", "")] = value
     embedding = weights.get("transformer.wte.weight")
     head = weights.pop("lm_head.weight", embedding)
     if embedding is None or "transformer.wpe.weight" not in weights or "n_head" not in foreign_args:
-        raise InputError(f"{path} is a checkpoint of no GPT-2: nanoGPT's and TopoLM's are read")
+        raise InputError(f"{path} is not a GPT-2 of nanoGPT or TopoLM: give one of those, or ours")
     if not torch.equal(head, embedding):
-        raise InputError(f"{path} has a head of its own: our GPT's is its token embedding")
+        raise InputError(f"{path} has an untied head: our GPT can only use its token embedding")
     args = {
         "block_size": len(weights["transformer.wpe.weight"]),
         "vocab_size": len(embedding),
@@ -749,25 +755,25 @@ def adopt_checkpoint(state, path):
         "head_loss": "transformer.h.0.attn.c_proj.weight" not in weights,
         "attn_proj": "transformer.h.0.attn.attn_proj.weight" in weights,
     }
-    maker = "nanoGPT"
+    origin = "nanoGPT"
     if {"alpha", "with_resid", "accum", "head_loss", "activation_decay"} & foreign_args.keys():
-        maker = adopt_sheets(args, weights, foreign_args, path)
-    print(f"{path}: a checkpoint of {maker}", file=sys.stderr)
+        origin = adopt_sheets(args, weights, foreign_args, path)
+    print(f"{path}: a checkpoint of {origin}", file=sys.stderr)
     dataset = str((state.get("config") or {}).get("dataset", ""))
     tokenizer = foreign_tokenizer(path, len(embedding), dataset)
     return {"kind": "lm", "model_args": args, "model": weights, "tokenizer": tokenizer}
 
 
 def adopt_sheets(args, weights, foreign_args, path):
-    """Add TopoLM's positions to the arguments and weights; returns what to say of them."""
+    """Add TopoLM's positions to the arguments and weights; return words for the notice."""
     first = "layer.0.attn.pkl"
     files = [*path.parent.glob(first), *sorted(path.parent.glob(f"*/{first}"))]
     if not files:
-        return f"TopoLM, of whose units no positions ({first} ...) lie beside it"
+        return f"TopoLM, loaded without sheets: no positions ({first} ...) lie next to it"
     folder = files[0].parent
     layouts, facts = read_layer_pickles(folder, args["n_layer"], args["n_embd"])
     weights["unit_at_cell"] = torch.from_numpy(layouts)
-    # one that does not say with_resid is of sublayer outputs, as the published ones are
+    # without with_resid the sheets show sublayer outputs, as in the published models
     tap = "residual" if foreign_args.get("with_resid") else "sublayer"
     args |= {"sheet": True, "tap": tap, "accum": foreign_args.get("accum", "mean"), **facts}
     for key in ("alpha", "activation_decay"):
@@ -776,39 +782,42 @@ def adopt_sheets(args, weights, foreign_args, path):
 
 
 def foreign_tokenizer(path, vocab_size, dataset=""):
-    """Tokenizer state of a nanoGPT checkpoint: of meta.pkl, beside it or in data/, or GPT-2's."""
+    """Return a nanoGPT checkpoint's tokenizer state, from a meta.pkl next to it or in data/, or
+    GPT-2's."""
     folder = path.parent
     for meta in (folder / "meta.pkl", folder.parent / "data" / dataset / "meta.pkl"):
         if meta.is_file():
             tokenizer = nanogpt_characters(meta)
             if len(ranks_of(tokenizer)) > vocab_size:
-                raise InputError(f"{meta} is not the vocabulary of {path}: it has more tokens")
+                cure = "copy the right one there"
+                raise InputError(f"{meta} has more tokens than {path}: {cure}")
             return tokenizer
-    if not 50257 <= vocab_size <= 50432:  # padded to a multiple of 64 or 128, or not
-        raise InputError(f"{path}: copy nanoGPT's data/{dataset or 'DATASET'}/meta.pkl beside it")
+    if not 50257 <= vocab_size <= 50432:  # GPT-2's, padded to a multiple of 64 or 128, or not
+        meta = f"nanoGPT's data/{dataset or 'DATASET'}/meta.pkl"
+        raise InputError(f"{path} has no tokenizer: copy {meta} next to it")
     files = [*folder.glob("vocab.bpe"), *folder.glob("merges.txt")]
     try:
         return state_of(gpt2_encoding(*files[:1]))
     except InputError as error:
-        raise InputError(f"{path}: put its vocab.bpe (merges.txt) beside it; {error}") from None
+        raise InputError(f"{path}: put vocab.bpe (merges.txt) next to it; {error}") from None
 
 
 # ---- positions of TopoLM
 
 
 def load_positions(path, n_layer, n_units):
-    """unit_at_cell (2 n_layer, n_units) from our .npz, or a folder of TopoLM's position pickles."""
+    """Load unit_at_cell (2 n_layer, n_units) from our .npz or a folder of TopoLM's pickles."""
     if not Path(path).is_dir():
         return positions.load_positions(path, n_layer, n_units)
     return read_layer_pickles(path, n_layer, n_units)[0]
 
 
 def read_layer_pickles(folder, n_layer, n_units):
-    """TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: unit_at_cell (2 n_layer, n_units), and facts.
+    """Read TopoLM's layer.N.attn.pkl and layer.N.mlp.pkl: unit_at_cell (2 n_layer, n_units), facts.
 
-    facts: radius and windows that they were made for. More layers than the model's may lie there:
-    TopoLM's init_pos makes 16. The published swap-optimised files put several units on one cell and
-    leave others empty: that is said, and place_units deals them out.
+    facts: radius and windows that they were made for. The folder may have more layers than the
+    model: TopoLM's init_pos makes 16. The published swap-optimised files put several units on one
+    cell and leave others empty: place_units spreads them out, with a notice.
     """
     layouts = {}
     facts = {}
@@ -816,11 +825,13 @@ def read_layer_pickles(folder, n_layer, n_units):
     for name in positions.layer_names(n_layer):
         file = Path(folder) / f"{name}.pkl"
         if not file.exists():
-            raise InputError(f"{folder} lacks {file.name} of TopoLM's for {n_layer} layers")
+            remedy = "copy all of TopoLM's position files there"
+            raise InputError(f"{folder} lacks {file.name} for {n_layer} layers: {remedy}")
         layer = read_pickle(file, allowed=("LayerPositions",))
         coordinates = np.asarray(getattr(layer, "coordinates", ()), np.float64)
         if coordinates.shape[1:] != (2,) or not np.isfinite(coordinates).all():
-            raise InputError(f"{file} holds no coordinates (units, 2) as TopoLM's do")
+            remedy = "give a position file of TopoLM"
+            raise InputError(f"{file} holds no coordinates (units, 2): {remedy}")
         layouts[name], moved = place_units(coordinates)
         n_moved += np.count_nonzero(moved)
         masks = getattr(layer, "neighborhood_indices", None)
@@ -828,15 +839,16 @@ def read_layer_pickles(folder, n_layer, n_units):
             facts["radius"] = round((masks[0].sum().item() ** 0.5 + 1) / 2)
             facts["windows"] = int(getattr(layer, "neighborhoods_per_batch", GPTConfig.windows))
     if n_moved:
-        shared = "units share cells: one a cell now, with the least displacement,"
-        print(f"{folder}: {shared} for which {n_moved} moved", file=sys.stderr)
+        notice = f"some units share a cell: {n_moved} moved to free cells as near as possible"
+        print(f"{folder}: {notice}", file=sys.stderr)
     return positions.stack_layers(layouts, n_layer, n_units, folder), facts
 
 
 def place_units(coordinates):
-    """unit_at_cell (C,) with one unit a cell, the least total displacement, and each unit's (C,).
+    """Put one unit on each cell with the least total displacement.
 
-    coordinates (C, 2): row and column of each unit, whatever the shape of our grid.
+    coordinates (C, 2): row and column of each unit on TopoLM's square grid. Returns unit_at_cell
+    (C,) and the displacement of each unit (C,).
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -855,4 +867,4 @@ if __name__ == "__main__":
     config = configure(Config)
     model, tokenizer = load_lm(config.lm)
     export_gpt(model, config.out_dir, tokenizer)
-    print(f"{config.out_dir}: for AutoModelForCausalLM and AutoTokenizer of transformers")
+    print(f"saved {config.out_dir} for AutoModelForCausalLM and AutoTokenizer of transformers")

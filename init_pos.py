@@ -1,14 +1,14 @@
-"""Where should the units of a language model sit on its cortical sheets before training?
+"""Place the units of a language model on its cortical sheets before training.
 
     python init_pos.py                           # seeded random permutations, as in the paper
-    python init_pos.py scheme=swap               # units that respond alike move together
+    python init_pos.py scheme=swap               # move units that respond alike together
     python init_pos.py scheme=swap lm=out/train  # by the responses of a trained model
     python init_pos.py config/init_pos.yaml      # the published preset, 12 layers x 784 units
 
-Writes gpt2-positions/NAME.npz, which python train.py positions=NAME reads, and in out_dir a picture
-of every sheet and results.csv, a row per layer: the spatial loss on text that the swaps have not
-seen (score), that of another random permutation (chance), 2.5 % and 97.5 % of the windows (low,
-high), and their number (n).
+Writes gpt2-positions/NAME.npz, which python train.py positions=NAME reads, and in out_dir a figure
+of all sheets and results.csv with a row per sheet: the spatial loss on text that the swaps have not
+seen (score), the same for another random permutation (chance), the 2.5th and 97.5th percentiles
+over windows (low, high), and the number of windows (n).
 
 Margalit et al. 2024 (TDANN) for swaps; Rathi et al. 2025 (TopoLM) for random permutations.
 """
@@ -33,32 +33,32 @@ from model import GPT, GPTConfig
 class Config:
     # ---- layout
     scheme: Literal["random", "identity", "swap"] = "random"  # identity: unit i at cell i
-    method: Literal["sheet", "window"] = "sheet"  # swap: best pairs, or random trials (published)
-    swap_windows: int = 50  # window: how many windows, each once while there are enough
+    method: Literal["sheet", "window"] = "sheet"  # swap best pairs, or try random ones (published)
+    swap_windows: int = 50  # window: number of windows, none twice while others are left
     swap_trials: int = 50  # window: trial swaps in each
-    radius: int = 4  # a window is the cells closer than this to its centre
+    radius: int = 4  # a window holds the cells closer than this to its centre
     norm: float = float("inf")  # in this p-norm: 1, 2, inf
     # ---- model whose responses are compared
-    lm: str = ""  # run folder, checkpoint, Hugging Face GPT-2 (its shape counts); "": untrained
+    lm: str = ""  # run folder, checkpoint or Hugging Face GPT-2 (its shape wins); "": untrained
     n_layer: int = 4  # blocks; each has two sheets, attention and mlp
     n_head: int = 4  # attention heads
     n_embd: int = 256  # units per sheet, a square
     block_size: int = 128  # tokens of context
     bias: bool = False  # biases in linear layers and LayerNorms
-    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream
+    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: its output, or the stream
     # ---- text
     init_data: str = "init-data"  # dataset that the model reads; the default is cut from `dataset`
-    dataset: str = "pydocs"  # whose training part is cut
-    samples: int = 16384  # tokens to correlate over, and as many others to score on
-    batch_size: int = 8  # sequences at a time
+    dataset: str = "pydocs"  # source of the default init-data: its training part
+    samples: int = 16384  # tokens to correlate over, and as many to score on
+    batch_size: int = 8  # sequences per batch
     # ---- files and run
     name: str = ""  # of the positions file; "": SCHEME-{n_layer}x{n_embd}
-    positions_dir: str = "gpt2-positions"  # its folder
-    out_dir: str = "out/init_pos"  # picture, results
-    overwrite: bool = False  # replace a positions file of that name
-    seed: int = 1337  # of the permutations, trials and the untrained model
+    positions_dir: str = "gpt2-positions"  # folder of the positions file
+    out_dir: str = "out/init_pos"  # figure, results
+    overwrite: bool = False  # replace a positions file of the same name
+    seed: int = 1337  # for the permutations, the trials and the untrained model
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
+    dtype: str = "auto"  # bfloat16 where faster; float16, float32
 
     POSITIVE = "swap_windows swap_trials norm n_layer n_head n_embd block_size batch_size"
 
@@ -66,14 +66,14 @@ class Config:
         if self.samples < 2:
             raise InputError(f"option 'samples' must be at least 2, not {self.samples}")
         if "/" in self.name:
-            raise InputError(f"name={self.name} is a file's name: its folder is positions_dir=")
+            raise InputError(f"name={self.name} has a folder in it: give that as positions_dir=")
 
 
 # ---- data
 
 
 def init_text(run, config):
-    """Folder of the text that the model reads; the default one is made on first use."""
+    """Return the folder of the text that the model reads; the default is made on first use."""
     is_default = config.init_data == "init-data"
     if is_default and not Path("init-data/meta.yaml").exists():
         cut_init_text(run, config)
@@ -85,7 +85,7 @@ def init_text(run, config):
 
 
 def cut_init_text(run, config):
-    """Make init-data from all over the training part of config.dataset."""
+    """Make init-data from pieces spread over the training part of config.dataset."""
     source = run.dataset(config.dataset)
     tokens = Tokens(source, "train")
     n_pieces = min(64, max(2, len(tokens) // 1024))
@@ -94,7 +94,7 @@ def cut_init_text(run, config):
     run.print(f"init-data: made on first use, {pieces.size:,} training tokens of {config.dataset}")
     write_dataset(
         "init-data",
-        {"train": pieces[::2], "val": pieces[1::2]},  # every other piece to score on
+        {"train": pieces[::2], "val": pieces[1::2]},  # val: the pieces to score on
         tokenizer_state(source),
         cut_from=config.dataset,
         source=f"training part of {config.dataset}",
@@ -103,14 +103,14 @@ def cut_init_text(run, config):
 
 
 def text_windows(folder, split, samples, length, tokenizer):
-    """Windows (B, T) int64, T <= length, that hold at least `samples` tokens, evenly spread.
+    """Return evenly spaced windows (B, T) int64, T <= length, of at least `samples` tokens.
 
-    The text has the ids of `tokenizer`.
+    Their ids are those of `tokenizer`.
     """
     ids = split_ids(folder, split, tokenizer)
     if len(ids) < samples:
-        holds = f"the {split} split of {folder} holds ({len(ids):,})"
-        raise InputError(f"samples={samples} tokens are more than {holds}: see init_data=")
+        available = f"the {split} split of {folder} has only {len(ids):,} tokens"
+        raise InputError(f"samples={samples}: {available}: give fewer, or another init_data=")
     length = min(length, samples)
     n_rows = -(-samples // length)
     starts = np.linspace(0, len(ids) - length, n_rows).astype(int)
@@ -122,17 +122,17 @@ def text_windows(folder, split, samples, length, tokenizer):
 
 @dataclass
 class Layer:
-    """A sheet as it was laid out, and what it is compared with."""
+    """The layout of a sheet and a random one to compare it with."""
 
     name: str
     r: np.ndarray  # (C, C), correlations of its units over unseen text
     random: np.ndarray  # (C,), a random unit_at_cell
-    unit_at_cell: np.ndarray  # (C,), where they are put
+    unit_at_cell: np.ndarray  # (C,), the chosen layout
 
 
 @torch.no_grad()
 def response_correlations(run, model, idx, config):
-    """{layer: (C, C)}: correlations between the units of a sheet over the tokens idx (B, T)."""
+    """Return {sheet: (C, C)}: correlations between its units over the tokens idx (B, T)."""
     names = positions.layer_names(model.config.n_layer)
     responses = {name: [] for name in names}
     bar = run.progress(len(idx), desc="reading text")
@@ -151,7 +151,7 @@ def response_correlations(run, model, idx, config):
 
 
 def lay_out(r, sheet, layer, start, config):
-    """unit_at_cell (C,) of a layer, from its correlations r (C, C) and where swaps may start."""
+    """Return unit_at_cell (C,) of a sheet, from its correlations r (C, C) and a layout `start`."""
     if config.scheme == "random":
         return positions.random_positions(config.n_layer, config.n_embd, config.seed)[layer]
     if config.scheme == "identity":
@@ -162,24 +162,24 @@ def lay_out(r, sheet, layer, start, config):
         return positions.swap_window(r, sheet, start, n_windows, n_trials, seed=seed)
     spectral = positions.spectral_layout(r, seed=seed)
     if losses_of(sheet, r, spectral).mean() <= losses_of(sheet, r, start).mean():
-        start = spectral  # a model trained on a sheet may have a better layout of its own
+        start = spectral  # unless a model trained on a sheet has a better layout
     return positions.swap_sheet(r, sheet, start)[0]
 
 
 def losses_of(sheet, r, unit_at_cell):
-    """Spatial loss (windows,) of a layout, from the correlations r (C, C) of its units."""
+    """Return the spatial loss (windows,) of a layout, given the correlations r (C, C) of units."""
     return sheet.losses(r[unit_at_cell][:, unit_at_cell])
 
 
 def report_layer(run, config, sheet, seen, layer):
-    """A line and a row of results.csv: the spatial losses of a Layer, beside random ones."""
+    """Print the spatial losses of a Layer next to random ones, and add a row to results.csv."""
     losses = losses_of(sheet, layer.r, layer.unit_at_cell)
     chance = losses_of(sheet, layer.r, layer.random).mean()
-    before = losses_of(sheet, seen, layer.random).mean()
-    after = losses_of(sheet, seen, layer.unit_at_cell).mean()
+    seen_chance = losses_of(sheet, seen, layer.random).mean()
+    seen_loss = losses_of(sheet, seen, layer.unit_at_cell).mean()
     run.print(
-        f"{layer.name:<14} spatial loss: random {before:.4f}, {config.scheme} {after:.4f}; "
-        f"on unseen text: random {chance:.4f}, {config.scheme} {losses.mean():.4f}"
+        f"{layer.name:<14} spatial loss {seen_loss:.4f} (random {seen_chance:.4f}), "
+        f"on unseen text {losses.mean():.4f} (random {chance:.4f})"
     )
     low, high = np.percentile(losses, [2.5, 97.5])
     numbers = np.round([losses.mean(), chance, low, high], 6)
@@ -190,26 +190,26 @@ def report_layer(run, config, sheet, seen, layer):
 
 
 def colours(r):
-    """RGB (C, 3) of units: the first three components of r (C, C), each spread evenly over 0..1."""
+    """Return RGB (C, 3) for units: ranks on the first three components of r (C, C), from 0 to 1."""
     vectors = np.linalg.eigh(r.astype(np.float64))[1][:, ::-1][:, :3]
     vectors = vectors * np.where(vectors.sum(0) < 0, -1, 1)  # an eigenvector's sign is arbitrary
     return vectors.argsort(0).argsort(0) / (len(r) - 1)
 
 
 def plot_sheets(path, title, layers, sheet, scheme):
-    """Each sheet, random and as chosen: units that respond alike look alike."""
+    """Draw each sheet, random and as chosen: units that respond alike look alike."""
     figure = Figure(figsize=(9, 2.1 * len(layers) // 2 + 1.1), layout="constrained")
     panels = figure.subplots(len(layers) // 2, 4, squeeze=False).reshape(-1, 2)
     for layer, (left, right) in zip(layers, panels):
         colour_of = colours(layer.r)
-        shown = [("random", left, layer.random), (scheme, right, layer.unit_at_cell)]
-        for label, axis, unit_at_cell in shown:
+        columns = [("random", left, layer.random), (scheme, right, layer.unit_at_cell)]
+        for label, axis, unit_at_cell in columns:
             loss = losses_of(sheet, layer.r, unit_at_cell).mean()
             axis.imshow(colour_of[unit_at_cell].reshape(sheet.side, sheet.side, 3))
             axis.set(xticks=[], yticks=[])
             axis.set_title(f"{label}: {loss:.3f}", fontsize=8)
         left.set_ylabel(layer.name, fontsize=8)
-    figure.suptitle(f"{title}\ncolour: first three components of the correlations; number: loss")
+    figure.suptitle(f"{title}\ncolours: first three components of correlations; numbers: losses")
     figure.savefig(path, dpi=110)
 
 
@@ -217,7 +217,7 @@ def plot_sheets(path, title, layers, sheet, scheme):
 
 
 def load_model(run, config, folder):
-    """The model whose responses are compared, and its tokenizer."""
+    """Return the model whose responses are compared, and its tokenizer."""
     if config.lm:
         model, tokenizer = load_lm(config.lm, tap=config.tap)
         config.n_layer = model.config.n_layer
@@ -238,17 +238,17 @@ def main(config):
     config.name = config.name or f"{config.scheme}-{config.n_layer}x{config.n_embd}"
     path = Path(config.positions_dir) / f"{config.name}.npz"
     if path.exists() and not config.overwrite:
-        raise InputError(f"{path} is there already: give another name=, or overwrite=True")
+        raise InputError(f"{path} already exists: give another name=, or overwrite=True")
     sheet = positions.Sheet(config.n_embd, config.radius, config.norm)
     length = min(config.block_size, model.config.block_size)
     correlations = {}
-    for split in ("train", "val"):  # the swaps see the first, the losses are of the second
+    for split in ("train", "val"):  # train for the swaps, val for the scores
         idx = text_windows(folder, split, config.samples, length, tokenizer)
         correlations[split] = response_correlations(run, model, idx, config)
     starts = positions.random_positions(config.n_layer, config.n_embd, config.seed)
-    if hasattr(model, "unit_at_cell"):
+    if config.scheme == "swap" and hasattr(model, "unit_at_cell"):
         starts = model.unit_at_cell.cpu().numpy()
-        run.print(f"swaps start from the positions that {config.lm} was trained with")
+        run.print(f"swaps may start from the positions that {config.lm} was trained with")
     chance_seed = key_seed(config.seed, "chance")
     randoms = positions.random_positions(config.n_layer, config.n_embd, chance_seed)
     layers = []
@@ -259,12 +259,12 @@ def main(config):
         layers.append(layer)
     picture = run.out / f"{config.name}.png"
     if run.master:
-        made_by = {**asdict(config), "norm": str(config.norm)}
+        options = {**asdict(config), "norm": str(config.norm)}
         layouts = np.stack([layer.unit_at_cell for layer in layers])
-        positions.save_positions(path, layouts, **made_by)
-        who = config.lm or "an untrained GPT"
+        positions.save_positions(path, layouts, **options)
+        model_name = config.lm or "an untrained GPT"
         text = "synthetic text" if read_meta(folder).get("synthetic") else "text"
-        title = f"{config.name}: responses of {who} to unseen {text} ({folder})"
+        title = f"{config.name}: responses of {model_name} to unseen {text} ({folder})"
         plot_sheets(picture, title, layers, sheet, config.scheme)
     run.merge()
     run.print(f"saved {path} and {picture}; train with it: python train.py positions={path}")

@@ -1,12 +1,12 @@
-"""GPT-2 whose units have a place on a cortical sheet, and how brain signals enter it.
+"""GPT-2 with cortical sheets, an encoder of brain signals, and a GPT that reads both.
 
 - GPT: pre-LN, learned positions, tied head. The output units of each sublayer lie on a square sheet
   (positions.py); the loss adds alpha times the spatial loss of every sheet.
-- NeuralEncoder: signals of any electrodes into tokens; ENCODERS is the table of its kinds.
-- NeuralGPT: a GPT that reads such tokens before its text.
-- Checkpoints of ours; convert.py reads what others wrote.
+- NeuralEncoder: turns signals of any electrodes into tokens; ENCODERS lists its kinds.
+- NeuralGPT: a GPT that reads these tokens before its text.
+- Our checkpoints; convert.py reads those of other projects.
 
-"Position" means the order of tokens, "sheet" and "place" the cortex or the head.
+"Position" refers to the order of tokens, "sheet" and "place" to the cortex or the head.
 Radford et al. 2019 (GPT-2); Margalit et al. 2024 (TDANN); Rathi et al. 2025 (TopoLM); Wang et al.
 2023 (CogVLM); Alayrac et al. 2022 (Flamingo); Défossez et al. 2023 (electrodes as places).
 """
@@ -30,9 +30,9 @@ from data import InputError, aside, check_content
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT and what lies on its sheets; travels in checkpoints as model_args.
+    """Shape of a GPT and its sheets; stored in checkpoints as model_args.
 
-    A new option may be added at any time: older checkpoints take its default.
+    You may add options at any time: older checkpoints take the default.
     """
 
     block_size: int = 1024  # longest context, tokens
@@ -44,22 +44,22 @@ class GPTConfig:
     bias: bool = True  # in linear layers and LayerNorms
     gelu: Literal["exact", "tanh"] = "exact"  # tanh as in the released GPT-2
     # ---- the sheet
-    sheet: bool = False  # units have places; n_embd must be a square
-    radius: int = 5  # a window is the cells closer than this to its centre
+    sheet: bool = False  # units lie on sheets; n_embd must be a square
+    radius: int = 5  # a window holds the cells closer than this to its centre
     norm: float = float("inf")  # in this p-norm (1, 2, inf)
     windows: int | str = 5  # drawn per sheet and micro-batch; 'sheet': one, the whole sheet
     alpha: float = 0.0  # weight of each sheet's spatial loss
-    spatial: Literal["activations", "weights"] = "activations"  # weights: TopoLoss, the rival
-    factor: float = 3.0  # weights: how much the sheet is shrunk per axis
+    spatial: Literal["activations", "weights"] = "activations"  # loss on; weights: TopoLoss
+    factor: float = 3.0  # weights: shrink the sheet this much along each axis to blur it
     spatial_kind: str = "relative"  # a name in positions.SPATIAL_KINDS
     accum: Literal["mean", "maximum"] = "mean"  # over the windows
-    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream after
-    activation_decay: float = 0.0  # weight of each sheet's mean squared norm
-    head_loss: bool = False  # no attention c_proj; heads tile the attention sheet as a mosaic
-    attn_proj: bool = False  # one more Linear after attention, the sheet behind it
+    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: its output, or the stream
+    activation_decay: float = 0.0  # weight of the mean squared norm of each sheet's activations
+    head_loss: bool = False  # attention sheet is a mosaic of heads, without output projection
+    attn_proj: bool = False  # add a Linear after attention; its output lies on the sheet
 
     def check(self):
-        """Raises InputError for values that do not exist or do not go together."""
+        """Raise InputError for invalid values and combinations."""
         for field in fields(self):
             if get_origin(field.type) is Literal:
                 check_choice(field.name, getattr(self, field.name), get_args(field.type))
@@ -67,61 +67,61 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if self.windows != "sheet" and (isinstance(self.windows, str) or self.windows < 1):
-            sheet = "windows=sheet for one window that is the whole sheet"
-            raise InputError(f"windows={self.windows}: give a number from 1 on, or {sheet}")
+            sheet = "windows=sheet for the whole sheet"
+            raise InputError(f"windows={self.windows}: give at least 1, or {sheet}")
         if self.spatial == "weights" and (self.head_loss or self.activation_decay):
-            raise InputError("spatial=weights goes neither with head_loss nor activation_decay")
+            raise InputError("spatial=weights works with neither head_loss nor activation_decay")
         if self.spatial == "weights" and self.factor > math.sqrt(self.n_embd):
-            sheet = f"a sheet of {self.n_embd} units: give a smaller one"
+            sheet = f"a sheet of {self.n_embd} units: give a smaller factor"
             raise InputError(f"factor={self.factor:g} leaves nothing of {sheet}")
 
 
 def check_choice(option, value, choices):
-    """Raises InputError for a value that is none of the choices."""
+    """Raise InputError for a value that is not one of the choices."""
     if value not in choices:
         raise InputError(f"{option} must be {' or '.join(choices)}, not '{value}'")
 
 
 class Output(NamedTuple):
-    """What GPT.forward returns; losses are float32 scalars, None where not asked for."""
+    """What GPT.forward returns; losses are float32 scalars, or None."""
 
-    logits: torch.Tensor | None = None  # (B, T, vocab_size) when no targets are given
+    logits: torch.Tensor | None = None  # (B, T, vocab_size) without targets
     loss: torch.Tensor | None = None  # task + alpha * spatial + activation_decay * energy
     task: torch.Tensor | None = None  # mean cross-entropy, nats per token
     spatial: torch.Tensor | None = None  # spatial loss summed over the 2 n_layer sheets
-    hidden: dict | None = None  # the states asked for, (B, T, n_embd) each
+    hidden: dict | None = None  # the requested states, (B, T, n_embd) each
 
 
 # ---- blocks
 
 
 class PositionEmbedding(nn.Embedding):
-    """GPT-2's learned positions: the only place that knows how tokens get their order.
+    """GPT-2's learned positions, the only code that encodes the order of tokens.
 
-    Generation with its cache, NeuralGPT and the check of exports follow. For rotary positions make
-    it an nn.Module without weights, whose `add` returns x and whose `turn` turns.
+    Cached generation, NeuralGPT and the check of exports build on it. For rotary positions make it
+    an nn.Module without weights, with an `add` that returns x and a `turn` that rotates.
     """
 
     def __init__(self, config):
         super().__init__(config.block_size, config.n_embd)
 
     def add(self, x, position):
-        """x (B, T, C), as it enters the first block, with its positions (.., T), from 0."""
+        """Add positions (.., T), from 0, to x (B, T, C) before the first block."""
         return x + self(position)
 
     @staticmethod
     def turn(x, position, config):
-        """Queries or keys x (B, H, T, hd) at positions (.., 1, T): left as they are."""
+        """Return queries or keys x (B, H, T, hd) at positions (.., 1, T), here unchanged."""
         return x
 
 
 class Context(NamedTuple):
-    """What attention knows of its tokens beside their states (B, T, C)."""
+    """What attention needs besides the states (B, T, C)."""
 
     position: torch.Tensor | None = None  # (.., T) of each token in its text; None: no order
-    mask: torch.Tensor | None = None  # (.., T, K) True where it looks; None: back and at itself
+    mask: torch.Tensor | None = None  # (.., T, K) True where a token attends; None: causal
     kv: torch.Tensor | None = None  # a layer's cache of keys and values (2, B, H, length, hd)
-    used: int = 0  # columns of it that are filled
+    used: int = 0  # filled columns of the cache
 
 
 class Attention(nn.Module):
@@ -151,19 +151,19 @@ class Attention(nn.Module):
         return q, k, v
 
     def read(self, q, k, v, mask=None, causal=False):
-        """What queries (B, H, T, hd) read from keys and values (B, H, K, hd): (B, T, C).
+        """Attend with queries (B, H, T, hd) to keys and values (B, H, K, hd): (B, T, C).
 
-        mask (.., T, K): True where a query looks, or numbers that are added to the scores.
+        mask (.., T, K): True where a query attends, or numbers to add to the scores.
         """
         dropout = self.dropout if self.training else 0.0
         if mask is not None and mask.size(-1) != k.size(2):
-            mask = mask.expand(*mask.shape[:-1], k.size(2)).contiguous()  # CUDA's kernel wants it
+            mask = mask.expand(*mask.shape[:-1], k.size(2)).contiguous()  # for CUDA's kernel
         half = q.dtype in (torch.bfloat16, torch.float16)
         if q.device.type == "cpu" and half and causal and not dropout and q.size(2) <= 512:
             y = written_out_attention(q, k, v)
         else:
             width = q.size(3)
-            if q.is_cuda and width % 8:  # what the kernel does itself, but compiled
+            if q.is_cuda and width % 8:  # the kernel would pad, too, but not when compiled
                 q, k, v = (F.pad(x, (0, -width % 8)) for x in (q, k, v))
             options = {"is_causal": causal, "scale": width**-0.5}
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)[..., :width]
@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
 
 def written_out_attention(q, k, v):
-    """Causal attention for half precision on CPUs, where torch's kernel takes 1.3 times as long."""
+    """Attend causally in half precision on CPUs, where torch's kernel takes 1.3 times as long."""
     T = q.size(2)
     later = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     scores = (q @ k.transpose(2, 3)).float() * k.size(3) ** -0.5
@@ -186,7 +186,7 @@ def written_out_attention(q, k, v):
 
 
 def remember(k, v, context):
-    """Keys and values of all tokens so far: the cache's, if any, with k, v (B, H, T, hd) added."""
+    """Add k, v (B, H, T, hd) to the cache, if any; return the keys and values of all tokens."""
     if context.kv is None:
         return k, v
     end = context.used + k.size(2)
@@ -196,10 +196,10 @@ def remember(k, v, context):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them, with a GELU.
+    """Two linear layers with a GELU between them, where they are four times as wide.
 
-    c_proj is the layer whose outputs lie on the sheet, here and in Attention: init_weights,
-    weight_loss and convert.py know it by that name.
+    The outputs of c_proj lie on the sheet, as in Attention: init_weights, weight_loss and
+    convert.py look for that name.
     """
 
     def __init__(self, config):
@@ -225,9 +225,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, context, units=None, near=None, taps=False):
-        """x (B, T, C) -> x, losses (2,) or None, the activations on both sheets or None.
+        """Map x (B, T, C) to x, losses (2,) or None, and the activations on both sheets or None.
 
-        units (2, K, n): the units in each window of the two sheets, near (n, n) their closeness.
+        units (2, K, n): the units in each window of the two sheets. near (n, n): their closeness.
         """
         attn = self.attn(self.ln_1(x), context)
         middle = x + attn
@@ -242,7 +242,7 @@ class Block(nn.Module):
         return x, losses, sheets if taps else None
 
     def sheet_losses(self, sheets, units, near):
-        """Spatial loss and energy (2,) of the activations on both sheets."""
+        """Return the spatial loss and the energy (2,) of the activations on both sheets."""
         c = self.config
         spatial = energy = torch.zeros((), device=near.device)
         for x, sheet_units in zip(sheets, units):
@@ -253,11 +253,11 @@ class Block(nn.Module):
         return torch.stack([spatial, energy])
 
     def routed(self, n, t, expert, context, neural_causal, last):
-        """One layer over [n | t]: neural rows n (B, P, C), then text t (B, T, C); returns both.
+        """Apply the layer to neural rows n (B, P, C) followed by text t (B, T, C); return both.
 
-        Neural rows take the expert's weights (None: this block's), text takes this block's; norms
-        are shared. context.position (.., P + T) is that of all rows, context.mask (.., T, P + T)
-        the text's. No text reads the neural rows that leave the `last` layer: None there.
+        Neural rows use the expert's weights (None: this block's), text uses this block's; norms are
+        shared. context.position (.., P + T) covers all rows, context.mask (.., T, P + T) the text.
+        The `last` layer returns None for n, as no text reads its neural rows.
         """
         P = n.size(1)
         neural = expert or self
@@ -279,14 +279,14 @@ class Block(nn.Module):
 
 
 def token_losses(logits, right, counted, make_probabilities=False):
-    """Cross-entropies (n,) of logits (n, V), 0 where not counted (n, 1).
+    """Return cross-entropies (n,) of logits (n, V), 0 where not counted (n, 1).
 
-    right (n, 1): the logits of the targets, a tensor of their own: torch 2.11, compiled, would look
-    them up in what replaces the logits. make_probabilities: probabilities do.
+    right (n, 1): the targets' logits, in a tensor of their own: compiled torch 2.11 would read them
+    from the overwritten logits. make_probabilities: overwrite the logits with probabilities.
     """
     top = logits.amax(1, keepdim=True).float()
     norm = (logits.float() - top).exp().sum(1, keepdim=True).log()
-    # small differences first: exact far from 0
+    # subtract the large numbers first, to stay exact far from 0
     losses = ((norm + (top - right.float())) * counted)[:, 0]
     if make_probabilities:
         norm = torch.where(counted, norm, math.inf)
@@ -297,7 +297,7 @@ def token_losses(logits, right, counted, make_probabilities=False):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x (N, C) @ weight.T (V, C) against targets (N,).
 
-    The gradient is made in the forward pass, so no logits outlive their chunk of tokens.
+    The forward pass also computes the gradient, so no logits outlive their chunk of tokens.
     """
 
     @staticmethod
@@ -305,7 +305,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         w = weight.to(dtype)
         dx = torch.empty_like(x)
         dw = torch.zeros_like(weight, dtype=torch.float32)
-        # one buffer for all chunks, and slabs of words below: fresh memory is slow on a CPU
+        # one buffer for all chunks, and slabs of the vocabulary: fresh memory is slow on a CPU
         buffer = torch.empty(min(chunk, len(x)), len(w), dtype=dtype, device=x.device)
         slab = 1024 if x.device.type == "cpu" else len(w)
         total = torch.zeros((), device=x.device)
@@ -317,8 +317,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             p = torch.mm(rows, w.T, out=buffer[: len(rows)])  # logits, then probabilities
             losses = losses_of(p, p.gather(1, target), counted, True)
             total += losses.sum()
-            # p - 1 at the target, not rounded before the difference; p.scatter_ would copy all of a
-            # bfloat16 p to float32 and back on a CPU
+            # p - 1 at the target without rounding p first; on a CPU p.scatter_ would copy a whole
+            # bfloat16 p to float32 and back
             p[torch.arange(len(p)), target[:, 0]] = (-losses).expm1().to(dtype)
             dx[start : start + chunk] = p @ w
             for dw_slab, p_slab in zip(dw.split(slab), p.split(slab, dim=1)):
@@ -333,12 +333,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
-    """Mean cross-entropy (nats) of the head x @ weight.T; targets of -1 do not count.
+    """Return the mean cross-entropy (nats) of the head x @ weight.T; ignore targets of -1.
 
     x (..., C), weight (V, C), targets (...). chunk: tokens at a time.
     """
     device = x.device.type
-    chunk = chunk or (1024 if device == "cpu" else 4096)  # a GPU wants larger products
+    chunk = chunk or (1024 if device == "cpu" else 4096)  # GPUs are faster with larger products
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     x = x.flatten(0, -2)
     targets = targets.flatten()
@@ -359,7 +359,7 @@ def cross_entropy(x, weight, targets, chunk=None, losses_of=token_losses):
 
 
 class GPT(nn.Module):
-    """GPT-2 with sheets; without unit_at_cell (2 n_layer, n_embd) their layouts are random."""
+    """GPT-2 with sheets, laid out by unit_at_cell (2 n_layer, n_embd), or at random."""
 
     def __init__(self, config, unit_at_cell=None, seed=0):
         super().__init__()
@@ -378,7 +378,7 @@ class GPT(nn.Module):
             self.make_sheets(unit_at_cell, seed)
 
     def init_weights(self, seed):
-        """GPT-2's initialisation, each tensor from (seed, its name) whatever else there is."""
+        """Initialise as GPT-2 does, each tensor from (seed, its name) alone."""
         for name, p in self.named_parameters():
             key = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
             generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
@@ -392,7 +392,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def make_sheets(self, unit_at_cell, seed):
-        """The buffers of the spatial loss; unit_at_cell travels in checkpoints."""
+        """Make the buffers of the spatial loss; checkpoints store unit_at_cell."""
         c = self.config
         side = positions.sheet_side(c.n_embd)
         if c.windows == "sheet":
@@ -410,19 +410,19 @@ class GPT(nn.Module):
         self.register_buffer("near", near, persistent=False)
 
     def draw_windows(self, generator):
-        """Numbers (2 n_layer, K) of the windows of one micro-batch, the same on any device."""
+        """Draw window numbers (2 n_layer, K) for a micro-batch, the same on any device."""
         n_windows = len(self.window_cells)
         count = 1 if self.config.windows == "sheet" else self.config.windows
         return positions.draw_windows(2 * self.config.n_layer, n_windows, count, generator)
 
     def sheets(self, windows):
-        """units (n_layer, 2, K, n) in the windows (2 n_layer, K), and their closeness (n, n)."""
+        """Return units (n_layer, 2, K, n) in windows (2 n_layer, K), and their closeness (n, n)."""
         cells = self.window_cells[windows.to(self.unit_at_cell.device)]  # (2 n_layer, K, n)
         units = self.unit_at_cell.gather(1, cells.flatten(1)).view(cells.shape)
         return units.unflatten(0, (self.config.n_layer, 2)), self.near
 
     def weight_loss(self):
-        """TopoLoss, summed over the sheets, of the linear layers whose outputs lie on them."""
+        """Return TopoLoss summed over the linear layers whose outputs lie on the sheets."""
         losses = []
         for i, block in enumerate(self.transformer.h):
             attn = block.attn.attn_proj if self.config.attn_proj else block.attn.c_proj
@@ -435,15 +435,15 @@ class GPT(nn.Module):
     def trunk(
         self, idx, windows=None, hidden=(), position=None, mask=None, cache=None, crosses=None
     ):
-        """Everything before the head: x (B, T, C) after the final LayerNorm, losses, states.
+        """Run all but the head: return x (B, T, C) after the final LayerNorm, losses, states.
 
-        losses (2,): spatial and energy. position (.., T) and mask (.., T, K), True where tokens
-        look: by default 0, 1, ... and causal.
+        losses (2,): spatial and energy. position (.., T): 0, 1, ... by default. mask (.., T, K):
+        True where tokens attend; causal by default.
         """
         c = self.config
         T = idx.size(1)
         if c.block_size < T:
-            raise InputError(f"{T} tokens do not fit block_size={c.block_size}: cut the text")
+            raise InputError(f"{T} tokens do not fit block_size={c.block_size}: shorten the text")
         units = [None] * c.n_layer
         near = None
         if windows is not None and c.spatial == "activations":
@@ -476,13 +476,13 @@ class GPT(nn.Module):
         return x, total, {name: states[name] for name in hidden}
 
     def forward(self, idx, targets=None, windows=None, hidden=()):
-        """idx (B, T) int64 -> Output.
+        """Map idx (B, T) int64 to an Output.
 
-        targets (B, T), -1 where not counted: losses; without them, logits of every position.
-        windows (2 n_layer, K) from draw_windows: the spatial loss, too.
-        hidden: states to return, numbered as Hugging Face does (0 the embedding, i after block i,
-        n_layer after the final LayerNorm), or named 'layer.N.attn' and 'layer.N.mlp' for the
-        activations on a sheet.
+        With targets (B, T), -1 where not counted, it has losses, else the logits of every position.
+        With windows (2 n_layer, K) from draw_windows it has the spatial loss, too.
+        hidden: states to return, numbered as in Hugging Face (0 the embedding, i after block i,
+        n_layer after the final LayerNorm), or 'layer.N.attn' and 'layer.N.mlp' for the activations
+        on a sheet.
         """
         head = self.transformer.wte.weight
         x, losses, states = self.trunk(idx, windows, hidden)
@@ -500,21 +500,21 @@ class GPT(nn.Module):
         return Output(loss=loss, task=task, spatial=spatial, hidden=states)
 
     def compile_blocks(self, **options):
-        """Compile each block in place, and the head's losses; state_dict keys stay the same."""
+        """Compile each block in place, and the head's losses; state_dict keys do not change."""
         for block in self.transformer.h:
             block.compile(**options)
             block.routed = torch.compile(block.routed, **options)
         self.losses_of = torch.compile(token_losses, **options)
 
     def n_params(self):
-        """Number of parameters without the position embedding (GPT-2's usual count)."""
-        of_positions = sum(p.numel() for p in self.transformer.wpe.parameters())
-        return sum(p.numel() for p in self.parameters()) - of_positions
+        """Return the number of parameters without the position embedding (GPT-2's usual count)."""
+        n_wpe = sum(p.numel() for p in self.transformer.wpe.parameters())
+        return sum(p.numel() for p in self.parameters()) - n_wpe
 
     # -- generation
 
     def generate(self, prompts, max_new_tokens, **options):
-        """Sample at temperature=1.0 (0 is greedy): B lists of new tokens. Options as in stream."""
+        """Sample B lists of new tokens, by default at temperature=1.0. Options as in stream."""
         rows: list[list[int]] = [[] for _ in prompts]
         for tokens in self.stream(prompts, max_new_tokens, **options):
             for row, token in zip(rows, tokens):
@@ -524,15 +524,15 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, prompts, max_new_tokens, stop=(), start=None, seed=0, **sampling):
-        """Sample with a cache, yielding after each step B new tokens, None for rows that ended.
+        """Sample with a cache: yield B new tokens per step, None for rows that have ended.
 
         prompts: B lists of token ids, or a tensor (B, T). stop: token ids that end a row and are
-        not given out. sampling: see pick_tokens. start: reads the rows in place of _start. A row
-        whose context is full goes on from its last block_size // 2 tokens.
+        not yielded. sampling: see pick_tokens. start: a function to use instead of _start. A row
+        whose context is full continues from its last block_size // 2 tokens.
         """
         rows = [list(map(int, row)) for row in prompts]
         if not rows or not all(rows):
-            raise InputError("a prompt needs a token: begin with the end-of-text token")
+            raise InputError("a prompt is empty: begin it with the end-of-text token")
         head = self.transformer.wte.weight
         size = self.config.block_size
         generator = torch.Generator(head.device).manual_seed(seed)
@@ -549,17 +549,17 @@ class GPT(nn.Module):
                 idx = torch.tensor([row[-1:] for row in rows], device=head.device)
                 position, mask = cache.next()
                 x = self.trunk(idx, None, (), position, mask, cache, cache.crosses)[0][:, -1]
-            logits = (head @ x.T).T.float()  # for a few rows quicker on CPUs than x @ head.T
+            logits = (head @ x.T).T.float()  # faster on CPUs than x @ head.T for a few rows
             tokens = pick_tokens(logits, generator, **sampling).tolist()
             for i, token in enumerate(tokens):
                 ended[i] |= token in stop
                 rows[i].append(token)
             if all(ended):
                 return
-            yield [None if over else token for over, token in zip(ended, tokens)]
+            yield [None if end else token for end, token in zip(ended, tokens)]
 
     def _start(self, rows, length):
-        """Read rows of token ids; last states (B, C), and a Cache with room for `length` tokens."""
+        """Read rows of token ids: return the last states (B, C) and a Cache of `length` tokens."""
         idx, position, real, mask = left_pad(rows, self.transformer.wte.weight.device)
         cache = Cache(self, real, length)
         x = self.trunk(idx, position=position, mask=mask, cache=cache)[0]
@@ -569,14 +569,16 @@ class GPT(nn.Module):
 def pick_tokens(logits, generator, temperature=1.0, top_k=None, top_p=None):
     """Draw the next token ids (B,) from logits (B, V).
 
-    temperature: 0 is greedy. top_k: only the k most likely. top_p: only the smallest set of at
-    least this probability (nucleus).
+    temperature: 0 is greedy. top_k: keep only the k most likely. top_p: keep only the smallest set
+    with at least this probability (nucleus).
     """
-    cuts = (top_k is None or top_k > 0, top_p is None or 0 < top_p <= 1)
-    if temperature < 0 or not all(cuts):
-        given = f"temperature={temperature}, top_k={top_k}, top_p={top_p}"
-        raise InputError(f"{given}: they must be at least 0, above 0, and above 0 up to 1")
-    if temperature < 1e-6:  # smaller ones overflow
+    if temperature < 0:
+        raise InputError(f"temperature={temperature} must be at least 0")
+    if top_k is not None and top_k <= 0:
+        raise InputError(f"top_k={top_k} must be above 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p={top_p} must be above 0 and at most 1")
+    if temperature < 1e-6:  # dividing by less would overflow
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k is not None:
@@ -585,15 +587,15 @@ def pick_tokens(logits, generator, temperature=1.0, top_k=None, top_p=None):
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # never the first
-        logits = logits.scatter(1, order, ordered.masked_fill(beyond, -math.inf))
+        excluded = p.cumsum(-1) - p >= top_p  # never the first
+        logits = logits.scatter(1, order, ordered.masked_fill(excluded, -math.inf))
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
 def left_pad(rows, device):
-    """Rows of token ids that end in the same column: idx, position, real (B, T), and mask.
+    """Pad rows of token ids on the left: return idx, position, real (B, T), and mask.
 
-    real: False for pads. mask (B, 1, T, T): where attention looks; None: causal, without pads.
+    real: False for pads. mask (B, 1, T, T): where to attend; None: causal, without pads.
     """
     width = max(len(row) for row in rows)
     lengths = torch.tensor([len(row) for row in rows])
@@ -602,18 +604,18 @@ def left_pad(rows, device):
     mask = None
     if not real.all():
         causal = torch.ones(width, width, dtype=torch.bool).tril()
-        itself = torch.eye(width, dtype=torch.bool)  # a pad looks at itself: no empty softmax
-        mask = ((causal & real[:, None]) | itself)[:, None].to(device)
+        diagonal = torch.eye(width, dtype=torch.bool)  # pads attend to themselves: no empty softmax
+        mask = ((causal & real[:, None]) | diagonal)[:, None].to(device)
     position = (real.cumsum(1) - 1).clamp_min(0)
     return idx.to(device), position.to(device), real.to(device), mask
 
 
 class Cache:
-    """Keys and values of all layers, while text is generated.
+    """Keys and values of all layers during generation.
 
-    kv (n_layer, 2, B, H, room + length, hd), of which `used` columns are filled: first `room` of a
-    neural prefix, then the text's. real (B, room + T): False where text does not look. position
-    (B,): of the next token.
+    kv (n_layer, 2, B, H, room + length, hd): `used` columns are filled, first `room` with a neural
+    prefix, then the text's. real (B, room + T): False where text does not attend. position (B,): of
+    the next token.
     """
 
     def __init__(self, lm, real, length, room=0, crosses=None):
@@ -632,7 +634,7 @@ class Cache:
         self.position = real.sum(1)
 
     def next(self):
-        """Position (B, 1) and mask of one more token of each row."""
+        """Return the position (B, 1) and the mask of the next token of each row."""
         position = self.position[:, None]
         self.position = self.position + 1
         self.real = F.pad(self.real, (0, 1), value=True)
@@ -640,32 +642,32 @@ class Cache:
         return position, mask
 
 
-# ---- neural signals into tokens
+# ---- from neural signals to tokens
 
 
 @dataclass
 class EncoderConfig:
-    """Shape of a NeuralEncoder; travels in checkpoints as encoder_args."""
+    """Shape of a NeuralEncoder; stored in checkpoints as encoder_args."""
 
     kind: str = "transformer"  # a key of ENCODERS: linear, transformer, ...
-    n_embd: int = 256  # width of the tokens that come out: the language model's
-    width: int = 128  # inside
+    n_embd: int = 256  # width of the output tokens: the language model's
+    width: int = 128  # of hidden states
     n_layer: int = 2  # blocks of transformer, convolutions of conv
     n_head: int = 4  # transformer
     patch: int = 10  # samples per token
     tokens: str = "time"  # transformer: a patch of all electrodes, or of one ('electrode')
-    virtual: int = 64  # channels into which electrodes are mixed
+    virtual: int = 64  # channels that electrodes are mixed into
     degree: int = 3  # of the Fourier code of an electrode's place
-    window: int = 0  # patches of a window, for a first token that reads all of it; 0: no such token
-    subjects: int = 1  # each mixes the virtual channels in its own way
+    window: int = 0  # patches per window, to add a first token that reads them all; 0: do not
+    subjects: int = 1  # people, each with an own mix of the virtual channels
     dropout: float = 0.0
-    reach: bool = False  # tokens='electrode': each head learns how near it looks
+    reach: bool = False  # tokens='electrode': each head learns how far it attends
 
 
 class PlaceCode(nn.Module):
-    """Fourier series of places xyz (..., C, 3) in m, of period 0.25 m: codes (..., C, M).
+    """Encode places xyz (..., C, 3) in m as Fourier series of period 0.25 m.
 
-    And which places are known (..., C): not nan.
+    Returns codes (..., C, M) and which places are known, i.e. not NaN (..., C).
     """
 
     def __init__(self, degree):
@@ -675,7 +677,7 @@ class PlaceCode(nn.Module):
         self.register_buffer("waves", 2 * math.pi / 0.25 * waves, persistent=False)  # (M / 2, 3)
 
     def weights(self, width):
-        """A parameter (M, width) that keeps the code's variance."""
+        """Return a parameter (M, width) that keeps the code's variance."""
         M = 2 * len(self.waves)
         return nn.Parameter(torch.randn(M, width) * M**-0.5)
 
@@ -687,7 +689,7 @@ class PlaceCode(nn.Module):
 
 
 def of_subject(table, subject):
-    """Rows (B, ...) of a table (subjects, ...) for numbers (B,); a stranger gets their mean."""
+    """Return rows (B, ...) of a table (subjects, ...) for numbers (B,), the mean for strangers."""
     known = (subject >= 0) & (subject < len(table))
     known = known.view(-1, *[1] * (table.dim() - 1))
     rows = table[subject.clamp(0, len(table) - 1)]
@@ -695,23 +697,24 @@ def of_subject(table, subject):
 
 
 def cut_patches(x, size):
-    """(B, C, T) -> (B, C, P, size), without the samples beyond the last whole patch."""
+    """Cut (B, C, T) into (B, C, P, size), dropping samples after the last full patch."""
     P = x.size(2) // size
     return x[..., : P * size].unflatten(2, (P, size))
 
 
 def time_code(P, width, device):
-    """Sinusoids (P, width) that tell patches of time apart."""
+    """Return sinusoids (P, width) that encode the time of each patch."""
     frequency = 1000 ** -(torch.arange(0, width, 2, device=device) / width)
     angle = torch.arange(P, device=device)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
 
 
 class Montage(nn.Module):
-    """Any electrodes into `virtual` channels, for each person in their own way.
+    """Mix any electrodes into `virtual` channels, with an extra mix for each person.
 
-    They are mixed by weights that are functions of their places. (B, C, T) -> (B, K, T), of unit
-    variance where the electrodes have it and are independent, and a person's token (B, width).
+    Mixing weights are functions of the electrodes' places. Maps (B, C, T) to (B, K, T), of unit
+    variance if the electrodes have unit variance and are independent, and a person's token
+    (B, width).
     """
 
     def __init__(self, c, width):
@@ -725,17 +728,17 @@ class Montage(nn.Module):
         code, known = self.code(xyz)
         count = known.sum(-1).clamp_min(1)[..., None, None]
         weight = 2**0.5 * code @ self.place * count**-0.5  # ([B,] C, K)
-        x = torch.where(known[..., None], x, 0.0)  # an absent channel may hold anything
+        x = torch.where(known[..., None], x, 0.0)  # an absent channel may hold any values
         v = weight.transpose(-2, -1) @ x
         v = v + of_subject(self.subject_mix, subject) @ v
         return v, of_subject(self.subject_token, subject)
 
 
-# A kind of encoder makes tokens (B, P, n_embd) of signals (B, C, T), one for each of P = T // patch
-# patches, and the states (B, P, width) that its linear layer `output` reads. A parameter called
-# subject_* belongs to people, and is left behind on transfer.
+# Each kind of encoder turns signals (B, C, T) into tokens (B, P, n_embd), one for each of
+# P = T // patch patches, and the states (B, P, width) that its linear layer `output` reads.
+# Parameters called subject_* belong to people and are not transferred.
 class LinearEncoder(nn.Module):
-    """Nothing but a linear map of each patch of the virtual channels."""
+    """A linear map of each patch of the virtual channels."""
 
     def __init__(self, c):
         super().__init__()
@@ -750,7 +753,7 @@ class LinearEncoder(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Blocks over tokens that are a patch of time of all virtual channels."""
+    """A transformer over patches of time of all virtual channels."""
 
     def __init__(self, c):
         super().__init__()
@@ -773,9 +776,9 @@ class TransformerEncoder(nn.Module):
 
 
 class ElectrodeEncoder(nn.Module):
-    """Blocks over tokens that are a patch of time of one electrode; the mean over electrodes.
+    """A transformer over patches of time of single electrodes, averaged over electrodes.
 
-    For who drops tokens in between: tokenize -> think, on any subset -> pool.
+    To drop tokens on the way: tokenize -> think, on any subset -> pool.
     """
 
     def __init__(self, c):
@@ -791,7 +794,7 @@ class ElectrodeEncoder(nn.Module):
         self.output = nn.Linear(c.width, c.n_embd)
 
     def tokenize(self, x, xyz, subject):
-        """Tokens (B, C P, width), electrode by electrode, and which of them are there (B, C P)."""
+        """Return tokens (B, C P, width), electrode by electrode, and which are present (B, C P)."""
         code, known = self.code(xyz)
         patches = cut_patches(torch.where(known[..., None], x, 0.0), self.patch)  # (B, C, P, patch)
         B, C, P, _ = patches.shape
@@ -802,7 +805,7 @@ class ElectrodeEncoder(nn.Module):
         return tokens.flatten(1, 2), present.flatten(1)
 
     def spots(self, xyz, P):
-        """Where and when the tokens are: (B or 1, C P, 4), in cm and patches."""
+        """Return the place and time of the tokens: (B or 1, C P, 4), in cm and patches."""
         known = xyz.isfinite().all(-1, keepdim=True)
         place = torch.where(known, 100 * xyz, 0.0).float().view(-1, xyz.size(-2), 1, 3)
         place = place.expand(-1, -1, P, -1)
@@ -810,9 +813,9 @@ class ElectrodeEncoder(nn.Module):
         return torch.cat([place, time.expand(*place.shape[:3], 1)], dim=-1).flatten(1, 2)
 
     def think(self, tokens, present, spots=None):
-        """The blocks, every token looking at all that are there: (B, N, width), N any subset.
+        """Run the blocks on any subset of N tokens, all attending to all present: (B, N, width).
 
-        spots (B or 1, N, 4), of the same subset, with reach.
+        spots (B or 1, N, 4): of the same subset, if the encoder has reach.
         """
         masks = [present[:, None, None]] * len(self.blocks)
         if self.reach is not None:
@@ -822,7 +825,7 @@ class ElectrodeEncoder(nn.Module):
         return tokens
 
     def pool(self, h, present, P):
-        """States (B, P, width): of h (B, C P, width) the mean over the electrodes of a patch."""
+        """Average h (B, C P, width) over the electrodes of each patch: states (B, P, width)."""
         present = present.float()[..., None].unflatten(1, (-1, P))
         h = (h.unflatten(1, (-1, P)) * present).sum(1) / present.sum(1).clamp_min(1)
         return self.norm(h)
@@ -836,7 +839,7 @@ class ElectrodeEncoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Gated convolutions of growing dilation over the virtual channels."""
+    """Gated convolutions over the virtual channels, with growing dilation."""
 
     def __init__(self, c):
         super().__init__()
@@ -860,7 +863,7 @@ class ConvEncoder(nn.Module):
 
 
 class TSConvEncoder(nn.Module):
-    """Temporal filters, then spatial ones, after Song et al. 2024; they commute: space first."""
+    """Temporal and spatial filters of Song et al. 2024; as they commute, space comes first."""
 
     def __init__(self, c):
         super().__init__()
@@ -881,13 +884,13 @@ class TSConvEncoder(nn.Module):
 
 
 def encoder_blocks(c):
-    """The blocks of an encoder, initialised as GPT-2's."""
+    """Return the blocks of an encoder, initialised as GPT-2's."""
     shape = GPTConfig(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.width, dropout=c.dropout)
     blocks = nn.ModuleList(Block(shape) for _ in range(c.n_layer))
     for name, p in blocks.named_parameters():
         if p.dim() == 2:
-            projects = name.endswith("c_proj.weight")
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if projects else 0.02)
+            is_projection = name.endswith("c_proj.weight")
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if is_projection else 0.02)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     return blocks
@@ -903,10 +906,11 @@ ENCODERS: dict[str, Any] = {
 
 
 class NeuralEncoder(nn.Module):
-    """Signals into tokens: (B, C, T) -> (B, P, n_embd), P = T // patch; one more with window.
+    """Turn signals (B, C, T) into tokens (B, P, n_embd), P = T // patch; one more with window.
 
-    A channel is its place xyz in m, never its index; one without a place (nan) is absent, so
-    montages of different sizes share a batch. Subjects are numbers; any other is a stranger.
+    A channel is known by its place xyz in m, never by its index. Channels without a place (NaN) are
+    absent, so that montages of different sizes share a batch. Subjects are numbers; numbers
+    outside the range are strangers.
     """
 
     def __init__(self, config):
@@ -921,13 +925,13 @@ class NeuralEncoder(nn.Module):
             self.whole = nn.Linear(config.window * self.net.output.in_features, config.n_embd)
 
     def forward(self, x, xyz, subject):
-        """x (B, C, T), xyz (C, 3) or (B, C, 3), subject (B,) -> (B, P, n_embd)."""
+        """Map x (B, C, T), xyz (C, 3) or (B, C, 3) and subject (B,) to tokens (B, P, n_embd)."""
         c = self.config
         T = x.size(2)
         if c.patch > T:
             raise InputError(f"a signal of {T} samples is shorter than patch={c.patch}")
         if c.window and T // c.patch != c.window:
-            raise InputError(f"a signal of {T // c.patch} patches, not of window={c.window}")
+            raise InputError(f"a signal has {T // c.patch} patches, not window={c.window}")
         tokens, states = self.net(x, xyz, subject)
         assert tokens.shape == (len(x), T // c.patch, c.n_embd), "a token for each patch"
         if self.whole is None:
@@ -937,10 +941,10 @@ class NeuralEncoder(nn.Module):
 
 
 class Reach(nn.Module):
-    """How much less a head looks at what is farther away: numbers to add to its scores.
+    """Attention penalties for distance in space and time, to add to a head's scores.
 
-    -distance² / 2 reach² - |time| / span, both learned, at first from 8 to 25 mm and from 0.7 to 3
-    patches over the heads.
+    -distance² / 2 reach² - |time| / span; each head learns both, starting from 8 to 25 mm and from
+    0.7 to 3 patches.
     """
 
     def __init__(self, n_layer, n_head):
@@ -951,47 +955,51 @@ class Reach(nn.Module):
         self.time = nn.Parameter(time.repeat(n_layer, 1))
 
     def forward(self, spots, present):
-        """spots (B, N, 4) in cm and patches, present (B, N): yields (B, H, N, N) for each layer."""
+        """Yield (B, H, N, N) for each layer, from spots (B, N, 4) and present (B, N)."""
         difference = spots[:, :, None] - spots[:, None]  # (B, N, N, 4)
-        distance = difference[..., :3].square().sum(-1)[:, None]  # squared, (B, 1, N, N)
+        distance2 = difference[..., :3].square().sum(-1)[:, None]  # (B, 1, N, N)
         delay = difference[..., 3].abs()[:, None]
         for place, time in zip(self.place, self.time):
-            near = -distance * (-2 * place).exp()[:, None, None] / 2
-            near = near - delay * (-time).exp()[:, None, None]
-            yield near.masked_fill(~present[:, None, None], -1e4)  # float16 has it, too
+            penalty = -distance2 * (-2 * place).exp()[:, None, None] / 2
+            penalty = penalty - delay * (-time).exp()[:, None, None]
+            yield penalty.masked_fill(~present[:, None, None], -1e4)  # within float16's range
 
 
 def load_matching(module, state, threshold=0.5, path="checkpoint"):
-    """Load what fits of a state dict; its share of the module's numbers, and what is left."""
+    """Load the weights that fit; return their share of the module, and the names of the rest."""
     weights = module.state_dict()
     shapes = {name: value.shape for name, value in weights.items()}
     fitting = {name: value for name, value in state.items() if shapes.get(name) == value.shape}
     n_weights = sum(value.numel() for value in weights.values())
     share = sum(value.numel() for value in fitting.values()) / n_weights
     if share < threshold:
-        raise InputError(f"{path} fits only {share:.1%} of the encoder, not {threshold:.0%}")
+        raise InputError(f"{path} fits only {share:.1%} of the encoder, less than {threshold:.0%}")
     module.load_state_dict(fitting, strict=False)
     return share, sorted(set(weights) - set(fitting))
 
 
 def load_encoder(spec):
-    """(NeuralEncoder in evaluation mode, recipe) of a run folder or checkpoint of foundation.py.
+    """Load (NeuralEncoder in evaluation mode, recipe) from a run or checkpoint of foundation.py.
 
-    The recipe says how to feed it (data/recording.py takes it): window (s), subjects (a person's
-    number is the place in the list, -1 for anybody else), recordings (what it was trained on:
-    dataset, name, subject, channels, xyz, centre, scale, and `seen`, the span of time in s).
+    The recipe tells data/recording.py how to feed it: window (s), subjects (a person's number is
+    the index in the list, -1 for anybody else), recordings (those it was trained on: dataset, name,
+    subject, channels, xyz, centre, scale, and `seen`, the span of time in s).
     """
     path = Path(spec)
     if path.suffix != ".pt":
         path = path / "best.pt"
     if not path.exists():
-        raise InputError(f"no pretrained encoder at {spec}: make one with python foundation.py")
+        raise InputError(f"no pretrained encoder at {spec}: train one with python foundation.py")
     state = load_checkpoint(path)
     if state.get("kind") != "foundation":
-        raise InputError(f"{path} holds a '{state.get('kind')}', no foundation model")
+        kind = state.get("kind")
+        raise InputError(f"{path} holds a '{kind}', not a model of foundation.py: give one")
     encoder = NeuralEncoder(EncoderConfig(**state["encoder_args"]))
-    own = [name for name in state["model"] if name.startswith("encoder.")]
-    encoder.load_state_dict({name.removeprefix("encoder."): state["model"][name] for name in own})
+    weights = {}
+    for name, value in state["model"].items():
+        if name.startswith("encoder."):
+            weights[name.removeprefix("encoder.")] = value
+    encoder.load_state_dict(weights)
     return encoder.eval(), state["recording"]
 
 
@@ -999,9 +1007,9 @@ def load_encoder(spec):
 
 
 class Expert(nn.Module):
-    """A layer's own weights for neural rows (CogVLM): copies of the block's; norms stay shared.
+    """A layer's weights for neural rows (CogVLM): copies of the block's; norms are shared.
 
-    In the last layer only its keys and values are read.
+    The last layer uses only its keys and values.
     """
 
     def __init__(self, block, last=False):
@@ -1015,7 +1023,7 @@ class Expert(nn.Module):
 
 
 class Cross(nn.Module):
-    """Gated cross-attention from text to neural tokens (Flamingo); the gate is shut at first."""
+    """Gated cross-attention from text to neural tokens (Flamingo); the gate starts closed."""
 
     def __init__(self, config):
         super().__init__()
@@ -1029,11 +1037,11 @@ class Cross(nn.Module):
         self.gate = nn.Parameter(torch.zeros(()))
 
     def keys(self, n):
-        """Keys and values (2, B, H, P, hd) of neural tokens (B, P, C)."""
+        """Return keys and values (2, B, H, P, hd) of neural tokens (B, P, C)."""
         return self.kv(self.ln_n(n)).unflatten(2, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
 
     def forward(self, x, keys):
-        """What is added to the text x (B, T, C)."""
+        """Return what to add to the text x (B, T, C)."""
         q = self.q(self.ln(x)).unflatten(2, (self.n_head, -1)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, keys[0], keys[1])
         return self.gate.tanh() * self.c_proj(y.transpose(1, 2).flatten(2))
@@ -1042,12 +1050,12 @@ class Cross(nn.Module):
 class NeuralGPT(nn.Module):
     """A GPT that reads neural signals: [BON, n_1 .. n_P, EON | text].
 
-    BON and the encoder's tokens n take the experts, EON and text the language model's weights.
+    BON and the encoder's tokens n use the experts, EON and text the language model's weights.
     fusion: 'prefix' (the language model's weights for all), 'expert' (experts in the last `layers`
-    layers, 0: in each) or 'cross' (no prefix: text looks at n by gated cross-attention).
-    text_positions: 'zero' (text begins at position 0, the prefix has the encoder's code of time) or
+    layers, 0: in all) or 'cross' (no prefix: text attends to n by gated cross-attention).
+    text_positions: 'zero' (text starts at position 0, the prefix has the encoder's time code) or
     'after_prefix' (positions run over both). attention among neural rows: 'causal', 'full', or
-    'blocked' (causal, and text does not see them).
+    'blocked' (causal, and hidden from the text).
     """
 
     def __init__(
@@ -1056,18 +1064,19 @@ class NeuralGPT(nn.Module):
         super().__init__()
         n_layer = lm.config.n_layer
         if not 0 <= layers <= n_layer:
-            raise InputError(f"{layers} layers with experts, the language model has {n_layer}")
+            raise InputError(f"layers={layers}, but the language model has only {n_layer}")
         width = lm.config.n_embd
         if encoder.config.n_embd != width:
-            raise InputError(f"tokens {encoder.config.n_embd} wide, a language model {width} wide")
+            sizes = f"n_embd={encoder.config.n_embd}, the language model {width}"
+            raise InputError(f"the encoder has {sizes}: make them equal")
         self.lm = lm
         self.encoder = encoder
         self.fusion = fusion
         self.text_positions = text_positions
         self.attention = attention
-        self.args = {"fusion": fusion, "layers": layers}  # what builds it again
+        self.args = {"fusion": fusion, "layers": layers}  # to rebuild it from a checkpoint
         self.args |= {"text_positions": text_positions, "attention": attention}
-        self.first = n_layer - (layers or n_layer)  # layer with an expert or cross-attention
+        self.first = n_layer - (layers or n_layer)  # first layer with an expert or cross-attention
         blocks = lm.transformer.h[self.first :]
         self.experts = None
         self.crosses = None
@@ -1083,7 +1092,7 @@ class NeuralGPT(nn.Module):
 
     @torch.no_grad()
     def _start_at_tokens(self):
-        """Let neural tokens begin around the mean of the token embedding, with its spread."""
+        """Start neural tokens around the mean of the token embedding, with its spread."""
         wte = self.lm.transformer.wte.weight
         for layer in (self.encoder.net.output, self.encoder.whole):
             if layer is not None:
@@ -1092,20 +1101,20 @@ class NeuralGPT(nn.Module):
                 layer.bias.copy_(wte.mean(0))
 
     def prefix(self, signal, xyz, subject):
-        """Neural tokens (B, P, C) of signals (B, channels, T)."""
+        """Return neural tokens (B, P, C) of signals (B, channels, T)."""
         return self.encoder(signal, xyz, subject)
 
     def forward(self, signal, xyz, subject, idx, position=None, mask=None, start=0):
-        """Logits (B, T - start, vocab) of ids (B, T) from column `start` on, and neural tokens."""
+        """Return logits (B, T - start, vocab) of ids (B, T) from `start` on, and neural tokens."""
         n = self.prefix(signal, xyz, subject)
         x = self.trunk(n, idx, position, mask)[:, start:]
         return F.linear(x, self.lm.transformer.wte.weight), n
 
     def trunk(self, n, idx, position=None, mask=None, cache=None, states=None):
-        """Text states (B, T, C) after the final LayerNorm, of neural tokens (B, P, C) and ids.
+        """Return text states (B, T, C) after the final LayerNorm, from neural tokens n and ids.
 
-        position and mask as in GPT.trunk. states: a list to which every layer's input (neural
-        rows, EON and text) is appended.
+        position and mask as in GPT.trunk. states: a list that receives each layer's input: neural
+        rows, and EON with text.
         """
         lm = self.lm
         if position is None:
@@ -1129,46 +1138,47 @@ class NeuralGPT(nn.Module):
         return lm.transformer.ln_f(x[:, 1:])
 
     def _cross_keys(self, n):
-        """{layer: (Cross, its keys and values of n)}"""
+        """Return {layer: (Cross, its keys and values of n)}."""
         return {i: (cross, cross.keys(n)) for i, cross in enumerate(self.crosses or (), self.first)}
 
     def _rows(self, n, idx, position, mask):
-        """Neural rows [BON, n], text rows [EON, text], and the Context of both."""
+        """Return neural rows [BON, n], text rows [EON, text], and the Context of both."""
         B, P, _ = n.shape
         T = idx.size(1)
         wpe = self.lm.transformer.wpe
         n = torch.cat([self.bon.expand(B, 1, -1), n], dim=1)
         eon = self.eon.expand(B, 1, -1)
-        before = torch.zeros(P + 2, dtype=torch.long, device=n.device)  # positions of what precedes
+        prefix_position = torch.zeros(P + 2, dtype=torch.long, device=n.device)  # BON, n, EON
         if self.text_positions == "after_prefix":
-            before = torch.arange(P + 2, device=n.device)
+            prefix_position = torch.arange(P + 2, device=n.device)
             position = position + P + 2
-            n = wpe.add(n, before[:-1])
-            eon = wpe.add(eon, before[-1:])
+            n = wpe.add(n, prefix_position[:-1])
+            eon = wpe.add(eon, prefix_position[-1:])
         text = wpe.add(self.lm.transformer.wte(idx), position)
         if mask is None:
             mask = torch.ones(T, T, dtype=torch.bool, device=n.device).tril()
         mask = F.pad(mask, (0, 0, 1, 0), value=False)  # a row for EON
         mask = F.pad(mask, (1, 0), value=True)  # and a column
-        mask = F.pad(mask, (P + 1, 0), value=self.attention != "blocked")  # columns of neural rows
-        position = torch.cat([before.expand(*position.shape[:-1], -1), position], dim=-1)
+        mask = F.pad(mask, (P + 1, 0), value=self.attention != "blocked")  # columns for BON and n
+        prefix_position = prefix_position.expand(*position.shape[:-1], -1)
+        position = torch.cat([prefix_position, position], dim=-1)
         return n, torch.cat([eon, text], dim=1), Context(position, mask)
 
     def check_length(self, P, T, text="the text"):
-        """Raises InputError where a prefix of P and T tokens of `text` have no positions."""
+        """Raise InputError if a prefix of P and T tokens of `text` exceed block_size."""
         size = self.lm.config.block_size
         remedy = f"shorten {text}"
         if self.text_positions == "after_prefix" and self.fusion != "cross":
             T += P + 2
-            remedy += ", take longer patches, or text_positions=zero"
+            remedy += ", or give longer patches or text_positions=zero"
         if size < T:
             raise InputError(f"{T} tokens in all do not fit block_size={size}: {remedy}")
 
     @torch.no_grad()
     def generate(self, n, prompt, max_new_tokens, **options):
-        """Sample at temperature=1.0 (0 is greedy) new tokens behind neural tokens n (B, P, C).
+        """Sample new tokens after neural tokens n (B, P, C), by default at temperature=1.0.
 
-        prompt: token ids, or B lists of them. options as in GPT.stream.
+        prompt: token ids, or B lists of them. options: as in GPT.stream.
         """
         prompts = prompt if isinstance(prompt[0], (list, tuple)) else [prompt] * len(n)
         self.check_length(n.size(1), max(map(len, prompts)) + max_new_tokens)
@@ -1176,7 +1186,7 @@ class NeuralGPT(nn.Module):
         return self.lm.generate(prompts, max_new_tokens, start=start, **options)
 
     def _start(self, n, rows, length):
-        """As GPT._start, behind the neural tokens n."""
+        """Read rows as GPT._start does, after the neural tokens n."""
         idx, position, real, mask = left_pad(rows, n.device)
         if self.fusion == "cross":
             cache = Cache(self.lm, real, length, crosses=self._cross_keys(n))
@@ -1196,52 +1206,54 @@ VERSION = 2
 
 
 def save_checkpoint(path, state):
-    """Write plain types and tensors aside, flushed, renamed: a kill leaves the old or the new."""
+    """Write plain types and tensors; a kill leaves the old file or the new one."""
     try:
         with aside(path) as file:
             torch.save({"format": "nanocortex", "version": VERSION, **state}, file)
             file.flush()
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
-            if others:
-                raise TypeError(f"a checkpoint holds plain types and tensors only, not {others}")
-    except (OSError, RuntimeError) as error:  # torch's writer has an error of its own
+            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file.name)
+            if unsafe:
+                raise TypeError(f"a checkpoint holds plain types and tensors only, not {unsafe}")
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         reason = getattr(cause, "strerror", error)
-        remedy = "make room, then go on with init_from=resume"
+        remedy = "make room, then resume with init_from=resume"
         raise InputError(f"{path} could not be written ({reason}): {remedy}") from None
 
 
 def load_checkpoint(path, adopt=None):
-    """A checkpoint of ours as a dict on the CPU. Raises InputError where it is none.
+    """Load one of our checkpoints as a dict on the CPU. Raises InputError for other files.
 
-    adopt(state, path) makes such a dict of what another code wrote; without it that is refused.
+    adopt(state, path): a function that converts the checkpoints of other projects.
     """
     path = Path(path)
     if not path.exists() and not path.is_symlink():
-        remedy = "train one with python train.py, or leave init_from=resume out"
+        remedy = "train one with python train.py, or leave out init_from=resume"
         raise InputError(f"no checkpoint {path}: {remedy}")
     check_content(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file raises nearly anything
+    except Exception as error:  # a damaged file may raise anything
         reason = type(error).__name__
-        raise InputError(f"{path} is no checkpoint ({reason}): it is torn or not ours") from None
+        problem = f"is not a checkpoint ({reason}): it is damaged or not ours"
+        raise InputError(f"{path} {problem}, give another") from None
     if adopt and isinstance(state, dict) and "format" not in state:
         return adopt(state, path)
     if not isinstance(state, dict) or state.get("format") != "nanocortex":
-        raise InputError(f"{path} is of another code and cannot be resumed: give it as lm=")
+        raise InputError(f"{path} comes from another project, so do not resume it: give it as lm=")
     if state["version"] > VERSION:
-        raise InputError(f"{path} has version {state['version']}, newer than this code: update it")
+        problem = f"has version {state['version']}, which is newer than this code"
+        raise InputError(f"{path} {problem}: update nanoCortex")
     return patch_checkpoint(state)
 
 
 def patch_checkpoint(state):
-    """The one place where checkpoints of older versions are brought up to date."""
+    """Update a checkpoint of an older version."""
     if state["version"] == 1 and "encoder_args" in state:
         state["model"] = _rename_encoder(state["model"], EncoderConfig(**state["encoder_args"]))
     for key in {"model_args", "lm_args"} & state.keys():
         args = {**asdict(GPTConfig()), **state[key]}
-        if args["windows"] == 0:  # version 1: every window
+        if args["windows"] == 0:  # meant every window in version 1
             args["windows"] = args["n_embd"]
         state[key] = args
     state["version"] = VERSION
@@ -1249,8 +1261,8 @@ def patch_checkpoint(state):
 
 
 def _rename_encoder(weights, config):
-    """Version 1 had all kinds of encoder in one class."""
-    of_montage = ("place", "subject_mix", "subject_token")
+    """Rename the weights of version 1, which had all kinds of encoder in one class."""
+    montage_names = ("place", "subject_mix", "subject_token")
     by_electrode = config.kind == "transformer" and config.tokens == "electrode"
     renamed = {}
     for name, value in weights.items():
@@ -1258,7 +1270,7 @@ def _rename_encoder(weights, config):
             first, dot, rest = name.removeprefix("encoder.").partition(".")
             if first == "out" or (first == "embed" and config.kind == "linear"):
                 first = "output"
-            if first in of_montage and not by_electrode:
+            if first in montage_names and not by_electrode:
                 first = f"montage.{first}"
             name = f"encoder.net.{first}{dot}{rest}"
         renamed[name] = value
@@ -1266,23 +1278,23 @@ def _rename_encoder(weights, config):
 
 
 def lm_state(model):
-    """What builds a language model again."""
+    """Return what rebuilds a language model."""
     return {"kind": "lm", "model_args": asdict(model.config), "model": model.state_dict()}
 
 
 def lm_from(state, path="checkpoint", **options):
-    """GPT from a checkpoint's dict; options set fields of GPTConfig that are not of the weights."""
+    """Return the GPT in a checkpoint's dict; options set fields that the weights leave open."""
     if state.get("kind") != "lm":
         kind = state.get("kind")
-        raise InputError(f"{path} holds a '{kind}', no language model: give one of train.py")
+        raise InputError(f"{path} holds a '{kind}', not a language model: give one of train.py")
     args = {**state["model_args"], **options}
     for key in args.keys() - asdict(GPTConfig()).keys():
-        raise InputError(f"{path} has the option '{key}', which this GPTConfig lacks")
+        raise InputError(f"{path} has the option '{key}', which GPTConfig lacks: add it")
     weights = state["model"]
     model = GPT(GPTConfig(**args), weights.get("unit_at_cell"))
     missing, unexpected = model.load_state_dict(weights, strict=False)
     for name in missing + unexpected:
-        if name != "unit_at_cell":  # sheets are given or left as the options say
-            problem = "lacks" if name in missing else "has besides"
-            raise InputError(f"{path} {problem} the weights '{name}': it is of no such GPT as ours")
+        if name != "unit_at_cell":  # the options decide about sheets
+            problem = "lacks" if name in missing else "has extra"
+            raise InputError(f"{path} {problem} weights '{name}': it is not a GPT like ours")
     return model

@@ -1,12 +1,12 @@
-"""Train a GPT-2 whose units have a place on a cortical sheet.
+"""Train a GPT-2 whose units lie on cortical sheets.
 
-The loss is the next-token loss plus alpha times the spatial loss of every layer.
+The loss is the next-token loss plus alpha times the spatial losses of all sheets.
 
     python train.py                                    # embedded: real text, minutes on two cores
-    python train.py minutes=8                          # as many steps as fit into eight minutes
-    python train.py alpha=0 out_dir=out/train_alpha0   # its twin without topography, same data
+    python train.py minutes=8                          # as many steps as fit into 8 minutes
+    python train.py alpha=0 out_dir=out/train_alpha0   # the twin without topography, same data
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2.yaml
-    python train.py init_from=resume                   # go on after a stop, bit for bit
+    python train.py init_from=resume                   # resume after a stop, bit for bit
 
 Rathi et al. 2025 (TopoLM); Margalit et al. 2024 (TDANN).
 """
@@ -47,27 +47,27 @@ class Config:
     # ---- model
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads
-    n_embd: int = 256  # units per layer; a square, to fill a sheet (16 x 16)
+    n_embd: int = 256  # units per sheet; must be a square number (16 x 16)
     vocab_size: int = 0  # 0: the dataset's, rounded up to a multiple of 64
     dropout: float = 0.0  # probability
     bias: bool = False  # biases in linear layers and LayerNorms
     gelu: Literal["exact", "tanh"] = "exact"  # tanh as in the released GPT-2
     # ---- sheet
-    positions: str = "random"  # or none, NAME of gpt2-positions/NAME.npz, a file, TopoLM's folder
-    alpha: float = 0.1  # weight of each layer's spatial loss; 0: measured in validation only
-    radius: int = 4  # windows: cells closer than this to the centre
+    positions: str = "random"  # none, NAME (gpt2-positions/NAME.npz), a file, or TopoLM's folder
+    alpha: float = 0.1  # weight of each sheet's spatial loss; 0: only measured in validation
+    radius: int = 4  # a window holds the cells closer than this to its centre
     norm: float = float("inf")  # in this p-norm: 1, 2, inf
-    windows: int | Literal["sheet"] = 5  # per layer and micro-batch; sheet: one, the whole sheet
-    spatial: Literal["activations", "weights"] = "activations"  # weights: the rival, TopoLoss
-    factor: float = 3.0  # weights: the sheet is shrunk by this per axis and enlarged again
-    spatial_kind: str = "relative"  # (1 - corr(r, D)) / 2, or absolute: |r - D|
+    windows: int | Literal["sheet"] = 5  # per sheet and micro-batch; sheet: one, the whole sheet
+    spatial: Literal["activations", "weights"] = "activations"  # loss on; weights: TopoLoss
+    factor: float = 3.0  # weights: shrink the sheet this much along each axis to blur it
+    spatial_kind: str = "relative"  # (1 - corr(r, D)) / 2; absolute: |r - D|
     accum: Literal["mean", "maximum"] = "mean"  # over the windows
-    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: outputs, or the stream
+    tap: Literal["sublayer", "residual"] = "sublayer"  # on the sheet: its output, or the stream
     activation_decay: float = 0.0  # weight of the mean squared norm of each sheet's activations
-    head_loss: bool = False  # attention sheet as a mosaic of heads, no output projection
-    attn_proj: bool = False  # one more Linear after attention, the sheet behind it
+    head_loss: bool = False  # attention sheet is a mosaic of heads, without output projection
+    attn_proj: bool = False  # add a Linear after attention; its output lies on the sheet
     # ---- optimiser
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices only
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, AdamW elsewhere
     learning_rate: float = 3e-3  # AdamW's peak
     muon_lr: float = 0.02  # Muon's peak
     weight_decay: float = 0.1  # on matrices and embeddings
@@ -75,33 +75,33 @@ class Config:
     beta2: float = 0.95  # AdamW
     momentum: float = 0.95  # Muon
     grad_clip: float = 1.0  # total norm; 0: none
-    schedule: str = "wsd"  # after the warm-up, a name in SCHEDULES: wsd, cosine
+    schedule: str = "wsd"  # after the warm-up: wsd or cosine (a name in SCHEDULES)
     max_iters: int = 1000  # optimiser steps
-    minutes: float = 0.0  # instead of max_iters: what the first steps take settles how many fit
-    warmup_iters: int = 20  # linear warm-up, which a shorter run never leaves
-    decay_iters: int = 0  # cosine: its last step, 0: max_iters; wsd: length of the decay, 0: 60 %
-    min_lr: float = 0.0  # end of the decay, as a share of the peak
+    minutes: float = 0.0  # sets max_iters from the time of the first steps; 0: use max_iters
+    warmup_iters: int = 20  # steps of linear warm-up
+    decay_iters: int = 0  # cosine: last step, 0: max_iters; wsd: steps of decay, 0: 60 %
+    min_lr: float = 0.0  # at the end of the decay, as a share of the peak
     # ---- evaluation
     eval_interval: int = 250  # steps between validations
-    eval_batches: int = 48  # micro-batches of the one fixed validation set; 0: all of it
+    eval_batches: int = 48  # micro-batches of the fixed validation set; 0: all
     eval_only: bool = False  # validate and stop
-    baseline_tokens: int = 50_000_000  # n-gram baselines count so many training tokens; 0: none
-    dry_run: bool = False  # say parameters, memory, disk and time, and stop
+    baseline_tokens: int = 50_000_000  # training tokens for the n-gram baselines; 0: no baselines
+    dry_run: bool = False  # estimate parameters, memory, disk and time, and stop
     # ---- run
-    out_dir: str = "out/train"  # checkpoints, log, pictures
-    init_from: str = "scratch"  # resume, a checkpoint or run folder, a Hugging Face GPT-2
+    out_dir: str = "out/train"  # checkpoints, log, figures
+    init_from: str = "scratch"  # resume, a run folder or checkpoint, or a Hugging Face GPT-2
     overwrite: bool = False  # start over in a folder that holds a run
-    seed: int = 1337  # fixes everything
+    seed: int = 1337  # fixes all random numbers
     device: str = "auto"  # cuda, mps, cpu
-    dtype: str = "auto"  # bfloat16 where that is quicker; float16, float32
-    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU if known to pay
+    dtype: str = "auto"  # bfloat16 where faster; float16, float32
+    compile: Literal["auto", True, False] = "auto"  # auto: on CUDA; on a CPU if known to pay off
     recompute: bool = False  # activation checkpointing: less memory, a third more time
-    deterministic: bool = False  # bit-for-bit repeats on CUDA too, slower
-    log_interval: int = 50  # steps between lines
+    deterministic: bool = False  # bit-for-bit reproducible on CUDA, too, but slower
+    log_interval: int = 50  # steps between log lines
     save_interval: int = 250  # steps between checkpoints
-    keep_interval: int = 0  # steps between checkpoints that are kept; 0: none
+    keep_interval: int = 0  # steps between checkpoints to keep as ckpt-STEP.pt; 0: none
     wandb_log: bool = False  # Weights & Biases; WANDB_MODE=offline logs to out_dir/wandb
-    wandb_project: str = "nanocortex"  # its project
+    wandb_project: str = "nanocortex"  # Weights & Biases project
 
     POSITIVE = (
         "batch_size block_size n_layer n_head n_embd windows norm factor "
@@ -123,7 +123,7 @@ class Config:
 
 
 class Data:
-    """Tokens and tokenizer of config.dataset; an embedded one is made on first use."""
+    """Tokens and tokenizer of config.dataset; an embedded dataset is made on first use."""
 
     def __init__(self, run, config):
         folder = run.dataset(config.dataset)
@@ -135,11 +135,13 @@ class Data:
 
 
 def validation_starts(tokens, config):
-    """Starts of the validation windows: evenly spread, no overlap, whole micro-batches."""
+    """Return the starts of the validation windows: evenly spaced, disjoint, whole micro-batches."""
     n_windows = (len(tokens) - 1) // config.block_size
     n_batches = n_windows // config.batch_size
     if n_batches < 1:
-        raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than a batch of block_size")
+        remedy = "give smaller ones, or more text"
+        size = f"batch_size={config.batch_size} x block_size={config.block_size}"
+        raise InputError(f"{tokens.path}: {len(tokens):,} tokens do not fill {size}: {remedy}")
     if config.eval_batches:
         n_batches = min(n_batches, config.eval_batches)
     count = n_batches * config.batch_size
@@ -147,24 +149,26 @@ def validation_starts(tokens, config):
 
 
 class Loader:
-    """Micro-batches of random windows without replacement.
+    """Draw micro-batches of random windows without replacement.
 
     Window k of the run is the same for any number of ranks and any alpha: epoch k // n_windows
-    reads the stream's windows in an order, and from an offset, keyed by (seed, epoch). `cursor`
-    counts the windows of the steps that are done.
+    reads the stream's windows with an order and an offset keyed by (seed, epoch). `cursor` counts
+    the windows of finished steps.
     """
 
     def __init__(self, run, tokens, config, n_micro, cursor=0):
         self.run, self.tokens, self.config = run, tokens, config
-        self.n_micro = n_micro  # micro-batches of a step, over all ranks
+        self.n_micro = n_micro  # micro-batches per step, over all ranks
         self.cursor = cursor
-        self.n_windows = (len(tokens) - 1) // config.block_size - 1  # one less: the offset's room
+        self.n_windows = (len(tokens) - 1) // config.block_size - 1  # one less, for the offset
         if self.n_windows < 1:
-            raise InputError(f"{tokens.path}: {len(tokens):,} tokens, less than two of block_size")
+            remedy = "give a smaller one, or more text"
+            size = f"two windows of block_size={config.block_size}"
+            raise InputError(f"{tokens.path}: {len(tokens):,} tokens do not fill {size}: {remedy}")
         self.epoch = None
 
     def start_of(self, window):
-        """Where a window starts in the stream."""
+        """Return where a window starts in the stream."""
         epoch, i = divmod(window, self.n_windows)
         if epoch != self.epoch:
             rng = np.random.default_rng(key_seed(self.run.seed, "epoch", epoch))
@@ -174,7 +178,7 @@ class Loader:
         return self.order[i] * self.config.block_size + self.offset
 
     def batch(self, micro):
-        """idx, targets (B, T) int64 on the device: a micro-batch of the step that comes next."""
+        """Return idx, targets (B, T), int64 on the device: a micro-batch of the next step."""
         size = self.config.batch_size
         first = self.cursor + micro * size
         starts = [self.start_of(window) for window in range(first, first + size)]
@@ -186,41 +190,41 @@ class Loader:
 
 
 def ngram_losses(train, val, starts, length, vocab_size):
-    """Cross-entropy (nats per token) of n-gram models on the tokens that the GPT is validated on.
+    """Return the cross-entropy (nats per token) of n-gram models on the GPT's validation tokens.
 
     Interpolated by Witten and Bell's rule (Chen & Goodman 1998).
     """
     train = np.asarray(train, np.int64)
     val = np.asarray(val, np.int64)
-    places = (starts[:, None] + np.arange(1, length + 1)).ravel()
-    places = places[places >= 2]
-    p = np.full(len(places), 1 / vocab_size)
+    targets = (starts[:, None] + np.arange(1, length + 1)).ravel()  # their indices in val
+    targets = targets[targets >= 2]
+    p = np.full(len(targets), 1 / vocab_size)
     losses = {}
     for order, name in enumerate(("unigram", "bigram", "trigram")):
         # a context is one number: its `order` tokens in base vocab_size
-        contexts = np.zeros(len(train) - order, np.int64)
-        asked = np.zeros(len(places), np.int64)
+        train_contexts = np.zeros(len(train) - order, np.int64)
+        contexts = np.zeros(len(targets), np.int64)
         for back in range(order, 0, -1):
-            contexts = contexts * vocab_size + train[order - back : len(train) - back]
-            asked = asked * vocab_size + val[places - back]
-        grams = pd.Series(contexts * vocab_size + train[order:]).value_counts()
-        kinds = pd.Series(grams.index // vocab_size).value_counts()
-        wanted = asked * vocab_size + val[places]
-        c = grams.reindex(wanted, fill_value=0).to_numpy()
-        n = pd.Series(contexts).value_counts().reindex(asked, fill_value=0).to_numpy()
-        t = kinds.reindex(asked, fill_value=0).to_numpy()  # kinds of word that follow the context
+            train_contexts = train_contexts * vocab_size + train[order - back : len(train) - back]
+            contexts = contexts * vocab_size + val[targets - back]
+        grams = pd.Series(train_contexts * vocab_size + train[order:]).value_counts()
+        followers = pd.Series(grams.index // vocab_size).value_counts()
+        c = grams.reindex(contexts * vocab_size + val[targets], fill_value=0).to_numpy()
+        n = pd.Series(train_contexts).value_counts().reindex(contexts, fill_value=0).to_numpy()
+        t = followers.reindex(contexts, fill_value=0).to_numpy()  # distinct tokens after a context
         p = np.where(n > 0, (c + t * p) / np.maximum(n + t, 1), p)
         losses[name] = float(-np.log(p).mean())
     return losses
 
 
 def baseline_losses(run, config, data):
-    """The n-gram losses to beat, on rank 0."""
+    """Return the n-gram losses to beat (rank 0)."""
     if not (config.baseline_tokens and run.master):
         return {}
-    counted = data.train.tokens[: config.baseline_tokens]
-    places = (data.val_starts, config.block_size, data.vocab_size)
-    losses = ngram_losses(counted, data.val.tokens, *places)
+    train = data.train.tokens[: config.baseline_tokens]
+    losses = ngram_losses(
+        train, data.val.tokens, data.val_starts, config.block_size, data.vocab_size
+    )
     words = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
     run.print(f"validation loss to beat, nats per token: {words}")
     return losses
@@ -229,15 +233,15 @@ def baseline_losses(run, config, data):
 # ---- model
 
 
-# fields of GPTConfig that another run may change: no weight depends on them
+# fields of GPTConfig that a later run may change, as no weight depends on them
 FREE = ["dropout", "sheet", "radius", "norm", "windows", "alpha", "spatial", "factor"]
 FREE += ["spatial_kind", "accum", "tap", "activation_decay"]
-# of a model that is read, the shape counts, whatever the options say
+# fields that a loaded model settles, whatever the options say
 SHAPE = [f.name for f in fields(GPTConfig) if f.name not in (*FREE, "block_size", "vocab_size")]
 
 
 def model_options(config, data):
-    """The fields of GPTConfig, from Config's of the same names and the data."""
+    """Return the fields of GPTConfig, from those of Config with the same names and the data."""
     options = {key: value for key, value in asdict(config).items() if hasattr(GPTConfig, key)}
     options["vocab_size"] = config.vocab_size or math.ceil(data.train.vocab_size / 64) * 64
     options["sheet"] = config.positions != "none"
@@ -245,7 +249,7 @@ def model_options(config, data):
 
 
 def build(run, config, data):
-    """The GPT to train and, on resume, the checkpoint it comes from."""
+    """Return the GPT to train and, on resume, its checkpoint."""
     options = model_options(config, data)
     state = None
     if config.init_from == "scratch":
@@ -261,20 +265,20 @@ def build(run, config, data):
     for key in SHAPE:
         shape = getattr(model.config, key)
         if getattr(config, key) != shape and key in getattr(config, "given", ()):
-            run.print(f"{key}={shape} of init_from= counts, not {key}={getattr(config, key)}")
+            run.print(f"{key}={getattr(config, key)} is ignored: init_from= has {key}={shape}")
         setattr(config, key, shape)
     check_vocabulary(config, data, model.config)
     return model.to(run.device), state
 
 
 def check_vocabulary(config, data, shape):
-    """Raise InputError where a model has no row for some token of the dataset."""
+    """Raise InputError where the dataset has more tokens than the model."""
     if data.vocab_size > shape.vocab_size:
         raise InputError(f"dataset={config.dataset} has more tokens than the model: set vocab_size")
 
 
 def load_layout(config, n_layer, n_units):
-    """unit_at_cell of a positions file; None where config.positions names no file."""
+    """Load unit_at_cell from a positions file; None where config.positions names none."""
     path = config.positions
     if path in ("random", "none"):
         return None
@@ -284,9 +288,10 @@ def load_layout(config, n_layer, n_units):
 
 
 def check_resumable(path, state, config, data, options):
-    """Raise InputError where a checkpoint is of another script, optimiser, tokenizer or shape."""
+    """Raise InputError where a checkpoint has another script, optimiser, tokenizer or shape."""
     if "optimizers" not in state:
-        raise InputError(f"{path} has no state to resume: give it as init_from=, another out_dir=")
+        remedy = f"start from it with init_from={path} and another out_dir="
+        raise InputError(f"{path} has no optimiser state to resume: {remedy}")
     saved = state["config"]["optimizer"]
     if saved != config.optimizer:
         raise InputError(f"{path} has optimizer={saved}, the options say {config.optimizer}")
@@ -294,10 +299,10 @@ def check_resumable(path, state, config, data, options):
         raise InputError(f"{path} has another tokenizer than dataset={config.dataset}")
     n_tokens = [len(data.train), len(data.val)]
     if state.get("n_tokens", n_tokens) != n_tokens:
-        now = f"{n_tokens} tokens to train and validate on, {path} had {state['n_tokens']}"
+        now = f"{n_tokens} training and validation tokens, {path} had {state['n_tokens']}"
         raise InputError(f"dataset={config.dataset} has {now}: was it prepared again?")
     if state.get("origin", "scratch") != "scratch":
-        return  # its shape was never that of the options
+        return  # its shape never came from the options
     for key, value in options.items():
         saved = state["model_args"][key]
         if key not in FREE and saved != value:
@@ -305,7 +310,7 @@ def check_resumable(path, state, config, data, options):
 
 
 def start_from(config, data, options):
-    """The GPT of another checkpoint or of Hugging Face, with the sheet that the options ask for."""
+    """Load the GPT of another checkpoint or from Hugging Face, with the sheet of the options."""
     free = {key: options[key] for key in FREE}
     spec = f"init_from={config.init_from}"
     model, tokenizer = load_lm(config.init_from, **free)
@@ -313,7 +318,8 @@ def start_from(config, data, options):
         raise InputError(f"{spec} has another tokenizer than dataset={config.dataset}")
     longest = model.config.block_size
     if config.block_size > longest:
-        raise InputError(f"block_size={config.block_size} is longer than the {longest} of {spec}")
+        size = f"block_size={config.block_size}"
+        raise InputError(f"{size} is too long for {spec}: give at most {longest}")
     layout = load_layout(config, model.config.n_layer, model.config.n_embd)
     if layout is not None:
         model.unit_at_cell.copy_(torch.from_numpy(layout))
@@ -321,7 +327,7 @@ def start_from(config, data, options):
 
 
 def recompute_blocks(model):
-    """Activation checkpointing (Chen et al. 2016): only each block's input is kept for backward."""
+    """Keep only each block's input for the backward pass (Chen et al. 2016)."""
     for block in model.transformer.h:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -330,9 +336,9 @@ def recompute_blocks(model):
 
 
 def orthogonalise(matrix):
-    """U V^T of `matrix` = U S V^T, roughly, in the matrix's own precision.
+    """Return roughly U V^T of `matrix` = U S V^T, in the matrix's own precision.
 
-    Five Newton-Schulz steps leave singular values between about 0.7 and 1.2 (Jordan et al. 2024).
+    Five Newton-Schulz steps take the singular values to about 0.7 to 1.2 (Jordan et al. 2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix.size(0) > matrix.size(1)
@@ -345,10 +351,10 @@ def orthogonalise(matrix):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update of each matrix is orthogonalised (Jordan et al. 2024).
+    """Nesterov momentum with an orthogonalised update of each matrix (Jordan et al. 2024).
 
-    The updates of torch.optim.Muon, but in the run's `dtype`: that one computes in bfloat16, which
-    a CPU without it emulates, a hundred times as slow.
+    Same updates as torch.optim.Muon, but in the run's `dtype`: torch computes in bfloat16, which is
+    a hundred times slower on CPUs that emulate it.
     """
 
     def __init__(self, params, lr=0.02, momentum=0.95, weight_decay=0.1, dtype=torch.float32):
@@ -357,7 +363,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -373,7 +379,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config, device, dtype=torch.float32):
-    """[AdamW], or with Muon for the blocks' matrices; groups keep their 'peak' learning rate."""
+    """Return [AdamW] or [AdamW, Muon]; each group keeps its peak learning rate as 'peak'."""
     muon, matrices, vectors = [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:
@@ -396,24 +402,24 @@ def make_optimizers(model, config, device, dtype=torch.float32):
 
 
 def wsd(step, config):
-    """Stable, then linearly down to 0 at max_iters."""
+    """Return 1, then decay linearly to 0 at max_iters (warm-up, stable, decay)."""
     length = config.decay_iters or round(0.6 * config.max_iters)
     return min(1.0, max(0.0, (config.max_iters - step) / max(1, length)))
 
 
 def cosine(step, config):
-    """Half a cosine down to 0 at decay_iters, or max_iters (nanoGPT's)."""
+    """Decay along half a cosine to 0 at decay_iters, or max_iters (nanoGPT)."""
     end = config.decay_iters or config.max_iters
     done = min(1.0, (step - config.warmup_iters) / max(1, end - config.warmup_iters))
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
-# From 1 down to 0 after the warm-up: above min_lr, a share of the peak.
+# After the warm-up these fall from 1 to 0; lr_share scales them to run from the peak to min_lr.
 SCHEDULES = {"wsd": wsd, "cosine": cosine}
 
 
 def lr_share(step, config):
-    """Learning rate at a step as a share of its peak."""
+    """Return the learning rate at a step as a share of its peak."""
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
     return config.min_lr + (1 - config.min_lr) * SCHEDULES[config.schedule](step, config)
@@ -424,9 +430,9 @@ def lr_share(step, config):
 
 @torch.no_grad()
 def evaluate(run, config, data, model, n_batches=0):
-    """Losses on the fixed validation windows, or on n_batches of them, dealt over the ranks.
+    """Compute losses on the fixed validation windows, or n_batches of them, dealt over the ranks.
 
-    Returns a dict: task, spatial (mean over sheets), total, low and high (the 95 % interval of the
+    Returns a dict: task, spatial (mean over sheets), total, low and high (95 % interval of the
     task loss over micro-batches), n (tokens).
     """
     batches = data.val_starts.reshape(-1, config.batch_size)
@@ -446,7 +452,7 @@ def evaluate(run, config, data, model, n_batches=0):
     model.train()
     losses = run.reduce(losses).cpu().double()
     task, spatial = losses.mean(0).tolist()
-    half = math.inf  # one batch says nothing about the others
+    half = math.inf  # one batch gives no interval
     if len(losses) > 1:
         half = 1.96 * losses[:, 0].std().item() / math.sqrt(len(losses))
     return {
@@ -459,18 +465,18 @@ def evaluate(run, config, data, model, n_batches=0):
     }
 
 
-# dense, 16 bits, from the data sheets
+# dense products in 16 bits, from the data sheets
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "RTX 4090": 165}
 
 
 def utilisation(run, config, model, tokens_per_s):
-    """{'mfu': share of the GPUs' peak}, {} where the peak is not known."""
+    """Return {'mfu': share of the GPUs' peak}, or {} where the peak is unknown."""
     if run.device.type != "cuda":
         return {}
     name = torch.cuda.get_device_name(run.device)
     for key, peak in PEAK_TFLOPS.items():
         if key in name:
-            c = model.config  # operations per token, both passes: Chowdhery et al. 2022, appendix B
+            c = model.config  # FLOP per token, both passes: Chowdhery et al. 2022, appendix B
             flops = 6 * model.n_params() + 12 * c.n_layer * c.n_embd * config.block_size
             return {"mfu": tokens_per_s * flops / (1e12 * peak * run.world)}
     return {}
@@ -480,7 +486,7 @@ def utilisation(run, config, model, tokens_per_s):
 
 
 def plot_losses(run, baselines):
-    """loss.png: task loss with the n-gram baselines, and the spatial loss, from log.jsonl."""
+    """Draw loss.png from log.jsonl: task loss with the n-gram baselines, and spatial loss."""
     log = pd.read_json(run.out / "log.jsonl", lines=True).set_index("step")
     figure = Figure(figsize=(11, 4), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -501,7 +507,7 @@ def plot_losses(run, baselines):
 
 @torch.no_grad()
 def component_maps(run, model, idx):
-    """{layer: map (side, side)}: loadings on the first component of responses to idx (B, T)."""
+    """Return {sheet: (side, side)}: loadings on the first component of responses to idx (B, T)."""
     names = positions.layer_names(model.config.n_layer)
     side = positions.sheet_side(model.config.n_embd)
     model.eval()
@@ -516,7 +522,7 @@ def component_maps(run, model, idx):
 
 
 def plot_sheets(run, config, data, model):
-    """sheets.png: component_maps of random weights, which scratch begins with, and trained ones."""
+    """Draw sheets.png: component_maps with random weights (as in scratch) and after training."""
     idx = torch.from_numpy(data.val.windows(data.val_starts[:8], config.block_size)).to(run.device)
     random = GPT(model.config, model.unit_at_cell.cpu().numpy(), config.seed).to(run.device)
     n_sheets = 2 * model.config.n_layer
@@ -541,7 +547,7 @@ def plot_sheets(run, config, data, model):
 
 
 def report(run, config, data, training, scores, baselines):
-    """The figures, and the row of results.csv: validation loss beside the trigram model's."""
+    """Draw the figures; write and print the validation loss next to the trigram model's."""
     if not config.eval_only:
         plot_losses(run, baselines)
         if training.model.config.sheet:
@@ -553,23 +559,23 @@ def report(run, config, data, training, scores, baselines):
     run.result(scores["task"], chance, *interval, **keys, spatial=scores["spatial"])
     run.print(
         "validation loss {task:.3f} [{low:.3f}, {high:.3f}] nats per token".format(**scores),
-        f"beside {chance:.3f} of the {null} model, n = {scores['n']:,} tokens",
+        f"({null} model: {chance:.3f}), n = {scores['n']:,} tokens",
     )
 
 
 # ---- time
 #
-# What the first steps take settles max_iters where `minutes` is given. It is kept in the cache
-# folder: after one run with compile=True and one without, a CPU knows when compiling pays.
+# With `minutes`, the time of the first steps settles max_iters. The cache folder keeps such times:
+# after one run with compile=True and one without, compile=auto knows when compiling pays on a CPU.
 
 UNSETTLED = 10**9  # max_iters until `minutes` has settled it
-WARM_UP = 2  # steps that are not measured: they compile, and fetch memory
-EVAL_SHARE = 0.4  # time of validating a micro-batch over that of training on it
-CLOSING = 8.0  # seconds of the last checkpoint and the figures
+WARM_UP = 2  # unmeasured steps, which compile and allocate memory
+EVAL_SHARE = 0.4  # time to validate a micro-batch, relative to training on it
+CLOSING = 8.0  # seconds for the last checkpoint and the figures
 
 
 def settle_options(run, config, model, state):
-    """Decide `compile`, and max_iters as far as it is known; a resumed run keeps its own."""
+    """Settle `compile` and, if already possible, max_iters; a resumed run keeps its own."""
     saved = state["config"] if state else {}
     if config.compile == "auto" and state:
         config.compile = saved["compile"]
@@ -582,23 +588,23 @@ def settle_options(run, config, model, state):
     if config.max_iters != UNSETTLED:
         run.save_config()
         if config.max_iters != saved.get("max_iters", config.max_iters):
-            before = f"max_iters={saved['max_iters']}"
-            run.print(f"the checkpoint's schedule had {before}: it is stretched, rates may rise")
+            change = f"from {saved['max_iters']} to {config.max_iters} steps"
+            run.print(f"the schedule changes {change}: the learning rate may jump")
 
 
 def measure(run, config, training):
-    """Set training.step_seconds, alike on every rank, and return True once it can be told."""
-    enough = min(20.0, 3.0 * (config.minutes or 4.0))  # seconds of steps
+    """Set training.step_seconds, equal on all ranks, and return True once enough steps are done."""
+    min_seconds = min(20.0, 3.0 * (config.minutes or 4.0))
     measured = training.durations[WARM_UP:]
     total = run.reduce(sum(measured), "max")
-    if total < enough:
+    if total < min_seconds:
         return False
     training.step_seconds = total / len(measured)
     return True
 
 
 def plan(run, config, data, training):
-    """Say how long the run will take. With `minutes`, settle max_iters."""
+    """Print how long the run will take. With `minutes`, settle max_iters."""
     seconds = training.step_seconds
     n_batches = len(data.val_starts) // config.batch_size
     validation = EVAL_SHARE * seconds * n_batches / training.loader.n_micro
@@ -609,16 +615,16 @@ def plan(run, config, data, training):
         n_steps = (60 * config.minutes - elapsed - closing) / per_step
         config.max_iters = training.step + max(1, int(n_steps))
         run.save_config()
-        run.print(f"minutes={config.minutes:g}: that is max_iters={config.max_iters} here")
+        run.print(f"minutes={config.minutes:g} allows max_iters={config.max_iters} on this machine")
     left = (config.max_iters - training.step) * per_step + closing
     run.print(
-        f"a step takes {seconds:.3g} s here: {config.max_iters:,} steps and their validations "
-        f"will be done in about {left / 60:.1f} minutes"
+        f"a step takes {seconds:.3g} s: {config.max_iters:,} steps with validations "
+        f"will finish in about {left / 60:.1f} minutes"
     )
 
 
 def read_timings(run, config, model):
-    """The file of this machine, precision and shape, and the seconds that it holds.
+    """Return the cache file for this machine, precision and shape, and the seconds in it.
 
     {"eager", "compiled": of a step, "compiling"}, as far as they are known.
     """
@@ -634,7 +640,7 @@ def read_timings(run, config, model):
 
 
 def record_timing(run, config, training):
-    """Keep a CPU's step time and, of a compiled run, what compiling took."""
+    """Cache a CPU's step time and, for a compiled run, the time that compiling took."""
     if not run.master or run.device.type != "cpu":
         return
     file, timings = read_timings(run, config, training.model)
@@ -646,11 +652,11 @@ def record_timing(run, config, training):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_aside(file, json.dumps(timings))
     except OSError:
-        pass  # a home that cannot be written: nothing is known next time
+        pass  # the home folder is read-only
 
 
 def compiling_pays(run, config, model):
-    """Do earlier runs on this CPU, eager and compiled, say that compiling pays within this one?"""
+    """Return whether compiling pays in this run, from eager and compiled runs on this CPU."""
     _, timings = read_timings(run, config, model)
     pays = False
     if len(timings) == 3:
@@ -660,7 +666,7 @@ def compiling_pays(run, config, model):
 
 
 def dry_run(run, config, data):
-    """Say what the run needs: parameters, memory, disk and, from one layer of the model, time."""
+    """Print what the run needs: parameters, memory, disk and, extrapolated from one layer, time."""
     options = model_options(config, data)
     whole = GPTConfig(**options)
     if config.init_from not in ("scratch", "resume"):
@@ -670,7 +676,7 @@ def dry_run(run, config, data):
     block = list(layer.transformer.h.parameters())
     params = count(layer.parameters()) + (whole.n_layer - 1) * count(block)
     moments = 2 * params
-    if config.optimizer == "muon":  # which keeps one moment, AdamW two
+    if config.optimizer == "muon":  # Muon keeps one moment, AdamW two
         moments -= whole.n_layer * count(p for p in block if p.dim() == 2)
     n_micro = micro_batches_per_step(run, config)
     tokens = n_micro * config.batch_size * config.block_size
@@ -680,33 +686,34 @@ def dry_run(run, config, data):
     run.print(f"""\
 parameters         {params:,}
 tokens per step    {tokens:,} in {n_micro} micro-batches over {run.world} ranks
-tokens in all      {tokens * n_steps:,} = {tokens * n_steps / len(data.train):.2f} epochs
-memory per rank    {(2 * params + moments) / 2**28:.2f} GiB and the activations
+total tokens       {tokens * n_steps:,} = {tokens * n_steps / len(data.train):.2f} epochs
+memory per rank    {(2 * params + moments) / 2**28:.2f} GiB plus activations
 disk               {n_files * (params + moments) / 2**28:.2f} GiB of checkpoints
-time per step      about {seconds:.3g} s here, not compiled
-time in all        about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps""")
+time per step      about {seconds:.3g} s on this machine, not compiled
+total time         about {seconds * n_steps / 3600:.2g} h for {n_steps:,} steps""")
     run.close()
 
 
 def count(parameters):
-    """How many numbers are in tensors."""
+    """Return the number of elements of all tensors."""
     return sum(p.numel() for p in parameters)
 
 
 def estimate_step(run, config, data, model, tokens):
-    """Seconds of a step of `model` on so many tokens, from steps on a part of a micro-batch."""
+    """Estimate the seconds of a step of `model` on `tokens` from steps on part of a micro-batch."""
     n_rows = max(1, min(config.batch_size, 1024 // config.block_size))
     part = replace(config, batch_size=n_rows, tokens_per_step=0, compile=False)
     training = set_up(run, part, data, model, None)
     seconds = []
-    for n_micro in (1, 1, 2):  # the first warms up
+    for n_micro in (1, 1, 2):  # the first step warms up
         training.loader = Loader(run, data.train, part, n_micro * run.world)
         start = time.time()
-        train_step(run, part, training)[1].item()  # a number waits for the GPU
+        train_step(run, part, training)[1].item()  # .item() waits for the GPU
         seconds.append(time.time() - start)
     _, one, two = seconds
-    passing = max(two - one, one / 10) / (n_rows * config.block_size)
-    return tokens / run.world * passing + max(0.0, 2 * one - two)
+    per_token = max(two - one, one / 10) / (n_rows * config.block_size)
+    fixed = max(0.0, 2 * one - two)  # the optimiser, mostly
+    return tokens / run.world * per_token + fixed
 
 
 # ---- the run
@@ -716,33 +723,33 @@ SMALLER = "try a smaller learning_rate, or dtype=float32"
 
 @dataclass
 class Training:
-    """What a checkpoint holds and training changes."""
+    """The state of training; a checkpoint holds all but what belongs to this process."""
 
     model: GPT
-    net: torch.nn.Module  # the model or, over several ranks, DistributedDataParallel around it
+    net: torch.nn.Module  # the model, or DistributedDataParallel around it
     optimizers: list
     loader: Loader
     step: int = 0
     best: float = math.inf  # validation loss of best.pt
     origin: str = "scratch"  # init_from when the run began
-    resumed: int = -1  # step of the checkpoint that it goes on from
     # of this process:
-    durations: list = field(default_factory=list)  # of its steps, in seconds
-    step_seconds: float = 0.0  # what a step takes, once it is known
+    resumed: int = -1  # step of the checkpoint that it resumes from
+    durations: list = field(default_factory=list)  # seconds of each step
+    step_seconds: float = 0.0  # mean duration, once measured
     began: float = field(default_factory=time.time)
 
 
 def micro_batches_per_step(run, config):
-    """Micro-batches of a step over all ranks, as many on each."""
+    """Return the number of micro-batches of a step over all ranks, equally many on each."""
     tokens = config.batch_size * config.block_size * run.world
     if config.tokens_per_step % tokens:
-        given = f"tokens_per_step={config.tokens_per_step}"
-        raise InputError(f"{given} must be a multiple of batch x block x ranks = {tokens}")
+        option = f"tokens_per_step={config.tokens_per_step}"
+        raise InputError(f"{option} must be a multiple of batch x block x ranks = {tokens}")
     return max(1, config.tokens_per_step // tokens) * run.world
 
 
 def set_up(run, config, data, model, state):
-    """The Training of a fresh model, or that of the checkpoint `state`."""
+    """Return the Training of a fresh model, or of the checkpoint `state`."""
     if config.recompute:
         recompute_blocks(model)
     if config.compile:
@@ -756,7 +763,7 @@ def set_up(run, config, data, model, state):
     training = Training(model, net, optimizers, loader, origin=config.init_from)
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            groups = optimizer.state_dict()["param_groups"]  # as the options ask now
+            groups = optimizer.state_dict()["param_groups"]  # as the current options say
             optimizer.load_state_dict({**saved, "param_groups": groups})
         run.scaler.load_state_dict(state["scaler"])
         run.rewind(state["step"])
@@ -767,7 +774,7 @@ def set_up(run, config, data, model, state):
 
 
 def describe(run, config, data, training):
-    """Say what is trained on what."""
+    """Print the sizes of the model, the step and the data, and where it trains."""
     shape = f"{training.loader.n_micro} x {config.batch_size} x {config.block_size}"
     run.print(
         f"{count(training.model.parameters()) / 1e6:.2f} M parameters | {shape} tokens per step, "
@@ -777,19 +784,19 @@ def describe(run, config, data, training):
 
 
 def validate(run, config, data, training, finished):
-    """Validate, log, and save best.pt where it is the best so far. Returns evaluate's scores."""
-    n_batches = 4 if training.step == 0 and not finished else 0  # nothing is learned yet
+    """Validate, log, and save best.pt if it is the best so far. Returns evaluate's scores."""
+    n_batches = 4 if training.step == 0 and not finished else 0  # untrained: a few will do
     scores = evaluate(run, config, data, training.model, n_batches)
     run.log(training.step, **{f"val_{key}": scores[key] for key in ("task", "spatial", "total")})
-    moved = training.step not in (0, training.resumed)
-    if moved and scores["task"] < training.best:
+    has_trained = training.step not in (0, training.resumed)
+    if has_trained and scores["task"] < training.best:
         training.best = scores["task"]
         save(run, config, data, training, "best.pt")
     return scores
 
 
 def save(run, config, data, training, name):
-    """Write a checkpoint into the out folder."""
+    """Write a checkpoint to the out folder."""
     state = lm_state(training.model)
     state["optimizers"] = [optimizer.state_dict() for optimizer in training.optimizers]
     state["scaler"] = run.scaler.state_dict()
@@ -804,7 +811,7 @@ def save(run, config, data, training, name):
 
 
 def save_due(run, config, data, training):
-    """Write the checkpoints that are due at this step."""
+    """Write any checkpoints due at this step."""
     step = training.step
     if step in (0, training.resumed):
         return
@@ -815,22 +822,22 @@ def save_due(run, config, data, training):
 
 
 def due(step, *intervals):
-    """Whether a step is a multiple of any interval; 0: never."""
+    """Return whether a step is a multiple of any interval; an interval of 0 never is due."""
     return any(interval and step % interval == 0 for interval in intervals)
 
 
 def log_step(run, config, training, losses, norm):
-    """At intervals: stop at what is not finite, and log the step."""
+    """Log a step at intervals. Raises InputError where the loss is not finite."""
     step = training.step
     intervals = (config.eval_interval, config.save_interval, config.keep_interval)
     logged = step == 1 or due(step, config.log_interval)
     if not (logged or run.stopped or step == config.max_iters or due(step, *intervals)):
         return
     task, spatial = (run.reduce(losses) / run.world).tolist()
-    finite = norm.isfinite() or run.scaler.is_enabled()  # the scaler meets overflows by itself
+    finite = norm.isfinite() or run.scaler.is_enabled()  # the scaler handles overflows
     if not (finite and math.isfinite(task + spatial)):
         ckpt = run.out / "ckpt.pt"
-        raise InputError(f"the loss is not finite at step {step}: go back to {ckpt}; {SMALLER}")
+        raise InputError(f"the loss is not finite at step {step}: resume {ckpt} and {SMALLER}")
     if not logged:
         return
     numbers = {"train_task": task}
@@ -852,9 +859,9 @@ def log_step(run, config, training, losses, norm):
 
 
 def train_step(run, config, training):
-    """One optimiser step over this rank's micro-batches.
+    """Take an optimiser step over this rank's micro-batches.
 
-    Returns their mean task and spatial loss (2,) and the gradient's norm, left on the device.
+    Returns their mean task and spatial loss (2,) and the gradient's norm, both on the device.
     """
     model, loader, step = training.model, training.loader, training.step
     losses = torch.zeros(2, device=run.device)
@@ -866,7 +873,7 @@ def train_step(run, config, training):
             windows = model.draw_windows(run.generator(step, micro, "windows"))
         if config.dropout:
             torch.manual_seed(key_seed(run.seed, step, micro, "dropout"))
-        if run.world > 1:  # gradients travel once a step
+        if run.world > 1:  # ranks exchange gradients once per step
             training.net.require_backward_grad_sync = micro == micros[-1]
         with run.autocast():
             out = training.net(idx, targets, windows)
@@ -902,7 +909,7 @@ def main(config):
     describe(run, config, data, training)
     n_steps = None if config.max_iters == UNSETTLED else config.max_iters
     bar = run.progress(n_steps, training.step, "train")
-    run.stopping()  # from here on a signal waits for the end of a step
+    run.stopping()  # from here on a signal stops the run at the end of a step
     while True:
         finished = config.eval_only or training.step >= config.max_iters
         just_resumed = training.step == training.resumed

@@ -1,7 +1,7 @@
-"""Data formats, reader and writer in one file each; one folder per dataset, with its prepare.py.
+"""Data formats (one file each, reader and writer) and datasets (one folder each, with prepare.py).
 
-This file is what they all share: `InputError`, how files are written, and how YAML, tables and
-pickles are read.
+This file holds what they share: `InputError`, safe writing, and readers of YAML, tables and
+pickles.
 """
 
 import codecs
@@ -25,7 +25,7 @@ import yaml
 class InputError(ValueError):
     """Bad input: one sentence that names the file or option, what is wrong, and the remedy.
 
-    Scripts end with it and exit status 2 (configurator.configure); other exceptions are bugs.
+    Scripts print it and exit with status 2 (configurator.configure); other exceptions are bugs.
     """
 
 
@@ -34,8 +34,10 @@ class InputError(ValueError):
 
 @contextmanager
 def aside(path):
-    """Open a temporary file beside `path` for bytes, which becomes `path` when the block ends well:
-    a reader sees the old file or the new one, never half of one."""
+    """Open a temporary binary file that replaces `path` if the block succeeds.
+
+    Readers see the old file or the new one, never half a file.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
@@ -45,14 +47,14 @@ def aside(path):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file it was
+        error.filename = error.filename or str(path)  # a full disk does not name the file
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_aside(path, content):
-    """Write text (as UTF-8) or bytes to a file through `aside`."""
+    """Write text (as UTF-8) or bytes to a file with `aside`."""
     if isinstance(content, str):
         content = content.encode()
     with aside(path) as file:
@@ -60,7 +62,7 @@ def write_aside(path, content):
 
 
 def write_yaml(path, value):
-    """Write plain values as YAML, keys in their own order."""
+    """Write plain values as YAML, keys in the given order."""
     write_aside(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=1000))
 
 
@@ -68,8 +70,10 @@ def write_yaml(path, value):
 
 
 def check_content(path):
-    """The path, once the file and its content are there: datasets cloned with git-annex or git-lfs
-    hold links and pointers until they are fetched. Raises InputError."""
+    """Return the path. Raises InputError if the file or its content is missing.
+
+    Datasets cloned with git-annex or git-lfs hold links and pointers until they are fetched.
+    """
     path = Path(path)
     if path.is_symlink() and not path.exists():
         target = os.readlink(path)
@@ -87,59 +91,59 @@ def check_content(path):
 
 
 def file_hash(path, kind="sha256"):
-    """The checksum of a file, in hexadecimal digits."""
+    """Return the checksum of a file in hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
 def files_state(paths):
-    """A hash of the names, sizes and times of large files, another one when any was changed."""
+    """Return a hash of the names, sizes and times of large files, to notice when any changes."""
     state = []
     for path in map(Path, paths):
-        about = path.stat()
-        state.append([path.name, about.st_size, about.st_mtime_ns])
+        stat = path.stat()
+        state.append([path.name, stat.st_size, stat.st_mtime_ns])
     return hashlib.sha256(repr(state).encode()).hexdigest()[:16]
 
 
 def path_state(path):
-    """files_state of a file, or of the files in a folder (no hidden ones); of neither: of none."""
+    """Return files_state of a file, of a folder's files (not hidden ones), or of nothing."""
     files = [Path(path), *sorted(Path(path).glob("[!.]*"))]
     return files_state(filter(Path.is_file, files))
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values only, and no key twice: of two, YAML would silently take the last."""
+    """Load plain values only, and refuse duplicate keys: YAML would silently take the last."""
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
         names = collections.Counter(str(key.value) for key, _ in node.value)
         for name, count in names.most_common(1):
             if count > 1:
-                raise yaml.YAMLError(f"the key '{name}' stands twice")
+                raise yaml.YAMLError(f"the key '{name}' occurs twice")
         return node
 
 
-# YAML 1.1 reads 1e-3 as text; the JSON spelling of numbers is what people type.
+# YAML 1.1 reads 1e-3 as text, but people type numbers as in JSON.
 _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
-# It reads 010 as 8, 0x1f as 31 and 1:30 as 90. These stay text, of which int() makes 10 or nothing.
+# YAML reads 010 as 8, 0x1f as 31, 1:30 as 90. As text, int() takes 010 for 10 and refuses the rest.
 ODD_NUMBERS = re.compile(r"[-+]?(0[bx_0-9][_0-9a-fA-F]*$|[0-9_]+:)")
 for first in "-+0123456789":
     _PlainLoader.yaml_implicit_resolvers[first].insert(0, ("tag:yaml.org,2002:str", ODD_NUMBERS))
 
 
 def read_yaml(text):
-    """Plain values from YAML text, no objects. Raises yaml.YAMLError."""
+    """Return plain values (no objects) from YAML text. Raises yaml.YAMLError."""
     return yaml.load(text, _PlainLoader)
 
 
 def load_meta(folder, what, format, keys=()):
-    """meta.yaml of a prepared dataset as a dict, which must have this format and these keys.
+    """Return meta.yaml of a prepared dataset as a dict.
 
-    what: the kind of dataset, in words. Raises InputError.
+    what: the kind of dataset, in words. Raises InputError unless it has this format and these keys.
     """
     path = Path(folder) / "meta.yaml"
     if not path.parent.is_dir():
@@ -163,20 +167,23 @@ def load_meta(folder, what, format, keys=()):
 
 
 def read_text(path):
-    """The text of a file: UTF-8, or the Windows bytes of an older table, which is said."""
+    """Return the text of a file in UTF-8 or, with a notice, in the Windows code of older tables."""
     content = check_content(path).read_bytes()
     if b"\0" in content:
-        raise InputError(f"{path} is no plain text (it has zero bytes): save it as UTF-8")
+        raise InputError(f"{path} is not plain text (it has zero bytes): save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")  # spreadsheets like to write a byte order mark
+        return content.decode("utf-8-sig")  # spreadsheets may write a byte order mark
     except UnicodeDecodeError as error:
         print(f"{path} is not UTF-8 (byte {error.start}): read as Latin-1", flush=True)
     return content.decode("cp1252", errors="replace")  # Latin-1 and Windows' quotation marks
 
 
 def read_table(path, columns=(), **options):
-    """pandas.read_csv of a file that must have `columns`; words such as NA and null stay text.
-    Rows longer than the header are refused, but for a last field that is missing in all."""
+    """Read a CSV file with pandas. Raises InputError unless it has `columns`.
+
+    Words such as NA and null stay text. Rows longer than the header are refused, unless their last
+    field is always empty.
+    """
     import pandas as pd
 
     text = io.StringIO(read_text(path))
@@ -194,21 +201,22 @@ def read_table(path, columns=(), **options):
 
 
 def column(table, path, *names):
-    """The first of these columns that a table has. Raises InputError without one, or with two."""
+    """Return the first of the columns `names` in a table. Raises InputError for none, or twins."""
     for name in names:
-        if f"{name}.1" in table:  # as pandas calls the second
+        if f"{name}.1" in table:  # what pandas calls the second
             raise InputError(f"{path} has two columns '{name}': rename the wrong one")
         if name in table:
             return table[name]
-    wanted, there = "' or '".join(names), ", ".join(map(str, table)) or "none"
-    raise InputError(f"{path} has no column '{wanted}', only {there}: is it the right file?")
+    wanted = "' or '".join(names)
+    existing = ", ".join(map(str, table)) or "none"
+    raise InputError(f"{path} has no column '{wanted}', only {existing}: is it the right file?")
 
 
 class PickledObject:
-    """What an unpickled object of somebody else's class becomes: its attributes, nothing else."""
+    """Stand-in for an unpickled object of a foreign class: its attributes, nothing else."""
 
 
-# what a pickle may call: it makes arrays, tensors and plain containers, and can run nothing
+# what a pickle may call: functions that make arrays, tensors and plain containers
 SAFE_IN_PICKLES = {
     "collections.OrderedDict": collections.OrderedDict,
     "_codecs.encode": codecs.encode,  # protocol 2 writes bytes as text
@@ -221,17 +229,17 @@ SAFE_IN_PICKLES = {
 
 
 def read_pickle(path, allowed=()):
-    """The object in a pickle, or in a .npy that holds one: plain types and NumPy's arrays.
+    """Return the object in a pickle, or a .npy with a pickle: plain types and NumPy arrays.
 
-    allowed: names of classes whose objects become PickledObjects; torch's tensors are read beside
-    them. Raises InputError for a torn file, and for one that holds code.
+    allowed: names of classes whose objects become PickledObjects; with it torch's tensors are read,
+    too. Raises InputError for damaged files, and for those that would run code.
     """
-    known = dict(SAFE_IN_PICKLES)
+    callables = dict(SAFE_IN_PICKLES)
     if allowed:
         import torch
 
-        known["torch._utils._rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
-        known["torch.storage._load_from_bytes"] = lambda content: torch.load(
+        callables["torch._utils._rebuild_tensor_v2"] = torch._utils._rebuild_tensor_v2
+        callables["torch.storage._load_from_bytes"] = lambda content: torch.load(
             io.BytesIO(content), weights_only=True
         )
 
@@ -239,10 +247,10 @@ def read_pickle(path, allowed=()):
         def find_class(self, module, name):
             if name in allowed:
                 return PickledObject
-            module = re.sub(r"^numpy\.(_core|core)\.", "numpy.", module)  # of NumPy 2 or 1
-            if f"{module}.{name}" not in known:
-                raise pickle.UnpicklingError(f"it wants {module}.{name}")
-            return known[f"{module}.{name}"]
+            module = re.sub(r"^numpy\.(_core|core)\.", "numpy.", module)  # in NumPy 2 or 1
+            if f"{module}.{name}" not in callables:
+                raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
+            return callables[f"{module}.{name}"]
 
     check_content(path)
     try:
@@ -253,18 +261,18 @@ def read_pickle(path, allowed=()):
                 major, minor = np.lib.format.read_magic(file)
                 getattr(np.lib.format, f"read_array_header_{major}_{minor}")(file)
             return RestrictedUnpickler(file, encoding="latin1").load()
-    except Exception as error:  # a torn pickle raises nearly anything
+    except Exception as error:  # a damaged pickle may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        problem = "it is torn, or not what its name says"
+        problem = "it is damaged, or not what its name says; copy it again"
         raise InputError(f"{path} cannot be read ({reason}): {problem}") from None
 
 
 def remedy(folder, option=""):
-    """The end of a sentence: how to make the dataset, if a prepare.py is near it, else ''."""
+    """Return the end of an error: how to make the dataset if a prepare.py is near it, else ''."""
     folder = Path(folder)
-    for place in (folder, folder.parent, folder.parent.parent):
-        if (place / "prepare.py").is_file():
-            return f"; make it with: python {place / 'prepare.py'}{option}"
+    for parent in (folder, folder.parent, folder.parent.parent):
+        if (parent / "prepare.py").is_file():
+            return f"; make it with: python {parent / 'prepare.py'}{option}"
     return ""
 
 
@@ -272,22 +280,22 @@ def remedy(folder, option=""):
 
 
 def folder_of(config, script, name=""):
-    """Where a dataset goes: config.out_dir, or the folder of its script (or `name` in it)."""
+    """Return a dataset's folder: config.out_dir, or the folder of its script (or `name` in it)."""
     folder = Path(config.out_dir or os.path.relpath(Path(script).resolve().parent / name))
-    for place in (folder, *folder.parents):
-        if place.is_file():
-            raise InputError(f"out_dir={folder}: {place} is a file: give a folder")
+    for parent in (folder, *folder.parents):
+        if parent.is_file():
+            raise InputError(f"out_dir={folder}: {parent} is a file: give a folder")
     return folder
 
 
 def options_of(config, *others):
-    """The options that decide what a dataset holds: all but out_dir, overwrite and `others`."""
-    left_out = {"out_dir", "overwrite", *others}
-    return {key: value for key, value in asdict(config).items() if key not in left_out}
+    """Return the options that decide a dataset's content: no out_dir, overwrite or `others`."""
+    omitted = {"out_dir", "overwrite", *others}
+    return {key: value for key, value in asdict(config).items() if key not in omitted}
 
 
 def check_options(folder, made_with, options):
-    """Refuse a dataset that was made with other options than these. Raises InputError."""
+    """Raise InputError if a dataset was made with other options."""
     made_with = made_with or {}
     changed = [key for key in options if made_with.get(key) != options[key]]
     if changed:
@@ -297,10 +305,10 @@ def check_options(folder, made_with, options):
 
 
 def already_made(folder, options, is_complete, overwrite=False, **version):
-    """Whether a dataset is there, made with these options and this version, which it says.
+    """Return whether a dataset exists with these options and this version, and print it.
 
-    is_complete: a format's `complete`; version: keys of meta.yaml, of which a change makes it
-    again.
+    is_complete: a format's `complete`. version: values in meta.yaml; a dataset with other values is
+    made again.
     """
     if overwrite or not is_complete(folder):
         return False
@@ -309,16 +317,16 @@ def already_made(folder, options, is_complete, overwrite=False, **version):
     check_options(folder, meta.get("options"), options)
     for key, value in version.items():
         if meta.get(key) != value:
-            print(f"{folder} was made by another version of its sources: it is made again")
+            print(f"{folder} was made from another version of its sources: making it again")
             return False
-    print(f"{folder} is there already (overwrite=True makes it again)")
+    print(f"{folder} already exists (overwrite=True makes it again)")
     return True
 
 
 def embedded(name):
-    """Folder of an embedded dataset under data/, made first, with a notice, if it is not there."""
+    """Return the folder of an embedded dataset under data/; make it first if it is missing."""
     folder = Path(__file__).parent / name
     if not (folder / "meta.yaml").exists():
-        print(f"data/{name} is not there: it is made first", flush=True)
+        print(f"data/{name} does not exist yet: making it", flush=True)
         subprocess.run([sys.executable, str(folder / "prepare.py")], check=True)
     return folder

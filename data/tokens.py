@@ -1,21 +1,21 @@
 """Text for language models as flat files of token ids, with the tokenizer that made them.
 
 A dataset is a folder:
-    train.bin, val.bin      token ids one after the other, raw uint16 (uint32 where the vocabulary
-                            is larger than 65,536)
-    tokenizer.tiktoken      tiktoken's rank file: a token a line, base64 of its bytes and its rank
+    train.bin, val.bin      consecutive token ids, raw uint16 (uint32 if the vocabulary is larger
+                            than 65,536)
+    tokenizer.tiktoken      tiktoken's rank file: one token per line, base64 bytes and rank
     meta.yaml               format, vocab_size, dtype, tokenizer, splits (file, tokens, sha256) and
-                            what the maker adds; written last: a folder that has it is complete
+                            what prepare.py adds; written last, so a folder with it is complete
 A large split has `shards` instead (a list of file, tokens, sha256), read in order as one stream;
 their `offset` is the length of a header in bytes.
 
-Folders made elsewhere are read as they are: nanoGPT's (train.bin, val.bin and, for characters,
+Folders made elsewhere work as they are: nanoGPT's (train.bin, val.bin and, for characters,
 meta.pkl), and shards with the header of llm.c and modded-nanogpt (*train*.bin, *val*.bin: 256
-int32, the first three 20240520, 1, the number of tokens; then uint16).
+int32, starting with 20240520, 1 and the number of tokens; then uint16).
 
-A tokenizer travels, in checkpoints too, as its state, a dict of plain types: name, pattern,
-special_tokens ({text: id}) and ranks (the text of the rank file). A tokenizer of characters is the
-same thing with the pattern `[\\s\\S]` and a rank for each character.
+Datasets and checkpoints store a tokenizer as its state, a dict of plain types: name, pattern,
+special_tokens ({text: id}) and ranks (the text of the rank file). A character-level tokenizer has
+the pattern `[\\s\\S]` and a rank for each character.
 """
 
 import base64
@@ -52,13 +52,13 @@ from data import (
 
 FORMAT = "tokens-1"
 ENDOFTEXT = "<|endoftext|>"
-CHARACTERS = r"[\s\S]"  # the pattern of a tokenizer of characters
+CHARACTERS = r"[\s\S]"  # the pattern of a character-level tokenizer
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # SHA-256 of GPT-2's BPE as vocab.bpe (merges.txt), and as the rank file r50k_base.tiktoken
 GPT2_MERGES = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 HEADER = 20240520  # magic number of llm.c's token files
-HEADER_32 = 20240801  # llm.c's, of tokens of 32 bits
+HEADER_32 = 20240801  # the same for 32-bit tokens
 HEADER_BYTES = 1024
 
 # How GPT-2's files spell bytes: printable ones as themselves, the others as U+0100 and up
@@ -74,9 +74,9 @@ BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(OTHERS)}
 class Tokenizer:
     """Text to token ids and back.
 
-    state: what it was made from; core: the tiktoken.Encoding; n_vocab: special ids included;
-    special: {text: id}; eot: the id of <|endoftext|>, or None; known: the characters of a tokenizer
-    without all 256 bytes, else None.
+    state: what it was made from; core: the tiktoken.Encoding; n_vocab: vocabulary size, including
+    special tokens; special: {text: id}; eot: the id of <|endoftext|>, or None; characters: all that
+    a character-level tokenizer can encode, or None if it has all 256 bytes.
     """
 
     def __init__(self, state):
@@ -85,27 +85,27 @@ class Tokenizer:
         self.n_vocab = self.core.n_vocab
         self.special = dict(state["special_tokens"])
         self.eot = self.special.get(ENDOFTEXT)
-        self.known = None
+        self.characters = None
         ranks = ranks_of(state)
         if any(bytes([byte]) not in ranks for byte in range(256)):
-            self.known = {token.decode(errors="ignore") for token in ranks}
+            self.characters = {token.decode(errors="ignore") for token in ranks}
 
     def encode(self, text):
-        """List of token ids; '<|endoftext|>' in the text is plain text."""
+        """Return a list of token ids; '<|endoftext|>' in the text is plain text."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same as a uint32 array. Raises InputError for a character without a token."""
+        """Return encode's ids as a uint32 array. Raises InputError for an unknown character."""
         text = replace_lone_surrogates(text)
-        if self.known is not None and not self.known.issuperset(text):
-            missing = min(set(text) - self.known)
+        if self.characters is not None and not self.characters.issuperset(text):
+            missing = min(set(text) - self.characters)
             name = f"the tokenizer '{self.state['name']}'"
-            cure = "leave it out of the text, or use a byte-level tokenizer"
-            raise InputError(f"{name} has no character {missing!r}: {cure}")
+            cure = "remove it from the text, or use a byte-level tokenizer"
+            raise InputError(f"{name} does not have the character {missing!r}: {cure}")
         return self.core.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids):
-        """The text of token ids. Ids without a token and torn characters become U+FFFD."""
+        """Return the text of token ids. Unknown ids and partial characters become U+FFFD."""
         pieces = []
         for i in map(int, ids):
             try:
@@ -116,7 +116,7 @@ class Tokenizer:
 
 
 def replace_lone_surrogates(text):
-    """The text with U+FFFD for each half of a surrogate pair, which has no UTF-8 form."""
+    """Replace each half of a surrogate pair, which has no UTF-8 form, by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -125,7 +125,7 @@ def replace_lone_surrogates(text):
 
 
 def encoding(state):
-    """The tiktoken.Encoding of a tokenizer state. Raises InputError when the state is not one."""
+    """Return the tiktoken.Encoding of a tokenizer state. Raises InputError for anything else."""
     try:
         return tiktoken.Encoding(
             state["name"],
@@ -139,7 +139,7 @@ def encoding(state):
 
 
 def state_of(core):
-    """The state of a tiktoken.Encoding."""
+    """Return the state of a tiktoken.Encoding."""
     ranks = rank_file(core._mergeable_ranks)
     return make_state(core.name, core._pat_str, ranks, dict(core._special_tokens))
 
@@ -149,7 +149,7 @@ def make_state(name, pattern, ranks, special_tokens):
 
 
 def ranks_of(state):
-    """{bytes of a token: its rank}."""
+    """Return {token bytes: rank}."""
     ranks = {}
     for line in state["ranks"].splitlines():
         token, rank = line.split()
@@ -158,32 +158,33 @@ def ranks_of(state):
 
 
 def rank_file(ranks):
-    """The text of tiktoken's rank file for {bytes of a token: its rank}."""
+    """Return the text of tiktoken's rank file for {token bytes: rank}."""
     lines = []
     for token in sorted(ranks, key=ranks.get):
         lines.append(f"{base64.b64encode(token).decode()} {ranks[token]}\n")
     return "".join(lines)
 
 
-# ---- tokenizers of characters
+# ---- character-level tokenizers
 
 
 def character_state(text, name="characters"):
-    """Tokenizer state of the characters of `text` in code point order, then <|endoftext|>."""
+    """Return a tokenizer state: the characters of `text` in code point order, then end-of-text."""
     characters = sorted(set(text))
     ranks = {character.encode(): i for i, character in enumerate(characters)}
     return make_state(name, CHARACTERS, rank_file(ranks), {ENDOFTEXT: len(characters)})
 
 
 def nanogpt_characters(path):
-    """Tokenizer state of the characters in nanoGPT's meta.pkl. Raises InputError."""
+    """Return the tokenizer state of nanoGPT's meta.pkl. Raises InputError."""
     pickled = read_pickle(path)
     ids = pickled.get("stoi") if isinstance(pickled, dict) else None
     if not isinstance(ids, dict) or set(ids.values()) != set(range(len(ids))):
         raise InputError(f"{path} is not nanoGPT's meta.pkl: make the dataset again")
     for character in ids:
         if not isinstance(character, str) or len(character) != 1:
-            raise InputError(f"{path} is not a vocabulary of characters: it has {character!r}")
+            cure = "make the dataset again"
+            raise InputError(f"{path} has {character!r}, which is not a character: {cure}")
     ranks = {character.encode(): i for character, i in ids.items()}
     return make_state("characters", CHARACTERS, rank_file(ranks), {})
 
@@ -192,38 +193,38 @@ def nanogpt_characters(path):
 
 
 def gpt2_encoding(bpe=""):
-    """GPT-2's byte-level BPE as a tiktoken.Encoding.
+    """Return GPT-2's byte-level BPE as a tiktoken.Encoding.
 
-    From the file `bpe` (vocab.bpe, merges.txt or r50k_base.tiktoken, its checksum verified), else
-    tiktoken's cache, else the network.
+    From the file `bpe` (vocab.bpe, merges.txt or r50k_base.tiktoken, checksum verified), else from
+    tiktoken's cache, else from the network.
     """
     if bpe:
         return encoding(_gpt2_state(Path(bpe)))
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # no network; a download with a wrong checksum
-        cure = "run once with network, point TIKTOKEN_CACHE_DIR to a cache copied from another "
-        cure += "machine, or give its vocab.bpe with bpe=FILE"
-        where = f"not in tiktoken's cache, nor reachable ({type(error).__name__})"
-        raise InputError(f"GPT-2's BPE is {where}: {cure}") from None
+        cure = "run once with network access, point TIKTOKEN_CACHE_DIR to a cache copied from "
+        cure += "another machine, or give its vocab.bpe with bpe=FILE"
+        problem = f"neither in tiktoken's cache nor reachable ({type(error).__name__})"
+        raise InputError(f"GPT-2's BPE is {problem}: {cure}") from None
 
 
 def _gpt2_state(path):
     raw = check_content(path).read_bytes()
-    text = raw.replace(b"\r\n", b"\n").rstrip(b"\n") + b"\n"  # as before it met other editors
+    text = raw.replace(b"\r\n", b"\n").rstrip(b"\n") + b"\n"  # undo what editors do to line ends
     digests = {hashlib.sha256(raw).hexdigest(), hashlib.sha256(text).hexdigest()}
     if GPT2_RANKS in digests:
         ranks = text.decode()
     elif GPT2_MERGES in digests:
         ranks = ranks_of_merges(text.decode())
     else:
-        wrong = "its SHA-256 is neither that of vocab.bpe (merges.txt) nor of r50k_base.tiktoken"
-        raise InputError(f"{path} is not GPT-2's BPE: {wrong}; fetch it again")
+        problem = "its SHA-256 matches neither vocab.bpe (merges.txt) nor r50k_base.tiktoken"
+        raise InputError(f"{path} is not GPT-2's BPE: {problem}; fetch it again")
     return make_state("gpt2", GPT2_PATTERN, ranks, {ENDOFTEXT: ranks.count("\n")})
 
 
 def ranks_of_merges(text):
-    """The text of a rank file from that of vocab.bpe (merges.txt): 256 bytes, then the merges."""
+    """Turn the text of vocab.bpe (merges.txt) into a rank file: 256 bytes, then the merges."""
     tokens = [bytes([byte]) for byte in BYTE_OF.values()]
     for line in text.split("\n"):
         if line and not line.startswith("#version"):
@@ -232,20 +233,20 @@ def ranks_of_merges(text):
 
 
 def bytes_of(spelled):
-    """The bytes of a token as GPT-2's files spell it. Raises KeyError for any other character."""
+    """Return a token's bytes from the spelling in GPT-2's files. Raises KeyError for any other."""
     return bytes(BYTE_OF[character] for character in spelled)
 
 
 def learn_bpe(texts, vocab_size, name):
-    """State of a byte-level BPE learned from a list of texts; its last token is <|endoftext|>."""
+    """Learn a byte-level BPE from a list of texts, with <|endoftext|> last; return its state."""
     from tokenizers import ByteLevelBPETokenizer
 
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size - 1, show_progress=False, length=len(texts))
     vocabulary = bpe.get_vocab()
     if len(vocabulary) < vocab_size - 1:
-        yields = f"{len(vocabulary) + 1} tokens and not vocab_size={vocab_size}"
-        raise InputError(f"the text yields {yields}: give a smaller vocab_size or more text")
+        sizes = f"only {len(vocabulary) + 1} tokens, not vocab_size={vocab_size}"
+        raise InputError(f"the text yields {sizes}: give a smaller vocab_size or more text")
     ranks = rank_file({bytes_of(spelled): rank for spelled, rank in vocabulary.items()})
     return make_state(name, GPT2_PATTERN, ranks, {ENDOFTEXT: len(vocabulary)})
 
@@ -254,7 +255,7 @@ def learn_bpe(texts, vocab_size, name):
 
 
 class TokenFile:
-    """A token file being written through `aside`: its number of tokens and checksum so far."""
+    """A token file written through `aside`, with its number of tokens and checksum so far."""
 
     def __init__(self, file, name, vocab_size):
         self.file = file
@@ -270,7 +271,7 @@ class TokenFile:
         self.tokens += len(ids)
 
     def entry(self):
-        """What meta.yaml says of it."""
+        """Return its entry in meta.yaml."""
         return {"file": self.name, "tokens": self.tokens, "sha256": self.digest.hexdigest()}
 
 
@@ -279,7 +280,7 @@ def dtype_of(vocab_size):
 
 
 def write_dataset(folder, splits, tokenizer, **meta):
-    """Write a dataset, streaming, and return its meta. An older meta.yaml goes first.
+    """Write a dataset from streams of ids and return its meta; removes an older meta.yaml first.
 
     splits: {"train": iterable of 1-D arrays (or lists) of ids, "val": ...}; tokenizer: a state;
     meta: more keys for meta.yaml, plain types.
@@ -295,7 +296,7 @@ def write_dataset(folder, splits, tokenizer, **meta):
             writer = TokenFile(file, path.name, vocab_size)
             for ids in map(np.asarray, arrays):
                 if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-                    span = f"{ids.min()}..{ids.max()}"
+                    span = f"{ids.min()} to {ids.max()}"
                     raise InputError(f"{path}: ids {span} do not fit {vocab_size} tokens")
                 writer.write(ids)
             if not writer.tokens:
@@ -306,16 +307,19 @@ def write_dataset(folder, splits, tokenizer, **meta):
 
 
 def write_meta(folder, splits, tokenizer, **meta):
-    """Complete a dataset whose token files are there; splits and the result: as meta.yaml has."""
+    """Write meta.yaml and the tokenizer next to finished token files; return the meta.
+
+    splits: as in meta.yaml.
+    """
     folder = Path(folder)
     vocab_size = encoding(tokenizer).n_vocab
-    described = {**tokenizer, "file": "tokenizer.tiktoken"}
-    write_aside(folder / "tokenizer.tiktoken", described.pop("ranks"))
+    description = {**tokenizer, "file": "tokenizer.tiktoken"}
+    write_aside(folder / "tokenizer.tiktoken", description.pop("ranks"))
     meta = {
         "format": FORMAT,
         "vocab_size": vocab_size,
         "dtype": dtype_of(vocab_size),
-        "tokenizer": described,
+        "tokenizer": description,
         "splits": splits,
         **meta,
     }
@@ -327,7 +331,7 @@ def write_meta(folder, splits, tokenizer, **meta):
 
 
 def read_meta(folder):
-    """meta.yaml of a dataset, or what it would say of one made elsewhere. Raises InputError."""
+    """Return meta.yaml of a dataset, or its equal for one made elsewhere. Raises InputError."""
     folder = Path(folder)
     if not (folder / "meta.yaml").is_file():
         meta = _foreign_meta(folder)
@@ -338,7 +342,7 @@ def read_meta(folder):
 
 
 def tokenizer_state(folder):
-    """The state of a dataset's tokenizer. Raises InputError when it is missing."""
+    """Return the state of a dataset's tokenizer. Raises InputError if it is missing."""
     folder = Path(folder)
     state = dict(read_meta(folder)["tokenizer"])
     file = state.pop("file")
@@ -347,19 +351,19 @@ def tokenizer_state(folder):
     path = check_content(folder / file)
     try:
         state["ranks"] = path.read_text(encoding="ascii")
-        is_whole = bool(ranks_of(state))
+        is_valid = bool(ranks_of(state))
     except ValueError:
-        is_whole = False
-    if not is_whole:
-        raise InputError(f"{path} is torn, or no rank file of tiktoken{remedy(folder)}")
+        is_valid = False
+    if not is_valid:
+        raise InputError(f"{path} is damaged, or not a rank file of tiktoken{remedy(folder)}")
     return state
 
 
 class Tokens:
-    """One split of a dataset. Raises InputError where a file is missing or of another length.
+    """One split of a dataset. Raises InputError if a file is missing or has the wrong length.
 
-    path: of the .bin file (of the folder, where the split is in shards); tokens: (N,) np.memmap,
-    read-only, or a Stream of several.
+    path: the .bin file, or the folder of a split in shards; tokens: (N,) a read-only np.memmap, or
+    a Stream of several.
     """
 
     def __init__(self, folder, split):
@@ -382,7 +386,7 @@ class Tokens:
         size = path.stat().st_size
         expected = offset + shard["tokens"] * dtype.itemsize
         if size != expected or not size:
-            problem = f"is {size:,} bytes long where {expected:,} are expected"
+            problem = f"is {size:,} bytes long, not {expected:,} as expected"
             raise InputError(f"{path} {problem}{remedy(self.folder)}")
         return np.memmap(path, dtype, mode="r", offset=offset)
 
@@ -390,25 +394,25 @@ class Tokens:
         return len(self.tokens)
 
     def windows(self, starts, length):
-        """int64 (len(starts), length): `length` tokens from each of `starts`. Raises InputError."""
+        """Return `length` tokens from each start: (len(starts), length) int64."""
         starts = np.asarray(starts, dtype=np.int64)
         if starts.size and not 0 <= starts.min() <= starts.max() <= len(self) - length:
-            span = f"windows of {length} tokens from {starts.min()} to {starts.max()}"
-            raise InputError(f"{self.path}: {span} leave its {len(self)} tokens")
+            span = f"windows of {length} tokens that start at {starts.min()} to {starts.max()}"
+            raise InputError(f"{self.path}: {span} exceed its {len(self)} tokens")
         ids = np.empty((len(starts), length), dtype=np.int64)
         for row, start in zip(ids, starts):
             row[:] = self.tokens[start : start + length]
         if ids.size and ids.max() >= self.vocab_size:
             row, column = np.argwhere(ids >= self.vocab_size)[0]
-            wrong = f"token id {ids[row, column]} at offset {starts[row] + column}"
+            token = f"token id {ids[row, column]} at offset {starts[row] + column}"
             cure = remedy(self.folder, " overwrite=True")
             vocabulary = f"the vocabulary of {self.vocab_size} tokens"
-            raise InputError(f"{self.path}: {wrong} is outside {vocabulary}{cure}")
+            raise InputError(f"{self.path}: {token} is outside {vocabulary}{cure}")
         return ids
 
 
 def split_ids(folder, split, tokenizer):
-    """int64 (N,): a split's text in the ids of `tokenizer`, encoded anew where it has others."""
+    """Return a split's text as ids (N,) int64 of `tokenizer`, re-encoded if its ids differ."""
     tokens = Tokens(folder, split)
     ids = tokens.windows([0], len(tokens))[0]
     state = tokenizer_state(folder)
@@ -422,7 +426,7 @@ def split_ids(folder, split, tokenizer):
 
 
 class Stream:
-    """Several arrays read as one: len, slices (of step 1), and as one array."""
+    """Several arrays that read as one: len, slices (step 1), conversion to one array."""
 
     def __init__(self, parts):
         self.parts = parts
@@ -446,7 +450,7 @@ class Stream:
 
 
 def complete(folder):
-    """Whether the folder holds a whole dataset: every file there and as long as meta.yaml says."""
+    """Return whether a dataset is complete: all files exist and are as long as meta.yaml says."""
     try:
         for split in read_meta(folder)["splits"]:
             Tokens(folder, split)
@@ -460,9 +464,9 @@ def complete(folder):
 
 
 def _foreign_meta(folder):
-    """What meta.yaml would say of a folder of nanoGPT's or llm.c's token files; None for others."""
+    """Return the meta.yaml that nanoGPT's or llm.c's token files lack; None for other folders."""
     if (folder / "unfinished").is_dir() or (folder / "tokenizer.tiktoken").exists():
-        return None  # an unfinished one of ours
+        return None  # one of ours, unfinished
     for prepare in (folder / "prepare.py", folder.parent / "prepare.py"):
         if prepare.is_file() and "\nEMBEDDED = " in prepare.read_text(errors="replace"):
             return None
@@ -483,8 +487,11 @@ def _foreign_meta(folder):
 
 
 def find_token_files(folder):
-    """Splits, as meta.yaml has them, of files without one: train.bin and val.bin, with or without
-    llm.c's header, or *train*.bin and *val*.bin with it."""
+    """Return the splits, as in meta.yaml, of token files without one.
+
+    Those are train.bin and val.bin, with or without llm.c's header, or *train*.bin and *val*.bin
+    with it.
+    """
     splits = {}
     for split in ("train", "val"):
         bare = folder / f"{split}.bin"
@@ -493,7 +500,7 @@ def find_token_files(folder):
         if bare.is_file() and not shards:
             ids = np.fromfile(bare, "<u2", 8192)
             if ids[::2].any() and len(ids) > 1 and not ids[1::2].any():
-                raise InputError(f"{bare} holds numbers of 32 bits: write its tokens as uint16")
+                raise InputError(f"{bare} holds 32-bit numbers: write its tokens as uint16")
             shards = [{"file": bare.name, "tokens": bare.stat().st_size // 2}]
         if shards:
             n_tokens = sum(shard["tokens"] for shard in shards)
@@ -502,12 +509,12 @@ def find_token_files(folder):
 
 
 def _read_header(path):
-    """meta.yaml's entry of a token file with llm.c's header; None for any other file."""
+    """Return the entry in meta.yaml of a token file with llm.c's header; None for other files."""
     head = np.fromfile(path, "<i4", 256)
     if len(head) < 256 or head[0] not in (HEADER, HEADER_32):
         return None
     if head[0] == HEADER_32 or head[1] != 1:
-        version = f"version {head[1]} of llm.c's format for Llama's tokens, or a later one"
+        version = f"version {head[1]} of llm.c's format, which holds Llama's tokens or is newer"
         raise InputError(f"{path} has {version}: write GPT-2's tokens as uint16, version 1")
     return {"file": path.name, "tokens": int(head[2]), "offset": HEADER_BYTES}
 
@@ -521,9 +528,9 @@ def _foreign_tokenizer(folder):
     try:
         return state_of(gpt2_encoding())
     except InputError:
-        where = "neither in tiktoken's cache nor reachable"
-        cure = "put its vocab.bpe into the folder, or run once with network"
-        raise InputError(f"{folder} holds GPT-2's tokens, whose BPE is {where}: {cure}") from None
+        problem = "neither in tiktoken's cache nor reachable"
+        cure = "put its vocab.bpe into the folder, or run once with network access"
+        raise InputError(f"{folder} has GPT-2's tokens, whose BPE is {problem}: {cure}") from None
 
 
 # ---- documents
@@ -536,7 +543,7 @@ ENDINGS = {
 
 
 def kind_of(path):
-    """'parquet', 'jsonl' or 'text' by the ending of the name, .gz left away; '' for any other."""
+    """Return 'parquet', 'jsonl' or 'text' by the file's ending, ignoring .gz; else ''."""
     name = str(path).lower().removesuffix(".gz")
     for kind, endings in ENDINGS.items():
         if name.endswith(endings):
@@ -545,32 +552,37 @@ def kind_of(path):
 
 
 def find_documents(root, pattern=""):
-    """Files of documents, sorted: root itself, or those under it that match a glob; without one its
-    parquet files, else JSONL, else text. Hidden ones do not count. InputError without any."""
+    """Return sorted files of documents: root itself, or those under it that match a glob.
+
+    Without a pattern: parquet files, else JSONL, else text. Ignores hidden files. Raises InputError
+    if none are left.
+    """
     root = Path(root)
     if root.name.lower().endswith(".json") and root.is_file():
-        cure = "write one object a line to a .jsonl, or name it .txt to learn it as it stands"
+        cure = "write one object per line to a .jsonl, or name it .txt to train on it as it is"
         raise InputError(f"root={root} may be JSON or text: {cure}")
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise InputError(f"root={root} does not exist: give a file of text, or a folder of them")
-    of_kind = defaultdict(list)
+    files = defaultdict(list)
     for path in sorted(root.rglob(pattern or "*")):
         is_hidden = "/." in f"/{path.relative_to(root)}"
         if not path.is_dir() and not is_hidden:
-            of_kind["any" if pattern else kind_of(path)].append(path)
+            files["any" if pattern else kind_of(path)].append(path)
     for kind in ("any", *ENDINGS):
-        if of_kind[kind]:
-            return of_kind[kind]
+        if files[kind]:
+            return files[kind]
     wanted = pattern or ".parquet, .jsonl, .txt or .md"
-    cure = "give another root=, or the kind of yours with files="
+    cure = "give another root=, or a pattern for your files with files="
     raise InputError(f"root={root} holds no {wanted} files: {cure}")
 
 
 def documents(path, start=0, stop=None, column="text"):
-    """The texts of one file in order, None for null: of a parquet file its row groups start to
-    stop, of JSONL the lines that begin in its bytes start to stop, of any other all."""
+    """Yield the texts of a file in order, None for null.
+
+    start, stop: row groups of a parquet file; bytes in which a line of JSONL begins.
+    """
     if kind_of(path) == "parquet":
         yield from _parquet_texts(path, start, stop, column)
         return
@@ -582,21 +594,21 @@ def documents(path, start=0, stop=None, column="text"):
             else:
                 yield decode_text(path, file.read())
     except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise InputError(f"{path} is not a whole gzip file: fetch it again") from None
+        raise InputError(f"{path} is not a complete gzip file: fetch it again") from None
 
 
 def decode_text(path, raw):
-    """The text of a file's bytes, without a byte order mark. Raises InputError."""
+    """Decode a file's bytes as UTF-8, without a byte order mark. Raises InputError."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         problem = f"is not UTF-8 text (byte {error.start}, line {line})"
-        raise InputError(f"{path} {problem}: convert it, or leave it out") from None
+        raise InputError(f"{path} {problem}: convert it to UTF-8, or leave it out") from None
 
 
 def _json_texts(path, file, start, stop, column):
-    if start:  # the line that began before belongs to the piece before
+    if start:  # a line that begins earlier belongs to the previous piece
         file.seek(start - 1)
         file.readline()
     while stop is None or file.tell() < stop:
@@ -614,10 +626,10 @@ def _json_texts(path, file, start, stop, column):
             problem = f"has no '{column}': give column="
         except (ValueError, RecursionError):
             text = 0
-            problem = f"is not JSON in UTF-8: write one object a line, its text in '{column}'"
+            problem = f"is not JSON in UTF-8: write one object per line, with text in '{column}'"
         if not isinstance(text, str | None):
-            shown = line[:60].decode(errors="replace").strip()
-            raise InputError(f"{path}: the line at byte {at} ({shown}) {problem}")
+            excerpt = line[:60].decode(errors="replace").strip()
+            raise InputError(f"{path}: the line at byte {at} ({excerpt}) {problem}")
         yield text
 
 
@@ -635,22 +647,23 @@ def _open_parquet(path, column):
         file = pyarrow.parquet.ParquetFile(check_content(path))
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:100]
-        raise InputError(f"{path} is not a whole parquet file ({reason}): fetch it again") from None
+        problem = f"is not a complete parquet file ({reason})"
+        raise InputError(f"{path} {problem}: fetch it again") from None
     columns = {field.name: str(field.type) for field in file.schema_arrow}
     if "string" not in columns.get(column, ""):
-        raise InputError(f"{path} has no text in a column '{column}', only {columns}: give column=")
+        raise InputError(f"{path} has no text column '{column}', only {columns}: give column=")
     return file
 
 
 def _group_bytes(path, column):
-    """Bytes of the texts in each row group of a parquet file."""
+    """Return the bytes of text in each row group of a parquet file."""
     file = _open_parquet(path, column)
-    at = file.schema_arrow.names.index(column)
+    number = file.schema_arrow.names.index(column)
     groups = range(file.num_row_groups)
-    return [file.metadata.row_group(i).column(at).total_uncompressed_size for i in groups]
+    return [file.metadata.row_group(i).column(number).total_uncompressed_size for i in groups]
 
 
-# ---- any amount of documents into shards
+# ---- from any number of documents to shards
 
 
 @dataclass
@@ -658,21 +671,21 @@ class Source:
     """Files that are fetched and tokenised together."""
 
     files: list  # paths, or names on the hub
-    bytes: int  # about how much text they hold
+    bytes: int  # approximate size of their text
 
 
 @dataclass
 class Plan:
-    """How documents become shards. Sources, tokenizer and this decide what the shards hold."""
+    """How documents become shards; with sources and tokenizer it settles what the shards hold."""
 
     column: str = "text"  # of JSONL and parquet files
-    val_fraction: float = 0.0005  # of the documents, by a hash of their text: never on both sides
-    tail: bool = False  # the end of each document for validation instead, for few long ones
+    val_fraction: float = 0.0005  # of documents, by a hash of their text: no text on both sides
+    tail: bool = False  # validate on the end of each document instead, for a few long ones
     shard_bytes: int = 450_000_000  # text per shard
 
 
 def group_files(files, plan):
-    """Sources of local files: text files together up to shard_bytes, any other by itself."""
+    """Group local files into Sources: text files up to shard_bytes, others one by one."""
     sources = []
     room = 0
     for path in files:
@@ -693,10 +706,10 @@ def group_files(files, plan):
 
 
 def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrite=False, **meta):
-    """Make a dataset of documents, end-of-text after each, and return its meta.
+    """Make a dataset of documents, each followed by end-of-text, and return its meta.
 
-    A train and a val shard of every piece of text, parallel over pieces. A kill costs the pieces at
-    work, and the same call goes on; the result depends on neither kills nor workers.
+    Every piece of text gives a train and a val shard, in parallel. After a kill the same call
+    resumes with the unfinished pieces; the result depends on neither kills nor workers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -716,16 +729,18 @@ def write_shards(folder, sources, tokenizer, plan, hub=None, workers=0, overwrit
                 raise InputError(f"{folder}: the {split} split got no tokens: {cure}")
         meta = write_meta(folder, splits, tokenizer, **counts, **meta)
         shutil.rmtree(work)
-    for what, n in counts.items():
-        print(f"{folder}: {n:,} {what.replace('_', ' ')}")
+    for name, n in counts.items():
+        print(f"{folder}: {n:,} {name.replace('_', ' ')}")
     for split, entry in splits.items():
         print(f"{folder}: {split} {entry['tokens']:,} tokens in {len(entry['shards'])} shards")
     return meta
 
 
 def write_corpus(folder, config, repo, pattern, n_tokens, **meta):
-    """write_shards of a corpus in GPT-2's BPE: files of the hub, or a local copy. config: root,
-    files, keep, bpe, shard_mb, val_fraction, workers, overwrite."""
+    """Write the shards of a corpus in GPT-2's BPE, from the hub or a local copy.
+
+    config: root, files, keep, bpe, shard_mb, val_fraction, workers, overwrite.
+    """
     plan = Plan(val_fraction=config.val_fraction, shard_bytes=config.shard_mb * 1_000_000)
     state = state_of(gpt2_encoding(config.bpe))
     hub = None
@@ -740,47 +755,47 @@ def write_corpus(folder, config, repo, pattern, n_tokens, **meta):
 
 
 def _begin(folder, plan_hash, overwrite):
-    """The folder of the records of finished pieces: new, or as an earlier call left it."""
+    """Return the folder that records finished pieces: new, or as an earlier call left it."""
     work = folder / "unfinished"
-    begun = work / "plan"
-    ours = work.is_dir() or (folder / "meta.yaml").is_file()
-    if not overwrite and not ours and any(folder.glob("*.bin")):
+    plan_file = work / "plan"
+    is_ours = work.is_dir() or (folder / "meta.yaml").is_file()
+    if not overwrite and not is_ours and any(folder.glob("*.bin")):
         cure = "give another out_dir=, or overwrite=True to replace them"
-        raise InputError(f"{folder} holds token files that were not made here: {cure}")
-    if overwrite or not begun.is_file():
+        raise InputError(f"{folder} holds token files that were made elsewhere: {cure}")
+    if overwrite or not plan_file.is_file():
         (folder / "meta.yaml").unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
         for old in (*folder.glob("train*.bin*"), *folder.glob("val*.bin*")):
             old.unlink()
         work.mkdir()
-        write_aside(begun, plan_hash)
-    elif begun.read_text() != plan_hash:
-        cure = "give those to go on, or overwrite=True to start again"
-        raise InputError(f"{folder} was begun from other files or with other options: {cure}")
-    for torn in folder.glob("*.tmp-*"):  # what a kill left
-        torn.unlink()
+        write_aside(plan_file, plan_hash)
+    elif plan_file.read_text() != plan_hash:
+        cure = "give the same ones to resume, or overwrite=True to start over"
+        raise InputError(f"{folder} was begun with other files or other options: {cure}")
+    for leftover in folder.glob("*.tmp-*"):  # from a kill
+        leftover.unlink()
     return work
 
 
 def _check_disk(folder, sources, tokenizer, hub):
-    """Say how much disk the shards take. Raises InputError where there is not enough."""
+    """Print how much disk space the shards need. Raises InputError if there is too little."""
     tokenizer = Tokenizer(tokenizer)
     n_bytes = sum(source.bytes for source in sources)
-    n_tokens = n_bytes / (4.5 if tokenizer.known is None else 1)  # of English in GPT-2's BPE
-    there = sum(path.stat().st_size for path in folder.glob("*.bin"))
-    need = max(0, n_tokens * np.dtype(dtype_of(tokenizer.n_vocab)).itemsize - there)
+    n_tokens = n_bytes / (4.5 if tokenizer.characters is None else 1)  # of English in GPT-2's BPE
+    written = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    need = max(0, n_tokens * np.dtype(dtype_of(tokenizer.n_vocab)).itemsize - written)
     if hub:
         need += hub.bytes_on_disk()
     free = shutil.disk_usage(folder).free
-    wants = f"{folder}: {n_bytes / 1e9:.3g} GB of text want about {need / 1e9:.3g} GB of disk"
-    wants += f", {free / 1e9:.3g} GB are free"
-    print(wants, flush=True)
+    estimate = f"{folder}: {n_bytes / 1e9:.3g} GB of text need about {need / 1e9:.3g} GB of disk"
+    estimate += f", {free / 1e9:.3g} GB are free"
+    print(estimate, flush=True)
     if need > free:
-        raise InputError(f"{wants}: make room, or give out_dir=")
+        raise InputError(f"{estimate}: make room, or give another out_dir=")
 
 
 def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
-    """Every piece of every source that is not done yet, while later sources are fetched."""
+    """Tokenise every unfinished piece of every source, while later sources are fetched."""
     from tqdm import tqdm
 
     if workers > 1:
@@ -789,7 +804,7 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
         pool = ThreadPoolExecutor(1)
     bar = tqdm(total=sum(source.bytes for source in sources), unit="B", unit_scale=True)
     work = folder / "unfinished"
-    at_work = deque()  # jobs of each source, and what finishes it
+    pending = deque()  # the arguments of _finish for each source at work
     try:
         for number, source in enumerate(sources):
             record = work / f"source-{number:05d}"
@@ -803,15 +818,15 @@ def _tokenise_all(folder, sources, tokenizer, plan, hub, workers):
                 if not (work / f"{name}.json").is_file():
                     jobs.append(pool.submit(_tokenise, folder, name, piece, plan, tokenizer))
             used_up = [] if hub is None or hub.keep else files
-            at_work.append((jobs, record, used_up, source.bytes))
-            while sum(len(jobs) for jobs, *_ in at_work) > 2 * workers:
-                _finish(*at_work.popleft(), bar)
-        while at_work:
-            _finish(*at_work.popleft(), bar)
+            pending.append((jobs, record, used_up, source.bytes))
+            while sum(len(jobs) for jobs, *_ in pending) > 2 * workers:
+                _finish(*pending.popleft(), bar)
+        while pending:
+            _finish(*pending.popleft(), bar)
     except BrokenProcessPool:
-        cure = "run it again, which goes on, with a smaller workers="
-        killed = "a worker was killed, for want of memory perhaps"
-        raise InputError(f"{folder}: {killed}: {cure}") from None
+        cure = "run the same line again with a smaller workers= to resume"
+        problem = "a worker was killed, perhaps for lack of memory"
+        raise InputError(f"{folder}: {problem}: {cure}") from None
     finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
@@ -828,7 +843,7 @@ def _finish(jobs, record, used_up, n_bytes, bar):
 
 
 def cut(files, plan):
-    """Pieces of about shard_bytes of text: [[(path, start, stop), ...], ...] for documents()."""
+    """Cut files into pieces of about shard_bytes: [[(path, start, stop), ...], ...]."""
     path = files[0]
     if kind_of(path) == "jsonl" and not str(path).endswith(".gz"):
         size = Path(path).stat().st_size
@@ -847,7 +862,7 @@ def cut(files, plan):
 
 
 def _tokenise(folder, name, piece, plan, tokenizer):
-    """A piece of text into its shards. Its record is written last: a piece that has one is done."""
+    """Write the shards of a piece of text, then its record: a piece with a record is done."""
     tokenizer = Tokenizer(tokenizer)
     end = [] if tokenizer.eot is None else [tokenizer.eot]
     counts = Counter()
@@ -881,18 +896,18 @@ def _tokenise(folder, name, piece, plan, tokenizer):
 
 
 def _sides(text, plan):
-    """[(split, its part of the document), ...]."""
+    """Split a document: [(split, its part of the text), ...]."""
     if plan.tail:
-        at = int(len(text) * (1 - plan.val_fraction))
-        at = text.rfind("\n", 0, at) + 1 or at  # at the end of a line, where there is one
-        return [("train", text[:at]), ("val", text[at:])]
+        middle = int(len(text) * (1 - plan.val_fraction))
+        middle = text.rfind("\n", 0, middle) + 1 or middle  # after a line, if there is one
+        return [("train", text[:middle]), ("val", text[middle:])]
     digest = hashlib.sha256(text.encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
-    return [("val" if place < plan.val_fraction else "train", text)]
+    number = int.from_bytes(digest[:8], "big") / 2**64  # in 0..1
+    return [("val" if number < plan.val_fraction else "train", text)]
 
 
 def _collect(work):
-    """(splits as meta.yaml has them, counts) from the records of all pieces."""
+    """Return (splits as in meta.yaml, counts) from the records of all pieces."""
     splits = {"train": {"tokens": 0, "shards": []}, "val": {"tokens": 0, "shards": []}}
     counts = Counter()
     for path in sorted(work.glob("*.json")):
@@ -905,9 +920,9 @@ def _collect(work):
 
 
 class Hub:
-    """Files of a dataset on the Hugging Face hub, listed once, at one revision (their commit).
+    """Files of a dataset on the Hugging Face hub, listed once, at one revision (commit).
 
-    files: {name: bytes} of those that match one of `patterns`; keep: they stay once tokenised.
+    files: {name: bytes} of those that match one of `patterns`; keep: keep them once tokenised.
     """
 
     def __init__(self, repo, patterns, folder, keep=False):
@@ -924,18 +939,18 @@ class Hub:
             raise InputError(f"{repo} on the hub has no {', '.join(patterns)}: give root=PATH")
 
     def sources(self, tokens, n_files=0):
-        """Sources of the first n_files (0: all); tokens: how many all files hold together."""
+        """Return Sources for the first n_files (0: all); tokens: the total over all files."""
         text_bytes = round(4.5 * tokens / len(self.files))
         names = list(self.files)[: n_files or None]
         return [Source([name], text_bytes) for name in names]
 
     def bytes_on_disk(self):
-        """What the files take: all of them, or the few on their way."""
+        """Return the bytes of all files if they are kept, else of the few at work."""
         sizes = self.files.values()
         return sum(sizes) if self.keep else 3 * max(sizes)
 
     def fetch(self, name):
-        """Local path of a file."""
+        """Download a file and return its local path."""
         options = {"filename": name, "revision": self.revision, "local_dir": self.folder}
         return self._ask("hf_hub_download", repo_type="dataset", **options)
 
@@ -944,7 +959,7 @@ class Hub:
 
         try:
             return getattr(HfApi(), method)(self.repo, **options)
-        except Exception as error:  # the client has many: no network, no such proxy, no disk
-            cure = "run it again with network, which goes on, or give a local copy with root=PATH"
-            problem = f"could not be had from the Hugging Face hub ({type(error).__name__})"
+        except Exception as error:  # the client raises many: no network, no disk space
+            cure = "run it again with network access to resume, or give a copy with root=PATH"
+            problem = f"could not be fetched from the Hugging Face hub ({type(error).__name__})"
             raise InputError(f"{self.repo} {problem}: {cure}") from None

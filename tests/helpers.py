@@ -1,4 +1,4 @@
-"""What several tests need: tiny datasets in the real formats, and scripts run as a user does."""
+"""Shared by several tests: tiny datasets in the real formats, and scripts run as by a user."""
 
 import os
 import re
@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def real(name):
-    """A folder of real files; the test is skipped where it is absent."""
+    """Return a folder of real files, or skip the test if it does not exist."""
     folder = ROOT.parent / "shared/real" / name
     if not folder.is_dir():
-        pytest.skip(f"{folder} is absent")
+        pytest.skip(f"{folder} does not exist")
     return folder
 
 
@@ -34,7 +34,7 @@ def real(name):
 
 
 def byte_tokenizer():
-    """A tokenizer of the 256 bytes and <|endoftext|> (256)."""
+    """Return a tokenizer of the 256 bytes and <|endoftext|> (256)."""
     return tiktoken.Encoding(
         "bytes",
         pat_str=r"[\s\S]",
@@ -44,7 +44,7 @@ def byte_tokenizer():
 
 
 def make_dataset(folder, train=20_000, val=4_000, seed=0):
-    """A dataset of predictable bytes: each token is likely to be followed by its successor."""
+    """Write a dataset of predictable bytes: each token likely precedes its successor."""
     rng = np.random.default_rng(seed)
     likely = rng.random(train + val) < 0.8
     steps = np.where(likely, 1, rng.integers(0, 32, train + val))
@@ -55,7 +55,7 @@ def make_dataset(folder, train=20_000, val=4_000, seed=0):
 
 
 def make_sentences(folder, n=120, seed=0):
-    """A task of labelled texts: the label is the first letter."""
+    """Write a task of labelled texts, in which the label is the first letter."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(n):
@@ -69,11 +69,11 @@ def make_sentences(folder, n=120, seed=0):
 
 
 def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words=False):
-    """A tiny prepared podcast (data/podcast/prepare.py's layout) of two people.
+    """Write a tiny prepared podcast (as data/podcast/prepare.py does) of two people.
 
-    Of 10 and 6 electrodes three and two carry a word's vector for 0.1 s, 0.3 s after its onset. The
-    awkward cases: a bad channel, a first sample, an onset that nobody knows, words beyond both
-    ends. noise_words: what is carried is the same for all words.
+    Three of 10 and two of 6 electrodes carry a word's vector for 0.1 s, 0.3 s after its onset.
+    Awkward cases: a bad channel, a first sample, an unknown onset, words beyond both ends.
+    noise_words: electrodes carry the same number for all words.
     """
     rng = np.random.default_rng(seed)
     inside = 0.3 + np.cumsum(rng.uniform(0.25, 0.6, 2 * seconds))
@@ -90,7 +90,7 @@ def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words
     true_prob = 0.1 * (1 + tokens.word_idx % 2)
     tokens = tokens.assign(token="x", true_prob=true_prob, rank=1, entropy=1.0)
     tokens.to_csv(folder / "tokens.csv", index=False)
-    features = np.repeat(vectors, 2, axis=0)  # of two tokens, whose mean is the vector
+    features = np.repeat(vectors, 2, axis=0)  # two tokens, whose mean is the vector
     features += np.tile([[1.0], [-1.0]], (n_words, 8))
     features.astype("<f4").tofile(folder / "gpt2-xl_layer-24.f32")
     np.abs(rng.normal(size=10 * seconds)).astype("<f4").tofile(folder / "audio.f32")
@@ -123,7 +123,7 @@ def make_podcast(folder, gain=2.0, seconds=110, sfreq=128.0, seed=0, noise_words
 
 
 def podcast_words(onset, kinds):
-    """The table of words of make_podcast."""
+    """Return the table of words of make_podcast."""
     letters = ["abcdefghijkl"[kind] for kind in kinds]
     words = pd.DataFrame({"word_idx": np.arange(len(onset))})
     words["word"] = [f"Word{letter}," for letter in letters]
@@ -138,7 +138,7 @@ def podcast_words(onset, kinds):
 
 
 def podcast_channels(n_channels):
-    """The table of channels of make_podcast; the last is bad."""
+    """Return the table of channels of make_podcast; the last channel is bad."""
     names = []
     for i in range(n_channels):
         names.append(f"LG{'AB'[i // 4 % 2]}{i % 4 + 1}" if i < 8 else f"D{i}")
@@ -161,18 +161,18 @@ def make_eeg(  # noqa: PLR0913
     changes=None,
     seed=0,
 ):
-    """EEG of people who see pictures, half a second from picture to picture.
+    """Write EEG of people who see two pictures per second.
 
-    Each word has a topography and a latency of its own. A block shows one picture of every word;
-    grouped=False deals pictures to blocks at random. changes(name, given): edits what is written of
-    a recording.
+    Each word has its own topography and latency. A block shows one picture of every word;
+    grouped=False deals pictures to blocks at random. changes(name, arguments): edits the arguments
+    of write_recording.
     """
     rng = np.random.default_rng(seed)
     topography = rng.normal(size=(words, channels))
     xyz = rng.normal(size=(channels, 3))
     xyz *= 0.1 / np.linalg.norm(xyz, axis=1, keepdims=True)
-    places = pd.DataFrame(xyz, columns=["x", "y", "z"])
-    places.insert(0, "name", [f"E{c}" for c in range(channels)])
+    channel_table = pd.DataFrame(xyz, columns=["x", "y", "z"])
+    channel_table.insert(0, "name", [f"E{c}" for c in range(channels)])
     names = []
     for s in range(subjects):
         rows = []
@@ -191,19 +191,19 @@ def make_eeg(  # noqa: PLR0913
         for row in events.itertuples():
             start = round(row.onset * sfreq) + 5 + row.number % 10
             signal[start : start + 5] += gain * topography[row.number]
-        given = {"signal": (1e-5 * signal).astype("f4"), "channels": places.copy()}
-        given |= {"events": events.drop(columns="number"), "sfreq": sfreq, "unit": "V"}
-        given |= {"subject": f"{s + 1:02d}", "source": "a test", "synthetic": True}
+        arguments = {"signal": (1e-5 * signal).astype("f4"), "channels": channel_table.copy()}
+        arguments |= {"events": events.drop(columns="number"), "sfreq": sfreq, "unit": "V"}
+        arguments |= {"subject": f"{s + 1:02d}", "source": "a test", "synthetic": True}
         names.append(f"sub-{s + 1:02d}")
         if changes:
-            changes(names[-1], given)
-        recording.write_recording(folder / names[-1], **given)
+            changes(names[-1], arguments)
+        recording.write_recording(folder / names[-1], **arguments)
     recording.write_set(folder, names, synthetic=True)
     return folder
 
 
 def save_encoder(folder, recipe, seed=0, **shape):
-    """best.pt of an encoder of random weights, as foundation.py writes it; returns the encoder."""
+    """Write best.pt, as foundation.py does, of an encoder with random weights; return it."""
     torch.manual_seed(seed)
     encoder = NeuralEncoder(EncoderConfig(**shape))
     weights = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
@@ -217,7 +217,7 @@ def save_encoder(folder, recipe, seed=0, **shape):
 
 
 def prepare(module, **options):
-    """Run a prepare script in this process; paths may be Paths."""
+    """Run a prepare script in this process; options may be Paths."""
     for key, value in options.items():
         options[key] = str(value) if isinstance(value, Path) else value
     config = module.Config(**options)
@@ -226,9 +226,9 @@ def prepare(module, **options):
 
 
 def start(script, *options, ranks=1, restarts=0, patch="", env=None):
-    """Start a script in a process of its own, under torchrun where ranks > 1.
+    """Start a script in a new process, under torchrun if ranks > 1.
 
-    patch: Python that runs before the script, in its processes.
+    patch: Python code to run in its processes before the script.
     """
     file = str(ROOT / f"{script}.py")
     command = [file]
@@ -255,7 +255,7 @@ def start(script, *options, ranks=1, restarts=0, patch="", env=None):
 
 
 def run(script, *options, status=0, **kwargs):
-    """Run a script to its end; stdout and stderr once its exit status is the one expected."""
+    """Run a script to its end, check its exit status, and return stdout and stderr."""
     process = start(script, *options, **kwargs)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}\n{out}\n{err}"
@@ -263,7 +263,7 @@ def run(script, *options, status=0, **kwargs):
 
 
 def sentence_of(error, capsys):
-    """What the user gets of an exception: it must be one sentence and exit status 2."""
+    """Return what a user sees of an exception, which must be one sentence and exit status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         configurator._print_one_sentence(type(error), error, error.__traceback__)
@@ -274,13 +274,13 @@ def sentence_of(error, capsys):
 
 
 def input_error(words, call, *args, **options):
-    """`call(*args, **options)` must raise an InputError of one line that the pattern `words` fits.
+    """Check that `call` raises an InputError of one line that matches the pattern `words`.
 
-    Of a whole script as the user starts it: refused.
+    `refused` does the same for a whole script as the user starts it.
     """
     try:
         call(*args, **options)
-    except InputError as error:  # and let go of it: its frames may hold the lock of a folder
+    except InputError as error:  # do not keep it: its frames may hold the lock of a folder
         sentence = str(error)
     else:
         pytest.fail(f"no InputError: {words}")
@@ -288,8 +288,8 @@ def input_error(words, call, *args, **options):
 
 
 def ends_in_a_sentence(call, capsys, says=()):
-    """`call` must raise what the user gets as one sentence that holds all of `says`."""
-    with pytest.raises(Exception) as error:  # noqa: B017 (any: what becomes of it is the test)
+    """Check that the user sees an exception of `call` as one sentence with all of `says`."""
+    with pytest.raises(Exception) as error:  # noqa: B017 (of any kind)
         call()
     sentence = sentence_of(error.value, capsys)
     for words in says:
@@ -297,7 +297,7 @@ def ends_in_a_sentence(call, capsys, says=()):
 
 
 def refused(script, *options, says, **kwargs):
-    """The script must end with status 2 and one sentence on stderr that holds all of `says`."""
+    """Check that a script ends with status 2 and one sentence on stderr with all of `says`."""
     _, err = run(script, *options, status=2, **kwargs)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in err and len(lines) == 1, err

@@ -140,7 +140,7 @@ def test_tuckute_from_a_local_copy(tmp_path, capsys):
     assert data.meta["published"] is False and not data.meta["synthetic"]
     assert "not the published version" in capsys.readouterr().out
     prepare(brainscore, root=tmp_path, out_dir=tmp_path / "out")  # the folder, a second time
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     with pytest.raises(InputError, match="made with context=0: give overwrite=True"):
         prepare(brainscore, root=tmp_path, out_dir=tmp_path / "out", context=1)
 

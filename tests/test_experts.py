@@ -141,7 +141,7 @@ def test_load_encoder(tmp_path):
     with pytest.raises(InputError, match="no pretrained encoder at nowhere"):
         load_encoder("nowhere")
     save_checkpoint(tmp_path / "best.pt", {"kind": "lm"})
-    with pytest.raises(InputError, match="holds a 'lm', no foundation model"):
+    with pytest.raises(InputError, match="holds a 'lm', not a model of foundation.py"):
         load_encoder(tmp_path / "best.pt")
 
 
@@ -245,9 +245,9 @@ def test_one_graph_a_block():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(InputError, match="4 layers with experts, the language model has 3"):
+    with pytest.raises(InputError, match="layers=4, but the language model has only 3"):
         a_model(layers=4)
-    with pytest.raises(InputError, match="tokens 32 wide, a language model 16 wide"):
+    with pytest.raises(InputError, match="n_embd=32, the language model 16"):
         NeuralGPT(a_gpt(n_embd=16), an_encoder())
     with pytest.raises(InputError, match="63 tokens in all do not fit.*text_positions=zero"):
         a_model(order="after_prefix").generate(torch.zeros(1, 40, 32), [1], 20)

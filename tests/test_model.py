@@ -154,7 +154,7 @@ def test_taps_sheets_head_mosaic_and_projection():
         ({"sheet": True, "radius": 2, "head_loss": True, "n_head": 2}, "square number of heads"),
         ({"tap": "middle"}, "tap must be sublayer or residual, not 'middle'"),
         ({"gelu": "relu"}, "gelu"),
-        ({"windows": 0}, "windows=0: give a number from 1 on, or windows=sheet"),
+        ({"windows": 0}, "windows=0: give at least 1, or windows=sheet"),
         ({"windows": "all"}, "windows=all"),
         ({"spatial": "weights", "activation_decay": 0.1}, "spatial=weights"),
     ],
@@ -350,7 +350,7 @@ def test_checkpoints_of_an_older_gptconfig(tmp_path):
     windows = model.draw_windows(torch.Generator().manual_seed(0))
     assert torch.equal(windows, torch.arange(49).repeat(4, 1)) == (len(model.window_cells) == 49)
     state["model_args"]["rotary"] = True
-    sentence = "x.pt has the option 'rotary', which this GPTConfig lacks"
+    sentence = "x.pt has the option 'rotary', which GPTConfig lacks"
     input_error(sentence, lm_from, state, "x.pt")
 
 
@@ -365,11 +365,11 @@ def test_checkpoints_that_are_refused(tmp_path):
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     for content, words in (
-        (whole[: len(whole) // 2], "best.pt .*torn"),
-        (b"", "best.pt .*torn"),
+        (whole[: len(whole) // 2], "best.pt .*damaged"),
+        (b"", "best.pt .*damaged"),
         (pickle.dumps(print), "best.pt .*not ours"),
         (pointer, "best.pt .*a pointer whose content is missing"),
-        ({"model": {}, "model_args": {}}, "cannot be resumed"),
+        ({"model": {}, "model_args": {}}, "do not resume it"),
         ({"format": "nanocortex", "version": 99}, "newer than this code"),
     ):
         if isinstance(content, bytes):
@@ -382,7 +382,7 @@ def test_checkpoints_that_are_refused(tmp_path):
     fewer = copy.copy(state["model"])
     del fewer["transformer.wpe.weight"]
     for bad, words in (
-        ({**state, "model": fewer}, "lacks the weights 'transformer.wpe.weight'"),
-        ({**state, "model": more}, "has besides the weights 'lm_head.bias'"),
+        ({**state, "model": fewer}, "lacks weights 'transformer.wpe.weight'"),
+        ({**state, "model": more}, "has extra weights 'lm_head.bias'"),
     ):
         input_error(words, lm_from, bad)

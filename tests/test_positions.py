@@ -89,7 +89,7 @@ def test_a_hexagonal_sheet_is_one_function(monkeypatch):
     assert moran(np.sin(place[:, 0] / 4).reshape(12, 12)) > 0.8
     r = correlations(smooth_responses(12))
     assert is_permutation(swap_sheet(r, Sheet(144, 3), rounds=3)[0])
-    with pytest.raises(InputError, match="radius=4: no window lies wholly"):
+    with pytest.raises(InputError, match="radius=4: no window fits on"):
         window_cells(8, 4)  # rows are nearer to one another, windows reach further
     positions.neighbours.cache_clear()
 
@@ -139,15 +139,15 @@ def test_positions_files(tmp_path):
     positions.save_positions(path, rows, scheme="random", seed=0)
     assert (positions.load_positions(path, 2, 64) == rows).all()
     assert [file.name for file in path.parent.iterdir()] == ["a.npz"]
-    with pytest.raises(InputError, match="is for 2 layers x 64 units, the model has 4 .* 81 unit"):
+    with pytest.raises(InputError, match="is for 2 layers x 64 units, but the model has 4 .* 81 "):
         positions.load_positions(path, 4, 81)
     rows[1, 0] = rows[1, 1]
     positions.save_positions(path, rows)
-    input_error("does not place every unit once", positions.load_positions, path, 2, 64)
+    input_error("does not place every unit exactly", positions.load_positions, path, 2, 64)
     whole = path.read_bytes()
     for torn in (whole[: len(whole) // 2], b"", b"text"):
         path.write_bytes(torn)
-        input_error("a.npz is no positions file", positions.load_positions, path, 2, 64)
+        input_error("a.npz is not a positions file", positions.load_positions, path, 2, 64)
 
 
 # ---- spatial loss

@@ -759,7 +759,7 @@ def test_bad_input_is_refused(lm_folder, tmp_path):
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
         "probe=LDA,LDA": "probe= has two of the name 'LDA'",
-        "probe=SVM": "'SVM'; there are .*LDA",
+        "probe=SVM": "'SVM'; choose from .*LDA",
         "n_folds=16": "only 15 texts",
         "n_folds=2": "takes three",
     }

@@ -172,7 +172,7 @@ def test_ratings_are_a_regression_and_words_stay_words(tmp_path, capsys):
     counts = conditions["condition"].value_counts().to_dict()
     assert counts == {"low #N/A": 3, "low Noun": 2, "high Noun": 3, "high #N/A": 2}
     path.write_text(RATED.replace("null\t0.0", "null\t0.7"))
-    for said in ("another version of its sources", "is there already"):
+    for said in ("another version of its sources", "already exists"):
         prepare(labelled, root=path, **options)
         assert said in capsys.readouterr().out
     assert read_task(tmp_path / "out", "label")["y"][0] == 0.7

@@ -99,7 +99,7 @@ def test_what_a_task_must_not_have(tmp_path, changes, sentence):
         ("t.csv", 'split,label,text,group\ntrain,a,"x,0\n', "t.csv, line 2: not CSV"),
         ("t.csv", "split,label,text\n", "t.csv has no column 'group'"),
         ("t.csv", "split,label,text,text\n", "t.csv, line 1: the header names a column twice"),
-        ("t.csv", "\0", "t.csv is no plain text"),
+        ("t.csv", "\0", "t.csv is not plain text"),
         ("t.csv", None, "t.csv is missing; make it with: python .*prepare.py"),
         ("meta.yaml", None, r"holds no finished stimuli \(no meta.yaml\); make it with"),
         ("meta.yaml", "format: tokens-1\n", "'tokens-1', not 'stimuli-1'; make it"),

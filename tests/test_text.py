@@ -108,7 +108,7 @@ def test_workers_and_stops_do_not_show(corpus, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_shards(three, folders["parquet"])
     input_error("no finished token dataset", Tokens, three, "train")
-    with pytest.raises(InputError, match="begun from other files or with other options"):
+    with pytest.raises(InputError, match="begun with other files or other options"):
         make_shards(three, folders["jsonl"])
     first = list(done)
     done.clear()
@@ -158,14 +158,14 @@ def test_half_a_character_is_replaced_and_counted(tmp_path, capsys):
 
 TORN = gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:40]
 DAMAGED = [
-    ("torn.parquet", b"PAR1....", "torn.parquet is not a whole parquet file"),
+    ("torn.parquet", b"PAR1....", "torn.parquet is not a complete parquet file"),
     ("bad.jsonl", b'{"text": "a"}\n{"text"\n', "bad.jsonl: the line at byte 14 .* is not JSON"),
     ("latin.jsonl", b'{"text": "caf\xe9"}\n', "the line at byte 0 .* is not JSON in UTF-8"),
     ("key.jsonl", b'{"body": "a"}\n', r"\({\"body\": \"a\"}\) has no 'text': give column="),
     ("number.jsonl", b'{"text": 3}\n', "has no text in 'text'"),
     ("latin.txt", b"one\ncaf\xe9", r"latin.txt is not UTF-8 text \(byte 7, line 2\)"),
-    ("torn.jsonl.gz", TORN, "not a whole gzip file"),
-    ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a whole gzip file"),
+    ("torn.jsonl.gz", TORN, "not a complete gzip file"),
+    ("torn.txt.gz", b"no gzip", "torn.txt.gz is not a complete gzip file"),
     ("photo.png", b"\x89PNG", "holds no .parquet, .jsonl, .txt or .md files"),
 ]
 
@@ -189,8 +189,8 @@ def test_empty_files_links_without_content_and_columns_of_parquet(tmp_path):
     write_parquet(tmp_path / "b.parquet", [1] * 20)
     for name, words in (
         ("in", "c.txt is a git-annex link"),
-        ("a.parquet", "no text in a column 'text', only {.*'body': 'string'}"),
-        ("b.parquet", "no text in a column 'text'"),
+        ("a.parquet", "no text column 'text', only {.*'body': 'string'}"),
+        ("b.parquet", "no text column 'text'"),
     ):
         input_error(words, make_shards, tmp_path / "out", tmp_path / name)
 
@@ -202,7 +202,7 @@ def test_disk_and_strange_folders(corpus, tmp_path, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/train.bin").write_bytes(b"mine")
-    input_error("not made here", make_shards, tmp_path / "mine", folders["text"])
+    input_error("made elsewhere", make_shards, tmp_path / "mine", folders["text"])
     assert (tmp_path / "mine/train.bin").read_bytes() == b"mine"
     with open(tmp_path / "mine/.lock", "w") as lock:
         T.fcntl.flock(lock, T.fcntl.LOCK_EX)
@@ -339,7 +339,7 @@ def test_large_sets_from_the_hub_and_from_a_local_copy(tmp_path, monkeypatch, gp
 def test_no_network_is_one_sentence(monkeypatch):
     hub = T.Hub.__new__(T.Hub)
     hub.repo = "nobody/nothing"
-    input_error("nobody/nothing could not be had from .*root=PATH", hub._ask, "no_such_method")
+    input_error("nobody/nothing could not be fetched from .*root=PATH", hub._ask, "no_such_method")
 
     def no_route(*_, **__):
         raise OSError("no route to host")
@@ -456,7 +456,7 @@ def test_what_is_there_is_left_alone(modules, tmp_path, monkeypatch, capsys):
     pydocs.main(config)
     before = (folder / "meta.yaml").stat().st_mtime_ns
     pydocs.main(config)
-    assert "is there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert (folder / "meta.yaml").stat().st_mtime_ns == before
     input_error("overwrite=True", pydocs.main, pydocs.Config(out_dir=str(folder), seed=1, **SMALL))
     (folder / "val.bin").write_bytes(b"torn")

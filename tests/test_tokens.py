@@ -72,12 +72,12 @@ def test_a_text_in_the_ids_of_another_tokenizer(tmp_path):
 @pytest.mark.parametrize(
     "file, content, sentence",
     [
-        ("train.bin", b"", "train.bin is 0 bytes long .*; make it with: python .*prepare.py"),
-        ("train.bin", bytes(100), "train.bin is 100 bytes long where 180 are expected; make it"),
+        ("train.bin", b"", "train.bin is 0 bytes long, .*; make it with: python .*prepare.py"),
+        ("train.bin", bytes(100), "train.bin is 100 bytes long, not 180 as expected; make it"),
         ("train.bin", None, "train.bin is missing; make it with"),
         ("tokenizer.tiktoken", None, "tokenizer.tiktoken is missing; make it with"),
-        ("tokenizer.tiktoken", b"", "tokenizer.tiktoken is torn, or no rank file"),
-        ("tokenizer.tiktoken", b"\x80\xff a\n", "tokenizer.tiktoken is torn, or no rank file"),
+        ("tokenizer.tiktoken", b"", "tokenizer.tiktoken is damaged, or not a"),
+        ("tokenizer.tiktoken", b"\x80\xff a\n", "tokenizer.tiktoken is damaged, or not a"),
         ("meta.yaml", None, r"no finished token dataset \(no meta.yaml\); make it with"),
         ("meta.yaml", b"format: tokens-9\n", "has the format 'tokens-9'"),
         ("meta.yaml", b"format: [tokens-1\n", "meta.yaml is not YAML"),
@@ -104,7 +104,7 @@ def test_ids_and_windows_are_checked(dataset):
     assert train.windows([0, 42], 41).shape == (2, 41)
     input_error("train.bin: token id 6 at offset 41 .*overwrite=True", train.windows, [0, 40], 10)
     for start in (-1, 81):
-        input_error("leave its 90 tokens", train.windows, [start], 10)
+        input_error("exceed its 90 tokens", train.windows, [start], 10)
     input_error("no split 'test', only train, val", Tokens, dataset, "test")
 
 
@@ -140,7 +140,7 @@ def test_a_tokenizer_travels_as_plain_text(dataset):
     assert tokenizer.encode("badcab") == [1, 0, 3, 2, 0, 1] and tokenizer.n_vocab == 6
     assert tokenizer.decode([1, 0, 3]) == "bad" and tokenizer.eot == 5
     assert T.state_of(tokenizer.core) == tokenizer.state == tokenizer_state(dataset)
-    input_error("'characters' has no character 'é'", tokenizer.encode, "abé")
+    input_error("'characters' does not have the character 'é'", tokenizer.encode, "abé")
     for state in ({"name": "torn"}, {**tokenizer.state, "ranks": "no base64\n"}, None):
         input_error("not a tokenizer state", Tokenizer, state)
 
@@ -153,7 +153,9 @@ def test_any_text_makes_the_round_trip():
     half = "an \ud83d emoji"
     assert tokenizer.decode(tokenizer.encode(half)) == "an \ufffd emoji"
     assert tokenizer.decode([97, 200, 98, 256, 999]) == "a\ufffdb<|endoftext|>\ufffd"
-    input_error("no character '\ufffd'", Tokenizer(T.character_state("abc")).encode, "a\ud83d")
+    input_error(
+        "not have the character '\ufffd'", Tokenizer(T.character_state("abc")).encode, "a\ud83d"
+    )
 
 
 def test_a_learned_bpe_encodes_as_tokenizers_does():
@@ -170,7 +172,7 @@ def test_a_learned_bpe_encodes_as_tokenizers_does():
     for text in (*texts(9, seed=1), ODD, anything, ""):
         ids = tokenizer.encode(text)
         assert ids == theirs.encode(text).ids and tokenizer.decode(ids) == text
-    input_error("yields .* tokens and not vocab_size=9999", T.learn_bpe, corpus, 9999, "large")
+    input_error("yields .* tokens, not vocab_size=9999", T.learn_bpe, corpus, 9999, "large")
 
 
 def small_merges():
@@ -234,7 +236,7 @@ def test_shards_with_a_header(tmp_path, gpt2):
     assert np.array_equal(train.tokens[:], np.concatenate(parts)) and complete(tmp_path)
     assert len(Tokens(tmp_path, "val")) == 200
     write_headed(tmp_path / "fineweb_val_000000.bin", parts[2], length=201)
-    input_error("1,424 bytes long where 1,426 are expected", Tokens, tmp_path, "val")
+    input_error("1,424 bytes long, not 1,426", Tokens, tmp_path, "val")
 
 
 @pytest.fixture
@@ -261,11 +263,11 @@ def test_nanogpts_folders(nanogpt, gpt2):
     assert Tokens(folder, "train").vocab_size == 50257
     assert tokenizer_state(folder)["name"] == "bytes"
     np.fromfile(folder / "val.bin", "<u2").astype("<u4").tofile(folder / "train.bin")
-    input_error("train.bin holds numbers of 32 bits", Tokens, folder, "train")
+    input_error("train.bin holds 32-bit numbers", Tokens, folder, "train")
     np.array([20240520, 2] + [0] * 300, "<i4").tofile(folder / "train.bin")
     input_error("train.bin has version 2 of llm.c's format", Tokens, folder, "train")
     (folder / "train.bin").write_bytes(b"odd")
-    input_error("train.bin is 3 bytes long where 2 are expected", Tokens, folder, "train")
+    input_error("train.bin is 3 bytes long, not 2", Tokens, folder, "train")
 
 
 def test_a_pickled_vocabulary_of_anything_else(nanogpt):
@@ -274,7 +276,7 @@ def test_a_pickled_vocabulary_of_anything_else(nanogpt):
         (b"torn", "meta.pkl cannot be read"),
         (pickle.dumps({"vocab_size": 5}), "is not nanoGPT's meta.pkl"),
         (pickle.dumps({"stoi": {"a": 1}}), "is not nanoGPT's meta.pkl"),
-        (pickle.dumps({"stoi": {"ab": 0}}), "not a vocabulary of characters: it has 'ab'"),
+        (pickle.dumps({"stoi": {"ab": 0}}), "has 'ab', which is not a character"),
     ):
         (folder / "meta.pkl").write_bytes(content)
         input_error(sentence, Tokens, folder, "train")

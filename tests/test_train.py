@@ -378,8 +378,8 @@ def test_minutes_settle_the_steps_and_a_resumed_run_is_exact(
     n_steps = end["step"]
     assert 7 * 60 < clock.now - 1000 < 9 * 60
     text = capsys.readouterr().out
-    assert f"minutes=8: that is max_iters={n_steps} here" in text
-    assert "a step takes 4.8 s here" in text
+    assert f"minutes=8 allows max_iters={n_steps} on this machine" in text
+    assert "a step takes 4.8 s:" in text
     assert yaml.safe_load((whole / "config.yaml").read_text())["max_iters"] == n_steps
     assert end["config"]["max_iters"] == n_steps
     assert "muon_lr" not in whole.joinpath("log.jsonl").read_text()  # with AdamW alone
@@ -521,7 +521,7 @@ def test_other_layouts_and_a_trained_model(dataset, whole, tmp_path):
     laid_out(dataset, tmp_path, scheme="identity")
     identity = positions.load_positions(str(tmp_path / "identity-1x64.npz"), 1, 64)
     assert (identity == np.arange(64)).all()
-    with pytest.raises(InputError, match="identity-1x64.npz is there already.*overwrite=True"):
+    with pytest.raises(InputError, match="identity-1x64.npz already exists.*overwrite=True"):
         laid_out(dataset, tmp_path, scheme="identity")
     input_error("samples", laid_out, dataset, tmp_path, samples=1)
     laid_out(dataset, tmp_path, scheme="swap", lm=str(whole), radius=2)

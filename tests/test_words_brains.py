@@ -118,7 +118,7 @@ def test_one_person_of_a_folder(tmp_path, capsys):
     tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table(WORDS, 1)}
     assert set(make(tmp_path, tables, people=["2"]).units.subject) == {"2"}
     make(tmp_path, tables, people=["2"])
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     for people, tables_now, sentence in (
         ([], tables, "made with people=.*overwrite=True"),
         (["2"], {"a_2.txt": table(WORDS, 5)}, "made with tables="),  # other numbers
