@@ -244,7 +244,7 @@ def converted(folder, options, overwrite=False):
         return None
     if overwrite or recording.meta.get("options") != options:
         return None
-    print(f"{folder.name}: there already", flush=True)
+    print(f"{folder.name}: already exists", flush=True)
     return recording
 
 

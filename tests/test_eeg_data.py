@@ -510,7 +510,7 @@ def test_conversion_continues_and_notices_changes(tmp_path, capsys):
     capsys.readouterr()
     convert(root, out)
     output = capsys.readouterr().out
-    assert "sub-01: there already" in output and "sub-02: 5 events" in output
+    assert "sub-01: already exists" in output and "sub-02: 5 events" in output
     assert signal.stat().st_mtime_ns == before and recording.complete(out)
     convert(root, out, l_freq=1.0)
     assert signal.stat().st_mtime_ns != before  # other options, other signal

@@ -183,10 +183,10 @@ def test_grammar_is_exported_offline(tmp_path, capsys, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
     capsys.readouterr()
     run(tmp_path, sets=["grammar"], max_texts=100)
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     (tmp_path / "grammar_tense.json").write_text("{}")  # not what was written: made again
     run(tmp_path, sets=["grammar"], max_texts=100)
-    assert "there already" not in capsys.readouterr().out
+    assert "already exists" not in capsys.readouterr().out
     assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
 
 

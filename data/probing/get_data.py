@@ -519,7 +519,7 @@ def main(config):
     failed = []
     for name in dict.fromkeys(config.sets):
         if not config.overwrite and is_made(folder, sources["sets"].get(name, {}), options):
-            print(f"{name}: there already (overwrite=True makes it again)")
+            print(f"{name} already exists (overwrite=True makes it again)")
             continue
         try:
             files, fewer = make_set(name, folder, config, sources["downloads"])
