@@ -325,11 +325,11 @@ def test_bad_data_is_refused(tmp_path):
         ("2 sentences and 2 labels.*keys", keys),
         ("the labels 0 and '0': spell", data_json(["a", "b", "c"], [0, "0", 1])),
         ("the labels '1' and '1.0': spell", data_json(["a", "b", "c"], ["1.0", "1", "x"])),
-        ("in the split 'training': give each train, val or test", splits[0]),
+        ("in the split 'training': set every split to train, val or test", splits[0]),
         ("in the split ''", splits[1]),
         ("the label None", data_json(["a", "b"], [0, None])),
-        ("not all of its labels", data_json(["a", "b"], [0, "x"], task="Regression")),
-        ("no data: sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
+        ("not all labels are numbers", data_json(["a", "b"], [0, "x"], task="Regression")),
+        ("no sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
     ]
     for message, data in refusals:
         with pytest.raises(InputError, match=message):
