@@ -269,7 +269,7 @@ def test_pool_refuses():
     concat = {"layer_method": "concat", "quantile_method": "concat"}
     refusals = {
         "both concat": {"layer": [1, 2], "quantile": [0, 1], **concat},
-        "layer_method of": {"layer": [1, 2]},
+        "layer_method for": {"layer": [1, 2]},
         "from 0 to 1": {"quantile": 2.0},
         "not sum": {"layer_method": "sum"},
         "no layer 9": {"layer": 9},
