@@ -812,9 +812,9 @@ def measure(sites, make, task):
                 table, test, test_scores = measure_fold(make, X, part, fold_of, fold)
                 tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
                 if repetition == 0 and test_scores.ndim == 2:
-                    rows = {"index": index[test], "y": part.y[test], "fold": fold}
+                    columns = {"index": index[test], "y": part.y[test], "fold": fold}
                     for g, score in enumerate(test_scores):
-                        scores.append(pd.DataFrame({**rows, "score": score, "site": first + g}))
+                        scores.append(pd.DataFrame({**columns, "score": score, "site": first + g}))
         first += len(X)
     folds = pd.concat(tables, ignore_index=True).join(sites.labels, on="site")
     return folds, pd.concat(scores) if scores else None
@@ -902,10 +902,10 @@ def print_best(run, folds, keys):
     """Print the score at the layer that validation folds choose, and chance."""
     best = chosen_by_validation(folds[folds.metric.isin(PRIMARY.values())])
     names = [keys[key] for key in ("model", "dataset", "probe", "baseline") if keys[key]]
-    about = {**statistics(best), "layer": best.layer.mode()[0], "names": " ".join(names)}
+    values = {**statistics(best), "layer": best.layer.mode()[0], "names": " ".join(names)}
     run.print(
         "{names}: {metric} {score:.3f} [{low:.3f}, {high:.3f}], chance {chance:.3f}, n = {n}, "
-        "layer by validation: {layer}".format(**about)
+        "layer by validation: {layer}".format(**values)
     )
 
 
@@ -939,9 +939,9 @@ def measure_compression(run, sites, keys):
             spread = 1.96 * bits.std(ddof=0) * math.sqrt(len(bits))
             sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
             score, low, high = len(texts) * math.log2(task.n_labels) / sums.clip(1e-9)
-            about = {**keys, **label, "probe": "Logistic", "baseline": baseline}
-            about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
-            run.result(score, 1.0, low, high, len(bits), **about)
+            row = {**keys, **label, "probe": "Logistic", "baseline": baseline}
+            row |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
+            run.result(score, 1.0, low, high, len(bits), **row)
 
 
 def measure_sizes(run, sites, make, keys):
@@ -952,10 +952,10 @@ def measure_sizes(run, sites, make, keys):
     groups = sites.dataset.groups
     sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
     sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / n_folds)
-    few = 4 * n_folds * max(task.n_labels, 1)
+    smallest = 4 * n_folds * max(task.n_labels, 1)
     for n in run.config.train_sizes:
         part = replace(task, learn=task.learn & np.isin(groups, sizes.index[sizes <= n]))
-        if n < few or part.fewest_folds() < 3:
+        if n < smallest or part.fewest_folds() < 3:
             run.print(f"{sites.dataset.name}: {n} texts are too few for its labels or groups")
         elif n < 0.9 * sizes.max():
             folds, _ = measure(sites, make, part)
@@ -981,11 +981,11 @@ def keep_for_app(run, sites, name, folds, scores):
     logs = {}
     for site, pooler in enumerate(sites.poolers):
         part = folds[folds.site == site]
-        about = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
+        expdata = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
         for key in NO_SITE:
-            about[key] = getattr(pooler, key)
+            expdata[key] = getattr(pooler, key)
         data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
-        log = {"metadata": sites.dataset.meta, "expdata": about, "data": data.to_dict()}
+        log = {"metadata": sites.dataset.meta, "expdata": expdata, "data": data.to_dict()}
         logs[f"experiment_{site}"] = log
         if run.config.keep_predictions and scores is not None:
             site_scores = scores[scores.site == site].drop(columns="site")

@@ -136,15 +136,15 @@ def balance(table, config, pydocs):
     parts = []
     for split in counts.index:
         wanted = getattr(config, split)
-        least = int(counts.loc[split].min())
-        if least < (20 if split == "test" else wanted):
+        fewest = int(counts.loc[split].min())
+        if fewest < (20 if split == "test" else wanted):
             raise InputError(
-                f"{pydocs} has {least} paragraphs of '{counts.loc[split].idxmin()}' for {split}, "
+                f"{pydocs} has {fewest} paragraphs of '{counts.loc[split].idxmin()}' for {split}, "
                 f"too few for {split}={wanted}: set a smaller {split}=, or prepare data/pydocs "
                 "with all of requirements.txt installed"
             )
         part = table[table["split"] == split].groupby("label")
-        parts.append(part.head(min(wanted, least)))
+        parts.append(part.head(min(wanted, fewest)))
     table = pd.concat(parts)
     order = sorted(table.index, key=lambda i: key("order", table["text"][i]))
     return table.loc[order].drop(columns="key").reset_index(drop=True)

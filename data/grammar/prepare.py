@@ -719,19 +719,19 @@ def make_pairs(config):
             limit = f"fewer than pairs={config.pairs} pairs of {uid}"
             raise InputError(f"the grammar yields {limit}: set a smaller pairs=")
         pairs[uid] = []
-        for number, (good, bad, place) in enumerate(drawn.values()):
-            pair = blimp_pair(good, bad, place, paradigm)
+        for number, (good, bad, position) in enumerate(drawn.values()):
+            pair = blimp_pair(good, bad, position, paradigm)
             pairs[uid].append(pair | {"pairID": str(number)})
     return pairs
 
 
-def blimp_pair(good, bad, place, paradigm):
+def blimp_pair(good, bad, position, paradigm):
     """Return a minimal pair with the keys of BLiMP's files."""
     pair = {"sentence_good": text(good), "sentence_bad": text(bad)}
     if paradigm.local:
-        pair["one_prefix_prefix"] = text(good[:place])
-        pair["one_prefix_word_good"] = good[place]
-        pair["one_prefix_word_bad"] = bad[place]
+        pair["one_prefix_prefix"] = text(good[:position])
+        pair["one_prefix_word_good"] = good[position]
+        pair["one_prefix_word_bad"] = bad[position]
     return pair | {
         "field": paradigm.field,
         "linguistics_term": paradigm.term,
@@ -841,17 +841,17 @@ def draw_bigram_shift(g):
         kinds.append({"MD": "VB", "WP": "IN"}.get(leaf.label, leaf.label[:2]))
     original = words(tree)
     pairs = [" ".join(pair) for pair in zip(kinds, kinds[1:])]
-    places = []
+    positions = []
     for i, pair in enumerate(pairs):
         around = original[max(i - 1, 0) : i + 2]
         if pair in SHIFTS and not {"a", "an"} & set(around):  # a or an would reveal the swap
-            places.append(i)
-    if not places:
+            positions.append(i)
+    if not positions:
         return []
-    place = g.one(places)
+    position = g.one(positions)
     shifted = original.copy()
-    shifted[place : place + 2] = original[place + 1], original[place]
-    return twins({"original": original, "shifted": shifted}, pairs[place])
+    shifted[position : position + 2] = original[position + 1], original[position]
+    return twins({"original": original, "shifted": shifted}, pairs[position])
 
 
 def draw_coord_inversion(g):

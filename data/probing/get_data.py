@@ -221,9 +221,9 @@ def grammar(root):
         subprocess.run([sys.executable, str(folder / "prepare.py")], check=True)
     for task, entry in read_meta(folder)["tasks"].items():
         frame = read_task(folder, task)[["text", "label", "group", "split"]]
-        about = (f"grammar/{task}", "data/grammar/prepare.py", entry["description"])
+        facts = (f"grammar/{task}", "data/grammar/prepare.py", entry["description"])
         labels = entry["labels"]
-        yield Table(f"grammar_{task}.json", frame, *about, labels, type="Nominal", synthetic=True)
+        yield Table(f"grammar_{task}.json", frame, *facts, labels, type="Nominal", synthetic=True)
 
 
 def in_splits(parts):
@@ -232,11 +232,11 @@ def in_splits(parts):
     return pd.concat(frames, ignore_index=True)
 
 
-def binary(file, parts, names, *about):
+def binary(file, parts, names, *facts):
     """Make the Table of {split: frame} with labels 0 and 1."""
     frame = in_splits(parts)
     frame["label"] = frame.label.replace({"0": names[0], "1": names[1]})
-    return Table(file, frame[["text", "label", "split"]], *about, names)
+    return Table(file, frame[["text", "label", "split"]], *facts, names)
 
 
 def sst2(root):
@@ -246,8 +246,8 @@ def sst2(root):
         raw = take(root, "SST-2.zip", f"SST-2/{file}.tsv")
         frame = read_rows(raw, f"SST-2/{file}.tsv", ["sentence", "label"])
         parts[split] = frame.rename(columns={"sentence": "text"})
-    about = ("SST-2", "https://gluebenchmark.com", "Sentiment")
-    yield binary("sst2.json", parts, ["Negative", "Positive"], *about)
+    facts = ("SST-2", "https://gluebenchmark.com", "Sentiment")
+    yield binary("sst2.json", parts, ["Negative", "Positive"], *facts)
 
 
 def cola(root):
@@ -261,8 +261,8 @@ def cola(root):
         raw = b"".join(take(root, "CoLA.zip", name) for name in names)
         columns = ["source", "label", "mark", "text"]
         parts[split] = read_rows(raw, names[0], columns, header=False)
-    about = ("CoLA", "https://nyu-mll.github.io/CoLA", "Acceptability")
-    yield binary("cola.json", parts, ["Unacceptable", "Acceptable"], *about)
+    facts = ("CoLA", "https://nyu-mll.github.io/CoLA", "Acceptability")
+    yield binary("cola.json", parts, ["Unacceptable", "Acceptable"], *facts)
 
 
 SENTEVAL = """
@@ -287,8 +287,8 @@ def senteval(root):
         labels = sorted(frame.label.unique(), key=int if numbers else str)
         kind = "Ordinal" if numbers else "Nominal"
         link = "https://github.com/facebookresearch/SentEval"
-        about = (f"SentEval {task}", link, task.replace("_", " "))
-        yield Table(f"senteval_{task}.json", frame, *about, labels, type=kind)
+        facts = (f"SentEval {task}", link, task.replace("_", " "))
+        yield Table(f"senteval_{task}.json", frame, *facts, labels, type=kind)
 
 
 def blimp(root):
@@ -300,8 +300,8 @@ def blimp(root):
             rows.append((pair["sentence_bad"], "Unacceptable", i))
         frame = pd.DataFrame(rows, columns=["text", "label", "group"])
         topic = str(pairs[0].get("linguistics_term", uid)).replace("_", " ")
-        about = (f"BLiMP {uid}", "https://github.com/alexwarstadt/blimp", topic)
-        yield Table(f"blimp_{uid}.json", frame, *about, ["Unacceptable", "Acceptable"])
+        facts = (f"BLiMP {uid}", "https://github.com/alexwarstadt/blimp", topic)
+        yield Table(f"blimp_{uid}.json", frame, *facts, ["Unacceptable", "Acceptable"])
 
 
 def blimp_pairs(root):
@@ -334,8 +334,8 @@ def concreteness(root):
     frame = read_rows(path.read_bytes(), BRYSBAERT, ["Word", "Conc.M"])
     ratings = pd.to_numeric(frame["Conc.M"], errors="coerce")
     frame = pd.DataFrame({"text": frame.Word, "label": ((ratings - 1) / 4).round(4)})
-    about = ("Brysbaert concreteness", "https://doi.org/10.3758/s13428-013-0403-5", "Concreteness")
-    yield Table("concreteness.json", frame, *about, ["Abstract", "Concrete"], regression=True)
+    facts = ("Brysbaert concreteness", "https://doi.org/10.3758/s13428-013-0403-5", "Concreteness")
+    yield Table("concreteness.json", frame, *facts, ["Abstract", "Concrete"], regression=True)
 
 
 def ethics(root):
@@ -348,8 +348,8 @@ def ethics(root):
         frame = read_rows(raw, name, ["label", "input", "is_short"], **comma)
         parts[split] = frame[frame.is_short == "True"].rename(columns={"input": "text"})
     link = "https://people.eecs.berkeley.edu/~hendrycks/ethics.tar"
-    about = ("ETHICS Commonsense", link, "Normativity")
-    yield binary("ethics.json", parts, ["Normative", "Non-normative"], *about)
+    facts = ("ETHICS Commonsense", link, "Normativity")
+    yield binary("ethics.json", parts, ["Normative", "Non-normative"], *facts)
 
 
 HUB = read_yaml((HERE / "hub.yaml").read_text())
@@ -357,16 +357,16 @@ HUB = read_yaml((HERE / "hub.yaml").read_text())
 
 def hub(name, root):
     """A set of hub.yaml, from SET/**/SPLIT*/*.parquet or SET/**/*SPLIT*.parquet in root."""
-    about = HUB[name]
+    entry = HUB[name]
     parts = {}
-    for split in about["splits"]:
+    for split in entry["splits"]:
         of_split = re.compile(rf"(^|[-_/]){split}([-_/.]|$)")
         files = []
         for path in sorted((root / name).rglob("*.parquet")):
             if of_split.search(str(path.relative_to(root / name))):
                 files.append(path)
         if not files:
-            branch = f"{about['repo']}, branch refs/convert/parquet"
+            branch = f"{entry['repo']}, branch refs/convert/parquet"
             raise missing(root, f"{name}/**/{split}*.parquet ({branch})")
         try:
             frame = pd.concat([pd.read_parquet(file) for file in files])
@@ -376,9 +376,9 @@ def hub(name, root):
             pick_columns(frame, files[0], ["original", "edit"])
             headlines = zip(frame.original, frame.edit)
             frame["original"] = [put_word(headline, word) for headline, word in headlines]
-        frame = pick_columns(frame, files[0], [about["text"], about["label"]])
+        frame = pick_columns(frame, files[0], [entry["text"], entry["label"]])
         frame.columns = ["text", "label"]
-        frame["label"] = hub_labels(about, frame.label)
+        frame["label"] = hub_labels(entry, frame.label)
         labelled = frame.dropna()
         if len(labelled) < len(frame):
             n = len(frame) - len(labelled)
@@ -387,12 +387,12 @@ def hub(name, root):
     frame = in_splits(parts)
     if len(parts) == 1:
         del frame["split"]
-    regression = "scale" in about or isinstance(next(iter(about["values"].values())), float)
-    link = f"https://huggingface.co/datasets/{about['repo']}"
-    topic = (about["name"], link, about["topic"])
-    language = about.get("language", "En")
-    names = about["labels"]
-    yield Table(f"{name}.json", frame, *topic, names, regression=regression, language=language)
+    regression = "scale" in entry or isinstance(next(iter(entry["values"].values())), float)
+    link = f"https://huggingface.co/datasets/{entry['repo']}"
+    facts = (entry["name"], link, entry["topic"])
+    language = entry.get("language", "En")
+    names = entry["labels"]
+    yield Table(f"{name}.json", frame, *facts, names, regression=regression, language=language)
 
 
 def put_word(headline, word):
@@ -401,28 +401,28 @@ def put_word(headline, word):
     return before + word + rest.partition("/>")[2] if rest else headline
 
 
-def hub_labels(about, labels):
+def hub_labels(entry, labels):
     """Turn raw labels into class names or numbers in [0, 1]; NaN for texts to leave out."""
-    if "scale" in about:
-        low, high = about["scale"]
+    if "scale" in entry:
+        low, high = entry["scale"]
         return (pd.to_numeric(labels, errors="coerce") - low) / (high - low)
-    return labels.astype(str).map(about["values"])
+    return labels.astype(str).map(entry["values"])
 
 
 def fetch_from_hub(name, folder):
     """Download a set's parquet files to folder/SET; the hub's client resumes and verifies."""
     from huggingface_hub import snapshot_download
 
-    about = HUB[name]
-    patterns = [f"{about['config']}/{split}/*.parquet" for split in about["splits"]]
+    entry = HUB[name]
+    patterns = [f"{entry['config']}/{split}/*.parquet" for split in entry["splits"]]
     options = {"repo_type": "dataset", "revision": "refs/convert/parquet"}
     try:
         snapshot_download(
-            about["repo"], **options, local_dir=folder / name, allow_patterns=patterns
+            entry["repo"], **options, local_dir=folder / name, allow_patterns=patterns
         )
     except Exception as error:  # the client raises many kinds: no network, moved, disk full
         reason = type(error).__name__
-        raise InputError(f"downloading {about['repo']} from the hub failed ({reason})") from None
+        raise InputError(f"downloading {entry['repo']} from the hub failed ({reason})") from None
 
 
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
