@@ -642,8 +642,7 @@ def best_thresholds(y, score):
 def evaluator(y, score, kind="binary", thresholds=None):
     """Return {metric: value} for scores (n,), or (n, K) for several classes. Add your own here.
 
-    With two classes, score >= threshold predicts 1. F1 is that of class 1; with several, the mean
-    over the classes in y.
+    Of two classes, score >= threshold predicts 1. F1 is for class 1, or averaged over y's classes.
     """
     if kind == "regression":
         return {
@@ -846,8 +845,7 @@ def measure_fold(make, X, task, fold_of, outer):
         validation = evaluator(task.y[choose], validation_scores[g], task.kind, thresholds)
         row = {"site": g, "threshold": thresholds["accuracy"]}
         row["validation"] = validation[PRIMARY[task.kind]]
-        measures = evaluator(task.y[test], test_scores[g], task.kind, thresholds)
-        for metric, score in measures.items():
+        for metric, score in evaluator(task.y[test], test_scores[g], task.kind, thresholds).items():
             rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
     train = fit if isinstance(model, nn.Module) else np.concatenate([fit, choose])  # see fit_sites
     n_train = len(np.unique(task.text[train]))
@@ -1051,13 +1049,12 @@ def main(config, lms=None, datasets=None, probes=None):
                 write_rows(run, folds, {**keys, "baseline": baseline})
                 print_best(run, folds, {**keys, "baseline": baseline})
                 if not baseline:
-                    model_folds = folds
+                    lm_folds = folds
                     keep_for_app(run, part, probe, folds, scores)
             if probe == next(iter(usable)):
                 measure_once(run, sites[""], pooled, make, keys)
             # the score of the most common label; written last, it marks the probe as done
-            majority = model_folds[model_folds.site == 0]
-            majority = majority.assign(score=majority.chance, **NO_SITE)
+            majority = lm_folds[lm_folds.site == 0].assign(score=lm_folds.chance, **NO_SITE)
             write_rows(run, majority, {**keys, "baseline": "majority"})
     table = run.merge()
     if run.master:
