@@ -146,7 +146,7 @@ class PoolToken:
         return ~(at[:, :, None] == at[:, None, :]).tril(-1).any(2)
 
     def _combine(self, x, keep):
-        """Combine x (B, L, Q, H), where keep (B, Q), to rows and their texts."""
+        """Combine x (B, L, Q, H), masked by keep (B, Q), into rows and their texts."""
         if self.quantile == "all" and self.quantile_method == "extend" and not keep.all():
             raise InputError("quantile='all' with extend needs texts of equal length: use concat")
         x, texts = combine(x, keep, self.quantile_method)  # (R, L, H')
@@ -156,7 +156,7 @@ class PoolToken:
 
 
 def combine(x, keep, method):
-    """Combine x (B, L, S, H) over S, where keep (B, S), to (R, L, H') and each row's index in B."""
+    """Combine x (B, L, S, H), masked by keep (B, S), into (R, L, H') and each row's index in B."""
     index = torch.arange(len(x), device=x.device)
     if x.size(2) == 1:
         return x[:, :, 0], index
@@ -236,8 +236,9 @@ def fill(model, rows, layers, poolings, folder, batch_tokens, start):
             array = np.load(folder / f"{name}.npy", mmap_mode="r+")
             part = part.astype(array.dtype)
             if not np.isfinite(part).all():
-                remedy = f"not finite as {array.dtype}: set cache_dtype=float32, dtype=float32"
-                raise InputError(f"{model.name}: hidden states are {remedy}")
+                problem = f"hidden states are not finite as {array.dtype}"
+                remedy = "set cache_dtype=float32 and dtype=float32"
+                raise InputError(f"{model.name}: {problem}: {remedy}")
             array[batch] = part
         bar.update(len(batch))
         counter = folder / "done.tmp"  # no fsync: after the rename a kill loses nothing

@@ -55,8 +55,8 @@ class Config:
             if name not in SETS:
                 raise InputError(f"sets: there is no '{name}', only {', '.join(SETS)}")
         if self.root and not Path(self.root).is_dir():
-            example = "give the one that holds SST-2.zip, ethics.tar, ..."
-            raise InputError(f"root={self.root} is not a folder: {example}")
+            remedy = "give the one that holds SST-2.zip, ethics.tar, ..."
+            raise InputError(f"root={self.root} is not a folder: {remedy}")
 
 
 @dataclass
@@ -139,9 +139,7 @@ def draw(frame, n, seed):
     order = sorted(set(groups))
     random.Random(seed).shuffle(order)
     rank = groups.map({group: i for i, group in enumerate(order)}).sort_values(kind="stable")
-    n_rows = rank.map(
-        rank.value_counts().sort_index().cumsum()
-    )  # up to the end of each row's group
+    n_rows = rank.map(rank.value_counts().sort_index().cumsum())  # this group included
     return frame.loc[rank.index[n_rows <= (n or len(frame))]].reset_index(drop=True)
 
 
