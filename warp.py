@@ -1,4 +1,4 @@
-"""How far must a model be warped to match a brain? d_warp: the least dimensions that reach a score.
+"""Measure d_warp: the fewest dimensions in which a model must be warped to match a brain.
 
     python warp.py                                # embedded: candidates at known distances, offline
     python warp.py config/warp_planted.yaml planted_warp=0.5  # brains planted nearer or further
@@ -7,12 +7,12 @@
     python warp.py head=ols head_dims=0 dims=0 full=False  # a linear encoder alone: ols, pls, ridge
     torchrun --standalone --nproc_per_node=4 warp.py ...  # ranks share the fits
 
-A stopped run goes on where it was. warp_intrinsic.py measures d for small networks.
+A stopped run continues where it was. warp_intrinsic.py measures d for small networks.
 
-All parameters of a network move along theta = theta0 + lambda_g P z with P a fixed random D x d
-matrix that is never formed; only z (and a scale for each group of layers) is trained. A ridge
-readout is solved in closed form inside the loop, so d = 0 is ridge regression; objective=rsa and
-cka need no readout, linear_first fits it once and warps it along with the model.
+All parameters of a network move along theta = theta0 + lambda_g P z, where P is a fixed random
+D x d matrix that is never formed. Only z and one scale for each group of layers are trained. A
+ridge readout is solved in closed form in every step, so d = 0 is ridge regression. objective=rsa
+and cka need no readout; linear_first fits it once and then warps it along with the model.
 
 Li et al. 2018 and Aghajanyan et al. 2020 (intrinsic dimension); Le et al. 2013 (Fastfood);
 Golub & Pereyra 1973 (variable projection).
@@ -22,6 +22,7 @@ import copy
 import hashlib
 import itertools
 import re
+import zipfile
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -60,19 +61,19 @@ from data.stimuli import Encoding, to_number, write_encoding
 from model import check_choice
 
 Projection = Literal["fastfood", "fastfood_tensor", "dense"]  # see FastfoodWrapper
-# options that enter a fit only through its Cell: other fits are kept when one changes
+# options that change a fit only through its Cell: changing one keeps all other fits
 ANALYSIS = "models dataset subject seeds dims full learning_rates common common_share reach draws"
 ANALYSIS += " shuffled shuffles"
-ALL = np.inf  # as a number of dimensions: all parameters, trained directly
-PLANTED_UNITS = 64  # of the planted brain: mixtures of
-PLANTED_COMPONENTS = 8  # the first principal components of the teacher's features
-HEAD_RATE = 3e-3  # learning rate of a readout that is trained
-HEAD_STEPS = 500  # before any warp
-CHUNK = 2**18  # parameters that a Fastfood chunk makes: what fits a cache
-FACTOR_BITS = 6  # of a dense factor of the Walsh-Hadamard transform, 64 x 64
+ALL = np.inf  # number of dimensions that stands for all parameters, trained directly
+PLANTED_UNITS = 64  # of the planted brain: random mixtures of
+PLANTED_COMPONENTS = 8  # this many principal components of the teacher's features
+HEAD_RATE = 3e-3  # learning rate of head=sgd
+HEAD_STEPS = 500  # of head=sgd, before any warp
+CHUNK = 2**18  # parameters that one Fastfood chunk makes: fits into a CPU's cache
+FACTOR_BITS = 6  # the Walsh-Hadamard transform multiplies by dense 64 x 64 factors
 PARTS = ["train", "val", "test"]
 
-# candidates of the embedded run, on the line through the planted teacher and lm; random weights
+# candidates of the embedded run, on the line through lm and the planted teacher; random weights
 SHORT_NAMES = {
     "teacher": {"toward": "teacher"},
     "halfway": {"toward": "teacher", "share": 0.5},
@@ -83,7 +84,7 @@ SHORT_NAMES = {
 
 
 def default(*values):
-    """The default of an option that is a list."""
+    """Return the default of an option that is a list."""
     return field(default_factory=partial(list, values))
 
 
@@ -91,11 +92,11 @@ def default(*values):
 class Config:
     # ---- data
     dataset: list[str] = default("synthetic_brain")  # stimuli with responses
-    subject: str = ""  # only this person's units; each: every person's by themselves; "": all
-    roi: str = ""  # only units of this region
-    reliable: float = 0.05  # only units of unknown or higher ceiling (R2); n_folds: published ones
-    n_folds: int = 0  # each group is tested once; 0: one split, the dataset's own or test_share
-    val_share: float = 0.2  # of the groups: they choose penalties, learning rates and steps
+    subject: str = ""  # units of this person only; each: one study per person; "": all units
+    roi: str = ""  # units of this region only
+    reliable: float = 0.05  # leave out units whose ceiling (R2) is not above this
+    n_folds: int = 0  # folds that test each group once; 0: the dataset's own split or test_share
+    val_share: float = 0.2  # of the groups; they choose penalties, learning rates and steps
     test_share: float = 0.25  # of the groups
     # ---- the planted brain (dataset=synthetic_brain)
     planted_stimuli: str = "synthetic_brain"  # folder with stimuli.csv (text, group)
@@ -110,16 +111,16 @@ class Config:
     pool: Literal["mean", "last", "first", "flatten"] = "mean"  # over a stimulus' tokens or pixels
     # ---- objective
     objective: str = "linear"  # a name in OBJECTIVES: linear, linear_first, rsa, cka
-    metric: Literal["r", "r2"] = "r"  # median over units, of linear objectives
+    metric: Literal["r", "r2"] = "r"  # of linear objectives: median over units
     head: str = "ridge"  # how the readout is fitted, a name in HEADS: ridge, ols, pls, sgd
-    head_dims: int = 8  # linear ones: principal components of each model's own features; 0: all
+    head_dims: int = 8  # principal components of its features that a readout sees; 0: all features
     # ridge penalties; validation chooses one for each unit
     alphas: list[float] = default(*np.logspace(-1, 6, 15).tolist())
     rdm: Literal["correlation", "euclidean"] = "correlation"  # distances of rsa
-    exact: bool = True  # gradients of all training stimuli; False: of batches
+    exact: bool = True  # gradients from all training stimuli; False: from batches
     # ---- warping
-    dims: list[int] = default(0, 32, 256, 2048)  # d, the scales counted
-    full: bool = True  # beside them all D parameters, trained directly
+    dims: list[int] = default(0, 32, 256, 2048)  # d, including the scales
+    full: bool = True  # also train all D parameters directly
     projection: Projection = "fastfood"
     layer_groups: str = ""  # one learned scale each: a,b;c (names of modules) or 'blocks'
     seeds: int = 6  # draws of P (and of random weights)
@@ -128,12 +129,13 @@ class Config:
     eval_interval: int = 10  # steps between validations
     batch_size: int = 512  # stimuli per forward pass
     # ---- d_warp and controls
-    common: str = "highest"  # absolute: of the full scores the lowest or highest, or a number,
-    common_share: float = 0.95  # times this, is the score to reach, the same for all
-    reach: float = 0.9  # relative: s0 + this times (full - s0), each model's own
+    # absolute d_warp: all models must reach common_share times the lowest or highest full score,
+    common: str = "highest"  # or times this number
+    common_share: float = 0.95
+    reach: float = 0.9  # relative d_warp: each model must reach s0 + this times (full - s0)
     draws: int = 1000  # bootstrap over seeds and test stimuli (groups)
-    shuffles: int = 1000  # at d = 0: of responses, refitted (ridge); else of predictions
-    shuffled: bool = True  # the first candidate against shuffled responses at every d, too
+    shuffles: int = 1000  # null at d = 0: responses shuffled and refitted (ridge), or predictions
+    shuffled: bool = True  # also warp the first candidate to match shuffled responses
     # ---- run
     out_dir: str = "out/warp"  # results.csv, table.csv and figures
     seed: int = 1337  # splits, planted brain, draws
@@ -148,10 +150,8 @@ class Config:
     def check(self):
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("head", self.head, HEADS)
-        if self.n_folds == 1:
-            raise InputError("n_folds=1: give 0 for one split, or 2 and more")
         if self.n_folds and objective_class(self).pairs:
-            problem = "pairs of stimuli belong to one split"
+            problem = "pairs of stimuli must be in one split"
             raise InputError(f"objective={self.objective} with n_folds: {problem}, give n_folds=0")
         check_dims(self)
         make_candidates(self)
@@ -170,32 +170,35 @@ def check_dims(config):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is compared: which one, read where, and moved how far before the first fit."""
+    """A model to compare: which one, which layers, and how far it is moved before the first fit."""
 
     name: str
     model: str = "lm"  # lm, a run folder, a Hugging Face model, my_file.py:constructor
-    layers: tuple = ()  # those of the option `layers` where it names none
+    layers: tuple = ()  # default: the option `layers`
     toward: str = ""  # teacher (of the planted brain) or random (new weights)
     share: float = 1.0  # of the way there; below 0: away from it
+    state: str = ""  # hash of its files at the start, so that a retrained model is fitted anew
 
 
 def make_candidates(config):
-    """The Candidates that the option `models` lists. Raises InputError."""
+    """Return the Candidates that the option `models` lists. Raises InputError."""
     candidates = []
-    for given in config.models:
-        if isinstance(given, str):
-            given = {"name": given, **SHORT_NAMES.get(given, {"model": given})}
-        check_keys(given, Candidate.__annotations__, "models")
-        layers = np.ravel(given.get("layers", config.layers))  # a list, or a single one
-        given = {"name": given.get("model", "lm"), **given, "layers": tuple(map(str, layers))}
-        candidate = Candidate(**given)
+    for fields in config.models:
+        if isinstance(fields, str):
+            fields = {"name": fields, **SHORT_NAMES.get(fields, {"model": fields})}
+        check_keys(fields, ["name", "model", "layers", "toward", "share"], "models")
+        layers = np.ravel(fields.get("layers", config.layers))  # a list, or a single one
+        model = fields.get("model", "lm")
+        state = path_state(config.lm if model == "lm" else model)
+        fields = {"name": model, **fields, "layers": tuple(map(str, layers)), "state": state}
+        candidate = Candidate(**fields)
         if candidate.toward not in ("", "teacher", "random"):
-            wrong = f"'{candidate.name}' must go toward teacher or random, not '{candidate.toward}'"
-            raise InputError(f"models: {wrong}")
-        if candidate.name in [other.name for other in candidates]:
+            toward = f"toward teacher or random, not '{candidate.toward}'"
+            raise InputError(f"models: '{candidate.name}' must go {toward}")
+        if candidate.name in [earlier.name for earlier in candidates]:
             raise InputError(f"models: two are called '{candidate.name}': give each a name")
         if ".py:" in candidate.model:
-            load_function(candidate.model, "models")  # is it there? hash_code counts it from now on
+            load_function(candidate.model, "models")  # fails early; hash_code then counts the file
         candidates.append(candidate)
     return candidates
 
@@ -205,15 +208,15 @@ def make_candidates(config):
 
 @cache
 def hadamard(n, device, dtype):
-    """Sylvester's Hadamard matrix (n, n), entries ±1, n a power of two."""
+    """Return Sylvester's Hadamard matrix (n, n), entries ±1; n is a power of two."""
     return torch.tensor(scipy.linalg.hadamard(n), device=device, dtype=dtype)
 
 
 def walsh_hadamard(x):
     """Walsh-Hadamard transform of the columns of x (n, C), unnormalised; n is a power of two.
 
-    H of n = a b c ... is the Kronecker product of small ones, so each axis of (a, b, c, ...) is
-    multiplied by a small dense matrix: a few passes over memory where a butterfly takes log2 n.
+    H of n = a b c ... is a Kronecker product, so each axis of (a, b, c, ...) is multiplied by a
+    small dense matrix: a few passes over memory where a butterfly takes log2 n.
     """
     n, C = x.shape
     bits = n.bit_length() - 1
@@ -226,15 +229,15 @@ def walsh_hadamard(x):
 
 
 def power_of_two(n):
-    """The least power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 class Fastfood:
     """Rows of P (rows, n) from blocks H G Π H B (Le et al. 2013), columns of norm `norm`.
 
-    B = ±1, G is normal, Π a permutation. Blocks share H B, and those of a chunk Π: with a G of
-    their own they are independent all the same. Four bytes a row are kept.
+    B = ±1, G is normal, Π a permutation. Blocks share H B, and the blocks of a chunk share Π; their
+    own G makes them independent all the same. Keeps four bytes per row.
     """
 
     def __init__(self, rows, n, norm, generator, device):
@@ -251,7 +254,7 @@ class Fastfood:
             self.chunks.append((g.to(device), order.to(device)))
 
     def forward(self, z, out):
-        """Write P z into out (rows,); z has the first d <= n coordinates, or more: they are cut."""
+        """Write P z into out (rows,). Coordinates of z beyond n are cut off."""
         n = len(self.sign)
         x = F.pad(z[:n], (0, max(0, n - len(z)))) * self.sign
         x = walsh_hadamard(x[:, None])
@@ -276,11 +279,11 @@ class Fastfood:
 
 
 class Dense:
-    """P (rows, n) drawn in full, normal: the one that costs D x d memory."""
+    """P (rows, n), normal and drawn in full: takes D x d memory."""
 
     def __init__(self, rows, n, norm, generator, device):
         self.p = torch.empty(n, rows)
-        for column in self.p:  # one by one: a smaller n has the first of them
+        for column in self.p:  # one at a time, so that a smaller n gets the first of them
             column.normal_(generator=generator)
         self.p = (self.p * norm / self.p.norm(dim=1, keepdim=True)).to(device)
 
@@ -302,10 +305,10 @@ class Identity:
 
 
 class Warp(torch.autograd.Function):
-    """theta0 + P z, bundle by bundle: nothing of size D is kept beside theta itself.
+    """theta0 + P z, bundle by bundle: keeps nothing of size D but theta itself.
 
-    z (m + 1, d - m), a row for each group of layers and one for the rest -> the warped tensors.
-    Plain operations take 3.9 times the weights above inference (GPT-2 124M), and this 2.4.
+    Takes z (m + 1, d - m), a row for each group of layers and one for the rest; returns the warped
+    tensors. Plain operations take 3.9 times the weights above inference (GPT-2 124M), this 2.4.
     """
 
     @staticmethod
@@ -331,32 +334,32 @@ class Warp(torch.autograd.Function):
 
 
 class FastfoodWrapper(nn.Module):
-    """Any module, trained in d dimensions: theta = theta0 + lambda_g P z.
+    """Train any module in d dimensions: theta = theta0 + lambda_g P z.
 
         wrapper = FastfoodWrapper(model, d=500, layer_groups=[["conv1", "bn1"], ["layer1"]])
         wrapper(x).sum().backward()
         model.load_state_dict(wrapper.merge())
 
-    Its own parameters are z (d - m,), from 0, and the m scales, from 1. Those of the model that
-    require a gradient (tied ones once) are fed by functional_call; buffers and train/eval mode
-    stay. The model must be on its device already.
+    Its parameters are z (d - m,), from 0, and the m scales, from 1. It warps the model's parameters
+    that require a gradient (tied ones once) by functional_call; buffers and the train/eval mode do
+    not change. Move the model to its device first.
 
-    layer_groups: lists of names of modules or parameters, each with one learned scale, taken out
-    of d (Aghajanyan et al. 2020); what is in no list moves with scale 1. projection: fastfood,
-    blocks as large as d with columns of norm 1 over all parameters; fastfood_tensor, the published
-    one: a transform as large as each tensor, which crops z for small ones; dense; identity.
+    layer_groups: lists of names of modules or parameters, each with one learned scale that counts
+    in d (Aghajanyan et al. 2020); all others have scale 1. projection: fastfood, blocks as large as
+    d, columns of norm 1 over all parameters; fastfood_tensor, the published one, a transform per
+    tensor, which crops z for small tensors; dense; identity.
     """
 
     def __init__(self, model, d=None, layer_groups=None, projection="fastfood", seed=0):
         super().__init__()
-        self.__dict__["model"] = model  # not a submodule: its parameters are not ours
+        self.__dict__["model"] = model  # not a submodule: its parameters are not the wrapper's
         self.originals = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.D = sum(p.numel() for p in self.originals.values())
         self.m = len(layer_groups or [])
         d = self.D if d is None else d
-        if d > self.D:
-            raise InputError(f"d={d} is more than the model's {self.D:,} parameters")
-        self.parts = []  # of bundles: ({name: original}, projection, number of the group or -1)
+        if d > self.D or not self.D:
+            raise InputError(f"d={d} needs more than the model's {self.D:,} parameters")
+        self.parts = []  # ({name: original}, projection, number of the group or -1) of each bundle
         for bundle, group in make_bundles(self.originals, layer_groups or [], projection):
             first, *_ = bundle
             generator = torch.Generator().manual_seed(key_seed("P", seed, first))
@@ -372,13 +375,13 @@ class FastfoodWrapper(nn.Module):
             elif projection == "identity":
                 P = Identity()
             else:
-                raise InputError(f"there is no projection={projection}")
+                raise InputError(f"unknown projection={projection}")
             self.parts.append((bundle, P, group))
         self.norm = float(nn.utils.get_total_norm(self.originals.values()))  # ||theta0||
         self.start(d)
 
     def start(self, d):
-        """Begin anew at theta0, with d dimensions: P's first columns."""
+        """Return to theta0, now with d dimensions: the first columns of P."""
         if d <= self.m:
             raise InputError(f"d={d} must be above the {self.m} scales of layer_groups, part of it")
         like = next(iter(self.originals.values()))
@@ -388,13 +391,13 @@ class FastfoodWrapper(nn.Module):
         return self
 
     def tensors(self):
-        """{name: warped parameter}."""
+        """Return {name: warped parameter}."""
         scales = torch.cat([self.scales, self.scales.new_ones(1)])  # 1: what is in no group
         z = scales[:, None] * self.z  # lambda_g P z = P lambda_g z
         return dict(zip(self.originals, Warp.apply(z, self)))
 
     def call(self, tensors, *args, **kwargs):
-        """The model's output with these parameters; tied names follow."""
+        """Return the model's output with these parameters; tied names follow."""
         return functional_call(self.model, tensors, args, kwargs)
 
     def forward(self, *args, **kwargs):
@@ -402,25 +405,25 @@ class FastfoodWrapper(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """A plain state_dict of the model with the warp in it."""
+        """Return the warped model as a plain state_dict."""
         warped = {id(self.originals[name]): tensor for name, tensor in self.tensors().items()}
         state = self.model.state_dict(keep_vars=True)
         return {name: warped.get(id(p), p).detach().clone() for name, p in state.items()}
 
 
-def make_bundles(named, layer_groups, projection):
-    """[({name: parameter}, number of its group or -1)]: tensors that share a projection.
+def make_bundles(originals, layer_groups, projection):
+    """Return [({name: parameter}, number of its group or -1)], bundles that share a projection.
 
-    Neighbours of one group do, up to CHUNK parameters: few transforms instead of many small ones.
+    They hold up to CHUNK parameters of a group: few transforms instead of many small ones.
     """
-    most = {"identity": 2**62, "fastfood_tensor": 0}.get(projection, CHUNK)
-    group_of = find_groups(named, layer_groups)
+    limit = {"identity": 2**62, "fastfood_tensor": 0}.get(projection, CHUNK)
+    group_of = find_groups(originals, layer_groups)
     bundles = []
     size = np.inf
-    for name, p in named.items():
+    for name, p in originals.items():
         group = group_of.get(name, -1)
         size += p.numel()
-        if size > most or group != bundles[-1][1]:
+        if size > limit or group != bundles[-1][1]:
             bundles.append(({}, group))
             size = p.numel()
         bundles[-1][0][name] = p
@@ -428,15 +431,15 @@ def make_bundles(named, layer_groups, projection):
 
 
 def find_groups(names, layer_groups):
-    """{parameter name: number of its group}; layer1 is not layer10. Raises InputError."""
+    """Return {parameter name: number of its group}; layer1 does not match layer10."""
     group_of = {}
     for number, prefixes in enumerate(layer_groups):
         for prefix in prefixes:
-            inside = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
-            if not inside:
+            matches = [name for name in names if f"{name}.".startswith(f"{prefix}.")]
+            if not matches:
                 tops = ", ".join(sorted({".".join(name.split(".")[:2]) for name in names}))
                 raise InputError(f"layer_groups: nothing is called '{prefix}', only {tops}")
-            for name in inside:
+            for name in matches:
                 if name in group_of:
                     raise InputError(f"layer_groups: '{name}' is in two groups")
                 group_of[name] = number
@@ -453,11 +456,11 @@ class Study:
     name: str
     kind: str  # text or image
     stimuli: list  # texts, or paths of images
-    pieces: list | None = None  # texts: the end that is the stimulus, after its context
-    objective: type | None = None  # of Objective
+    pieces: list | None = None  # of texts that begin with context: the stimulus at their end
+    objective: type | None = None  # a subclass of Objective
     y: np.ndarray | None = None  # (n, V) mean responses
-    group: np.ndarray | None = None  # (n,) whose members are never split
-    folds: list | None = None  # {train, val, test: row numbers} of each
+    group: np.ndarray | None = None  # (n,) groups are never split
+    folds: list | None = None  # {train, val, test: row numbers} of each fold
     meta: dict = field(default_factory=dict)  # columns of results.csv
     ceiling: float = np.nan  # of the score
 
@@ -468,16 +471,16 @@ class Study:
 
     @cached_property
     def content(self):
-        """A hash of stimuli, responses and folds: where one changes, no fit is the same."""
+        """Hash of stimuli, responses and folds: a change in any of them makes all fits anew."""
         folds = pd.DataFrame(self.folds).map(list).to_dict("records")
         stimuli = list(self.stimuli)
         if self.kind == "image":
             stimuli = [stimuli, files_state(stimuli)]
-        others = str([stimuli, self.pieces, folds])
-        return hashlib.sha256(self.y.tobytes() + others.encode()).hexdigest()[:8]
+        text = str([stimuli, self.pieces, folds])
+        return hashlib.sha256(self.y.tobytes() + text.encode()).hexdigest()[:8]
 
     def shuffled(self, number):
-        """The study with its responses dealt to other stimuli, the same for all; 0: as it is."""
+        """Return the study with shuffled responses, the same permutation for all; 0: unshuffled."""
         if not number:
             return self
         rng = np.random.default_rng(key_seed("shuffle", int(number)))
@@ -485,78 +488,79 @@ class Study:
 
 
 def read_studies(run, config, name):
-    """The Studies of a dataset, one, or one for each person: split and checked."""
+    """Return the Studies of a dataset, split and checked: one, or one for each person."""
     data = Encoding(plant(run, config) if name == "synthetic_brain" else run.dataset(name))
     if config.n_folds and config.reliable:
-        run.print(f"{name}: n_folds tests all stimuli: reliable= asks published ceilings alone")
+        run.print(f"{name}: n_folds tests all stimuli, so reliable= uses published ceilings only")
     people = [config.subject]
     if config.subject == "each":
-        people = data.units["subject"].unique()
-    studies = [read_brain(config, name, data, person) for person in people]
-    for study, person in zip(studies, people):
-        n = data.select_units(person, config.roi).sum()
-        n_out = n - study.y.shape[1]
+        people = [person for person in data.units["subject"].unique() if person] or [""]
+    studies = []
+    for person in people:
+        study = read_brain(config, name, data, person)
+        studies.append(study)
+        n_units = data.select_units(person, config.roi).sum()
+        n_out = n_units - study.y.shape[1]
         if n_out:
-            run.print(f"{study.name}: {n_out} of {n} units are constant or unreliable, left out")
+            run.print(f"{study.name}: {n_out} of {n_units} units left out, constant or unreliable")
     return studies
 
 
 def read_brain(config, name, data, person):
-    """The Study of one person, or of all side by side: units chosen, repeats averaged, split."""
+    """Return the Study of one person, or of everybody: units chosen, repeats averaged, split."""
     group = data.stimuli["group"].to_numpy()
     folds = make_folds(config, group, data.stimuli["split"].to_numpy())
     sizes = pd.DataFrame(folds).map(len).min()
     if sizes["train"] < 20 or sizes.min() < 5:
         raise InputError(
             f"{data.path} has too few stimuli or groups: {sizes.tolist()} in train, val and test, "
-            "where 20, 5 and 5 are needed; choose val_share, test_share and n_folds, or take more"
+            "but 20, 5 and 5 are needed; change val_share, test_share or n_folds, or add stimuli"
         )
     units, ceiling = choose_units(config, data, person, folds)
     y = data.mean_responses(units)
     y = y / (y[folds[0]["train"]].std(0).mean() or 1.0)  # one scale for all units
+    if config.objective == "rsa" and config.rdm == "correlation" and y.shape[1] < 3:
+        raise InputError(f"{data.path}: rdm=correlation needs 3 units or more: give rdm=euclidean")
     regions = sorted(set(data.units["roi"][units]) - {""})
     meta = {"dataset": name, "subject": person or "all", "roi": "/".join(regions[:6]) or "all"}
     meta |= {key: data.meta[key] for key in ("species", "modality", "synthetic")}
-    pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
     objective = objective_class(config)
     if objective.pairs:
         ceiling = np.nan
     elif config.metric == "r":
         ceiling **= 0.5
+    pieces = data.stimuli["piece"].tolist() if "piece" in data.stimuli else None
     brain = {"y": y, "group": group, "folds": folds, "meta": meta, "ceiling": ceiling}
-    name = f"{name} {person}".strip()
-    return Study(name, data.kind, data.inputs(), pieces, objective, **brain)
+    return Study(f"{name} {person}".strip(), data.kind, data.inputs(), pieces, objective, **brain)
 
 
 def choose_units(config, data, person, folds):
-    """((V,) bool: units of a person and region that are reliable, their median ceiling or 1).
+    """Return ((V,) bool, reliable units of a person and region; their median ceiling or 1).
 
-    They are chosen on stimuli that are not tested, or by published ceilings.
+    Units are chosen by published ceilings and by stimuli that are not tested.
     """
     units = data.select_units(person, config.roi)
     stimulus = data.presentations["stimulus"].to_numpy()
     responses = np.asarray(data.responses)[:, units].astype(np.float64)
     published = data.units["ceiling"].to_numpy()[units]
-    good = ~(published <= config.reliable) & (responses.std(0) > 0)  # a constant tells nothing
-    seen = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
-    if seen.any():
-        good &= ~(noise_ceiling(responses[seen], stimulus[seen]) <= config.reliable)
+    good = ~(published <= config.reliable) & (np.ptp(responses, axis=0) > 0)
+    untested = ~np.isin(stimulus, np.concatenate([fold["test"] for fold in folds]))
+    if untested.any():
+        good &= ~(noise_ceiling(responses[untested], stimulus[untested]) <= config.reliable)
     if not good.any():
-        ceiling = (
-            f"varies and has a ceiling (R2, training stimuli) above reliable={config.reliable}"
-        )
-        raise InputError(f"{data.path}: none of {len(good)} units {ceiling}: lower it")
+        wanted = f"varies and has a ceiling (R2, training stimuli) above {config.reliable}"
+        raise InputError(f"{data.path}: none of {len(good)} units {wanted}: lower reliable=")
     units[units] = good
-    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)
+    ceiling = np.where(np.isnan(published), noise_ceiling(responses, stimulus), published)[good]
     if np.isnan(ceiling).any():
         return units, 1.0
-    return units, float(np.median(ceiling[good]))
+    return units, float(np.median(ceiling))
 
 
 def make_folds(config, group, split):
-    """[{train, val, test: rows}] of one split, or of n_folds in which every group is tested once.
+    """Return [{train, val, test: rows}]: n_folds that test every group once, or one split.
 
-    Without n_folds a dataset's own split is kept; else groups are dealt by a key of their name.
+    The latter is the dataset's own, if it has one. Groups are ordered by a hash of their names.
     """
     names = np.array(sorted(set(map(str, group)), key=partial(key_seed, config.seed, "split")))
     n_val = round(config.val_share * len(names))
@@ -566,16 +570,15 @@ def make_folds(config, group, split):
         if config.n_folds:
             tested = np.array_split(names, config.n_folds)
         for test in tested:
-            names = np.roll(names, -len(test))  # those after the tested ones validate
-            splits.append(np.full(len(group), "train"))
-            splits[-1][np.isin(group, names[:n_val])] = "val"
-            splits[-1][np.isin(group, test)] = "test"
+            names = np.roll(names, -len(test))  # the groups after the tested ones validate
+            split = np.where(np.isin(group, names[:n_val]), "val", "train")
+            splits.append(np.where(np.isin(group, test), "test", split))
+    elif (split == "val").any():
+        splits.append(split)
     else:
-        splits.append(split.copy())
-        if not (split == "val").any():
-            learned = names[np.isin(names, group[split == "train"])]
-            val = learned[: round(config.val_share * len(learned))]
-            splits[0][np.isin(group, val) & (split == "train")] = "val"
+        names = names[np.isin(names, group[split == "train"])]
+        val = np.isin(group, names[: round(config.val_share * len(names))])
+        splits.append(np.where(val & (split == "train"), "val", split))
     folds = []
     for split in splits:
         folds.append({part: np.flatnonzero(split == part) for part in PARTS})
@@ -583,21 +586,21 @@ def make_folds(config, group, split):
 
 
 def noise_ceiling(y, stimulus):
-    """(V,) highest R2 against mean responses, from single ones y (P, V); NaN without repeats.
+    """Return (V,) the highest R2 against mean responses, from single ones y (P, V).
 
-    s² / (s² + n² / R): n² the variance within stimuli, s² what is left of the whole, R repeats.
+    s² / (s² + n² / R): n² is the variance within stimuli, s² the rest, R repeats; NaN without them.
     """
-    frame = pd.DataFrame(y).groupby(stimulus)
-    repeats = frame.size().to_numpy()
+    by_stimulus = pd.DataFrame(y).groupby(stimulus)
+    repeats = by_stimulus.size().to_numpy()
     if (repeats > 1).sum() < 3:
         return np.full(y.shape[1], np.nan)
-    noise = frame.var(ddof=1).to_numpy()[repeats > 1].mean(0)
+    noise = by_stimulus.var(ddof=1).to_numpy()[repeats > 1].mean(0)
     signal = np.maximum(y.var(0, ddof=1) - noise, 0)
     return signal / np.maximum(signal + noise / repeats.mean(), 1e-12)
 
 
 def plant(run, config):
-    """The planted brain, a dataset in out_dir/brain: what its teacher makes of texts, mixed."""
+    """Write the planted brain, noisy mixtures of a teacher's features, and return its folder."""
     folder = run.out / "brain"
     source = run.dataset(config.planted_stimuli) / "stimuli.csv"
     if run.master:
@@ -650,7 +653,7 @@ def pool_states(x, inside, how):
 
 
 class TextReader(nn.Module):
-    """A language model as the features of texts, the chosen layers side by side, pooled."""
+    """A language model as features of texts: the chosen layers side by side, pooled."""
 
     def __init__(self, lm, layers, pool):
         super().__init__()
@@ -663,24 +666,25 @@ class TextReader(nn.Module):
         self.pool = pool
 
     def forward(self, inputs):
-        """What encode gives, (B, 3, T) -> (B, p)."""
-        width = int(inputs[:, 1].sum(1).max())  # pads are on the right
+        """(B, 3, T), as `encode` returns it, -> (B, p)."""
+        width = int(inputs[:, 1].sum(1).max())  # padding is on the right
         ids, real, inside = inputs[:, :, :width].unbind(1)
         states = self.lm.states(ids, real.bool(), self.layers)
         return torch.cat([pool_states(states[i], inside > 0, self.pool) for i in self.layers], -1)
 
     def encode(self, texts, pieces):
-        """(n, 3, T): ids, 1 where no padding is, 1 in the stimuli themselves, which end the texts.
+        """Return inputs (n, 3, T) and how many texts were too long: these lose their beginning.
 
-        pieces: these ends, or None.
+        Inputs are the ids, 1 where there is no padding, and 1 in the stimuli themselves: `pieces`,
+        with which the texts end, or all of the texts where pieces is None.
         """
         rows = []
         masks = []
+        n_cut = 0
         for text, piece in zip(texts, pieces or texts):
-            words = text.split(" ")
-            while self.lm.encode([text])[1] and len(words) > 1:  # too long: the beginning goes
-                words = words[1 + len(words) // 10 :]
-                text = " ".join(words)
+            n_cut += self.lm.encode([text])[1]
+            while self.lm.encode([text])[1]:
+                text = text[1 + len(text) // 10 :]
             rows += self.lm.encode([text])[0]
             spans = np.array(self.lm.offsets(text))
             start = len(text) - len(piece) if text.endswith(piece) else 0
@@ -690,11 +694,11 @@ class TextReader(nn.Module):
             masks.append(torch.from_numpy(inside))
         ids, real = self.lm.pad(rows)
         inside = nn.utils.rnn.pad_sequence(masks, batch_first=True)
-        return torch.stack([ids, real.to(ids), inside.to(ids)], 1)
+        return torch.stack([ids, real.to(ids), inside.to(ids)], 1), n_cut
 
 
 class ModuleReader(nn.Module):
-    """Any other module as features: the outputs of its modules `layers`, side by side, pooled."""
+    """Any other model as features: the outputs of its modules `layers`, side by side, pooled."""
 
     def __init__(self, model, layers, pool):
         super().__init__()
@@ -705,8 +709,8 @@ class ModuleReader(nn.Module):
         modules = dict(model.named_modules())
         for layer in layers:
             if layer not in modules:
-                there = ", ".join(list(modules)[1:40])
-                raise InputError(f"layers: this model has no layer '{layer}'; there are {there}")
+                names = ", ".join(list(modules)[1:40])
+                raise InputError(f"layers: this model has no layer '{layer}', only {names}")
             modules[layer].register_forward_hook(partial(self.keep, layer))
 
     def keep(self, layer, module, inputs, output):
@@ -716,51 +720,65 @@ class ModuleReader(nn.Module):
 
     def forward(self, x):
         self.core(x)
-        pooled = [pool_states(self.states.pop(layer), None, self.pool) for layer in self.layers]
-        return torch.cat(pooled, -1)
+        pooled = []
+        for layer in self.layers:
+            if layer not in self.states:
+                raise InputError(f"layers: the model does not use '{layer}' in its forward pass")
+            pooled.append(pool_states(self.states.pop(layer), None, self.pool))
+        return torch.cat(pooled, -1).float()
 
 
 def load_candidate(run, config, study, candidate, weights):
-    """The Loaded candidate for a study's stimuli; weights: number of the draw of random ones."""
+    """Return the Loaded candidate for a study's stimuli; weights: which draw of random ones."""
     load = load_module
     if study.kind == "text" and ".py:" not in candidate.model:
         load = load_language_model
+        if config.pool == "flatten":
+            raise InputError("pool=flatten is for images: texts have different lengths")
     seed = key_seed(config.seed, "model", candidate.model, weights)
     reader, inputs = load(run, config, study, candidate, seed)
-    # parameters that no feature depends on, above the layers read, are no part of theta
+    # parameters above the layers that are read change no feature and are no part of theta
     reader.eval().requires_grad_(True)
-    reader(inputs[:2]).square().sum().backward()
+    total = reader(inputs[:2]).square().sum()
+    if total.requires_grad:  # not of a model without parameters
+        total.backward()
     for p in reader.parameters():
         p.requires_grad_(p.grad is not None)
         p.grad = None
     if candidate.toward == "teacher":
         move_toward_teacher(config, reader, candidate.share)
     bar = run.progress(len(inputs), desc=f"{candidate.name} reads")
-    features = read_features(reader, inputs, np.arange(len(inputs)), config.batch_size, bar)
+    features = read_features(reader, inputs, range(len(inputs)), config.batch_size, bar)
+    if not features.isfinite().all():
+        raise InputError(f"models: some features of '{candidate.name}' are NaN or infinite")
     return Loaded(reader, inputs, features)
 
 
 def load_language_model(run, config, study, candidate, seed):
-    """(reader, inputs) of a language model: ours, or any causal or masked one of transformers."""
+    """Return (reader, inputs) of a language model: ours, or any that transformers loads."""
     spec = config.lm if candidate.model == "lm" else candidate.model
     lm = HiddenStates(spec, device=run.device)
     with suppress(InputError):  # a tokenizer without a first token
-        lm.write_first_token()  # each text stands behind it
+        lm.write_first_token()
     if candidate.toward == "random":
         blend(lm.model, lm.random_twin(seed).model, candidate.share)
     reader = TextReader(lm, candidate.layers, config.pool)
-    return reader, reader.encode(study.stimuli, study.pieces)
+    inputs, n_cut = reader.encode(study.stimuli, study.pieces)
+    if n_cut:
+        texts = f"{n_cut} of {len(inputs)} texts exceed its {lm.max_length} tokens"
+        run.print(f"{candidate.name}: {texts} and lose their beginning")
+    return reader, inputs
 
 
 def load_module(run, config, study, candidate, seed):
-    """(reader, inputs) of a vision model of transformers, or of my_file.py:constructor."""
+    """Return (reader, inputs) of my_file.py:constructor or a vision model of transformers."""
+    if candidate.model == "lm":
+        raise InputError(f"models: '{candidate.name}' is a language model and reads no images")
     if ".py:" in candidate.model:
         pair = load_function(candidate.model, "models")()
         if not isinstance(pair, tuple):
-            raise InputError(
-                f"models: {candidate.model} must return (module, encode), encode being a function "
-                f"from a list of {study.kind} stimuli (texts, or paths of images) to a tensor"
-            )
+            what = f"encode turning a list of {study.kind}s (images: their paths) into a tensor"
+            raise InputError(f"models: {candidate.model} must return (module, encode), {what}")
         model, encode = pair
     else:
         from PIL import Image
@@ -776,15 +794,19 @@ def load_module(run, config, study, candidate, seed):
     if candidate.toward == "random":
         torch.manual_seed(seed)
         if not hasattr(model, "config"):
-            raise InputError(f"models: random weights of {candidate.model} are for its constructor")
+            raise InputError(f"models: {candidate.model} must draw its random weights itself")
         blend(model, type(model)(model.config), candidate.share)
+    inputs = torch.as_tensor(encode(study.stimuli))
+    if inputs.shape[:1] != (len(study.stimuli),):
+        shape = f"{tuple(inputs.shape)} for {len(study.stimuli)} stimuli"
+        raise InputError(f"models: encode of {candidate.model} returns {shape}: return a row each")
     reader = ModuleReader(model, candidate.layers, config.pool).to(run.device)
-    return reader, encode(study.stimuli).to(run.device)
+    return reader, inputs.to(run.device)
 
 
 @torch.no_grad()
 def move_toward_teacher(config, reader, share):
-    """Move a student this share of the way to its teacher: planted_warp of its norm, anywhere."""
+    """Move a student this share of the way to its teacher, planted_warp of its norm away."""
     parameters = [p for p in reader.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(key_seed(config.seed, "teacher"))
     directions = [torch.randn(p.shape, generator=generator).to(p) for p in parameters]
@@ -795,14 +817,14 @@ def move_toward_teacher(config, reader, share):
 
 
 @torch.no_grad()
-def blend(model, other, share):
-    """Move a model's parameters this share of the way to another's."""
-    for p, q in zip(model.parameters(), other.parameters()):
+def blend(model, target, share):
+    """Move a model's parameters this share of the way to those of another."""
+    for p, q in zip(model.parameters(), target.parameters()):
         p.lerp_(q.to(p), share)
 
 
 def split_groups(config, model):
-    """The option layer_groups as lists of names; 'blocks': every repeated block is a group."""
+    """Return the option layer_groups as lists of names; 'blocks': each repeated block is one."""
     if config.layer_groups != "blocks":
         return [part.split(",") for part in config.layer_groups.split(";") if part]
     blocks = {}
@@ -815,7 +837,7 @@ def split_groups(config, model):
 
 @torch.no_grad()
 def read_features(model, inputs, rows, batch_size, bar=None):
-    """(n, p) of the stimuli in rows, without gradients. model: a module, or a function."""
+    """Return (n, p) features of the stimuli in rows; model: a module or a function."""
     features = []
     for batch in torch.as_tensor(rows, device=inputs.device).split(batch_size):
         features.append(model(inputs[batch]))
@@ -830,13 +852,12 @@ def read_features(model, inputs, rows, batch_size, bar=None):
 class Objective:
     """What is trained and scored. By default the model's outputs, (n, V), are the predictions.
 
-    To add one, write its class, a subclass of this for predictions or of RSA for pairs of stimuli,
-    and name it in OBJECTIVES. f: features (n, p) of stimuli, or what else the model puts out; rows:
-    the numbers of these stimuli.
+    To add one, subclass this for predictions or RSA for pairs of stimuli, and name it in
+    OBJECTIVES. f: features (n, p), or whatever the model returns; rows: the stimuli's numbers.
     """
 
     pairs = False  # predict and truth are (n, n), stimulus by stimulus: no n_folds, no ceiling
-    parameters = ()  # what is trained beside the warp
+    parameters = ()  # trained along with the warp
 
     def __init__(self, config, study, fold, f0):
         """f0: features of the training stimuli before any warp."""
@@ -854,27 +875,27 @@ class Objective:
         return F.mse_loss(self.predict(f), self.y[rows])
 
     def predict(self, f):
-        """What score compares with the truth: a row for each stimulus, and (n, n) with pairs."""
+        """Return what is compared with the truth: a row for each stimulus; with pairs (n, n)."""
         return f
 
     @classmethod
     def truth(cls, config, study, rows):
-        """What it is scored against: responses (n, V), or with pairs the brain's (n, n)."""
+        """Return what predictions are scored against: responses (n, V), or with pairs (n, n)."""
         return study.y[rows]
 
     @classmethod
     def score(cls, config, predicted, truth, weights):
-        """(B,) scores under weights (B, n) of the stimuli; 0 and 1 only with pairs."""
+        """Return (B,) scores under weights (B, n) of the stimuli, with pairs 0 and 1 only."""
         return np.median(unit_scores(config.metric, predicted, truth, weights), axis=1)
 
     @classmethod
     def score_all(cls, config, predicted, truth):
-        """The score of all stimuli."""
+        """Return the score of all stimuli."""
         return cls.score(config, predicted, truth, np.ones((1, len(truth))))[0]
 
     @torch.no_grad()
     def validate(self, f_train, f_val):
-        """Score of the validation stimuli, once what they choose is chosen; nan after NaNs."""
+        """Fit, and return the score of the validation stimuli; NaN where features are NaN."""
         if not f_train.isfinite().all():
             return np.nan
         self.fit(f_train, f_val)
@@ -883,16 +904,16 @@ class Objective:
 
     @torch.no_grad()
     def test(self, f_train, f_val, f_test):
-        """The predictions of the test stimuli, as a fit's file keeps them."""
+        """Return the predictions of the test stimuli."""
         return self.predict(f_test).cpu().numpy().astype(np.float32)
 
 
 class RidgeReadout(Objective):
-    """The best linear readout of the features as they are, in closed form at every step.
+    """The best linear readout of the current features, in closed form at every step.
 
-    It counts as a constant of the loss: the gradient is that of the loss after the fit (envelope
+    The readout is a constant of the loss: the gradient is that of the loss after the fit (envelope
     theorem). Validation stimuli choose a penalty for each unit. The readout sees standardised
-    features, or head_dims of their principal components before any warp.
+    features, or their first head_dims principal components before any warp.
     """
 
     def __init__(self, config, study, fold, f0):
@@ -918,7 +939,7 @@ class RidgeReadout(Objective):
         y_val = self.y[self.fold["val"]].double() - y.mean(0)
         u, s, vt = torch.linalg.svd(x - x.mean(0), full_matrices=False)
         x_val = (self.project(f_val).double() - x.mean(0)) @ vt.T
-        uty = u.T @ y  # u has mean 0: that of y does not matter
+        uty = u.T @ y  # u has mean 0, so the mean of y does not matter
         errors = []
         for alpha in self.config.alphas:
             shrunk = (s / (s**2 + alpha))[:, None] * uty
@@ -936,14 +957,14 @@ class RidgeReadout(Objective):
         self.weights = weights.float()
 
     def test(self, f_train, f_val, f_test):
-        """The readout is fitted to all other stimuli."""
+        """Fit the readout to training and validation stimuli, then predict."""
         self.fit(f_train, f_val)
         rows = np.concatenate([self.fold["train"], self.fold["val"]])
         self.refit(torch.cat([f_train, f_val]), rows)
         return super().test(f_train, f_val, f_test)
 
     def solve(self, x, y):
-        """Weights (p, V) of y (n, V) on x (n, p), whose means are 0."""
+        """Return the weights (p, V) of y (n, V) on x (n, p), both with mean 0."""
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         s = s[:, None]
         return vt.T @ (s / (s**2 + self.alpha) * (u.T @ y))
@@ -959,15 +980,16 @@ class RidgeReadout(Objective):
 
 
 class OLSReadout(RidgeReadout):
-    """Ordinary least squares, of the least norm where there are more features than stimuli."""
+    """Ordinary least squares, of minimum norm where features are collinear."""
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())  # no penalty in the loss
-        return torch.linalg.pinv(x) @ y
+        rtol = max(x.shape) * torch.finfo(torch.float32).eps  # rounding must not become a predictor
+        return torch.linalg.pinv(x, rtol=rtol) @ y
 
 
 class PLSReadout(RidgeReadout):
-    """Partial least squares, 25 components, as Brain-Score's vision benchmarks have it."""
+    """Partial least squares, 25 components as in Brain-Score; OLS if there are no more features."""
 
     def solve(self, x, y):
         self.alpha = torch.zeros(())  # no penalty in the loss
@@ -976,7 +998,7 @@ class PLSReadout(RidgeReadout):
 
 
 class SGDReadout(RidgeReadout):
-    """A linear readout that is trained, first by itself and then beside the warp."""
+    """A linear readout trained by Adam, first alone and then along with the warp."""
 
     def __init__(self, config, study, fold, f0):
         super().__init__(config, study, fold, f0)
@@ -995,7 +1017,7 @@ class SGDReadout(RidgeReadout):
 
 
 class RSA(Objective):
-    """The correlation of the model's distances with the brain's; no readout."""
+    """Correlation of the model's distances with those of the brain; no readout."""
 
     pairs = True
 
@@ -1016,13 +1038,13 @@ class RSA(Objective):
             pair = np.ix_(chosen > 0, chosen > 0)
             a = torch.as_tensor(predicted[pair]).double()
             b = torch.as_tensor(truth[pair]).double()
-            # features that are all alike have no correlation, which is no NaN
+            # identical features correlate with nothing: 0, not NaN
             scores.append(0.0 if a.std() == 0 else float(cls.similarity(a, b)))
         return np.array(scores)
 
     @staticmethod
     def compare(config, x):
-        """What pairs of stimuli are to each other, (n, n), from x (n, p)."""
+        """Return the distances (or products) of all pairs of stimuli, (n, n), from x (n, p)."""
         if config.rdm == "correlation":
             x = x - x.mean(1, keepdim=True)
             x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -1032,16 +1054,13 @@ class RSA(Objective):
 
     @staticmethod
     def similarity(a, b):
-        """How alike two such matrices are: of all stimuli, or of some (what is centred, anew)."""
+        """Return how alike two such matrices are, of all stimuli or a subset."""
         i, j = np.triu_indices(len(a), 1)
         return torch.corrcoef(torch.stack([a[i, j], b[i, j]]))[0, 1]
 
 
 class CKA(RSA):
-    """The debiased linear CKA of model and brain; no readout.
-
-    Nguyen et al. 2021; Song et al. 2012.
-    """
+    """Debiased linear CKA of model and brain; no readout (Nguyen et al. 2021; Song et al. 2012)."""
 
     @staticmethod
     def compare(config, x):
@@ -1054,7 +1073,7 @@ class CKA(RSA):
 
     @staticmethod
     def hsic(a, b):
-        """Unbiased, of Gram matrices a, b (n, n), n >= 4."""
+        """Return the unbiased HSIC of Gram matrices a, b (n, n), n >= 4."""
         n = len(a)
         a = (a - torch.diag(torch.diagonal(a))).double()
         b = (b - torch.diag(torch.diagonal(b))).double()
@@ -1063,24 +1082,20 @@ class CKA(RSA):
 
 
 HEADS = {"ridge": RidgeReadout, "ols": OLSReadout, "pls": PLSReadout, "sgd": SGDReadout}
-OBJECTIVES = {
-    "linear": RidgeReadout,  # or what HEADS says
-    "linear_first": Objective,
-    "rsa": RSA,
-    "cka": CKA,
-}
+# linear: the class that HEADS names
+OBJECTIVES = {"linear": RidgeReadout, "linear_first": Objective, "rsa": RSA, "cka": CKA}
 
 
 def objective_class(config):
-    """The class of Objective that the options ask for."""
+    """Return the class of Objective that the options ask for."""
     return HEADS[config.head] if config.objective == "linear" else OBJECTIVES[config.objective]
 
 
 def unit_scores(metric, predicted, y, weights):
-    """(B, V): r or R2 of each unit, predictions and responses (n, V), under weights (B, n)."""
+    """Return (B, V) r or R2 of predictions and responses (n, V), under weights (B, n)."""
     w = (weights / weights.sum(1, keepdims=True)).astype(y.dtype)
     sd = y.std(0)
-    sd = np.where(sd > 0, sd, 1)  # scores have no unit: volts are as good as microvolts
+    sd = np.where(sd > 0, sd, 1)  # the limits below must not depend on the unit of measurement
     p = (predicted - y.mean(0)) / sd
     y = (y - y.mean(0)) / sd
     y_var = np.maximum(w @ y**2 - (w @ y) ** 2, 1e-12)
@@ -1088,7 +1103,7 @@ def unit_scores(metric, predicted, y, weights):
         return 1 - w @ (y - p) ** 2 / y_var
     p_var = np.maximum(w @ p**2 - (w @ p) ** 2, 0)
     covariance = w @ (p * y) - (w @ p) * (w @ y)
-    # a constant prediction is no correlation, and no NaN
+    # a constant prediction scores 0, not NaN
     return np.where(p_var > 1e-10, covariance / np.sqrt(np.maximum(p_var, 1e-10) * y_var), 0)
 
 
@@ -1097,24 +1112,24 @@ def unit_scores(metric, predicted, y, weights):
 
 @dataclass(frozen=True)
 class Cell:
-    """What one score is of: a candidate at one d, in one draw; fitted in all folds."""
+    """What one score belongs to: a candidate at one d in one draw, fitted in all folds."""
 
     candidate: Candidate
     d: float  # dimensions: 0 without a warp, ALL for all parameters
     seed: int  # draw of P
     weights: int  # draw of random weights
-    shuffles: int  # of the null: many at d = 0; beside a warp they give a chance level only
+    shuffles: int  # of the null: many at d = 0; with a warp they give a chance level only
     shuffle: int = 0  # of the responses themselves
 
 
 def list_cells(config, candidates):
-    """The Cells of every study: all candidates, and the first one on shuffled responses."""
-    dims = [*config.dims, ALL] if config.full else config.dims
+    """Return the Cells of a study: all candidates, and the first one on shuffled responses."""
+    dims = config.dims + [ALL] * config.full
     cells = []
     for candidate, seed, d in itertools.product(candidates, range(config.seeds), dims):
         weights = seed if candidate.toward == "random" else 0
         shuffles = config.shuffles if d == seed == 0 else 20
-        if 0 < d < ALL or seed == weights:  # there is no P to draw
+        if 0 < d < ALL or seed == weights:  # otherwise there is no P to draw
             cells.append(Cell(candidate, float(d), seed, weights, shuffles))
     if config.shuffled and max(config.dims):
         control = cells[: len(config.dims)]  # the first candidate in its first draw
@@ -1127,80 +1142,73 @@ def list_cells(config, candidates):
 
 
 def fit_all(run, config, studies, cells, load):
-    """Make every fit that is not there yet; ranks share them. See `fit_cell`."""
+    """Make the fits that have no file; ranks share them. load: (candidate, weights) -> Loaded."""
     (run.out / "fits").mkdir(exist_ok=True)
-    jobs = run.share(itertools.product(cells, studies))
-    files = []
-    for cell, study in jobs:
-        for number in range(len(study.folds)):
-            files += fit_files(run, config, study, cell, number).values()
-    n_there = sum(file.exists() for file in files)
-    if n_there:
-        run.print(f"{n_there} of {len(files)} fits are there from an earlier run")
-    bar = run.progress(len(jobs), desc="fits")
-    for cell, study in jobs:
-        fit_cell(run, config, study, cell, load)
+    fits = []
+    for cell, study in itertools.product(cells, studies):
+        rates = config.learning_rates if cell.d else [0.0]
+        for number, rate in itertools.product(range(len(study.folds)), rates):
+            fits.append((study, cell, number, rate))
+    fits = run.share(fits)
+    missing = [fit for fit in fits if read_fit(fit_path(run, config, *fit)) is None]
+    if len(missing) < len(fits):
+        run.print(f"{len(fits) - len(missing)} of {len(fits)} fits of an earlier run are kept")
+    bar = run.progress(len(missing), desc="fits")
+    for study, cell, number, rate in missing:
+        loaded = load(cell.candidate, cell.weights)
+        arrays = run_fit(run, config, study.shuffled(cell.shuffle), cell, number, rate, loaded)
+        with aside(fit_path(run, config, study, cell, number, rate)) as file:
+            np.savez(file, **arrays)
         bar.update()
     bar.close()
     run.barrier()
 
 
-def fit_cell(run, config, study, cell, load):
-    """(the first fold's fit, predictions, truth) of the test stimuli of all folds.
+def read_cell(run, config, study, cell):
+    """Return (the first fold's fit, predictions, truth of the test stimuli of all folds).
 
-    A fit is a file in out_dir, made where it is not there; validation chooses the learning rate in
-    each fold. load(candidate, weights): the Loaded candidate.
+    Validation chooses the learning rate in each fold.
     """
-    dealt = study.shuffled(cell.shuffle)
+    shuffled = study.shuffled(cell.shuffle)
     chosen = []
-    predicted = []
     truth = []
     for number, fold in enumerate(study.folds):
         fits = []
-        for rate, path in fit_files(run, config, study, cell, number).items():
-            if not path.exists():
-                loaded = load(cell.candidate, cell.weights)
-                arrays = run_fit(run, config, dealt, cell, number, rate, loaded)
-                with aside(path) as file:
-                    np.savez(file, **arrays)
-            fits.append({**np.load(path), "learning_rate": rate})
+        for rate in config.learning_rates if cell.d else [0.0]:
+            fit = read_fit(fit_path(run, config, study, cell, number, rate))
+            fits.append({**fit, "learning_rate": rate})
         validation = [fit["validation"] for fit in fits]
         chosen.append(fits[np.argmax(np.nan_to_num(validation, nan=-np.inf))])
-        predicted.append(chosen[-1]["evidence"])
-        truth.append(study.objective.truth(config, dealt, fold["test"]))
-    return chosen[0], join_folds(predicted), join_folds(truth)
+        truth.append(study.objective.truth(config, shuffled, fold["test"]))
+    return chosen[0], join_folds([fit["evidence"] for fit in chosen]), join_folds(truth)
 
 
-def fit_files(run, config, study, cell, number):
-    """{learning rate: the file of its fit} in one fold."""
-    files = {}
-    for rate in config.learning_rates if cell.d else [0.0]:
-        files[rate] = run.out / "fits" / file_name(config, study, cell, number, rate)
-    return files
+def read_fit(path):
+    """Return the arrays of a fit, or None where its file is missing or torn."""
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
+        return None
 
 
-def file_name(config, study, cell, fold, rate):
-    """Name of a fit's file, with a hash of whatever can change its arrays."""
+def fit_path(run, config, study, cell, number, rate):
+    """Return the file of a fit, whose name has a hash of whatever can change it."""
     key = asdict(config)
     for option in ANALYSIS.split():
         key.pop(option, None)
-    key |= {"cell": asdict(cell), "fold": fold, "rate": rate, "content": study.content}
-    key["code"] = hash_code(type(config))
-    key["stamps"] = stamps(config, cell.candidate)
     if cell.candidate.model != "lm":
         key.pop("lm", None)
-    if 0 < cell.d < ALL:  # P is drawn with as many columns as a power of two of the largest d
+    key |= {"cell": asdict(cell), "fold": number, "rate": rate, "content": study.content}
+    key["code"] = hash_code(type(config))
+    if 0 < cell.d < ALL:  # P has as many columns as the next power of two of the largest d
         key["P"] = power_of_two(max(config.dims))
-    return f"{quote(cell.candidate.name, safe='')}-{cell.d:g}-{hash_options(key)}.npz"
-
-
-def stamps(config, candidate):
-    """State of the files of a candidate, which may be trained or exported again."""
-    return path_state(config.lm if candidate.model == "lm" else candidate.model)
+    stem = f"{quote(cell.candidate.name, safe='')}-{cell.d:g}-{hash_options(key)}"
+    return run.out / "fits" / f"{stem}.npz"
 
 
 def run_fit(run, config, study, cell, number, rate, loaded):
-    """The arrays of the fit of a Cell in one fold: what train returns, and the null of d = 0."""
+    """Return the arrays of a Cell's fit in one fold: as from `train`, at d = 0 with the null."""
     fold = study.folds[number]
     reader = loaded.reader
     f = loaded.features
@@ -1211,8 +1219,8 @@ def run_fit(run, config, study, cell, number, rate, loaded):
     objective = study.objective(config, study, fold, f[fold["train"]])
     if cell.d == 0:
         f_train, f_val, f_test = [f[fold[part]] for part in PARTS]
-        best = objective.validate(f_train, f_val)
-        arrays = {"validation": best, "step": 0, "curve": np.array([(0, np.nan, best)])}
+        score = objective.validate(f_train, f_val)
+        arrays = {"validation": score, "step": 0, "curve": np.array([(0, np.nan, score)])}
         arrays["evidence"] = objective.test(f_train, f_val, f_test)
         if study.objective is RidgeReadout and number == cell.shuffle == 0:
             arrays["null"] = null_scores(config, study, f, cell.shuffles)
@@ -1226,15 +1234,13 @@ def run_fit(run, config, study, cell, number, rate, loaded):
         wrapper.start(int(cell.d))
     arrays = train(config, wrapper, objective, loaded.inputs, rate, cell.seed)
     if arrays["diverged"] >= 0:
-        run.print(
-            f"{cell.candidate.name}, d = {cell.d:g}: learning rate {rate} diverged, step "
-            f"{arrays['diverged']}; its best step before counts"
-        )
+        where = f"{cell.candidate.name}, d = {cell.d:g}: learning rate {rate}"
+        run.print(f"{where} diverged in step {arrays['diverged']}; its best step before counts")
     return {**arrays, "D": wrapper.D}
 
 
 def fit_head(config, study, fold, f):
-    """The option head's linear map from features to responses, fitted to training stimuli."""
+    """Return the option head's readout of training stimuli as an nn.Linear."""
     readout = HEADS[config.head](config, study, fold, f[fold["train"]])
     readout.fit(f[fold["train"]], f[fold["val"]])
     weight = readout.basis @ readout.weights.detach()
@@ -1245,11 +1251,11 @@ def fit_head(config, study, fold, f):
 
 
 def train(config, wrapper, objective, inputs, rate, draw):
-    """Fit z, the scales and a readout by Adam; the step that is best on validation stimuli counts.
+    """Fit z, the scales and a readout by Adam; the best step on validation stimuli counts.
 
-    rate: of a step, a share of ||theta0||. Returns {evidence: of the test stimuli, validation: the
-    best score, step, curve: (step, loss, best), diverged: the step at which the loss was no number,
-    else -1}.
+    rate: of a step, a share of ||theta0||. Returns {evidence: predictions of the test stimuli,
+    validation: the best score, step, curve: (step, loss, best), diverged: the step at which the
+    loss was NaN or infinite, else -1}.
     """
     params = [wrapper.z, wrapper.scales, *objective.parameters]
     rates = [rate * wrapper.norm / len(wrapper.z) ** 0.5, rate]
@@ -1287,13 +1293,13 @@ def train(config, wrapper, objective, inputs, rate, draw):
 
 
 def pace(step, steps):
-    """Share of the learning rate: up over a tenth of the steps, then down along a cosine."""
+    """Return the share of the learning rate: a linear warm-up over a tenth, then a cosine to 0."""
     warm = min(1, (step + 1) / max(0.1 * steps, 1))
     return warm * 0.5 * (1 + np.cos(np.pi * step / steps))
 
 
 def draw_batches(config, rows, draw):
-    """Rows of training stimuli for each step: all, or batches in which no stimulus is twice."""
+    """Yield the training stimuli of each step: all, or batches without replacement."""
     rows = torch.as_tensor(rows)
     size = min(config.batch_size, len(rows))
     generator = torch.Generator().manual_seed(key_seed(config.seed, "batches", draw))
@@ -1308,8 +1314,8 @@ def draw_batches(config, rows, draw):
 def gradients(config, wrapper, objective, inputs, rows):
     """Leave the gradients of the loss on the stimuli in rows, and return the loss.
 
-    Where they are more than a batch, the model is run again, batch by batch, on the way back: exact
-    for any loss of all features, in the memory of one batch.
+    If they are more than a batch, the backward pass runs the model again, batch by batch: exact for
+    any loss of all features, in the memory of one batch.
     """
     batches = rows.to(inputs.device).split(config.batch_size)
     call = wrapper.call
@@ -1326,15 +1332,15 @@ def gradients(config, wrapper, objective, inputs, rows):
 
 @torch.no_grad()
 def warped_features(config, wrapper, inputs, fold, parts):
-    """Features (n, p) of the stimuli of each of these parts of a fold."""
+    """Return the features (n, p) of the stimuli in each of these parts of a fold."""
     model = partial(wrapper.call, wrapper.tensors())
     return [read_features(model, inputs, fold[part], config.batch_size) for part in parts]
 
 
 def null_scores(config, study, f, number):
-    """(number,) scores at d = 0 with the responses dealt to other stimuli, fitted anew.
+    """Return (number,) scores at d = 0 with shuffled responses, each fitted anew.
 
-    Shuffled responses stand beside one another, as further units: one SVD serves many.
+    Shuffled responses are stacked as further units, so that one SVD serves many shuffles.
     """
     scores = []
     n_chunks = -(-study.y.size * number // 2**20)  # each fits a cache
@@ -1353,10 +1359,10 @@ def null_scores(config, study, f, number):
 
 
 def join_folds(parts):
-    """Predictions or responses (n, V) of all folds, one below the other.
+    """Stack predictions or responses (n, V) of all folds.
 
-    Of several folds each is centred: the mean of those left out differs from the mean of the rest,
-    which would be taken for a (negative) prediction.
+    Several folds are centred first: the mean of held-out stimuli differs from the mean of the rest,
+    which would look like a (negative) prediction.
     """
     if len(parts) > 1:
         parts = [part - part.mean(0) for part in parts]
@@ -1367,11 +1373,11 @@ def join_folds(parts):
 
 
 def resample(config, study, predicted, truth):
-    """(draws,) scores of resampled test stimuli, a group at a time.
+    """Return (draws,) scores of resampled test stimuli, a group at a time.
 
-    With replacement; but of pairs, where a stimulus drawn twice would be paired with itself, a
-    delete-half jackknife (Shao & Wu 1989): scores of half of the groups, spread about their mean
-    as far as those of all groups are, then moved to the score of all.
+    Groups are drawn with replacement. Not so for pairs, where a stimulus drawn twice would be
+    paired with itself: a delete-half jackknife (Shao & Wu 1989) scores half of the groups, scales
+    the spread to that of all groups, and centres it on the score of all.
     """
     rng = np.random.default_rng(key_seed(config.seed, "bootstrap"))
     names, number = np.unique(study.group[study.tested], return_inverse=True)
@@ -1386,61 +1392,57 @@ def resample(config, study, predicted, truth):
     return study.objective.score_all(config, predicted, truth) + spread
 
 
-def deal_predictions(config, study, predicted, truth, number):
-    """(number,) scores of predictions that are dealt to other stimuli."""
+def shuffle_predictions(config, study, predicted, truth, number):
+    """Return (number,) scores of predictions that are shuffled over stimuli."""
     rng = np.random.default_rng(key_seed(config.seed, "chance"))
     scores = []
     for _ in range(number):
         order = rng.permutation(len(truth))
-        dealt = predicted[order][:, order] if study.objective.pairs else predicted[order]
-        scores.append(study.objective.score_all(config, dealt, truth))
+        shuffled = predicted[order][:, order] if study.objective.pairs else predicted[order]
+        scores.append(study.objective.score_all(config, shuffled, truth))
     return np.array(scores)
 
 
 def interval(draws):
-    """The middle 95 %, infinities included."""
+    """Return the ends of the middle 95 %, infinities included."""
     return tuple(np.quantile(draws, [0.025, 0.975], method="inverted_cdf"))
 
 
 def p_value(score, null):
-    """Share of null scores at least as high, the score itself counted; of NaN there is none."""
+    """Return the share of null scores at least as high, counting the score itself; NaN for NaN."""
     if np.isnan(score):
         return np.nan
     return (1 + (null >= score).sum()) / (1 + len(null))
 
 
-def score_cells(run, config, study, cells, load):
-    """Rows of results; the same as a DataFrame, with resampled scores (draws) and the null."""
+def score_cells(run, config, study, cells):
+    """Write the rows of results; return them with draws (resampled scores), null and curve."""
     rows = []
     for cell in cells:
-        fit, predicted, truth = fit_cell(run, config, study, cell, load)
+        fit, predicted, truth = read_cell(run, config, study, cell)
         score = study.objective.score_all(config, predicted, truth)
         draws = resample(config, study, predicted, truth)
         null = fit.get("null")
         if null is None:
-            null = deal_predictions(config, study, predicted, truth, cell.shuffles)
+            null = shuffle_predictions(config, study, predicted, truth, cell.shuffles)
         D = int(fit.get("D", 0))
         row = {"model": cell.candidate.name, "layer": "+".join(cell.candidate.layers)}
         row |= {"measure": "score", "objective": config.objective, "seed": cell.seed, "D": D}
         row["control"] = "shuffled" if cell.shuffle else "none"
         row["projection"] = "none" if cell.d == ALL else config.projection
         row["d"] = D if cell.d == ALL else int(cell.d)
-        for key in ("learning_rate", "validation", "step"):
-            row[key] = fit[key]
+        row |= {key: fit[key] for key in ("learning_rate", "validation", "step")}
         row |= {"ceiling": study.ceiling, "normalised": score / study.ceiling}
         row |= {"p": p_value(score, null), **study.meta}
         run.result(score, null.mean(), *interval(draws), len(truth), **row)
         name = cell.candidate.name + " (shuffled responses)" * (cell.shuffle > 0)
-        arrays = {"draws": draws, "null": null, "curve": fit["curve"]}
-        rows.append({**row, "name": name, "d": cell.d, "score": score, **arrays})
+        row |= {"name": name, "d": cell.d, "score": score}
+        rows.append({**row, "draws": draws, "null": null, "curve": fit["curve"]})
     return pd.DataFrame(rows)
 
 
 def make_curves(config, scores):
-    """{name: DataFrame (1 + B, d)} of each candidate, and of the first on shuffled responses.
-
-    Its scores: their mean over draws of P, then resampled B times over draws and test stimuli.
-    """
+    """Return {name: DataFrame (1 + B, d)}: mean scores, then B bootstrap draws of P and stimuli."""
     curves = {}
     for name, rows in scores.groupby("name", sort=False):
         draws = rows.pivot(index="seed", columns="d", values="draws").ffill()  # one if without P
@@ -1456,10 +1458,10 @@ def make_curves(config, scores):
 
 
 def crossing(dims, scores, level):
-    """The least d where the isotonic curve over log10(1 + d) reaches level; inf where none does."""
+    """Return the d where the isotonic curve over log10(1 + d) reaches level, inf if nowhere."""
     x = np.log10(1 + np.asarray(dims, float))
     rising = isotonic_regression(scores)
-    if rising[-1] < level:
+    if not rising[-1] >= level:
         return np.inf
     i = np.argmax(rising >= level)
     if i == 0:
@@ -1468,10 +1470,10 @@ def crossing(dims, scores, level):
 
 
 def measure_d_warp(config, curves):
-    """(level, {(name, kind): d_warp (1 + B,)}), kind being absolute or relative.
+    """Return (level, {(name, kind): d_warp (1 + B,)}), kind being absolute or relative.
 
-    Absolute: to a score common to all, the level; relative: to a share of one's own full score. In
-    every bootstrap draw the levels are measured again.
+    Absolute: all must reach the same level; relative: each a share of its own full score. Levels
+    are measured again in every bootstrap draw.
     """
     common = np.full(len(next(iter(curves.values()))), to_number(config.common))
     if config.common in ("lowest", "highest"):
@@ -1487,12 +1489,12 @@ def measure_d_warp(config, curves):
             levels["relative"] = start + config.reach * (curve[ALL] - start)
         for kind, level in levels.items():
             crossings = map(partial(crossing, config.dims), scores, level)
-            d_warp[name, kind] = np.array(list(crossings))
+            d_warp[name, kind] = np.fromiter(crossings, float)
     return common[0], d_warp
 
 
 def report_d_warp(run, config, study, scores):
-    """Rows of results: d_warp of every candidate, and how pairs of them compare; the figures."""
+    """Write each candidate's d_warp and the ratios of pairs as rows of results, and the figures."""
     curves = make_curves(config, scores)
     level, d_warp = measure_d_warp(config, curves)
     plot(run, config, study, scores, curves, d_warp, level)
@@ -1502,25 +1504,26 @@ def report_d_warp(run, config, study, scores):
     of_name = scores.drop_duplicates("name").set_index("name")[["model", "control"]]
     for (name, kind), values in d_warp.items():
         columns = {**shared, **of_name.loc[name], "measure": f"d_warp {kind}"}
-        columns["state"] = "censored" if np.isinf(values[0]) else "reached"
+        censored = np.isinf(values[0]) or values[0] == config.dims[0] > 0
+        columns["state"] = "censored" if censored else "reached"
         value, *draws = values.clip(max=last)
         run.result(value, last, *interval(draws), config.draws, **columns)
     for a, b in itertools.combinations(of_name.query("control == 'none'").index, 2):
-        near = d_warp[a, "absolute"].clip(max=last)
-        far = d_warp[b, "absolute"].clip(max=last)
-        ratio = np.log10(1 + far) - np.log10(1 + near)
-        low, high = interval(ratio[1:])
+        log_a = np.log10(1 + d_warp[a, "absolute"].clip(max=last))
+        log_b = np.log10(1 + d_warp[b, "absolute"].clip(max=last))
+        ratio, *draws = log_b - log_a
+        low, high = interval(draws)
         columns = {"measure": "difference of log10(1 + d_warp)", "model": f"{b} - {a}"}
-        run.result(ratio[0], 0.0, low, high, config.draws, **columns, **shared)
-        times = f"{10 ** ratio[0]:.2g} [{10**low:.2g}, {10**high:.2g}]"
+        run.result(ratio, 0.0, low, high, config.draws, **columns, **shared)
+        times = f"{10**ratio:.2g} [{10**low:.2g}, {10**high:.2g}]"
         run.print(f"1 + d_warp, cut at {last:,}: {b} needs {times} times that of {a}")
 
 
 def report_people(run, dataset, people):
-    """Rows of results: the mean over people of the scores at d = 0.
+    """Write the mean scores over people (each from score_cells) at d = 0 as rows of results.
 
-    people: what score_cells returns of each. p: of the mean, under the same shuffles of stimuli for
-    all; p over people: of a t-test of what each person's score has above its own null.
+    p: of the mean, under shuffles that are the same for all; p_people: of a t-test of each person's
+    score minus the mean of its null.
     """
     zeros = pd.concat(people).query("d == 0 and seed == 0 and control == 'none'")
     for name, zero in zeros.groupby("model", sort=False):
@@ -1529,29 +1532,28 @@ def report_people(run, dataset, people):
         test = scipy.stats.ttest_1samp(scores - nulls.mean(1), 0)
         low, high = np.array(test.confidence_interval()) + nulls.mean()
         columns = {"measure": "score", "model": name, "dataset": dataset, "subject": "mean", "d": 0}
-        columns |= {"control": "none", "p": p_value(scores.mean(), nulls.mean(0))}
-        columns["p_people"] = test.pvalue
+        p = p_value(scores.mean(), nulls.mean(0))
+        columns |= {"control": "none", "p": p, "p_people": test.pvalue}
         run.result(scores.mean(), nulls.mean(), low, high, len(people), **columns)
 
 
 def make_table(config, rows):
-    """The results of each model side by side, in words: scores, means over draws, and d_warp."""
-    last = max(config.dims)
-    what = (
-        rows["d"].map("score at {:.0f}".format).mask(rows["projection"] == "none", "score at all")
-    )
-    rows = rows.assign(what=what.where(rows["measure"] == "score", rows["measure"]))
+    """Return a table of each model's scores (means over draws) and d_warp, with intervals."""
+    first, last = config.dims[0], config.dims[-1]
+    what = rows["d"].map("score at {:.0f}".format)
+    what = what.mask(rows["projection"] == "none", "score at all")
+    what = what.where(rows["measure"] == "score", rows["measure"])
     shown = ["score at 0", f"score at {last}", "score at all", "d_warp absolute", "d_warp relative"]
-    groups = rows[rows["what"].isin(shown)].groupby(
-        ["dataset", "subject", "model", "control", "what"], sort=False
-    )
+    rows = rows.assign(what=what)[what.isin(shown)]
+    groups = rows.groupby(["dataset", "subject", "model", "control", "what"], sort=False)
     means = groups[["score", "low", "high"]].mean()
     words = means.map("{:.4g}".format)
     is_d_warp = words.index.get_level_values("what").str.startswith("d_warp")
     words[is_d_warp] = words[is_d_warp].mask(means >= last, f"> {last:,}")
+    if 0 < first < last:
+        words[is_d_warp] = words[is_d_warp].mask(means <= first, f"<= {first:,}")
     table = (words["score"] + " [" + words["low"] + ", " + words["high"] + "]").unstack()
-    if config.dims[0] == 0:
-        # of the first draw, which has all the shuffles
+    if first == 0:  # the first draw has all the shuffles
         zero = groups[["chance", "p"]].first().xs("score at 0", level="what")
         zero = zero.map("{:.4g}".format)
         table = table.assign(null=zero["chance"], p=zero["p"])
@@ -1561,18 +1563,11 @@ def make_table(config, rows):
 # ---- plots
 
 
-def save(figure, path):
-    """Write a figure aside, then in place, and close it."""
-    with aside(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
 def plot_curves(config, scores, curves, d_warp, level):
-    """Score over d with its isotonic fit and all parameters; d_warp against the first score."""
+    """Plot scores over d with the isotonic fit and all parameters; d_warp over the first score."""
     x = np.log10(1 + np.array(config.dims))
     end = 1.08 * max(x[-1], 0.5)  # the place of the full model
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5))
     for i, (name, curve) in enumerate(curves.items()):
         points = scores[(scores["name"] == name) & (scores["d"] < ALL)]
         color = f"C{i}" if points["control"].iloc[0] == "none" else "0.6"
@@ -1590,7 +1585,11 @@ def plot_curves(config, scores, curves, d_warp, level):
         marker = "^" if np.isinf(value) else "o"
         right.plot(first, ends[2], marker, color=color, ms=9, label=name)
     left.axhline(level, ls="--", c="0.5", lw=1, label=f"level {level:.2f}")
-    left.set_xticks([*x, end], [*config.dims, "all"])
+    null = scores["null"].iloc[0].mean()
+    left.axhline(null, ls=":", c="0.5", lw=1, label="first model, shuffled")
+    left.set_xticks(x, config.dims)
+    if config.full:
+        left.set_xticks([*x, end], [*config.dims, "all"])
     left.set(xlabel="dimensions of the warp, d", ylabel="test score")
     left.set_title("isotonic fit, draws of P, 95 % band", fontsize=10)
     right.set_yticks(x, config.dims)
@@ -1601,40 +1600,39 @@ def plot_curves(config, scores, curves, d_warp, level):
 
 
 def plot_training(scores):
-    """Best validation score over steps, a line for each d, a panel for each candidate."""
+    """Plot the best validation score over steps: a panel for each candidate, a line for each d."""
     panels = scores.query("seed == 0").groupby("name", sort=False)
     n = len(panels)
-    figure, axes = plt.subplots(
-        1, n, figsize=(3.4 * n, 3.4), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, n, figsize=(3.4 * n, 3.4), sharey=True, squeeze=False)
     for axis, (name, rows) in zip(axes[0], panels):
         for fit in rows.itertuples():
             steps, _, best = fit.curve.T
             label = "all parameters" if fit.d == ALL else f"d = {fit.d:g}"
             axis.plot(steps, best, ".-", label=label)
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("step")
+        axis.set_xlabel("step, first draw of P")
     axes[0, 0].set_ylabel("best validation score")
-    axes[0, -1].legend(fontsize=7, frameon=False)
+    axes[0, 0].legend(fontsize=7, frameon=False)  # the first candidate has every d
     return figure
 
 
 def plot(run, config, study, scores, curves, d_warp, level):
-    """The figures of a study, in a folder of its own where it is one of several."""
-    about = f"{study.name}{', synthetic' * study.meta['synthetic']}; {config.objective}"
+    """Save the figures of a study, in a folder of its own if there are several."""
+    title = f"{study.name}{', synthetic' * study.meta['synthetic']}; {config.objective}"
     if np.isfinite(study.ceiling):
-        about += f" ({config.metric})"
-    about += f", {config.projection}"
+        title += f" ({config.metric})"
+    title += f", {config.projection}"
     folder = run.out
     if len(config.dataset) > 1 or config.subject == "each":
         folder = run.out / quote(study.name, safe=" ")
     folder.mkdir(exist_ok=True)
-    figure = plot_curves(config, scores, curves, d_warp, level)
-    figure.suptitle(about, fontsize=10)
-    save(figure, folder / "curves.png")
-    figure = plot_training(scores)
-    figure.suptitle(f"training curves, first draw; {about}", fontsize=9)
-    save(figure, folder / "training.png")
+    figures = {"curves": plot_curves(config, scores, curves, d_warp, level)}
+    figures["training"] = plot_training(scores)
+    for name, figure in figures.items():
+        figure.set_layout_engine("constrained")
+        figure.suptitle(title, fontsize=10)
+        figure.savefig(folder / f"{name}.png", dpi=130)
+        plt.close(figure)
 
 
 # ---- the experiment
@@ -1645,17 +1643,17 @@ def main(config):
     candidates = make_candidates(config)
     cells = list_cells(config, candidates)
     datasets = {name: read_studies(run, config, name) for name in config.dataset}
-    content = [stamps(config, candidate) for candidate in candidates]
+    content = list(map(asdict, candidates))
     for studies in datasets.values():
         content += [study.content for study in studies]
     run.content = hash_options({"content": content})[:6]  # rows of other content are not reused
-    for dataset, studies in datasets.items():  # one study, or one a person, of the same stimuli
-        load = lru_cache(1)(partial(load_candidate, run, config, studies[0]))
-        fit_all(run, config, studies, cells, load)  # into files, which score_cells reads
+    for dataset, studies in datasets.items():
+        load = lru_cache(1)(partial(load_candidate, run, config, studies[0]))  # same stimuli in all
+        fit_all(run, config, studies, cells, load)
         if run.master:
             people = []
             for study in studies:
-                people.append(score_cells(run, config, study, cells, load))
+                people.append(score_cells(run, config, study, cells))
                 if max(config.dims):
                     report_d_warp(run, config, study, people[-1])
             if len(people) > 1 and config.dims[0] == 0:

@@ -1,11 +1,11 @@
-"""How many dimensions does a task need? The warps of warp.py in small networks.
+"""Measure how many dimensions a task needs, with the warps of warp.py in small networks.
 
     python warp_intrinsic.py config/warp_digits.yaml      # published check: digits, at two widths
     python warp_intrinsic.py config/warp_simulation.yaml  # three functions bent into a fourth
 
-Digits: the least d that reaches 90 % of the accuracy of training everything hardly depends on the
-width (Li et al. 2018). Functions: networks that are x², x³ and sin(πx/2) are bent into sin(3πx/4);
-what is closest needs the fewest dimensions.
+Digits: the smallest d that reaches 90 % of the accuracy of training everything hardly depends on
+the width (Li et al. 2018). Functions: networks that compute x², x³ and sin(πx/2) are bent into
+sin(3πx/4); the closest needs the fewest dimensions.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ class Config:
 
     POSITIVE = "widths dims seeds steps eval_interval batch_size draws learning_rates reach"
     POSITIVE += " common_share"
-    # what warp.py's options are here
+    # fixed values of warp.py's options
     objective = "output"
     metric = "r2"
     lm = ""
@@ -70,7 +70,7 @@ class Config:
 
 
 class Classes(Objective):
-    """The network's outputs are logits, and its score their accuracy."""
+    """The network's outputs are logits; the score is their accuracy."""
 
     def loss(self, f, rows):
         return F.cross_entropy(f, self.y[rows])
@@ -81,7 +81,7 @@ class Classes(Objective):
 
 
 def read_digits(config):
-    """Candidates, and the Study of scikit-learn's digits: 60 % train, 10 % val, 30 % test."""
+    """Return Candidates and the Study of scikit-learn's digits: 60 % train, 10 % val, 30 % test."""
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(key_seed(config.seed, "digits")).permutation(len(y))
     parts = np.split(order, [len(y) * 6 // 10, len(y) * 7 // 10])
@@ -99,7 +99,7 @@ def read_digits(config):
 
 
 def read_functions(config):
-    """Candidates, and the Study: normal x, those of the test sorted, and sin(3πx/4)."""
+    """Return Candidates and the Study: normal x (sorted in the test part) and sin(3πx/4)."""
     rng = np.random.default_rng(key_seed(config.seed, "x"))
     x = rng.standard_normal((4000, 1)).astype(np.float32)
     x[3000:] = np.sort(x[3000:], axis=0)
@@ -119,7 +119,7 @@ def read_functions(config):
 
 
 def load_network(run, config, study, candidate, weights):
-    """A Loaded ReLU network: a classifier with new weights, or one that is a function already."""
+    """Return a Loaded ReLU network: a new classifier, or one that computes a function already."""
     torch.manual_seed(key_seed(config.seed, "model", candidate.model, weights))
     x = torch.from_numpy(study.stimuli).to(run.device)
     if config.task == "digits":
@@ -134,7 +134,7 @@ def load_network(run, config, study, candidate, weights):
             nn.init.kaiming_normal_(layers[-2].weight)
             nn.init.zeros_(layers[-2].bias)
     network = nn.Sequential(*layers[:-1]).to(run.device)
-    if config.task == "functions":  # a network that is the candidate, to begin with
+    if config.task == "functions":  # fit the candidate's own function first
         source = replace(study, y=FUNCTIONS[candidate.model](study.stimuli))
         wrapper = FastfoodWrapper(network, 16_896, projection="identity")
         objective = Objective(config, source, study.folds[0], x)
@@ -144,21 +144,16 @@ def load_network(run, config, study, candidate, weights):
     return Loaded(network, x, features)
 
 
-def plot_functions(run, config, study, cells, load):
-    """The target, each candidate (a row) and what a warp of d dimensions makes of it (a column)."""
+def plot_functions(run, config, study, cells):
+    """Plot the target, each candidate (rows) and its warp in d dimensions (columns)."""
     fitted = {}
     for cell in cells:
         if cell.seed == 0:
-            _, predicted, truth = warp.fit_cell(run, config, study, cell, load)
+            _, predicted, truth = warp.read_cell(run, config, study, cell)
             fitted[cell.candidate.name, cell.d] = predicted
     dims = [d for d in config.dims if d]
-    figure, axes = plt.subplots(
-        nrows=len(FUNCTIONS),
-        ncols=len(dims),
-        figsize=(2.1 * len(dims), 2.2 * len(FUNCTIONS)),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (2.1 * len(dims), 2.2 * len(FUNCTIONS))
+    figure, axes = plt.subplots(len(FUNCTIONS), len(dims), figsize=size, squeeze=False)
     x = study.stimuli[study.tested, 0]
     for name, row in zip(FUNCTIONS, axes):
         for d, axis in zip(dims, row):
@@ -170,7 +165,8 @@ def plot_functions(run, config, study, cells, load):
             axis.set_title(f"{name}, d = {d}: R² {r2:.2f}", fontsize=8)
     axes[0, 0].legend(fontsize=6, frameon=False)
     figure.suptitle("networks 1-128-128-1 bent into sin(3πx/4); synthetic", fontsize=11)
-    warp.save(figure, run.out / "simulation.png")
+    figure.set_layout_engine("constrained")
+    figure.savefig(run.out / "simulation.png", dpi=130)
 
 
 def main(config):
@@ -182,10 +178,10 @@ def main(config):
     load = lru_cache(1)(partial(load_network, run, config, study))
     warp.fit_all(run, config, [study], cells, load)
     if run.master:
-        scores = warp.score_cells(run, config, study, cells, load)
+        scores = warp.score_cells(run, config, study, cells)
         warp.report_d_warp(run, config, study, scores)
         if config.task == "functions":
-            plot_functions(run, config, study, cells, load)
+            plot_functions(run, config, study, cells)
     warp.close(run, config)
 
 

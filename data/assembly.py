@@ -1,8 +1,7 @@
 """Assemblies: NetCDF4 arrays with named dimensions, as xarray writes and Brain-Score shares them.
 
-NetCDF4 is HDF5: a dimension is a dimension scale, an array is a dataset that has scales attached,
-a coordinate is another dataset along one of them (the levels of a MultiIndex come as one
-coordinate each).
+NetCDF4 is HDF5: dimensions are dimension scales, an array is a dataset with scales attached, and a
+coordinate is a dataset along one of them (one for each level of a MultiIndex).
 """
 
 from pathlib import Path
@@ -13,33 +12,33 @@ import pandas as pd
 
 from data import InputError, check_content
 
-ROWS = ("presentation", "stimulus_id", "image_id", "stimulus")  # names of the dimension of stimuli
+ROWS = ("presentation", "stimulus_id", "image_id", "stimulus")  # what the dimension is called
 
 
 class Assembly(NamedTuple):
-    """One array and what stands along its dimensions."""
+    """One array and its coordinates."""
 
-    values: np.ndarray  # numbers; a missing one is NaN
-    dims: list  # names, one for each axis
-    coords: dict  # {dimension: DataFrame, a coordinate each column}
+    values: np.ndarray  # numbers, NaN where missing
+    dims: list  # name of each axis
+    coords: dict  # {dimension: DataFrame with a column for each coordinate}
     path: Path
 
 
 def read_assembly(path):
-    """The largest array of a NetCDF4 file. Raises InputError for what is missing, torn or other."""
+    """Read the largest array of a NetCDF4 file. Raises InputError."""
     import h5py
 
     path = check_content(path)
     with open(path, "rb") as file:
         if file.read(3) == b"CDF":
-            cure = "save it as NETCDF4 (xarray: to_netcdf(format='NETCDF4'))"
-            raise InputError(f"{path} is a NetCDF3 file: {cure}")
+            remedy = "save it as NETCDF4 (xarray: to_netcdf(format='NETCDF4'))"
+            raise InputError(f"{path} is a NetCDF3 file: {remedy}")
     try:
         with h5py.File(path, "r") as file:
             return _read(file, path)
-    except (OSError, RuntimeError, KeyError) as error:  # what HDF5 says of a file that ends early
+    except (OSError, RuntimeError, KeyError) as error:  # a file that ends early
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{path} is torn, or no NetCDF4 file ({reason}): fetch it again") from None
+        raise InputError(f"{path} is torn or not NetCDF4 ({reason}): fetch it again") from None
 
 
 def _read(file, path):
@@ -60,9 +59,9 @@ def _read(file, path):
 
 
 def _largest_array(file, variables, path):
-    """The name of the array: numbers along named dimensions that are no coordinate of another."""
+    """Return the name of the largest numeric array that is not a coordinate."""
     coordinates = set()
-    for item in (file, *variables.values()):  # xarray names coordinates in an attribute
+    for item in (file, *variables.values()):  # xarray lists them in an attribute
         coordinates |= set(_plain(item.attrs.get("coordinates", "")).split())
     sizes = {}
     for name, item in variables.items():
@@ -76,7 +75,7 @@ def _largest_array(file, variables, path):
 
 
 def _dims(name, item):
-    """The names of a dataset's dimensions, "" for one without."""
+    """Return the names of a dataset's dimensions, "" where there is none."""
     if item.is_scale and item.ndim == 1:
         return [name]
     names = []
@@ -86,7 +85,7 @@ def _dims(name, item):
 
 
 def _values(item):
-    """The content of a dataset: strings as str, missing numbers as NaN."""
+    """Return the content of a dataset: strings as str, missing numbers as NaN."""
     import h5py
 
     if h5py.check_string_dtype(item.dtype):
@@ -106,34 +105,33 @@ def _values(item):
 
 
 def _plain(value):
-    """An attribute as a string."""
+    """Return an attribute as a string."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.item()
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def responses(assembly):
-    """((P, V) float32, presentations, units): presentations in rows, neuroids in columns, and the
-    DataFrames of their coordinates. A single time bin is taken off. Raises InputError."""
+    """Return responses (presentations, neuroids), float32, and their coordinates as DataFrames."""
     dims = assembly.dims
     rows = next((name for name in ROWS if name in dims), None)
     if rows is None or "neuroid" not in dims:
-        there = ", ".join(dims)
-        raise InputError(f"{assembly.path} has the dimensions {there}, not presentation x neuroid")
+        names = ", ".join(dims)
+        raise InputError(f"{assembly.path} has the dimensions {names}, not presentation x neuroid")
     values = np.moveaxis(assembly.values, [dims.index(rows), dims.index("neuroid")], [0, 1])
     others = [dim for dim in dims if dim not in (rows, "neuroid")]
     if values.size != values.shape[0] * values.shape[1]:
         sizes = dict(zip(others, values.shape[2:]))
-        raise InputError(f"{assembly.path} has several {sizes}: average or choose one before")
+        raise InputError(f"{assembly.path} has several {sizes}: average them or choose one first")
     y = np.ascontiguousarray(values.reshape(values.shape[:2]), dtype=np.float32)
     return y, assembly.coords[rows].copy(), assembly.coords["neuroid"].copy()
 
 
 def without_gaps(y, missing, where):
-    """(rows, columns, left_out): what of responses y (P, V) to keep, boolean, so that no gap stays.
+    """Return (rows, columns, left_out): what to keep of responses y (P, V), bool, and a report.
 
-    Units without any response go. Where others have gaps, `missing` goes: units or presentations.
-    left_out: what went, in words; where: begins the sentence of the InputError if nothing stays.
+    Drops units without any response; of the others, drops units or presentations (`missing`) with
+    gaps. where: begins the InputError if nothing is left.
     """
     recorded = np.isfinite(y)
     took_part = recorded.any(axis=0)
@@ -146,11 +144,11 @@ def without_gaps(y, missing, where):
         other = "units"
         rows = recorded[:, took_part].all(axis=1)
     if not took_part.any():
-        raise InputError(f"{where}: there is not one response")
+        raise InputError(f"{where}: there are no responses")
     if not rows.any() or not columns.any():
         raise InputError(
             f"{where}: all {missing} have gaps ({(~recorded).mean():.1%} of the responses are "
-            f"missing); with missing={other} the {other} that have gaps are left out instead"
+            f"missing); missing={other} leaves out the {other} with gaps instead"
         )
     counts = {
         "units that took no part": (~took_part).sum(),

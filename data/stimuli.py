@@ -1,34 +1,33 @@
 """Labelled sentences, minimal pairs, and stimuli with the responses of brains to them.
 
 A dataset of labelled sentences is a folder of plain files:
-    TASK.csv            one labelled sentence a row: split (train, val or test), label, text, group,
-                        and whatever columns the maker adds
-    pairs/UID.jsonl     minimal pairs as BLiMP has them, one JSON object a line: sentence_good,
+    TASK.csv            one labelled sentence per row: split (train, val or test), label, text,
+                        group, and any other columns
+    pairs/UID.jsonl     minimal pairs in BLiMP's form, one JSON object per line: sentence_good,
                         sentence_bad, UID, field, ...
     meta.yaml           format, synthetic, tasks (file, kind, labels, sizes, chance, description,
-                        sha256), pairs (file, pairs, ...) and whatever the maker adds; written
-                        last, so a folder that has it is complete
+                        sha256), pairs (file, pairs, ...) and any other keys; written last, so it
+                        marks a complete folder
 
 A task is a `classification` (labels are names, numbered in the order of meta.yaml) or a
-`regression` (labels are numbers). A group is what no split may tear apart: the members of a
-minimal pair, the repetitions of a sentence. BLiMP's own files (Warstadt et al. 2020) are read, too.
+`regression` (labels are numbers). A group is never split: the members of a minimal pair, the
+repetitions of a sentence. BLiMP's own files (Warstadt et al. 2020) are read as well.
 
-A dataset of responses, which encoding models are fitted to, is a folder of its own:
-    stimuli.csv         one stimulus a row: text, or file (an image, its path from the folder),
-                        group (equal texts are of one, however spelled), split (train, val, test, or
-                        empty in every row: scripts then split by groups), and whatever the maker
-                        adds
-    responses.npy       (P, V) float32: the response of each of V units (voxels, electrodes,
-                        sites) in each of P presentations; every one is finite
-    presentations.csv   one presentation a row: stimulus (its row in stimuli.csv, from 0),
+A dataset of responses, for encoding models, is another folder:
+    stimuli.csv         one stimulus per row: text, or file (an image's path from the folder),
+                        group (equal texts share one, however spelled), split (train, val, test, or
+                        empty in all rows: scripts then split by groups), and any other columns
+    responses.npy       (P, V) float32: the responses of V units (voxels, electrodes, sites) in P
+                        presentations, all finite
+    presentations.csv   one presentation per row: stimulus (its row in stimuli.csv, from 0),
                         repeat (0, 1, ... of that stimulus)
-    units.csv           one unit a row: roi, subject, ceiling (the highest R² that any model can
-                        reach against mean responses; empty where it is unknown)
+    units.csv           one unit per row: roi, subject, ceiling (the highest R² that any model can
+                        reach against mean responses; empty if unknown)
     meta.yaml           format, kind (text or image), modality, species, source, synthetic, sizes,
                         sha256 of the responses; written last
 
-People who had the same stimuli stand side by side in one dataset, told apart by `subject`. Units
-that miss stimuli need a dataset of their own.
+People with the same stimuli share a dataset, side by side, with their names in `subject`. Units
+that lack stimuli need their own dataset.
 """
 
 import csv
@@ -61,8 +60,8 @@ FORMAT = "stimuli-1"
 ENCODING_FORMAT = "encoding-1"
 COLUMNS = ["split", "label", "text", "group"]
 SPLITS = ["train", "val", "test"]
-ABOUT = ["modality", "species", "source", "synthetic"]  # what every dataset of responses says
-BLOCK = 4096  # presentations that are checked at a time
+ABOUT = ["modality", "species", "source", "synthetic"]  # in meta.yaml of every set of responses
+BLOCK = 4096  # presentations to check at a time
 
 
 # ---- labelled sentences and minimal pairs
@@ -73,7 +72,7 @@ def write_tasks(folder, tasks, pairs=None, **meta):
 
     tasks: {name: {frame, kind, labels, description}}, frame: a DataFrame with COLUMNS and any
     others; pairs: {UID: [{sentence_good, sentence_bad, ...}, ...]}; meta: more keys, plain types.
-    Raises InputError for what the readers would refuse, before any file is touched.
+    Raises InputError for what the readers would refuse, before it writes anything.
     """
     folder = Path(folder)
     contents = {}
@@ -89,7 +88,7 @@ def write_tasks(folder, tasks, pairs=None, **meta):
     if (folder / "meta.yaml").exists():
         (folder / "meta.yaml").unlink()
         for path in (folder / "pairs").glob("*.jsonl"):
-            if path not in contents:  # of an older version
+            if path not in contents:  # from an older version
                 path.unlink()
     for path, content in contents.items():
         write_aside(path, content)
@@ -99,7 +98,7 @@ def write_tasks(folder, tasks, pairs=None, **meta):
 
 
 def _task_file(path, name, task):
-    """The text of a task's CSV, checked, and its entry in meta.yaml."""
+    """Check a task; return the text of its CSV and its entry in meta.yaml."""
     frame = task["frame"]
     for needed in COLUMNS:
         column(frame, f"task '{name}'", needed)
@@ -120,7 +119,7 @@ def _task_file(path, name, task):
 
 
 def _pairs_file(path, uid, members):
-    """The text of one JSONL file of minimal pairs, checked, and its entry in meta.yaml."""
+    """Check minimal pairs; return the text of their JSONL file and its entry in meta.yaml."""
     lines = [json.dumps({"UID": uid, **pair}, ensure_ascii=False) + "\n" for pair in members]
     content = "".join(lines)
     _parse_pairs(content, path)
@@ -133,10 +132,10 @@ def _pairs_file(path, uid, members):
 
 
 def read_meta(folder):
-    """meta.yaml of a dataset of labelled sentences. Raises InputError without one.
+    """Return meta.yaml of a dataset of labelled sentences. Raises InputError.
 
-    chance is what a constant answer scores in the test split: the share of the most frequent label,
-    or the R² 0 of a regression; sizes: {split: sentences}.
+    chance: the score of a constant answer on the test split, i.e. the share of the most frequent
+    label, or R² 0 for a regression; sizes: {split: number of sentences}.
     """
     meta = load_meta(folder, "stimuli", FORMAT)
     for part, keys in (("tasks", ["file", "kind", "sizes", "chance"]), ("pairs", ["file"])):
@@ -149,10 +148,10 @@ def read_meta(folder):
 
 
 def read_task(folder, name):
-    """DataFrame of one task: split, label, text, group, the maker's own columns as text, and y: the
-    label's place among the labels (int64), or the number itself of a regression (float64).
+    """Return a task's table: COLUMNS, any others as text, and y, the label's number.
 
-    Raises InputError, with the line, for what a task must not have (see _check_task).
+    y: its place among the labels (int64), or the label itself for a regression (float64). Raises
+    InputError with the line.
     """
     tasks = read_meta(folder)["tasks"]
     if name not in tasks:
@@ -162,9 +161,9 @@ def read_task(folder, name):
 
 
 def read_pairs(path):
-    """{UID: [pair, ...]} of minimal pairs, each the dict of its JSON line. Raises InputError.
+    """Return {UID: [pair, ...]}, each pair the dict of its JSON line. Raises InputError.
 
-    path: a dataset of ours, or BLiMP's .jsonl files: a folder or one. No UID: the file's name.
+    path: a dataset as above, or BLiMP's .jsonl, one or a folder. UID: by default the file name.
     """
     path = Path(path)
     if path.suffix == ".jsonl":
@@ -183,7 +182,7 @@ def read_pairs(path):
 
 
 def complete(folder):
-    """Whether a folder of labelled sentences has every file with the checksum of meta.yaml."""
+    """Return whether all files of a folder of labelled sentences match their checksums."""
     try:
         meta = read_meta(folder)
         for entry in [*meta["tasks"].values(), *meta["pairs"].values()]:
@@ -200,11 +199,13 @@ def complete(folder):
 def write_encoding(folder, stimuli, responses, presentations=None, units=None, **meta):
     """Write a dataset of stimuli with responses and return its meta. Raises InputError.
 
-    stimuli: DataFrame with text or file (images are in the folder already), perhaps group (default:
-    each its own) and split; responses: (P, V) floats; presentations: stimulus, perhaps repeat
-    (default: each stimulus once); units: perhaps roi, subject, ceiling; meta: ABOUT and more keys.
+    stimuli: DataFrame with text or file (images already in the folder), optionally group (default:
+    equal texts share one) and split; responses: (P, V) floats; presentations: stimulus, optionally
+    repeat (default: each stimulus once); units: optionally roi, subject, ceiling; meta: ABOUT and
+    any other keys.
     """
     folder = Path(folder)
+    responses = np.asarray(responses)
     if presentations is None:
         presentations = pd.DataFrame({"stimulus": range(len(stimuli))})
     if units is None:
@@ -233,10 +234,10 @@ def write_encoding(folder, stimuli, responses, presentations=None, units=None, *
 
 
 class Encoding:
-    """Stimuli with responses, opened and checked; the head of this file says what they are.
+    """A dataset of stimuli with responses (see the top of this file), checked. Raises InputError.
 
     stimuli, presentations, units: DataFrames of n, P and V rows; responses: (P, V) float32 memmap,
-    read-only; kind: text or image; meta: meta.yaml; path: its folder. Raises InputError.
+    read-only; kind: text or image; meta: meta.yaml; path: the folder.
     """
 
     def __init__(self, folder):
@@ -253,38 +254,38 @@ class Encoding:
             self.responses = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             reason = " ".join(str(error).split())[:80]
-            raise InputError(f"{path} is no NumPy array ({reason}){remedy(folder)}") from None
+            raise InputError(f"{path} is not a NumPy array ({reason}){remedy(folder)}") from None
         _check_responses(self.responses, (len(self.presentations), len(self.units)), path)
         if self.kind == "image":
             for file in self.stimuli["file"]:
                 check_content(self.path / file)
 
     def inputs(self):
-        """What a model is given for each stimulus: texts, or paths of images."""
+        """Return the texts, or the paths of the images."""
         if self.kind == "text":
             return self.stimuli["text"].tolist()
         return [self.path / file for file in self.stimuli["file"]]
 
     def select_units(self, subject="", roi=""):
-        """(V,) bool: the units of one subject and of one region; "" takes all."""
+        """Return (V,) bool, the units of one subject and one region; "" means all."""
         selected = np.ones(len(self.units), bool)
         for name, wanted in (("subject", subject), ("roi", roi)):
             if wanted:
                 selected &= (self.units[name] == wanted).to_numpy()
             if not selected.any():
-                there = ", ".join(sorted(set(self.units[name]) - {""})) or f"no {name} at all"
-                raise InputError(f"{self.path} has no units of {name}={wanted}: it has {there}")
+                names = ", ".join(sorted(set(self.units[name]) - {""})) or f"no {name} at all"
+                raise InputError(f"{self.path} has no units of {name}={wanted}: it has {names}")
         return selected
 
     def mean_responses(self, units=None):
-        """(n, V) float64: the mean response to each stimulus; units: (V,) bool, None for all."""
+        """Return (n, V) float64, the mean response to each stimulus; units: (V,) bool or all."""
         responses = self.responses if units is None else self.responses[:, units]
         means = pd.DataFrame(np.asarray(responses, np.float64))
         return means.groupby(self.presentations["stimulus"].to_numpy()).mean().to_numpy()
 
 
 def complete_encoding(folder):
-    """Whether the folder opens as an Encoding whose responses have the checksum of meta.yaml."""
+    """Return whether the folder opens as an Encoding and its responses match their checksum."""
     try:
         return file_hash(Path(folder) / "responses.npy") == Encoding(folder).meta.get("sha256")
     except (ValueError, OSError):
@@ -292,10 +293,10 @@ def complete_encoding(folder):
 
 
 def link_images(places, folder):
-    """Bring images into a dataset, {name: path}: hard links where the disk allows, else copies."""
+    """Hard-link or else copy images into a dataset; places: {name: path}."""
     for name, path in places.items():
         target = folder / name
-        if target.exists() and target.samefile(path):  # the user's own, in its place already
+        if target.exists() and target.samefile(path):  # already in its place
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
@@ -306,7 +307,7 @@ def link_images(places, folder):
 
 
 def print_sizes(folder, meta):
-    """Say how large a dataset of stimuli with responses is, and what was left out of it."""
+    """Print the sizes of a dataset of stimuli with responses, and what was left out."""
     counts = [f"{count:,} {what}" for what, count in meta["sizes"].items()]
     print(f"{folder}: {', '.join(counts)}")
     for what in meta.get("left_out", []):
@@ -317,13 +318,13 @@ def print_sizes(folder, meta):
 
 
 def word_key(word):
-    """What spellings of a word (or text) share: Café and CAFÉ, ice-cream and ice cream."""
+    """Return what spellings of a word or text share: Café and CAFÉ, ice-cream and ice cream."""
     folded = unicodedata.normalize("NFKC", word).casefold()
     return re.sub(r"[\W_]", "", folded) or folded
 
 
 def to_number(text):
-    """The number that a text is; NaN where it is none."""
+    """Return a text as a number, NaN if it is none."""
     try:
         return float(text)
     except ValueError:
@@ -331,7 +332,7 @@ def to_number(text):
 
 
 def read_csv(path):
-    """A table (commas, or tabs) of text whose index is each row's line: "None" stays a word."""
+    """Read a table with commas or tabs as text, indexed by line number: "None" stays a word."""
     return _csv_table(read_text(path), path)
 
 
@@ -345,7 +346,7 @@ def _csv_table(text, path):
             lines.append(reader.line_num)
             rows.append(row)
             if len(row) != len(rows[0]):
-                raise csv.Error(f"{len(row)} fields where the header has {len(rows[0])}")
+                raise csv.Error(f"{len(row)} fields, but the header has {len(rows[0])}")
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
     header = rows[0] if rows else []
@@ -355,12 +356,12 @@ def _csv_table(text, path):
 
 
 def _as_csv(frame):
-    """A DataFrame as `read_csv` would read it from the file that it is written to."""
+    """Return a DataFrame as `read_csv` would read it back from its file."""
     return _csv_table(pd.DataFrame(frame).to_csv(index=False, lineterminator="\n"), "the table")
 
 
 def _columns_first(table, names):
-    """The table with these columns before all others."""
+    """Return the table with these columns first."""
     return table[names + [name for name in table if name not in names]]
 
 
@@ -368,26 +369,24 @@ def _columns_first(table, names):
 
 
 def _refuse(wrong, values, path, what):
-    """Raise InputError for the first line of a table where `wrong` holds."""
+    """Raise InputError for the first line where `wrong` is true."""
     if wrong.any():
         line = wrong.idxmax()
         raise InputError(f"{path}, line {line}: the {values.name} '{values[line]}' {what}")
 
 
 def _refuse_torn(table, name, path):
-    """Raise InputError where a group, or a text, is in more than one split."""
+    """Raise InputError if a group (or text) is in more than one split."""
     splits = table.groupby(name)["split"].unique()
     torn = splits[splits.str.len() > 1]
     if len(torn):
         places = " and in ".join(sorted(torn.iloc[0]))
-        raise InputError(
-            f"{path}: the {name} '{torn.index[0]}' is in {places}: what belongs together must stay "
-            "in one split"
-        )
+        where = f"the {name} '{torn.index[0]}' is in {places}"
+        raise InputError(f"{path}: {where}, but must stay in one split")
 
 
 def _check_task(table, path, entry):
-    """The table of a task, as `read_csv` reads it, with its column y."""
+    """Check the table of a task, as `read_csv` returns it, and add its column y."""
     labels = entry.get("labels") or []
     for name in COLUMNS:
         column(table, path, name)
@@ -408,16 +407,16 @@ def _check_task(table, path, entry):
     _refuse_torn(table, "text", path)
     learned = table["label"][split == "train"] if "train" in set(split) else table["label"]
     if learned.nunique() < 2:
-        found = f"the one label {learned.iloc[0]!r}" if len(learned) else "no labels"
-        raise InputError(f"{path}: the sentences to learn from have {found}, and two are needed")
+        labels = f"only the label {learned.iloc[0]!r}" if len(learned) else "no labels"
+        raise InputError(f"{path}: the training sentences have {labels}, but two are needed")
     return table
 
 
 def _check_stimuli(table, path):
-    """(stimuli with all their columns, text or image)."""
+    """Return the stimuli with all their columns, and their kind, text or image."""
     name = column(table, path, "text", "file").name
     _refuse(table[name].str.strip() == "", table[name], path, "is empty")
-    if "group" not in table:  # equal texts are one group: a split must not tear them apart
+    if "group" not in table:  # equal texts must stay in one split
         table["group"] = table[name].map(word_key) if name == "text" else table[name]
     if "split" not in table:
         table["split"] = ""
@@ -431,7 +430,7 @@ def _check_stimuli(table, path):
 
 
 def _check_presentations(table, n_stimuli, path):
-    """presentations.csv of n stimuli, with whole numbers in stimulus and repeat."""
+    """Return presentations.csv with stimulus and repeat as whole numbers."""
     table = table.reset_index(drop=True)
     stimulus = column(table, path, "stimulus").map(to_number)
     if "repeat" not in table:
@@ -439,14 +438,14 @@ def _check_presentations(table, n_stimuli, path):
     repeat = table["repeat"].map(to_number)
     unseen = set(range(n_stimuli)) - set(stimulus)
     if unseen or repeat.isna().any() or not stimulus.isin(range(n_stimuli)).all():
-        never = f"; {len(unseen)} were never presented: leave those out" if unseen else ""
+        never = f"; {len(unseen)} were never presented: remove those" if unseen else ""
         raise InputError(f"{path}: stimulus (of {n_stimuli}) and repeat count from 0{never}")
     table = table.assign(stimulus=stimulus.astype(int), repeat=repeat.astype(int))
     return _columns_first(table, ["stimulus", "repeat"])
 
 
 def _check_units(table, path):
-    """units.csv with roi and subject as text and the ceiling as a number (NaN: unknown)."""
+    """Return units.csv with roi and subject as text, the ceiling as a number (NaN: unknown)."""
     table = table.reset_index(drop=True)
     for name in ("roi", "subject", "ceiling"):
         if name not in table:
@@ -461,24 +460,22 @@ def _check_units(table, path):
 def _check_responses(responses, shape, path):
     """Raise InputError unless these are finite floats, (presentations, units)."""
     if responses.shape != shape or responses.dtype.kind != "f" or not responses.size:
-        found = f"{responses.dtype} of shape {responses.shape}"
-        wanted = f"floats, {shape[0]} presentations x {shape[1]} units, are expected"
-        raise InputError(f"{path} is {found} where {wanted}{remedy(path.parent)}")
+        what = f"{responses.dtype} of shape {responses.shape}"
+        wanted = f"floats, {shape[0]} presentations x {shape[1]} units"
+        raise InputError(f"{path} is {what}, but should be {wanted}{remedy(path.parent)}")
     for start in range(0, len(responses), BLOCK):
         with np.errstate(over="ignore"):
             finite = np.isfinite(responses[start : start + BLOCK].astype("f4", copy=False))
         if not finite.all():
             row, unit = np.argwhere(~finite)[0]
-            raise InputError(
-                f"{path}: the response of unit {unit} in presentation {start + row} is "
-                f"{responses[start + row, unit]}, no number of float32: leave out units or "
-                "presentations that were not recorded, or write one dataset for each set of units "
-                "with the same stimuli"
-            )
+            where = f"unit {unit} in presentation {start + row}"
+            value = f"{responses[start + row, unit]}, not a finite float32"
+            cure = "leave out its unit or presentation, or split the units into several datasets"
+            raise InputError(f"{path}: the response of {where} is {value}: {cure}")
 
 
 def _parse_pairs(text, path):
-    """The pairs of one JSONL file, each with a UID."""
+    """Return the pairs of one JSONL file, each with a UID."""
     pairs = []
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():

@@ -112,7 +112,7 @@ def test_files_that_are_no_assemblies(tmp_path):
     contents = {
         path.read_bytes()[:-2000]: "torn",
         b"CDF\x01" + bytes(100): "NetCDF3",
-        b"<html>not found</html>": "torn, or no NetCDF4",
+        b"<html>not found</html>": "torn or not NetCDF4",
     }
     for content, sentence in contents.items():
         path.write_bytes(content)
@@ -227,15 +227,15 @@ def test_responses_that_are_no_numbers(tmp_path):
     assert len(Encoding(tmp_path / "Tuckute2024").stimuli) == 39
     with h5py.File(path, "a") as file:
         file["data"][:] = np.nan
-    with pytest.raises(InputError, match="not one response"):
+    with pytest.raises(InputError, match="no responses"):
         prepare(brainscore, root=tmp_path, out_dir=tmp_path, overwrite=True)
 
 
 def test_bad_options(tmp_path):
     for module, options, sentence in (
-        (brainscore, {"root": tmp_path}, "there is no assy_Tuckute2024_language.nc"),
+        (brainscore, {"root": tmp_path}, "assy_Tuckute2024_language.nc is missing"),
         (brainscore, {"context": -2}, "context=-2"),
-        (nsd, {}, "local copy only"),
+        (nsd, {}, "local copy"),
     ):
         with pytest.raises(InputError, match=sentence):
             prepare(module, **options)
@@ -249,7 +249,7 @@ def test_a_set_is_fetched_once_and_without_ceilings_where_there_are_none(tmp_pat
         sha1 = hashlib.sha1(path.read_bytes()).hexdigest()
         patch.setattr(brainscore.SETS["Pereira2018"], "sha1", sha1)
         prepare(brainscore, url=server.url, **options)
-        assert "without ceilings" in capsys.readouterr().out
+        assert "no ceilings" in capsys.readouterr().out
         n_requests = server.asked
         prepare(brainscore, url=server.url, **options)
         assert server.asked == n_requests and server.sent[path.name] == path.stat().st_size
@@ -309,7 +309,7 @@ def test_majajhong_bad_copies(tmp_path):
 
     archive = tmp_path / "image_dicarlo_hvm-public.zip"
     archive.write_bytes(archive.read_bytes()[:-60])
-    refused("torn, or no zip")
+    refused("torn or not a zip")
     archive.unlink()  # then the folder images/ is taken
     other = tmp_path / "images" / "again" / "im1.png"
     other.parent.mkdir()
@@ -368,7 +368,7 @@ def test_images_that_lie_in_the_dataset_already_stay(tmp_path):
         ("shared1000", "maybe", "not 'maybe'"),
         ("stimulus_id", range(101, 116), "lacks 1 stimuli"),
         ("shared1000", False, "none of the stimuli"),
-        ("filename", "../a/im1.png", "leads out"),
+        ("filename", "../a/im1.png", "is outside the folder"),
         ("filename", "ba/im1.png", "give images="),
     ],
 )

@@ -1,4 +1,4 @@
-"""data/stimuli.py: what is written is read again, and what must not be there is refused."""
+"""data/stimuli.py: datasets are read as they were written, and bad input is refused."""
 
 import json
 
@@ -76,9 +76,9 @@ def test_tasks_round_trip(tmp_path):
         ({"text": ["x", " ", "y", "z", "u", "v"]}, "t.csv, line 3: the text ' ' is empty"),
         ({"label": list("ababac")}, r"t.csv, line \d: the label 'c' is none of a, b"),
         ({"split": ["train"] * 5 + ["dev"]}, r"line \d: the split 'dev' is none of train, val"),
-        ({"group": [0, 0, 1, 1, 1, 2]}, "the group '1' is in test and in train: what belongs"),
+        ({"group": [0, 0, 1, 1, 1, 2]}, "the group '1' is in test and in train, but must stay"),
         ({"text": ["x", "w", "y", "z", "u", "x"]}, "the text 'x' is in test and in train"),
-        ({"label": list("aaaaab")}, "have the one label 'a', and two are needed"),
+        ({"label": list("aaaaab")}, "have only the label 'a', but two are needed"),
     ],
 )
 def test_what_a_task_must_not_have(tmp_path, changes, sentence):
@@ -95,7 +95,7 @@ def test_what_a_task_must_not_have(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     "file, content, sentence",
     [
-        ("t.csv", "split,label,text,group\ntrain,a,x,0\ntrain,b,y\n", "line 3: .*3 fields where"),
+        ("t.csv", "split,label,text,group\ntrain,a,x,0\ntrain,b,y\n", "line 3: .*3 fields"),
         ("t.csv", 'split,label,text,group\ntrain,a,"x,0\n', "t.csv, line 2: not CSV"),
         ("t.csv", "split,label,text\n", "t.csv has no column 'group'"),
         ("t.csv", "split,label,text,text\n", "t.csv, line 1: the header names a column twice"),
@@ -211,7 +211,7 @@ def test_responses_round_trip(tmp_path):
     with pytest.raises(InputError, match="unit 3 in presentation 5 is nan"):
         Encoding(tmp_path)
     (tmp_path / "responses.npy").write_bytes(b"torn")
-    with pytest.raises(InputError, match="responses.npy is no NumPy array"):
+    with pytest.raises(InputError, match="responses.npy is not a NumPy array"):
         Encoding(tmp_path)
 
 

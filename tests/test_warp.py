@@ -1,15 +1,16 @@
-"""warp.py against dense algebra, scikit-learn and naive loops; planted warps are found."""
+"""warp.py against dense algebra, scikit-learn and naive loops; it must find planted warps."""
 
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.spatial
 import torch
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LinearRegression, Ridge
 from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -110,8 +111,8 @@ def test_fastfood_is_as_good_as_normal():
 
 
 def small_gpt(seed=0, scale=1.0, **options):
-    given = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16}
-    model = GPT(GPTConfig(**{**given, **options}), seed=seed).eval()
+    sizes = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    model = GPT(GPTConfig(**{**sizes, **options}), seed=seed).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() == 2:
@@ -138,19 +139,17 @@ def test_no_warp_is_the_model_and_a_merged_one_a_copy(kind):
 
 
 def test_tied_heads_stay_tied():
-    transformers = pytest.importorskip("transformers")
-    shape = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 50, bias=False))
+    model[1].weight = model[0].weight
     w = FastfoodWrapper(model, 20)
-    assert sum(p.numel() for p in model.parameters()) == w.D
     with torch.no_grad():
         w.z.normal_()
     state = w.merge()
-    assert torch.equal(state["lm_head.weight"], state["transformer.wte.weight"])
+    assert w.D == 800 and torch.equal(state["0.weight"], state["1.weight"])
     idx = torch.randint(0, 50, (2, 5))
-    logits = w(idx).logits
+    logits = w(idx)
     model.load_state_dict(state)
-    assert torch.allclose(model(idx).logits, logits, atol=1e-6)
+    assert torch.allclose(model(idx), logits, atol=1e-6)
 
 
 def test_evaluation_mode_and_buffers_are_kept():
@@ -162,11 +161,11 @@ def test_evaluation_mode_and_buffers_are_kept():
 
 def test_groups_are_whole_names():
     model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("layer1", "layer10", "rest")})
-    given = [["layer1"], ["layer10"]]
-    w = FastfoodWrapper(model, 12, given)
+    two_groups = [["layer1"], ["layer10"]]
+    w = FastfoodWrapper(model, 12, two_groups)
     assert [group for *_, group in w.parts] == [0, 1, -1]
     wrong = [([["layer"]], 12, "layer1"), ([["layer1"], ["layer1"]], 12, "two groups")]
-    wrong += [(given, 2, "2 scales"), (None, 61, "60 parameters")]
+    wrong += [(two_groups, 2, "2 scales"), (None, 61, "60 parameters")]
     for groups, d, words in wrong:
         with pytest.raises(InputError, match=words):
             FastfoodWrapper(model, d, groups)
@@ -198,10 +197,21 @@ def test_ridge_is_that_of_scikit_learn(p):
     fitted = [Ridge(alpha).fit(train, study.y[fold["train"]]) for alpha in config.alphas]
     errors = [((model.predict(val) - study.y[fold["val"]]) ** 2).mean(0) for model in fitted]
     predicted = W.RidgeReadout(config, study, fold, f[0]).test(*f)
-    others = np.concatenate([fold["train"], fold["val"]])
+    rows = np.concatenate([fold["train"], fold["val"]])
     for v, alpha in enumerate(np.array(config.alphas)[np.argmin(errors, axis=0)]):
-        refitted = Ridge(alpha).fit(np.concatenate([train, val]), study.y[others, v])
+        refitted = Ridge(alpha).fit(np.concatenate([train, val]), study.y[rows, v])
         assert np.allclose(predicted[:, v], refitted.predict(test), atol=1e-4)
+
+
+def test_ols_does_not_predict_from_rounding():
+    """Layer-normed features sum to 0: one direction of them is float32 noise."""
+    x, study = make_study(p=10)
+    f = torch.cat([x, 1e-7 * torch.randn(len(x), 1) - x.sum(1, keepdim=True)], 1)
+    train, val, test = study.folds[0].values()
+    readout = W.OLSReadout(Config(head_dims=0), study, study.folds[0], f[train])
+    rows = np.concatenate([train, val])
+    expected = LinearRegression().fit(x[rows], study.y[rows]).predict(x[test])
+    assert np.allclose(readout.test(f[train], f[val], f[test]), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +273,12 @@ def test_cka_is_the_formula_and_distances_are_those_of_scipy():
     a, b = k.numpy(), l.numpy()
     assert np.isclose(W.CKA.similarity(k, l), naive(a, b) / np.sqrt(naive(a, a) * naive(b, b)))
     assert np.isclose(W.CKA.similarity(k, k), 1)
-    found = [float(W.CKA.similarity(gram(32, 20), gram(32, 20))) for _ in range(60)]
-    assert abs(np.mean(found)) < 0.04  # the biased one is near 0.4 here
+    of_noise = [float(W.CKA.similarity(gram(32, 20), gram(32, 20))) for _ in range(60)]
+    assert abs(np.mean(of_noise)) < 0.04  # the biased one is near 0.4 here
     x = rng.standard_normal((10, 6))
-    for ours, theirs, scale in (("correlation", "correlation", 1), ("euclidean", "sqeuclidean", 6)):
-        expected = scipy.spatial.distance.pdist(x, theirs) / scale
-        expected = scipy.spatial.distance.squareform(expected)
-        assert np.allclose(W.RSA.compare(Config(rdm=ours), torch.from_numpy(x)), expected)
+    for rdm, metric, scale in (("correlation", "correlation", 1), ("euclidean", "sqeuclidean", 6)):
+        expected = scipy.spatial.distance.cdist(x, x, metric) / scale
+        assert np.allclose(W.RSA.compare(Config(rdm=rdm), torch.from_numpy(x)), expected)
 
 
 def test_weighted_scores_are_those_of_the_resampled_set():
@@ -323,8 +332,8 @@ def test_groups_are_tested_once_and_never_split():
             assert sum(map(len, parts)) == 30 and not set.intersection(*parts)
         tested = np.concatenate([fold["test"] for fold in folds])
         assert len(tested) == len(set(tested)) == (90 if n_folds else 24)
-    own = np.repeat(["train", "test"], [60, 30])
-    (fold,) = W.make_folds(Config(), group, own)
+    split = np.repeat(["train", "test"], [60, 30])
+    (fold,) = W.make_folds(Config(), group, split)
     assert list(fold["test"]) == list(range(60, 90)) and len(fold["val"]) == 12
     batches = W.draw_batches(Config(exact=False, batch_size=25), np.arange(100, 160), draw=0)
     seen = [next(batches).numpy() for _ in range(8)]
@@ -333,7 +342,7 @@ def test_groups_are_tested_once_and_never_split():
 
 
 def brain(folder, y, texts=None, **tables):
-    """A made-up brain, its responses y (P, V), as a dataset."""
+    """Write a made-up brain with responses y (P, V) and return its folder."""
     if texts is None:
         texts = [f"{'abcdefgh'[i % 8]}{i}" for i in range(len(y))]
     about = {"modality": "fMRI", "species": "human", "source": "made up", "synthetic": True}
@@ -355,9 +364,12 @@ def test_noise_ceilings_are_the_planted_ones_and_units_of_low_ceiling_are_left_o
     texts = [f"t{i}" for i in range(90)]
     brain(tmp_path / "published", y, texts, units=ceilings)
     brain(tmp_path / "repeats", noisy, texts, presentations=presentations)
-    for name, kept in (("published", [0, 1]), ("repeats", [0, 2])):
+    brain(tmp_path / "some", y, texts, units=pd.DataFrame({"ceiling": [0.4, 0.6, 0.01, ""]}))
+    # only a constant unit of `some` has no ceiling, so the others' counts
+    cases = [("published", [0, 1], 1.0), ("repeats", [0, 2], 0.99), ("some", [0, 1], 0.5**0.5)]
+    for name, kept, ceiling in cases:
         study = W.read_brain(Config(reliable=0.3), name, W.Encoding(tmp_path / name), "")
-        assert study.y.shape == (90, 2)
+        assert study.y.shape == (90, 2) and np.isclose(study.ceiling, ceiling, atol=0.01)
         expected = y[:, kept] / y[:, kept].std()
         assert np.allclose(study.y / study.y.std(), expected, atol=0.6)
 
@@ -368,10 +380,12 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     lm.touch()
     config = Config(lm=str(lm), models=["lm", "gpt2"])
 
+    run = SimpleNamespace(out=tmp_path)
+
     def files(study, **options):
-        given = replace(config, **options)
-        cells = W.list_cells(given, W.make_candidates(given))
-        return {W.file_name(given, study, cell, 0, 0.1) for cell in cells}
+        changed = replace(config, **options)
+        cells = W.list_cells(changed, W.make_candidates(changed))
+        return {W.fit_path(run, changed, study, cell, 0, 0.1).name for cell in cells}
 
     before = files(study)
     assert files(study, draws=7, reach=0.5) == before
@@ -391,7 +405,7 @@ def test_fits_are_kept_while_nothing_that_they_read_has_changed(tmp_path):
     states = set()
     for file in ("model.safetensors", "tokenizer.json", "best.pt"):
         (tmp_path / file).touch()
-        states.add(W.stamps(Config(), W.Candidate("", model=str(tmp_path))))
+        states.add(W.make_candidates(Config(models=[str(tmp_path)]))[0].state)
     assert len(states) == 3  # a folder is known by all its files
 
 
@@ -426,6 +440,10 @@ def test_d_warp_of_known_curves():
     expected = W.crossing(DIMS, [0.5, 0.7, 0.8, 0.8], 0.5 + 0.9 * 0.3)
     assert np.isclose(d_warp["near", "relative"][0], expected)
     assert ("never", "relative") not in d_warp
+    row = {"dataset": "x", "subject": "all", "model": "m", "control": "none", "d": 0}
+    row |= {"measure": "d_warp absolute", "projection": "fastfood", "score": 9, "low": 9}
+    table = W.make_table(Config(dims=DIMS[1:]), pd.DataFrame([{**row, "high": 999}]))
+    assert table["d_warp absolute"].item() == "<= 9 [<= 9, > 999]"
 
 
 def test_the_null_is_ridge_on_shuffled_responses():
@@ -453,7 +471,7 @@ def test_the_null_is_ridge_on_shuffled_responses():
 
 # ---- models
 
-OWN = """
+OWN_MODELS = """
 import torch, torch.nn as nn
 def make():
     torch.manual_seed(0)
@@ -461,10 +479,20 @@ def make():
     return module, lambda files: torch.randn(len(files), 3, 8, 8, generator=torch.manual_seed(1))
 def bare():
     return nn.Linear(2, 2)
+def pixels():
+    return nn.Sequential(nn.Identity()), lambda files: [[0.0, 1.0]] * len(files)
+def nan():
+    return nn.Sequential(nn.Identity()), lambda files: [[float("nan")]] * len(files)
+def short():
+    return nn.Sequential(nn.Linear(2, 2)), lambda files: torch.ones(3, 2)
+def unused():
+    module = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    module.forward = module["a"].forward
+    return module, lambda files: torch.ones(len(files), 2)
 """
 
 
-class HereRun:
+class CPURun:
     device = torch.device("cpu")
 
     def progress(total, desc):
@@ -496,16 +524,16 @@ def test_vision_and_own_models_are_read(tmp_path):
     for name, model in (("resnet", resnet), ("vit", vit)):
         model.save_pretrained(tmp_path / name)
         processor.save_pretrained(tmp_path / name)
-    own = tmp_path / "own.py"
-    own.write_text(OWN)
+    own_file = tmp_path / "own.py"
+    own_file.write_text(OWN_MODELS)
 
     def load(model, layer, pool="mean"):
-        given = stimuli("image", files), candidate_of(model, layer), 0
-        return W.load_candidate(HereRun, Config(pool=pool), *given)
+        study, candidate = stimuli("image", files), candidate_of(model, layer)
+        return W.load_candidate(CPURun, Config(pool=pool), study, candidate, 0)
 
     block = "layers.1" if "layers.1" in dict(vit.named_modules()) else "encoder.layer.1"
     cases = [(tmp_path / "resnet", "encoder.stages.1", "flatten", 8 * 4)]
-    cases += [(tmp_path / "vit", block, "first", 16), (f"{own}:make", "2", "mean", 5)]
+    cases += [(tmp_path / "vit", block, "first", 16), (f"{own_file}:make", "2", "mean", 5)]
     for model, layer, pool, width in cases:
         loaded = load(model, layer, pool)
         f = W.read_features(loaded.reader, loaded.inputs, range(4), 3)
@@ -514,10 +542,20 @@ def test_vision_and_own_models_are_read(tmp_path):
         assert torch.allclose(w(loaded.inputs), f, atol=1e-5)
         assert not any(module.training for module in loaded.reader.modules())
     assert w.D == 3 * 5 * 9 + 5 + 10  # what lies above the layer is no part of theta
-    with pytest.raises(InputError, match="no layer 'layer9'"):
-        load(tmp_path / "vit", "layer9")
-    with pytest.raises(InputError, match="must return"):
-        load(f"{own}:bare", "")
+    loaded = load(f"{own_file}:pixels", "0")  # without parameters: linear scores only
+    assert loaded.features.tolist() == [[0, 1]] * 4
+    with pytest.raises(InputError, match="d=8 .* 0 parameters"):
+        FastfoodWrapper(loaded.reader, 8)
+    for model, layer, sentence in (
+        (tmp_path / "vit", "layer9", "no layer 'layer9'"),
+        ("lm", "1", "'c' is a language model"),
+        (f"{own_file}:bare", "0", "must return"),
+        (f"{own_file}:nan", "0", "features of 'c' are NaN"),
+        (f"{own_file}:short", "0", r"\(3, 2\) for 4 stimuli"),
+        (f"{own_file}:unused", "b", "does not use 'b'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            load(model, layer)
 
 
 def test_texts_are_pooled_over_their_own_tokens(tmp_path):
@@ -531,30 +569,32 @@ def test_texts_are_pooled_over_their_own_tokens(tmp_path):
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
     texts = ["a b", "c", "a b c b"]
     for pool in ("mean", "last"):
-        given = stimuli("text", texts), candidate_of(tmp_path, "1"), 0
-        loaded = W.load_candidate(HereRun, Config(pool=pool), *given)
+        study, candidate = stimuli("text", texts), candidate_of(tmp_path, "1")
+        loaded = W.load_candidate(CPURun, Config(pool=pool), study, candidate, 0)
         f = W.read_features(loaded.reader, loaded.inputs, range(3), 2)
         for i, text in enumerate(texts):
-            own = [5 + "abc".index(word) for word in text.split()]
-            states = bert(torch.tensor([[2, *own, 3]]), output_hidden_states=True).hidden_states[1]
-            own = states[0, 1 : 1 + len(own)]
-            expected = own.mean(0) if pool == "mean" else own[-1]
+            ids = [5 + "abc".index(word) for word in text.split()]
+            states = bert(torch.tensor([[2, *ids, 3]]), output_hidden_states=True).hidden_states[1]
+            states = states[0, 1 : 1 + len(ids)]
+            expected = states.mean(0) if pool == "mean" else states[-1]
             assert torch.allclose(f[i], expected, atol=1e-5)
-    # nor over what is read before a stimulus
+    # nor over their context
     lm = HiddenStates({"model": small_gpt(block_size=6), "tokenizer": TOKENIZER}, bos=True)
     reader = W.TextReader(lm, ["1"], "mean")
-    inputs = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
-    ids, _, own = inputs.unbind(1)
-    pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, own)]
+    inputs, n_cut = reader.encode(["ab cd", "xyz", "a b c d efg"], ["cd", "xyz", "efg"])
+    ids, _, inside = inputs.unbind(1)
+    pooled = [bytes(row[mask > 0].tolist()) for row, mask in zip(ids, inside)]
     assert pooled == [b"cd", b"xyz", b"efg"]
-    assert bytes(ids[2, 1:].tolist()).startswith(b"d efg"[-5:])  # too long: the beginning goes
+    assert n_cut == 1 and bytes(ids[2, 1:].tolist()) == b"d efg"  # too long: the beginning goes
+    inputs, n_cut = reader.encode(["x" * 9 + "ab"], None)  # and without spaces, too
+    assert n_cut == 1 and bytes(inputs[0, 0, 1:].tolist()) == b"xxxab"
 
 
 # ---- the script
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def tiny(tmp_path_factory):
     """A folder with a tiny language model and phrases."""
     folder = tmp_path_factory.mktemp("warp")
     state = lm_state(small_gpt(seed=1, scale=4.0))
@@ -572,19 +612,19 @@ SWEEP = {"steps": 3, "learning_rates": 0.02, "dims": "0,4,16", "seeds": 1, "eval
 SWEEP |= {"shuffles": 19, "draws": 50, "shuffled": False, "device": "cpu"}
 
 
-def options(made, out, **more):
-    given = {"lm": made / "lm.pt", "planted_stimuli": made / "phrases", "models": "lm"}
-    given |= {"layers": 2, "out_dir": out, **SWEEP, **more}
-    return [f"{key}={value}" for key, value in given.items()]
+def options(tiny, out, **more):
+    values = {"lm": tiny / "lm.pt", "planted_stimuli": tiny / "phrases", "models": "lm"}
+    values |= {"layers": 2, "out_dir": out, **SWEEP, **more}
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 @pytest.fixture
 def warp():
-    """A run of a script in this process, which is quicker; signals are given back."""
+    """Run a script in this process, which is quicker, and restore signal handlers."""
     old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def call(*given, script=W):
-        script.main(configure(script.Config, [str(argument) for argument in given]))
+    def call(*arguments, script=W):
+        script.main(configure(script.Config, list(map(str, arguments))))
 
     yield call
     for number, handler in old.items():
@@ -621,7 +661,7 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
         cell = W.Cell(candidate_of("lm"), d, seed=0, weights=0, shuffles=1, shuffle=shuffle)
         fits = []
         for rate in (0.02, 0.05) if d else (0.0,):
-            fits.append(W.run_fit(HereRun, config, dealt, cell, 0, rate, loaded))
+            fits.append(W.run_fit(CPURun, config, dealt, cell, 0, rate, loaded))
         best = max(fits, key=lambda fit: fit["validation"])
         return W.Objective.score_all(config, best["evidence"], dealt.y[folds[0]["test"]])
 
@@ -631,12 +671,12 @@ def test_a_warp_planted_in_k_columns_is_found_in_k_dimensions():
     assert score(16, shuffle=1) < 0.5
 
 
-def test_candidates_lie_on_the_line_that_they_name(made):
-    config = Config(lm=str(made / "lm.pt"), planted_warp=0.5, layers=["2"])
+def test_candidates_lie_on_the_line_that_they_name(tiny):
+    config = Config(lm=str(tiny / "lm.pt"), planted_warp=0.5, layers=["2"])
     study = stimuli("text", ["ab", "abc"])
 
     def theta(draw=0, **fields):
-        loaded = W.load_candidate(HereRun, config, study, candidate_of("lm", "2", **fields), draw)
+        loaded = W.load_candidate(CPURun, config, study, candidate_of("lm", "2", **fields), draw)
         return flat(p for p in loaded.reader.parameters() if p.requires_grad)
 
     lm, teacher, random = theta(), theta(toward="teacher"), theta(toward="random")
@@ -646,24 +686,24 @@ def test_candidates_lie_on_the_line_that_they_name(made):
     assert not torch.equal(theta(draw=1, toward="random"), random)
 
 
-def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
+def test_a_stopped_sweep_goes_on(tiny, tmp_path, warp, monkeypatch):
     """tests/test_scripts.py stops sweeps at their results, and shares them among ranks."""
     more = {"seeds": 2, "shuffled": True, "models": "lm,random"}
-    real = W.run_fit
+    run_fit = W.run_fit
     fits = []  # cell and learning rate
 
-    def counted(*given):
-        fits.append((given[3], given[5]))
+    def count_fit(run, config, study, cell, number, rate, loaded):
+        fits.append((cell, rate))
         if len(fits) == 8:
             raise KeyboardInterrupt
-        return real(*given)
+        return run_fit(run, config, study, cell, number, rate, loaded)
 
-    monkeypatch.setattr(W, "run_fit", counted)
+    monkeypatch.setattr(W, "run_fit", count_fit)
     with pytest.raises(KeyboardInterrupt):
-        warp(*options(made, tmp_path, **more))
+        warp(*options(tiny, tmp_path, **more))
     assert not (tmp_path / "results.csv").exists()
     stopped = fits[7]
-    warp(*options(made, tmp_path, **more))
+    warp(*options(tiny, tmp_path, **more))
     assert fits[8] == stopped and len(fits) == len(set(fits)) + 1  # no other is made again
     rows = table(tmp_path, "n > 0")
     assert rows[["score", "chance", "low", "high", "n"]].notna().all().all()
@@ -677,92 +717,85 @@ def test_a_stopped_sweep_goes_on(made, tmp_path, warp, monkeypatch):
     # other options of the analysis, and more draws, fit nothing again
     n_done = len(fits)
     other = {**more, "common_share": 0.5, "draws": 20, "learning_rates": "0.02,0.05"}
-    warp(*options(made, tmp_path, **other))
+    warp(*options(tiny, tmp_path, **other))
     assert {rate for _, rate in fits[n_done:]} == {0.05}
     assert (table(tmp_path, "measure == 'd_warp absolute'").n == 20).all()
 
 
-CONSTRUCTOR = """
-import torch
-
-def numbers(text):
-    return [sum(map(ord, text[i::4])) % 17 / 17 for i in range(4)]
-
-def make():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh())
-    return model, lambda texts: torch.tensor([numbers(text) for text in texts])
-"""
-
-
-def test_fits_of_an_edited_file_are_made_again(made, tmp_path, warp):
+def test_fits_are_made_again_when_files_are_edited_or_torn(tiny, tmp_path, warp):
     file = tmp_path / "mine.py"
-    given = options(made, tmp_path / "out", models=f"{file}:make", layers="1", dims="0", full=False)
+    more = {"models": f"{file}:make", "layers": 2, "head_dims": 4, "dims": 0, "full": False}
+    argv = options(tiny, tmp_path / "out", **more)
     n_fits = []
-    for code in (CONSTRUCTOR, CONSTRUCTOR + "# a comment", CONSTRUCTOR.replace("17", "13")):
+    edited = OWN_MODELS.replace("manual_seed(1)", "manual_seed(2)")
+    for code in (OWN_MODELS, OWN_MODELS + "# a comment", edited):
         file.write_text(code)
-        warp(*given)
+        warp(*argv)
         n_fits.append(len(list((tmp_path / "out/fits").iterdir())))
     assert n_fits == [1, 1, 2]
     assert len(table(tmp_path / "out")) == 1
+    for path in (tmp_path / "out/fits").iterdir():
+        path.write_bytes(path.read_bytes()[:200])  # torn: fitted again
+    warp(*argv)
+    readable = [W.read_fit(path) is not None for path in (tmp_path / "out/fits").iterdir()]
+    assert sorted(readable) == [False, True]
 
 
 @pytest.mark.parametrize(
     "more",
     [
         {"objective": "rsa", "rdm": "euclidean", "exact": False, "batch_size": 32},
-        {"objective": "cka"},
         {"objective": "linear_first", "head": "pls", "layers": "1,2", "layer_groups": "blocks"},
         {"objective": "linear_first", "head": "sgd", "n_folds": 3, "projection": "dense"},
     ],
     ids=str,
 )
-def test_every_objective_runs(made, tmp_path, warp, more):
-    warp(*options(made, tmp_path, **{"dims": "0,16", "full": False, "common": 0.5, **more}))
+def test_every_objective_runs(tiny, tmp_path, warp, more):
+    warp(*options(tiny, tmp_path, **{"dims": "0,16", "full": False, "common": 0.5, **more}))
     fits = table(tmp_path)
     assert fits.score.between(-0.5, 1).all() and set(fits.d) == {0, 16}
     assert fits.n.iloc[0] > (100 if "n_folds" in more else 20)
 
 
-def test_nan_is_no_score_and_a_rate_that_diverges_costs_that_rate(made, tmp_path, warp, capsys):
+def test_nan_is_no_score_and_a_rate_that_diverges_costs_that_rate(tiny, tmp_path, warp, capsys):
     x = np.eye(6)
     x[0, 1] = np.nan
     assert np.isnan(W.RSA.score(Config(), x, np.eye(6), np.ones((1, 6)))).all()
     assert W.RSA.score(Config(), np.ones((6, 6)), np.eye(6), np.ones((1, 6))) == 0
     assert np.isnan(W.p_value(np.nan, np.zeros(9))) and W.p_value(1.0, np.zeros(9)) == 0.1
-    warp(*options(made, tmp_path, learning_rates="0.02,1e25", dims="0,16", full=False, common=0.5))
+    warp(*options(tiny, tmp_path, learning_rates="0.02,1e25", dims="0,16", full=False, common=0.5))
     assert "learning rate 1e+25 diverged" in capsys.readouterr().out
     assert table(tmp_path, "d == 16 and measure == 'score'").learning_rate.item() == 0.02
 
 
-def test_every_person_of_words_and_brains_is_scored(made, tmp_path, warp, capsys):
+def test_every_person_of_words_and_brains_is_scored(tiny, tmp_path, warp, capsys):
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), 3)) + str(i) for i in range(60)]
-    units = pd.DataFrame({"subject": np.repeat(["A", "B", "C"], 4)})
+    units = pd.DataFrame({"subject": np.repeat(["A", "B", "C", ""], 3)})  # no person "all of them"
     folder = brain(tmp_path / "words", rng.standard_normal((60, 12)), words, units=units)
     more = {"subject": "each", "dims": 0, "n_folds": 5, "full": False, "seeds": 1, "shuffles": 99}
-    warp(*options(made, tmp_path / "out", dataset=folder, models="lm,random", **more))
-    assert "reliable= asks published ceilings alone" in capsys.readouterr().out
+    warp(*options(tiny, tmp_path / "out", dataset=folder, models="lm,random", **more))
+    assert "reliable= uses published ceilings only" in capsys.readouterr().out
     rows = table(tmp_path / "out")
     assert len(rows) == 2 * 4 and set(rows.subject) == {"A", "B", "C", "mean"}
     assert (rows.n[rows.subject != "mean"] == 60).all() and rows.p.between(0.01, 1).all()
     assert not rows.p_people[rows.subject == "mean"].isna().any()
 
 
-def test_a_published_set_goes_through_its_config(made, tmp_path, warp):
+def test_a_published_set_goes_through_its_config(tiny, tmp_path, warp):
     path, _ = tuckute(tmp_path, n=60)
     prepare(brainscore, root=path, out_dir=tmp_path)
-    given = options(made, tmp_path / "out", dataset=tmp_path / "Tuckute2024", head_dims=4)
-    warp("config/warp_tuckute.yaml", *given)
+    argv = options(tiny, tmp_path / "out", dataset=tmp_path / "Tuckute2024", head_dims=4)
+    warp("config/warp_tuckute.yaml", *argv)
     fits = table(tmp_path / "out")
     assert set(fits.d) == {0, 4, 16, fits.D.max()} and (fits.roi == "lang_LH_netw").all()
     assert (fits.ceiling == 1).all() and not fits.synthetic.any()  # one repeat: raw
 
 
 def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
-    given = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
-    given += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
-    warp(*given, f"out_dir={tmp_path}", script=warp_intrinsic)
+    argv = ["widths=50", "dims=20,80,320", "seeds=1", "steps=100", "learning_rates=0.1"]
+    argv += ["projection=dense", "eval_interval=50", "draws=50", "device=cpu"]
+    warp(*argv, f"out_dir={tmp_path}", script=warp_intrinsic)
     fits = table(tmp_path).sort_values("d")
     assert fits.D.iloc[-1] == 6310 and fits.score.iloc[-1] > 0.93 and fits.score.iloc[0] < 0.65
     assert fits.score[:3].is_monotonic_increasing and (fits.chance < 0.15).all()
@@ -770,19 +803,22 @@ def test_digits_reach_most_of_their_accuracy_in_few_dimensions(tmp_path, warp):
 
 
 def test_the_simulation_bends_functions(tmp_path, warp):
-    given = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
-    warp("config/warp_simulation.yaml", *given, f"out_dir={tmp_path}", script=warp_intrinsic)
+    argv = ["dims=0,4,60", "seeds=1", "steps=90", "learning_rates=0.1", "draws=50", "device=cpu"]
+    warp("config/warp_simulation.yaml", *argv, f"out_dir={tmp_path}", script=warp_intrinsic)
     r2 = table(tmp_path).pivot(index="model", columns="d", values="score")
     assert len(r2) == 3 and r2[60].min() > 0.6 > r2[0].max() and (r2[60] > r2[4]).all()
     assert (tmp_path / "simulation.png").exists()
 
 
-def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
+def test_bad_input_ends_with_a_sentence(tiny, tmp_path, warp):
     y = np.random.default_rng(0).standard_normal((120, 3))
     good = brain(tmp_path / "good", y)
     cases = [
         ({"layers": "attn"}, "layers=attn"),
+        ({"pool": "flatten"}, "pool=flatten is for images"),
         ({"dataset": brain(tmp_path / "few", y[:20])}, "too few stimuli"),
+        ({"dataset": good, "n_folds": 1}, "too few stimuli"),
+        ({"dataset": brain(tmp_path / "one", y[:, :1]), "objective": "rsa"}, "needs 3 units"),
         ({"dataset": good, "roi": "V1"}, "roi=V1"),
         ({"dataset": good, "subject": "M15"}, "subject=M15"),
         ({"models": "nosuch.py:make"}, "nosuch.py"),
@@ -799,4 +835,4 @@ def test_bad_input_ends_with_a_sentence(made, tmp_path, warp):
     ]
     for i, (more, sentence) in enumerate(cases):
         with pytest.raises(InputError, match=sentence):
-            warp(*options(made, tmp_path / f"out{i}", **more))
+            warp(*options(tiny, tmp_path / f"out{i}", **more))

@@ -1,4 +1,4 @@
-"""data/words_brains: tables of words and responses in every shape in which people have them."""
+"""data/words_brains: tables of words and responses in all the forms that people use."""
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ def read(tmp_path, content, name="table.txt"):
 
 
 def make(tmp_path, tables, **options):
-    """The Encoding made of {file name: content}, under tmp_path."""
+    """Prepare tables {file name: content} and return their Encoding."""
     folder = tmp_path / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in tables.items():
@@ -58,8 +58,8 @@ def test_headers_that_do_not_fit_and_words_of_several_words(tmp_path, capsys):
     for n_fields, header in ((2, "word v0"), (4, "word v0 v1 v2"), (5, "word v0 v1 v2 v3")):
         table = read(tmp_path, f"{header}\n{ROWS}")
         assert table.columns.tolist() == ["v0", "v1"] and len(table) == 4
-        said = capsys.readouterr().out
-        assert f"the header has {n_fields} fields and every row has 3" in said
+        out = capsys.readouterr().out
+        assert f"the header has {n_fields} fields and every row has 3" in out
     assert read(tmp_path, "bread 5 3 9\nring 1 2 2\n").index.tolist() == ["bread", "ring"]
     assert read(tmp_path, "word\tv0\nice cream\t1.5\nTV\t2\n").index[0] == "ice cream"
     assert read(tmp_path, 'word,v0\n"yes, sir",0.1\nno,2\n').index[0] == "yes, sir"
@@ -69,7 +69,7 @@ def test_headers_that_do_not_fit_and_words_of_several_words(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, sentence",
     [
-        ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, and 3 in line 2"),
+        ("word v0 v1\na 1.5 2\nice cream 1 2\n", "line 3: 4 fields, but 3 in line 2"),
         ("word v0 v1\na 1.5 2\nb 1\n", "line 3: 2 fields"),
         ("word v0\na 1.5\nb high\n", "line 3: the response 'high' is not a number"),
         ("word v0\na 1,5\n", "line 2: .*'1,5' is not a number.*decimal points"),
@@ -101,8 +101,8 @@ def test_people_share_words_and_keep_their_units(tmp_path, capsys):
         "scaled_targets_M15.txt": table(WORDS[::-1], 1, n_units=2),  # in another order
     }
     data = make(tmp_path, tables, modality="fMRI")
-    said = capsys.readouterr().out
-    assert "6 stimuli, 6 presentations, 5 units" in said and "M03, M15; 4 groups of words" in said
+    out = capsys.readouterr().out
+    assert "6 stimuli, 6 presentations, 5 units" in out and "M03, M15; 4 groups of words" in out
     assert data.units.subject.unique().tolist() == ["M03", "M15"]
     assert data.meta["modality"] == "fMRI" and data.stimuli.text.tolist() == WORDS
     assert data.stimuli.group.tolist() == ["apple", "apple", "its", "its", "bread", "ring"]
@@ -119,18 +119,18 @@ def test_one_person_of_a_folder(tmp_path, capsys):
     assert set(make(tmp_path, tables, people=["2"]).units.subject) == {"2"}
     make(tmp_path, tables, people=["2"])
     assert "there already" in capsys.readouterr().out
-    for people, given, sentence in (
+    for people, tables_now, sentence in (
         ([], tables, "made with people=.*overwrite=True"),
         (["2"], {"a_2.txt": table(WORDS, 5)}, "made with tables="),  # other numbers
         (["3"], tables, "no table of 3, only of 1, 2"),
     ):
         with pytest.raises(InputError, match=sentence):
-            make(tmp_path, given, people=people)
+            make(tmp_path, tables_now, people=people)
 
 
 def test_different_words_are_refused_or_counted(tmp_path, capsys):
     tables = {"a_1.txt": table(WORDS, 0), "a_2.txt": table([*WORDS[1:], "salt"], 1)}
-    with pytest.raises(InputError, match="'Apple' .* table of 1 and not.*words=shared for the 5"):
+    with pytest.raises(InputError, match="'Apple' .* table of 1 but not.*words=shared for the 5"):
         make(tmp_path, tables)
     data = make(tmp_path, tables, words="shared")
     assert data.stimuli.text.tolist() == WORDS[1:]
@@ -154,14 +154,14 @@ def test_gaps_copies_and_constants_are_left_out_and_counted(tmp_path):
     content = "word v0 v1 v2 v3\na 1.5 0 NA 1\nb 2 0 1 3\nb 2 0 1 3\nc 3 0 1 nan\nd 4 0 2 5\n"
     data = make(tmp_path, {"t.txt": content})
     assert data.stimuli.text.tolist() == list("abcd") and data.units.column.tolist() == ["v0"]
-    copies = "1 rows that copy another row of their word to the digit"
+    copies = "1 rows identical to another row of their word"
     assert data.meta["left_out"] == ["2 units with gaps", copies, "1 units that never vary"]
     data = make(tmp_path, {}, missing="presentations", overwrite=True)
     assert data.stimuli.text.tolist() == ["b", "d"] and len(data.responses) == 2
     assert data.units.column.tolist() == ["v0", "v2", "v3"]
     with pytest.raises(InputError, match="no unit varies over its 2 rows"):
         make(tmp_path, {"t.txt": "word v0\na 1\nb 1\n"}, overwrite=True)
-    with pytest.raises(InputError, match="is 1e.39, no number of float32"):
+    with pytest.raises(InputError, match="is 1e.39, not a finite float32"):
         make(tmp_path, {"t.txt": "word v0\na 1e39\nb 1\n"}, overwrite=True)
 
 

@@ -1,4 +1,4 @@
-"""Brains that read and listen, as Brain-Score publishes them (brain-score.org/language).
+"""Brains reading and listening, as published by Brain-Score (brain-score.org/language).
 
     python data/brainscore/prepare.py set=Tuckute2024    # 1,000 sentences, mean of 5 people (fMRI)
     python data/brainscore/prepare.py set=Pereira2018    # 243 and 384 sentences, 13,553 voxels
@@ -7,11 +7,10 @@
     python data/brainscore/prepare.py set=Pereira2018 root=path/to/assy_Pereira2018_language.nc
     python warp.py dataset=brainscore/Tuckute2024 models=gpt2 layers=6
 
-Fetched once, or taken from a local copy (root=, a file or its folder). A dataset is
-data/brainscore/SET, of Pereira2018 one for each experiment (SET-243sentences, SET-384sentences):
-not everybody was in both. What belongs together (passage, sentence, story) is one group, which no
-split tears apart. A stimulus is what a reader has before him: the piece itself, with what went
-before it in its group.
+Fetched once, or read from a local copy (root=, a file or its folder). Each dataset is
+data/brainscore/SET; Pereira2018 has one per experiment (SET-243sentences, SET-384sentences), since
+not everybody took part in both. A passage, sentence or story is one group and is never split. A
+stimulus is read in context: the piece itself after the pieces before it in its group.
 
 Tuckute et al. 2024, Pereira et al. 2018, Fedorenko et al. 2016, Blank et al. 2014; Schrimpf et al.
 2021 (the benchmarks and their ceilings).
@@ -32,21 +31,21 @@ from data.assembly import read_assembly, responses, without_gaps
 from data.fetch import download, look_up
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
-EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
+EMBEDDED = False  # must be downloaded: no script runs this on its own
 
 
 @dataclass
 class Published:
-    """One published set: its files and what they call things."""
+    """One published set: its files and the names in them."""
 
     file: str  # the assembly
-    sha1: str  # that Brain-Score's registry has for it
+    sha1: str  # in Brain-Score's registry
     modality: str
     subject: str  # coordinate of a unit
-    roi: list  # coordinates of a unit, the first that is there
-    group: str = ""  # coordinate of a presentation, "": every stimulus its own
-    order: list = field(default_factory=list)  # coordinates that sort a group, []: as in the file
-    context: int = 0  # pieces of its group before a stimulus that are read with it
+    roi: list  # coordinates of a unit, the first that exists
+    group: str = ""  # coordinate of a presentation; "": one group per stimulus
+    order: list = field(default_factory=list)  # coordinates that sort a group; []: as in the file
+    context: int = 0  # pieces of its group read before a stimulus
     ceilings: dict = field(default_factory=dict)  # {experiment: (file, sha1)}
 
 
@@ -103,13 +102,13 @@ SETS = {
 @dataclass
 class Config:
     set: Literal["Tuckute2024", "Pereira2018", "Fedorenko2016", "Blank2014"] = "Tuckute2024"
-    context: int = -1  # pieces of the group read before a stimulus; -1: the set's own, 0: none
-    missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
+    context: int = -1  # pieces of its group read before a stimulus; -1: the set's own, 0: none
+    missing: Literal["units", "presentations"] = "units"  # what to drop if a response is missing
     # where from and where to
-    root: str = ""  # local copy, file or folder; "": fetched into files/ in out_dir
+    root: str = ""  # local copy, file or folder; "": fetch it into files/ in out_dir
     url: str = "https://brainscore-storage.s3.amazonaws.com/brainscore-language"  # to fetch from
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # replace an existing dataset
 
     def check(self):
         if self.context < -1:
@@ -120,7 +119,7 @@ class Config:
 
 
 def find(config, folder, name, sha1):
-    """Path of a published file, in root or fetched; None where there is no such file."""
+    """Return the path of a published file, in root or fetched; None if it does not exist."""
     if config.root:
         root = Path(config.root)
         path = (root if root.is_dir() else root.parent) / name
@@ -136,7 +135,7 @@ def find(config, folder, name, sha1):
 
 
 def read_ceilings(path, unit_ids):
-    """(V,) the R² that the best model could reach, NaN where none was published."""
+    """Return (V,) the R² that the best model could reach, NaN where unpublished."""
     assembly = read_assembly(path)
     r = pd.Series(dtype=float)
     if assembly.dims == ["neuroid"]:
@@ -144,7 +143,7 @@ def read_ceilings(path, unit_ids):
         r = pd.Series(assembly.values, index=names)
     r = r[~r.index.duplicated()].reindex(unit_ids).to_numpy(float)
     if np.isnan(r).all():
-        raise InputError(f"{path} has no ceilings of these units: leave it out of root=")
+        raise InputError(f"{path} has no ceilings of these units: remove it from root=")
     return np.clip(r, 0, 1) ** 2
 
 
@@ -152,7 +151,7 @@ def read_ceilings(path, unit_ids):
 
 
 def in_context(pieces, groups, order, context):
-    """Texts: each piece behind at most `context` pieces before it (by `order`) in its group."""
+    """Return texts: each piece after up to `context` pieces (by `order`) of its group."""
     table = pd.DataFrame({"piece": pieces, "group": groups, "order": order})
     texts = pd.Series("", table.index)
     for _, members in table.sort_values("order", kind="stable").groupby("group"):
@@ -163,7 +162,7 @@ def in_context(pieces, groups, order, context):
 
 
 def describe_presentations(presentations, published, context, path):
-    """The coordinates of presentations, with text, piece, group and split."""
+    """Return the coordinates of presentations with text, piece, group and split."""
     pieces = column(presentations, path, "stimulus", "sentence").astype(str)
     groups = np.arange(len(pieces)).astype(str)
     order = np.arange(len(pieces))
@@ -181,7 +180,7 @@ def describe_presentations(presentations, published, context, path):
 
 
 def describe_units(units, published, path):
-    """The coordinates of units, with neuroid_id, roi and subject as text."""
+    """Return the coordinates of units with neuroid_id, roi and subject as text."""
     rois = [units[name].astype(str) for name in published.roi if name in units]
     return units.assign(
         neuroid_id=column(units, path, "neuroid_id").astype(str),
@@ -191,7 +190,7 @@ def describe_units(units, published, path):
 
 
 def make(config, folder, experiment, assembly, about):
-    """Write one dataset from an assembly, or from one experiment of it."""
+    """Write the dataset of an assembly, or of one experiment in it."""
     published = SETS[config.set]
     y, presentations, units = responses(assembly)
     if experiment:
@@ -208,18 +207,18 @@ def make(config, folder, experiment, assembly, about):
     if experiment:
         path = find(config, folder.parent, *published.ceilings[experiment])
         if path is None:
-            print("without ceilings: none are published, or in root=", flush=True)
+            print("no ceilings: none are published, or none are in root=", flush=True)
     if path:
         units["ceiling"] = read_ceilings(path, units["neuroid_id"])
         unknown = columns & units["ceiling"].isna().to_numpy()
-        if unknown.any():  # published ceilings are a fit, which failed for some
+        if unknown.any():  # their fit failed
             left_out.append(f"{unknown.sum():,} units without a ceiling")
             columns = columns & ~unknown
 
     presentations = presentations[rows]
     ids = presentations.get("stimulus_id", presentations.index.to_series()).astype(str)
     names = ids + "\t" + presentations["text"]
-    stimulus, _ = pd.factorize(names)  # a stimulus that comes again is a repeat
+    stimulus, _ = pd.factorize(names)  # the same text again is a repeat
     meta = write_encoding(
         folder,
         presentations[~names.duplicated()],
@@ -250,8 +249,8 @@ def main(config):
     if not path.is_file():
         path = find(config, folder, published.file, published.sha1)
     if path is None:
-        cure = "give root= the file or its folder, or leave root= out to fetch it"
-        raise InputError(f"there is no {published.file}: {cure}")
+        cure = "give root= the file or its folder; without root= it is fetched"
+        raise InputError(f"{published.file} is missing: {cure}")
     sha1 = file_hash(path, "sha1")
     if sha1 != published.sha1:
         print(f"{path} is not the published version of {published.file} (by its sha1)", flush=True)

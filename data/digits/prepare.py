@@ -3,9 +3,8 @@
     python data/digits/prepare.py
     python warp.py dataset=digits models=my_file.py:constructor layers=...
 
-The one set of images that is made here, offline: a response is 1 for the image's digit and 0 for
-the others. Grey levels 0 to 16 are stored as 0 to 255 (times 255/16, rounded): none is lost. The
-split is 60/20/20 of each digit; who wrote which is not told.
+The only images made offline. A response is 1 for the image's digit and 0 for the others. Grey
+levels 0 to 16 are stored as round(level * 255 / 16), without loss. Each digit is split 60/20/20.
 """
 
 import sys
@@ -20,25 +19,25 @@ from configurator import configure
 from data import already_made, folder_of, options_of
 from data.stimuli import complete_encoding, print_sizes, write_encoding
 
-EMBEDDED = True  # made from what is installed, offline: scripts may start this on first use
+EMBEDDED = True  # made offline from what is installed: scripts may run this on first use
 
 
 @dataclass
 class Config:
     out_dir: str = ""  # "": this folder
     seed: int = 0  # of the split
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # replace an existing dataset
 
 
 def make_split(digits, seed):
-    """(n,) train, val or test, the same shares of every digit."""
+    """Return (n,) train, val or test, in equal shares of every digit."""
     rng = np.random.default_rng(seed)
     split = np.full(len(digits), "train", dtype="<U5")
     for digit in range(10):
         rows = rng.permutation(np.flatnonzero(digits == digit))
-        n_test = round(0.2 * len(rows))
-        split[rows[:n_test]] = "test"
-        split[rows[n_test : 2 * n_test]] = "val"
+        n = round(0.2 * len(rows))
+        split[rows[:n]] = "test"
+        split[rows[n : 2 * n]] = "val"
     return split
 
 
@@ -52,13 +51,13 @@ def main(config):
         return
     digits = load_digits()
     files = []
-    for i, (digit, image) in enumerate(zip(digits.target, digits.images)):
-        files.append(f"{digit}/{i:04d}.png")
-        (folder / str(digit)).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(folder / files[-1])
+    for i, image in enumerate(digits.images):
+        files.append(f"{digits.target[i]}/{i:04d}.png")
+        (folder / files[i]).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.round(image * 255 / 16).astype(np.uint8)).save(folder / files[i])
     split = make_split(digits.target, config.seed)
     stimuli = pd.DataFrame({"file": files, "split": split, "label": digits.target.astype(str)})
-    labels = [str(digit) for digit in range(10)]
+    labels = list("0123456789")
     meta = write_encoding(
         folder,
         stimuli,

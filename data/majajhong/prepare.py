@@ -2,11 +2,11 @@
 
     python data/majajhong/prepare.py                       # fetched once from Brain-Score's buckets
     python data/majajhong/prepare.py root=path/to/folder   # a local copy: assembly, table, images
-    python data/majajhong/prepare.py assembly=it.nc root=path/to/folder   # another of these images
+    python data/majajhong/prepare.py assembly=it.nc root=path/to/folder   # another assembly
     python warp.py dataset=majajhong roi=IT models=microsoft/resnet-18 layers=...
 
-Objects on unrelated backgrounds, each image shown some 50 times; spike counts 70 to 170 ms after
-onset, as published. Every presentation is kept, so that the ceiling comes from the repeats.
+Objects on unrelated backgrounds, each image shown about 50 times; spike counts 70 to 170 ms after
+onset, as published. All presentations are kept, so scripts can estimate ceilings from repeats.
 """
 
 import sys
@@ -24,11 +24,11 @@ from data.assembly import read_assembly, responses, without_gaps
 from data.fetch import download, need
 from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
-EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
+EMBEDDED = False  # must be downloaded: no script runs this on its own
 ASSEMBLY = "assy_dicarlo_MajajHong2015_public.nc"
 TABLE = "image_dicarlo_hvm-public.csv"
 IMAGES = "image_dicarlo_hvm-public.zip"
-SHA1 = {  # of Brain-Score's registry
+SHA1 = {  # in Brain-Score's registry
     ASSEMBLY: "13d28ca0ce88ee550b54db3004374ae19096e9b9",
     TABLE: "5ca7a3da00d8e9c694a9cd725df5ba0ad6d735af",
     IMAGES: "8aa44e038d7b551efa8077467622f9d48d72e473",
@@ -37,18 +37,18 @@ SHA1 = {  # of Brain-Score's registry
 
 @dataclass
 class Config:
-    group: Literal["image", "object"] = "image"  # what no split tears apart: an image, an object
-    missing: Literal["units", "presentations"] = "presentations"  # what goes where one is missing
+    group: Literal["image", "object"] = "image"  # never split: an image, or an object
+    missing: Literal["units", "presentations"] = "presentations"  # what to drop if one is missing
     # where from and where to
     assembly: str = ASSEMBLY  # file name
-    root: str = ""  # folder of a local copy; "": fetched into files/ in out_dir
+    root: str = ""  # folder of a local copy; "": fetch it into files/ in out_dir
     url: str = "https://brainio-brainscore.s3.amazonaws.com"  # where to fetch from
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # replace an existing dataset
 
 
 def find_files(config, folder):
-    """Paths of the assembly, the table, and the zip or folder of images; fetched without root=."""
+    """Return the assembly, the table, and the zip or folder of images; fetch them without root=."""
     names = [config.assembly, TABLE, IMAGES]
     root = Path(config.root or folder / "files")
     paths = [root / name for name in names]
@@ -63,13 +63,13 @@ def find_files(config, folder):
             paths[2] = unpacked
     for path in paths:
         if not path.exists():
-            cure = f"it needs {', '.join(names)} (or images/); leave root= out to fetch them"
+            cure = f"it needs {', '.join(names)} (or images/); without root= they are fetched"
             raise InputError(f"root={config.root} has no {path.name}: {cure}")
     return paths
 
 
 def read_images(path):
-    """DataFrame of the images with image_id and filename, whatever this version calls them."""
+    """Read a DataFrame of images with image_id and filename, whatever the file calls them."""
     table = read_csv(path)
     table["image_id"] = column(table, path, "image_id", "stimulus_id")
     table["filename"] = column(table, path, "filename", "image_file_name")
@@ -78,31 +78,30 @@ def read_images(path):
 
 
 def find_images(source, wanted, folder):
-    """{name: path} of images in a folder, or in a zip that is unpacked into `folder`."""
+    """Return {name: path} of images in a folder, or in a zip, unpacked into `folder`."""
     if source.is_file():
         try:
             with zipfile.ZipFile(source) as archive:
                 archive.extractall(folder)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise InputError(f"{source} is torn, or no zip ({error}): fetch it again") from None
+            raise InputError(f"{source} is torn or not a zip ({error}): fetch it again") from None
         source = folder
     places = {}
     for path in source.rglob("*"):
         if "__MACOSX" in path.parts:
             continue
         if path.name in wanted and path.name in places:
-            raise InputError(f"{source} holds two images '{path.name}': leave the wrong one out")
+            raise InputError(f"{source} holds two images '{path.name}': remove the wrong one")
         places[path.name] = path
     lacking = [name for name in wanted if name not in places]
     if lacking:
-        raise InputError(
-            f"{source} lacks {len(lacking)} of {len(wanted)} images, {lacking[0]} first"
-        )
+        count = f"{len(lacking)} of {len(wanted)} images"
+        raise InputError(f"{source} lacks {count}, {lacking[0]} first")
     return {name: places[name] for name in wanted}
 
 
 def describe_images(images, by_object, path):
-    """DataFrame of stimuli, a row an image."""
+    """Return a DataFrame of stimuli, one row per image."""
     stimuli = images[["image_id"]].assign(
         file="images/" + images["filename"], group=images["image_id"], split=""
     )
@@ -127,7 +126,7 @@ def main(config):
     unknown = sorted(set(ids) - set(images.index))
     if unknown:
         lacks = f"lacks {len(unknown):,} images of {assembly_path}, {unknown[0]} first"
-        raise InputError(f"{table_path} {lacks}: they are not of the same set")
+        raise InputError(f"{table_path} {lacks}: they belong to different sets")
     units["roi"] = column(units, assembly_path, "region").astype(str)
     units["subject"] = units["animal"].astype(str) if "animal" in units else ""
 

@@ -4,8 +4,8 @@
     python data/nsd/prepare.py root=path/to/folder images=path/to/png roi=LOC
     python warp.py dataset=nsd models=google/vit-base-patch16-224 layers=...
 
-NSD is given out for a signed form (naturalscenesdataset.org) and is large: it is read from a local
-copy only. `voxels.nc` is an array (presentation, neuroid) with the coordinate stimulus_id,
+NSD is large and needs a signed form (naturalscenesdataset.org), so it is read from a local copy
+only. `voxels.nc` is an array (presentation, neuroid) with the coordinate stimulus_id;
 `metadata.csv` has the columns stimulus_id, filename, shared1000. Each photograph was seen up to
 three times; the thousand that everybody saw are the test set.
 """
@@ -24,7 +24,7 @@ from data import InputError, already_made, column, folder_of, options_of
 from data.assembly import read_assembly, responses, without_gaps
 from data.stimuli import complete_encoding, link_images, print_sizes, read_csv, write_encoding
 
-EMBEDDED = False  # needs a local copy: nobody starts this behind the user's back
+EMBEDDED = False  # needs a local copy: no script runs this on its own
 SHARED = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "": False}
 
 
@@ -34,50 +34,48 @@ class Config:
     voxels: str = "voxels.nc"  # file in it
     metadata: str = "metadata.csv"  # file in it
     images: str = ""  # folder of the images; "": root
-    roi: str = ""  # name of the region, where the file has none
-    subject: str = ""  # whose voxels, where the file does not say
-    missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
+    roi: str = ""  # name of the region if the file has none
+    subject: str = ""  # whose voxels if the file does not say
+    missing: Literal["units", "presentations"] = "units"  # what to drop if a response is missing
     out_dir: str = ""  # "": this folder
-    overwrite: bool = False  # make it again although it is there
+    overwrite: bool = False  # replace an existing dataset
 
     def check(self):
         if not self.root or not Path(self.root).is_dir():
-            cure = (
-                f"give the folder with {self.voxels} and {self.metadata} (naturalscenesdataset.org)"
-            )
+            cure = f"give the folder of your local copy of {self.voxels} and {self.metadata}"
             root = self.root or "(nothing)"
-            raise InputError(f"root={root} is no folder: NSD comes from a local copy only; {cure}")
+            raise InputError(f"root={root} does not exist, or is a file: {cure}")
 
 
 def read_metadata(path):
-    """DataFrame of the photographs: stimulus_id (also the index), filename, shared (bool)."""
+    """Read a DataFrame of photographs: stimulus_id (also the index), filename, shared (bool)."""
     table = read_csv(path)
     column(table, path, "filename")
     stated = column(table, path, "shared1000").str.strip().str.lower()
     for odd in set(stated) - set(SHARED):
-        raise InputError(f"{path}: shared1000 is true or false, not '{odd}'")
+        raise InputError(f"{path}: shared1000 must be true or false, not '{odd}'")
     table["shared"] = stated.map(SHARED)
     table.index = column(table, path, "stimulus_id")
     return table[~table.index.duplicated()]
 
 
 def find_images(files, source):
-    """{name: path} of images in a folder."""
+    """Return {name: path} of images in a folder. Raises InputError."""
     for file in files:
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise InputError(f"'{file}' leads out of the folder: give names that start in {source}")
+            raise InputError(f"'{file}' is outside the folder: give names relative to {source}")
         if not (source / file).is_file():
-            cure = "give images= the folder in which the names of the metadata start"
+            cure = "give images= the folder that the names in the metadata are relative to"
             raise InputError(f"{source / file} is missing: {cure}")
     return {file: source / file for file in files}
 
 
 def describe_stimuli(metadata, shown, path):
-    """DataFrame of stimuli, a row a photograph that was shown; the shared ones are the test set."""
+    """Return a DataFrame of the photographs shown; the shared ones are the test set."""
     photographs = metadata.loc[shown]
     if photographs["shared"].nunique() < 2:
-        found = "all" if photographs["shared"].all() else "none"
-        problem = f"{found} of the stimuli shown are among the shared thousand of {path}"
+        share = "all" if photographs["shared"].all() else "none"
+        problem = f"{share} of the stimuli shown are among the shared thousand of {path}"
         raise InputError(f"{problem}: there is nothing to train on, or nothing to test on")
     return pd.DataFrame(
         {
@@ -101,11 +99,11 @@ def main(config):
     unknown = sorted(set(ids) - set(metadata.index))
     if unknown:
         lacks = f"lacks {len(unknown):,} stimuli of {assembly.path}, {unknown[0]} first"
-        raise InputError(f"{root / config.metadata} {lacks}: they do not belong together")
+        raise InputError(f"{root / config.metadata} {lacks}: do the files belong together?")
     rows, columns, left_out = without_gaps(y, config.missing, str(assembly.path))
-    for name, given in (("roi", config.roi), ("subject", config.subject)):
+    for name, value in (("roi", config.roi), ("subject", config.subject)):
         if name not in units:
-            units[name] = given
+            units[name] = value
     stimulus, shown = pd.factorize(ids[rows])
     stimuli = describe_stimuli(metadata, shown, root / config.metadata)
     images = Path(config.images or root)

@@ -3,9 +3,9 @@
     python data/synthetic_brain/prepare.py
     python data/synthetic_brain/prepare.py stimuli=1000 out_dir=data/synthetic_brain1000
 
-Each word is one token of data/pydocs. What the brain answers is made by warp.py, whose teacher is
-your language model, warped by a known amount. Few words in many combinations: a readout finds what
-each word adds by itself, and the warp is for what they do together.
+Each word is one token of data/pydocs. warp.py makes the responses: its teacher is your language
+model, warped by a known amount. There are few words in many combinations: a readout finds what each
+word adds, and the warp must find what words do together.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from data import (
     write_yaml,
 )
 
-EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
+EMBEDDED = True  # made offline from data/pydocs: scripts may run this on first use
 FORMAT = "synthetic_brain-1"
 VERBS = "Return Set Get Create Convert Find Read Write"
 DETERMINERS = "the a all this"
@@ -41,14 +41,14 @@ NOUNS = "data file list name array value string path"
 @dataclass
 class Config:
     out_dir: str = ""  # "": this folder
-    pydocs: str = ""  # prepared data/pydocs, "": the one beside this folder (made if missing)
+    pydocs: str = ""  # prepared data/pydocs; "": the one next to this folder (made if missing)
     stimuli: int = 400  # phrases
-    seed: int = 0  # which of all combinations
-    overwrite: bool = False  # make it again although it is there
+    seed: int = 0  # which combinations
+    overwrite: bool = False  # replace an existing dataset
 
 
 def phrases(encoding):
-    """Every combination of words that are single tokens, with two different nouns."""
+    """Return every combination of single-token words with two different nouns."""
     choices = []
     for before, words in (("", VERBS), (" ", DETERMINERS), (" ", NOUNS), (" ", NOUNS)):
         choices.append([w for w in words.split() if len(encoding.encode(before + w)) == 1])
@@ -71,12 +71,11 @@ def main(config):
     pydocs = Path(config.pydocs) if config.pydocs else embedded("pydocs")
     every = phrases(tokens.encoding(tokens.tokenizer_state(pydocs)))
     if len(every) < config.stimuli:
-        found = f"only {len(every)} phrases of words that are single tokens of {pydocs}"
-        raise InputError(f"stimuli={config.stimuli}: there are {found}")
-    rows = []
-    for words in random.Random(config.seed).sample(every, config.stimuli):
-        rows.append((" ".join(words), f"{words[2]} {words[3]}"))  # a pair of nouns is in one split
-    table = pd.DataFrame(rows, columns=["text", "group"])
+        problem = f"only {len(every)} phrases consist of single tokens of {pydocs}"
+        raise InputError(f"stimuli={config.stimuli}: {problem}")
+    sample = random.Random(config.seed).sample(every, config.stimuli)
+    table = pd.DataFrame({"text": list(map(" ".join, sample))})
+    table["group"] = [" ".join(words[2:]) for words in sample]  # the pair of nouns
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "stimuli.csv", table.to_csv(index=False, lineterminator="\n"))
     meta = {"format": FORMAT, "synthetic": True, "options": options, "stimuli": len(table)}

@@ -1,13 +1,12 @@
-"""Tables of words and brain responses, one file a person, as stimuli with responses.
+"""Convert tables of words and brain responses, one file per person, to stimuli with responses.
 
-    python data/words_brains/prepare.py root=path/to/pereira2018 modality=fMRI   # a table a person
+    python data/words_brains/prepare.py root=path/to/pereira2018 modality=fMRI   # one table each
     python data/words_brains/prepare.py root=path/to/ucl_scaled.txt modality=EEG # a single table
-    python data/words_brains/prepare.py root=path/to/pereira2018 people=M15,M10  # some people only
+    python data/words_brains/prepare.py root=path/to/pereira2018 people=M15,M10  # some people
     python warp.py dataset=words_brains/pereira2018
 
-A row is `word v0 v1 ...`: the form in which CogniVal (Hollenstein et al. 2019) keeps its fMRI, EEG
-and eye-tracking sources. A table of your own is read as well. readme.md says how, and what is
-refused.
+A row is `word v0 v1 ...`, the form of CogniVal's fMRI, EEG and eye-tracking sources (Hollenstein et
+al. 2019). Your own tables work as well; readme.md says what is read and what is refused.
 """
 
 import csv
@@ -30,19 +29,21 @@ from data.stimuli import complete_encoding, print_sizes, to_number, word_key, wr
 
 EMBEDDED = False  # needs tables of yours
 SUFFIXES = (".txt", ".tsv", ".csv")
-MISSING = {"", "na", "n/a", "nan", "null", "none"}  # written for a response that was not recorded
+MISSING = {"", "na", "n/a", "nan", "null", "none"}  # ways to write a missing response
 
 
 @dataclass
 class Config:
-    root: str = ""  # one table, or a folder of tables, one a person
-    people: list[str] = field(default_factory=list)  # which, by what tells the file names apart
-    words: Literal["same", "shared"] = "same"  # people must have the same words, or take the shared
-    missing: Literal["units", "presentations"] = "units"  # what goes where a response is missing
+    root: str = ""  # one table, or a folder with one table per person
+    people: list[str] = field(
+        default_factory=list
+    )  # which, by the part of the file name that differs
+    words: Literal["same", "shared"] = "same"  # must everybody have the same words?
+    missing: Literal["units", "presentations"] = "units"  # what to drop if a response is missing
     modality: str = "unknown"  # fMRI, EEG, MEG ...: a label of results
-    synthetic: bool = False  # made-up responses are labelled so in every table and figure
-    out_dir: str = ""  # "": a folder here with the name of root
-    overwrite: bool = False  # make it again although it is there
+    synthetic: bool = False  # label tables and figures as made up
+    out_dir: str = ""  # "": a folder here, named like root
+    overwrite: bool = False  # replace an existing dataset
 
     def check(self):
         if not self.root or not Path(self.root).exists():
@@ -54,7 +55,7 @@ class Config:
 
 
 def find_tables(root, people):
-    """{person: path} of the chosen tables of a folder, or of the only one."""
+    """Return {person: path} of the chosen tables, or of the only one."""
     paths = [root]
     if root.is_dir():
         paths = sorted(path for path in root.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -68,7 +69,7 @@ def find_tables(root, people):
 
 
 def person_names(paths):
-    """What tells file names apart: M03 and M15 for targets_M03.txt and targets_M15.txt."""
+    """Return the parts of file names that differ: M03, M15 for targets_M03.txt, targets_M15.txt."""
     stems = pd.Series([path.stem for path in paths])
     pieces = stems.str.split(r"[_\-. ]+", expand=True, regex=True).fillna("")
     varying = pieces.loc[:, pieces.nunique() > 1]
@@ -77,8 +78,7 @@ def person_names(paths):
 
 
 def read_table(path):
-    """DataFrame of responses, a row a word (the index) and a column a unit; NaN where none is.
-    InputError, with the line, for what is no table of words and numbers."""
+    """Read a DataFrame of responses, words (the index) x units, NaN where missing."""
     rows = {}
     separator = None  # any white space
     for line, text in enumerate(re.split("\r\n?|\n", read_text(path)), 1):
@@ -95,11 +95,9 @@ def read_table(path):
     values = []
     for line, fields in rows.items():
         if len(fields) != len(first_row) or len(fields) < 2:
-            found = f"{len(fields)} fields, and {len(first_row)} in line {first_line}"
-            cure = (
-                "a row is a word and its responses (separate words with spaces by tabs or commas)"
-            )
-            raise InputError(f"{path}, line {line}: {found}; {cure}")
+            sizes = f"{len(fields)} fields, but {len(first_row)} in line {first_line}"
+            cure = "a row is a word and its responses; words with spaces need tabs or commas"
+            raise InputError(f"{path}, line {line}: {sizes}; {cure}")
         if not fields[0]:
             raise InputError(f"{path}, line {line}: the first column, the word, is empty")
         values.append(parse_responses(fields[1:], f"{path}, line {line}"))
@@ -108,7 +106,7 @@ def read_table(path):
 
 
 def split_fields(text, separator):
-    """The fields of a line; tables with semicolons have decimal commas."""
+    """Return the fields of a line; tables with semicolons have decimal commas."""
     fields = next(csv.reader([text], delimiter=separator)) if separator else text.split()
     word, *others = [field.strip().strip('"') for field in fields]
     if separator == ";":
@@ -117,8 +115,7 @@ def split_fields(text, separator):
 
 
 def is_header(fields, path):
-    """Whether the first line names columns: it has no decimals, and numbers follow `word` or
-    nothing. Raises InputError for others that count up: numbers of voxels, or responses."""
+    """Return whether the first line names columns. Raises InputError if that is unclear."""
     counts = []
     for name in fields[1:]:
         if name.isdecimal():
@@ -128,30 +125,30 @@ def is_header(fields, path):
     if len(counts) < len(fields) - 1 or fields[0].lower() in ("", "word"):
         return True
     if len(counts) > 1 and counts == sorted(set(counts)):
-        cure = "begin a header with 'word'; if it is a row, put one that does not count up first"
+        cure = "begin a header with 'word', or begin with a row that does not count up"
         raise InputError(f"{path}: '{' '.join(fields[:4])}' may be a header or a row: {cure}")
     return False
 
 
 def parse_responses(fields, place):
-    """The numbers in a row, NaN where a response is missing."""
+    """Return the numbers in a row, NaN where a response is missing."""
     values = list(map(to_number, fields))
     for text, value in zip(fields, values):
         if np.isnan(value) and text.lower() not in MISSING:
-            cure = "the word comes first, all other columns are responses (with decimal points)"
+            cure = "the word comes first, then only responses (with decimal points)"
             raise InputError(f"{place}: the response '{text}' is not a number: {cure}")
     return values
 
 
 def column_names(header, n_columns, path):
-    """Names of the response columns; they are numbered where the header does not fit the rows."""
+    """Return the names of the response columns, or number them if the header does not fit."""
     if header and len(header) == n_columns + 1:
         return header[1:]
     if header and len(header) == n_columns and header[0].lower() != "word":
         return header  # the words' column has no name
     if header:
         sizes = f"the header has {len(header)} fields and every row has {n_columns + 1}"
-        print(f"{path}: {sizes}: its names are not used, columns are numbered", flush=True)
+        print(f"{path}: {sizes}, so columns are numbered instead", flush=True)
     return [f"v{i}" for i in range(n_columns)]
 
 
@@ -159,7 +156,7 @@ def column_names(header, n_columns, path):
 
 
 def combine(tables, config):
-    """All tables side by side: rows (word, repeat), as in the first, columns (person, column)."""
+    """Join all tables: rows (word, repeat) in the order of the first, columns (person, column)."""
     frames = {}
     for person, table in tables.items():
         repeat = table.index.to_series().groupby(table.index).cumcount()
@@ -171,31 +168,31 @@ def combine(tables, config):
 
 
 def check_words(person, frame, shared, people, words):
-    """Count or refuse the rows of one person's table that not all tables have."""
-    others = frame.index.difference(shared, sort=False)
+    """Report or refuse the rows of one person's table that other tables lack."""
+    extra = frame.index.difference(shared, sort=False)
     names = ", ".join(people)
     if len(shared) < 2:
-        raise InputError(f"the tables of {names} share {len(shared)} rows, and 2 are needed")
-    if len(others) and words == "shared":
-        print(f"{person}: {len(others)} of {len(frame)} rows left out that others do not have")
-    elif len(others):
-        word, repeat = others[0]
-        problem = f"'{word}' is in the table of {person} and not in all others"
+        raise InputError(f"the tables of {names} share {len(shared)} rows, but 2 are needed")
+    if len(extra) and words == "shared":
+        print(f"{person}: {len(extra)} of {len(frame)} rows left out because others lack them")
+    elif len(extra):
+        word, repeat = extra[0]
+        problem = f"'{word}' is in the table of {person} but not in all others"
         if repeat:
             problem = f"'{word}' has more rows in the table of {person} than in others"
-        remedy = f"words=shared for the {len(shared)} rows that all have"
-        raise InputError(f"{problem}: give {remedy}, or people= for some of {names}")
+        cure = f"words=shared for the {len(shared)} rows that all have"
+        raise InputError(f"{problem}: give {cure}, or people= for some of {names}")
 
 
 def leave_out(frame, config):
-    """The frame without gaps, copied rows and units that never vary; and what went, in words."""
+    """Drop gaps, copied rows and units that never vary; return the frame and a report."""
     rows, columns, left_out = without_gaps(frame.to_numpy(), config.missing, f"root={config.root}")
     frame = frame.loc[rows, columns]
     numbered = frame.set_axis(range(frame.shape[1]), axis=1)
     copies = numbered.assign(word=frame.index.get_level_values(0)).duplicated().to_numpy()
     frame = frame[~copies]
     if copies.any():
-        left_out.append(f"{copies.sum():,} rows that copy another row of their word to the digit")
+        left_out.append(f"{copies.sum():,} rows identical to another row of their word")
     constant = np.ptp(frame.to_numpy(), axis=0) == 0
     if constant.any():
         left_out.append(f"{constant.sum():,} units that never vary")
