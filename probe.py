@@ -1,15 +1,15 @@
-"""What the hidden layers of an untouched language model know: one pass, every layer, honest probes.
+"""What do the hidden layers of a frozen language model know? Probes of every layer, in one pass.
 
     python probe.py                          # the model of train.py on data/grammar, offline
-    python probe.py config/probe_gpt2.yaml   # GPT-2s; first: python data/probing/get_data.py
+    python probe.py config/probe_gpt2.yaml   # GPT-2; run data/probing/get_data.py first
     torchrun --standalone --nproc_per_node=4 probe.py config/probe_gpt2.yaml
-    streamlit run probe_app.py               # look at what is in out/
+    streamlit run probe_app.py               # explore the results in out/
 
-Each text goes through each model once. Its hidden states are pooled while the model runs, and only
-the pooled vectors are kept, in a cache that other embedding studies may read (data/states.py).
+Each text runs through each model once. Its hidden states are pooled as the model runs, and only the
+pooled vectors are kept, in a cache that other embedding studies can read (data/states.py).
 
-Folds are grouped and stratified: one is tested, the next one chooses penalty, threshold, epoch and
-layer, the others are learnt from. Beside every score: the majority guess, the bag of embeddings
+Folds are grouped and stratified: one is tested, the next selects penalty, threshold, epoch and
+layer, and the rest train the probe. Scores come with the majority guess, the bag of embeddings
 (layer 0), the same architecture with random weights, a control task (a random label for each word
 type), the description length, and an interval. p-values are corrected over layers and poolings.
 Hewitt & Liang 2019 (control tasks); Voita & Titov 2020 (online code); Nadeau & Bengio 2003
@@ -61,45 +61,45 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 GRAMMAR = ["tense", "subj_number", "depth", "bigram_shift", "coord_inversion", "odd_man_out"]
 BASELINES = ["layer0", "random_init", "control", "compression"]
-LACKS = (
+HARMLESS = (
     "The least populated|y_pred contains|No (posi|nega)tive|F-score|A single label|An input array"
 )
-warnings.filterwarnings("ignore", LACKS)  # a fold may lack a class, an answer may be constant
+warnings.filterwarnings("ignore", HARMLESS)  # folds without a class, constant predictions
 
 
 def default(*values):
-    """The default of an option that is a list."""
+    """Declare a list option with these default values."""
     return field(default_factory=lambda: list(values))
 
 
 @dataclass
 class Config:
-    # ---- what is read
-    lm: list[str] = default("out/train")  # runs of ours, Hugging Face models by name or folder
-    # NAME/TASK under data/, NAME for all of its tasks or its brains, or a data-json file
+    # ---- input
+    lm: list[str] = default("out/train")  # run folders, or Hugging Face models by name or folder
+    # NAME/TASK under data/, NAME for all its tasks or its brain responses, or a data-json file
     dataset: list[str] = default(*[f"grammar/{task}" for task in GRAMMAR])
-    layers: list[int] = default()  # 0 the embeddings, -1 the last; none: all
-    quantiles: list[str] = default("0.5", "1.0", "mean")  # 0 the first token; or max, min
-    poolers: list[dict] = default()  # more poolings: {layer: [2, 3], layer_method: extend}
-    max_texts: int = 0  # of a dataset, the first ones; 0: all
-    force_classification: bool = False  # round the labels of a regression to 0 and 1
+    layers: list[int] = default()  # 0: the embeddings, -1: the last layer; empty: all
+    quantiles: list[str] = default("0.5", "1.0", "mean")  # 0: the first token; or max, min
+    poolers: list[dict] = default()  # further poolings: {layer: [2, 3], layer_method: extend}
+    max_texts: int = 0  # use the first texts of each dataset; 0: all
+    force_classification: bool = False  # round regression labels to 0 and 1
     # ---- probes
-    probe: list[str] = default("LDA", "Logistic")  # of PROBES below, or my_file.py:constructor
-    split: Literal["given", "cv"] = "given"  # train and test as given, or all texts in folds
+    probe: list[str] = default("LDA", "Logistic")  # names in PROBES below, or my_file.py:Name
+    split: Literal["given", "cv"] = "given"  # the dataset's split, or folds over all texts
     n_folds: int = 5  # outer folds
-    n_seeds: int = 1  # repetitions with other folds
-    train_sizes: list[int] = default(100, 300, 1000)  # curve of the first probe
-    baselines: list[str] = default(*BASELINES)  # control: first probe; majority: always
-    shuffle_labels: bool = False  # the null: nothing may be found
+    n_seeds: int = 1  # repetitions with different folds
+    train_sizes: list[int] = default(100, 300, 1000)  # learning curve of the first probe
+    baselines: list[str] = default(*BASELINES)  # control, compression: first probe only
+    shuffle_labels: bool = False  # null test: scores must fall to chance
     # ---- run
-    batch_tokens: int = 4096  # tokens of a forward pass, pads included
+    batch_tokens: int = 4096  # tokens per forward pass, padding included
     cache: str = "out/cache"  # pooled states, shared by all runs
-    cache_dtype: Literal["float16", "float32"] = "float32"  # float16 halves the disk
+    cache_dtype: Literal["float16", "float32"] = "float32"  # float16 halves the disk space
     keep_predictions: bool = True  # out-of-fold scores and projections for the app
-    out_dir: str = "out/probe"  # results.csv, logs/, figures, what the app reads
+    out_dir: str = "out/probe"  # results.csv, logs/, figures and files for the app
     seed: int = 1337  # folds, probes, random twin
-    device: str = "auto"  # of the language model: cuda, mps, cpu; probes run on the CPU
-    dtype: str = "float32"  # of the pass; auto: bfloat16 where that is quicker
+    device: str = "auto"  # for the language model: cuda, mps, cpu; probes run on the CPU
+    dtype: str = "float32"  # of the forward pass; auto: bfloat16 where it is faster
 
     POSITIVE = "batch_tokens n_seeds"
 
@@ -107,9 +107,9 @@ class Config:
         check_keys([probe for probe in self.probe if ":" not in probe], PROBES, "probe")
         check_keys(self.baselines, BASELINES, "baselines")
         if self.n_folds < 3:
-            raise InputError(f"n_folds={self.n_folds}: to test, to choose and to learn takes three")
+            raise InputError(f"n_folds={self.n_folds}: use at least 3, to train, select and test")
         if not self.quantiles and not self.poolers:
-            raise InputError("quantiles and poolers are empty: give one of them")
+            raise InputError("quantiles and poolers are both empty: set one of them")
         for quantile in self.quantiles:
             PoolToken(0, quantile)
         for pooler in self.poolers:
@@ -124,10 +124,10 @@ class NLPDataset(LabelledTexts):
     """Labelled texts (data/labelled_texts.py) that a model can be run on."""
 
     def load_embeds_into_memory(self, model, pooler, states=None):
-        """Embed and pool the whole dataset: X (N', H) float32, y (N',).
+        """Embed and pool the whole dataset; return X (N', H), float32, and y (N',).
 
-        self.index (N',) is the text of each row: with 'concat' a text has several, which no split
-        may part (self.row_groups). states: what pooled_states has of the texts; else model runs.
+        self.index (N',) is the text of each row: with 'concat' a text has several, which splits
+        keep together (self.row_groups). states: from pooled_states; without them the model runs.
         """
         if states and pooler.cacheable:
             X, self.index = pooler.from_states(states)
@@ -145,7 +145,7 @@ class NLPDataset(LabelledTexts):
 
 
 def load_datasets(run, config, specs):
-    """The datasets that the entries of dataset= name, as the options want them."""
+    """Load the datasets that dataset= names and apply the options to them."""
     datasets = []
     for spec in specs:
         if isinstance(spec, NLPDataset):
@@ -172,17 +172,17 @@ def load_datasets(run, config, specs):
 
 
 def check_distinct(names, option):
-    """Results are kept by name: refuse two of one name."""
+    """Refuse duplicate names, because results are stored by name."""
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{option}= has two of the name '{name}': rename or drop one")
+            raise InputError(f"{option}= has two entries named '{name}': rename or drop one")
 
 
 def control_labels(dataset, seed):
-    """Hewitt & Liang's control task: each text's longest word has a label drawn for the word.
+    """Return Hewitt & Liang's control labels: each text's longest word fixes a random label.
 
-    It is the label of a random text, so labels are as frequent as the real ones, and nothing helps
-    but to know the word by heart.
+    It is the label of a random text, so labels are as frequent as the real ones, and only
+    memorising words can predict them.
     """
     y = dataset.y.copy()
     for i, text in enumerate(dataset.texts):
@@ -195,18 +195,18 @@ def control_labels(dataset, seed):
 
 
 class LMModel(HiddenStates):
-    """A language model that is only listened to: convert.HiddenStates, called with texts."""
+    """A frozen language model: convert.HiddenStates, called with texts."""
 
     def __call__(self, texts):
-        """{'hidden_states': (n_layer + 1) x (B, T, H), 'attention_mask' and 'input_ids' (B, T)}."""
+        """Return hidden_states, (n_layer + 1) x (B, T, H), and attention_mask, input_ids (B, T)."""
         ids, real = self.pad(self.encode(texts)[0])
         states = tuple(self.states(ids, real).values())
         return {"hidden_states": states, "attention_mask": real.long(), "input_ids": ids}
 
     def fingerprint(self):
-        """Hash of tokenizer, architecture, weights and precision."""
+        """Hash the tokenizer, architecture, weights and precision."""
         tokenizer = getattr(self.tokenizer, "state", None)
-        if hasattr(self.tokenizer, "backend_tokenizer"):  # whose padding is that of the last call
+        if hasattr(self.tokenizer, "backend_tokenizer"):  # each call changes its padding
             tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
             tokenizer |= {"truncation": None, "padding": None}
         elif self.foreign_tokenizer:
@@ -216,7 +216,7 @@ class LMModel(HiddenStates):
         digest = hashlib.sha256(facts.encode("utf-8", "replace"))
         for name, tensor in self.model.state_dict().items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            # sums of its bits where it lies: hashing gigabytes would take as long as a pass
+            # sum the bits on the device: hashing gigabytes would take as long as a forward pass
             bits = tensor.contiguous().view(-1).view(torch.uint8)
             words = F.pad(bits, (0, -len(bits) % 8192)).view(torch.int64).view(-1, 1024)
             for axis in (0, 1):
@@ -224,40 +224,40 @@ class LMModel(HiddenStates):
         return digest.hexdigest()
 
 
-# ---- probes: fit_sites(X, task, fit, choose, test) learns from the rows `fit` of X (G, N, H) at
-# each of G sites, and gives its scores (G, n, C) of the rows `choose`, then of `test`
+# ---- probes: fit_sites(X, task, fit, choose, test) trains on the rows `fit` of X (G, N, H) at each
+# of G sites and returns scores (G, n, C) for the rows `choose`, followed by the rows `test`
 
 
 class ClosedForm:
-    """Linear probes that are solved, not trained, on standardised features.
+    """Linear probes solved in closed form on standardised features.
 
-    A subclass has discrete_targets (targets are classes, one-hot), `penalties`, and solve(penalty)
-    -> coefficients (H, C) and intercept (C,) from the covariances that fit(X, Y) leaves.
+    A subclass sets discrete_targets (one-hot classes) and `penalties`, and defines solve(penalty)
+    -> coefficients (H, C) and intercept (C,) from the covariances that fit(X, Y) stores.
     """
 
     def __init__(self, input_size):
         self.name = type(self).__name__
 
     def fit(self, X, Y):
-        """Covariances of X (n, H) with itself and with Y (n, C), both float64."""
+        """Store the covariances of X (n, H) with itself and with Y (n, C), both float64."""
         self.n = len(Y)
         self.mean = X.mean(0)
         scale = X.std(0)
-        self.scale = np.where(scale > 1e-6, scale, 1.0)  # of a feature that never varies: 1
+        self.scale = np.where(scale > 1e-6, scale, 1.0)  # 1 for constant features
         self.target_mean = Y.mean(0)
         Z = (X - self.mean) / self.scale
-        self.XX = Z.T @ Z / self.n  # numpy sees the symmetry and computes one half
+        self.XX = Z.T @ Z / self.n  # NumPy uses the symmetry and computes one half
         self.XY = Z.T @ (Y - self.target_mean) / self.n
         return self
 
     def predict(self, X, penalty):
-        """Values, or log-posteriors up to a constant, (n, C)."""
+        """Return values, or log-posteriors up to a constant, (n, C)."""
         coefficients, intercept = self.solve(penalty)
         weights = coefficients / self.scale[:, None]
         return X @ weights + (intercept - self.mean @ weights)
 
     def fit_sites(self, X, task, fit, choose, test):
-        """The rows to choose on pick the penalty, and are learnt from, too."""
+        """Choose the penalty on the rows `choose`, then refit with them included."""
         kind = "multi" if self.discrete_targets else "regression"
         Y = task.targets().double()
         train = np.concatenate([fit, choose])
@@ -276,14 +276,14 @@ class ClosedForm:
 
 
 def solve_shifted(A, shift, B):
-    """(A + shift)⁻¹ B of a covariance A (H, H)."""
+    """Return (A + shift I)⁻¹ B for a covariance matrix A (H, H)."""
     A = A.copy()
     A[np.diag_indices_from(A)] += shift
     return scipy.linalg.cho_solve(scipy.linalg.cho_factor(A), B)
 
 
 class Ridge(ClosedForm):
-    """sklearn's Ridge(penalty) behind StandardScaler."""
+    """sklearn's Ridge(penalty) after StandardScaler."""
 
     discrete_targets = False
     penalties = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
@@ -293,30 +293,30 @@ class Ridge(ClosedForm):
 
 
 class LDA(ClosedForm):
-    """sklearn's LinearDiscriminantAnalysis("lsqr", penalty) behind StandardScaler."""
+    """sklearn's LinearDiscriminantAnalysis("lsqr", penalty) after StandardScaler."""
 
     discrete_targets = True
     penalties = (0.003, 0.03, 0.1, 0.3, 0.7)
 
     def solve(self, penalty):
         prior = self.target_mean.clip(1e-12)
-        means = self.XY / prior  # of the classes, (H, K)
+        means = self.XY / prior  # class means, (H, K)
         within = self.XX - (means * prior) @ means.T
         shift = penalty * within.diagonal().mean() + 1e-6
         coefficients = solve_shifted((1 - penalty) * within, shift, means)
         return coefficients, np.log(prior) - (means * coefficients).sum(0) / 2
 
 
-# scikit-learn's fits are on short vectors: threads, which wait for one another, slow them down
+# scikit-learn's fits are too small to gain from several threads, which only wait for one another
 one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 class SingleStepOpt:
-    """A probe in the manner of scikit-learn.
+    """A scikit-learn probe.
 
     A subclass sets self.name, self.discrete_targets (targets are classes) and self.classifier, and
-    may set self.grid, parameters of the classifier to choose from. fit(X, y), then probe(X) gives
-    scores: (n,), or (n, K) of several classes. Thresholds are found on a validation fold.
+    may set self.grid, the classifier parameters to search. After fit(X, y), probe(X) returns
+    scores: (n,), or (n, K) for several classes. Thresholds are set on a validation fold.
     """
 
     name = ""
@@ -339,7 +339,7 @@ class SingleStepOpt:
 
     @one_thread
     def fit_sites(self, X, task, fit, choose, test):
-        """The rows to choose on pick the best parameters by squared error, and are learnt from."""
+        """Choose parameters by squared error on rows `choose`, then refit with them included."""
         targets = task.targets()[choose].numpy()
         grid = list(ParameterGrid(self.grid))
         sites = []
@@ -352,13 +352,13 @@ class SingleStepOpt:
             best = losses.argmin()
             self.classifier.set_params(**grid[best])
             train = np.concatenate([fit, choose])
-            tested = self.fit(x[train], task.y[train])(x[test]).reshape(len(test), -1)
-            sites.append(np.concatenate([scores[best], tested]))
+            test_scores = self.fit(x[train], task.y[train])(x[test]).reshape(len(test), -1)
+            sites.append(np.concatenate([scores[best], test_scores]))
         return np.stack(sites)
 
 
 def sklearn_probe(classifier, **grid):
-    """The constructor, input_size -> probe, for a classifier of scikit-learn."""
+    """Return a constructor, input_size -> probe, for a scikit-learn classifier."""
 
     def make(input_size):
         probe = SingleStepOpt()
@@ -371,20 +371,20 @@ def sklearn_probe(classifier, **grid):
 
 
 class MultiStepOpt(nn.Module):
-    """A probe in the manner of torch.
+    """A PyTorch probe.
 
     A subclass sets self.name, and self.layers or forward(X) -> (n, 1) logits (binary) or values
-    (regression), or (n, K) logits. Adam trains it on standardised features; the epoch that is best
-    on a validation fold is kept. The probes of all sites are stacked and trained together.
+    (regression), or (n, K) logits. Adam trains it on standardised features and keeps the epoch that
+    is best on a validation fold. The probes of all sites are stacked and trained together.
     """
 
     name = ""
-    discrete_targets = False  # fits classes and values alike
+    discrete_targets = False  # fits both classes and values
     batch_size = 128
     max_epoch = 30
     min_steps = 300  # a few hundred texts need more epochs
     learning_rate = 3e-3
-    attention = False  # X is (n, T, H), the states of all tokens; pads are NaN
+    attention = False  # True: X is (n, T, H), the states of all tokens, padded with NaN
 
     def forward(self, X):
         return self.layers(X)
@@ -402,7 +402,7 @@ class MultiStepOpt(nn.Module):
         optimizer = torch.optim.Adam(params.values(), lr=self.learning_rate)
         state = {**params, **buffers}
         best = {name: value.detach().clone() for name, value in state.items()}
-        least = torch.full((len(X),), math.inf)
+        lowest_loss = torch.full((len(X),), math.inf)
         n_batches = -(-len(fit) // self.batch_size)
         for epoch in range(max(self.max_epoch, self.min_steps // n_batches)):
             self.train()
@@ -416,8 +416,8 @@ class MultiStepOpt(nn.Module):
             with torch.no_grad():
                 outputs = stacked((params, buffers), X[:, choose])
             losses = losses_of(outputs, Y[choose], task.kind).mean(1)
-            better = losses < least
-            least = torch.where(better, losses, least)
+            better = losses < lowest_loss
+            lowest_loss = torch.where(better, losses, lowest_loss)
             for name, value in state.items():
                 best[name][better] = value.detach()[better]
         with torch.no_grad():
@@ -434,7 +434,7 @@ class SingleLayer(MultiStepOpt):
 
 
 class DoubleLayer(MultiStepOpt):
-    """One hidden layer of ReLUs."""
+    """One hidden layer of ReLU units."""
 
     def __init__(self, input_size, output_size=1, hidden=100):
         super().__init__()
@@ -454,7 +454,7 @@ class GatedLayer(MultiStepOpt):
 class AttentionPool(MultiStepOpt):
     """softmax(q · h_t) pooling over a text's tokens, then a linear layer.
 
-    The states of all tokens of one layer are in memory while it learns.
+    Training holds the states of all tokens of one layer in memory.
     """
 
     max_epoch = 10
@@ -466,9 +466,9 @@ class AttentionPool(MultiStepOpt):
         self.linear = nn.Linear(input_size, output_size)
 
     def forward(self, X):
-        pads = X[:, :, 0].isnan()
+        is_padding = X[:, :, 0].isnan()
         X = F.layer_norm(X.nan_to_num(), X.shape[-1:])
-        weight = self.query(X)[:, :, 0].masked_fill(pads, -1e9).softmax(1)
+        weight = self.query(X)[:, :, 0].masked_fill(is_padding, -1e9).softmax(1)
         return self.linear((weight[:, :, None] * X).sum(1))
 
 
@@ -489,7 +489,7 @@ PROBES = {
 
 
 def constructors(probes):
-    """{name: constructor} of names in PROBES, of my_file.py:constructor, and of constructors."""
+    """Return {name: constructor} for names in PROBES, my_file.py:Name, and constructors."""
     names = []
     makers = []
     for probe in probes:
@@ -503,18 +503,18 @@ def constructors(probes):
 
 
 def build(make, width, task):
-    """A probe of this input size, with an output for each class where it can have them."""
+    """Build a probe of this input size, with one output per class if it takes output_size."""
     if task.kind == "multi" and "output_size" in inspect.signature(make).parameters:
         return make(width, output_size=task.n_labels)
     model = make(width)
     if task.kind == "multi" and isinstance(model, nn.Module):
         name = type(model).__name__
-        raise InputError(f"the probe {name} has no output_size: it takes two classes only")
+        raise InputError(f"probe {name} fits only two classes: give its constructor output_size=")
     return model
 
 
 def losses_of(outputs, Y, kind):
-    """Losses (..., n) of outputs (..., n, C) for targets (n, C)."""
+    """Return the losses (..., n) of outputs (..., n, C) for targets (n, C)."""
     if kind == "multi":
         return -(outputs.log_softmax(-1) * Y).sum(-1)
     if kind == "binary":
@@ -524,7 +524,7 @@ def losses_of(outputs, Y, kind):
 
 
 def as_scores(outputs, kind):
-    """Probabilities, or values, in double precision: sure ones stay apart."""
+    """Return probabilities or values, in double precision so that confident ones stay distinct."""
     outputs = outputs.double()
     if kind == "multi":
         outputs = outputs.softmax(-1)
@@ -533,36 +533,36 @@ def as_scores(outputs, kind):
     return outputs.numpy()
 
 
-# ---- what a probe is asked
+# ---- the task of a probe
 
 
 @dataclass
 class Task:
-    """A row is a text, or one of a text's tokens."""
+    """The rows of a dataset with their labels and folds; a row is a text, or a token of one."""
 
     kind: str
-    n_labels: int  # 0 of a regression
-    text: np.ndarray  # (N,) which text a row is, or is of
+    n_labels: int  # 0 for regression
+    text: np.ndarray  # (N,) the text of each row
     y: np.ndarray  # (N,) classes or values, or (N, V) values
-    learn: np.ndarray  # (N,) bool: rows that may be learnt from
-    judge: np.ndarray  # (N,) bool: rows that are scored
-    folds: list  # of each repetition: the fold (N,) of each row
+    learn: np.ndarray  # (N,) bool: rows to train and select on
+    judge: np.ndarray  # (N,) bool: rows to score
+    folds: list  # per repetition, the fold (N,) of each row
     seed: int
 
     def take(self, index):
-        """The task of rows that belong to the texts `index`."""
+        """Return the task for rows that belong to the texts `index`."""
         rows = {key: getattr(self, key)[index] for key in ("text", "y", "learn", "judge")}
         return replace(self, folds=[fold[index] for fold in self.folds], **rows)
 
     def targets(self):
-        """(N, C), float: one-hot classes, or values."""
+        """Return one-hot classes, or values, as floats (N, C)."""
         y = torch.as_tensor(self.y)
         if self.kind == "regression":
             return y.float().view(len(y), -1)
         return F.one_hot(y.long(), self.n_labels).float()
 
     def fewest_folds(self):
-        """In how many folds of what may be learnt the rarest label occurs; two are left out."""
+        """Count the folds in which the rarest label can be learnt; training leaves out two."""
         y = self.y if self.n_labels else np.zeros(len(self.y), int)
         fewest = math.inf
         for folds in self.folds:
@@ -572,9 +572,9 @@ class Task:
 
 
 def make_task(dataset, config):
-    """Learn from all but the test part of a given split, judge the test part; or all in folds.
+    """Make the dataset's Task: only its test part, if it has one, is scored, and never trained on.
 
-    Groups stay whole, and labels (tenths of a regression's) are spread evenly over the folds.
+    Groups stay whole, and labels (deciles for a regression) are spread evenly over the folds.
     """
     test = np.zeros(len(dataset), bool)
     if dataset.split is not None:
@@ -589,8 +589,8 @@ def make_task(dataset, config):
         parts = np.clip(len(dataset) // (2 * config.n_folds), 1, 10)
         strata += 2 * pd.qcut(dataset.y, parts, labels=False, duplicates="drop")
     if fewest < config.n_folds:
-        few = f"a label, or the test, has only {fewest} texts or groups of equal ones"
-        raise InputError(f"{dataset.name}: {few}: give fewer n_folds=, or split=cv")
+        few = f"a label, or the test split, has only {fewest} texts or groups"
+        raise InputError(f"{dataset.name}: {few}: set a smaller n_folds=, or split=cv")
     n_labels = len(dataset.label_names or [])
     texts = np.arange(len(dataset))
     task = Task(dataset.kind, n_labels, texts, dataset.y, ~test, judge, [], config.seed)
@@ -602,8 +602,8 @@ def make_task(dataset, config):
             folds[rows] = fold
         task.folds.append(folds)
     if task.fewest_folds() < 3:
-        few = "the texts to learn from have a label in too few groups, or not at all"
-        raise InputError(f"{dataset.name}: {few}: give more texts, or leave that label out")
+        few = "too few groups of training texts, or none, have one of the labels"
+        raise InputError(f"{dataset.name}: {few}: add texts, or drop that label")
     return task
 
 
@@ -611,38 +611,38 @@ def make_task(dataset, config):
 
 
 def pearson(y, score):
-    """Pearson's r, the mean over columns; 0 of a constant."""
+    """Return Pearson's r, averaged over columns; 0 for constants."""
     return np.mean(np.nan_to_num(scipy.stats.pearsonr(score, y, axis=0).statistic))
 
 
 def auc(y, score):
-    """Area under the ROC curve; 0.5 where there is one class only."""
+    """Return the area under the ROC curve; 0.5 if y has only one class."""
     return metrics.roc_auc_score(y, score) if 0 < np.mean(y) < 1 else 0.5
 
 
-# a measure's ends, where they are not 0 and 1; selectivity is a difference of two scores
+# ranges of the metrics that do not run from 0 to 1; selectivity is a difference of two scores
 BOUNDS = {"mse": (0, np.inf), "r2": (-np.inf, 1)}
 BOUNDS |= {"pearson": (-1, 1), "mcc": (-1, 1), "selectivity": (-2, 2)}
-# what chooses layers, and is shown: any of a kind's measures
+# the metric that selects layers and is plotted; any metric of the same kind will do
 PRIMARY = {"binary": "accuracy", "multi": "accuracy", "regression": "pearson"}
 
 
 def best_thresholds(y, score):
-    """The thresholds that are best for accuracy and for F1: score >= threshold says 1."""
+    """Return the thresholds that maximise accuracy and F1; score >= threshold predicts 1."""
     fpr, tpr, cuts = metrics.roc_curve(y, score, drop_intermediate=False)
     n_positive = np.sum(y == 1)
     tp = np.nan_to_num(tpr) * n_positive
     fp = np.nan_to_num(fpr) * (len(y) - n_positive)
-    cuts[0] = np.nextafter(cuts[1], np.inf)  # nothing is said to be 1
+    cuts[0] = np.nextafter(cuts[1], np.inf)  # predicts no 1
     cuts[1:-1] = (cuts[1:-1] + cuts[2:]) / 2
     f1 = 2 * tp / np.maximum(tp + fp + n_positive, 1)
     return {"accuracy": cuts[np.argmax(tp - fp)], "f1": cuts[np.argmax(f1)]}
 
 
 def evaluator(y, score, kind="binary", thresholds=None):
-    """{metric: measure} of scores (n,), or (n, K) of several classes; an entry more is one more.
+    """Return {metric: value} for scores (n,), or (n, K) for several classes. Add your own here.
 
-    Of two classes, score >= threshold says 1. F1 is that of class 1, or the mean over those there.
+    Of two classes, score >= threshold predicts 1. F1 is for class 1, or averaged over y's classes.
     """
     if kind == "regression":
         return {
@@ -651,26 +651,26 @@ def evaluator(y, score, kind="binary", thresholds=None):
             "pearson": pearson(y, score),
         }
     if kind == "multi":
-        said = score.argmax(1)
+        predictions = score.argmax(1)
         return {
-            "accuracy": metrics.accuracy_score(y, said),
-            "balanced_accuracy": metrics.balanced_accuracy_score(y, said),
-            "f1": metrics.f1_score(y, said, labels=np.unique(y), average="macro"),
+            "accuracy": metrics.accuracy_score(y, predictions),
+            "balanced_accuracy": metrics.balanced_accuracy_score(y, predictions),
+            "f1": metrics.f1_score(y, predictions, labels=np.unique(y), average="macro"),
         }
     thresholds = thresholds or {"accuracy": 0.5, "f1": 0.5}
-    said = score >= thresholds["accuracy"]
+    predictions = score >= thresholds["accuracy"]
     return {
         "mse": metrics.mean_squared_error(y, score),
-        "accuracy": metrics.accuracy_score(y, said),
-        "balanced_accuracy": metrics.balanced_accuracy_score(y, said),
-        "mcc": metrics.matthews_corrcoef(y, said),
+        "accuracy": metrics.accuracy_score(y, predictions),
+        "balanced_accuracy": metrics.balanced_accuracy_score(y, predictions),
+        "mcc": metrics.matthews_corrcoef(y, predictions),
         "f1": metrics.f1_score(y, score >= thresholds["f1"]),
         "auc": auc(y, score),
     }
 
 
 def chance_measures(task, test):
-    """What the best constant answer, learnt from all rows to learn from, scores on the test."""
+    """Return the test metrics of the best constant prediction, learnt from all `learn` rows."""
     y = task.y[task.learn]
     constant = task.targets()[task.learn].mean(0).numpy() if task.kind == "multi" else y.mean(0)
     thresholds = None
@@ -681,7 +681,7 @@ def chance_measures(task, test):
 
 
 def holm(p):
-    """Holm's correction of p-values (m,): the family-wise error over all of them."""
+    """Correct p-values (m,) for the family-wise error by Holm's method."""
     order = np.argsort(p, kind="stable")
     corrected = np.maximum.accumulate(np.take(p, order) * np.arange(len(p), 0, -1))
     return corrected.clip(max=1)[np.argsort(order)]
@@ -689,20 +689,20 @@ def holm(p):
 
 @one_thread
 def online_code(X, y, groups, n_classes, seed):
-    """Bits (N,) of each label of X (N, H) in Voita & Titov's online code.
+    """Return the bits (N,) of each label, given X (N, H), in Voita & Titov's online code.
 
-    Labels are sent block by block, each coded by a logistic probe that has learnt those before,
-    with the penalty that has coded best so far. One guess in n + 1 is left to chance, so a label
-    never seen costs finite bits.
+    Labels are sent block by block. A logistic probe trained on the n labels before a block codes
+    it, with the penalty that has coded best so far. A uniform guess gets a weight of 1 in n + 1, so
+    an unseen label costs finitely many bits.
     """
-    names, member = np.unique(groups, return_inverse=True)
+    group_ids, member = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(key_seed(seed, "online"))
-    place = rng.permutation(len(names))[member]
-    order = np.argsort(place, kind="stable")
-    group_ends = np.flatnonzero(np.diff(place[order], append=-1)) + 1
+    rank = rng.permutation(len(group_ids))[member]
+    order = np.argsort(rank, kind="stable")
+    group_ends = np.flatnonzero(np.diff(rank[order], append=-1)) + 1
     shares = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.25, 12.5, 25, 50, 100]) / 100
     ends = np.maximum(2 * n_classes, np.round(shares * len(y)).astype(int))
-    ends = np.unique(group_ends[np.searchsorted(group_ends, ends)])  # no group is parted
+    ends = np.unique(group_ends[np.searchsorted(group_ends, ends)])  # groups stay whole
     bits = np.full((len(PENALTIES), len(y)), math.log2(n_classes))
     code_length = np.full(len(y), math.log2(n_classes))
     for start, end in pairwise(ends):
@@ -727,9 +727,9 @@ NO_SITE = dict.fromkeys(("layer", "quantile", "layer_method", "quantile_method")
 
 
 class Sites:
-    """Where one model is read on one dataset: a site for each pooler; `labels` has a row for each.
+    """The sites at which a model is read on a dataset: one per pooler and per row of `labels`.
 
-    Without poolers it is every token of each layer, for probes that pool tokens themselves.
+    Without poolers, a site is every token of a layer, for probes that pool tokens themselves.
     """
 
     def __init__(self, model, dataset, poolers, config):
@@ -755,24 +755,24 @@ class Sites:
             self.states = pooled_states(model, dataset.texts, sorted(layers), poolings, *args)
 
     def vectors(self, pooler):
-        """X (N', H), of all tokens (N, T, H) with NaN for pads, and the text (N',) of each row."""
+        """Return X (N', H), or (N, T, H) padded with NaN for all tokens, and each row's text."""
         X, _ = self.dataset.load_embeds_into_memory(self.model, pooler, self.states)
         index = self.dataset.index
         if not self.all_tokens:
             return X, index
-        place = pd.Series(index).groupby(index).cumcount().to_numpy()
-        tokens = np.full((index[-1] + 1, place.max() + 1, X.shape[1]), np.nan, np.float32)
-        tokens[index, place] = X
+        position = pd.Series(index).groupby(index).cumcount().to_numpy()
+        tokens = np.full((index[-1] + 1, position.max() + 1, X.shape[1]), np.nan, np.float32)
+        tokens[index, position] = X
         return tokens, np.arange(len(tokens))
 
     def batches(self):
-        """X (G, N, H) and index (N,) of neighbouring sites of equal shape, up to 256 MB of them."""
+        """Yield X (G, N, H) and index (N,) of adjacent sites with equal shapes, up to 256 MB."""
         group = []
         index = None
         for pooler in self.poolers:
             X, texts = self.vectors(pooler)
-            alike = np.array_equal(texts, index) and X.shape == group[0].shape
-            if group and (not alike or (len(group) + 1) * X.nbytes > 2**28):
+            same_shape = np.array_equal(texts, index) and X.shape == group[0].shape
+            if group and (not same_shape or (len(group) + 1) * X.nbytes > 2**28):
                 yield torch.from_numpy(np.stack(group)), index
                 group = []
             group.append(X)
@@ -781,12 +781,12 @@ class Sites:
 
 
 def read_sites(model, dataset, poolers, config):
-    """{baseline: Sites} of the model ('') and of the baselines read in the same way."""
+    """Return {baseline: Sites} for the model ('') and the baselines that are read like it."""
     sites = {"": Sites(model, dataset, poolers, config)}
     if "random_init" in config.baselines:
         twin = model.random_twin(key_seed(config.seed, "random twin"))
         sites["random_init"] = Sites(twin, dataset, poolers, config)
-    if "layer0" in config.baselines and poolers is not None:  # a bag: the mean, whatever is asked
+    if "layer0" in config.baselines and poolers is not None:  # a bag: always the mean
         sites["layer0"] = Sites(model, dataset, [PoolToken(0, "mean")], config)
     return sites
 
@@ -795,10 +795,10 @@ def read_sites(model, dataset, poolers, config):
 
 
 def measure(sites, make, task):
-    """Two DataFrames: a row for each site, repetition, fold and measure; and one for each score.
+    """Return two DataFrames: a row per site, repetition, fold and metric; and a row per test score.
 
-    Scores of texts in the test (of several classes the likeliest one) are those of the first
-    repetition; there are none for targets of several columns.
+    Scores (for several classes, the predicted one) come from the first repetition; the second table
+    is None for targets with several columns.
     """
     tables = []
     scores = []
@@ -808,22 +808,22 @@ def measure(sites, make, task):
         n = len(np.unique(index[part.judge]))
         for repetition, fold_of in enumerate(part.folds):
             for fold in range(fold_of.max() + 1):
-                table, test, tested = measure_fold(make, X, part, fold_of, fold)
+                table, test, test_scores = measure_fold(make, X, part, fold_of, fold)
                 tables.append(table.assign(repetition=repetition, site=first + table.site, n=n))
-                if repetition == 0 and tested.ndim == 2:
-                    about = {"index": index[test], "y": part.y[test], "fold": fold}
-                    for g, score in enumerate(tested):
-                        scores.append(pd.DataFrame({**about, "score": score, "site": first + g}))
+                if repetition == 0 and test_scores.ndim == 2:
+                    columns = {"index": index[test], "y": part.y[test], "fold": fold}
+                    for g, score in enumerate(test_scores):
+                        scores.append(pd.DataFrame({**columns, "score": score, "site": first + g}))
         first += len(X)
     folds = pd.concat(tables, ignore_index=True).join(sites.labels, on="site")
     return folds, pd.concat(scores) if scores else None
 
 
 def measure_fold(make, X, task, fold_of, outer):
-    """Measures of each of G sites in one outer fold, the rows of its test, and their scores.
+    """Return the metrics of G sites in one outer fold, its test rows, and their scores.
 
-    The next fold is to choose on, the others are learnt from. `validation` is the primary measure
-    of the rows to choose on, which give the thresholds. Scores are (G, n), or (G, n, C).
+    The next fold is the validation fold; the rest train. The validation rows set the thresholds,
+    and the column `validation` is their primary metric. Scores are (G, n), or (G, n, C).
     """
     n_folds = fold_of.max() + 1
     inner = (outer + 1) % n_folds
@@ -835,32 +835,32 @@ def measure_fold(make, X, task, fold_of, outer):
     scores = model.fit_sites(X, task, fit, choose, test)
     if scores.shape[2] == 1:
         scores = scores[:, :, 0]
-    chosen, tested = np.split(scores, [len(choose)], 1)
+    validation_scores, test_scores = np.split(scores, [len(choose)], 1)
     chance = chance_measures(task, test)
     rows = []
     for g in range(len(X)):
         thresholds = {"accuracy": np.nan}
         if task.kind == "binary":
-            thresholds = best_thresholds(task.y[choose], chosen[g])
-        validation = evaluator(task.y[choose], chosen[g], task.kind, thresholds)
+            thresholds = best_thresholds(task.y[choose], validation_scores[g])
+        validation = evaluator(task.y[choose], validation_scores[g], task.kind, thresholds)
         row = {"site": g, "threshold": thresholds["accuracy"]}
         row["validation"] = validation[PRIMARY[task.kind]]
-        for metric, score in evaluator(task.y[test], tested[g], task.kind, thresholds).items():
+        for metric, score in evaluator(task.y[test], test_scores[g], task.kind, thresholds).items():
             rows.append({**row, "metric": metric, "score": score, "chance": chance[metric]})
     train = fit if isinstance(model, nn.Module) else np.concatenate([fit, choose])  # see fit_sites
     n_train = len(np.unique(task.text[train]))
     ratio = len(np.unique(task.text[task.learn])) / n_folds / n_train
     table = pd.DataFrame(rows).assign(fold=outer, n_train=n_train, ratio=ratio)
-    return table, test, tested.argmax(2) if task.kind == "multi" else tested
+    return table, test, test_scores.argmax(2) if task.kind == "multi" else test_scores
 
 
 def statistics(folds):
-    """Columns of results.csv out of the folds of one site at one measure.
+    """Return the columns of results.csv for the folds of one site and metric.
 
-    Folds share training texts, hence the corrected resampled t: ratio is a fold's size over that of
-    what is learnt from (Nadeau & Bengio 2003). Repetitions have no texts of their own and add no
-    degree of freedom; folds that agree by luck are no surer than half a text. p is of a score above
-    chance.
+    Folds share training texts, hence the corrected resampled t-test: ratio is test over training
+    size (Nadeau & Bengio 2003). Repetitions reuse the texts and add no degrees of freedom. The
+    standard error is at least half a text, in case the folds agree by luck. p is one-sided, for a
+    score above chance.
     """
     row = folds[["metric", *NO_SITE, "n"]].iloc[0].to_dict()
     row |= folds[["score", "chance"]].mean()
@@ -874,14 +874,14 @@ def statistics(folds):
 
 
 def chosen_by_validation(folds):
-    """Of each fold, the site that its rows to choose on like best."""
+    """Select, in each fold, the site with the best validation score."""
     return folds.loc[folds.groupby(["repetition", "fold"]).validation.idxmax()]
 
 
 def write_rows(run, folds, keys):
-    """A row of each measure for each site, and for the site that is chosen in each fold.
+    """Write a row per metric and site, and one for the sites that validation chose in each fold.
 
-    p is corrected over all sites, and tests nothing for a baseline.
+    p is corrected over all sites, and left out for baselines and mse.
     """
     for metric, part in folds.groupby("metric", sort=False):
         rows = [statistics(of_site) for _, of_site in part.groupby("site")]
@@ -897,22 +897,22 @@ def write_rows(run, folds, keys):
 
 
 def print_best(run, folds, keys):
-    """A line: the score at the layer that validation folds choose, beside chance."""
+    """Print the score at the layer that validation folds choose, and chance."""
     best = chosen_by_validation(folds[folds.metric.isin(PRIMARY.values())])
     names = [keys[key] for key in ("model", "dataset", "probe", "baseline") if keys[key]]
-    about = {**statistics(best), "layer": best.layer.mode()[0], "names": " ".join(names)}
+    values = {**statistics(best), "layer": best.layer.mode()[0], "names": " ".join(names)}
     run.print(
         "{names}: {metric} {score:.3f} [{low:.3f}, {high:.3f}], chance {chance:.3f}, n = {n}, "
-        "layer by validation: {layer}".format(**about)
+        "layer by validation: {layer}".format(**values)
     )
 
 
 def measure_control(run, sites, make, keys):
-    """Control task and selectivity, both labels learnt and judged where texts share their words."""
+    """Measure the control task and selectivity within the training part, whose words recur."""
     task = replace(sites.dataset.task, judge=sites.dataset.task.learn)
     control_task = replace(task, y=control_labels(sites.dataset, task.seed))
     if control_task.fewest_folds() < 3:
-        run.print(f"{sites.dataset.name}: a label is too rare for a control task: it is left out")
+        run.print(f"{sites.dataset.name}: a label is too rare for the control task: skipped")
         return
     real, _ = measure(sites, make, task)
     control, _ = measure(sites, make, control_task)
@@ -922,7 +922,7 @@ def measure_control(run, sites, make, keys):
 
 
 def measure_compression(run, sites, keys):
-    """n log2 K over the bits of the online code, with a normal interval over texts."""
+    """Measure n log2 K over the bits of the online code, with a normal interval over texts."""
     task = sites[""].dataset.task
     if task.kind == "regression":
         return
@@ -933,38 +933,38 @@ def measure_compression(run, sites, keys):
             texts = index[learn]
             groups = part.dataset.groups[texts]
             bits = online_code(X[learn], task.y[texts], groups, task.n_labels, task.seed)
-            bits = pd.Series(bits).groupby(texts).sum()  # 'concat' makes several rows of a text
+            bits = pd.Series(bits).groupby(texts).sum()  # 'concat' gives a text several rows
             spread = 1.96 * bits.std(ddof=0) * math.sqrt(len(bits))
             sums = np.array([bits.sum(), bits.sum() + spread, bits.sum() - spread])
             score, low, high = len(texts) * math.log2(task.n_labels) / sums.clip(1e-9)
-            about = {**keys, **label, "probe": "Logistic", "baseline": baseline}
-            about |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
-            run.result(score, 1.0, low, high, len(bits), **about)
+            row = {**keys, **label, "probe": "Logistic", "baseline": baseline}
+            row |= {"metric": "compression", "n_train": len(bits), "p": None, "p_holm": None}
+            run.result(score, 1.0, low, high, len(bits), **row)
 
 
 def measure_sizes(run, sites, make, keys):
-    """The sample-size curve: whole groups at random, to leave about n texts to learn from."""
+    """Measure the learning curve: random whole groups, to train on about n texts."""
     n_folds = run.config.n_folds
     task = sites.dataset.task
     rng = np.random.default_rng(key_seed(task.seed, "size"))
     groups = sites.dataset.groups
     sizes = pd.Series(groups[task.learn]).value_counts().sort_index()
     sizes = sizes.iloc[rng.permutation(len(sizes))].cumsum() * (1 - 1 / n_folds)
-    few = 4 * n_folds * max(task.n_labels, 1)
+    smallest = 4 * n_folds * max(task.n_labels, 1)
     for n in run.config.train_sizes:
         part = replace(task, learn=task.learn & np.isin(groups, sizes.index[sizes <= n]))
-        if n < few or part.fewest_folds() < 3:
+        if n < smallest or part.fewest_folds() < 3:
             run.print(f"{sites.dataset.name}: {n} texts are too few for its labels or groups")
         elif n < 0.9 * sizes.max():
             folds, _ = measure(sites, make, part)
             write_rows(run, folds, {**keys, "baseline": ""})
 
 
-# ---- what the app reads
+# ---- files for the app
 
 
 def slug(*names, label=None):
-    """One file name out of several, and of a site's layer and quantile with their methods."""
+    """Join names, and a site's layer and quantile with their methods, into a file name."""
     names = list(names)
     if label:
         for what in ("layer", "quantile"):
@@ -973,28 +973,28 @@ def slug(*names, label=None):
 
 
 def keep_for_app(run, sites, name, folds, scores):
-    """Logs in JSON, and the out-of-fold scores of each site."""
+    """Write JSON logs and the out-of-fold scores of each site."""
     names = [sites.model.name, sites.dataset.name, name]
     titles = {"mse": "MSE", "accuracy": "Accuracy", "f1": "F1"}
     logs = {}
     for site, pooler in enumerate(sites.poolers):
         part = folds[folds.site == site]
-        about = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
+        expdata = {"model": names[0], "classifier": name, "attention": sites.all_tokens}
         for key in NO_SITE:
-            about[key] = getattr(pooler, key)
+            expdata[key] = getattr(pooler, key)
         data = part[part.metric.isin(titles)].groupby("metric").score.apply(list).rename(titles)
-        log = {"metadata": sites.dataset.meta, "expdata": about, "data": data.to_dict()}
+        log = {"metadata": sites.dataset.meta, "expdata": expdata, "data": data.to_dict()}
         logs[f"experiment_{site}"] = log
         if run.config.keep_predictions and scores is not None:
-            kept = scores[scores.site == site].drop(columns="site")
+            site_scores = scores[scores.site == site].drop(columns="site")
             label = sites.labels.loc[site].to_dict()
             with aside(run.out / "predictions" / f"{slug(*names, label=label)}.npz") as file:
-                np.savez(file, **kept, threshold=part.threshold.mean())
+                np.savez(file, **site_scores, threshold=part.threshold.mean())
     write_aside(run.out / "logs" / f"{slug(*names)}.json", json.dumps(logs))
 
 
 def keep_projections(run, sites):
-    """The texts, and the first two principal components of each site of a single layer."""
+    """Write the texts, and the first two principal components of each single-layer site."""
     if not run.config.keep_predictions:
         return
     dataset = sites.dataset
@@ -1018,19 +1018,19 @@ def keep_projections(run, sites):
 
 
 def main(config, lms=None, datasets=None, probes=None):
-    """Every probe of every model on every dataset. Returns the results as a DataFrame."""
+    """Run every probe of every model on every dataset; return the results as a DataFrame."""
     run = Run(config)
     lms = lms or config.lm
     probes = constructors(probes or config.probe)
     datasets = load_datasets(run, config, datasets or config.dataset)
     check_distinct([dataset.name for dataset in datasets], "dataset")
-    run.content = hash_content(run, lms, datasets)  # rows of other content are not reused
+    run.content = hash_content(run, lms, datasets)  # only rows with the same content are reused
     (run.out / "texts").mkdir(exist_ok=True)
     run.own_folder("logs", "*__*.json")
     run.own_folder("predictions", "*__*.npz")
     run.own_folder("projections", "*__*.npz")
     rows = run.rows()
-    for lm, dataset in run.share(product(lms, datasets)):  # dealt over the ranks
+    for lm, dataset in run.share(product(lms, datasets)):  # divided among the ranks
         model = LMModel(lm, run.device, run.dtype)
         usable = usable_probes(run, dataset, probes)
         todo = unfinished(run, rows, model.name, dataset.name, usable)
@@ -1049,23 +1049,23 @@ def main(config, lms=None, datasets=None, probes=None):
                 write_rows(run, folds, {**keys, "baseline": baseline})
                 print_best(run, folds, {**keys, "baseline": baseline})
                 if not baseline:
-                    of_model = folds
+                    lm_folds = folds
                     keep_for_app(run, part, probe, folds, scores)
             if probe == next(iter(usable)):
                 measure_once(run, sites[""], pooled, make, keys)
-            # what the commonest label gets; written last: the probe is done
-            majority = of_model[of_model.site == 0].assign(score=of_model.chance, **NO_SITE)
+            # the score of the most common label; written last, it marks the probe as done
+            majority = lm_folds[lm_folds.site == 0].assign(score=lm_folds.chance, **NO_SITE)
             write_rows(run, majority, {**keys, "baseline": "majority"})
     table = run.merge()
     if run.master:
         plot_layers(run.out, table)
-        run.print(f"results.csv, logs and figures in {run.out}: streamlit run probe_app.py")
+        run.print(f"results.csv, logs and figures: {run.out}. View: streamlit run probe_app.py")
     run.close()
     return table
 
 
 def measure_once(run, sites, pooled, make, keys):
-    """What is measured with the first probe alone: controls, and scores over training texts."""
+    """Measure what only the first probe gets: control task, compression and learning curve."""
     if "control" in run.config.baselines:
         measure_control(run, sites, make, keys)
     if "compression" in run.config.baselines:
@@ -1074,7 +1074,7 @@ def measure_once(run, sites, pooled, make, keys):
 
 
 def hash_content(run, lms, datasets):
-    """Texts, labels, weights and poolings (data/states.py), which the options only name."""
+    """Hash the texts, labels, weights and pooling code, which the options only name."""
     content = hashlib.sha256(file_hash(inspect.getsourcefile(PoolToken)).encode())
     for dataset in datasets:
         facts = [dataset.texts, dataset.y, dataset.groups, dataset.split]
@@ -1083,21 +1083,21 @@ def hash_content(run, lms, datasets):
     for lm in lms:
         model = LMModel(lm, run.device, run.dtype)
         names.append(model.name)
-        all_poolers(run.config, model)  # refuses a layer that is not there, before anything is run
+        all_poolers(run.config, model)  # refuse missing layers before anything runs
         content.update(model.fingerprint().encode())
     check_distinct(names, "lm")
     return content.hexdigest()[:8]
 
 
 def all_poolers(config, model):
-    """Each layer x each quantile, then the ones written out; of equal ones one."""
+    """Return a pooler per layer and quantile, then those of poolers=, without duplicates."""
     poolers = [PoolToken(*site) for site in product(model.layers(config.layers), config.quantiles)]
     poolers += [PoolToken(**options) for options in config.poolers]
     return list({str(pooler.label(model.n_layer)): pooler for pooler in poolers}.values())
 
 
 def unfinished(run, rows, model, dataset, probes):
-    """The probes that lack their last row, the majority's, or their log, of an earlier run."""
+    """Return the probes that an earlier run left without a majority row, their last, or a log."""
     rows = rows.reindex(columns=["model", "dataset", "probe", "baseline"])
     rows = rows[(rows.model == model) & (rows.dataset == dataset) & (rows.baseline == "majority")]
     todo = dict(probes)
@@ -1108,7 +1108,7 @@ def unfinished(run, rows, model, dataset, probes):
 
 
 def usable_probes(run, dataset, probes):
-    """Those that can answer: classifiers do no regression, and only ridge does several columns."""
+    """Leave out classifiers for a regression, and all but ridge for several target columns."""
     if dataset.kind != "regression":
         return probes
     usable = {}
@@ -1116,16 +1116,16 @@ def usable_probes(run, dataset, probes):
         usable = {name: make for name, make in probes.items() if not make(4).discrete_targets}
     usable = usable or {"Ridge": Ridge}
     if usable != probes:
-        run.print(f"{dataset.name} is a regression: it is probed by {', '.join(usable)}")
+        run.print(f"{dataset.name} is a regression: probing it with {', '.join(usable)}")
     return usable
 
 
 def run_exp(dataset_paths, model_names, poolers=(), classifiers=("LDA",), **options):
-    """The experiment as a function; returns the DataFrame of results.csv.
+    """Run the experiment from Python; return results.csv as a DataFrame.
 
     dataset_paths: data-json files, dicts, NLPDatasets or NAME/TASK; model_names: names, folders or
     {'model', 'tokenizer'}; poolers: PoolTokens; classifiers: names, or constructors input_size ->
-    SingleStepOpt or MultiStepOpt; options: fields of Config, and logs_folder for its out_dir.
+    SingleStepOpt or MultiStepOpt; options: fields of Config, with logs_folder as its out_dir.
     """
     options["out_dir"] = str(options.pop("logs_folder", "out/probe"))
     if poolers:
@@ -1147,10 +1147,10 @@ STYLES = {"random_init": "--", "control": ":", "layer0": "-.", "majority": "-"}
 
 
 def plot_layers(out, table):
-    """layers_MODEL.png: scores over layers at one pooling with 95 % bands, a panel a dataset."""
+    """Draw layers_MODEL.png: scores over layers at one pooling, 95 % bands, a panel per dataset."""
     table = table[table.metric.isin(PRIMARY.values()) & (table.layer_method == "")]
-    usual = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
-    table = table[table.n_train == usual]
+    full_size = table.groupby(["model", "dataset", "probe", "baseline"]).n_train.transform("max")
+    table = table[table.n_train == full_size]
     table = table.assign(layer=pd.to_numeric(table.layer, errors="coerce"))
     for model, rows in table.groupby("model"):
         colours = {probe: f"C{i}" for i, probe in enumerate(rows.probe.unique())}
@@ -1174,12 +1174,12 @@ def plot_layers(out, table):
 
 
 def draw_panel(ax, rows, colours):
-    """One dataset: the probes in colour, and the baselines of the first one."""
+    """Draw one dataset: the probes in colour, and the first one's baselines in grey."""
     real = rows[(rows.baseline == "") & rows.layer.notna()]
-    if real.empty:  # joined layers alone
+    if real.empty:  # only combined layers
         return
     last_token = real[real["quantile"] == "1.0"]
-    pooling = (last_token if len(last_token) else real).iloc[0]  # one of those that were asked for
+    pooling = (last_token if len(last_token) else real).iloc[0]  # one that was requested
     drawn = rows["quantile"] == pooling["quantile"]
     drawn &= rows.quantile_method == pooling.quantile_method
     drawn |= (rows["quantile"] == "attention") | rows.baseline.isin(["layer0", "majority"])

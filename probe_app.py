@@ -1,12 +1,12 @@
-"""The app of probe.py: look at what its runs left under out/.
+"""The app for probe.py: explore the results of its runs in out/.
 
     streamlit run probe_app.py [-- out_dir=path/to/runs]
 
-Layer curves with 95 % bands and every baseline, layers x poolings, scores under a threshold that
-you move, each text with its out-of-fold score, texts in the plane of two components, curves over
-training texts and model sizes, and the numbers as CSV. Every choice stands in the address, so a
-link shows what you see. Streamlit runs this file from its top at each click: it stays light, and
-loads neither torch nor transformers.
+It shows layer curves with 95 % bands and every baseline, layers x poolings, scores at a threshold
+that you move, each text with its out-of-fold score, texts in the plane of two components, curves
+over training texts and model sizes, and the numbers as CSV. The URL holds every choice, so a link
+shows what you see. Streamlit reruns this file at every click, so it stays light and imports neither
+torch nor transformers.
 """
 
 import html
@@ -32,24 +32,24 @@ GREY = "#888888"
 DASHES = {"random_init": "dash", "control": "dot", "layer0": "dashdot", "majority": "longdash"}
 
 
-# ---- reading; the time a file was written is an argument, so that a new file is read again
+# ---- reading; `stamp`, a file's time of change, makes the cache read a changed file again
 
 cached = st.cache_data(show_spinner=False, max_entries=64)
 
 
 def mtime(path):
-    """When a file was written (ns); 0 without one."""
+    """Return when a file was written (ns), or 0 if it does not exist."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def find_runs(out):
-    """{name: folder} of `out` itself and the runs in it, newest first, and the bundled example."""
+    """Return {name: folder}: `out` and the runs in it, newest first, then the bundled example."""
     runs = {}
     paths = [*out.glob("results.csv"), *out.glob("*/results.csv")]
     for path in sorted(paths, key=mtime, reverse=True):
         with open(path, encoding="utf-8", errors="replace") as file:
             header = file.readline().strip().split(",")
-        if {*NAMES, *NUMBERS[:5]} <= set(header):  # other scripts write such tables, too
+        if {*NAMES, *NUMBERS[:5]} <= set(header):  # other scripts write results.csv, too
             runs[os.path.relpath(path.parent)] = path.parent
     if EXAMPLE.exists():
         runs["bundled example"] = EXAMPLE
@@ -58,29 +58,29 @@ def find_runs(out):
 
 @cached
 def read_results(path, stamp):
-    """results.csv as a DataFrame: names are categories, `pooling` says quantile and methods."""
+    """Read results.csv: names as categories, `pooling` for the quantile and methods in words."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         if not isinstance(table.index, pd.RangeIndex):  # rows longer than the header
             raise ValueError("more fields than columns")
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is broken ({reason}): write it again with probe.py") from None
+        raise ValueError(f"{path} is broken ({reason}): rerun probe.py") from None
     columns = table.columns.union([*METHODS, *NUMBERS, "synthetic"], sort=False)
     table = table.reindex(columns=columns, fill_value="")
     for column in NUMBERS:
         table[column] = pd.to_numeric(table[column], errors="coerce")
     table["synthetic"] = table.synthetic == "True"
-    how = table[["quantile", *METHODS]].drop_duplicates()
-    how["pooling"] = [pooling_name(*names) for names in how.itertuples(index=False)]
-    table = table.merge(how)
+    poolings = table[["quantile", *METHODS]].drop_duplicates()
+    poolings["pooling"] = [pooling_name(*names) for names in poolings.itertuples(index=False)]
+    table = table.merge(poolings)
     names = table.columns.difference([*NUMBERS, "synthetic"])
     table[names] = table[names].astype("category")
     return table[np.isfinite(table.score)]
 
 
 def pooling_name(quantile, layer_method, quantile_method):
-    """A pooling in words, for menus and legends."""
+    """Return a pooling in words, for menus and legends."""
     words = {"": "none", "all": "all tokens", "0.0": "first token", "1.0": "last token"}
     words |= {"best": "best", "attention": "attention"}
     parts = [words.get(quantile, f"quantile {quantile}"), quantile_method]
@@ -91,20 +91,20 @@ def pooling_name(quantile, layer_method, quantile_method):
 
 @cached
 def read_arrays(path, stamp):
-    """{name: array} of a file of predictions or projections; stamp: its age, for the cache."""
+    """Read a file of predictions or projections as {name: array}."""
     with np.load(path) as file:
         return dict(file)
 
 
 @cached
 def read_texts(path, stamp):
-    """texts/DATASET.csv: text and label, by index."""
-    text = {"text": str, "label": str}
-    return pd.read_csv(path, dtype=text, keep_default_na=False, index_col="index")
+    """Read texts/DATASET.csv: text and label, by index."""
+    dtypes = {"text": str, "label": str}
+    return pd.read_csv(path, dtype=dtypes, keep_default_na=False, index_col="index")
 
 
 def read_scores(run, path):
-    """Out-of-fold scores of one site with text and label, and the probe's own threshold or NaN."""
+    """Return a site's out-of-fold scores, texts and labels, and the probe's threshold or NaN."""
     arrays = dict(read_arrays(path, mtime(path)))
     threshold = float(arrays.pop("threshold", np.nan))
     texts = run / "texts" / f"{path.stem.rsplit('__', 4)[1]}.csv"
@@ -112,7 +112,7 @@ def read_scores(run, path):
 
 
 def find_sites(folder, columns, choice):
-    """DataFrame of a folder's files, named by columns with '__' between, of what is chosen."""
+    """List the chosen files of a folder in a DataFrame; '__' separates the columns in a name."""
     rows = []
     for path in sorted(folder.glob("*.npz")):
         names = path.stem.rsplit("__", len(columns) - 1)
@@ -129,31 +129,31 @@ def find_sites(folder, columns, choice):
 
 
 def natural(value):
-    """Sort key: numbers by size, then ranges like 3-5, then words."""
+    """Return a sort key: numbers by size, then ranges such as 3-5, then words."""
     numbers = [float(number) for number in re.findall(r"\d+\.?\d*", str(value))]
     return (len(numbers) or 99, numbers, str(value))
 
 
 def values_of(column):
-    """What a column holds, but for '', in natural order."""
+    """Return a column's distinct values except '', in natural order."""
     return sorted((value for value in column.unique() if value != ""), key=natural)
 
 
 def full_size(rows):
-    """Rows at the usual number of training texts of their kind: no points of a size curve."""
-    usual = rows.groupby(["model", "probe", "baseline"], observed=True).n_train
-    usual = usual.transform(lambda sizes: sizes.mode().max())
-    return rows[usual.isna() | rows.n_train.isna() | (rows.n_train == usual)]
+    """Leave out the rows of learning curves, which have fewer training texts than usual."""
+    sizes = rows.groupby(["model", "probe", "baseline"], observed=True).n_train
+    most_common = sizes.transform(lambda n: n.mode().max())
+    return rows[most_common.isna() | rows.n_train.isna() | (rows.n_train == most_common)]
 
 
 def last_layer(rows):
-    """The deepest single layer among the rows; 1 where there is none."""
+    """Return the deepest single layer among the rows, or 1 if there is none."""
     layers = pd.to_numeric(rows.layer.astype(str), errors="coerce")
     return np.nanmax([1.0, *layers])
 
 
 def with_places(rows):
-    """Rows with x, the place of their layers, and their reach: '4' 4 ± 0, '3-5' 4 ± 1."""
+    """Add x, the centre of each row's layers, and reach: '4' is 4 ± 0, '3-5' is 4 ± 1."""
     depth = last_layer(rows)
     ends = {}
     for layer in rows.layer.unique():
@@ -168,7 +168,7 @@ def with_places(rows):
 
 
 def show(figure, key, title, height=480):
-    """Draw a figure; its legend stands below it, where a phone has room."""
+    """Draw a figure with its legend below, where phones have room."""
     legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "title": None}
     margin = {"l": 50, "r": 10, "t": 60, "b": 40}
     figure.update_layout(title=title, height=height, legend=legend, margin=margin)
@@ -176,13 +176,13 @@ def show(figure, key, title, height=480):
 
 
 def faint(colour):
-    """A colour #rrggbb as a transparent one, for bands."""
+    """Return a colour #rrggbb made transparent, for bands."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.15)"
 
 
 def layer_figure(rows, choice, relative):
-    """Scores by layer, a colour for each model, probe and pooling; baselines are dashed."""
+    """Plot scores by layer, a colour per model, probe and pooling, with dashed baselines."""
     figure = go.Figure()
     rows = with_places(rows)
     real = rows[(rows.baseline == "") & rows.pooling.isin(choice["pooling"])]
@@ -192,12 +192,12 @@ def layer_figure(rows, choice, relative):
         scale = depth if relative else 1.0
         style = {"colour": COLOURS[i % len(COLOURS)], "name": name, "scale": scale}
         draw_curve(figure, part.drop_duplicates("layer").sort_values("x"), **style)
-        beside = rows[(rows.model == names[0]) & (rows.probe == names[1]) & (rows.reach == 0)]
+        single = rows[(rows.model == names[0]) & (rows.probe == names[1]) & (rows.reach == 0)]
         for baseline in set(choice["baseline"]) - {"majority"}:
-            extra = beside[beside.baseline == baseline]
+            baseline_rows = single[single.baseline == baseline]
             if baseline != "layer0":
-                extra = extra[extra.pooling == names[2]]
-            draw_baseline(figure, extra, baseline, depth, **style)
+                baseline_rows = baseline_rows[baseline_rows.pooling == names[2]]
+            draw_baseline(figure, baseline_rows, baseline, depth, **style)
     levels = {"chance": real.chance.mean()}
     if "majority" in choice["baseline"]:
         levels["majority"] = rows.score[rows.baseline == "majority"].mean()
@@ -205,7 +205,7 @@ def layer_figure(rows, choice, relative):
     for name, level in levels.items():
         line = {"color": GREY, "dash": DASHES.get(name, "dot"), "width": 1.5}
         figure.add_scatter(x=[0, end], y=[level] * 2, mode="lines", line=line, name=name)
-    x_title = "depth (share of layers)" if relative else "layer (0: embeddings)"
+    x_title = "relative depth" if relative else "layer (0: embeddings)"
     return figure.update_layout(xaxis_title=x_title, yaxis_title=choice["metric"])
 
 
@@ -216,11 +216,11 @@ HOVER = (
 
 
 def draw_curve(figure, rows, colour, name, scale):
-    """Single layers as a line with a band, filled marks where p < .05; joined ones as bars."""
+    """Draw single layers as a line and band, filled where p < .05; combined layers as bars."""
     single = rows[rows.reach == 0]
-    joined = rows[rows.reach > 0]
+    combined = rows[rows.reach > 0]
     hover = ["layer", "low", "high", "n", "p_holm"]
-    same = {"legendgroup": name, "hovertemplate": f"{HOVER}<extra>{name}</extra>"}
+    shared = {"legendgroup": name, "hovertemplate": f"{HOVER}<extra>{name}</extra>"}
     x = single.x / scale
     figure.add_scatter(
         x=[*x, *x[::-1]],
@@ -242,22 +242,22 @@ def draw_curve(figure, rows, colour, name, scale):
         line={"color": colour, "width": 2.5},
         marker={"size": 8, "color": filled, "line": {"color": colour, "width": 1.5}},
         customdata=single[hover].astype(object),
-        **same,
+        **shared,
     )
     figure.add_scatter(
-        x=joined.x / scale,
-        y=joined.score,
+        x=combined.x / scale,
+        y=combined.score,
         mode="markers",
         marker={"symbol": "line-ew-open", "color": colour},
-        error_x={"array": joined.reach / scale, "thickness": 2},
+        error_x={"array": combined.reach / scale, "thickness": 2},
         showlegend=False,
-        customdata=joined[hover].astype(object),
-        **same,
+        customdata=combined[hover].astype(object),
+        **shared,
     )
 
 
 def draw_baseline(figure, rows, baseline, depth, colour, name, scale):
-    """A dashed line over layers, or all the way where it is one number."""
+    """Draw a dashed line over layers, or straight across if the baseline is a single score."""
     scores = rows[rows.layer != "best"].groupby("x").score.mean()
     if len(scores) == 1:
         scores = pd.Series(scores.iloc[0], index=[0.0, depth])
@@ -268,7 +268,7 @@ def draw_baseline(figure, rows, baseline, depth, colour, name, scale):
 
 
 def heat_figure(rows, metric):
-    """Layer x pooling, the score of each cell."""
+    """Plot the score of each layer x pooling as a heat map."""
     grid = rows.pivot_table("score", "pooling", "layer", observed=True)
     quantile = rows.drop_duplicates("pooling").set_index("pooling")["quantile"]
     poolings = sorted(grid.index, key=lambda pooling: natural(quantile[pooling]))
@@ -280,7 +280,7 @@ def heat_figure(rows, metric):
 
 
 def size_figure(rows, x, label, metric):
-    """Scores over a size, on a logarithmic axis; of models, a line for each probe."""
+    """Plot scores over log size: a line per probe, and per model unless x is the model size."""
     rows = rows.sort_values(x).assign(up=rows.high - rows.score, down=rows.score - rows.low)
     rows["curve"] = rows.probe.astype(str)
     if x != "params":
@@ -294,7 +294,7 @@ def size_figure(rows, x, label, metric):
 
 
 def roc_figure(y, score, at):
-    """The ROC curve, and the place (fpr, tpr) of the threshold on it."""
+    """Plot the ROC curve and the threshold on it, at (fpr, tpr)."""
     fpr, tpr, _ = metrics.roc_curve(y, score)
     thin = np.unique(np.linspace(0, len(fpr) - 1, 2000).astype(int))
     figure = px.line(x=fpr[thin], y=tpr[thin], color_discrete_sequence=COLOURS)
@@ -305,7 +305,7 @@ def roc_figure(y, score, at):
 
 
 def agreement_figure(table):
-    """Predictions against labels: a confusion matrix of classes, a cloud of values."""
+    """Plot predictions against labels: a confusion matrix for classes, a scatter for values."""
     if not are_classes(table):
         text = hover_texts(table)
         labels = {"y": "label", "score": "prediction"}
@@ -317,12 +317,12 @@ def agreement_figure(table):
 
 
 def are_classes(table):
-    """Are labels and scores whole numbers: those of several classes?"""
+    """Return whether labels and scores are whole numbers, as those of several classes are."""
     return bool((table.y % 1 == 0).all() and (table.score % 1 == 0).all())
 
 
 def hover_texts(table):
-    """Texts wrapped and escaped for the label of a point."""
+    """Wrap and escape the texts for hover labels."""
     texts = []
     for text in table.text.fillna(""):
         texts.append("<br>".join(html.escape(line) for line in textwrap.wrap(text[:400], 60)))
@@ -333,20 +333,20 @@ def hover_texts(table):
 
 
 def layers_tab(rows, choice):
-    """Curves over layers, baselines dashed; layers x poolings where several were probed."""
+    """Show curves over layers with dashed baselines, and layers x poolings if there are several."""
     rows = full_size(rows)
     best = rows[(rows.layer == "best") & rows.baseline.isin(["", "random_init"])]
     rows = rows[rows.layer != "best"]
-    label = "depth as a share of the model's layers"
+    label = "depth relative to the model's number of layers"
     relative = st.toggle(label, key="relative", bind="query-params")
     show(layer_figure(rows, choice, relative), "layer_curve", choice["title"], 480)
     st.caption(
-        "Bands are 95 % intervals. Filled marks: p < .05 after Holm's correction over all layers "
-        "and poolings. Dashed: the same model with random weights; a control task, whose labels "
-        "only knowing words by heart can give; layer 0, a bag of embeddings; the majority label."
+        "Bands are 95 % intervals. Filled marks: p < .05, Holm-corrected over all layers and "
+        "poolings. Dashed: the same model with random weights; a control task, which only "
+        "memorised words can solve; layer 0, a bag of embeddings; the majority label."
     )
     if len(best):
-        st.markdown("**The layer that each fold's validation texts liked best**")
+        st.markdown("**Scores at the layer chosen on each fold's validation texts**")
         columns = ["model", "probe", "baseline", "score", "low", "high", "chance", "p", "n"]
         st.dataframe(best[columns], hide_index=True, key="best")
     cells = rows[(rows.baseline == "") & (rows.layer_method == "")]
@@ -358,7 +358,7 @@ def layers_tab(rows, choice):
 
 
 def pick(sites, columns, empty):
-    """Select boxes that narrow the sites down to the path of one; None where there are none."""
+    """Let the user select one site and return its path, or None if there are no sites."""
     if not len(sites):
         st.info(empty)
         return None
@@ -372,7 +372,7 @@ def pick(sites, columns, empty):
 
 
 def decision_tab(run, path, note):
-    """ROC, and the scores of both classes under a threshold that the user moves."""
+    """Show the ROC curve and both classes' scores at a threshold that the user moves."""
     table, start = read_scores(run, path)
     title = f"out-of-fold scores, n = {len(table)}{note}"
     if set(table.y.unique()) != {0, 1}:
@@ -387,7 +387,7 @@ def decision_tab(run, path, note):
     if not np.isfinite(start):
         start = (low + high) / 2
     start = min(max(start, low), high)
-    label = "Threshold (the probe's own was found on its validation texts)"
+    label = "Threshold (starts at the probe's own, set on validation texts)"
     options = {"step": (high - low) / 500, "format": "%.3f", "bind": "query-params"}
     threshold = st.slider(label, low, high, start, key="threshold", **options)
     y = table.y
@@ -415,7 +415,7 @@ def decision_tab(run, path, note):
 
 
 def examples_tab(run, path):
-    """Every text with its out-of-fold score."""
+    """Show every text with its out-of-fold score."""
     table, threshold = read_scores(run, path)
     if set(table.y.unique()) <= {0, 1}:
         cut = threshold if np.isfinite(threshold) else 0.5
@@ -425,19 +425,19 @@ def examples_tab(run, path):
     if "predicted" in table:
         table["right"] = table.predicted == table.y
     left, right = st.columns([3, 1])
-    words = left.text_input("Texts that contain", key="contains", bind="query-params")
-    if "right" in table and right.toggle("only mistakes", key="mistakes", bind="query-params"):
+    words = left.text_input("Texts containing", key="contains", bind="query-params")
+    if "right" in table and right.toggle("mistakes only", key="mistakes", bind="query-params"):
         table = table[~table.right]
     if words:
         table = table[table.text.fillna("").str.contains(words, case=False, regex=False)]
-    st.caption(f"{len(table):,} texts, each scored by a probe that had not seen it.")
+    st.caption(f"{len(table):,} texts, each scored by a probe that was not trained on it.")
     order = ["text", "label", "score", "predicted", "right", "y", "fold", "index"]
     table = table[[column for column in order if column in table]]
     show_table(table, f"{path.stem}.csv", "Download as CSV")
 
 
 def show_table(table, file, label):
-    """A table that scrolls, and a button that downloads it as a CSV called `file`."""
+    """Show a scrolling table and a button that downloads it as the CSV `file`."""
     lazy = True if len(table) > 5000 else None
     st.dataframe(table, hide_index=True, width="stretch", height=480, lazy=lazy)
     names = {"mime": "text/csv", "on_click": "ignore"}
@@ -445,7 +445,7 @@ def show_table(table, file, label):
 
 
 def projection_tab(run, path, note):
-    """Texts in the plane of a layer's first two components; a browser shows 5,000 of them."""
+    """Show up to 5,000 texts in the plane of a layer's first two principal components."""
     arrays = read_arrays(path, mtime(path))
     texts = run / "texts" / f"{path.stem.rsplit('__', 3)[1]}.csv"
     table = pd.DataFrame(arrays["xy"], columns=["x", "y"]).assign(index=arrays["index"])
@@ -461,19 +461,19 @@ def projection_tab(run, path, note):
 
 
 def sizes_tab(rows, choice):
-    """At the layer chosen on validation folds; where there is but one layer, at that one."""
+    """Show scores over sizes, at the layer chosen on validation folds or the only layer."""
     real = rows[rows.baseline == ""]
     if (real.layer == "best").any():
         real = real[real.layer == "best"]
     title = choice["title"]
     metric = choice["metric"]
     if real.duplicated(["model", "probe", "n_train"]).any():
-        st.info(f"There is no {metric} at a layer that validation texts chose: see Layers.")
+        st.info(f"There is no {metric} at a layer chosen on validation texts: see Layers.")
         return
     full = full_size(real)
     if full.groupby("model", observed=True).params.first().nunique() > 1:
         figure = size_figure(full, "params", "parameters", metric)
-        show(figure, "model_size", f"{title}: size of the model")
+        show(figure, "model_size", f"{title}: model size")
     else:
         st.info("A curve over model sizes needs two models: `python probe.py lm=gpt2,gpt2-medium`.")
     many = real.groupby(["model", "probe"], observed=True).n_train.transform("nunique") > 1
@@ -482,21 +482,21 @@ def sizes_tab(rows, choice):
         show(figure, "sample_size", f"{title}: number of training texts")
     else:
         st.info("A curve over training texts needs `python probe.py train_sizes=100,300,1000`.")
-    st.caption("At the layer that validation texts chose. Bars are 95 % intervals.")
+    st.caption("Scores at the layer chosen on validation texts. Bars are 95 % intervals.")
 
 
 # ---- the app
 
 
 def choose_run(bar):
-    """The folder and the table that the side bar names; (None, None), and why, without one."""
+    """Return the folder and table chosen in the side bar; else say why, and return (None, None)."""
     out = Path("out")
     for argument in sys.argv[1:]:
         if argument.lstrip("-").startswith("out_dir="):
             out = Path(argument.split("=", 1)[1])
     runs = find_runs(out)
     if not runs:
-        st.info(f"There are no results under `{out}` yet. Make some and reload this page:")
+        st.info(f"There are no results in `{out}` yet. Run this, then reload the page:")
         st.code("python probe.py", language="bash")
         return None, None
     run = runs[bar.selectbox("Results", list(runs), key="results", bind="query-params")]
@@ -507,14 +507,14 @@ def choose_run(bar):
         st.error(str(error))
         return None, None
     if not len(table):
-        st.info(f"`{path}` holds no scores yet. Go on with:")
+        st.info(f"`{path}` holds no scores yet. Continue with:")
         st.code("python probe.py", language="bash")
         return None, None
     return run, table
 
 
 def choose_rows(bar, table):
-    """The rows that the side bar narrows the table down to, and its choices."""
+    """Return the rows that the side bar selects, and its choices."""
     names = values_of(table.dataset)
     dataset = bar.selectbox("Dataset", names, key="dataset", bind="query-params")
     rows = table[table.dataset == dataset]
@@ -524,9 +524,9 @@ def choose_rows(bar, table):
     real = rows[(rows.baseline == "") & (rows.layer != "best")]
     baselines = [name for name in DASHES if (rows.baseline == name).any()]
     options = {key: values_of(real[key]) for key in ("model", "probe", "pooling")}
-    usual = [name for name in options["pooling"] if name == "last token"]
+    last_token = [name for name in options["pooling"] if name == "last token"]
     start = {"model": options["model"][:3], "probe": options["probe"][:2]}
-    start |= {"pooling": usual or options["pooling"][:1], "baseline": baselines}
+    start |= {"pooling": last_token or options["pooling"][:1], "baseline": baselines}
     choice = {"dataset": [dataset], "metric": metric}
     for key, names in {**options, "baseline": baselines}.items():
         bind = {"key": key, "bind": "query-params"}
@@ -536,14 +536,14 @@ def choose_rows(bar, table):
 
 
 def site_tab(run, name, choice, note):
-    """A tab about one site, which is picked first."""
+    """Let the user pick a site, then draw the tab on it."""
     columns = ["model", "dataset", "probe", "layer", "quantile"]
     if name == "Projection":
         columns.remove("probe")
     folder = run / ("projections" if name == "Projection" else "predictions")
     sites = find_sites(folder, columns, choice)
     columns.remove("dataset")
-    path = pick(sites, columns, f"No {folder.name} are kept for this choice of model and probe.")
+    path = pick(sites, columns, f"No {folder.name} were kept for this choice of model and probe.")
     if path and name == "Decision":
         decision_tab(run, path, note)
     elif path and name == "Examples":
@@ -553,7 +553,7 @@ def site_tab(run, name, choice, note):
 
 
 def draw_tabs(run, rows, choice, note):
-    """Six tabs, of which only the open one is drawn."""
+    """Lay out six tabs and draw only the open one."""
     names = ["Layers", "Decision", "Examples", "Projection", "Sizes", "Table"]
     tabs = st.tabs(names, key="view", bind="query-params", on_change="rerun")
     for name, tab in zip(names, tabs):
@@ -572,7 +572,7 @@ def draw_tabs(run, rows, choice, note):
 
 
 def app():
-    """The page: menus in the side bar, a tab for each view."""
+    """Draw the page: menus in the side bar and a tab per view."""
     st.set_page_config(page_title="probe", layout="wide")
     st.title("What do the hidden layers know?")
     run, table = choose_run(st.sidebar)
@@ -581,10 +581,10 @@ def app():
     rows, choice = choose_rows(st.sidebar, table)
     note = ""
     if run == EXAMPLE:
-        st.info("This is the small example that comes with the code. Your own: `python probe.py`.")
+        st.info("This example comes with the code. For your own results, run `python probe.py`.")
     if rows.synthetic.any():
         note = " (synthetic data)"
-        st.caption(f"**{choice['dataset'][0]}** is synthetic: made by rule.")
+        st.caption(f"**{choice['dataset'][0]}** is synthetic, generated by rules.")
     choice["title"] = choice["dataset"][0] + note
     if choice["model"] and choice["probe"] and choice["pooling"]:
         draw_tabs(run, rows, choice, note)

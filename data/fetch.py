@@ -40,6 +40,13 @@ def request(url, start=None, stop=None, method="GET"):
     return urllib.request.urlopen(message, timeout=60)
 
 
+def unreachable(url, error):
+    """Return the InputError for a network error."""
+    reason = getattr(error, "reason", error)
+    cure = "try again with a network connection, or give root= a local copy"
+    return InputError(f"{url} cannot be reached ({reason}): {cure}")
+
+
 def look_up(url, path, checksum=""):
     """Return the RemoteFile of a URL, None if it does not exist. Raises InputError offline."""
     try:
@@ -51,9 +58,7 @@ def look_up(url, path, checksum=""):
     except NETWORK_ERRORS as error:
         if getattr(error, "code", 0) in (403, 404):  # 403: a bucket without this file
             return None
-        reason = getattr(error, "reason", error)
-        cure = "try again with a network connection, or give root= a local copy"
-        raise InputError(f"{url} cannot be reached ({reason}): {cure}") from None
+        raise unreachable(url, error) from None
     is_md5 = re.fullmatch("[0-9a-f]{32}", etag)  # the tag of a file uploaded in parts is none
     return RemoteFile(url, Path(path), int(size), checksum or (etag if is_md5 else ""))
 

@@ -1,11 +1,11 @@
-"""Labelled texts out of a JSON file, a task of data/stimuli.py, or brain responses to texts.
+"""Read labelled texts from a JSON file, a task of data/stimuli.py, or brain responses to texts.
 
-The JSON file has the schema of data/probing/readme.md, whose get_data.py writes such files:
+The JSON file has the schema of data/probing/readme.md; data/probing/get_data.py writes such files:
 
-    {"data": {"sentences": {"0": text, ...}, "labels": {"0": label, ...}, groups and splits alike},
+    {"data": {"sentences": {"0": text, ...}, "labels": {"0": label, ...}, "groups", "splits"},
      "name": ..., "task": "Classification" or "Regression", "labels": {"0": name, ...}, ...}
 
-The four parts are matched by key; each may be a list, whose keys are the places.
+The four parts of "data" are matched by key; each may also be a list, matched by position.
 """
 
 import copy
@@ -23,9 +23,9 @@ from data.stimuli import ENCODING_FORMAT, SPLITS, Encoding, read_meta, read_task
 class LabelledTexts:
     """Labelled texts: len(), [i] -> (text, label).
 
-    source: a data-json file or dict. Attributes: name, texts, y (N,), or (N, V) of V brain
-    responses, kind (binary, multi, regression), label_names, meta, groups (N,) of what no split may
-    part (equal texts always), split (N,) of train, val, test, or None. Raises InputError.
+    source: a data-json file or dict. Attributes: name, texts, y (N,), or (N, V) for V brain
+    responses, kind (binary, multi, regression), label_names, meta, groups (N,) that splits keep
+    together (equal texts always), split (N,) of train, val, test, or None. Raises InputError.
     """
 
     def __init__(self, source, force_classification=False):
@@ -35,7 +35,7 @@ class LabelledTexts:
 
     @classmethod
     def from_folder(cls, folder, task=""):
-        """What a prepare.py has made: [the task, or all of the folder's tasks, or its brains]."""
+        """Load a prepared folder as a list: one task, all of its tasks, or its brain responses."""
         meta = (folder / "meta.yaml").read_text(encoding="utf-8", errors="replace")
         if ENCODING_FORMAT in meta:
             return [cls.from_encoding(folder)]
@@ -44,23 +44,23 @@ class LabelledTexts:
 
     @classmethod
     def from_task(cls, folder, task):
-        """One task of such a folder."""
+        """Load one task of a prepared folder."""
         meta = read_meta(folder)
         frame = read_task(folder, task)
         entry = meta["tasks"][task]
         names = entry["labels"] if entry["kind"] == "classification" else None
         name = f"{Path(folder).name}/{task}"
-        about = {"name": name, "topic": task, "task": entry["kind"].capitalize()}
-        about |= {"link": meta.get("source", ""), "synthetic": bool(meta.get("synthetic"))}
-        about["labels"] = dict(enumerate(names or []))
-        return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, about)
+        schema = {"name": name, "topic": task, "task": entry["kind"].capitalize()}
+        schema |= {"link": meta.get("source", ""), "synthetic": bool(meta.get("synthetic"))}
+        schema["labels"] = dict(enumerate(names or []))
+        return cls.__new__(cls)._set(name, frame, frame.y.to_numpy(), names, schema)
 
     @classmethod
     def from_encoding(cls, folder):
-        """Texts with the responses of brains to them (data/stimuli.py): a column for each unit."""
+        """Load texts and brain responses to them (data/stimuli.py), a column per unit."""
         encoding = Encoding(folder)
         if encoding.kind != "text":
-            raise InputError(f"{folder} holds responses to pictures: language models read texts")
+            raise InputError(f"{folder} holds responses to pictures: give responses to texts")
         meta = {"task": "Regression", "synthetic": bool(encoding.meta["synthetic"])}
         y = encoding.mean_responses().squeeze()
         return cls.__new__(cls)._set(Path(folder).name, encoding.stimuli, y, None, meta)
@@ -74,9 +74,9 @@ class LabelledTexts:
         self.texts = frame.text.tolist()
         for i, text in enumerate(self.texts):
             if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{name}: sentence {i} is empty or no text: leave it out")
+                raise InputError(f"{name}: sentence {i} is empty or not text: leave it out")
         if len(np.unique(y, axis=0)) < 2:
-            raise InputError(f"{name}: all {len(y)} labels are the same: nothing to tell apart")
+            raise InputError(f"{name}: all {len(y)} labels are the same: give at least two")
         self.kind = "regression"
         if label_names:
             self.kind = "multi"
@@ -95,31 +95,31 @@ class LabelledTexts:
         return self.texts[i], self.y[i]
 
     def first(self, n):
-        """The first n texts (0: all); of a given split, of each part its share."""
+        """Return the first n texts (0: all), keeping the proportions of a given split."""
         if not n:
             return copy.copy(self)
         parts = self.frame.split.fillna("")
-        share = n * parts.map(parts.value_counts(normalize=True))
-        rows = parts.groupby(parts).cumcount() < share.round().clip(lower=1)
+        n_of_part = n * parts.map(parts.value_counts(normalize=True))
+        rows = parts.groupby(parts).cumcount() < n_of_part.round().clip(lower=1)
         frame = self.frame[rows].reset_index(drop=True)
         return copy.copy(self)._set(self.name, frame, self.y[rows], self.label_names, self.meta)
 
     def shuffled_labels(self, rng):
-        """Labels that nothing tells: dealt among groups of equal size, within parts of a split."""
+        """Return labels shuffled among groups of equal size, within the parts of a split."""
         y = self.y.copy()
         rows = pd.DataFrame({"row": range(len(y)), "group": self.groups, "part": 0})
         if self.split is not None:
             rows["part"] = self.split == "test"
         rows["size"] = rows.groupby(["part", "group"]).row.transform("size")
-        for (_, size), alike in rows.groupby(["part", "size"]):
-            targets = alike.sort_values("group").row.to_numpy().reshape(-1, size)  # (groups, size)
+        for (_, size), part in rows.groupby(["part", "size"]):
+            targets = part.sort_values("group").row.to_numpy().reshape(-1, size)  # (groups, size)
             sources = rng.permuted(targets[rng.permutation(len(targets))], axis=1)
             y[targets] = self.y[sources]
         return y
 
 
 def join_equal_texts(groups, texts):
-    """Group (N,) of each text: the given one, or its own; joined where groups share a text."""
+    """Return each text's group (N,): the given one, or its own; groups with equal texts merge."""
     n = len(texts)
     groups = np.where(groups.isna(), n + np.arange(n), pd.factorize(groups.astype(str))[0])
     same_text = 2 * n + pd.factorize(texts.str.strip().str.lower())[0]
@@ -128,11 +128,10 @@ def join_equal_texts(groups, texts):
 
 
 def read_data_json(source, force_classification=False):
-    """A data-json, file or dict, as (frame, names of the classes or None, meta). Raises InputError.
+    """Read a data-json file or dict as (frame, class names or None, meta). Raises InputError.
 
-    frame: text, y, group (None) and split ('' where it has none). y: the class's number, or the
-    value of a regression, scaled to [0, 1] where it is not in it; force_classification rounds it to
-    0 and 1.
+    frame: text, y, group (or None) and split (or ''). y: the class's number, or the regression
+    value, scaled to [0, 1] if outside it; force_classification rounds it to 0 and 1.
     """
     where = source
     raw = source
@@ -155,7 +154,7 @@ def read_data_json(source, force_classification=False):
 
 
 def _by_key(values):
-    """Series of a numbered dict or a list (or nothing), by keys as strings."""
+    """Return a numbered dict or a list (or None) as a Series with string keys."""
     values = pd.Series(values or {}, dtype=object)
     return values.set_axis(values.index.map(str))
 
@@ -167,19 +166,18 @@ def _load(path):
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        cure = "download it again; a table is made a dataset by data/labelled/prepare.py"
-        raise InputError(f"{path} is not JSON ({error}): {cure}") from None
+        remedy = "download it again, or convert a table with data/labelled/prepare.py"
+        raise InputError(f"{path} is not JSON ({error}): {remedy}") from None
 
 
 def _frame(raw, where):
-    """text, labels, group (None where there are none) and split ('' where there are none), in the
-    order of the sentences."""
+    """Return text, labels, group (or None) and split (or ''), in the order of the sentences."""
     data = None
     if isinstance(raw, dict):
         data = raw.get("data")
     if not isinstance(data, dict) or not {"sentences", "labels"} <= set(data):
         schema = "see the schema in data/probing/readme.md"
-        raise InputError(f"{where} has no data: sentences and labels: {schema}")
+        raise InputError(f"{where} has no sentences and labels under 'data': {schema}")
     frame = _by_key(data["sentences"]).to_frame("text")
     for part, column in {"labels": "labels", "groups": "group", "splits": "split"}.items():
         values = _by_key(data.get(part))
@@ -188,29 +186,29 @@ def _frame(raw, where):
         elif set(values.index) != set(frame.index):
             raise InputError(
                 f"{where} has {len(frame)} sentences and {len(values)} {part}, or their keys "
-                "differ: give each sentence its own under the same key"
+                f"differ: give each sentence an entry of {part} under the same key"
             )
         else:
             frame[column] = values
     frame["split"] = frame.split.fillna("").astype(str).str.strip().str.lower()
     wrong = sorted(set(frame.split) - set(SPLITS))
     if wrong and set(frame.split) != {""}:
-        cure = "give each train, val or test, or none of them a split"
-        raise InputError(f"{where} has sentences in the split '{wrong[0]}': {cure}")
+        remedy = "set every split to train, val or test, or leave all splits out"
+        raise InputError(f"{where} has sentences in the split '{wrong[0]}': {remedy}")
     return frame.reset_index(drop=True)
 
 
 def _numbered(labels, named, where):
-    """Labels as numbers from 0 (numbers in order, then words), and the names of the classes."""
+    """Number the labels from 0 (numbers in order, then words); return them and the class names."""
     for label in labels:
         if not isinstance(label, (str, int, float)) or label != label:
-            raise InputError(f"{where} has the label {label}: labels are numbers or names")
+            raise InputError(f"{where} has the label {label}: use numbers or names")
     classes = sorted(set(labels), key=lambda label: (isinstance(label, str), label))
     numbers = pd.to_numeric(pd.Series(classes, dtype=object), errors="coerce").dropna()
     for _, same in numbers.groupby(numbers):
         if len(same) > 1:
-            spellings = " and ".join(repr(classes[place]) for place in same.index)
-            raise InputError(f"{where} has the labels {spellings}: spell one label in one way")
+            spellings = " and ".join(repr(classes[i]) for i in same.index)
+            raise InputError(f"{where} has the labels {spellings}: spell equal labels alike")
     names = []
     for label in classes:
         key = label if isinstance(label, str) else str(label + 0).removesuffix(".0")  # True: 1
@@ -222,7 +220,7 @@ def _numbered(labels, named, where):
 def _scaled(labels, where):
     y = pd.to_numeric(pd.Series(labels), errors="coerce").to_numpy(float)
     if not np.isfinite(y).all():
-        raise InputError(f"{where} is a regression, and not all of its labels are numbers")
+        raise InputError(f"{where}: not all labels are numbers: fix them, or set another task")
     if y.min() < 0 or y.max() > 1:
         y = (y - y.min()) / max(np.ptp(y), 1e-12)
     return y

@@ -1,15 +1,16 @@
-"""From the hidden states of tokens to vectors of texts: PoolToken, and a cache of what it needs,
-one folder for each model, list of texts and poolings.
+"""Pool the hidden states of tokens into vectors of texts (PoolToken), and cache the pooled states.
 
-    meta.json      model, texts, layers [i, ...] (0 the embeddings, i after block i, the last one
+The cache has one folder per model, list of texts and set of poolings:
+
+    meta.json      model, texts, layers [i, ...] (0: the embeddings, i: after block i; the last one
                    after the final norm), width, dtype, truncated
     lengths.npy    (N,) tokens of each text
-    POOLING.npy    (N, layers, width); POOLING is a quantile of the tokens (0.0 the first, 1.0 the
-                   last) or a name in REDUCE: np.load(file, mmap_mode="r")
-    done           how many texts are finished, from the shortest: a killed pass goes on from there
+    POOLING.npy    (N, layers, width); POOLING is a quantile of the tokens (0.0: first, 1.0: last)
+                   or a name in REDUCE; read it with np.load(file, mmap_mode="r")
+    done           number of finished texts, shortest first: an interrupted pass continues there
 
-The folder's name is a hash of weights, token ids, what is pooled, and this file: whoever edits a
-pooling gets a new folder. A folder whose files are torn is filled anew.
+The folder's name is a hash of weights, token ids, layers, poolings and this file, so an edited
+pooling gets a new folder. A folder with incomplete files is filled again.
 """
 
 import fcntl
@@ -26,9 +27,9 @@ from tqdm import tqdm
 
 from data import InputError, file_hash, write_aside
 
-# What makes one vector of several: x (..., T, H) and real (..., T, 1), bool, -> (..., H). An entry
-# more is one name more for quantiles=, quantile_method= and layer_method= of probe.py. Where real
-# is False x is padding, which must not count.
+# Reductions of several vectors to one: x (..., T, H) and real (..., T, 1), bool, -> (..., H).
+# Where real is False, x is padding and must not count. An entry added here becomes a name for
+# quantiles=, quantile_method= and layer_method= of probe.py.
 REDUCE = {
     "mean": lambda x, real: (x * real).sum(-2) / real.sum(-2),
     "max": lambda x, real: x.masked_fill(~real, -math.inf).amax(-2),
@@ -37,12 +38,12 @@ REDUCE = {
 
 
 def token_at(lengths, quantile):
-    """Which token of texts of these lengths a quantile is (halves go to the even one)."""
+    """Return the token position of a quantile in texts of these lengths (halves round to even)."""
     return (quantile * (lengths.double() - 1)).round().long()
 
 
 def pool_tokens(x, real, pooling):
-    """x (B, T, H) pooled over its real (B, T) tokens, pads on either side: (B, H), float32."""
+    """Pool x (B, T, H) over its real (B, T) tokens, pads on either side, to (B, H), float32."""
     if pooling in REDUCE:
         return REDUCE[pooling](x.float(), real[:, :, None])
     columns = real.int().argmax(1) + token_at(real.sum(1), float(pooling))
@@ -51,13 +52,13 @@ def pool_tokens(x, real, pooling):
 
 @dataclass
 class PoolToken:
-    """From a model's output dictionary to one vector a text, or to several.
+    """Pool a model's output dictionary to one vector per text, or several.
 
-    layer: index into hidden_states (0 the embeddings, n or -1 the last), a list, or 'all': 1 to
-    n - 1. quantile: 0 the first token, 1.0 or -1 the last one; a list; 'all': each token once; a
-    name in REDUCE: of all tokens. Where several are selected, their method says what becomes of
-    them: a name in REDUCE; 'extend': side by side, H grows; 'concat': rows of their own, at most
-    one of the two. Tokens come first, then layers. Quantiles that meet in one token count once.
+    layer: index into hidden_states (0: the embeddings, n or -1: the last), a list, or 'all': 1 to
+    n - 1. quantile: 0: the first token, 1.0 or -1: the last; a list; 'all': every token; a name in
+    REDUCE: that reduction of all tokens. The method combines several layers or tokens: a name in
+    REDUCE; 'extend': side by side, H grows; 'concat': as separate rows, for one of the two only.
+    Tokens are combined first, then layers. Quantiles that fall on the same token count once.
     """
 
     layer: int | list | str = -1
@@ -75,35 +76,35 @@ class PoolToken:
             method = getattr(self, f"{what}_method")
             several = value == "all" or np.size(value) > 1
             if method not in methods and (several or method):
-                wanted = f"must be one of {', '.join(methods)}, not {method}"
-                raise InputError(f"poolers: {what}_method of {what}={value} {wanted}")
+                choices = f"must be one of {', '.join(methods)}, not {method}"
+                raise InputError(f"poolers: {what}_method for {what}={value} {choices}")
         if self.layer_method == self.quantile_method == "concat":
-            raise InputError("layer_method and quantile_method are both concat: only one can be")
+            raise InputError("layer_method and quantile_method are both concat: change one of them")
         self.quantiles = []
         if self.quantile != "all":
             numbers = pd.to_numeric(pd.Series(self.quantile), errors="coerce").replace(-1, 1.0)
             self.quantiles = numbers.astype(float).tolist()
             if not numbers.between(0, 1).all():
-                names = f"a number from 0 to 1, -1 (the last), 'all', {', '.join(REDUCE)}"
-                raise InputError(f"quantile {self.quantile!r} is none of {names}")
+                choices = f"a number from 0 to 1, -1 (the last), 'all', {', '.join(REDUCE)}"
+                raise InputError(f"quantile {self.quantile!r} is none of {choices}")
             if len(self.quantiles) == 1:
                 self.quantile = self.quantiles[0]
         self.poolings = list(map(str, self.quantiles)) or [self.quantile_method]  # in the cache
         self.cacheable = self.poolings[0] not in ("extend", "concat")
 
     def layers(self, n_layer):
-        """Indices of the hidden states of a model of n_layer blocks."""
+        """Return the indices of the selected hidden states of a model with n_layer blocks."""
         numbers = np.arange(n_layer + 1)
         if self.layer == "all" and n_layer > 1:
             return numbers[1:-1].tolist()
         try:
             return np.atleast_1d(numbers[np.asarray(self.layer)]).tolist()
         except IndexError:
-            names = f"0 (embeddings) to {n_layer}, -1 (the last), 'all' (neither first nor last)"
-            raise InputError(f"there is no layer {self.layer}, only {names}") from None
+            choices = f"0 (embeddings) to {n_layer}, -1 (the last), 'all' (neither first nor last)"
+            raise InputError(f"there is no layer {self.layer}, only {choices}") from None
 
     def label(self, n_layer):
-        """Its columns in the results; poolers of equal labels are one."""
+        """Return its columns in the results; poolers with equal labels are the same."""
         layers = self.layers(n_layer)
         layer = "+".join(map(str, layers))
         if len(layers) > 1 and layers == list(range(layers[0], layers[-1] + 1)):
@@ -119,7 +120,7 @@ class PoolToken:
         return self.pool(outputs)[0]
 
     def pool(self, outputs):
-        """Rows (R, H') and the text of each (R,), from {'hidden_states', 'attention_mask'}."""
+        """Return rows (R, H') and their texts (R,) from {'hidden_states', 'attention_mask'}."""
         real = torch.as_tensor(outputs["attention_mask"]).bool()
         states = outputs["hidden_states"]
         layers = []
@@ -132,7 +133,7 @@ class PoolToken:
         return self._combine(torch.stack(layers, 1), keep)
 
     def from_states(self, states):
-        """The same from cached States: X (R, H') and index (R,), as arrays."""
+        """Return the same from cached States, as arrays: X (R, H') and index (R,)."""
         layers = list(map(states.layers.index, self.layers(states.n_layer)))
         parts = [states.arrays[pooling][:, layers] for pooling in self.poolings]
         x = torch.from_numpy(np.stack(parts, 2)).float()
@@ -140,14 +141,14 @@ class PoolToken:
         return x.numpy(), index.numpy()
 
     def _unequal(self, lengths):
-        """(B, Q): False where an earlier quantile of the text is the same token."""
+        """Return (B, Q): False where an earlier quantile of the text is the same token."""
         at = torch.stack([token_at(lengths, q) for q in self.quantiles or [1.0]], 1)
         return ~(at[:, :, None] == at[:, None, :]).tril(-1).any(2)
 
     def _combine(self, x, keep):
-        """x (B, L, Q, H) of which keep (B, Q) counts -> rows and their texts."""
+        """Combine x (B, L, Q, H), masked by keep (B, Q), into rows and their texts."""
         if self.quantile == "all" and self.quantile_method == "extend" and not keep.all():
-            raise InputError("quantile='all' with extend wants texts of one length")
+            raise InputError("quantile='all' with extend needs texts of equal length: use concat")
         x, texts = combine(x, keep, self.quantile_method)  # (R, L, H')
         every = torch.ones_like(x[:, :, 0], dtype=torch.bool)
         x, rows = combine(x[:, None], every, self.layer_method)
@@ -155,7 +156,7 @@ class PoolToken:
 
 
 def combine(x, keep, method):
-    """x (B, L, S, H) over S, of which keep (B, S) counts: (R, L, H'), and which of B each is."""
+    """Combine x (B, L, S, H), masked by keep (B, S), into (R, L, H') and each row's index in B."""
     index = torch.arange(len(x), device=x.device)
     if x.size(2) == 1:
         return x[:, :, 0], index
@@ -180,9 +181,9 @@ class States:
 
 
 def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtype="float32"):
-    """States of all texts, out of the folder `cache`, which one pass fills where it lacks them.
+    """Return the States of all texts from the folder `cache`; one pass computes missing ones.
 
-    model: convert.HiddenStates with a fingerprint(). One layer of one batch is held at a time.
+    model: convert.HiddenStates with a fingerprint(). Only one layer of a batch is held at a time.
     """
     rows, truncated = model.encode(texts)
     layers = list(layers)
@@ -192,11 +193,11 @@ def pooled_states(model, texts, layers, poolings, cache, batch_tokens=4096, dtyp
     folder.mkdir(parents=True, exist_ok=True)
     lengths = np.array(list(map(len, rows)))
     with open(folder / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another job that wants the same waits, then reads
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another job with the same key waits, then reads
         try:
             done = int((folder / "done").read_text())
             open_arrays(folder, poolings)
-        except (OSError, ValueError, EOFError):  # not there, or torn
+        except (OSError, ValueError, EOFError):  # missing or incomplete
             done = 0
             shape = (len(rows), len(layers), model.width)
             for name in poolings:
@@ -219,9 +220,9 @@ def open_arrays(folder, poolings):
 
 
 def fill(model, rows, layers, poolings, folder, batch_tokens, start):
-    """Run the texts from `start`, the shortest first; write each batch as soon as it is pooled.
+    """Run the texts from `start`, shortest first, and write each batch as soon as it is pooled.
 
-    The arrays are opened anew for each batch: what is written does not stay in memory.
+    Each batch opens the arrays again, so that written pages do not stay in memory.
     """
     order = np.argsort(list(map(len, rows)), kind="stable")
     bar = tqdm(total=len(rows), initial=start, desc=model.name, mininterval=5)
@@ -235,11 +236,12 @@ def fill(model, rows, layers, poolings, folder, batch_tokens, start):
             array = np.load(folder / f"{name}.npy", mmap_mode="r+")
             part = part.astype(array.dtype)
             if not np.isfinite(part).all():
-                cure = f"not finite as {array.dtype}: give cache_dtype=float32, dtype=float32"
-                raise InputError(f"{model.name}: hidden states are {cure}")
+                problem = f"hidden states are not finite as {array.dtype}"
+                remedy = "set cache_dtype=float32 and dtype=float32"
+                raise InputError(f"{model.name}: {problem}: {remedy}")
             array[batch] = part
         bar.update(len(batch))
-        counter = folder / "done.tmp"  # renamed, not flushed: a killed process loses nothing by it
+        counter = folder / "done.tmp"  # no fsync: after the rename a kill loses nothing
         counter.write_text(str(stop))
         counter.replace(folder / "done")
         start = stop
@@ -247,7 +249,7 @@ def fill(model, rows, layers, poolings, folder, batch_tokens, start):
 
 
 def pool_batch(model, rows, layers, poolings):
-    """(poolings, B, layers, H) of a batch of token lists."""
+    """Return the pooled states (poolings, B, layers, H) of a batch of token lists."""
     ids, real = model.pad(rows)
     shape = (len(poolings), len(rows), len(layers), model.width)
     pooled = torch.empty(shape, device=ids.device)

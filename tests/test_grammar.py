@@ -291,7 +291,7 @@ def test_a_seed_makes_the_same_files_and_another_seed_others(folder, tmp_path):
 
 
 def test_a_grammar_that_runs_dry_says_so(monkeypatch):
-    with pytest.raises(InputError, match="val=3 leaves labels without sentences: give 40 or more"):
+    with pytest.raises(InputError, match="val=3 leaves labels without sentences: set 40 or more"):
         grammar.Config(val=3).check()
 
     def always(g):
@@ -299,12 +299,12 @@ def test_a_grammar_that_runs_dry_says_so(monkeypatch):
         return grammar.Tree("S", verb), verb, "are"
 
     monkeypatch.setattr(grammar, "PARADIGMS", {"u": grammar.Paradigm(always, "agreement")})
-    with pytest.raises(InputError, match="fewer than pairs=40 pairs of u: give a smaller pairs="):
+    with pytest.raises(InputError, match="fewer than pairs=40 pairs of u: set a smaller pairs="):
         grammar.make_pairs(grammar.Config(pairs=40))
     labels = ["grammatical", "ungrammatical"]
     task = grammar.Task(grammar.draw_grammaticality, labels, members=2)
     monkeypatch.setattr(grammar, "TASKS", {"t": task})
-    with pytest.raises(InputError, match="not yield 40 different sentences for 't', train: give"):
+    with pytest.raises(InputError, match="not yield 40 different sentences for 't', train: set"):
         grammar.make_task("t", grammar.Config(train=40))
 
 

@@ -269,7 +269,7 @@ def test_pool_refuses():
     concat = {"layer_method": "concat", "quantile_method": "concat"}
     refusals = {
         "both concat": {"layer": [1, 2], "quantile": [0, 1], **concat},
-        "layer_method of": {"layer": [1, 2]},
+        "layer_method for": {"layer": [1, 2]},
         "from 0 to 1": {"quantile": 2.0},
         "not sum": {"layer_method": "sum"},
         "no layer 9": {"layer": 9},
@@ -325,11 +325,11 @@ def test_bad_data_is_refused(tmp_path):
         ("2 sentences and 2 labels.*keys", keys),
         ("the labels 0 and '0': spell", data_json(["a", "b", "c"], [0, "0", 1])),
         ("the labels '1' and '1.0': spell", data_json(["a", "b", "c"], ["1.0", "1", "x"])),
-        ("in the split 'training': give each train, val or test", splits[0]),
+        ("in the split 'training': set every split to train, val or test", splits[0]),
         ("in the split ''", splits[1]),
         ("the label None", data_json(["a", "b"], [0, None])),
-        ("not all of its labels", data_json(["a", "b"], [0, "x"], task="Regression")),
-        ("no data: sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
+        ("not all labels are numbers", data_json(["a", "b"], [0, "x"], task="Regression")),
+        ("no sentences and labels", {"name": "x", "data": {"sentences": ["a"]}}),
     ]
     for message, data in refusals:
         with pytest.raises(InputError, match=message):
@@ -372,11 +372,11 @@ def test_what_a_prepare_script_made_is_named_by_its_folder(tmp_path, monkeypatch
 def test_a_label_that_some_folds_cannot_learn_is_refused():
     raw = data_json([f"text {i}" for i in range(60)], [0, 1] * 25 + [2] * 10)
     raw["data"]["groups"] = [f"{i if i < 50 else 'alike'}" for i in range(60)]
-    with pytest.raises(InputError, match="a label in too few groups"):
+    with pytest.raises(InputError, match="too few groups of training texts"):
         probe.make_task(NLPDataset(raw), probe.Config())
     del raw["data"]["groups"]
     raw["data"]["splits"] = ["train"] * 30 + ["test"] * 30  # 2 is in the test alone
-    with pytest.raises(InputError, match="or not at all"):
+    with pytest.raises(InputError, match="or none"):
         probe.make_task(NLPDataset(raw), probe.Config())
 
 
@@ -718,7 +718,7 @@ def test_responses_of_brains_are_columns(tmp_path, capsys):
     assert (tmp_path / "out/texts/brains.csv").exists()  # the app shows them in the projection
     score = scores_of(table, "pearson").set_index("layer").score
     assert set(table.probe) == {"Ridge"} and score["1"] > 0.3 > score["0"]
-    assert "is a regression: it is probed by Ridge" in capsys.readouterr().out
+    assert "is a regression: probing it with Ridge" in capsys.readouterr().out
 
 
 def test_results_of_other_texts_or_weights_are_not_reused(tmp_path, capsys, monkeypatch):
@@ -753,15 +753,15 @@ def test_bad_input_is_refused(lm_folder, tmp_path):
     base = [f"lm={lm_folder}", f"out_dir={tmp_path / 'out'}", f"cache={tmp_path / 'cache'}"]
     base += ["device=cpu", f"dataset={good}"]
     refusals = {
-        f"dataset={good},{other}": "dataset= has two of the name 'good'",
-        f"lm={lm_folder},{lm_folder}": "lm= has two of the name",
+        f"dataset={good},{other}": "dataset= has two entries named 'good'",
+        f"lm={lm_folder},{lm_folder}": "lm= has two entries named",
         "poolers=[{layer: 9}]": "no layer 9",
         "poolers=[{layr: 9}]": "did you mean 'layer'",
         "quantiles=last": "'last'.*mean, max, min",
-        "probe=LDA,LDA": "probe= has two of the name 'LDA'",
+        "probe=LDA,LDA": "probe= has two entries named 'LDA'",
         "probe=SVM": "'SVM'; choose from .*LDA",
         "n_folds=16": "only 15 texts",
-        "n_folds=2": "takes three",
+        "n_folds=2": "at least 3",
     }
     for option, message in refusals.items():
         with pytest.raises(InputError, match=message):

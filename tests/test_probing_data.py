@@ -195,7 +195,7 @@ def test_a_missing_set_stops_no_other(copies, tmp_path):
     (tmp_path / "SST-2.zip").write_bytes((copies / "SST-2.zip").read_bytes()[:-30])
     options = ["-data_save_path", tmp_path / "out", f"root={tmp_path}", "sets=sst2,cola,ethics"]
     said, error = run_script("data/probing/get_data", *options, status=2)
-    assert "error: sst2, ethics could not be had" in error and "root=" in error
+    assert "error: sst2, ethics failed" in error and "root=" in error
     assert "SST-2.zip is broken" in said and "nor ethics.tar" in said
     assert "published file has 9,594" in said and read(tmp_path / "out", "cola")
 
@@ -203,11 +203,11 @@ def test_a_missing_set_stops_no_other(copies, tmp_path):
 def test_options(capsys):
     with pytest.raises(InputError, match="'nosuch', only grammar"):
         Config(sets=["nosuch"]).check()
-    with pytest.raises(InputError, match="root=nosuch is no folder"):
+    with pytest.raises(InputError, match="root=nosuch is not a folder"):
         Config(root="nosuch").check()
     with pytest.raises(SystemExit, match="2"):
         get_data.arguments(["-data_save_path"])
-    assert "wants a folder" in capsys.readouterr().err
+    assert "needs a folder" in capsys.readouterr().err
     # the folder may be given in three spellings
     for spelling in (["-data_save_path", "a/b"], ["--data_save_path", "a/b"], ["a/b"]):
         assert get_data.arguments([*spelling, "seed=1"]) == ["seed=1", "data_save_path=a/b"]
@@ -219,12 +219,12 @@ def test_options(capsys):
     "name, content, words",
     [
         (BRYSBAERT, b"Wort\tM\na\t1\n", "no column 'Word', only Wort, M"),
-        (BRYSBAERT, b"Word\tConc.M\na\t9\nb\t1\n", "the label '2.0' is none of Abstract, Concrete"),
-        (BRYSBAERT, b"Word\tConc.M\na\tx\nb\t1\nc\t2\n", "the label 'nan' is none of"),
-        (BRYSBAERT, b"Word\tConc.M\na\t2\nb\t2\n", "fewer than two different labels"),
+        (BRYSBAERT, b"Word\tConc.M\na\t9\nb\t1\n", "the label '2.0' is not a number from 0 to 1"),
+        (BRYSBAERT, b"Word\tConc.M\na\tx\nb\t1\nc\t2\n", "the label 'nan' is not a number"),
+        (BRYSBAERT, b"Word\tConc.M\na\t2\nb\t2\n", "have the same label"),
         (BRYSBAERT, b"\xff\xfe", "is not UTF-8 text"),
-        ("sentence_length.txt", b"xx\t1\tA text.\n", "begins with none of tr, va, te"),
-        ("sst/train/0.parquet", b"torn", "is not a whole parquet file"),
+        ("sentence_length.txt", b"xx\t1\tA text.\n", "does not begin with tr, va or te"),
+        ("sst/train/0.parquet", b"torn", "0.parquet is broken"),
         ("sources.yaml", b"", "has no Concreteness"),
     ],
 )
@@ -232,7 +232,7 @@ def test_foreign_files(tmp_path, capsys, name, content, words):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_bytes(content)
     sets = {"sentence_length.txt": "senteval", "sst/train/0.parquet": "sst"}
-    with pytest.raises(InputError, match="could not be had"):
+    with pytest.raises(InputError, match="failed"):
         run(tmp_path / "out", tmp_path, [sets.get(name, "concreteness")])
     assert words in capsys.readouterr().out
 
@@ -279,7 +279,7 @@ def test_a_download_is_noted_and_not_asked_for_again(tmp_path, monkeypatch, caps
     nowhere = "http://127.0.0.1:9/"
     urls = {"sst2": {"SST-2.zip": nowhere}, "cola": {"CoLA.zip": nowhere}}
     monkeypatch.setattr(get_data, "URLS", urls)
-    with pytest.raises(InputError, match="sst2, cola could not be had .* root="):
+    with pytest.raises(InputError, match="sst2, cola failed .* root="):
         run(tmp_path, sets=["sst2", "cola"])
     assert capsys.readouterr().out.count("cannot be reached") == 2
     assert not list(tmp_path.glob("*.json"))

@@ -89,7 +89,7 @@ def check_script(path, options):
     try:
         configure(module.Config, before(options))
     except (ValueError, OSError) as error:
-        missing = "is neither here|is no folder|is not there|does not exist|missing|No such file"
+        missing = "is neither here|is not a folder|is not there|does not exist|missing|No such file"
         assert re.search(missing, str(error)), error
         ours = [word for word in options if word.startswith("config/")]
         assert all((ROOT / word).is_file() for word in ours), error

@@ -118,7 +118,7 @@ def test_hidden_labels_and_scores_that_are_no_numbers_are_counted(tmp_path, caps
         write_tsv(tmp_path / f"STS-B/{split}.tsv", "sentence1,sentence2,score", rows)
     prepare(glue, root=tmp_path, out_dir=tmp_path / "out", tasks=["cola", "stsb"])
     cola, stsb = capsys.readouterr().out.split("\n")[:2]
-    assert "20 texts that are broken or whose labels are unknown" in cola
+    assert "20 texts that are broken or have unknown labels" in cola
     assert "test" not in read_meta(tmp_path / "out")["tasks"]["cola"]["sizes"]
     assert "12 texts that are broken" in stsb
     assert np.isfinite(read_task(tmp_path / "out", "stsb")["y"]).all()
@@ -134,7 +134,7 @@ def test_what_is_no_glue_is_named(tmp_path):
         (tmp_path / "RTE" / file).write_text("index\tsentence1\tlabel\n0\ta\tentailment\n")
         with pytest.raises(InputError, match=sentence):
             prepare(glue, root=tmp_path, tasks=["rte"], out_dir=tmp_path / "x")
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         prepare(glue, root=tmp_path / "none")
 
 

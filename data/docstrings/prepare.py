@@ -1,11 +1,11 @@
-"""Which library area a docstring comes from: paragraphs of prose out of data/pydocs, eight areas.
+"""Which library area does a docstring come from? Paragraphs of data/pydocs from eight areas.
 
     python data/docstrings/prepare.py
     python data/docstrings/prepare.py train=1000 out_dir=data/docstrings1000
 
-A package's name never stands in the text, and whatever looks like code is masked. Test paragraphs
-are of documents that data/pydocs keeps for validation: a language model trained on it has not seen
-them.
+The text never contains a package's name, and anything that looks like code is masked. Test
+paragraphs come from the validation documents of data/pydocs, which a language model trained on it
+has not seen.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from data.stimuli import complete, write_tasks
 
 EMBEDDED = True  # made from data/pydocs, offline: scripts may start this on first use
 
-# Top-level packages of each area. What fits none (terminals, dates, file watching) is left out, and
-# so is neuroscience, of which validation has too little.
+# Top-level packages of each area. Packages that fit none (terminals, dates, file watching) are left
+# out, as is neuroscience, which is too rare in the validation documents.
 AREAS = {
     "arrays and numerics": "numpy scipy mpmath h5py contourpy",
     "statistics and learning": "sklearn himalaya joblib",
@@ -40,7 +40,7 @@ AREAS = {
     "optparse pdb pydoc idlelib lib2to3 distutils setuptools packaging _pytest pydantic attr click "
     "pyparsing",
 }
-# What packages call themselves: a paragraph with one of these is dropped, whatever its area.
+# Names of packages: a paragraph that contains one is dropped, whatever its area.
 NAMES = re.compile(
     r"torch|numpy|scipy|\bnp\b|sklearn|scikit|pandas|\bpd\b|narwhals|arrow|polars|sympy|networkx|"
     r"matplotlib|pyplot|mpl|\bplt\b|pillow|\bpil\b|fonttools|hugging ?face|transformers|streamlit|"
@@ -49,8 +49,8 @@ NAMES = re.compile(
     r"pydantic|\battrs\b|\bclick\b|pyparsing|\bmne\b",
     re.I,
 )
-# Code and no prose: a span in backticks, a role, a call, a dotted, underscored or camel-cased name,
-# a path, an option.
+# Code: a span in backticks, a role, a call, a dotted, underscored or camel-cased name, a path, an
+# option.
 CODE = re.compile(
     r"(?::[\w:]+:)?`+[^`]*`+_{0,2}|"
     r"(?!\(?(?:e\.g|i\.e)\.)\S*(?:\w\(|\w\.\w|_|[a-z][A-Z]|[=<>{}\[\]\\/|@#$%^*~]|--)\S*"
@@ -62,17 +62,17 @@ MASK = "_"
 @dataclass
 class Config:
     out_dir: str = ""  # "": this folder
-    pydocs: str = ""  # prepared data/pydocs, "": the one beside this folder (made if missing)
-    train: int = 400  # paragraphs of each area
-    val: int = 50  # of each area, out of other documents
-    test: int = 50  # at most so many of each area, out of the documents that pydocs holds out
-    min_words: int = 12  # of a paragraph
-    max_words: int = 60  # of a paragraph
-    overwrite: bool = False  # make it again although it is there
+    pydocs: str = ""  # prepared data/pydocs; "": data/pydocs itself (made if missing)
+    train: int = 400  # paragraphs per area
+    val: int = 50  # per area, from other documents
+    test: int = 50  # at most, per area, from the documents that pydocs holds out
+    min_words: int = 12  # per paragraph
+    max_words: int = 60  # per paragraph
+    overwrite: bool = False  # rebuild an existing dataset
 
 
 def documents(folder, split):
-    """(module name, text) of every document of a token dataset; its first line is the name."""
+    """Yield (module name, text) for every document of a token dataset; line 1 is the name."""
     encoding = tokens.encoding(tokens.tokenizer_state(folder))
     ids = tokens.Tokens(folder, split).tokens
     start = 0
@@ -83,13 +83,13 @@ def documents(folder, split):
 
 
 def mask(code):
-    """What stands for a piece of code: the sentence keeps its own mark behind it."""
+    """Return the mask for a match of CODE, keeping the punctuation that follows the code."""
     last = code[0][-1]
     return MASK + last if last in ".,;:" else MASK
 
 
 def prose(paragraph, min_words=12, max_words=60):
-    """The paragraph as one line with its code masked; None where it is no prose, or has a name."""
+    """Return the paragraph on one line, code masked; None if it is not prose or names a package."""
     indents = {len(line) - len(line.lstrip()) for line in paragraph.split("\n")}
     text = " ".join(paragraph.split())
     if len(indents) != 1 or NAMES.search(text):  # several: a list, or a section with its heading
@@ -103,12 +103,12 @@ def prose(paragraph, min_words=12, max_words=60):
 
 
 def key(*words):
-    """A number that shuffles: the same for the same words, everywhere."""
+    """Return a sort key that shuffles words in the same way on every machine."""
     return hashlib.sha256(":".join(words).encode()).digest()
 
 
 def find_paragraphs(pydocs, config):
-    """DataFrame of all paragraphs: split, label, text, group (the document)."""
+    """Return all paragraphs in a DataFrame: split, label, text, group (the document)."""
     area_of = {}
     for area, packages in AREAS.items():
         area_of |= dict.fromkeys(packages.split(), area)
@@ -119,7 +119,7 @@ def find_paragraphs(pydocs, config):
             if area is None:
                 continue
             split = "test"
-            if half == "train":  # a sixth of its documents is our validation
+            if half == "train":  # a sixth of its documents are our validation split
                 split = "val" if key("part", name)[0] < 40 else "train"
             for paragraph in re.split(r"\n\s*\n", text):
                 line = prose(paragraph, config.min_words, config.max_words)
@@ -129,22 +129,22 @@ def find_paragraphs(pydocs, config):
 
 
 def balance(table, config, pydocs):
-    """As many paragraphs of each area in every split, in an order that says nothing."""
+    """Balance the areas within each split, and shuffle the paragraphs."""
     counts = pd.crosstab(table["split"], table["label"])
     counts = counts.reindex(index=["train", "val", "test"], columns=list(AREAS), fill_value=0)
     table = table.assign(key=[key(text) for text in table["text"]]).sort_values("key")
     parts = []
     for split in counts.index:
         wanted = getattr(config, split)
-        least = int(counts.loc[split].min())
-        if least < (20 if split == "test" else wanted):
+        fewest = int(counts.loc[split].min())
+        if fewest < (20 if split == "test" else wanted):
             raise InputError(
-                f"{pydocs} has {least} paragraphs of '{counts.loc[split].idxmin()}' for {split}, "
-                f"{wanted} are asked for: give a smaller {split}=, or prepare data/pydocs with all "
-                "of requirements.txt installed"
+                f"{pydocs} has {fewest} paragraphs of '{counts.loc[split].idxmin()}' for {split}, "
+                f"too few for {split}={wanted}: set a smaller {split}=, or prepare data/pydocs "
+                "with all of requirements.txt installed"
             )
         part = table[table["split"] == split].groupby("label")
-        parts.append(part.head(min(wanted, least)))
+        parts.append(part.head(min(wanted, fewest)))
     table = pd.concat(parts)
     order = sorted(table.index, key=lambda i: key("order", table["text"][i]))
     return table.loc[order].drop(columns="key").reset_index(drop=True)
@@ -169,17 +169,17 @@ def main(config):
         folder,
         {"area": task},
         synthetic=False,
-        source="docstrings of data/pydocs, package names left out and code masked",
-        seen="train and val paragraphs are of data/pydocs' training documents, test paragraphs of "
-        "its validation documents: a language model trained on data/pydocs has read the former "
-        "(without labels) and not the latter",
+        source="docstrings of data/pydocs without package names, code masked",
+        seen="train and val paragraphs come from the training documents of data/pydocs, test "
+        "paragraphs from its validation documents: a language model trained on data/pydocs has "
+        "read the former (without labels) but not the latter",
         options=options,
         **version,
     )
     print(f"{folder}: {len(AREAS)} areas")
     for split, size in meta["tasks"]["area"]["sizes"].items():
         n_documents = table["group"][table["split"] == split].nunique()
-        print(f"{split}: {size:,} paragraphs of {n_documents} documents")
+        print(f"{split}: {size:,} paragraphs from {n_documents} documents")
 
 
 if __name__ == "__main__":

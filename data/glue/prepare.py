@@ -1,13 +1,13 @@
 """GLUE, nine tasks of sentence understanding (Wang et al. 2019), as labelled sentences.
 
-    python data/glue/prepare.py                        # all nine from the Hugging Face hub, once
+    python data/glue/prepare.py                        # download all nine from Hugging Face, once
     python data/glue/prepare.py tasks=cola,rte         # some; more can be added later
     python data/glue/prepare.py root=path/to/glue_data # a local copy: CoLA/*.tsv, cola/*.parquet
     python data/glue/prepare.py root=path/to/cola tasks=cola   # CoLA's release: in_domain_*.tsv
 
-For finetune.py and probe.py. GLUE's own development set, which has labels, becomes our test split,
-and a part of its training set our validation: the step that is chosen on validation is then scored
-on text that had no say. The two of a pair stand in one text with a tab between.
+For finetune.py and probe.py. GLUE's development set, which has labels, becomes our test split, and
+part of its training set becomes our validation split, so the test split plays no part in choosing
+the step. A tab separates the two sentences of a pair in one text.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from configurator import configure
 from data import InputError, already_made, column, folder_of, read_text
 from data.stimuli import complete, read_meta, read_task, to_number, write_tasks
 
-EMBEDDED = False  # must be downloaded: nobody starts this behind the user's back
+EMBEDDED = False  # must be downloaded: scripts never start this themselves
 HUB = "nyu-mll/glue"  # parquet files, TASK/SPLIT-*.parquet
 PAIR = ["sentence1", "sentence2"]
 ENTAILS = ["entailment", "not_entailment"]
@@ -31,14 +31,14 @@ ENTAILS = ["entailment", "not_entailment"]
 
 @dataclass
 class Glue:
-    """Where one task of GLUE stands in its files, the official TSV files and the hub's parquet."""
+    """Where to find one task of GLUE, in the official TSV files and in the hub's parquet files."""
 
     folder: str  # in the official archives
     description: str
-    labels: list = field(default_factory=list)  # in the order of their numbers; [] of a regression
+    labels: list = field(default_factory=list)  # in numeric order; []: a regression
     columns: list = field(default_factory=lambda: PAIR)  # one or two texts
-    label: str = "label"  # column of the TSV files; "label" on the hub
-    parquet: list = field(default_factory=list)  # columns on the hub, []: the same
+    label: str = "label"  # column in the TSV files; on the hub always "label"
+    parquet: list = field(default_factory=list)  # text columns on the hub; []: the same
 
 
 GLUE = {
@@ -48,7 +48,7 @@ GLUE = {
     ),
     "mrpc": Glue(
         "MRPC",
-        "do two sentences say the same?",
+        "do two sentences mean the same?",
         ["not_equivalent", "equivalent"],
         ["#1 String", "#2 String"],
         label="Quality",
@@ -61,7 +61,7 @@ GLUE = {
         ["question1", "question2"],
         label="is_duplicate",
     ),
-    "stsb": Glue("STS-B", "how alike are two sentences, 0 to 5?", label="score"),
+    "stsb": Glue("STS-B", "how similar are two sentences, 0 to 5?", label="score"),
     "mnli": Glue(
         "MNLI",
         "does the second follow from the first?",
@@ -69,11 +69,13 @@ GLUE = {
         label="gold_label",
         parquet=["premise", "hypothesis"],
     ),
-    "qnli": Glue("QNLI", "does it answer the question?", ENTAILS, ["question", "sentence"]),
+    "qnli": Glue(
+        "QNLI", "does the sentence answer the question?", ENTAILS, ["question", "sentence"]
+    ),
     "rte": Glue("RTE", "does the second follow from the first?", ENTAILS),
-    "wnli": Glue("WNLI", "does it follow, with the pronoun replaced?", ENTAILS[::-1]),
+    "wnli": Glue("WNLI", "does the second follow, with the pronoun replaced?", ENTAILS[::-1]),
 }
-COLA_HEADER = ["source", "label", "mark", "sentence"]  # which its files do not have
+COLA_HEADER = ["source", "label", "mark", "sentence"]  # its files have none
 
 
 @dataclass
@@ -82,24 +84,24 @@ class Config:
     root: str = ""  # local copy of GLUE, or of CoLA alone; "": the Hugging Face hub
     tasks: list[Literal["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]] = (
         field(default_factory=lambda: list(GLUE))
-    )  # which
-    val: int = 1000  # training texts of GLUE kept for validation, at most a tenth of them
-    overwrite: bool = False  # make them again although they are there
+    )  # tasks to prepare
+    val: int = 1000  # GLUE training texts kept for validation, at most a tenth of them
+    overwrite: bool = False  # rebuild existing tasks
 
     POSITIVE = "val"
 
     def check(self):
         if self.root and not Path(self.root).is_dir():
-            cure = "give the one that holds CoLA/train.tsv, or cola/train-*.parquet"
-            raise InputError(f"root={self.root} is no folder: {cure}")
+            remedy = "give the one that holds CoLA/train.tsv, or cola/train-*.parquet"
+            raise InputError(f"root={self.root} is not a folder: {remedy}")
 
 
 # ---- reading
 
 
 def find_files(root, name):
-    """{part: one TSV file, or a split's parquet files} of train and of each development set."""
-    if name == "cola" and (root / "in_domain_train.tsv").is_file():  # as CoLA's authors release it
+    """Return {part: [TSV file] or parquet files} for train and each development set."""
+    if name == "cola" and (root / "in_domain_train.tsv").is_file():  # the release of CoLA's authors
         return {
             "train": [root / "in_domain_train.tsv"],
             "in_domain": [root / "in_domain_dev.tsv"],
@@ -117,13 +119,13 @@ def find_files(root, name):
             files[part] = sorted((root / name).glob(f"{split}-*.parquet"))
         if not files[part]:
             missing = f"{GLUE[name].folder}/{tsv}.tsv nor {name}/{split}-*.parquet"
-            cure = f"give the folder with GLUE's own folders, or leave '{name}' out of tasks="
-            raise InputError(f"root={root} has neither {missing}: {cure}")
+            remedy = f"give the folder that holds GLUE's folders, or leave '{name}' out of tasks="
+            raise InputError(f"root={root} has neither {missing}: {remedy}")
     return files
 
 
 def read_tsv(path, header=None):
-    """DataFrame of text of one of GLUE's TSV files, which quote nothing, and its broken lines."""
+    """Read a GLUE TSV file, which has no quoting, as text; also count its broken lines."""
     rows = [line.rstrip("\r").split("\t") for line in read_text(path).split("\n") if line.strip()]
     if header is None:
         header = rows.pop(0) if rows else []
@@ -132,7 +134,7 @@ def read_tsv(path, header=None):
 
 
 def read_part(name, files):
-    """DataFrame first, text, label of one part of a task, and how many texts were left out."""
+    """Return first, text and label of one part of a task, and the number of texts left out."""
     task = GLUE[name]
     columns = task.columns
     label = task.label
@@ -154,7 +156,7 @@ def read_part(name, files):
 
 
 def read_labels(labels, names):
-    """Labels by their names (numbers, of a regression); NaN where one is unknown, or hidden."""
+    """Return labels by name (as numbers for a regression); NaN if unknown or hidden."""
     if not names:
         numbers = labels.map(to_number)
         return numbers.where(numbers.abs() < float("inf"))
@@ -168,7 +170,7 @@ def key(text):
 
 
 def make_task(root, name, n_val):
-    """{frame, kind, labels, description} of one task, as `write_tasks` takes it."""
+    """Return {frame, kind, labels, description} of one task, for `write_tasks`."""
     task = GLUE[name]
     files = find_files(root, name)
     train, n_left_out = read_part(name, files.pop("train"))
@@ -180,7 +182,7 @@ def make_task(root, name, n_val):
     test = pd.concat(tests)
     seen = train["text"].isin(set(test["text"]))
     train = train[~seen]
-    # texts with the same first sentence stay together; the first groups by their hashes are val
+    # texts with the same first sentence stay together; the groups with the lowest hashes are val
     train = train.assign(split="train", set="", group=train["first"].map(key))
     sizes = train.groupby("group").size().sort_index().cumsum()
     val = sizes.index[sizes <= max(1, min(n_val, len(train) // 10))]
@@ -193,25 +195,25 @@ def make_task(root, name, n_val):
     counts = ", ".join(f"{split} {sizes.get(split, 0):,}" for split in ("train", "val", "test"))
     print(
         f"{name}: {counts}; left out: {seen.sum():,} training texts that are in the development "
-        f"set, {n_left_out:,} texts that are broken or whose labels are unknown",
+        f"set, {n_left_out:,} texts that are broken or have unknown labels",
         flush=True,
     )
     kind = "classification" if task.labels else "regression"
-    about = {"kind": kind, "labels": task.labels, "description": task.description}
-    return {"frame": frame, **about}
+    entry = {"kind": kind, "labels": task.labels, "description": task.description}
+    return {"frame": frame, **entry}
 
 
 def download(tasks):
-    """Folder of the hub's parquet files: cached, resumed and verified by huggingface_hub."""
+    """Return the folder of parquet files, cached, resumed and verified by huggingface_hub."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{task}/*.parquet" for task in tasks]
     try:
         return Path(snapshot_download(HUB, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # its client has many: no network, no such proxy, no disk
-        cure = "go where there is network, or give root= a local copy"
-        problem = f"could not be had from the Hugging Face hub ({type(error).__name__})"
-        raise InputError(f"GLUE {problem}: {cure}") from None
+    except Exception as error:  # the client raises many kinds: no network, no proxy, disk full
+        remedy = "connect to the network, or give a local copy with root="
+        problem = f"could not be downloaded from the Hugging Face hub ({type(error).__name__})"
+        raise InputError(f"GLUE {problem}: {remedy}") from None
 
 
 def main(config):
@@ -220,7 +222,7 @@ def main(config):
     tasks = {}
     wanted = list(config.tasks)
     if already_made(folder, options, complete, config.overwrite):
-        for name, entry in read_meta(folder)["tasks"].items():  # they stay, others are added
+        for name, entry in read_meta(folder)["tasks"].items():  # keep them and add others
             frame = read_task(folder, name).drop(columns="y")
             tasks[name] = {"frame": frame, "labels": [], **entry}
         wanted = [name for name in config.tasks if name not in tasks]

@@ -1,4 +1,4 @@
-r"""A table of words or sentences with a label or a rating, as labelled sentences.
+r"""Turn a table of words or sentences with labels or ratings into labelled sentences.
 
     python data/labelled/prepare.py root=Concreteness_ratings_Brysbaert_et_al_BRM.txt \
         text=Word label=Conc.M by=Dom_Pos                                        # ratings
@@ -8,7 +8,7 @@ r"""A table of words or sentences with a label or a rating, as labelled sentence
     python topography.py stimuli=data/labelled/things_concepts/conditions.csv \
         contrasts="animal>food"
 
-The table has a header and tabs or commas between columns; words such as null and NA stay words.
+The table has a header and is separated by tabs or commas; words such as null and NA stay words.
 """
 
 import sys
@@ -23,24 +23,24 @@ from configurator import configure
 from data import InputError, already_made, column, file_hash, folder_of, options_of, write_aside
 from data.stimuli import complete, read_csv, to_number, word_key, write_tasks
 
-EMBEDDED = False  # needs a table of yours
+EMBEDDED = False  # needs your table
 
 
 @dataclass
 class Config:
     root: str = ""  # the table
     text: str = "text"  # its column of words or sentences
-    label: str = "label"  # its column of classes, or of ratings: more than two numbers
-    group: str = ""  # its column of what no split tears apart; "": spellings of the same text
-    least: int = 10  # classes with fewer texts are left out
-    val: float = 0.1  # of the groups
-    test: float = 0.2  # of the groups
-    seed: int = 0  # of the split
-    tail: float = 0.25  # share of ratings that are condition low, and of those that are high
-    by: str = ""  # column that divides conditions, such as the part of speech: "high Noun"
-    synthetic: bool = False  # made-up labels are said to be so in every table and figure
-    out_dir: str = ""  # "": a folder here with the name of the table
-    overwrite: bool = False  # make it again although it is there
+    label: str = "label"  # its column of classes, or of ratings (more than two numbers)
+    group: str = ""  # its column of groups that splits keep whole; "": spellings of one text
+    least: int = 10  # leave out classes with fewer texts
+    val: float = 0.1  # share of the groups
+    test: float = 0.2  # share of the groups
+    seed: int = 0  # for the split
+    tail: float = 0.25  # share of the ratings in each of the conditions low and high
+    by: str = ""  # column that subdivides conditions, such as part of speech: "high Noun"
+    synthetic: bool = False  # marks made-up labels as synthetic in every table and figure
+    out_dir: str = ""  # "": a subfolder of this one, named after the table
+    overwrite: bool = False  # rebuild an existing dataset
 
     POSITIVE = "val test tail"
 
@@ -49,11 +49,11 @@ class Config:
             raise InputError(f"root={self.root or '(nothing)'} does not exist: give a table")
         if self.val + self.test >= 1 or self.tail > 0.5:
             shares = f"val={self.val}, test={self.test}, tail={self.tail}"
-            raise InputError(f"{shares}: val and test are below 1 together, tail at most a half")
+            raise InputError(f"{shares}: val + test must be below 1, and tail at most 0.5")
 
 
 def read_labels(config):
-    """(table with text, label, group and by; kind; how many rows were left out)."""
+    """Return the columns text, label, group and by; the kind; and the number of rows left out."""
     path = Path(config.root)
     table = read_csv(path)
     rows = pd.DataFrame({"text": column(table, path, config.text)})
@@ -77,7 +77,7 @@ def read_labels(config):
 
 
 def draw_split(groups, config):
-    """(n,) train, val or test: whole groups."""
+    """Assign whole groups to train, val or test; return (n,)."""
     names = np.random.default_rng(config.seed).permutation(sorted(set(groups)))
     n_test = round(config.test * len(names))
     n_val = round(config.val * len(names))
@@ -88,7 +88,7 @@ def draw_split(groups, config):
 
 
 def conditions(rows, kind, tail):
-    """DataFrame text, condition: the classes, or the ends of the ratings."""
+    """Return a DataFrame of text and condition: the classes, or the low and high ratings."""
     condition = rows["label"]
     if kind == "regression":
         low, high = rows["label"].quantile([tail, 1 - tail])
@@ -116,10 +116,10 @@ def main(config):
     table = conditions(rows, kind, config.tail)
     write_aside(folder / "conditions.csv", table.to_csv(index=False))
     sizes = ", ".join(f"{split} {n:,}" for split, n in meta["tasks"]["label"]["sizes"].items())
-    what = f"{len(labels)} classes" if labels else "ratings"
+    kind_of_labels = f"{len(labels)} classes" if labels else "ratings"
     print(
-        f"{folder}: {what} of {len(rows):,} texts in {rows['group'].nunique():,} groups; {sizes}; "
-        f"{n_left_out:,} rows left out (no text, no label, a rare class, or twice)"
+        f"{folder}: {kind_of_labels}, {len(rows):,} texts in {rows['group'].nunique():,} groups; "
+        f"{sizes}; {n_left_out:,} rows left out (no text, no label, a rare class, or a duplicate)"
     )
     print(f"conditions.csv: {table['condition'].value_counts().to_dict()}")
 

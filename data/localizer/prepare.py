@@ -1,9 +1,9 @@
-"""Stimuli for finding language-selective units, made here.
+"""Make stimuli for finding language-selective units.
 
     python data/localizer/prepare.py
 
-Sentences, word lists, jabberwocky and non-words in the manner of Fedorenko et al. 2010, and
-concrete and abstract nouns and verbs in the manner of Moseley & Pulvermüller 2014.
+Sentences, word lists, jabberwocky and non-words after the design of Fedorenko et al. 2010, and
+concrete and abstract nouns and verbs after the design of Moseley & Pulvermüller 2014.
 """
 
 import collections
@@ -52,13 +52,13 @@ FUNCTION = set(FUNCTION_WORDS.split())
 @dataclass
 class Config:
     out_dir: str = ""  # "": this folder
-    items: int = 120  # sentences, and as many of each of the three other kinds
-    seed: int = 0  # fixes everything
-    overwrite: bool = False  # make it again although it is there
+    items: int = 120  # sentences, and as many stimuli of each of the three other kinds
+    seed: int = 0  # for all random choices
+    overwrite: bool = False  # rebuild an existing dataset
 
 
 class NonWords:
-    """Strings that look like words: a letter-trigram chain over a vocabulary, without its words."""
+    """Word-like strings, drawn from the letter trigrams of a vocabulary but not in it."""
 
     def __init__(self, vocabulary, rng):
         self.rng = rng
@@ -71,7 +71,7 @@ class NonWords:
                 self.next[padded[i : i + 2]].append(padded[i + 2])
 
     def __call__(self, word):
-        """A non-word about as long as the word; the same for the same word."""
+        """Return a non-word about as long as the word, always the same for the same word."""
         taken = self.words | set(self.of_word.values())
         while word not in self.of_word:
             string = self.draw()
@@ -87,7 +87,7 @@ class NonWords:
 
 
 def make(sentences, items, seed):
-    """DataFrame text, condition, item: four kinds of the sentences (tuples of words), and lists."""
+    """Make text, condition, item: the four kinds from sentences (tuples of words), and LISTS."""
     rng = random.Random(seed)
     chosen = sorted(rng.sample(sorted(sentences), items))
     vocabulary = set().union(*sentences)
@@ -112,7 +112,7 @@ def make(sentences, items, seed):
 
 
 def read_sentences(grammar):
-    """The sentences of 6 to 12 words, and words alone, of three tasks, as tuples of words."""
+    """Return the sentences of three tasks with 6 to 12 words and no numbers, as tuples of words."""
     sentences = set()
     for task in ("tense", "subj_number", "obj_number"):
         for text in read_task(grammar, task)["text"]:
@@ -128,17 +128,17 @@ def is_complete(folder):
 
 def main(config):
     folder = folder_of(config, __file__)
-    made_of = {"format": FORMAT, "seed": config.seed, "items": config.items}
-    if already_made(folder, {}, is_complete, config.overwrite, **made_of):
+    version = {"format": FORMAT, "seed": config.seed, "items": config.items}
+    if already_made(folder, {}, is_complete, config.overwrite, **version):
         return
     sentences = read_sentences(embedded("grammar"))
     if len(sentences) < config.items:
-        found = f"data/grammar has only {len(sentences)} sentences of 6 to 12 words"
-        raise InputError(f"items={config.items}: {found}; take fewer")
+        available = f"data/grammar has only {len(sentences)} sentences of 6 to 12 words"
+        raise InputError(f"items={config.items}: {available}: set a smaller items=")
     table = make(sentences, config.items, config.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_aside(folder / "localizer.csv", table.to_csv(index=False))
-    meta = {**made_of, "synthetic": True, "stimuli": len(table)}
+    meta = {**version, "synthetic": True, "stimuli": len(table)}
     write_yaml(folder / "meta.yaml", meta)
     print(f"{folder}: {len(table)} stimuli, {table['condition'].nunique()} conditions")
 
