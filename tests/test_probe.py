@@ -431,7 +431,7 @@ def test_probes_of_ones_own_have_names(tmp_path):
     assert configure(probe.Config, [f"probe=LDA,{spec}"]).probe == ["LDA", spec]
     makers = probe.constructors(["LDA", spec, functools.partial(probe.DoubleLayer, hidden=3)])
     assert list(makers) == ["LDA", "Wide", "DoubleLayer"] and makers["LDA"] is probe.LDA
-    with pytest.raises(InputError, match="no .*mine.py:Deep"):
+    with pytest.raises(InputError, match="cannot load .*mine.py:Deep"):
         probe.constructors([spec.replace("Wide", "Deep")])
 
 

@@ -77,7 +77,7 @@ SCRIPTS = [
             "augment=hum": ["hum", "pink"],
             "stage=dpo": ["init_from=out/telepath"],
             "fusion=sum": ["fusion", "cross"],
-            "t_start=90": ["empty"],
+            "t_start=90": ["later than t_start"],
             "encoder=pretrained": ["pretrained:out/foundation"],
             "patch=99": ["patch=99"],
             "train=some": ["train", "encoder+expert"],
