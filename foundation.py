@@ -191,7 +191,8 @@ def usable_channels(recording, config):
         raise InputError(
             f"{recording.path}: none of {', '.join(recording.names[:6])}, ... is good, has a place "
             f"and matches channels={config.channels} and grid={config.grid}; a grid needs the "
-            "names G1, G2, ...; files that MNE reads may need montage="
+            "names G1, G2, ...; files that MNE reads may need montage=, prepared sets x, y, z in "
+            "channels.csv"
         )
     return channels, xyz[channels]
 
