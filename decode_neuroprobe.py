@@ -233,7 +233,8 @@ def score_task(run, config, benchmark, name, task):
             table["test_near_train"] = len(fold.test) - len(far)
         rows.append(table.assign(fold=fold.number).reset_index())
     keys = {"recording": name, "task": task, "split": config.split, "model": config.model}
-    decode.write_results(run, pd.concat(rows), data="BrainTreebank", **keys)
+    data = "BrainTreebank" + ", synthetic" * benchmark.recordings[name].synthetic
+    decode.write_results(run, pd.concat(rows), data=data, **keys)
 
 
 def write_leaderboard(folder, description, name, results):

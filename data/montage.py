@@ -256,8 +256,11 @@ def choose_electrodes(recordings, subjects=(), channels="", electrodes=""):
             wanted[i] &= pattern.match(name) is not None
             shafts.add(re.sub(r"\d+$", "", name))
         if electrodes:
-            listed = [is_subject(subject, recording) for subject in table.subject]
-            wanted &= np.isin(recording.names, table.elec[listed])
+            listed = table.elec[[is_subject(subject, recording) for subject in table.subject]]
+            missing = sorted(set(listed) - set(recording.names))
+            if missing:
+                print(f"{recording.path.name} has no {', '.join(missing)} of {electrodes}")
+            wanted &= np.isin(recording.names, listed)
         if wanted.any():
             chosen.append((recording, np.flatnonzero(wanted)))
     if not chosen:

@@ -92,12 +92,18 @@ def test_damage_is_a_sentence(tmp_path):
         recording.write_set(tmp_path, [], synthetic=True)
 
 
-def test_channels_are_chosen_by_a_regular_expression(tmp_path):
+def test_channels_are_chosen_by_a_regular_expression_or_a_table(tmp_path, capsys):
     write(tmp_path / "r", channels=pd.DataFrame({"name": ["LA1", "LB1"]}))
     read = recording.Recording(tmp_path / "r")
     assert choose_electrodes([read], channels="LB")[0][1].tolist() == [1]
     with pytest.raises(InputError, match=r"channels=L\( is no regular expression"):
         choose_electrodes([read], channels="L(")
+    table = tmp_path / "electrodes.csv"
+    table.write_text("subject,elec\nr,LB1\n09,LZ9\n")
+    assert choose_electrodes([read], electrodes=table)[0][1].tolist() == [1]
+    table.write_text("subject,elec\nr,LB1\nr,LB11\n")
+    assert choose_electrodes([read], electrodes=table)[0][1].tolist() == [1]
+    assert "r has no LB11 of " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bands", [[], [[5, 15], [20, 40]]])
