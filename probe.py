@@ -37,7 +37,10 @@ import torch
 from sklearn import metrics
 from sklearn.base import clone
 from sklearn.decomposition import PCA
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis, QuadraticDiscriminantAnalysis  # noqa: F401 (users' probes after `from probe import *`)
+from sklearn.discriminant_analysis import (
+    LinearDiscriminantAnalysis,  # noqa: F401 (users' probes after `from probe import *`)
+    QuadraticDiscriminantAnalysis,
+)
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import ParameterGrid, StratifiedGroupKFold

@@ -687,9 +687,9 @@ def plot_summary(path, title, rows, curves, profile, ablation):
     axes[2].tick_params(axis="x", rotation=30, labelsize=7)
     table = pd.DataFrame(ablation, columns=["k", "units", "accuracy", "loss"])
     for kind, part in table.groupby("units"):
-        axes[3].plot(part.k, part.accuracy, "o-", label=f"{kind} units")
+        axes[3].plot(part.k.astype(str), part.accuracy, "o-", label=f"{kind} units")
     axes[3].axhline(0.5, ls=":", c="gray", label="chance")
-    axes[3].set(xscale="symlog", xlabel="units silenced")
+    axes[3].set_xlabel("units silenced")
     axes[3].legend(fontsize=7)
     axes[0].set_title("Moran's I of maps, mean over sheets (95 %)", fontsize=9)
     axes[1].set_title("correlation between units against distance (cells)", fontsize=9)
